@@ -1,0 +1,1 @@
+"""The programs: thin, typed command lines over `rlhf.stages`."""

@@ -1,0 +1,1 @@
+"""YAML presets, read by `rlhf.io.presets`."""

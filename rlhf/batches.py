@@ -1,0 +1,99 @@
+"""Micro-batches: what one pure function gets at a time.
+
+Sequences are packed into rows, and only the positions whose prediction counts are listed, by their index into the
+flattened rows. So neither padding nor prompt logits are computed, whatever the stage.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Packed sequences: several behind one another in each row, told apart by segment."""
+
+    tokens: Tensor
+    """[R, T] int64."""
+    positions: Tensor
+    """[R, T] int64, from 0 in each sequence."""
+    segments: Tensor
+    """[R, T] int64: 1, 2, … within a row; 0 where there is nothing."""
+
+
+class TokenBatch(NamedTuple):
+    """Sequences and the tokens of theirs that count."""
+
+    rows: Rows
+    index: Tensor
+    """[C] int64 into the flattened rows: the position that predicts each token that counts."""
+    targets: Tensor
+    """[C] int64: the tokens that count."""
+    mask: Tensor
+    """[C] bool: False on filling, where shapes are kept fixed."""
+    key: Tensor
+    """[2] int32, for dropout."""
+
+
+class PairBatch(NamedTuple):
+    """Preference pairs; both members are in the same micro-batch."""
+
+    rows: Rows
+    chosen: Tensor
+    """[B] int64 into the flattened rows: last token of each chosen sequence."""
+    rejected: Tensor
+    """[B] int64: last token of each rejected one."""
+    margin: Tensor
+    """[B] float32, reward units."""
+    mask: Tensor
+    """[B] bool: False on filling."""
+    key: Tensor
+    """[2] int32, for dropout."""
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to complete."""
+
+    prompts: Tensor
+    """[B, P] int64, right-padded."""
+    lengths: Tensor
+    """[B] int64."""
+    keys: Tensor
+    """[B, 2] int32: the randomness of each row."""
+
+
+class ScoreBatch(NamedTuple):
+    """Finished completions to score."""
+
+    rows: Rows
+    index: Tensor
+    """[C] int64: the position that predicts each completion token."""
+    targets: Tensor
+    """[C] int64: the completion tokens."""
+    mask: Tensor
+    """[C] bool: False on filling."""
+    last: Tensor
+    """[B] int64: last real token of each sequence."""
+
+
+class PPOBatch(NamedTuple):
+    """Completion tokens of one minibatch's part, with everything the update needs."""
+
+    rows: Rows
+    index: Tensor
+    """[C] int64: the position that predicts each completion token."""
+    targets: Tensor
+    """[C] int64: the completion tokens."""
+    mask: Tensor
+    """[C] bool: False on filling."""
+    old_log_probs: Tensor
+    """[C] float32, nats, when sampled."""
+    ref_log_probs: Tensor
+    """[C] float32, nats, reference."""
+    old_values: Tensor
+    """[C] float32, reward units, when sampled."""
+    advantages: Tensor
+    """[C] float32, reward units."""
+    returns: Tensor
+    """[C] float32, reward units."""
+    kl_coef: Tensor
+    """[] float32: weight of the KL where it is part of the loss."""

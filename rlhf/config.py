@@ -1,0 +1,359 @@
+"""Every setting of every program, as typed frozen dataclasses. Importing it imports no torch.
+
+One dataclass is the YAML file, the command line and the code at once: `rlhf.io.presets` reads YAML into it, tyro makes
+flags of it, and the stages take it as it is. Ranges stand in the types and are checked when an object is made.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A range of numbers in a type annotation: `Annotated[float, Interval("(0, 1]")]`."""
+
+    text: str
+
+    def __contains__(self, value: float) -> bool:
+        low, high = (float(part) for part in self.text[1:-1].split(","))
+        above = value > low if self.text[0] == "(" else value >= low
+        return above and (value < high if self.text[-1] == ")" else value <= high)
+
+
+Count = Annotated[int, Interval("[1, inf)")]
+Index = Annotated[int, Interval("[0, inf)")]
+Fraction = Annotated[float, Interval("[0, 1]")]
+Share = Annotated[float, Interval("[0, 1)")]
+Positive = Annotated[float, Interval("(0, inf)")]
+PositiveOrInf = Annotated[float, Interval("(0, inf]")]
+NonNegative = Annotated[float, Interval("[0, inf)")]
+Seed = Annotated[int, Interval("[0, 18446744073709551615]")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A dataclass whose annotated ranges are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value, interval = getattr(self, name), _interval(hint)
+            if interval is not None and value is not None and value not in interval:
+                raise ValueError(f"{name} must be in {interval.text}, got {value}")
+
+
+def _interval(hint: Any) -> Interval | None:
+    if get_origin(hint) is Annotated:
+        return next((extra for extra in get_args(hint)[1:] if isinstance(extra, Interval)), None)
+    return next((found for part in get_args(hint) if (found := _interval(part))), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """Shape of a model trained from scratch. A model folder brings its own; a field set here must then agree with it."""
+
+    preset: Literal["tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "small"
+    """Named shape that the fields below change."""
+    n_layer: Count | None = None
+    """Blocks."""
+    n_head: Count | None = None
+    """Attention heads per block."""
+    n_embd: Count | None = None
+    """Width; a multiple of n_head."""
+    n_positions: Count | None = None
+    """Context in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(Section):
+    """Tokenizer of a model trained from scratch. A model folder brings its own."""
+
+    path: Path | None = None
+    """Folder with tokenizer.json, or with vocab.json and merges.txt; none trains a byte-level BPE on the data."""
+    vocab_size: Annotated[int, Interval("[258, 1000000]")] = 1024
+    """Entries of the trained BPE: 256 bytes, two special tokens, and merges."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """What is saved while training, beside the model folder at the end of each stage."""
+
+    every: Count = 100
+    """Steps (PPO: iterations) between checkpoints; one is always written at the end and when interrupted."""
+    keep: Count = 2
+    """Checkpoints kept per stage: the newest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(Section):
+    """What is written to logs/ and shown."""
+
+    every: Count = 1
+    """Steps between lines of metrics.jsonl (PPO writes every iteration)."""
+    samples: Index = 64
+    """Completions of each PPO iteration written to samples.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard event files too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistConfig(Section):
+    """Workers and servers; see distributed.yaml."""
+
+    num_workers: Annotated[int, Interval("[0, 0]")] = 0
+    """Ray workers; 0 runs everything in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """AdamW with a learning-rate schedule; the base of every stage's section."""
+
+    learning_rate: Positive = 1e-3
+    """Peak, after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course after the warm-up; linear and cosine end at 0."""
+    warmup_fraction: Share = 0.05
+    """Share of all updates over which the rate rises linearly."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled, on matrices and embeddings."""
+    adam_b1: Share = 0.9
+    """Decay of the gradient's running mean."""
+    adam_b2: Share = 0.999
+    """Decay of its square's."""
+    adam_eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: PositiveOrInf = 1.0
+    """Global-norm clipping; inf is off."""
+    micro_batch_size: Count = 8
+    """Packed rows computed at once. Bounds memory; changes results only by rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(OptimizerConfig):
+    """What SFT and reward-model training share."""
+
+    epochs: Positive = 3.0
+    """Passes over the training split; may be fractional."""
+    max_steps: Count | None = None
+    """Upper bound on optimiser steps."""
+    batch_size: Count = 32
+    """Records per optimiser step."""
+    max_length: Annotated[int, Interval("[2, inf)")] | None = None
+    """Tokens kept of one record; none is the model's context. The rule for longer ones: `rlhf.data.truncation`."""
+    val_fraction: Share = 0.05
+    """Share of the records held out when no validation file is given."""
+    eval_every: Count = 100
+    """Steps between evaluations on the validation split; one is always made at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning on demonstrations."""
+
+    loss_on: Literal["completion", "all"] = "completion"
+    """Tokens that count: the completion's, or the prompt's too."""
+    dropout: Share = 0.0
+    """Share dropped after the embedding, attention and MLP (GPT-2 was trained with 0.1)."""
+    model_path: Path | None = None
+    """Model folder to start from; none starts from random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(SupervisedConfig):
+    """Reward model on preference pairs."""
+
+    epochs: Positive = 1.0
+    """Passes over the training split; one is customary, since reward models overfit quickly."""
+    learning_rate: Positive = 3e-4
+    """Peak, after the warm-up."""
+    centre_coef: NonNegative = 0.01
+    """Weight of (chosen + rejected)^2, which keeps rewards centred; 0 is off."""
+    use_margin: bool = False
+    """Take the margin of the loss from the records' `margin` column."""
+    model_path: Path | None = None
+    """Model folder whose trunk it starts from; none is OUTPUT_DIR/sft."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(OptimizerConfig):
+    """PPO with a KL penalty to a reference model."""
+
+    model_path: Path | None = None
+    """Model folder of the policy and reference; none is OUTPUT_DIR/sft."""
+    reward: tuple[str, ...] = ()
+    """Sources of reward, summed: each a reward-model folder, a Python function `module:function` or
+    `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`. None is OUTPUT_DIR/reward."""
+
+    num_iterations: Count = 100
+    """Rounds of generating and updating."""
+    batch_size: Count = 64
+    """Prompts per iteration."""
+    samples_per_prompt: Count = 1
+    """Completions per prompt."""
+    num_epochs: Count = 4
+    """Passes over each iteration's completions."""
+    minibatch_size: Count = 16
+    """Completions per optimiser step."""
+    rollout_batch_size: Count = 32
+    """Completions generated together."""
+
+    max_new_tokens: Count = 32
+    """Longest completion."""
+    min_new_tokens: Index = 0
+    """Tokens before which no stop token is drawn."""
+    temperature: Positive = 1.0
+    """Of the policy and the reference alike: in sampling, in every log-prob and in the update."""
+    top_k: Index = 0
+    """Sample from the k most likely tokens; 0 is all. Shapes what is drawn, not the log-probs."""
+    top_p: Annotated[float, Interval("(0, 1]")] = 1.0
+    """Sample from the nucleus of this mass."""
+    stop_at_eos: bool = True
+    """End a completion at the end-of-text token; otherwise it always runs to max_new_tokens."""
+
+    normalize_reward: bool = True
+    """Shift and scale a reward model's scores by the mean and std stored with it."""
+    reward_clip: PositiveOrInf = 10.0
+    """Scores are clipped to [-reward_clip, reward_clip]; inf is off."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Taken off the score of a completion that did not end by itself."""
+    whiten_rewards: bool = False
+    """Scale token rewards to unit variance over the batch, keeping their mean."""
+
+    kl_coef: NonNegative = 0.05
+    """Weight of the KL to the reference; where adaptive, its start."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
+    """Per-token KL: Schulman's estimators, or exact over the vocabulary."""
+    kl_in_loss: bool = False
+    """Put the KL into the loss instead of the reward (then k2, k3 or exact has a useful gradient; k1 has none)."""
+    kl_adaptive: bool = False
+    """Steer kl_coef towards kl_target."""
+    kl_target: Positive = 6.0
+    """Nats per completion."""
+    kl_horizon: Positive = 10_000.0
+    """Completions over which the adaptive coefficient moves by at most 20%."""
+    ref_ema: Fraction | None = None
+    """Move the reference towards the policy after each iteration: reference = ref_ema reference + (1 - ref_ema) policy.
+    None keeps it fixed."""
+
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    lam: Fraction = 0.95
+    """Lambda of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Zero mean and unit variance over the whole batch."""
+
+    clip_eps: Annotated[float, Interval("(0, 1)")] = 0.2
+    """Policy ratio is clipped to [1 - clip_eps, 1 + clip_eps]."""
+    dual_clip: Annotated[float, Interval("(1, inf)")] | None = None
+    """Bound, in units of the advantage, on the loss of tokens with negative advantage."""
+    value_clip_eps: PositiveOrInf = 0.2
+    """Values are clipped to within this of those at sampling time; inf is off."""
+    value_coef: NonNegative = 0.1
+    """Weight of the value loss."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    target_kl: Positive | None = None
+    """Stop an iteration's updates once a minibatch's approximate KL exceeds this, in nats per token."""
+
+    critic: Literal["separate", "shared"] = "separate"
+    """Value function: a model of its own, started from the reward model where there is one; or a head on the policy."""
+    critic_warmup: Index = 0
+    """Iterations at the start in which only the value function learns."""
+    recompute_log_probs: bool | None = None
+    """Recompute the sampled tokens' log-probs in one forward pass before updating; none does so in bf16, where
+    cached decoding rounds differently."""
+
+    learning_rate: Positive = 1e-4
+    """Peak, after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course after the warm-up; linear and cosine end at 0."""
+    warmup_fraction: Share = 0.0
+    """Share of all updates over which the rate rises linearly."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled, on matrices and embeddings."""
+    adam_eps: Positive = 1e-5
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        total = self.batch_size * self.samples_per_prompt
+        if self.minibatch_size > total:
+            raise ValueError(f"minibatch_size must be at most batch_size * samples_per_prompt = {total}, got {self.minibatch_size}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens must be at most max_new_tokens = {self.max_new_tokens}, got {self.min_new_tokens}")
+        if self.kl_in_loss and self.kl_estimator == "k1":
+            raise ValueError("kl_estimator must be k2, k3 or exact with kl_in_loss, got k1, whose gradient is zero on average")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """What every run has."""
+
+    output_dir: Path = Path("outputs")
+    """Folder for models, checkpoints, logs and the resolved configuration."""
+    seed: Seed = 0
+    """Source of all randomness."""
+    resume: bool = False
+    """Continue the run in output_dir from its last checkpoint, to the same bits as if it had never stopped."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward and backward pass; master weights, optimiser and losses are fp32 either way."""
+    threads: Count | None = None
+    """CPU threads; none takes all cores. The bits of a result depend on it."""
+    cache_dir: Path | None = None
+    """Folder for tokenised data; none is $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRun(RunConfig):
+    """rlhf-train sft."""
+
+    sft_data: Path | None = None
+    """JSON list or JSON Lines of {"prompt", "completion"}; none uses the embedded example."""
+    sft_val_data: Path | None = None
+    """Validation file; none holds out sft.val_fraction."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRun(RunConfig):
+    """rlhf-train reward."""
+
+    preference_data: Path | None = None
+    """JSON list or JSON Lines of {"prompt", "chosen", "rejected"}; none uses the embedded example."""
+    preference_val_data: Path | None = None
+    """Validation file; none holds out reward.val_fraction."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPORun(RunConfig):
+    """rlhf-train ppo."""
+
+    prompt_data: Path | None = None
+    """JSON list or JSON Lines of {"prompt"}, other columns going to reward functions; none uses the embedded example."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRun(SFTRun, RewardRun, PPORun):
+    """rlhf-train pipeline: the three stages in order."""
+
+    start_at: Literal["sft", "reward", "ppo"] = "sft"
+    """First stage to run; earlier ones must have left their models in output_dir."""
+
+
+def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a config dataclass by its dotted name."""
+    leaves: dict[str, Any] = {}
+    for spec in dataclasses.fields(config):
+        value, name = getattr(config, spec.name), prefix + spec.name
+        leaves |= flat_fields(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+    return leaves

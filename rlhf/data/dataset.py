@@ -1,0 +1,185 @@
+"""Data files as memory-mapped token arrays, tokenised once and cached by content.
+
+A data set of a million records costs its arrays' disk space and a few open files, not memory.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf.data.records import Record, read_records
+from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, check_record
+from rlhf.data.truncation import Fit, fit
+from rlhf.errors import UserError
+from rlhf.io.files import atomic_folder, sha256
+from rlhf.io.tokenizer import Tokenizer
+
+_FORMAT = 1
+_RECORDS_AT_ONCE = 1024
+
+
+class TokenSequence(NamedTuple):
+    """One prompt with its completion, ready for a model."""
+
+    tokens: np.ndarray
+    """[n] int64: prompt, completion, end-of-text unless the completion was cut."""
+    prompt: int
+    """Tokens of the prompt."""
+
+
+class Dataset:
+    """A tokenised data file. Records are numbered from 0; a pair's members are (chosen, rejected)."""
+
+    def __init__(self, folder: Path, schema: Schema, eos_id: int) -> None:
+        """Open a cache folder that `load_dataset` has written."""
+        self.schema, self.eos_id = schema, eos_id
+        self.members = max(1, len(schema.answers))
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        self._prompts = np.load(folder / "prompts.npy", mmap_mode="r")
+        self._margins = np.load(folder / "margins.npy", mmap_mode="r")
+        self._columns = (folder / "columns.jsonl").open("rb") if schema is PROMPTS else None
+        self._column_offsets = np.load(folder / "column_offsets.npy", mmap_mode="r")
+        self.dropped: int = json.loads((folder / "meta.json").read_text())["dropped"]
+
+    def __len__(self) -> int:
+        return len(self._prompts) // self.members
+
+    def sequences(self, record: int, max_length: int) -> list[TokenSequence]:
+        """The record's sequences (one, or chosen and rejected), fitted to `max_length` tokens."""
+        return [
+            TokenSequence(self._kept(record * self.members + member, kept), kept.prompt)
+            for member, kept in enumerate(self._fits(record, max_length))
+        ]
+
+    def lengths(self, record: int, max_length: int) -> list[int]:
+        """Tokens of each of the record's sequences as `sequences` returns them."""
+        return [kept.prompt + kept.completion + kept.ends for kept in self._fits(record, max_length)]
+
+    def prompt(self, record: int, max_length: int) -> np.ndarray:
+        """[n] int64: the last `max_length` tokens of the prompt."""
+        start = int(self._offsets[record * self.members])
+        stop = start + int(self._prompts[record * self.members])
+        return self._tokens[max(start, stop - max_length) : stop].astype(np.int64)
+
+    def margin(self, record: int) -> float:
+        """The pair's `margin` column, 0 where it has none."""
+        return float(self._margins[record])
+
+    def columns(self, record: int) -> dict[str, Any]:
+        """All fields of a prompt record, `prompt` included, as they stand in the file."""
+        assert self._columns is not None, "only prompt files keep their columns"
+        self._columns.seek(int(self._column_offsets[record]))
+        return json.loads(self._columns.readline())
+
+    def count_cut(self, max_length: int, *, prompts_only: bool = False) -> int:
+        """Records that do not fit `max_length` tokens whole."""
+        lengths = self._prompts if prompts_only else np.diff(self._offsets) + 1
+        return int((lengths.reshape(-1, self.members).max(axis=1) > max_length).sum())
+
+    def _fits(self, record: int, max_length: int) -> list[Fit]:
+        first = record * self.members
+        bounds = self._offsets[first : first + self.members + 1].tolist()
+        prompts = self._prompts[first : first + self.members].tolist()
+        answers = [bounds[i + 1] - bounds[i] - prompts[i] for i in range(self.members)]
+        longest = max(answers)
+        return [fit(prompt, answer, max_length, longest=longest) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _kept(self, sequence: int, kept: Fit) -> np.ndarray:
+        middle = int(self._offsets[sequence]) + int(self._prompts[sequence])
+        tokens = self._tokens[middle - kept.prompt : middle + kept.completion].astype(np.int64)
+        return np.append(tokens, self.eos_id) if kept.ends else tokens
+
+
+def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Dataset:
+    """Read, check and tokenise a data file, or open the arrays left by an earlier run over the same content.
+
+    Pairs whose chosen equals its rejected text are dropped and counted (`Dataset.dropped`). An empty prompt becomes
+    the end-of-text token.
+
+    Args:
+        path: JSON list or JSON Lines.
+        schema: the kind of records expected.
+        tokenizer: turns texts into ids.
+        cache_dir: None is `default_cache_dir()`.
+
+    Raises:
+        UserError: the file or a record is not usable (`read_records`, `check_record`), or nothing is left.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; give {schema.name} as {schema.flag} FILE")
+    identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{sha256(path)}"
+    folder = (cache_dir or default_cache_dir()) / "datasets" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if not _is_complete(folder):
+        with atomic_folder(folder) as temporary:
+            _write(path, schema, tokenizer, temporary)
+    return Dataset(folder, schema, tokenizer.eos_id)
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/rlhf, or ~/.cache/rlhf."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
+
+
+def texts(path: Path, schema: Schema) -> Iterator[str]:
+    """Every text of a data file, checked: what a tokenizer is trained on."""
+    for record in read_records(path):
+        check_record(path, record, schema)
+        yield from (record.fields[key] for key in schema.keys)
+
+
+def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> None:
+    """Tokenise into flat files, a block of records at a time, then give the arrays their headers."""
+    kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    lengths, prompts, margins, column_ends, dropped = [], [], [], [0], 0
+    records = read_records(path)
+    with (folder / "tokens.bin").open("wb") as stream, (folder / "columns.jsonl").open("wb") as columns:
+        while block := list(itertools.islice(records, _RECORDS_AT_ONCE)):
+            for record in block:
+                check_record(path, record, schema)
+            kept = [record for record in block if not _is_tie(record, schema)]
+            dropped += len(block) - len(kept)
+            encoded = iter(tokenizer.encode([record.fields[key] for record in kept for key in schema.keys]))
+            for record in kept:
+                prompt = next(encoded) or [tokenizer.eos_id]
+                for answer in [next(encoded) for _ in schema.answers] or [[]]:
+                    stream.write(np.array(prompt + answer, dtype=kind).tobytes())
+                    lengths.append(len(prompt) + len(answer))
+                    prompts.append(len(prompt))
+                margins.append(record.fields.get("margin", 0.0) if schema is PREFERENCES else 0.0)
+                if schema is PROMPTS:
+                    column_ends.append(column_ends[-1] + columns.write(json.dumps(record.fields).encode() + b"\n"))
+    if not prompts:
+        raise UserError(f"{path}: in every pair the chosen text equals the rejected one; nothing is left to learn from")
+    flat = np.memmap(folder / "tokens.bin", dtype=kind, mode="r")
+    np.save(folder / "tokens.npy", flat)
+    (folder / "tokens.bin").unlink()
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    np.save(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
+    np.save(folder / "margins.npy", np.array(margins, dtype=np.float32))
+    np.save(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / "meta.json").write_text(json.dumps({"format": _FORMAT, "dropped": dropped, "sizes": sizes}))
+
+
+def _is_tie(record: Record, schema: Schema) -> bool:
+    return schema is PREFERENCES and record.fields["chosen"] == record.fields["rejected"]
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a cache folder is whole; one that is not is written anew."""
+    try:
+        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
+        complete = all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        complete = False
+    if not complete:
+        shutil.rmtree(folder, ignore_errors=True)
+    return complete

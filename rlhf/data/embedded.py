@@ -1,0 +1,133 @@
+"""The embedded example: a made-up customer service, generated from a seed, and the gold judge of its replies.
+
+Demonstrations are replies of mixed quality; preference pairs are pairs of such replies, compared by simulated
+annotators who err; prompts are what customers write. `gold_score` is what the annotators err about. Training never
+sees it: it judges the result.
+"""
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf.io.files import write_text
+
+ITEMS = (
+    "tea", "lamp", "kettle", "scarf", "novel", "camera", "guitar", "jacket", "clock", "mug", "tent", "radio", "desk",
+    "pillow", "printer", "blender", "rug", "helmet", "backpack", "bicycle",
+)  # fmt: skip
+_PROBLEMS = (
+    "arrived late", "arrived broken", "has the wrong colour", "is too small", "stopped working", "has a scratch",
+    "never arrived", "is missing a part",
+)  # fmt: skip
+_OPENINGS = ("My", "Hello, my", "I am upset, my new", "Can you help? My")
+_APOLOGIES = ("I am sorry about your {item}.", "Sorry that your {item} {problem}.", "We apologise for the {item}.")
+_DISMISSALS = ("That is not my problem.", "These things happen.", "You should read the label.")
+_REMEDIES = ("We will send you a new one today.", "We will refund you in full.", "We will repair it for free.")
+_DELAYS = ("Please wait a few weeks.", "Nothing can be done.", "Ask somebody else.")
+_CLOSINGS = ("Thank you for your patience.", "Have a lovely day.", "We are glad to help.")
+_BRUSH_OFFS = ("Do not write again.", "Stop complaining.", "I am busy now.")
+
+_KIND = re.compile(r"\b(sorry|apologise)\b")
+_HELPFUL = re.compile(r"\b(send you a new one|refund you|repair it)\b")
+_WARM = re.compile(r"\b(thank you|lovely day|glad to help)\b")
+_RUDE = re.compile(
+    r"\b(not my problem|things happen|read the label|few weeks|nothing can be done|somebody else|not write again|"
+    r"stop complaining|busy now)\b"
+)
+
+
+class EmbeddedFiles(NamedTuple):
+    """Where `write_embedded` put the example."""
+
+    demonstrations: Path
+    preferences: Path
+    prompts: Path
+    heldout_prompts: Path
+    """Prompts on whose items and problems nothing was trained together: for judging."""
+
+
+def gold_score(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
+    """Judge replies: an apology, the customer's own item, a remedy and a kind closing are worth a point each.
+
+    A rude or unhelpful phrase, somebody else's item, a repeated sentence and an unfinished sentence cost a point
+    each. A perfect reply has 4 points.
+
+    Args:
+        prompts: as written by `write_embedded`.
+        completions: replies.
+        **columns: ignored; here so that it has the signature of a reward function.
+    """
+    return [_judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def write_embedded(folder: Path, *, seed: int = 0, size: int = 2000) -> EmbeddedFiles:
+    """Write the example's four JSON files.
+
+    Args:
+        folder: made if missing.
+        seed: of the generator; the same seed gives the same bytes.
+        size: demonstrations, and preference pairs.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    cases = [(opening, item, problem) for opening in _OPENINGS for item in ITEMS for problem in _PROBLEMS]
+    rng.shuffle(cases)
+    heldout, known = cases[:200], cases[200:]
+    files = EmbeddedFiles(*(folder / f"{name}.json" for name in EmbeddedFiles._fields))
+    _write(files.demonstrations, (_demonstration(rng, rng.choice(known)) for _ in range(size)))
+    _write(files.preferences, (_preference(rng, rng.choice(known)) for _ in range(size)))
+    _write(files.prompts, ({"prompt": _prompt(*case), "item": case[1]} for case in known))
+    _write(files.heldout_prompts, ({"prompt": _prompt(*case), "item": case[1]} for case in heldout))
+    return files
+
+
+def _judge(prompt: str, completion: str) -> float:
+    text = completion.lower()
+    words = set(re.findall(r"[a-z]+", text))
+    own = {item for item in ITEMS if item in prompt.lower()}
+    sentences = [sentence.strip() for sentence in re.findall(r"[^.]+\.", text)]
+    merits = bool(_KIND.search(text)) + bool(words & own) + bool(_HELPFUL.search(text)) + bool(_WARM.search(text))
+    faults = len(_RUDE.findall(text)) + len(words & (set(ITEMS) - own)) + len(sentences) - len(set(sentences))
+    return float(merits - faults - (not text.rstrip().endswith(".")))
+
+
+def _demonstration(rng: random.Random, case: tuple[str, str, str]) -> dict[str, str]:
+    return {"prompt": _prompt(*case), "completion": _reply(rng, case)}
+
+
+def _preference(rng: random.Random, case: tuple[str, str, str]) -> dict[str, str]:
+    """Two different replies, ordered by an annotator who follows Bradley and Terry: the closer, the more often wrong."""
+    prompt, first, second = _prompt(*case), _reply(rng, case), _reply(rng, case)
+    while second == first:
+        second = _reply(rng, case)
+    difference = _judge(prompt, first) - _judge(prompt, second)
+    if rng.random() > 1.0 / (1.0 + math.exp(-2.0 * difference)):
+        first, second = second, first
+    return {"prompt": prompt, "chosen": first, "rejected": second}
+
+
+def _prompt(opening: str, item: str, problem: str) -> str:
+    return f"Customer: {opening} {item} {problem}.\nAgent:"
+
+
+def _reply(rng: random.Random, case: tuple[str, str, str]) -> str:
+    """Up to three sentences, each good, bad or missing."""
+    _, item, problem = case
+    named = item if rng.random() < 0.8 else rng.choice(ITEMS)
+    parts = []
+    for good, bad in ((_APOLOGIES, _DISMISSALS), (_REMEDIES, _DELAYS), (_CLOSINGS, _BRUSH_OFFS)):
+        draw = rng.random()
+        if draw < 0.8:
+            parts.append(rng.choice(good if draw < 0.4 else bad).format(item=named, problem=problem))
+    return " " + " ".join(parts or [rng.choice(_DISMISSALS)])
+
+
+def _write(path: Path, records: Iterable[dict[str, str]]) -> None:
+    write_text(path, "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")

@@ -1,0 +1,95 @@
+"""Packing sequences of different lengths into micro-batches of full rows."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rlhf.batches import Rows
+
+_WIDTH_MULTIPLE = 16
+
+
+class MicroBatch(NamedTuple):
+    """Where the sequences of one micro-batch lie."""
+
+    units: list[int]
+    """Which units it holds."""
+    places: list[list[tuple[int, int]]]
+    """For each unit, (row, first column) of each of its sequences."""
+
+
+def pack(units: Sequence[Sequence[int]], *, rows: int, row_length: int) -> list[MicroBatch]:
+    """Divide units of sequences into micro-batches of at most `rows` rows of `row_length` tokens.
+
+    A unit (one sequence, or a preference pair) is never split over micro-batches. First fit by falling length; the
+    result depends on the lengths alone, never on how many workers there are.
+
+    Args:
+        units: for each unit the lengths of its sequences, each at most `row_length`.
+        rows: rows per micro-batch; at least as many as a unit has sequences.
+        row_length: tokens per row.
+    """
+    order = sorted(range(len(units)), key=lambda unit: (-sum(units[unit]), unit))
+    batches: list[MicroBatch] = []
+    fills: list[list[int]] = []
+    for unit in order:
+        for batch, fill in zip(batches, fills, strict=True):
+            if places := _place(units[unit], fill, rows, row_length):
+                break
+        else:
+            batch, fill = MicroBatch([], []), []
+            batches.append(batch)
+            fills.append(fill)
+            places = _place(units[unit], fill, rows, row_length)
+            if not places:
+                raise ValueError(f"pack: unit of lengths {list(units[unit])} does not fit {rows} rows of {row_length}")
+        batch.units.append(unit)
+        batch.places.append(places)
+    return batches
+
+
+def _place(lengths: Sequence[int], fill: list[int], rows: int, row_length: int) -> list[tuple[int, int]]:
+    """Places of a unit's sequences in the rows filled so far, which are updated; [] and no change if one has none."""
+    trial, places = list(fill), []
+    for length in lengths:
+        row = next((row for row, used in enumerate(trial) if used + length <= row_length), len(trial))
+        if row == len(trial):
+            if row == rows or length > row_length:
+                return []
+            trial.append(0)
+        places.append((row, trial[row]))
+        trial[row] += length
+    fill[:] = trial
+    return places
+
+
+class PackedRows(NamedTuple):
+    """Rows with the place of each sequence in them."""
+
+    rows: Rows
+    starts: list[int]
+    """Index into the flattened rows of each sequence's first token, in the order given."""
+
+
+def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]]) -> PackedRows:
+    """Lay sequences out at their places, in rows just long enough (a multiple of 16 tokens).
+
+    Args:
+        sequences: int token ids, each [n].
+        places: (row, first column) of each.
+    """
+    height = max(row for row, _ in places) + 1
+    end = max(start + len(sequence) for sequence, (_, start) in zip(sequences, places, strict=True))
+    width = -(-end // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    tokens, positions, segments = (np.zeros((height, width), dtype=np.int64) for _ in range(3))
+    starts, count = [], np.zeros(height, dtype=np.int64)
+    for sequence, (row, start) in zip(sequences, places, strict=True):
+        stop = start + len(sequence)
+        count[row] += 1
+        tokens[row, start:stop] = sequence
+        positions[row, start:stop] = np.arange(len(sequence))
+        segments[row, start:stop] = count[row]
+        starts.append(row * width + start)
+    return PackedRows(Rows(*(torch.from_numpy(array) for array in (tokens, positions, segments))), starts)

@@ -1,0 +1,182 @@
+"""Reading JSON lists and JSON Lines, one record at a time, with errors that point at the byte.
+
+The two forms are told apart by the first character. Only the record being read is in memory.
+"""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.errors import UserError
+
+_CHUNK = 1 << 20
+_SPACE = " \t\r\n"
+
+
+class Record(NamedTuple):
+    """One JSON object and where it stands."""
+
+    number: int
+    """From 1."""
+    line: int
+    """From 1: where it begins."""
+    fields: dict[str, Any]
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a JSON list of objects, or of JSON Lines, in the file's order.
+
+    Raises:
+        UserError: the file is missing, empty, not UTF-8, not JSON (with line and column), not a list of objects, or
+            has duplicate keys or NaN literals; the message names the file, the record and the remedy.
+    """
+    source = _Source(path)
+    is_list = source.first_character() == "["
+    if is_list:
+        source.position += 1
+    number = 0
+    while (character := source.skip_space()) not in ("", "]" if is_list else ""):
+        if is_list and number:
+            if character != ",":
+                raise source.error(f"expected ',' or ']' after record {number}, got {character!r}")
+            source.position += 1
+            if source.skip_space() == "]":
+                raise source.error("a comma stands before the closing ']'; remove it")
+        number += 1
+        line = source.line_of(source.position)
+        value = source.decode(number)
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: record {number} (line {line}) is {_kind(value)}, expected an object {{...}} with named texts")
+        yield Record(number, line, value)
+    if is_list:
+        if character == "":
+            raise source.error(f"the file ends after record {number} without the closing ']'; it is cut off")
+        source.position += 1
+        if source.skip_space():
+            raise source.error("text follows the closing ']' of the list; remove it")
+    if number == 0:
+        raise UserError(f"{path}: the list is empty; it needs at least one record")
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+class _LiteralError(ValueError):
+    pass
+
+
+class _Source:
+    """A window over a decoded file that grows while a record is incomplete and drops what has been read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        try:
+            self.stream = path.open("rb")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        self.decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        self.json = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_literal)
+        self.window, self.position = "", 0
+        self.lines_before, self.column_before = 0, 0  # of the text dropped from the window
+        self.bytes_read, self.at_end = 0, False
+
+    def first_character(self) -> str:
+        """The first character that is no space: '[' or '{'."""
+        head = self.stream.peek(4)[:4]
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
+            raise UserError(f"{self.path}: the text is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+        if head.startswith(codecs.BOM_UTF8):
+            self.stream.read(len(codecs.BOM_UTF8))
+        character = self.skip_space()
+        if character == "":
+            raise UserError(f"{self.path}: the file is empty; it needs a JSON list of objects, or one object per line")
+        if character not in "[{":
+            raise self.error(f"the file begins with {character!r}, expected a JSON list '[' or, in JSON Lines, an object '{{'")
+        return character
+
+    def skip_space(self) -> str:
+        """Move to the next character that is no space and return it; '' at the end of the file."""
+        while True:
+            while self.position < len(self.window):
+                if self.window[self.position] not in _SPACE:
+                    return self.window[self.position]
+                self.position += 1
+            if not self._read():
+                return ""
+
+    def decode(self, number: int) -> Any:
+        """The JSON value at the position; moves behind it."""
+        while True:
+            try:
+                value, end = self.json.raw_decode(self.window, self.position)
+            except json.JSONDecodeError as error:
+                incomplete = error.pos >= len(self.window) - 12 or error.msg.startswith("Unterminated string")
+                if incomplete and self._read():
+                    continue
+                self.position = min(error.pos, len(self.window))
+                cut = "; the file is cut off" if self.at_end and not self.window[self.position :].strip() else ""
+                raise self.error(f"record {number} is not valid JSON ({error.msg}){cut}") from None
+            except RecursionError:
+                raise self.error(f"record {number} is nested too deeply; texts and numbers are expected") from None
+            except _DuplicateKeyError as error:
+                raise self.error(f"record {number} has the key {error} twice; keep one") from None
+            except _LiteralError as error:
+                raise self.error(f"record {number} contains {error}, which JSON does not have; use null or a number") from None
+            self.position = end
+            return value
+
+    def error(self, problem: str) -> UserError:
+        line_start = self.window.rfind("\n", 0, self.position) + 1
+        column = self.position - line_start + 1 + (0 if line_start else self.column_before)
+        return UserError(f"{self.path}: line {self.line_of(self.position)}, column {column}: {problem}")
+
+    def line_of(self, position: int) -> int:
+        return self.lines_before + self.window.count("\n", 0, position) + 1
+
+    def _read(self) -> bool:
+        """Drop what has been read and append at least as much as is left; False at the end of the file."""
+        if self.at_end:
+            return False
+        dropped = self.window[: self.position]
+        newline = dropped.rfind("\n")
+        self.column_before = len(dropped) - newline - 1 + (self.column_before if newline < 0 else 0)
+        self.lines_before += dropped.count("\n")
+        self.window, self.position = self.window[self.position :], 0
+        block = self.stream.read(max(_CHUNK, 2 * len(self.window)))
+        self.at_end = not block
+        try:
+            text = self.decoder.decode(block, final=self.at_end)
+        except UnicodeDecodeError as error:
+            line = self.line_of(len(self.window)) + error.object[: error.start].count(b"\n")
+            byte = error.object[error.start] if error.start < len(error.object) else 0
+            raise UserError(
+                f"{self.path}: line {line}: byte 0x{byte:02x} is not UTF-8 ({error.reason}); save the file as UTF-8"
+            ) from None
+        if "\0" in text:
+            raise UserError(f"{self.path}: contains NUL characters; it is not UTF-8 text (UTF-16?); convert it to UTF-8")
+        self.window += text
+        if self.at_end:
+            self.stream.close()
+        return bool(text) or not self.at_end
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(repr(next(name for name in names if names.count(name) > 1)))
+    return fields
+
+
+def _refuse_literal(literal: str) -> None:
+    raise _LiteralError(literal)
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), "an object")

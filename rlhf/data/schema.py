@@ -1,0 +1,65 @@
+"""The three kinds of data file and what makes a record valid."""
+
+import difflib
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf.data.records import Record
+from rlhf.errors import UserError
+
+
+class Schema(NamedTuple):
+    """One kind of data file."""
+
+    name: str
+    """What its records are called."""
+    flag: str
+    """Command-line flag that takes such a file."""
+    answers: tuple[str, ...]
+    """Keys of the texts that follow `prompt`."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys a record must have."""
+        return ("prompt", *self.answers)
+
+
+DEMONSTRATIONS = Schema("demonstrations", "--sft-data", ("completion",))
+PREFERENCES = Schema("preference pairs", "--preference-data", ("chosen", "rejected"))
+PROMPTS = Schema("prompts", "--prompt-data", ())
+
+
+def check_record(path: Path, record: Record, schema: Schema) -> None:
+    """Raise UserError, naming file, record, key and remedy, unless the record's texts are there and usable.
+
+    A prompt may be empty; a completion, chosen or rejected text may not be empty or only white space. Other columns
+    are not looked at, but for `margin`, which must be a number.
+    """
+    where = f"{path}: record {record.number} (line {record.line})"
+    for key in schema.keys:
+        if key not in record.fields:
+            raise UserError(f"{where} has no key {key!r}; {_remedy(key, record, schema)}")
+        text = record.fields[key]
+        if not isinstance(text, str):
+            got = "null" if text is None else f"{type(text).__name__} {str(text)[:40]!r}"
+            raise UserError(f"{where}: {key!r} must be a text, got {got}; write it in double quotes")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            escape = f"\\u{ord(text[error.start]):04x}"
+            raise UserError(f"{where}: {key!r} has the lone surrogate {escape}, which is no character; remove it") from None
+        if key != "prompt" and not text.strip():
+            raise UserError(f"{where}: {key!r} is {'empty' if not text else 'only white space'}; fill it in or remove the record")
+    margin = record.fields.get("margin", 0.0)
+    if schema is PREFERENCES and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+        raise UserError(f"{where}: 'margin' must be a number, got {margin!r}")
+
+
+def _remedy(key: str, record: Record, schema: Schema) -> str:
+    found = sorted(record.fields)
+    for other in (PREFERENCES, DEMONSTRATIONS):
+        if other is not schema and all(name in record.fields for name in other.keys):
+            return f"it looks like {other.name}: give the file as {other.flag}, or give {schema.name} as {schema.flag}"
+    close = difflib.get_close_matches(key, [name for name in found if name not in schema.keys], n=1)
+    hint = f"did you mean it by {close[0]!r}? " if close else ""
+    return f"{hint}{schema.name} need {', '.join(map(repr, schema.keys))}, found {', '.join(map(repr, found)) or 'nothing'}"

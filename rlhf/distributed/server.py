@@ -1,0 +1,106 @@
+"""The parameter server's pure inside: flat fp32 master parameters, optimiser state, and the exactly-once update.
+
+The flat buffer of all parameters is cut into contiguous ranges at multiples of `rlhf.tree.CHUNK`; each range is one
+`Shard` with a version. One process holds one shard; nothing here knows who hosts it.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rlhf.optim import Optimizer
+from rlhf.tree import CHUNK, FlatLayout, chunk_square_sums, leaves, tree_map
+
+_BLOCK = 1 << 18
+"""Elements updated at once: what the update allocates stays small, and in cache."""
+
+
+class Shard(NamedTuple):
+    """One range of the flat buffer and its optimiser state; `apply` writes both in place (donated buffers)."""
+
+    start: int
+    """First element of the range, a multiple of CHUNK."""
+    params: Tensor
+    """[n] float32."""
+    opt_state: Any
+    """State of the optimiser over `params`: leaves [n], or [] for counters."""
+    version: int
+    """Steps applied since the beginning of the run."""
+
+
+def init_shard(flat: Tensor, optimizer: Optimizer, *, start: int = 0, stop: int | None = None) -> Shard:
+    """The shard of [start, stop) of a flat parameter buffer, at version 0.
+
+    Raises:
+        ValueError: the range is not cut at multiples of CHUNK.
+    """
+    stop = flat.numel() if stop is None else stop
+    if start % CHUNK or stop % CHUNK:
+        raise ValueError(f"init_shard: range is [{start}, {stop}), expected multiples of {CHUNK}")
+    params = flat[start:stop].clone()
+    return Shard(start, params, optimizer.init(params), 0)
+
+
+def square_sums(gradient_sum: Tensor) -> Tensor:
+    """[n / CHUNK] float64: what a shard contributes to the global norm of the gradient."""
+    return chunk_square_sums(gradient_sum)
+
+
+def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float, float]:
+    """(factor that turns a summed gradient into the clipped mean gradient, norm of the mean gradient before clipping).
+
+    Args:
+        squares: [chunks] float64, the square sums of all shards in the order of the buffer.
+        count: what the sum is divided by: the tokens or pairs of the global batch.
+        max_norm: global-norm clipping; inf is off.
+    """
+    norm = float(squares.sum().sqrt()) / count
+    return min(1.0, max_norm / (norm + 1e-6)) / count, norm
+
+
+def apply(shard: Shard, step: int, gradient_sum: Tensor, scale: float, optimizer: Optimizer, layout: FlatLayout) -> Shard:
+    """Apply one step exactly once.
+
+    Args:
+        shard: its buffers are updated in place and belong to the result.
+        step: the step that this is; must be the shard's version. The step before it was applied already, and is
+            answered with the shard as it is.
+        gradient_sum: [n] float32, this range of the summed gradient.
+        scale: from `update_scale`.
+        optimizer: element-wise, as `rlhf.optim.adamw`.
+        layout: of the whole buffer.
+
+    Returns:
+        The shard at version step + 1.
+
+    Raises:
+        ValueError: the step is neither the next one nor the last one applied.
+    """
+    if step == shard.version - 1:
+        return shard
+    if step != shard.version:
+        raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
+    updated: list[Tensor] = []
+    for name, low, high in _blocks(shard, layout):
+        params, gradient = {name: shard.params[low:high]}, {name: gradient_sum[low:high] * scale}
+        state = tree_map(lambda leaf, n=name, i=low, j=high: {n: leaf[i:j]} if leaf.ndim else leaf, shard.opt_state)
+        new_params, new_state = optimizer.update(gradient, state, params)
+        params[name].copy_(new_params[name])
+        updated = leaves(new_state)
+        for old, new in zip(leaves(state), updated, strict=True):
+            if old.ndim:
+                old.copy_(new)
+    for counter, new in zip(leaves(shard.opt_state), updated, strict=False):
+        if not counter.ndim:  # only now: every block must see the same count
+            counter.copy_(new)
+    return shard._replace(version=shard.version + 1)
+
+
+def _blocks(shard: Shard, layout: FlatLayout) -> Iterator[tuple[str, int, int]]:
+    """(leaf name, first, end) within the shard, each of at most _BLOCK elements of one leaf; gaps are left out."""
+    end = shard.start + shard.params.numel()
+    for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
+        low, high = max(offset, shard.start), min(offset + shape.numel(), end)
+        for first in range(low, high, _BLOCK):
+            yield name, first - shard.start, min(first + _BLOCK, high) - shard.start

@@ -1,0 +1,120 @@
+"""From a batch of scored completions to what PPO learns from: scores, token rewards, advantages, returns."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.advantages import gae, token_rewards
+from rlhf.checks import check_value
+from rlhf.kl import kl_estimate
+from rlhf.ops import masked_mean, masked_var, whiten
+from rlhf.types import Metrics
+
+
+class Experience(NamedTuple):
+    """What one iteration's completions teach; all constants in the update."""
+
+    advantages: Tensor
+    """[B, T] float32, reward units or whitened."""
+    returns: Tensor
+    """[B, T] float32, reward units: targets of the value function."""
+    kl: Tensor
+    """[B, T] float32, nats: KL(policy || reference) per token."""
+    metrics: Metrics
+    """[] float32 by name: means over the batch, under TRL's names."""
+
+
+def shape_scores(
+    scores: Tensor, ended: Tensor, *, missing_eos_penalty: float = 0.0, clip: float = float("inf")
+) -> Tensor:
+    """Clip the scores of completions, then penalise those that did not end by themselves.
+
+    Source: Stiennon et al. 2020 (a completion without end-of-text is bad whatever its text), as TRL's
+    `missing_eos_penalty`; clipping as OpenRLHF's `reward_clip_range`.
+
+    Args:
+        scores: [B] float, reward units.
+        ended: [B] bool.
+        missing_eos_penalty: reward units, at least 0.
+        clip: scores are clipped to [-clip, clip]; above 0.
+
+    Returns:
+        [B] float.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    check_value("shape_scores", missing_eos_penalty >= 0, "at least 0", missing_eos_penalty=missing_eos_penalty)
+    check_value("shape_scores", clip > 0, "above 0", clip=clip)
+    return scores.clamp(-clip, clip) - missing_eos_penalty * (~ended).to(scores.dtype)
+
+
+def make_experience(
+    scores: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1",
+    exact_kl: Tensor | None = None,
+    kl_in_loss: bool = False,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten_rewards: bool = False,
+    whiten_advantages: bool = True,
+) -> Experience:
+    """Token rewards (KL penalty and score), GAE, and whitening over the whole batch.
+
+    Source: Ziegler et al. 2019, section 2; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO",
+    https://arxiv.org/abs/2403.17031.
+
+    Args:
+        scores: [B] float, shaped (`shape_scores`).
+        log_probs: [B, T] float, nats, policy.
+        ref_log_probs: [B, T] float, nats, reference.
+        values: [B, T] float, reward units.
+        mask: [B, T] bool, True on each row's tokens, a prefix.
+        kl_coef: reward units per nat.
+        kl_estimator: per-token KL; "exact" takes `exact_kl`.
+        exact_kl: [B, T] float, nats.
+        kl_in_loss: leave the KL out of the rewards, because the loss has it.
+        gamma, lam: of GAE.
+        whiten_rewards: scale token rewards to unit variance, keeping their mean.
+        whiten_advantages: zero mean and unit variance over the batch's tokens.
+
+    Returns:
+        An `Experience`. Its metrics: `objective/kl`, `objective/entropy` (minus the sum of log-probs),
+        `objective/scores`, `objective/non_score_reward`, `objective/rlhf_reward` (the last two add up), all per
+        completion; `val/mean`, `val/explained_variance` of the returns; `response_length/mean`.
+
+    Raises:
+        ValueError: shapes do not match, or exact_kl is missing.
+        TypeError: mask is not bool.
+    """
+    if kl_estimator == "exact":
+        check_value("make_experience", exact_kl is not None, 'given with kl_estimator "exact"', exact_kl=exact_kl)
+        kl = exact_kl
+    else:
+        kl = kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
+    kl = torch.where(mask, kl, 0.0)
+    penalty = 0.0 if kl_in_loss else kl_coef
+    rewards = token_rewards(scores, kl, mask, kl_coef=penalty)
+    if whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    non_score = -penalty * kl.sum(dim=1)
+    unexplained = masked_var(returns - torch.where(mask, values, 0.0), mask)
+    metrics = {
+        "objective/kl": kl.sum(dim=1).mean(),
+        "objective/entropy": -torch.where(mask, log_probs, 0.0).sum(dim=1).mean(),
+        "objective/scores": scores.mean(),
+        "objective/non_score_reward": non_score.mean(),
+        "objective/rlhf_reward": (scores + non_score).mean(),
+        "val/mean": masked_mean(values, mask),
+        "val/explained_variance": 1.0 - unexplained / masked_var(returns, mask).clamp(min=1e-8),
+        "response_length/mean": mask.sum(dim=1).float().mean(),
+    }
+    return Experience(whiten(advantages, mask) if whiten_advantages else advantages, returns, kl, metrics)

@@ -1,0 +1,310 @@
+"""GPT-2 as pure functions over a pytree of parameters.
+
+Parameters are nested dicts and lists under OpenAI's names, so that a leaf's dotted name is its Hugging Face name
+without the `transformer.` prefix:
+
+    wte.weight [V, D]   wpe.weight [T, D]   ln_f.{weight,bias} [D]   and for each layer h.i:
+    ln_1, ln_2 {weight,bias} [D]            attn.c_attn {weight [D, 3D], bias [3D]}   attn.c_proj {weight [D, D], bias [D]}
+    mlp.c_fc {weight [D, 4D], bias [4D]}    mlp.c_proj {weight [4D, D], bias [D]}
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", https://github.com/openai/gpt-2;
+outputs equal `transformers.GPT2LMHeadModel`. Computation runs in the dtype of the parameters.
+
+Sequences in a row are told apart by `segments`: a token attends to earlier tokens of its own segment. That one
+rule serves left padding, right padding (padding is a segment of its own) and several sequences packed in a row.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
+from rlhf.gpt2_config import GPT2Config
+from rlhf.random import fold_in, normal, uniform
+from rlhf.tree import named_leaves, tree_map_named, with_leaves
+from rlhf.types import Params
+
+_INIT_STD = 0.02
+
+
+def init(config: GPT2Config, *, key: Tensor) -> Params:
+    """Random parameters as GPT-2's: normal with std 0.02, the projections into the residual stream with 0.02 / sqrt(2L).
+
+    Source: Radford et al. 2019, section 2.3 ("scale the weights of residual layers at initialization by 1/sqrt(N)").
+
+    Args:
+        config: the shape.
+        key: [2] int32, consumed.
+
+    Returns:
+        float32 parameters.
+    """
+    blank = empty(config)
+    keys = {name: fold_in(key, index) for index, name in enumerate(named_leaves(blank))}
+
+    def leaf(name: str, like: Tensor) -> Tensor:
+        if name.endswith("bias"):
+            return torch.zeros(like.shape)
+        if "ln_" in name:
+            return torch.ones(like.shape)
+        std = _INIT_STD / (2 * config.n_layer) ** 0.5 if "c_proj" in name else _INIT_STD
+        return std * normal(keys[name], tuple(like.shape))
+
+    return tree_map_named(leaf, blank)
+
+
+def empty(config: GPT2Config) -> Params:
+    """The parameters' structure and shapes without memory: tensors on the `meta` device."""
+    width = config.n_embd
+
+    def affine(*shape: int) -> Params:
+        return {"weight": torch.empty(shape, device="meta"), "bias": torch.empty(shape[-1], device="meta")}
+
+    def block() -> Params:
+        return {
+            "ln_1": affine(width),
+            "attn": {"c_attn": affine(width, 3 * width), "c_proj": affine(width, width)},
+            "ln_2": affine(width),
+            "mlp": {"c_fc": affine(width, 4 * width), "c_proj": affine(4 * width, width)},
+        }
+
+    return {
+        "wte": {"weight": torch.empty(config.vocab_size, width, device="meta")},
+        "wpe": {"weight": torch.empty(config.n_positions, width, device="meta")},
+        "h": [block() for _ in range(config.n_layer)],
+        "ln_f": affine(width),
+    }
+
+
+def forward(params: Params, tokens: Tensor, *, config: GPT2Config, attention_mask: Tensor | None = None) -> Tensor:
+    """Logits of the next token at every position: `unembed(params, trunk(...))`.
+
+    Args:
+        params: GPT-2 parameters.
+        tokens: [B, T] int64 in [0, V).
+        config: the shape of `params`.
+        attention_mask: [B, T] bool, False on padding, left or right; None is no padding.
+
+    Returns:
+        [B, T, V] in the parameters' dtype. Rows at padding are meaningless but finite.
+
+    Raises:
+        ValueError: shapes do not match, or T exceeds n_positions.
+        TypeError: tokens are not int64.
+    """
+    positions = segments = None
+    if attention_mask is not None:
+        check_same_shape("forward", tokens=tokens, attention_mask=attention_mask)
+        positions, segments = padding_layout(attention_mask)
+    return unembed(params, trunk(params, tokens, config=config, positions=positions, segments=segments))
+
+
+def padding_layout(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions, segments) [B, T] int64 of padded rows: real tokens count from 0, padding is segment 0."""
+    real = attention_mask.long()
+    return (real.cumsum(dim=1) - 1).clamp(min=0), real
+
+
+def trunk(
+    params: Params,
+    tokens: Tensor,
+    *,
+    config: GPT2Config,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+) -> Tensor:
+    """Hidden states after the final layer norm.
+
+    Args:
+        params: GPT-2 parameters.
+        tokens: [B, T] int64 in [0, V).
+        config: the shape of `params`.
+        positions: [B, T] int64 in [0, n_positions); None is 0..T-1 in every row.
+        segments: [B, T] int64, equal for tokens that may see each other; None is one segment per row.
+        dropout: share dropped after the embedding, each attention and each MLP, as GPT-2's `resid_pdrop` and
+            `embd_pdrop` (attention weights are not dropped); 0 outside of SFT.
+        key: [2] int32, consumed; needed where dropout is not 0.
+
+    Returns:
+        [B, T, D] in the parameters' dtype.
+
+    Raises:
+        ValueError: shapes do not match, T exceeds n_positions, or dropout comes without a key.
+        TypeError: tokens are not int64.
+    """
+    check_integer("trunk", tokens=tokens)
+    check_rank("trunk", 2, tokens=tokens)
+    length = tokens.shape[1]
+    if positions is None:
+        check_value("trunk", length <= config.n_positions, f"at most n_positions = {config.n_positions}", length=length)
+        positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+    check_value("trunk", 0 <= dropout < 1, "in [0, 1)", dropout=dropout)
+    check_value("trunk", dropout == 0 or key is not None, "given when dropout is not 0", key=key)
+    mask_BTT = None if segments is None else _segment_mask(segments)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTT, is_causal=mask_BTT is None)
+
+    def drop(x: Tensor, place: int) -> Tensor:
+        return x if key is None or dropout == 0 else _dropout(x, dropout, fold_in(key, place))
+
+    return _run(params, _embed(params, tokens, positions), config, attend, drop)
+
+
+def unembed(params: Params, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of hidden states [..., D], through the embedding (tied weights)."""
+    return hidden @ params["wte"]["weight"].T
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far. Written in place by `prefill` and `decode`."""
+
+    k: Tensor
+    """[L, B, N, S, H] in the parameters' dtype."""
+    v: Tensor
+    """[L, B, N, S, H]."""
+
+
+def init_cache(params: Params, batch_size: int, slots: int, *, config: GPT2Config) -> KVCache:
+    """A cache for `batch_size` sequences of up to `slots` tokens, in the dtype and on the device of `params`."""
+    weight = params["wte"]["weight"]
+    shape = (config.n_layer, batch_size, config.n_head, slots, config.n_embd // config.n_head)
+    return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
+
+
+def prefill(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, config: GPT2Config) -> Tensor:
+    """Read whole prompts, filling cache slots 0..P-1.
+
+    Args:
+        params: GPT-2 parameters.
+        tokens: [B, P] int64, right-padded with any valid token. What padding writes is overwritten by `decode`
+            before it is ever attended to.
+        lengths: [B] int64, real tokens per row, at least 1.
+        cache: written in place.
+        config: the shape of `params`.
+
+    Returns:
+        [B, D]: the hidden state of each row's last real token, which predicts its first completion token.
+
+    Raises:
+        ValueError: the prompts exceed the cache or n_positions.
+    """
+    rows, width = tokens.shape
+    slots = cache.k.shape[3]
+    check_value("prefill", width <= min(slots, config.n_positions), f"at most {min(slots, config.n_positions)}", width=width)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.k[layer, :, :, :width] = k
+        cache.v[layer, :, :, :width] = v
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    positions = torch.arange(width, device=tokens.device).expand_as(tokens)
+    hidden_BTD = _run(params, _embed(params, tokens, positions), config, attend)
+    return hidden_BTD[torch.arange(rows, device=tokens.device), lengths - 1]
+
+
+def decode(
+    params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, config: GPT2Config, used: int
+) -> Tensor:
+    """Read one more token per row.
+
+    Args:
+        params: GPT-2 parameters.
+        tokens: [B] int64, the next token of each row.
+        lengths: [B] int64, tokens already in the cache: the position of this one.
+        cache: written in place at slot `lengths`.
+        config: the shape of `params`.
+        used: slots to attend over, above every element of `lengths`: the filled part of the cache.
+
+    Returns:
+        [B, D]: the hidden state that predicts the token after this one.
+    """
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+    seen_B11S = (torch.arange(used, device=tokens.device) <= lengths[:, None])[:, None, None]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.k[layer, rows, :, lengths] = k[:, :, 0]
+        cache.v[layer, rows, :, lengths] = v[:, :, 0]
+        keys, values = cache.k[layer, :, :, :used], cache.v[layer, :, :, :used]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen_B11S)
+
+    return _run(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]
+
+
+def to_hugging_face(params: Params) -> dict[str, Tensor]:
+    """The state dict of `transformers.GPT2LMHeadModel`, without the tied `lm_head.weight`."""
+    return {f"transformer.{name}": leaf for name, leaf in named_leaves(params).items()}
+
+
+def from_hugging_face(state: dict[str, Tensor], *, config: GPT2Config) -> Params:
+    """Parameters from a state dict of `GPT2Model`, `GPT2LMHeadModel` or `GPT2ForSequenceClassification`.
+
+    Names with and without `transformer.` are taken; causal-mask buffers, `lm_head` and `score` are left aside.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; the message names it.
+    """
+    ignored = ("lm_head.", "score.")
+    named = {name.removeprefix("transformer."): leaf for name, leaf in state.items() if not name.startswith(ignored)}
+    named = {name: leaf for name, leaf in named.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    blank = empty(config)
+    for name, like in named_leaves(blank).items():
+        if name not in named:
+            raise ValueError(f"from_hugging_face: {name} is missing")
+        if named[name].shape != like.shape:
+            got, expected = tuple(named[name].shape), tuple(like.shape)
+            raise ValueError(f"from_hugging_face: {name} has shape {got}, expected {expected}")
+    return with_leaves(blank, named)
+
+
+def _embed(params: Params, tokens: Tensor, positions: Tensor) -> Tensor:
+    return F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
+
+
+def _run(
+    params: Params,
+    x: Tensor,
+    config: GPT2Config,
+    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    drop: Callable[[Tensor, int], Tensor] = lambda x, place: x,
+) -> Tensor:
+    """All blocks and the final norm over embedded tokens [B, T, D]; `attend(layer, q, k, v)` works on [B, N, T, H]."""
+    x = drop(x, 0)
+    for layer, block in enumerate(params["h"]):
+        normed = _layer_norm(x, block["ln_1"], config)
+        q, k, v = (_split_heads(part, config.n_head) for part in _affine(normed, block["attn"]["c_attn"]).chunk(3, -1))
+        attended_BTD = attend(layer, q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + drop(_affine(attended_BTD, block["attn"]["c_proj"]), 2 * layer + 1)
+        normed = _layer_norm(x, block["ln_2"], config)
+        expanded = F.gelu(_affine(normed, block["mlp"]["c_fc"]), approximate="tanh")
+        x = x + drop(_affine(expanded, block["mlp"]["c_proj"]), 2 * layer + 2)
+    return _layer_norm(x, params["ln_f"], config)
+
+
+def _affine(x: Tensor, p: Params) -> Tensor:
+    flat = torch.addmm(p["bias"], x.reshape(-1, x.shape[-1]), p["weight"])
+    return flat.view(*x.shape[:-1], -1)
+
+
+def _layer_norm(x: Tensor, p: Params, config: GPT2Config) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), p["weight"], p["bias"], config.layer_norm_epsilon)
+
+
+def _split_heads(x: Tensor, n_head: int) -> Tensor:
+    return x.view(*x.shape[:2], n_head, -1).transpose(1, 2)
+
+
+def _segment_mask(segments: Tensor) -> Tensor:
+    """[B, 1, T, T] bool: query t may see key s when s <= t in the same segment."""
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    return (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
+
+
+def _dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:
+    return torch.where(uniform(key, tuple(x.shape)) >= rate, x / (1.0 - rate), 0.0)

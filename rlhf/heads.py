@@ -1,0 +1,47 @@
+"""Scalar heads on hidden states: the reward model's and the value function's.
+
+A head is `{"weight": [1, D]}`, plus `"bias": [1]` for values: the layout of `GPT2ForSequenceClassification`'s `score`.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import check_value
+from rlhf.random import normal
+from rlhf.types import Params
+
+
+def init_reward_head(n_embd: int, *, key: Tensor) -> Params:
+    """A linear head without bias (preferences cannot tell it), normal with std 1/sqrt(n_embd + 1).
+
+    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", https://github.com/openai/summarize-from-feedback;
+    Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail 13, https://arxiv.org/abs/2403.17031.
+
+    Args:
+        n_embd: width of the trunk.
+        key: [2] int32, consumed.
+    """
+    return {"weight": normal(key, (1, n_embd)) / (n_embd + 1) ** 0.5}
+
+
+def init_value_head(n_embd: int) -> Params:
+    """A linear head that starts at value 0 everywhere: first returns are then the rewards themselves."""
+    return {"weight": torch.zeros(1, n_embd), "bias": torch.zeros(1)}
+
+
+def value_head_from_reward(head: Params, *, mean: float = 0.0, std: float = 1.0) -> Params:
+    """The value head that predicts the normalised reward (reward - mean) / std of a reward head, as a critic starts.
+
+    Raises:
+        ValueError: std is not positive.
+    """
+    check_value("value_head_from_reward", std > 0, "above 0", std=std)
+    weight = head["weight"]
+    return {"weight": weight / std, "bias": weight.new_full((1,), -mean / std)}
+
+
+def apply_head(head: Params, hidden: Tensor) -> Tensor:
+    """hidden [..., D] -> [...] in float32 at least: scores and values are sums that low precision would round off."""
+    weight = head["weight"].to(torch.promote_types(head["weight"].dtype, torch.float32))
+    scalar = (hidden.to(weight.dtype) @ weight.T).squeeze(-1)
+    return scalar + head["bias"].to(weight.dtype) if "bias" in head else scalar

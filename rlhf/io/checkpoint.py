@@ -1,0 +1,77 @@
+"""Checkpoints of a train state: one pytree of tensors and a few plain facts, complete or not there at all.
+
+`checkpoints/<stage>/step-000100/` holds `state.safetensors` and `manifest.json`, written last.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.errors import UserError
+from rlhf.io.files import atomic_folder
+from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
+
+_TENSORS = "state.safetensors"
+
+
+class Checkpoint(NamedTuple):
+    """A train state on disk."""
+
+    step: int
+    """Steps (PPO: iterations) done."""
+    tensors: dict[str, Tensor]
+    """By dotted name."""
+    facts: dict[str, Any]
+    """Plain JSON: everything else that the next step reads, and the configuration the run was started with."""
+
+
+def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write `root/step-NNNNNN` and then remove all but the newest `keep`.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; older checkpoints are then untouched.
+    """
+    folder = root / f"step-{checkpoint.step:06d}"
+    with atomic_folder(folder) as temporary:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+        save_file(tensors, temporary / _TENSORS)
+        write_manifest(temporary, {"step": checkpoint.step, "facts": checkpoint.facts})
+    for old in _folders(root)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest complete checkpoint below `root`; None where there is none.
+
+    Raises:
+        UserError: the newest one with a manifest is cut off or altered.
+    """
+    folders = _folders(root)
+    if not folders:
+        return None
+    manifest = read_manifest(folders[-1])
+    try:
+        tensors = load_file(folders[-1] / _TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folders[-1] / _TENSORS}: cannot be read ({error}); remove {folders[-1]} to use an older one") from error
+    return Checkpoint(manifest["step"], tensors, manifest["facts"])
+
+
+def last_step(root: Path) -> int | None:
+    """Step of the newest complete checkpoint below `root`, from its name alone."""
+    folders = _folders(root)
+    return int(folders[-1].name.removeprefix("step-")) if folders else None
+
+
+def _folders(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if re.fullmatch(r"step-\d{6,}", path.name) and has_manifest(path)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))

@@ -1,0 +1,126 @@
+"""Writing so that a crash never leaves half a file, checksums, free space, and the lock of a run's folder."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rlhf.errors import UserError
+
+_MARGIN = 16 << 20  # bytes left free beyond what is about to be written
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling to fill; it takes the place of `target` when the block ends without an error.
+
+    Files are flushed to disk before the rename. What stood at `target` is there until then.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with clear_write_errors(target):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in temporary.rglob("*"):
+                _sync(path)
+            _sync(temporary)
+            replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+            if target.exists():
+                target.rename(replaced)
+            temporary.rename(target)
+            _sync(target.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step. Errors as `atomic_folder`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with clear_write_errors(path):
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of readable JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def clear_write_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into a UserError that names the path and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"{path}: no space left to write it; free some, or choose another --output-dir") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output-dir") from error
+        raise
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise UserError unless `needed` bytes can be written below `folder`, which may not exist yet."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + _MARGIN:
+        raise UserError(
+            f"{folder}: {free / 1e9:.2f} GB free, but checkpoints and models of this run take {needed / 1e9:.2f} GB; "
+            "free some, set checkpoint.keep to 1, or choose another --output-dir"
+        )
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; the operating system lets go of it even if the process is killed.
+
+    A folder that was made for this and holds nothing at the end is removed.
+
+    Raises:
+        UserError: another live process holds it, or it cannot be written.
+    """
+    path = folder / ".lock"
+    with clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"{folder}: in use by a live run; wait for it, or choose another --output-dir") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # succeeds only on an empty folder
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

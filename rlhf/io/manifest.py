@@ -1,0 +1,54 @@
+"""Checksums of a folder's files, written last: a folder without a valid manifest does not exist."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.io.files import sha256
+
+_NAME = "manifest.json"
+_FORMAT = 1
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """List every file of `folder` with size and sha256, beside `facts`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _NAME)
+    listed = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    text = json.dumps({"format": _FORMAT, **facts, "files": listed}, indent=2)
+    (folder / _NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Check every file against the manifest and return what it says.
+
+    Raises:
+        UserError: the manifest is missing or newer than this version reads, or a file is missing, cut off or altered.
+    """
+    path = folder / _NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        listed, version = manifest["files"], manifest["format"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the folder is not complete") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if version > _FORMAT:
+        raise UserError(f"{path}: has format {version}, this version reads up to {_FORMAT}; upgrade rlhf")
+    for name, facts in listed.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing, though {path} lists it; restore it or use another folder")
+        if file.stat().st_size != facts["bytes"]:
+            raise UserError(f"{file}: has {file.stat().st_size} bytes, expected {facts['bytes']}; the file is cut off or altered")
+        if sha256(file) != facts["sha256"]:
+            raise UserError(
+                f"{file}: its content differs from what was saved (sha256); restore it, or, if you changed it on purpose, "
+                f"delete {path}"
+            )
+    return manifest
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether there is a manifest at all, valid or not."""
+    return (folder / _NAME).is_file()

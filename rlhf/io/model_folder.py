@@ -1,0 +1,215 @@
+"""Model folders in Hugging Face form, read and written: `transformers` loads what we save, and we load what it saves.
+
+A language model is a `GPT2LMHeadModel`, a reward model a `GPT2ForSequenceClassification` with one label. Beside
+`config.json`, `model.safetensors` and the tokenizer there may be `value_head.safetensors` (a value head on the trunk),
+`critic/` (a separate critic: a folder of the same form) and `reward_statistics.json`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.errors import UserError
+from rlhf.gpt2 import from_hugging_face, to_hugging_face
+from rlhf.gpt2_config import GPT2Config
+from rlhf.io.files import atomic_folder, write_json
+from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.tree import all_finite, cast, named_leaves
+from rlhf.types import Params
+
+_SHAPE_KEYS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
+_REQUIRED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+_DEFAULTS = {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True}
+
+
+class LanguageModel(NamedTuple):
+    """A GPT-2 with its tokenizer."""
+
+    params: Params
+    """float32."""
+    config: GPT2Config
+    tokenizer: Tokenizer
+
+
+class RewardStatistics(NamedTuple):
+    """Scores of reference completions, by which PPO normalises."""
+
+    mean: float
+    std: float
+    count: int
+
+
+class RewardModel(NamedTuple):
+    """A scalar GPT-2 with its tokenizer."""
+
+    params: Params
+    """{"trunk": GPT-2, "head": {"weight": [1, D]}}, float32."""
+    config: GPT2Config
+    tokenizer: Tokenizer
+    statistics: RewardStatistics
+    """Mean 0 and std 1 where the folder has none."""
+
+
+def save_language_model(
+    folder: Path, model: LanguageModel, *, facts: dict[str, Any], value_head: Params | None = None, critic: RewardModel | None = None
+) -> None:
+    """Write a language model, replacing what stands at `folder` in one step.
+
+    Args:
+        folder: where to.
+        model: parameters, shape and tokenizer.
+        facts: what the manifest says beside the checksums, such as the stage and the seed.
+        value_head: saved beside it as value_head.safetensors.
+        critic: saved beside it as critic/.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    with atomic_folder(folder) as temporary:
+        _write_model(temporary, to_hugging_face(model.params), model.config, model.tokenizer, "GPT2LMHeadModel")
+        if value_head is not None:
+            _write_tensors(temporary / "value_head.safetensors", value_head)
+        if critic is not None:
+            (temporary / "critic").mkdir()
+            _write_reward_model(temporary / "critic", critic)
+        write_manifest(temporary, facts)
+
+
+def save_reward_model(folder: Path, model: RewardModel, *, facts: dict[str, Any]) -> None:
+    """Write a reward model, replacing what stands at `folder` in one step; arguments as `save_language_model`."""
+    with atomic_folder(folder) as temporary:
+        _write_reward_model(temporary, model)
+        write_json(temporary / "reward_statistics.json", model.statistics._asdict())
+        write_manifest(temporary, facts)
+
+
+def load_language_model(folder: Path) -> LanguageModel:
+    """Read a `GPT2LMHeadModel` folder, ours or one that `transformers` saved.
+
+    Raises:
+        UserError: a file is missing, cut off, altered or holds another kind of model, or a weight is not finite.
+    """
+    config, state = _read_model(folder, "GPT2LMHeadModel")
+    return LanguageModel(_trunk(folder, state, config), config, Tokenizer.load(folder))
+
+
+def load_reward_model(folder: Path) -> RewardModel:
+    """Read a one-label `GPT2ForSequenceClassification` folder. Errors as `load_language_model`."""
+    config, state = _read_model(folder, "GPT2ForSequenceClassification")
+    head = state.get("score.weight")
+    if head is None or head.shape != (1, config.n_embd):
+        got = "no score.weight" if head is None else f"score.weight of shape {tuple(head.shape)}"
+        raise UserError(f"{folder}: has {got}, expected shape (1, {config.n_embd}): a reward model with one label")
+    params = {"trunk": _trunk(folder, state, config), "head": {"weight": head.float()}}
+    path = folder / "reward_statistics.json"
+    statistics = RewardStatistics(0.0, 1.0, 0)
+    if path.is_file():
+        try:
+            statistics = RewardStatistics(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+    return RewardModel(params, config, Tokenizer.load(folder), statistics)
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether config.json says that the folder holds a `GPT2ForSequenceClassification`."""
+    return "GPT2ForSequenceClassification" in _read_config(folder).get("architectures", [])
+
+
+def _write_model(folder: Path, state: dict[str, Tensor], config: GPT2Config, tokenizer: Tokenizer, architecture: str) -> None:
+    settings: dict[str, Any] = {"architectures": [architecture], "model_type": "gpt2"}
+    settings |= {key: getattr(config, key) for key in _SHAPE_KEYS} | _DEFAULTS
+    settings |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dtype": "float32"}
+    if architecture == "GPT2ForSequenceClassification":
+        settings |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    write_json(folder / "config.json", settings)
+    _write_tensors(folder / "model.safetensors", state)
+    tokenizer.save(folder)
+
+
+def _write_reward_model(folder: Path, model: RewardModel) -> None:
+    """A trunk with a scalar head; a critic's bias, for which Hugging Face has no place, goes to value_head.safetensors."""
+    state = to_hugging_face(model.params["trunk"]) | {"score.weight": model.params["head"]["weight"]}
+    _write_model(folder, state, model.config, model.tokenizer, "GPT2ForSequenceClassification")
+    if "bias" in model.params["head"]:
+        _write_tensors(folder / "value_head.safetensors", model.params["head"])
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}, path, {"format": "pt"})
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; it should be a model folder with config.json and model.safetensors")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {folder} is no model folder") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: is not a JSON object; {folder} is no model folder")
+    return settings
+
+
+def _read_model(folder: Path, architecture: str) -> tuple[GPT2Config, dict[str, Tensor]]:
+    """Shape and raw state dict, after all checks that need no parameters."""
+    settings, path = _read_config(folder), folder / "config.json"
+    for key, allowed in _REQUIRED.items():
+        if (got := settings.get(key, allowed[0])) not in allowed:
+            raise UserError(f"{path}: {key} is {got!r}, expected {allowed[0]!r}; only plain GPT-2 models can be read")
+    if architecture not in (found := settings.get("architectures") or [architecture]):
+        raise UserError(f"{folder}: holds a {found[0]}, expected a {architecture}")
+    try:
+        config = GPT2Config(**{key: settings[key] for key in _SHAPE_KEYS if key in settings})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    if settings.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"{path}: n_inner is {settings['n_inner']}, expected {4 * config.n_embd} (4 n_embd)")
+    if has_manifest(folder):
+        read_manifest(folder)
+    return config, _read_tensors(folder)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    else:
+        raise UserError(f"{whole}: no such file; weights are read from safetensors alone (convert pickled .bin files first)")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); the file is missing, cut off or damaged") from error
+    return state
+
+
+def _trunk(folder: Path, state: dict[str, Tensor], config: GPT2Config) -> Params:
+    try:
+        params = cast(from_hugging_face(state, config=config), torch.float32)
+    except ValueError as error:
+        raise UserError(f"{folder}: model.safetensors does not match config.json ({error})") from error
+    if not all_finite(params):
+        name = next(name for name, leaf in named_leaves(params).items() if not all_finite(leaf))
+        raise UserError(f"{folder}: {name} holds values that are not finite; the model is damaged")
+    return params

@@ -1,0 +1,155 @@
+"""YAML to configuration dataclasses and back: strict about keys, types and ranges.
+
+An unknown key, a wrong type or a value out of range is refused with the file, the line, the key and, for a key, the
+nearest spelling. Only plain YAML is read (safe loader).
+"""
+
+import dataclasses
+import difflib
+import types
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from rlhf.config import PipelineRun, RunConfig
+from rlhf.errors import UserError
+
+_Config = TypeVar("_Config")
+
+
+def load_config(name: str) -> PipelineRun:
+    """Read a YAML file, or a preset that ships with the package (`demo`, `gpt2`, …), over the defaults.
+
+    The file may have sections for every stage, whichever is run.
+
+    Raises:
+        UserError: there is no such file or preset, or something in it is not valid.
+    """
+    path = Path(name)
+    if path.is_file():
+        text = _read(path)
+    else:
+        shipped = {entry.name.removesuffix(".yaml"): entry for entry in resources.files("rlhf.configs").iterdir() if entry.name.endswith(".yaml")}
+        if path.name.removesuffix(".yaml") not in shipped or len(path.parts) > 2:
+            raise UserError(f"--config {name}: no such file; presets that ship with rlhf: {', '.join(sorted(shipped))}")
+        text = shipped[path.name.removesuffix(".yaml")].read_text(encoding="utf-8")
+    return parse_config(text, source=name)
+
+
+def parse_config(text: str, *, source: str) -> PipelineRun:
+    """`load_config` of a YAML text; `source` names it in errors."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{source}: {line}not valid YAML ({getattr(error, 'problem', error)})") from error
+    if node is None:
+        return PipelineRun()
+    return _section(PipelineRun, node, "", source)
+
+
+def narrow(config: RunConfig, kind: type[_Config]) -> _Config:
+    """The fields of `config` that `kind` has, as a `kind`."""
+    return kind(**{spec.name: getattr(config, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML from which `parse_config` makes the same configuration."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> _Config:
+    """Build a dataclass from a mapping node, key by key."""
+    where = f"{source}: line {node.start_mark.line + 1}"
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values")
+    hints = get_type_hints(kind, include_extras=True)
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = f"{source}: line {key_node.start_mark.line + 1}"
+        key = str(getattr(key_node, "value", ""))
+        name = key.replace("-", "_")
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(hints)}"
+            raise UserError(f"{line}: unknown key {prefix}{key}; {hint}")
+        if name in values:
+            raise UserError(f"{line}: {prefix}{key} is set twice; keep one")
+        hint_type = hints[name]
+        if isinstance(hint_type, type) and dataclasses.is_dataclass(hint_type):
+            values[name] = _section(hint_type, value_node, f"{prefix}{name}.", source)
+        else:
+            values[name] = _leaf(hint_type, value_node, f"{line}: {prefix}{name}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{where}: {prefix}{error}") from error
+
+
+def _leaf(hint: Any, node: yaml.Node, where: str) -> Any:
+    """A scalar or list of the annotated type."""
+    value = yaml.SafeLoader("").construct_object(node, deep=True)
+    for option in _options(hint):
+        found, result = _convert(option, value)
+        if found:
+            return result
+    raise UserError(f"{where} must be {' or '.join(_describe(option) for option in _options(hint))}, got {value!r}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of an annotation, ranges taken off."""
+    if get_origin(hint) is Annotated:
+        return _options(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(option for part in get_args(hint) for option in _options(part))
+    return (hint,)
+
+
+def _convert(option: Any, value: Any) -> tuple[bool, Any]:
+    """(whether `value` is one, it as one). YAML reads 1e-3 and inf as texts; where a number is wanted they are numbers."""
+    if option is type(None):
+        return value is None, None
+    if option is bool:
+        return isinstance(value, bool), value
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if option is float:
+        try:
+            return not isinstance(value, bool) and value is not None, float(value)
+        except (TypeError, ValueError):
+            return False, None
+    if option is Path:
+        return isinstance(value, str), Path(value) if isinstance(value, str) else None
+    if get_origin(option) is Literal:
+        return value in get_args(option), value
+    if get_origin(option) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return all(isinstance(item, str) for item in items), tuple(items)
+    return isinstance(value, option), value
+
+
+def _describe(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return "one of " + ", ".join(map(str, get_args(option)))
+    if get_origin(option) is tuple:
+        return "a list of texts"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path", type(None): "null"}
+    return names[option]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {spec.name: _plain(getattr(value, spec.name)) for spec in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,91 @@
+"""What a run writes to logs/: metrics.jsonl, samples.jsonl and TensorBoard event files.
+
+Each line is one JSON object with `stage` and, for metrics and samples, `step`. Lines with `event` mark where a stage
+started, resumed, was interrupted or ended. Values that are not finite are written as null.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.io.files import clear_write_errors, write_text
+
+FORMAT = 1
+"""Version of the lines' form, named in every `start` event."""
+
+
+class RunLog:
+    """Appends one stage's lines, each flushed at once, so that a crash loses none."""
+
+    def __init__(self, folder: Path, stage: str, *, after_step: int | None = None, tensorboard: bool = True) -> None:
+        """Open logs/ for a stage.
+
+        Args:
+            folder: logs/, made if missing.
+            stage: its name, in every line.
+            after_step: where a resumed run continues; this stage's later lines are removed. None for a new run.
+            tensorboard: write event files too, to folder/tensorboard/<stage>.
+        """
+        self._stage = stage
+        with clear_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            paths = [folder / "metrics.jsonl", folder / "samples.jsonl"]
+            if after_step is not None:
+                for path in paths:
+                    _drop_later(path, stage, after_step)
+            self._metrics, self._samples = (path.open("a", encoding="utf-8") for path in paths)
+        self._board = _board(folder / "tensorboard" / stage, after_step) if tensorboard else None
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Write one step's metrics by name."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._write(self._metrics, {"stage": self._stage, "step": step, "time": round(time.time(), 3), **finite})
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """Write completions of one step."""
+        for sample in samples:
+            self._write(self._samples, {"stage": self._stage, "step": step, **sample})
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Write that something happened."""
+        self._write(self._metrics, {"stage": self._stage, "event": name, "time": round(time.time(), 3), **facts})
+
+    def close(self) -> None:
+        """Close all files."""
+        self._metrics.close()
+        self._samples.close()
+        if self._board is not None:
+            self._board.close()
+
+    @staticmethod
+    def _write(stream: Any, line: dict[str, Any]) -> None:
+        with clear_write_errors(Path(stream.name)):
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.flush()
+
+
+def _drop_later(path: Path, stage: str, step: int) -> None:
+    """Remove a stage's lines after `step`, and whatever a crash cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            continue
+        if fields.get("stage") != stage or fields.get("step", 0) <= step:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def _board(folder: Path, after_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # here, because importing it takes a while
+
+    return SummaryWriter(str(folder), purge_step=None if after_step is None else after_step + 1)

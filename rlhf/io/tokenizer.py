@@ -1,0 +1,127 @@
+"""Text to token ids and back, through the `tokenizers` library.
+
+Three sources: a folder with `tokenizer.json`; a folder with GPT-2's `vocab.json` and `merges.txt`; or a byte-level BPE
+trained on the user's texts. Text never becomes a control token: "<|endoftext|>" in a text is encoded letter by letter.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from rlhf.errors import UserError
+
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
+
+
+class Tokenizer:
+    """An immutable tokenizer with an end-of-text token."""
+
+    def __init__(self, backend: Backend, eos: str, source: str) -> None:
+        """Wrap a `tokenizers.Tokenizer`; raises UserError (naming `source`) unless it knows `eos`."""
+        if backend.token_to_id(eos) is None:
+            raise UserError(f"{source}: the tokenizer has no end-of-text token {eos!r}; add it to the vocabulary")
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.eos = eos
+        self.eos_id: int = backend.token_to_id(eos)
+        self.vocab_size: int = backend.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of at most `vocab_size` entries, with special tokens 0 (end of text) and 1 (padding).
+
+        The same texts give the same tokenizer. Fewer entries come out of texts too small for more merges.
+        """
+        backend = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOS, PAD],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend, EOS, "trained tokenizer")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read a tokenizer folder.
+
+        Raises:
+            UserError: files are missing or broken, or there is no end-of-text token.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; it should hold tokenizer.json, or vocab.json and merges.txt")
+        whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+        try:
+            if whole.is_file():
+                backend = Backend.from_file(str(whole))
+            elif vocab.is_file() and merges.is_file():
+                backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+                backend.add_special_tokens([token for token in (EOS, PAD) if backend.token_to_id(token) is not None])
+            else:
+                raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json and merges.txt")
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare Exception for anything wrong with a file
+            raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from error
+        return cls(backend, _eos_name(folder), str(folder))
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `transformers.AutoTokenizer` reads."""
+        pad = PAD if self._backend.token_to_id(PAD) is not None else None
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.eos,
+            "eos_token": self.eos,
+            "unk_token": self.eos,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+        } | ({"pad_token": pad} if pad else {})
+        self._backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
+        return self._backend.decode(list(tokens), skip_special_tokens=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest that two tokenizers share exactly if they encode alike."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    @property
+    def pad_id(self) -> int | None:
+        """A token that no text contains, to mark padding by: `<|pad|>`, or the byte 0xFF, which UTF-8 never uses."""
+        pad = self._backend.token_to_id(PAD)
+        return pad if pad is not None else self._backend.token_to_id("ÿ")
+
+
+def _byte_level(model: models.BPE) -> Backend:
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _eos_name(folder: Path) -> str:
+    """The end-of-text token that tokenizer_config.json names, else GPT-2's."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return EOS
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") or EOS
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    return token["content"] if isinstance(token, dict) else token

@@ -1,0 +1,182 @@
+"""The losses of the three stages, as sums over what counts.
+
+Each returns `(loss_sum, metrics)`: the sum over the mask, and detached sums under their final names with
+`"count"`, the weight that everything is divided by, once, over the global batch (`rlhf.ops.mean_metrics`). So
+splitting a batch in any way changes nothing. Masked positions may hold anything, NaN included; an all-False mask
+gives 0 with zero gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.checks import check_mask, check_same_shape, check_value
+from rlhf.types import Metrics
+
+
+def sft_loss(log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
+    """Cross-entropy of the tokens that count: the completion's, or all of them.
+
+        L = - sum_t m_t log pi(y_t | x, y_<t)
+
+    Source: maximum likelihood; the completion-only mask is that of Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
+
+    Args:
+        log_probs: [...] float, nats (`rlhf.ops.token_log_probs`); differentiated.
+        mask: [...] bool, True on the tokens to learn.
+
+    Returns:
+        loss: [] sum.
+        metrics: `loss/sft` (nats per token), `count` (tokens).
+
+    Raises:
+        ValueError: shapes differ.
+        TypeError: mask is not bool.
+    """
+    check_mask("sft_loss", mask, log_probs=log_probs)
+    loss = -torch.where(mask, log_probs, 0.0).sum()
+    return loss, {"loss/sft": loss.detach(), "count": mask.sum()}
+
+
+def reward_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    margin: Tensor | None = None,
+    centre_coef: float = 0.0,
+) -> tuple[Tensor, Metrics]:
+    """Bradley-Terry loss of preference pairs.
+
+        L = sum_i -log sigmoid(c_i - r_i - margin_i) + centre_coef (c_i + r_i)^2
+
+    Source: Christiano et al. 2017, https://arxiv.org/abs/1706.03741, in the form of Ouyang et al. 2022, eq. 1; margin:
+    Touvron et al. 2023 (Llama 2), eq. 2, https://arxiv.org/abs/2307.09288; centring: Eisenstein et al. 2023,
+    https://arxiv.org/abs/2312.09244, as TRL's `center_rewards_coefficient`.
+
+    Args:
+        chosen_scores: [B] float, reward units; differentiated.
+        rejected_scores: [B] float; differentiated.
+        mask: [B] bool, True on real pairs; None counts all.
+        margin: [B] float, how much better the chosen must be; None is 0.
+        centre_coef: >= 0; pulls the pair's sum to zero, which the comparison itself leaves free.
+
+    Returns:
+        loss: [] sum over pairs; finite, with the right gradient, at any finite margin.
+        metrics: `loss/reward`, `reward/accuracy` (a tie counts half), `reward/margin`, `count` (pairs).
+
+    Raises:
+        ValueError: shapes differ, or centre_coef is negative.
+        TypeError: mask is not bool.
+    """
+    mask = torch.ones_like(chosen_scores, dtype=torch.bool) if mask is None else mask
+    check_mask("reward_loss", mask, chosen_scores=chosen_scores, rejected_scores=rejected_scores)
+    check_value("reward_loss", centre_coef >= 0, "at least 0", centre_coef=centre_coef)
+    chosen, rejected = torch.where(mask, chosen_scores, 0.0), torch.where(mask, rejected_scores, 0.0)
+    difference = chosen - rejected
+    required = difference
+    if margin is not None:
+        check_same_shape("reward_loss", chosen_scores=chosen_scores, margin=margin)
+        required = difference - torch.where(mask, margin, 0.0)
+    per_pair = -F.logsigmoid(required) + centre_coef * (chosen + rejected).square()
+    loss = torch.where(mask, per_pair, 0.0).sum()
+    correct = (difference > 0).float() + 0.5 * (difference == 0).float()
+    return loss, {
+        "loss/reward": loss.detach(),
+        "reward/accuracy": torch.where(mask, correct, 0.0).sum(),
+        "reward/margin": difference.detach().sum(),
+        "count": mask.sum(),
+    }
+
+
+def ppo_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_eps: float = 0.2,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Clipped surrogate policy loss.
+
+        L = - sum_t m_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t),   r_t = exp(log_probs_t - old_log_probs_t)
+        with dual_clip c, where A_t < 0:  - max(min(...), c A_t)
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7, https://arxiv.org/abs/1707.06347;
+    dual clip: Ye et al. 2020, eq. 5, https://arxiv.org/abs/1912.09729. Advantages are used as given (no whitening here).
+
+    Args:
+        log_probs: [...] float, nats, current policy; the only differentiated input.
+        old_log_probs: [...] float, nats, policy that sampled; constant.
+        advantages: [...] float, reward units; constant.
+        mask: [...] bool, True where the token counts.
+        clip_eps: dimensionless, above 0.
+        dual_clip: None, or above 1: bounds the loss of a bad token whose ratio has exploded.
+
+    Returns:
+        loss: [] sum.
+        metrics: `loss/policy_avg`, `policy/clipfrac_avg` (share of tokens where the clipped term is the larger loss),
+            `policy/approxkl_avg` (nats: half the squared log-ratio, as TRL), `val/ratio`, `count` (tokens).
+
+    Raises:
+        ValueError: shapes differ, or clip_eps or dual_clip is out of range.
+        TypeError: mask is not bool.
+    """
+    check_mask("ppo_policy_loss", mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    check_value("ppo_policy_loss", clip_eps > 0, "above 0", clip_eps=clip_eps)
+    check_value("ppo_policy_loss", dual_clip is None or dual_clip > 1, "None or above 1", dual_clip=dual_clip)
+    log_ratio = torch.where(mask, log_probs, 0.0) - torch.where(mask, old_log_probs, 0.0)
+    advantages = torch.where(mask, advantages, 0.0)
+    ratio = log_ratio.exp()
+    unclipped = -ratio * advantages
+    clipped = -ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps) * advantages
+    per_token = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)
+    loss = torch.where(mask, per_token, 0.0).sum()
+    return loss, {
+        "loss/policy_avg": loss.detach(),
+        "policy/clipfrac_avg": (clipped > unclipped).float().sum(),
+        "policy/approxkl_avg": 0.5 * log_ratio.detach().square().sum(),
+        "val/ratio": torch.where(mask, ratio, 0.0).detach().sum(),
+        "count": mask.sum(),
+    }
+
+
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_eps: float = 0.2
+) -> tuple[Tensor, Metrics]:
+    """Clipped squared error of the value function.
+
+        L = 1/2 sum_t m_t max((V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2)
+
+    Source: the `baselines` implementation of PPO (https://github.com/openai/baselines, ppo2), kept by
+    lm-human-preferences and TRL; not in the paper.
+
+    Args:
+        values: [...] float, reward units, current value function; the only differentiated input.
+        old_values: [...] float, when sampled; constant.
+        returns: [...] float, targets; constant.
+        mask: [...] bool, True where the token counts.
+        value_clip_eps: reward units, above 0; `inf` for the plain squared error.
+
+    Returns:
+        loss: [] sum; never below the unclipped one.
+        metrics: `loss/value_avg`, `val/clipfrac_avg` (share where the clipped error is the larger), `count` (tokens).
+
+    Raises:
+        ValueError: shapes differ, or value_clip_eps is not positive.
+        TypeError: mask is not bool.
+    """
+    check_mask("ppo_value_loss", mask, values=values, old_values=old_values, returns=returns)
+    check_value("ppo_value_loss", value_clip_eps > 0, "above 0", value_clip_eps=value_clip_eps)
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
+    within = torch.clamp(values, old_values - value_clip_eps, old_values + value_clip_eps)
+    unclipped, clipped = (values - returns).square(), (within - returns).square()
+    loss = 0.5 * torch.maximum(unclipped, clipped).sum()
+    return loss, {
+        "loss/value_avg": loss.detach(),
+        "val/clipfrac_avg": (clipped > unclipped).float().sum(),
+        "count": mask.sum(),
+    }

@@ -1,0 +1,259 @@
+"""From parameters and a micro-batch to what a stage optimises or measures: GPT-2, heads and losses put together.
+
+Every `make_*` closes over numbers and returns a pure function of (params, frozen, batch): `params` are trained, in
+float32; `frozen` holds constant models by name. The models run in `dtype`; log-probs, values and losses are float32.
+
+Layouts: SFT trains a GPT-2 itself; a reward model and a separate critic are `{"trunk": GPT-2, "head": head}`;
+PPO trains `{"policy": GPT-2, "critic": {...}}`, or `{"policy": GPT-2, "value_head": head}` on a shared trunk.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.batches import PairBatch, PPOBatch, PromptBatch, Rows, ScoreBatch, TokenBatch
+from rlhf.gpt2 import trunk, unembed
+from rlhf.gpt2_config import GPT2Config
+from rlhf.heads import apply_head
+from rlhf.kl import exact_kl, kl_estimate
+from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
+from rlhf.ops import entropy, masked_sum, token_log_probs
+from rlhf.sampling import Completions, generate
+from rlhf.tree import cast
+from rlhf.types import Metrics, Params
+
+Frozen = dict[str, Params]
+
+
+def make_sft_objective(
+    config: GPT2Config, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0
+) -> Callable[[Params, Frozen, TokenBatch], tuple[Tensor, Metrics]]:
+    """(GPT-2, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
+
+    def objective(params: Params, frozen: Frozen, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        params = cast(params, dtype)
+        hidden = _hidden(params, batch.rows, config, dropout=dropout, key=batch.key)
+        logits = unembed(params, hidden[batch.index])
+        loss, metrics = sft_loss(token_log_probs(logits, batch.targets), batch.mask)
+        correct = (logits.detach().argmax(-1) == batch.targets).float()
+        return loss, metrics | {"sft/accuracy": masked_sum(correct, batch.mask)}
+
+    return objective
+
+
+def make_reward_objective(
+    config: GPT2Config, *, dtype: torch.dtype = torch.float32, centre_coef: float = 0.0, dropout: float = 0.0
+) -> Callable[[Params, Frozen, PairBatch], tuple[Tensor, Metrics]]:
+    """(reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
+
+    def objective(params: Params, frozen: Frozen, batch: PairBatch) -> tuple[Tensor, Metrics]:
+        hidden = _hidden(cast(params["trunk"], dtype), batch.rows, config, dropout=dropout, key=batch.key)
+        chosen, rejected = (apply_head(params["head"], hidden[last]) for last in (batch.chosen, batch.rejected))
+        return reward_loss(chosen, rejected, batch.mask, margin=batch.margin, centre_coef=centre_coef)
+
+    return objective
+
+
+def make_pair_scores(
+    config: GPT2Config, *, dtype: torch.dtype = torch.float32
+) -> Callable[[Params, Frozen, PairBatch], tuple[Tensor, Tensor]]:
+    """(reward model, frozen, PairBatch) -> scores [B] of the chosen and of the rejected, reward units."""
+
+    def scores(params: Params, frozen: Frozen, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        hidden = _hidden(cast(params["trunk"], dtype), batch.rows, config)
+        return apply_head(params["head"], hidden[batch.chosen]), apply_head(params["head"], hidden[batch.rejected])
+
+    return scores
+
+
+def make_ppo_objective(
+    config: GPT2Config,
+    critic_config: GPT2Config | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    clip_eps: float = 0.2,
+    dual_clip: float | None = None,
+    value_clip_eps: float = 0.2,
+    value_coef: float = 0.1,
+    entropy_coef: float = 0.0,
+    loss_kl: Literal["none", "k1", "k2", "k3", "exact"] = "none",
+    policy_coef: float = 1.0,
+) -> Callable[[Params, Frozen, PPOBatch], tuple[Tensor, Metrics]]:
+    """(params, frozen, PPOBatch) -> policy loss + value_coef * value loss - entropy_coef * entropy [+ kl_coef * KL].
+
+    Source: Schulman et al. 2017, eq. 9, https://arxiv.org/abs/1707.06347; the KL in the loss is that of Shao et al.
+    2024 (GRPO), eq. 4, https://arxiv.org/abs/2402.03300.
+
+    Args:
+        config: shape of the policy.
+        critic_config: shape of a separate critic; None for a value head on the policy's trunk.
+        dtype: of the models' forward and backward pass.
+        temperature: as when sampling.
+        clip_eps, dual_clip, value_clip_eps: see `rlhf.losses`.
+        value_coef, entropy_coef: weights.
+        loss_kl: KL to the reference in the loss, weighted by the batch's kl_coef; "exact" reads frozen["reference"].
+        policy_coef: 0 leaves the value loss alone (critic warm-up).
+    """
+
+    def objective(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+        policy = cast(params["policy"], dtype)
+        hidden = _hidden(policy, batch.rows, config)[batch.index]
+        logits = unembed(policy, hidden)
+        log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
+        values = _values(params, hidden, batch, critic_config, dtype)
+        policy_loss, metrics = ppo_policy_loss(
+            log_probs, batch.old_log_probs, batch.advantages, batch.mask, clip_eps=clip_eps, dual_clip=dual_clip
+        )
+        value_loss, value_metrics = ppo_value_loss(
+            values, batch.old_values, batch.returns, batch.mask, value_clip_eps=value_clip_eps
+        )
+        token_entropy = masked_sum(entropy(logits if entropy_coef else logits.detach(), temperature=temperature), batch.mask)
+        policy_total = policy_loss - entropy_coef * token_entropy
+        metrics |= value_metrics | {"policy/entropy_avg": token_entropy.detach()}
+        if loss_kl != "none":
+            kl = _loss_kl(loss_kl, log_probs, logits, frozen, batch, config, dtype, temperature)
+            policy_total = policy_total + batch.kl_coef * kl
+            metrics["loss/kl_avg"] = kl.detach()
+        return policy_coef * policy_total + value_coef * value_loss, metrics
+
+    return objective
+
+
+def make_rollout(
+    config: GPT2Config,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+) -> Callable[[Params, Frozen, PromptBatch], Completions]:
+    """(params, frozen, PromptBatch) -> completions of the policy, with values where the head is on its trunk."""
+
+    def rollout(params: Params, frozen: Frozen, batch: PromptBatch) -> Completions:
+        return generate(
+            cast(params["policy"], dtype),
+            batch.prompts,
+            batch.lengths,
+            batch.keys,
+            config=config,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+            value_head=params.get("value_head"),
+        )
+
+    return rollout
+
+
+class Scores(NamedTuple):
+    """What a frozen look at finished completions gives; [C] tensors are zeros where they were not asked for."""
+
+    ref_log_probs: Tensor
+    """[C] float32, nats, reference."""
+    log_probs: Tensor
+    """[C] float32, nats, policy, in one full forward pass."""
+    values: Tensor
+    """[C] float32, reward units: a separate critic, or the value head where log-probs were recomputed."""
+    exact_kl: Tensor
+    """[C] float32, nats, KL(policy || reference) over the vocabulary."""
+    scores: Tensor
+    """[B, K] float32, reward units: each of the K reward models on the last token."""
+
+
+def make_scorer(
+    config: GPT2Config,
+    critic_config: GPT2Config | None,
+    reward_configs: Sequence[GPT2Config],
+    *,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    log_probs: bool = False,
+    exact: bool = False,
+) -> Callable[[Params, Frozen, ScoreBatch], Scores]:
+    """(params, frozen, ScoreBatch) -> `Scores`: reference log-probs, separate critic's values, reward model's scores.
+
+    Args:
+        config: shape of policy and reference (frozen["reference"]).
+        critic_config: shape of params["critic"]; None where there is none.
+        reward_configs: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
+        dtype: of the models' forward pass.
+        temperature: as when sampling.
+        log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
+        exact: compute the exact KL.
+    """
+
+    def score(params: Params, frozen: Frozen, batch: ScoreBatch) -> Scores:
+        zeros = torch.zeros(batch.index.shape, device=batch.index.device)
+        ref_logits = _logits(cast(frozen["reference"], dtype), batch, config)
+        policy_log_probs = values = kl = zeros
+        if log_probs or exact:
+            policy = cast(params["policy"], dtype)
+            hidden = _hidden(policy, batch.rows, config)[batch.index]
+            logits = unembed(policy, hidden)
+            policy_log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
+            kl = exact_kl(logits, ref_logits, temperature=temperature)
+            values = zeros if critic_config else apply_head(params["value_head"], hidden)
+        if critic_config is not None:
+            values = _critic(params, batch.rows, batch.index, critic_config, dtype)
+        scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
+        for number, reward_config in enumerate(reward_configs):
+            reward_model = frozen[f"reward_model_{number}"]
+            last_hidden = _hidden(cast(reward_model["trunk"], dtype), batch.rows, reward_config)[batch.last]
+            scores.append(apply_head(reward_model["head"], last_hidden).unsqueeze(1))
+        ref_log_probs = token_log_probs(ref_logits, batch.targets, temperature=temperature)
+        return Scores(ref_log_probs, policy_log_probs, values, kl, torch.cat(scores, dim=1))
+
+    return score
+
+
+def _hidden(
+    params: Params, rows: Rows, config: GPT2Config, *, dropout: float = 0.0, key: Tensor | None = None
+) -> Tensor:
+    """[R * T, D] hidden states of packed rows."""
+    hidden = trunk(
+        params, rows.tokens, config=config, positions=rows.positions, segments=rows.segments, dropout=dropout, key=key
+    )
+    return hidden.flatten(0, 1)
+
+
+def _logits(params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config) -> Tensor:
+    """[C, V] at the positions that predict a completion token; no other logits are ever computed."""
+    return unembed(params, _hidden(params, batch.rows, config)[batch.index])
+
+
+def _critic(params: Params, rows: Rows, index: Tensor, config: GPT2Config, dtype: torch.dtype) -> Tensor:
+    hidden = _hidden(cast(params["critic"]["trunk"], dtype), rows, config)
+    return apply_head(params["critic"]["head"], hidden[index])
+
+
+def _values(
+    params: Params, hidden: Tensor, batch: PPOBatch, critic_config: GPT2Config | None, dtype: torch.dtype
+) -> Tensor:
+    if critic_config is None:
+        return apply_head(params["value_head"], hidden)
+    return _critic(params, batch.rows, batch.index, critic_config, dtype)
+
+
+def _loss_kl(
+    kind: Literal["k1", "k2", "k3", "exact"],
+    log_probs: Tensor,
+    logits: Tensor,
+    frozen: Frozen,
+    batch: PPOBatch,
+    config: GPT2Config,
+    dtype: torch.dtype,
+    temperature: float,
+) -> Tensor:
+    if kind == "exact":
+        ref_logits = _logits(cast(frozen["reference"], dtype), batch, config)
+        return masked_sum(exact_kl(logits, ref_logits, temperature=temperature), batch.mask)
+    return masked_sum(kl_estimate(log_probs, batch.ref_log_probs, estimator=kind), batch.mask)

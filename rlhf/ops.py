@@ -1,0 +1,132 @@
+"""Masked statistics and the one definition of log-probabilities and entropy.
+
+Masks are bool, True where a position counts. Positions with False may hold anything, NaN included, and
+receive zero gradient. An all-False mask gives zero, never NaN.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import check_integer, check_mask, check_same_shape, check_value
+from rlhf.types import Metrics
+
+_VARIANCE_EPS = 1e-8
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """[] sum of `values` where `mask` is True.
+
+    Raises:
+        ValueError: shapes differ.
+        TypeError: mask is not bool.
+    """
+    check_mask("masked_sum", mask, values=values)
+    return torch.where(mask, values, 0.0).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """[] mean of `values` where `mask` is True; 0 when it nowhere is. Errors as `masked_sum`."""
+    return masked_sum(values, mask) / mask.sum().clamp(min=1)
+
+
+def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
+    """[] variance of `values` where `mask` is True; `unbiased` divides by n - 1. Errors as `masked_sum`."""
+    centred = values - masked_mean(values, mask)
+    count = mask.sum()
+    return masked_sum(centred.square(), mask) / (count - int(unbiased)).clamp(min=1)
+
+
+def whiten(
+    values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = False
+) -> Tensor:
+    """Scale to unit variance over the mask; shift to zero mean too, or keep the mean.
+
+        (values - mean) / sqrt(var + 1e-8)  [+ mean]
+
+    Source: `whiten` of Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences",
+    https://github.com/openai/lm-human-preferences (biased variance, as there; TRL uses the unbiased one).
+
+    Args:
+        values: float, any shape.
+        mask: bool of the same shape; None counts everything.
+        shift_mean: whether the result has mean 0; otherwise the mean of `values` is kept.
+        unbiased: divide the squares by n - 1 instead of n.
+
+    Returns:
+        `values`' shape; 0 where the mask is False.
+
+    Raises:
+        ValueError: shapes differ.
+        TypeError: mask is not bool.
+    """
+    if mask is None:
+        mask = torch.ones_like(values, dtype=torch.bool)
+    check_mask("whiten", mask, values=values)
+    mean, variance = masked_mean(values, mask), masked_var(values, mask, unbiased=unbiased)
+    whitened = (values - mean) * torch.rsqrt(variance + _VARIANCE_EPS)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+
+
+def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at `targets`, in float32 at least.
+
+    This is the one definition used in sampling, in the reference and in the update. Filters that only shape
+    what is sampled (top-k, top-p, minimal length) are not part of it.
+
+    Args:
+        logits: [..., V] float; differentiated.
+        targets: [...] int64 in [0, V).
+        temperature: > 0, dimensionless.
+
+    Returns:
+        [...] float32 (float64 for float64 logits), nats.
+
+    Raises:
+        ValueError: shapes do not match, or temperature is not positive.
+        TypeError: targets is not int64.
+    """
+    check_integer("token_log_probs", targets=targets)
+    check_same_shape("token_log_probs", targets=targets, **{"logits[..., 0]": logits[..., 0]})
+    scaled = scale_logits(logits, temperature)
+    chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return chosen - torch.logsumexp(scaled, dim=-1)
+
+
+def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(logits / temperature) over the last axis.
+
+        H = logsumexp(z) - sum_v softmax(z)_v z_v,   z = logits / temperature
+
+    Args:
+        logits: [..., V] float; differentiated.
+        temperature: > 0.
+
+    Returns:
+        [...] float32 (float64 for float64 logits), nats.
+
+    Raises:
+        ValueError: temperature is not positive.
+    """
+    scaled = scale_logits(logits, temperature)
+    return torch.logsumexp(scaled, dim=-1) - (torch.softmax(scaled, dim=-1) * scaled).sum(dim=-1)
+
+
+def scale_logits(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, at least float32: low-precision logits lose the tail of the softmax.
+
+    Raises:
+        ValueError: temperature is not positive.
+    """
+    check_value("scale_logits", temperature > 0, "above 0 (for the most likely token use top_k=1)", temperature=temperature)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide if temperature == 1.0 else wide / temperature
+
+
+def mean_metrics(sums: Metrics) -> Metrics:
+    """Every sum divided by `sums["count"]` (by 1 when that is 0), without the count itself.
+
+    Raises:
+        KeyError: there is no "count".
+    """
+    count = sums["count"].clamp(min=1)
+    return {name: total / count for name, total in sums.items() if name != "count"}

@@ -1,0 +1,126 @@
+"""Optimisers as pure (init, update) pairs over pytrees.
+
+A flat buffer is a pytree with one leaf, so the same functions update a tree on a laptop and a range of the
+parameter server's buffer.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import check_value
+from rlhf.schedules import Schedule
+from rlhf.tree import global_norm, leaves, tree_map, tree_map_named
+from rlhf.types import Params, Tree
+
+
+class Optimizer(NamedTuple):
+    """A pair of pure functions."""
+
+    init: Callable[[Params], Any]
+    """params -> state."""
+    update: Callable[[Tree, Any, Params], tuple[Params, Any]]
+    """(grads, state, params) -> (params, state)."""
+
+
+class AdamState(NamedTuple):
+    """State of `adamw`."""
+
+    count: Tensor
+    """[] int64: updates made."""
+    mu: Tree
+    """Like params: running mean of the gradient."""
+    nu: Tree
+    """Like params: running mean of its square."""
+
+
+def adamw(
+    learning_rate: Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decays: Callable[[str], bool] | None = None,
+    rate_scale: Callable[[str], float] | None = None,
+) -> Optimizer:
+    """AdamW: Adam with weight decay decoupled from the gradient.
+
+        mu = b1 mu + (1 - b1) g,   nu = b2 nu + (1 - b2) g^2
+        p  = p (1 - lr decay) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
+
+    Source: Loshchilov and Hutter 2019, algorithm 2, https://arxiv.org/abs/1711.05101, in the arrangement of
+    `torch.optim.AdamW`, which it equals. Built from single multiplications, additions, divisions and roots alone:
+    each is correctly rounded, so an element's bits do not depend on how the buffer it lies in is cut.
+
+    Args:
+        learning_rate: maps the count of updates made to the rate (`rlhf.schedules`).
+        b1: in [0, 1).
+        b2: in [0, 1).
+        eps: above 0, added to the root.
+        weight_decay: at least 0, per unit of learning rate.
+        decays: whether the leaf of this dotted name decays; None is `is_matrix`: all but biases and norms.
+        rate_scale: factor on the learning rate for the leaf of this dotted name; 0 leaves its bits as they are; None is 1.
+
+    Returns:
+        An `Optimizer`; `update` changes none of its arguments.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    check_value("adamw", 0 <= b1 < 1, "in [0, 1)", b1=b1)
+    check_value("adamw", 0 <= b2 < 1, "in [0, 1)", b2=b2)
+    check_value("adamw", eps > 0, "above 0", eps=eps)
+    check_value("adamw", weight_decay >= 0, "at least 0", weight_decay=weight_decay)
+    decays = decays or is_matrix
+
+    def init(params: Params) -> AdamState:
+        count = torch.zeros((), dtype=torch.int64, device=leaves(params)[0].device)
+        return AdamState(count, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
+
+    def update(grads: Tree, state: AdamState, params: Params) -> tuple[Params, AdamState]:
+        rate, count = learning_rate(state.count), state.count + 1
+        step_size = rate / (1.0 - b1 ** count.double())
+        root_scale = (1.0 - b2 ** count.double()).sqrt()
+        mu = tree_map(lambda m, g: m * b1 + g * (1.0 - b1), state.mu, grads)
+        nu = tree_map(lambda v, g: v * b2 + g * g * (1.0 - b2), state.nu, grads)
+
+        def leaf(name: str, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
+            scale = rate_scale(name) if rate_scale else 1.0
+            decayed = p * (1.0 - rate * (weight_decay * scale)) if weight_decay and decays(name) else p
+            return decayed - m / (v.sqrt() / root_scale + eps) * (step_size * scale)
+
+        return tree_map_named(leaf, params, mu, nu), AdamState(count, mu, nu)
+
+    return Optimizer(init, update)
+
+
+def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = None) -> tuple[Tree, Tensor]:
+    """Scale all gradients so that their common Euclidean norm is at most `max_norm`.
+
+        g * min(1, max_norm / (norm + 1e-6))
+
+    Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, as `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        grads: any pytree.
+        max_norm: above 0; `inf` leaves everything as it is.
+        norm: [] the global norm, where `grads` is only a part of the whole; None computes it.
+
+    Returns:
+        (the scaled tree, the norm before scaling as [] float64).
+
+    Raises:
+        ValueError: max_norm is not positive.
+    """
+    check_value("clip_by_global_norm", max_norm > 0, "above 0", max_norm=max_norm)
+    norm = global_norm(grads) if norm is None else norm
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return tree_map(lambda g: g * factor.to(g.dtype), grads), norm
+
+
+def is_matrix(name: str) -> bool:
+    """Whether the dotted name of a GPT-2 leaf is that of a matrix or an embedding: neither a bias nor a norm."""
+    return not name.endswith("bias") and "ln_" not in name

@@ -1,0 +1,155 @@
+"""Stateless randomness: a key is two 32-bit words, and a random number is a hash of (key, position).
+
+The hash is Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3",
+https://doi.org/10.1145/2063384.2063405; the generator of `jax.random`), in int32 tensor arithmetic, so the bits are
+the same on CPU and GPU, in any batch and in any order. No global generator is read or set.
+
+A key is used once: either drawn from, or split with `fold_in` / `split`. Derive by meaning
+(`fold_in(fold_in(key, iteration), prompt)`), so that no draw depends on how many were made before.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import check_value
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+_WORD = 1 << 32
+_FOLD = -(1 << 31)  # sets the top counter bit, which no position reaches: derived keys never equal drawn bits
+_BLOCK = 1 << 16  # positions hashed at once: the 20 rounds then run inside the processor's cache
+
+
+class Purpose(IntEnum):
+    """What a run's keys are for: `fold_in(key(seed), Purpose.SAMPLING)`. Numbers are never reused."""
+
+    INIT = 0
+    """Weights of a new trunk."""
+    HEAD = 1
+    """Weights of a new head."""
+    SPLIT = 2
+    """Which records are held out."""
+    ORDER = 3
+    """Order of records and prompts, by epoch."""
+    DROPOUT = 4
+    """By step and micro-batch."""
+    SAMPLING = 5
+    """Completions, by iteration, prompt and sample."""
+    MINIBATCH = 6
+    """Order of completions, by iteration and epoch."""
+    EVALUATION = 7
+    """Completions made to compare models."""
+
+
+def key(seed: int) -> Tensor:
+    """A key from a seed in [0, 2**64).
+
+    Returns:
+        [2] int32: the high and the low word of the seed.
+
+    Raises:
+        ValueError: the seed is negative or needs more than 64 bits.
+    """
+    check_value("key", 0 <= seed < _WORD**2, "in [0, 2**64)", seed=seed)
+    return torch.tensor([_signed(seed >> 32), _signed(seed & (_WORD - 1))], dtype=torch.int32)
+
+
+def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
+    """Derive a key from a key and an integer below 2**63.
+
+    Args:
+        key: [..., 2] int32.
+        data: an int, or int64 [...] broadcast against the keys, to derive many at once.
+
+    Returns:
+        [..., 2] int32.
+    """
+    data = torch.as_tensor(data, dtype=torch.int64, device=key.device)
+    return torch.stack(_threefry(key[..., 0], key[..., 1], _high(data) | _FOLD, _low(data)), dim=-1)
+
+
+def split(key: Tensor, num: int = 2) -> Tensor:
+    """[num, 2] int32: `num` keys derived from one."""
+    return fold_in(key.unsqueeze(0), torch.arange(num, device=key.device))
+
+
+def bits(key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent 32-bit words for each (key, position).
+
+    Args:
+        key: [..., 2] int32.
+        position: int64 in [0, 2**63), broadcast against the keys.
+
+    Returns:
+        Two int32 tensors of the broadcast shape; all 32 bits are random.
+    """
+    return _threefry(key[..., 0], key[..., 1], _high(position), _low(position))
+
+
+def uniform_at(key: Tensor, position: Tensor) -> Tensor:
+    """float32 in [0, 1), a multiple of 2**-23, for each (key, position); see `bits` for the shapes."""
+    word, _ = bits(key, position)
+    return _unit(word)
+
+
+def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float32 `shape` in [0, 1), multiples of 2**-23. Element i (row-major) is `uniform_at(key, i)`."""
+    return _unit(_words(key, math.prod(shape))[0]).view(shape)
+
+
+def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float32 `shape`, standard normal, by the Box-Muller transform: elements 2i and 2i + 1 come from position i."""
+    count = math.prod(shape)
+    first, second = _words(key, (count + 1) // 2)
+    radius, angle = torch.sqrt(-2.0 * torch.log1p(-_unit(first))), 2.0 * math.pi * _unit(second)
+    pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    return pairs.view(-1)[:count].view(shape)
+
+
+def permutation(key: Tensor, n: int) -> Tensor:
+    """[n] int64: 0..n-1 in a random order (sorted by 64 random bits each)."""
+    high, low = _words(key, n)
+    return torch.argsort(high.long() * _WORD + (low.long() & (_WORD - 1)), stable=True)
+
+
+def _words(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Two int32 [n] words at positions 0..n-1, in blocks that stay in cache."""
+    starts = range(0, max(n, 1), _BLOCK)
+    blocks = [bits(key, torch.arange(start, min(start + _BLOCK, n), device=key.device)) for start in starts]
+    return torch.cat([first for first, _ in blocks]), torch.cat([second for _, second in blocks])
+
+
+def _threefry(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32-20; int32 additions wrap, as the algorithm wants."""
+    schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
+    x0, x1 = x0 + k0, x1 + k1
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = _rotate_left(x1, rotation) ^ x0
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + schedule[(group + 2) % 3] + (group + 1)
+    return x0, x1
+
+
+def _rotate_left(x: Tensor, distance: int) -> Tensor:
+    return (x << distance) | ((x >> (32 - distance)) & ((1 << distance) - 1))
+
+
+def _unit(word: Tensor) -> Tensor:
+    return ((word >> 9) & 0x7FFFFF).float() * 2.0**-23
+
+
+def _high(data: Tensor) -> Tensor:
+    return (data >> 32).int()
+
+
+def _low(data: Tensor) -> Tensor:
+    return data.int()  # keeps the low 32 bits
+
+
+def _signed(word: int) -> int:
+    return word - _WORD if word >= _WORD // 2 else word

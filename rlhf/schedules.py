@@ -1,0 +1,64 @@
+"""Learning-rate schedules: functions from a step to a rate, both [] tensors, so that a changing rate never recompiles."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import check_value
+
+Schedule = Callable[[Tensor], Tensor]
+"""Maps the number of updates already made ([] int64) to the rate of the next one ([] float64)."""
+
+
+def constant(value: float, *, warmup_steps: int = 0) -> Schedule:
+    """`value` after a linear warm-up: update k (from 0) of the warm-up gets value (k + 1) / (warmup_steps + 1)."""
+    check_value("constant", warmup_steps >= 0, "at least 0", warmup_steps=warmup_steps)
+    return lambda step: value * _warmup(step, warmup_steps)
+
+
+def linear(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
+    """Falls linearly from `value` at the end of the warm-up to `final` at `total_steps`.
+
+    The rate `final` itself would come one update after the last, so no update is made at 0.
+
+    Raises:
+        ValueError: warmup_steps is not below total_steps, or negative.
+    """
+    _check_steps("linear", warmup_steps, total_steps)
+
+    def schedule(step: Tensor) -> Tensor:
+        progress = _progress(step, warmup_steps, total_steps)
+        return (value + (final - value) * progress) * _warmup(step, warmup_steps)
+
+    return schedule
+
+
+def cosine(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
+    """Falls along half a cosine from `value` at the end of the warm-up to `final` at `total_steps`.
+
+    Source: Loshchilov and Hutter 2017, eq. 5 without restarts, https://arxiv.org/abs/1608.03983.
+
+    Raises:
+        ValueError: warmup_steps is not below total_steps, or negative.
+    """
+    _check_steps("cosine", warmup_steps, total_steps)
+
+    def schedule(step: Tensor) -> Tensor:
+        progress = _progress(step, warmup_steps, total_steps)
+        return (final + (value - final) * 0.5 * (1.0 + torch.cos(math.pi * progress))) * _warmup(step, warmup_steps)
+
+    return schedule
+
+
+def _warmup(step: Tensor, warmup_steps: int) -> Tensor:
+    return ((step.double() + 1.0) / (warmup_steps + 1.0)).clamp(max=1.0)
+
+
+def _progress(step: Tensor, warmup_steps: int, total_steps: int) -> Tensor:
+    return ((step.double() - warmup_steps) / (total_steps - warmup_steps)).clamp(0.0, 1.0)
+
+
+def _check_steps(function: str, warmup_steps: int, total_steps: int) -> None:
+    check_value(function, 0 <= warmup_steps < total_steps, f"in [0, {total_steps})", warmup_steps=warmup_steps)

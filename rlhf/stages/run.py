@@ -1,0 +1,244 @@
+"""What every stage shares: the run's folder, device and keys, and the loop that logs, saves, resumes and stops."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config import PipelineRun, RunConfig, flat_fields
+from rlhf.distributed.executor import Executor
+from rlhf.errors import Interrupted, NonFiniteError, UserError
+from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint
+from rlhf.io.files import atomic_folder, check_free_space, lock_folder, write_text
+from rlhf.io.manifest import write_manifest
+from rlhf.io.presets import dump_config, load_config
+from rlhf.io.progress import StageProgress, console
+from rlhf.io.run_log import FORMAT, RunLog
+from rlhf.random import Purpose, fold_in, key
+from rlhf.tree import named_leaves
+
+Facts = dict[str, Any]
+"""Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
+
+_FREE_TO_CHANGE = ("output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist.")
+"""Settings that may differ when a run is resumed: they do not change a bit of its results."""
+
+
+@dataclass
+class Run:
+    """One stage of one run."""
+
+    config: RunConfig
+    stage: str
+    device: torch.device
+    dtype: torch.dtype
+    stop_signal: int = 0
+    """Signal that asked the run to stop; 0 when none did."""
+    notes: list[str] = field(default_factory=list)
+    """What was said to the user before training, for the log."""
+
+    def key(self, purpose: Purpose) -> Tensor:
+        """The run's key for one purpose."""
+        return fold_in(key(self.config.seed), int(purpose))
+
+    def note(self, text: str) -> None:
+        """Tell the user something and keep it for the log."""
+        self.notes.append(text)
+        console.print(f"[bold]{self.stage}[/]: ", end="")
+        console.print(text, markup=False, soft_wrap=True)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this stage's checkpoints are."""
+        return self.config.output_dir / "checkpoints" / self.stage
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
+    """Take hold of the output folder and set up device, threads and signals for one stage.
+
+    Raises:
+        UserError: the folder is in use, holds this stage's checkpoints although `resume` is off, or has none although
+            it is on; or no GPU is there though one was asked for.
+    """
+    run = Run(config, stage, _device(config), torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    torch.set_num_threads(config.threads or available_cores())
+    with lock_folder(config.output_dir), _stop_on_signal(run):
+        done = last_step(run.checkpoints)
+        if done is not None and not config.resume:
+            raise UserError(
+                f"{config.output_dir}: holds checkpoints of another {stage} run (step {done}); continue it with --resume, "
+                "or choose another --output-dir"
+            )
+        yield run
+
+
+def train(
+    run: Run,
+    executor: Executor,
+    *,
+    total: int,
+    unit: str,
+    shown: tuple[str, ...],
+    facts: Facts,
+    identity: Facts,
+    advance: Callable[[int, Facts, RunLog], tuple[dict[str, float], Facts]],
+) -> Facts:
+    """Run steps 0..total-1, logging each, saving every few, resuming where a checkpoint stands.
+
+    Args:
+        run: the stage.
+        executor: holds everything trained.
+        total: steps.
+        unit: what a step is called.
+        shown: metrics on the progress display.
+        facts: start values of what `advance` carries along.
+        identity: what else must not change between a run and its continuation, such as the data's digest.
+        advance: (step, facts, log) -> (metrics, facts): makes one step.
+
+    Returns:
+        The last facts.
+
+    Raises:
+        UserError: the checkpoint belongs to another configuration, data or shape, or saving fails.
+        NonFiniteError: a step was refused; the state is saved and the offending batch written to nonfinite/.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
+    """
+    config = run.config
+    identity = identity | _settings(config)
+    start, facts = _restore(run, executor, facts, identity)
+    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
+    check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))
+    _write_config(config)
+
+    def save(step: int) -> None:
+        checkpoint = Checkpoint(step, executor.snapshot(), {"carried": facts, "identity": identity, "version": executor.version})
+        save_checkpoint(run.checkpoints, checkpoint, keep=config.checkpoint.keep)
+
+    log = RunLog(
+        config.output_dir / "logs", run.stage, after_step=start if config.resume else None, tensorboard=config.log.tensorboard
+    )
+    with contextlib.closing(log), StageProgress(run.stage, total, unit, shown) as progress:
+        log.event("resume" if start else "start", format=FORMAT, step=start, total=total, unit=unit, notes=run.notes)
+        progress.update(start, {})
+        for step in range(start, total):
+            version, begun = executor.version, time.perf_counter()
+            try:
+                metrics, facts = advance(step, facts, log)
+            except NonFiniteError as error:
+                where = _save_nonfinite(run, executor, step, error, save if executor.version == version else None)
+                log.event("nonfinite", step=step, message=str(error))
+                raise NonFiniteError(f"{run.stage} {unit} {step + 1}: {error}; the update was refused. {where}") from error
+            metrics["timing_s/step"] = time.perf_counter() - begun
+            if (step + 1) % config.log.every == 0 or step + 1 == total:
+                log.metrics(step + 1, metrics)
+            progress.update(step + 1, metrics)
+            if run.stop_signal or step + 1 == total or (step + 1) % config.checkpoint.every == 0:
+                save(step + 1)
+            if run.stop_signal and step + 1 < total:
+                log.event("interrupted", step=step + 1)
+                raise Interrupted(
+                    f"{run.stage}: stopped after {unit} {step + 1} of {total} and saved; continue with --resume", run.stop_signal
+                )
+        log.event("end", step=total)
+    return facts
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_config(config: RunConfig) -> None:
+    """Write config.yaml; sections of stages that ran here before stay as they were."""
+    path = config.output_dir / "config.yaml"
+    before = load_config(str(path)) if path.is_file() else PipelineRun()
+    fields = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
+    write_text(path, dump_config(dataclasses.replace(before, **fields)))
+
+
+def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tuple[int, Facts]:
+    """(first step, facts) from the newest checkpoint, whose state goes to the executor."""
+    checkpoint = load_checkpoint(run.checkpoints) if run.config.resume else None
+    if checkpoint is None:
+        return 0, facts
+    saved = checkpoint.facts["identity"]
+    changed = sorted(name for name in saved.keys() | identity.keys() if saved.get(name) != identity.get(name))
+    if changed:
+        shown = "; ".join(f"{name} was {saved.get(name)}, is {identity.get(name)}" for name in changed[:3])
+        raise UserError(f"{run.checkpoints}: cannot be continued, because the run has changed: {shown}. Undo it, or choose another --output-dir")
+    try:
+        executor.restore(checkpoint.tensors, checkpoint.facts["version"])
+    except ValueError as error:
+        raise UserError(f"{run.checkpoints}: the checkpoint is of another shape: {error}") from error
+    run.note(f"continuing after step {checkpoint.step}")
+    return checkpoint.step, checkpoint.facts["carried"]
+
+
+def _settings(config: RunConfig) -> Facts:
+    """Every setting that has a say in the results, as JSON values."""
+    fields = flat_fields(config)
+    return {name: _json(value) for name, value in fields.items() if not name.startswith(_FREE_TO_CHANGE)}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _save_nonfinite(
+    run: Run, executor: Executor, step: int, error: NonFiniteError, save: Callable[[int], None] | None
+) -> str:
+    """Write the offending batch, and the state: as a checkpoint where nothing of the step was applied yet."""
+    from safetensors.torch import save_file
+
+    folder = run.config.output_dir / "nonfinite" / f"{run.stage}-step-{step + 1:06d}"
+    with atomic_folder(folder) as temporary:
+        if error.batch is not None:
+            batch = {name: leaf.detach().cpu().contiguous() for name, leaf in named_leaves(error.batch).items()}
+            save_file(batch, temporary / "batch.safetensors")
+        if save is None:
+            save_file({name: leaf.contiguous() for name, leaf in executor.snapshot().items()}, temporary / "state.safetensors")
+        write_manifest(temporary, {"stage": run.stage, "step": step, "message": str(error)})
+    if save is not None:
+        save(step)
+    return f"The batch is in {folder}, the state in {run.checkpoints if save else folder}"
+
+
+def _device(config: RunConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def _stop_on_signal(run: Run) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the run to stop after its step; a second SIGINT stops it at once."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if run.stop_signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.stop_signal = number
+        console.print(f"{run.stage}: finishing the step, then saving (Ctrl-C again stops at once, unsaved)")
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.signal(number, handler) for number in numbers}
+    except ValueError:  # not in the main thread: whoever runs this there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -1,0 +1,180 @@
+"""Pytrees: nested dicts, lists, tuples and NamedTuples of tensors. The only importer of a pytree library.
+
+Anything that leaves the process (checkpoints, the parameter server, allreduce buffers) is ordered by the sorted
+dotted names of its leaves, never by traversal order, so that two processes cannot disagree about it.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from rlhf.types import Tree
+
+ALIGNMENT = 64
+"""Elements to which every leaf of a flat buffer is aligned (256 bytes of fp32: a cache line on every machine)."""
+
+CHUNK = 4096
+"""Elements to which a flat buffer is padded, where shards are cut, and over which square sums are taken."""
+
+
+def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply `function` to every leaf (and to the leaves at the same places of `rest`); returns a new tree."""
+    return pytree.tree_map(function, tree, *rest)
+
+
+def tree_map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """`tree_map` whose `function` gets each leaf's dotted name first."""
+    return pytree.tree_map_with_path(lambda path, *same: function(_dotted(path), *same), tree, *rest)
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The leaves in traversal order: dicts by insertion, lists by index."""
+    return pytree.tree_leaves(tree)
+
+
+def named_leaves(tree: Tree) -> dict[str, Tensor]:
+    """The leaves by dotted name, sorted by it.
+
+    Example:
+        >>> list(named_leaves({"h": [{"w": torch.ones(1)}], "b": torch.ones(1)}))
+        ['b', 'h.0.w']
+    """
+    with_paths, _ = pytree.tree_flatten_with_path(tree)
+    return dict(sorted((_dotted(path), leaf) for path, leaf in with_paths))
+
+
+def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
+    """A tree of the structure of `tree` whose leaves are taken from `named` by dotted name.
+
+    Raises:
+        ValueError: a name is missing from or unknown to `tree`.
+    """
+    with_paths, spec = pytree.tree_flatten_with_path(tree)
+    names = [_dotted(path) for path, _ in with_paths]
+    missing, unknown = sorted(set(names) - set(named)), sorted(set(named) - set(names))
+    if missing or unknown:
+        raise ValueError(f"with_leaves: missing {missing[:3]} and unknown {unknown[:3]}, expected the names of the tree")
+    return pytree.tree_unflatten([named[name] for name in names], spec)
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    """Floating-point leaves as `dtype`; the others, and those that have it already, unchanged."""
+    return tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
+
+
+def to_device(tree: Tree, device: torch.device | str) -> Tree:
+    """Every leaf on `device`."""
+    return tree_map(lambda leaf: leaf.to(device), tree)
+
+
+def all_finite(tree: Tree) -> bool:
+    """Whether every element of every floating-point leaf is finite. Waits for the device."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree) if leaf.is_floating_point())
+
+
+def tree_sum(trees: Iterable[Tree]) -> Tree:
+    """Add trees along one fixed binary tree over 0..M-1: sum(0..M) = sum(0..P) + sum(P..M), P the largest power of two below M.
+
+    The order of additions depends on M alone, so any split of the work into aligned subtrees gives the same bits.
+    At most log2(M) + 1 partial sums are alive at once: hand over a generator to keep memory low.
+
+    Raises:
+        ValueError: there is nothing to add.
+    """
+    partial: list[tuple[int, Tree]] = []  # (how many were added, their sum), sizes falling: a binary counter
+    for tree in trees:
+        size = 1
+        while partial and partial[-1][0] == size:
+            _, left = partial.pop()
+            tree, size = tree_map(torch.add, left, tree), 2 * size
+        partial.append((size, tree))
+    if not partial:
+        raise ValueError("tree_sum: got no trees, expected at least one")
+    _, total = partial.pop()
+    while partial:
+        _, left = partial.pop()
+        total = tree_map(torch.add, left, total)
+    return total
+
+
+class FlatLayout(NamedTuple):
+    """Where each leaf of a tree lies in one flat buffer: leaves sorted by name, each aligned to `ALIGNMENT` elements."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    offsets: tuple[int, ...]
+    size: int
+    """Elements of the buffer, a multiple of `CHUNK`."""
+    spec: Any
+    """The tree's structure, for `unflatten`."""
+    order: tuple[int, ...]
+    """Position in `names` of each leaf in traversal order."""
+
+
+def flat_layout(tree: Tree) -> FlatLayout:
+    """The layout of `tree` in a flat buffer; depends on names and shapes alone."""
+    named = named_leaves(tree)
+    with_paths, spec = pytree.tree_flatten_with_path(tree)
+    position = {name: index for index, name in enumerate(named)}
+    offsets, size = [], 0
+    for leaf in named.values():
+        offsets.append(size)
+        size += _round_up(leaf.numel(), ALIGNMENT)
+    return FlatLayout(
+        names=tuple(named),
+        shapes=tuple(leaf.shape for leaf in named.values()),
+        offsets=tuple(offsets),
+        size=_round_up(size, CHUNK),
+        spec=spec,
+        order=tuple(position[_dotted(path)] for path, _ in with_paths),
+    )
+
+
+def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) -> Tensor:
+    """All leaves in one new [layout.size] buffer; the gaps between them are zero.
+
+    Raises:
+        ValueError: the tree's names or shapes are not those of `layout`.
+    """
+    named = named_leaves(tree)
+    if tuple(named) != layout.names or tuple(leaf.shape for leaf in named.values()) != layout.shapes:
+        raise ValueError("flatten: the tree has other names or shapes than its layout")
+    device = next(iter(named.values())).device
+    flat = torch.zeros(layout.size, dtype=dtype, device=device)
+    for leaf, offset in zip(named.values(), layout.offsets, strict=True):
+        flat[offset : offset + leaf.numel()] = leaf.reshape(-1)
+    return flat
+
+
+def unflatten(flat: Tensor, layout: FlatLayout) -> Tree:
+    """The tree whose leaves are views into `flat` (no copy: a change of `flat` shows in them)."""
+    views = [
+        flat[offset : offset + math.prod(shape)].view(shape)
+        for shape, offset in zip(layout.shapes, layout.offsets, strict=True)
+    ]
+    return pytree.tree_unflatten([views[position] for position in layout.order], layout.spec)
+
+
+def chunk_square_sums(flat: Tensor) -> Tensor:
+    """[n / CHUNK] float64: the sum of squares of each chunk of a flat buffer.
+
+    A shard's chunks are the buffer's, so a norm put together from them has the same bits for any number of shards.
+    """
+    return flat.view(-1, CHUNK).double().square().sum(dim=1)
+
+
+def global_norm(tree: Tree) -> Tensor:
+    """[] float64: the Euclidean norm over all leaves."""
+    return torch.stack([leaf.double().square().sum() for leaf in leaves(tree)]).sum().sqrt()
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", "")))) for entry in path)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,28 @@
+"""The few types that every module shares.
+
+Shape letters, used in docstrings and as suffixes of local names throughout the package:
+
+    B  sequences in a batch          R  packed rows in a micro-batch
+    T  tokens of a sequence or row   C  completion tokens of a micro-batch, flattened
+    V  vocabulary                    L  layers
+    D  model width                   N  attention heads
+    H  width of one head             S  slots of a key-value cache
+
+Time index: `rewards[:, t]`, `values[:, t]` and `log_probs[:, t]` all belong to the decision that emits
+completion token t; `values[:, t]` is the value of the state in which that token is chosen.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+Tree = Any
+"""A pytree: nested dicts, lists, tuples and NamedTuples whose leaves are tensors."""
+
+Params = dict[str, Any]
+"""A pytree of parameter tensors, `requires_grad=False`; nested dicts and lists under OpenAI's names."""
+
+Metrics = dict[str, Tensor]
+"""Detached [] tensors by metric name. Losses return sums; `"count"` is the weight they are divided by, once."""
+
+__all__ = ["Metrics", "Params", "Tensor", "Tree"]
