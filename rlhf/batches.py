@@ -46,8 +46,6 @@ class PairBatch(NamedTuple):
     """[B] float32, reward units."""
     mask: Tensor
     """[B] bool: False on filling."""
-    key: Tensor
-    """[2] int32, for dropout."""
 
 
 class PromptBatch(NamedTuple):

@@ -44,12 +44,12 @@ def make_sft_objective(
 
 
 def make_reward_objective(
-    config: GPT2Config, *, dtype: torch.dtype = torch.float32, centre_coef: float = 0.0, dropout: float = 0.0
+    config: GPT2Config, *, dtype: torch.dtype = torch.float32, centre_coef: float = 0.0
 ) -> Callable[[Params, Frozen, PairBatch], tuple[Tensor, Metrics]]:
     """(reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
 
     def objective(params: Params, frozen: Frozen, batch: PairBatch) -> tuple[Tensor, Metrics]:
-        hidden = _hidden(cast(params["trunk"], dtype), batch.rows, config, dropout=dropout, key=batch.key)
+        hidden = _hidden(cast(params["trunk"], dtype), batch.rows, config)
         chosen, rejected = (apply_head(params["head"], hidden[last]) for last in (batch.chosen, batch.rejected))
         return reward_loss(chosen, rejected, batch.mask, margin=batch.margin, centre_coef=centre_coef)
 

@@ -46,18 +46,27 @@ def token_batches(
     return batches
 
 
-def pair_batches(dataset: Dataset, records: Sequence[int], *, max_length: int, rows: int, margins: bool, key: Tensor) -> list[PairBatch]:
+class PackedPairs(NamedTuple):
+    """A micro-batch of preference pairs and which records they are."""
+
+    batch: PairBatch
+    records: list[int]
+
+
+def pair_batches(
+    dataset: Dataset, records: Sequence[int], *, max_length: int, rows: int, margins: bool = False
+) -> list[PackedPairs]:
     """Micro-batches of preference pairs; arguments as `token_batches`, with or without the margin column."""
     layouts = pack([dataset.lengths(record, max_length) for record in records], rows=max(2, rows), row_length=max_length)
     batches = []
-    for number, layout in enumerate(layouts):
+    for layout in layouts:
         kept = [records[unit] for unit in layout.units]
         sequences = [s.tokens for record in kept for s in dataset.sequences(record, max_length)]
         packed = build_rows(sequences, [place for places in layout.places for place in places])
         last = torch.tensor([start + len(s) - 1 for s, start in zip(sequences, packed.starts, strict=True)])
         margin = torch.tensor([dataset.margin(record) if margins else 0.0 for record in kept])
         mask = torch.ones(len(kept), dtype=torch.bool)
-        batches.append(PairBatch(packed.rows, last[0::2], last[1::2], margin, mask, fold_in(key, number)))
+        batches.append(PackedPairs(PairBatch(packed.rows, last[0::2], last[1::2], margin, mask), kept))
     return batches
 
 
@@ -122,6 +131,14 @@ def pack_completions(
         batch = ScoreBatch(packed.rows, index, tokens[sequence, step], mask, last)
         packs.append(PackedCompletions(batch, torch.tensor(numbers), sequence, step))
     return packs
+
+
+def unpack_tokens(packs: Sequence[PackedCompletions], parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """[B, T] from per-token results [C] of each pack; 0 where no completion has a token."""
+    whole = torch.zeros(tuple(shape), dtype=parts[0].dtype)
+    for pack, part in zip(packs, parts, strict=True):
+        whole[pack.sequence, pack.step] = part
+    return whole
 
 
 def ppo_batch(

@@ -79,9 +79,9 @@ class Dataset:
         self._columns.seek(int(self._column_offsets[record]))
         return json.loads(self._columns.readline())
 
-    def count_cut(self, max_length: int, *, prompts_only: bool = False) -> int:
-        """Records that do not fit `max_length` tokens whole."""
-        lengths = self._prompts if prompts_only else np.diff(self._offsets) + 1
+    def count_cut(self, max_length: int) -> int:
+        """Records that do not fit `max_length` tokens whole (a completion with its end-of-text token)."""
+        lengths = np.diff(self._offsets) + (1 if self.schema.answers else 0)
         return int((lengths.reshape(-1, self.members).max(axis=1) > max_length).sum())
 
     def _fits(self, record: int, max_length: int) -> list[Fit]:

@@ -101,6 +101,10 @@ class Tokenizer:
         """Hex digest that two tokenizers share exactly if they encode alike."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
+    def same_vocabulary(self, other: "Tokenizer") -> bool:
+        """Whether both give every id the same token."""
+        return self._backend.get_vocab() == other._backend.get_vocab()
+
     @property
     def pad_id(self) -> int | None:
         """A token that no text contains, to mark padding by: `<|pad|>`, or the byte 0xFF, which UTF-8 never uses."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ Facts = dict[str, Any]
 
 _FREE_TO_CHANGE = ("output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist.")
 """Settings that may differ when a run is resumed: they do not change a bit of its results."""
+
+
+class StageResult(NamedTuple):
+    """What a stage leaves behind."""
+
+    model: Path
+    """The model folder."""
+    metrics: dict[str, float]
+    """Its last evaluation."""
 
 
 @dataclass

@@ -1,0 +1,177 @@
+"""PPO with a KL penalty: prompts, an SFT model and a reward in, an aligned policy out.
+
+One iteration: complete a batch of prompts, score the completions, turn scores and KL into advantages, and make
+several epochs of minibatch updates. Follows Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), Stiennon et al.
+2020 and the details of Huang et al. 2024 (https://arxiv.org/abs/2403.17031); metrics have TRL's names.
+"""
+
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from rlhf.config import PPORun
+from rlhf.data.batching import ppo_batch
+from rlhf.data.schema import PROMPTS
+from rlhf.distributed.executor import LocalExecutor
+from rlhf.errors import UserError
+from rlhf.experience import Experience, make_experience
+from rlhf.io.files import sha256
+from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
+from rlhf.io.run_log import RunLog
+from rlhf.kl import adaptive_kl_coef
+from rlhf.random import Purpose, fold_in, permutation
+from rlhf.stages.inputs import check_agrees, embedded_file, open_dataset, rate_at
+from rlhf.stages.ppo_program import make_ppo_plan
+from rlhf.stages.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
+from rlhf.stages.rewards import open_sources
+from rlhf.stages.run import Facts, Run, StageResult, open_run, train
+
+
+def run_ppo(config: PPORun) -> StageResult:
+    """Align OUTPUT_DIR/sft to the reward and write OUTPUT_DIR/policy.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted: see `rlhf.stages.run`.
+    """
+    with open_run(config, "ppo") as run:
+        ppo, identity = _open(run, config)
+        last: dict[str, float] = {}
+
+        def advance(step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:
+            metrics, facts = _iterate(ppo, step, facts, log)
+            last.update(metrics)
+            return metrics, facts
+
+        train(
+            run,
+            ppo.executor,
+            total=config.ppo.num_iterations,
+            unit="iteration",
+            shown=("objective/scores", "objective/kl", "response_length/mean"),
+            facts={"kl_coef": config.ppo.kl_coef},
+            identity=identity,
+            advance=advance,
+        )
+        return StageResult(_save(ppo, config), last)
+
+
+def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
+    """Read models, reward sources and prompts; refuse what cannot work together."""
+    settings, folder = config.ppo, config.ppo.model_path or config.output_dir / "sft"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; run `rlhf-train sft` first, or name a model folder: --ppo.model-path FOLDER")
+    policy = load_language_model(folder)
+    check_agrees(config.model, policy.config, folder)
+    default_reward = config.output_dir / "reward"
+    if not settings.reward and not default_reward.is_dir():
+        raise UserError(
+            f"{default_reward}: no such folder; run `rlhf-train reward` first, or name a reward: "
+            "--ppo.reward FOLDER or --ppo.reward module:function"
+        )
+    specs = settings.reward or (str(default_reward),)
+    sources = open_sources(specs, policy.tokenizer)
+    reward_models = [source.model for source in sources if source.model is not None]
+    context = min(model.config.n_positions for model in (policy, *reward_models))
+    if context <= settings.max_new_tokens:
+        raise UserError(f"ppo.max_new_tokens is {settings.max_new_tokens}, which leaves no room for a prompt in the context of {context}")
+    path = config.prompt_data or embedded_file(run, "prompts")
+    prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.max_new_tokens)
+    run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")
+    plan = make_ppo_plan(run, settings, policy, reward_models)
+    ppo = PPO(run, settings, policy, prompts, sources, plan, LocalExecutor(plan.program, run.device), context)
+    return ppo, {"data": sha256(path), "model": sha256(folder / "model.safetensors")}
+
+
+def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:
+    """One iteration: generate, score, learn, log samples, then move the KL coefficient and the reference."""
+    settings, kl_coef = ppo.settings, facts["kl_coef"]
+    times = [time.perf_counter()]
+    rollout = make_rollout(ppo, step)
+    times.append(time.perf_counter())
+    scored = score_rollout(ppo, rollout)
+    experience = make_experience(
+        scored.scores,
+        scored.log_probs,
+        scored.ref_log_probs,
+        scored.values,
+        rollout.completions.mask,
+        kl_coef=kl_coef,
+        kl_estimator=settings.kl_estimator,
+        exact_kl=scored.exact_kl,
+        kl_in_loss=settings.kl_in_loss,
+        gamma=settings.gamma,
+        lam=settings.lam,
+        whiten_rewards=settings.whiten_rewards,
+        whiten_advantages=settings.whiten_advantages,
+    )
+    times.append(time.perf_counter())
+    update = _learn(ppo, step, rollout, scored, experience, kl_coef)
+    times.append(time.perf_counter())
+    tokens = sum(map(len, rollout.prompts)) + int(rollout.completions.mask.sum())
+    metrics = {name: float(value) for name, value in experience.metrics.items()} | update
+    metrics |= {f"reward/{name}": float(values.mean()) for name, values in scored.raw.items()}
+    metrics |= {
+        "objective/kl_coef": kl_coef,
+        "response_length/ended": float(rollout.completions.ended.float().mean()),
+        "timing_s/generate": times[1] - times[0],
+        "timing_s/score": times[2] - times[1],
+        "timing_s/update": times[3] - times[2],
+        "perf/tokens_per_s": tokens / (times[3] - times[0]),
+    }
+    log.samples(step + 1, sample_lines(rollout, scored, experience)[: ppo.run.config.log.samples])
+    if settings.ref_ema is not None:
+        ppo.executor.blend("reference")
+    if settings.kl_adaptive:
+        kl, count = metrics["objective/kl"], len(rollout.texts)
+        kl_coef = adaptive_kl_coef(kl_coef, kl, num_samples=count, target=settings.kl_target, horizon=settings.kl_horizon)
+    return metrics, {"kl_coef": kl_coef}
+
+
+def _learn(
+    ppo: PPO, step: int, rollout: Rollout, scored: Scored, experience: Experience, kl_coef: float
+) -> dict[str, float]:
+    """Several epochs of minibatch updates; means of their metrics."""
+    settings, warmup = ppo.settings, step < ppo.settings.critic_warmup
+    if settings.critic_warmup and step == settings.critic_warmup:
+        ppo.executor.reset_optimizer()  # the policy's first updates shall not see averages of gradients it never had
+    first_update = ppo.executor.version
+    collected: defaultdict[str, list[float]] = defaultdict(list)
+    for minibatch in _minibatches(ppo, step, len(rollout.texts)):
+        micro_batches = [
+            ppo_batch(packed, scored.log_probs, scored.ref_log_probs, scored.values, experience, kl_coef)
+            for packed in pack_rollout(ppo, rollout, minibatch)
+        ]
+        metrics = ppo.executor.step("critic" if warmup else "ppo", micro_batches)
+        for name, value in metrics.items():
+            collected[name].append(value)
+        if settings.target_kl is not None and metrics["policy/approxkl_avg"] > settings.target_kl:
+            break
+    updates = ppo.executor.version - first_update
+    means = {name: sum(values) / len(values) for name, values in collected.items()}
+    return means | {"lr": rate_at(ppo.plan.schedule, first_update), "policy/updates": updates}
+
+
+def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:
+    """The completions of each update of an iteration: for each epoch a permutation, cut into minibatches."""
+    settings, minibatches = ppo.settings, []
+    iteration_key = fold_in(ppo.run.key(Purpose.MINIBATCH), step)
+    for epoch in range(settings.num_epochs):
+        order = permutation(fold_in(iteration_key, epoch), count).tolist()
+        minibatches += [order[first : first + settings.minibatch_size] for first in range(0, count, settings.minibatch_size)]
+    return minibatches
+
+
+def _save(ppo: PPO, config: PPORun) -> Path:
+    """Write OUTPUT_DIR/policy, with the value function beside it."""
+    folder, params = config.output_dir / "policy", ppo.executor.params()
+    critic = None
+    if ppo.plan.critic_config is not None:
+        critic = RewardModel(params["critic"], ppo.plan.critic_config, ppo.policy.tokenizer, RewardStatistics(0.0, 1.0, 0))
+    save_language_model(
+        folder,
+        ppo.policy._replace(params=params["policy"]),
+        facts={"stage": "ppo", "seed": config.seed, "iterations": config.ppo.num_iterations},
+        value_head=params.get("value_head"),
+        critic=critic,
+    )
+    return folder

@@ -1,0 +1,112 @@
+"""PPO's work as a `Program`: what is trained, what is frozen, and the pure functions over micro-batches."""
+
+from typing import NamedTuple
+
+from rlhf.config import PPOConfig
+from rlhf.distributed.executor import Program, StepSpec
+from rlhf.gpt2_config import GPT2Config
+from rlhf.heads import init_value_head, value_head_from_reward
+from rlhf.io.model_folder import LanguageModel, RewardModel
+from rlhf.objectives import make_ppo_objective, make_rollout, make_scorer
+from rlhf.schedules import Schedule
+from rlhf.stages.inputs import make_schedule
+from rlhf.stages.run import Run
+from rlhf.stages.supervised import make_adamw
+from rlhf.tree import tree_map
+from rlhf.types import Params
+
+
+class PPOPlan(NamedTuple):
+    """The program and what the loop must know of it."""
+
+    program: Program
+    critic_config: GPT2Config | None
+    """Shape of the separate critic; None with a value head on the policy."""
+    schedule: Schedule
+    """Of the updates after the critic's warm-up."""
+    recomputes: bool
+    """Whether the scorer's log-probs (and values of a head on the policy) replace those captured while sampling."""
+
+
+def make_ppo_plan(run: Run, settings: PPOConfig, policy: LanguageModel, reward_models: list[RewardModel]) -> PPOPlan:
+    """Build the program.
+
+    Args:
+        run: its dtype is that of the models' passes.
+        settings: the ppo section.
+        policy: the SFT model: where the policy starts, and the reference.
+        reward_models: frozen scorers; the first is where a separate critic starts.
+    """
+    critic = reward_models[0] if reward_models else None
+    critic_config = None
+    if settings.critic == "separate":
+        critic_config = critic.config if critic else policy.config
+    recomputes = settings.recompute_log_probs if settings.recompute_log_probs is not None else run.config.precision == "bf16"
+    completions = settings.batch_size * settings.samples_per_prompt
+    updates = settings.num_epochs * -(-completions // settings.minibatch_size)
+    iterations = max(settings.num_iterations - settings.critic_warmup, 1)
+    schedule = make_schedule(settings, iterations * updates)
+    objective = {
+        "config": policy.config,
+        "critic_config": critic_config,
+        "dtype": run.dtype,
+        "temperature": settings.temperature,
+        "clip_eps": settings.clip_eps,
+        "dual_clip": settings.dual_clip,
+        "value_clip_eps": settings.value_clip_eps,
+        "value_coef": settings.value_coef,
+        "entropy_coef": settings.entropy_coef,
+        "loss_kl": settings.kl_estimator if settings.kl_in_loss else "none",
+    }
+    warmup_adamw = make_adamw(settings, lambda step: schedule(step * 0), lambda name: float(not name.startswith("policy.")))
+    program = Program(
+        params={"policy": policy.params} | _value_function(settings, policy, critic),
+        frozen={"reference": policy.params} | {f"reward_model_{n}": model.params for n, model in enumerate(reward_models)},
+        steps={
+            "ppo": StepSpec(make_ppo_objective(**objective), make_adamw(settings, schedule), settings.max_grad_norm),
+            "critic": StepSpec(make_ppo_objective(**objective, policy_coef=0.0), warmup_adamw, settings.max_grad_norm),
+        },
+        maps={
+            "rollout": make_rollout(
+                policy.config,
+                dtype=run.dtype,
+                max_new_tokens=settings.max_new_tokens,
+                min_new_tokens=settings.min_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                stop_tokens=(policy.tokenizer.eos_id,) if settings.stop_at_eos else (),
+            ),
+            "score": make_scorer(
+                policy.config,
+                critic_config,
+                [model.config for model in reward_models],
+                dtype=run.dtype,
+                temperature=settings.temperature,
+                log_probs=recomputes,
+                exact=settings.kl_estimator == "exact",
+            ),
+        },
+        blends={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
+    )
+    return PPOPlan(program, critic_config, schedule, recomputes)
+
+
+def _value_function(settings: PPOConfig, policy: LanguageModel, reward_model: RewardModel | None) -> Params:
+    """The value head, or a separate critic that starts by predicting the score where there is a reward model."""
+    if settings.critic == "shared":
+        return {"value_head": init_value_head(policy.config.n_embd)}
+    if reward_model is None:
+        return {"critic": {"trunk": policy.params, "head": init_value_head(policy.config.n_embd)}}
+    mean, std, _ = reward_model.statistics if settings.normalize_reward else (0.0, 1.0, 0)
+    head = value_head_from_reward(reward_model.params["head"], mean=mean, std=std)
+    return {"critic": {"trunk": reward_model.params["trunk"], "head": head}}
+
+
+def _follow(decay: float):
+    """A reference that moves towards the policy."""
+
+    def blend(reference: Params, params: Params) -> Params:
+        return tree_map(lambda old, new: decay * old + (1.0 - decay) * new, reference, params["policy"])
+
+    return blend

@@ -1,0 +1,162 @@
+"""The first half of a PPO iteration: completing prompts and scoring what came out."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.config import PPOConfig
+from rlhf.data.batching import PackedCompletions, pack_completions, prompt_batches, unpack_tokens
+from rlhf.data.dataset import Dataset
+from rlhf.distributed.executor import Executor
+from rlhf.errors import NonFiniteError
+from rlhf.experience import Experience, shape_scores
+from rlhf.io.model_folder import LanguageModel
+from rlhf.random import Purpose, fold_in
+from rlhf.sampling import Completions
+from rlhf.stages.inputs import record_order
+from rlhf.stages.ppo_program import PPOPlan
+from rlhf.stages.rewards import RewardSource, call_reward_function
+from rlhf.stages.run import Run
+
+_ROW_LENGTH = 256
+"""Tokens per packed row, where the context allows and no sequence needs more."""
+
+
+class PPO(NamedTuple):
+    """Everything an iteration works with."""
+
+    run: Run
+    settings: PPOConfig
+    policy: LanguageModel
+    prompts: Dataset
+    sources: list[RewardSource]
+    plan: PPOPlan
+    executor: Executor
+    context: int
+    """Tokens that every model involved can read."""
+
+
+class Rollout(NamedTuple):
+    """An iteration's completions, in the order of its prompts."""
+
+    columns: list[dict[str, Any]]
+    """Each completion's record of the prompt file."""
+    prompts: list[np.ndarray]
+    """Token ids of each prompt."""
+    completions: Completions
+    texts: list[str]
+    version: int
+    """Of the policy that made them."""
+
+
+class Scored(NamedTuple):
+    """What is known of an iteration's completions before learning from them."""
+
+    log_probs: Tensor
+    """[B, T] nats, policy."""
+    ref_log_probs: Tensor
+    """[B, T] nats, reference."""
+    values: Tensor
+    """[B, T] reward units."""
+    exact_kl: Tensor
+    """[B, T] nats; zeros where it was not asked for."""
+    scores: Tensor
+    """[B] reward units, shaped: what the policy is rewarded with."""
+    raw: dict[str, Tensor]
+    """[B] by source, as the source gave them."""
+
+
+def make_rollout(ppo: PPO, step: int) -> Rollout:
+    """Complete the iteration's prompts; a completion depends on seed, iteration, its place and the policy alone."""
+    settings = ppo.settings
+    order = record_order(ppo.run.key(Purpose.ORDER), len(ppo.prompts), step * settings.batch_size, settings.batch_size)
+    records = [record for record in order for _ in range(settings.samples_per_prompt)]
+    prompts = [ppo.prompts.prompt(record, ppo.context - settings.max_new_tokens) for record in records]
+    places = torch.arange(len(order)).repeat_interleave(settings.samples_per_prompt)
+    samples = torch.arange(settings.samples_per_prompt).repeat(len(order))
+    keys = fold_in(fold_in(fold_in(ppo.run.key(Purpose.SAMPLING), step).expand(len(records), 2), places), samples)
+    batches = prompt_batches(prompts, keys, rows=settings.rollout_batch_size)
+    version = ppo.executor.version
+    results = ppo.executor.map("rollout", [batch for batch, _ in batches])
+    back = torch.argsort(torch.tensor([number for _, numbers in batches for number in numbers]))
+    completions = Completions(*(torch.cat(parts)[back] for parts in zip(*results, strict=True)))
+    rows = zip(completions.tokens.tolist(), completions.mask.sum(dim=1).tolist(), strict=True)
+    texts = [ppo.policy.tokenizer.decode(tokens[:length]) for tokens, length in rows]
+    return Rollout([ppo.prompts.columns(record) for record in records], prompts, completions, texts, version)
+
+
+def pack_rollout(ppo: PPO, rollout: Rollout, which: Sequence[int]) -> list[PackedCompletions]:
+    """Micro-batches of some of the completions."""
+    needed = max(map(len, rollout.prompts)) + ppo.settings.max_new_tokens
+    return pack_completions(
+        rollout.prompts,
+        rollout.completions.tokens,
+        rollout.completions.mask.sum(dim=1),
+        which,
+        rows=ppo.settings.micro_batch_size,
+        row_length=max(needed, min(_ROW_LENGTH, ppo.context)),
+    )
+
+
+def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
+    """Reference log-probs, values and scores of all completions.
+
+    Raises:
+        NonFiniteError: one of them is not finite.
+        UserError: a reward function fails.
+    """
+    settings, completions = ppo.settings, rollout.completions
+    packs = pack_rollout(ppo, rollout, range(len(rollout.texts)))
+    results = ppo.executor.map("score", [pack.batch for pack in packs])
+    ref_log_probs, log_probs, values, exact_kl = (
+        unpack_tokens(packs, [result[field] for result in results], completions.mask.shape) for field in range(4)
+    )
+    by_model = torch.cat([result.scores for result in results])[torch.argsort(torch.cat([pack.sequences for pack in packs]))]
+    raw, total = _sum_sources(ppo, rollout, by_model)
+    if not ppo.plan.recomputes:
+        log_probs = completions.log_probs
+        values = completions.values if ppo.plan.critic_config is None else values
+    for name, array in {"log-prob": log_probs, "reference log-prob": ref_log_probs, "value": values, "reward": total}.items():
+        if not torch.isfinite(array).all():
+            row = int((~torch.isfinite(array)).nonzero()[0, 0])
+            raise NonFiniteError(f"a {name} is not finite for the completion {rollout.texts[row]!r}", completions)
+    finished = completions.ended | torch.tensor(not settings.stop_at_eos)
+    scores = shape_scores(total, finished, missing_eos_penalty=settings.missing_eos_penalty, clip=settings.reward_clip)
+    return Scored(log_probs, ref_log_probs, values, exact_kl, scores, raw)
+
+
+def sample_lines(rollout: Rollout, scored: Scored, experience: Experience) -> list[dict[str, Any]]:
+    """One line of samples.jsonl per completion."""
+    lengths, kl = rollout.completions.mask.sum(dim=1), experience.kl.sum(dim=1)
+    return [
+        {
+            "prompt": columns["prompt"],
+            "completion": text,
+            "score": float(scored.scores[row]),
+            "kl": float(kl[row]),
+            "tokens": int(lengths[row]),
+            "ended": bool(rollout.completions.ended[row]),
+            "policy_version": rollout.version,
+        }
+        | {f"reward/{name}": float(values[row]) for name, values in scored.raw.items()}
+        for row, (columns, text) in enumerate(zip(rollout.columns, rollout.texts, strict=True))
+    ]
+
+
+def _sum_sources(ppo: PPO, rollout: Rollout, by_model: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """(raw scores by source, weighted sum [B] with reward models normalised)."""
+    raw, total = {}, torch.zeros(len(rollout.texts))
+    columns_of_models = iter(by_model.unbind(dim=1))
+    prompts = [columns["prompt"] for columns in rollout.columns]
+    for source in ppo.sources:
+        if source.model is not None:
+            raw[source.name] = scores = next(columns_of_models)
+            mean, std, _ = source.model.statistics
+            normal = (scores - mean) / std if ppo.settings.normalize_reward else scores
+        else:
+            raw[source.name] = normal = torch.tensor(call_reward_function(source, prompts, rollout.texts, rollout.columns))
+        total = total + source.weight * normal
+    return raw, total

@@ -1,0 +1,107 @@
+"""The reward model: preference pairs in, a scalar model and its statistics out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.config import RewardRun
+from rlhf.data.batching import PackedPairs, pair_batches
+from rlhf.data.dataset import Dataset
+from rlhf.data.schema import PREFERENCES
+from rlhf.distributed.executor import Executor, LocalExecutor, Program, StepSpec
+from rlhf.errors import UserError
+from rlhf.evaluation import preference_metrics
+from rlhf.heads import init_reward_head
+from rlhf.io.files import sha256
+from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
+from rlhf.objectives import make_pair_scores, make_reward_objective
+from rlhf.random import Purpose
+from rlhf.stages.inputs import check_agrees, embedded_file, open_dataset
+from rlhf.stages.run import Run, StageResult, open_run
+from rlhf.stages.supervised import make_plan, split_records, train_supervised
+
+_REFERENCE_PAIRS = 1024
+"""Training pairs whose chosen completions give the reward's mean and standard deviation."""
+
+
+def run_reward(config: RewardRun) -> StageResult:
+    """Train on preference pairs and write OUTPUT_DIR/reward.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted: see `rlhf.stages.run`.
+    """
+    with open_run(config, "reward") as run:
+        return _run(run, config)
+
+
+def _run(run: Run, config: RewardRun) -> StageResult:
+    settings = config.reward
+    source = settings.model_path or config.output_dir / "sft"
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; run `rlhf-train sft` first, or name a model folder: --reward.model-path FOLDER")
+    start = load_language_model(source)
+    check_agrees(config.model, start.config, source)
+    max_length = min(settings.max_length or start.config.n_positions, start.config.n_positions)
+    path = config.preference_data or embedded_file(run, "preferences")
+    dataset = open_dataset(run, path, PREFERENCES, start.tokenizer, max_length)
+    validation = (
+        open_dataset(run, config.preference_val_data, PREFERENCES, start.tokenizer, max_length) if config.preference_val_data else None
+    )
+    split = split_records(run, dataset, validation, settings.val_fraction)
+    run.note(f"{len(split.train)} preference pairs, {len(split.held_out)} held out; trunk from {source}")
+    plan = make_plan(settings, len(split.train))
+    head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
+    objective = make_reward_objective(start.config, dtype=run.dtype, centre_coef=settings.centre_coef)
+    program = Program(
+        params={"trunk": start.params, "head": head},
+        frozen={},
+        steps={"main": StepSpec(objective, plan.optimizer, settings.max_grad_norm)},
+        maps={"scores": make_pair_scores(start.config, dtype=run.dtype)},
+        blends={},
+    )
+    executor = LocalExecutor(program, run.device)
+
+    def batches(source: Dataset, records: Sequence[int]) -> list[PackedPairs]:
+        return pair_batches(
+            source, records, max_length=max_length, rows=settings.micro_batch_size, margins=settings.use_margin
+        )
+
+    def measure(source: Dataset, records: Sequence[int], prefix: str) -> dict[str, float]:
+        if not records:
+            return {}
+        packs = batches(source, records)
+        chosen, rejected = _score(executor, packs)
+        lengths = torch.tensor([source.lengths(record, max_length) for pack in packs for record in pack.records])
+        figures = preference_metrics(chosen, rejected, lengths[:, 0], lengths[:, 1])
+        return {f"{prefix}/{name}": value for name, value in figures.items()}
+
+    metrics = train_supervised(
+        run,
+        executor,
+        settings,
+        plan,
+        split,
+        batches=lambda records, key: [pack.batch for pack in batches(dataset, records)],
+        evaluate=lambda: (
+            measure(split.validation, split.held_out, "eval")
+            | measure(dataset, split.train[: max(len(split.held_out), 2)], "train")
+        ),
+        shown=("loss/reward", "eval/reward/accuracy"),
+        identity={"data": sha256(path), "model": sha256(source / "model.safetensors")},
+    )
+    scores, _ = _score(executor, batches(dataset, split.train[:_REFERENCE_PAIRS]))
+    std = float(scores.double().std()) if len(scores) > 1 else 0.0
+    statistics = RewardStatistics(float(scores.double().mean()), std or 1.0, len(scores))
+    run.note(f"reward of {statistics.count} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}")
+    folder = config.output_dir / "reward"
+    facts = {"stage": "reward", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+    save_reward_model(folder, RewardModel(executor.params(), start.config, start.tokenizer, statistics), facts=facts)
+    return StageResult(folder, metrics)
+
+
+def _score(executor: Executor, packs: Sequence[PackedPairs]) -> tuple[Tensor, Tensor]:
+    """Scores [B] of chosen and rejected, in the order of the packs."""
+    results = executor.map("scores", [pack.batch for pack in packs])
+    chosen, rejected = zip(*results, strict=True)
+    return torch.cat(chosen), torch.cat(rejected)

@@ -1,0 +1,139 @@
+"""Where PPO's scores come from: reward-model folders, Python functions, or a weighted mix of them.
+
+A source is written `[WEIGHT*]FOLDER`, `[WEIGHT*]module:function` or `[WEIGHT*]file.py:function`. A function has the
+signature of TRL's reward functions: it is called with `prompts`, `completions` and one list for each other column of
+the prompt file that it accepts, all by keyword, and returns one float per completion.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from rlhf.errors import NonFiniteError, UserError
+from rlhf.io.model_folder import RewardModel, load_reward_model
+from rlhf.io.tokenizer import Tokenizer
+
+_SOURCE = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\*)?(?P<target>.+)", re.DOTALL)
+
+
+class RewardSource(NamedTuple):
+    """One term of the reward."""
+
+    name: str
+    """As in the metrics: reward/<name>."""
+    weight: float
+    model: RewardModel | None
+    """Either a reward model …"""
+    function: Callable[..., Any] | None
+    """… or a Python function."""
+
+
+def open_sources(specs: Sequence[str], tokenizer: Tokenizer) -> list[RewardSource]:
+    """Load every source.
+
+    Raises:
+        UserError: a source is neither a folder nor a function that can be imported, has a weight that is no number,
+            or is a reward model with another vocabulary than the policy's.
+    """
+    sources: list[RewardSource] = []
+    for spec in specs:
+        source = _open(spec, tokenizer)
+        same = sum(source.name == other.name.partition("#")[0] for other in sources)
+        sources.append(source._replace(name=f"{source.name}#{same + 1}") if same else source)
+    return sources
+
+
+def call_reward_function(
+    source: RewardSource, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]
+) -> list[float]:
+    """One float per completion from a Python function.
+
+    Args:
+        source: its `function` is called.
+        prompts: texts.
+        completions: texts, without the stop token.
+        columns: each completion's record of the prompt file.
+
+    Raises:
+        UserError: the function raises, or does not return one number per completion.
+        NonFiniteError: a number is NaN or infinite.
+    """
+    assert source.function is not None, "only Python sources are called"
+    names = sorted({name for record in columns for name in record} - {"prompt", "prompts", "completions"})
+    accepted = inspect.signature(source.function).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted):
+        names = [name for name in names if name in {parameter.name for parameter in accepted}]
+    extra = {name: [record.get(name) for record in columns] for name in names}
+    try:
+        scores = source.function(prompts=list(prompts), completions=list(completions), **extra)
+    except Exception as error:  # it is the user's code: whatever it raises is theirs to see, in one line
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"reward {source.name}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+    values = _as_floats(source, scores, len(completions))
+    for prompt, completion, value in zip(prompts, completions, values, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"reward {source.name} is {value} for the completion {completion!r} of {prompt!r}")
+    return values
+
+
+def _as_floats(source: RewardSource, scores: Any, count: int) -> list[float]:
+    expected = f"reward {source.name}: expected a list of {count} numbers"
+    try:
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{expected}, got {str(scores)[:80]!r} ({error})") from error
+    if len(values) != count:
+        raise UserError(f"{expected}, got {len(values)}")
+    return values
+
+
+def _open(spec: str, tokenizer: Tokenizer) -> RewardSource:
+    match = _SOURCE.fullmatch(spec)
+    if match is None:
+        raise UserError("--ppo.reward: a source is empty")
+    target = match["target"]
+    try:
+        weight = float(match["weight"] or 1.0)
+    except ValueError:
+        raise UserError(f"--ppo.reward {spec}: the weight {match['weight']!r} is not a number") from None
+    folder = Path(target)
+    if folder.is_dir():
+        model = load_reward_model(folder)
+        if not model.tokenizer.same_vocabulary(tokenizer):
+            raise UserError(
+                f"{folder}: the reward model's vocabulary ({model.tokenizer.vocab_size} entries) is not the policy's "
+                f"({tokenizer.vocab_size} entries); train it from the same SFT model"
+            )
+        return RewardSource(folder.name, weight, model, None)
+    module, separator, name = target.rpartition(":")
+    if not separator or not module or not name:
+        raise UserError(f"--ppo.reward {spec}: neither a reward-model folder nor module:function")
+    function = getattr(_import(module, spec), name, None)
+    if not callable(function):
+        raise UserError(f"--ppo.reward {spec}: {module} has no function {name!r}")
+    return RewardSource(name, weight, None, function)
+
+
+def _import(module: str, spec: str) -> ModuleType:
+    """A module by name, looked for in the working directory too, or a file by path."""
+    try:
+        if module.endswith(".py"):
+            location = importlib.util.spec_from_file_location(Path(module).stem, module)
+            if location is None or location.loader is None:
+                raise ImportError("not a Python file")
+            loaded = importlib.util.module_from_spec(location)
+            location.loader.exec_module(loaded)
+            return loaded
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        return importlib.import_module(module)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise UserError(f"--ppo.reward {spec}: {module} cannot be imported ({error})") from error

@@ -1,0 +1,100 @@
+"""Supervised fine-tuning: demonstrations in, a language model out."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from rlhf import gpt2
+from rlhf.batches import TokenBatch
+from rlhf.config import SFTRun
+from rlhf.data.batching import token_batches
+from rlhf.data.dataset import Dataset
+from rlhf.data.schema import DEMONSTRATIONS
+from rlhf.distributed.executor import LocalExecutor, Program, StepSpec
+from rlhf.io.files import sha256
+from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
+from rlhf.objectives import make_sft_objective
+from rlhf.ops import mean_metrics
+from rlhf.random import Purpose
+from rlhf.stages.inputs import check_agrees, embedded_file, new_config, new_tokenizer, open_dataset
+from rlhf.stages.run import Run, StageResult, open_run
+from rlhf.stages.supervised import make_plan, split_records, train_supervised
+from rlhf.tree import tree_sum
+
+
+def run_sft(config: SFTRun) -> StageResult:
+    """Train on demonstrations and write OUTPUT_DIR/sft.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted: see `rlhf.stages.run`.
+    """
+    with open_run(config, "sft") as run:
+        return _run(run, config)
+
+
+def _run(run: Run, config: SFTRun) -> StageResult:
+    settings, rows = config.sft, config.sft.micro_batch_size
+    path = config.sft_data or embedded_file(run, "demonstrations")
+    model = _start(run, config, path)
+    max_length = min(settings.max_length or model.config.n_positions, model.config.n_positions)
+    dataset = open_dataset(run, path, DEMONSTRATIONS, model.tokenizer, max_length)
+    validation = (
+        open_dataset(run, config.sft_val_data, DEMONSTRATIONS, model.tokenizer, max_length) if config.sft_val_data else None
+    )
+    split = split_records(run, dataset, validation, settings.val_fraction)
+    run.note(f"{len(split.train)} demonstrations, {len(split.held_out)} held out")
+    plan = make_plan(settings, len(split.train))
+
+    def batches(source: Dataset, records: Sequence[int], key: Tensor) -> list[TokenBatch]:
+        return token_batches(source, records, max_length=max_length, rows=rows, loss_on=settings.loss_on, key=key)
+
+    objective = make_sft_objective(model.config, dtype=run.dtype, dropout=settings.dropout)
+    measure = make_sft_objective(model.config, dtype=run.dtype)
+    program = Program(
+        params=model.params,
+        frozen={},
+        steps={"main": StepSpec(objective, plan.optimizer, settings.max_grad_norm)},
+        maps={"measure": lambda params, frozen, batch: measure(params, frozen, batch)[1]},
+        blends={},
+    )
+    executor = LocalExecutor(program, run.device)
+    held_out = batches(split.validation, split.held_out, run.key(Purpose.DROPOUT)) if split.held_out else []
+
+    def evaluate() -> dict[str, float]:
+        if not held_out:
+            return {}
+        means = mean_metrics(tree_sum(executor.map("measure", held_out)))
+        loss = float(means["loss/sft"])
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/accuracy": float(means["sft/accuracy"])}
+
+    metrics = train_supervised(
+        run,
+        executor,
+        settings,
+        plan,
+        split,
+        batches=lambda records, key: batches(dataset, records, key),
+        evaluate=evaluate,
+        shown=("loss/sft", "eval/perplexity"),
+        identity={"data": sha256(path)},
+    )
+    folder = config.output_dir / "sft"
+    facts = {"stage": "sft", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+    save_language_model(folder, model._replace(params=executor.params()), facts=facts)
+    return StageResult(folder, metrics)
+
+
+def _start(run: Run, config: SFTRun, data: Path) -> LanguageModel:
+    """The model training starts from: a folder's, or random weights."""
+    folder = config.sft.model_path
+    if folder is not None:
+        model = load_language_model(folder)
+        check_agrees(config.model, model.config, folder)
+        return model
+    tokenizer = new_tokenizer(run, data, DEMONSTRATIONS)
+    shape = new_config(config.model, tokenizer.vocab_size)
+    params = gpt2.init(shape, key=run.key(Purpose.INIT))
+    run.note(f"new GPT-2: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, vocabulary {shape.vocab_size}, context {shape.n_positions}")
+    return LanguageModel(params, shape, tokenizer)

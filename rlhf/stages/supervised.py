@@ -1,0 +1,111 @@
+"""The loop that SFT and reward-model training share: shuffled epochs, one step per batch, evaluation on held-out records."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rlhf.config import SupervisedConfig
+from rlhf.data.dataset import Dataset
+from rlhf.distributed.executor import Executor
+from rlhf.io.run_log import RunLog
+from rlhf.optim import Optimizer, adamw
+from rlhf.random import Purpose, fold_in, permutation
+from rlhf.schedules import Schedule
+from rlhf.stages.inputs import make_schedule, rate_at, record_order
+from rlhf.stages.run import Facts, Run, train
+
+_EVAL_RECORDS = 1024
+"""Held-out records that an evaluation reads at most."""
+
+
+class Split(NamedTuple):
+    """Records to learn from and records held out."""
+
+    train: list[int]
+    held_out: list[int]
+    validation: Dataset
+    """Where the held-out records are: the training file, or one of their own."""
+
+
+def split_records(run: Run, dataset: Dataset, validation: Dataset | None, fraction: float) -> Split:
+    """Hold out a validation file's records, or a random share of the data set's (at least one, if it has two)."""
+    if validation is not None:
+        return Split(list(range(len(dataset))), list(range(len(validation)))[:_EVAL_RECORDS], validation)
+    order = permutation(run.key(Purpose.SPLIT), len(dataset)).tolist()
+    held_out = min(math.ceil(fraction * len(dataset)), len(dataset) - 1)
+    return Split(sorted(order[held_out:]), sorted(order[:held_out])[:_EVAL_RECORDS], dataset)
+
+
+class Plan(NamedTuple):
+    """How long a supervised stage trains, and with what optimiser."""
+
+    steps: int
+    schedule: Schedule
+    optimizer: Optimizer
+
+
+def make_plan(settings: SupervisedConfig, records: int) -> Plan:
+    """Steps for `settings.epochs` passes over `records`, and AdamW on its schedule."""
+    steps = max(1, math.ceil(settings.epochs * records / settings.batch_size))
+    steps = min(steps, settings.max_steps or steps)
+    schedule = make_schedule(settings, steps)
+    return Plan(steps, schedule, make_adamw(settings, schedule))
+
+
+def make_adamw(settings: Any, schedule: Schedule, rate_scale: Callable[[str], float] | None = None) -> Optimizer:
+    """AdamW with a section's constants."""
+    return adamw(
+        schedule,
+        b1=settings.adam_b1,
+        b2=settings.adam_b2,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        rate_scale=rate_scale,
+    )
+
+
+def train_supervised(
+    run: Run,
+    executor: Executor,
+    settings: SupervisedConfig,
+    plan: Plan,
+    split: Split,
+    *,
+    batches: Callable[[Sequence[int], Any], list[Any]],
+    evaluate: Callable[[], dict[str, float]],
+    shown: tuple[str, ...],
+    identity: Facts,
+) -> dict[str, float]:
+    """Train for `plan.steps` steps and return the last evaluation.
+
+    Args:
+        run, executor: as in `rlhf.stages.run.train`.
+        settings: batch size and evaluation interval.
+        plan: from `make_plan`.
+        split: from `split_records`.
+        batches: (records, key) -> micro-batches of one optimiser step.
+        evaluate: metrics of the present parameters on held-out records.
+        shown: metrics on the progress display.
+        identity: as in `rlhf.stages.run.train`.
+    """
+    order_key, dropout_key = run.key(Purpose.ORDER), run.key(Purpose.DROPOUT)
+    last: dict[str, float] = {}
+
+    def advance(step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:
+        begun = time.perf_counter()
+        order = record_order(order_key, len(split.train), step * settings.batch_size, settings.batch_size)
+        micro_batches = batches([split.train[place] for place in order], fold_in(dropout_key, step))
+        metrics = executor.step("main", micro_batches)
+        tokens = sum(int((batch.rows.segments > 0).sum()) for batch in micro_batches)
+        metrics |= {"lr": rate_at(plan.schedule, step), "perf/tokens_per_s": tokens / (time.perf_counter() - begun)}
+        if (step + 1) % settings.eval_every == 0 or step + 1 == plan.steps:
+            evaluated = evaluate()
+            last.update(evaluated)
+            metrics |= evaluated
+        return metrics, facts
+
+    train(
+        run, executor, total=plan.steps, unit="step", shown=shown, facts={}, identity=identity, advance=advance
+    )
+    return last or evaluate()
