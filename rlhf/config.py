@@ -21,6 +21,12 @@ class Interval:
         above = value > low if self.text[0] == "(" else value >= low
         return above and (value < high if self.text[-1] == ")" else value <= high)
 
+    def __str__(self) -> str:
+        low, high = (part.strip() for part in self.text[1:-1].split(","))
+        if high == "inf":
+            return f"at least {low}" if self.text[0] == "[" else f"above {low}"
+        return f"in {self.text}"
+
 
 Count = Annotated[int, Interval("[1, inf)")]
 Index = Annotated[int, Interval("[0, inf)")]
@@ -40,7 +46,7 @@ class Section:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value, interval = getattr(self, name), _interval(hint)
             if interval is not None and value is not None and value not in interval:
-                raise ValueError(f"{name} must be in {interval.text}, got {value}")
+                raise ValueError(f"{name} must be {interval}, got {value}")
 
 
 def _interval(hint: Any) -> Interval | None:
@@ -290,6 +296,8 @@ class PPOConfig(OptimizerConfig):
 class RunConfig(Section):
     """What every run has."""
 
+    config: str | None = None
+    """YAML file, or the name of a preset that ships with rlhf (demo, gpt2, …), read before the flags."""
     output_dir: Path = Path("outputs")
     """Folder for models, checkpoints, logs and the resolved configuration."""
     seed: Seed = 0

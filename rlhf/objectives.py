@@ -201,7 +201,7 @@ def make_scorer(
             logits = unembed(policy, hidden)
             policy_log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
             kl = exact_kl(logits, ref_logits, temperature=temperature)
-            values = zeros if critic_config else apply_head(params["value_head"], hidden)
+            values = apply_head(params["value_head"], hidden) if "value_head" in params else zeros
         if critic_config is not None:
             values = _critic(params, batch.rows, batch.index, critic_config, dtype)
         scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]

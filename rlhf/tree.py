@@ -4,7 +4,6 @@ Anything that leaves the process (checkpoints, the parameter server, allreduce b
 dotted names of its leaves, never by traversal order, so that two processes cannot disagree about it.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -138,25 +137,24 @@ def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) 
     """All leaves in one new [layout.size] buffer; the gaps between them are zero.
 
     Raises:
-        ValueError: the tree's names or shapes are not those of `layout`.
+        ValueError: the tree's structure or shapes are not those of `layout`.
     """
-    named = named_leaves(tree)
-    if tuple(named) != layout.names or tuple(leaf.shape for leaf in named.values()) != layout.shapes:
-        raise ValueError("flatten: the tree has other names or shapes than its layout")
-    device = next(iter(named.values())).device
-    flat = torch.zeros(layout.size, dtype=dtype, device=device)
-    for leaf, offset in zip(named.values(), layout.offsets, strict=True):
-        flat[offset : offset + leaf.numel()] = leaf.reshape(-1)
+    found, spec = pytree.tree_flatten(tree)
+    if spec != layout.spec or any(leaf.shape != layout.shapes[at] for leaf, at in zip(found, layout.order, strict=True)):
+        raise ValueError("flatten: the tree has another structure or other shapes than its layout")
+    flat = torch.zeros(layout.size, dtype=dtype, device=found[0].device)
+    for leaf, at in zip(found, layout.order, strict=True):
+        flat[layout.offsets[at] : layout.offsets[at] + leaf.numel()] = leaf.reshape(-1)
     return flat
 
 
 def unflatten(flat: Tensor, layout: FlatLayout) -> Tree:
     """The tree whose leaves are views into `flat` (no copy: a change of `flat` shows in them)."""
     views = [
-        flat[offset : offset + math.prod(shape)].view(shape)
+        flat[offset : offset + shape.numel()].view(shape)
         for shape, offset in zip(layout.shapes, layout.offsets, strict=True)
     ]
-    return pytree.tree_unflatten([views[position] for position in layout.order], layout.spec)
+    return pytree.tree_unflatten([views[at] for at in layout.order], layout.spec)
 
 
 def chunk_square_sums(flat: Tensor) -> Tensor:

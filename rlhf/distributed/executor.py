@@ -97,6 +97,7 @@ class LocalExecutor:
         self._layout = flat_layout(program.params)
         flat = flatten(to_device(program.params, device), self._layout)
         self._shard = init_shard(flat, self._optimizer())
+        self._params = unflatten(self._shard.params, self._layout)  # views: every update shows in them
         self._gradients = {name: grad_and_value(spec.objective, has_aux=True) for name, spec in program.steps.items()}
 
     @property
@@ -106,16 +107,16 @@ class LocalExecutor:
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
         """See `Executor.map`."""
-        function, params = self._program.maps[name], self._params()
+        function = self._program.maps[name]
         with torch.no_grad():
-            return [to_device(function(params, self._frozen, to_device(batch, self._device)), "cpu") for batch in batches]
+            return [to_device(function(self._params, self._frozen, to_device(batch, self._device)), "cpu") for batch in batches]
 
     def step(self, name: str, batches: Sequence[Any]) -> dict[str, float]:
         """See `Executor.step`."""
         spec, results = self._program.steps[name], []
 
         def gradient(batch: Any) -> Tensor:
-            gradients, result = self._gradients[name](self._params(), self._frozen, to_device(batch, self._device))
+            gradients, result = self._gradients[name](self._params, self._frozen, to_device(batch, self._device))
             results.append(result)
             return flatten(gradients, self._layout)
 
@@ -132,7 +133,7 @@ class LocalExecutor:
 
     def blend(self, name: str) -> None:
         """See `Executor.blend`."""
-        self._frozen[name] = self._program.blends[name](self._frozen[name], self._params())
+        self._frozen[name] = self._program.blends[name](self._frozen[name], self._params)
 
     def reset_optimizer(self) -> None:
         """See `Executor.reset_optimizer`."""
@@ -140,7 +141,7 @@ class LocalExecutor:
 
     def params(self) -> Params:
         """See `Executor.params`."""
-        return to_device(self._params(), "cpu")
+        return to_device(self._params, "cpu")
 
     def snapshot(self) -> dict[str, Tensor]:
         """See `Executor.snapshot`."""
@@ -158,14 +159,13 @@ class LocalExecutor:
             leaf.copy_(state[name])
         self._shard = self._shard._replace(version=version)
 
-    def _params(self) -> Params:
-        return unflatten(self._shard.params, self._layout)
-
     def _optimizer(self) -> Optimizer:
-        return next(iter(self._program.steps.values())).optimizer
+        """That of the first step; a program without steps (evaluation) never uses its state."""
+        specs = list(self._program.steps.values())
+        return specs[0].optimizer if specs else Optimizer(lambda params: (), lambda grads, state, params: (params, state))
 
     def _state(self) -> dict[str, Tensor]:
         """Views of everything a snapshot holds, by name."""
         opt_state = tree_map(lambda leaf: unflatten(leaf, self._layout) if leaf.ndim else leaf, self._shard.opt_state)
         blended = {name: self._frozen[name] for name in self._program.blends}
-        return named_leaves({"params": self._params(), "optimizer": opt_state, "frozen": blended})
+        return named_leaves({"params": self._params, "optimizer": opt_state, "frozen": blended})

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf.optim import Optimizer
 from rlhf.tree import CHUNK, FlatLayout, chunk_square_sums, leaves, tree_map
 
-_BLOCK = 1 << 18
+_GROUP = 1 << 18
 """Elements updated at once: what the update allocates stays small, and in cache."""
 
 
@@ -82,25 +82,41 @@ def apply(shard: Shard, step: int, gradient_sum: Tensor, scale: float, optimizer
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
     updated: list[Tensor] = []
-    for name, low, high in _blocks(shard, layout):
-        params, gradient = {name: shard.params[low:high]}, {name: gradient_sum[low:high] * scale}
-        state = tree_map(lambda leaf, n=name, i=low, j=high: {n: leaf[i:j]} if leaf.ndim else leaf, shard.opt_state)
+    for blocks in _groups(shard, layout):
+        params, gradient = _cut(shard.params, blocks), tree_map(lambda g: g * scale, _cut(gradient_sum, blocks))
+        state = tree_map(lambda leaf, cut=blocks: _cut(leaf, cut) if leaf.ndim else leaf, shard.opt_state)
         new_params, new_state = optimizer.update(gradient, state, params)
-        params[name].copy_(new_params[name])
         updated = leaves(new_state)
-        for old, new in zip(leaves(state), updated, strict=True):
+        for old, new in zip(leaves(params) + leaves(state), leaves(new_params) + updated, strict=True):
             if old.ndim:
                 old.copy_(new)
-    for counter, new in zip(leaves(shard.opt_state), updated, strict=False):
-        if not counter.ndim:  # only now: every block must see the same count
-            counter.copy_(new)
+    counters = [leaf for leaf in leaves(shard.opt_state) if not leaf.ndim]
+    for counter, new in zip(counters, (leaf for leaf in updated if not leaf.ndim), strict=True):
+        counter.copy_(new)  # only now: every group must see the same count
     return shard._replace(version=shard.version + 1)
 
 
-def _blocks(shard: Shard, layout: FlatLayout) -> Iterator[tuple[str, int, int]]:
-    """(leaf name, first, end) within the shard, each of at most _BLOCK elements of one leaf; gaps are left out."""
+Blocks = dict[str, tuple[int, int]]
+"""(first element, end) within a shard, by leaf name."""
+
+
+def _groups(shard: Shard, layout: FlatLayout) -> Iterator[Blocks]:
+    """Cut a shard into groups of blocks, at most _GROUP elements each; the gaps between leaves are left out."""
     end = shard.start + shard.params.numel()
+    group: Blocks = {}
+    size = 0
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
         low, high = max(offset, shard.start), min(offset + shape.numel(), end)
-        for first in range(low, high, _BLOCK):
-            yield name, first - shard.start, min(first + _BLOCK, high) - shard.start
+        while low < high:
+            stop = min(high, low + _GROUP - size)
+            group[name] = (low - shard.start, stop - shard.start)
+            low, size = stop, size + stop - low
+            if size == _GROUP:
+                yield group
+                group, size = {}, 0
+    if group:
+        yield group
+
+
+def _cut(leaf: Tensor, blocks: Blocks) -> dict[str, Tensor]:
+    return {name: leaf[low:high] for name, (low, high) in blocks.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOConfig
-from rlhf.data.batching import PackedCompletions, pack_completions, prompt_batches, unpack_tokens
+from rlhf.data.batching import PackedCompletions, pack_completions, unpack_tokens
 from rlhf.data.dataset import Dataset
 from rlhf.distributed.executor import Executor
 from rlhf.errors import NonFiniteError
@@ -16,6 +16,7 @@ from rlhf.experience import Experience, shape_scores
 from rlhf.io.model_folder import LanguageModel
 from rlhf.random import Purpose, fold_in
 from rlhf.sampling import Completions
+from rlhf.stages.completions import complete, texts_of
 from rlhf.stages.inputs import record_order
 from rlhf.stages.ppo_program import PPOPlan
 from rlhf.stages.rewards import RewardSource, call_reward_function
@@ -78,13 +79,9 @@ def make_rollout(ppo: PPO, step: int) -> Rollout:
     places = torch.arange(len(order)).repeat_interleave(settings.samples_per_prompt)
     samples = torch.arange(settings.samples_per_prompt).repeat(len(order))
     keys = fold_in(fold_in(fold_in(ppo.run.key(Purpose.SAMPLING), step).expand(len(records), 2), places), samples)
-    batches = prompt_batches(prompts, keys, rows=settings.rollout_batch_size)
     version = ppo.executor.version
-    results = ppo.executor.map("rollout", [batch for batch, _ in batches])
-    back = torch.argsort(torch.tensor([number for _, numbers in batches for number in numbers]))
-    completions = Completions(*(torch.cat(parts)[back] for parts in zip(*results, strict=True)))
-    rows = zip(completions.tokens.tolist(), completions.mask.sum(dim=1).tolist(), strict=True)
-    texts = [ppo.policy.tokenizer.decode(tokens[:length]) for tokens, length in rows]
+    completions = complete(ppo.executor, prompts, keys, rows=settings.rollout_batch_size)
+    texts = texts_of(ppo.policy.tokenizer, completions)
     return Rollout([ppo.prompts.columns(record) for record in records], prompts, completions, texts, version)
 
 

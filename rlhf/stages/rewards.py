@@ -95,31 +95,46 @@ def _as_floats(source: RewardSource, scores: Any, count: int) -> list[float]:
     return values
 
 
+def check_source(spec: str) -> None:
+    """Raise UserError unless the source is well written and, where it is a function, can be imported."""
+    _, target = _parse(spec)
+    if not Path(target).is_dir():
+        _function(target, spec)
+
+
 def _open(spec: str, tokenizer: Tokenizer) -> RewardSource:
+    weight, target = _parse(spec)
+    folder = Path(target)
+    if not folder.is_dir():
+        return RewardSource(target.rpartition(":")[2], weight, None, _function(target, spec))
+    model = load_reward_model(folder)
+    if not model.tokenizer.same_vocabulary(tokenizer):
+        raise UserError(
+            f"{folder}: the reward model's vocabulary ({model.tokenizer.vocab_size} entries) is not the policy's "
+            f"({tokenizer.vocab_size} entries); train it from the same SFT model"
+        )
+    return RewardSource(folder.name, weight, model, None)
+
+
+def _parse(spec: str) -> tuple[float, str]:
+    """(weight, folder or function)."""
     match = _SOURCE.fullmatch(spec)
     if match is None:
-        raise UserError("--ppo.reward: a source is empty")
-    target = match["target"]
+        raise UserError("--ppo.reward: a source is empty; give a folder or module:function")
     try:
-        weight = float(match["weight"] or 1.0)
+        return float(match["weight"] or 1.0), match["target"]
     except ValueError:
         raise UserError(f"--ppo.reward {spec}: the weight {match['weight']!r} is not a number") from None
-    folder = Path(target)
-    if folder.is_dir():
-        model = load_reward_model(folder)
-        if not model.tokenizer.same_vocabulary(tokenizer):
-            raise UserError(
-                f"{folder}: the reward model's vocabulary ({model.tokenizer.vocab_size} entries) is not the policy's "
-                f"({tokenizer.vocab_size} entries); train it from the same SFT model"
-            )
-        return RewardSource(folder.name, weight, model, None)
+
+
+def _function(target: str, spec: str) -> Callable[..., Any]:
     module, separator, name = target.rpartition(":")
     if not separator or not module or not name:
-        raise UserError(f"--ppo.reward {spec}: neither a reward-model folder nor module:function")
+        raise UserError(f"--ppo.reward {spec}: there is no such folder, and it is not module:function or file.py:function")
     function = getattr(_import(module, spec), name, None)
     if not callable(function):
         raise UserError(f"--ppo.reward {spec}: {module} has no function {name!r}")
-    return RewardSource(name, weight, None, function)
+    return function
 
 
 def _import(module: str, spec: str) -> ModuleType:

@@ -29,7 +29,7 @@ from rlhf.tree import named_leaves
 Facts = dict[str, Any]
 """Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
 
-_FREE_TO_CHANGE = ("output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist.")
+_FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist.")
 """Settings that may differ when a run is resumed: they do not change a bit of its results."""
 
 

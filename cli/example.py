@@ -1,0 +1,71 @@
+"""rlhf-example: see a language model being aligned, in two minutes on a laptop.
+
+Usage:
+    rlhf-example --create-dummy-data
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from rlhf.cli.command import run_command
+from rlhf.errors import UserError
+from rlhf.io.presets import load_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Train SFT, reward model and PPO on a made-up customer service, and judge the result."""
+
+    create_dummy_data: bool = False
+    """Write the example's JSON files to OUTPUT_DIR/data first; otherwise they must be there."""
+    output_dir: Path = Path("outputs/example")
+    """Folder for everything; if it holds an earlier run, a number is put behind its name."""
+    seed: int = 0
+    """Of data and training."""
+    config: str = "demo"
+    """YAML file or preset with the training's settings."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    return run_command(lambda: _example(tyro.cli(Example, prog="rlhf-example", args=argv or sys.argv[1:])))
+
+
+def _example(example: Example) -> None:
+    base = load_config(example.config)
+    from rlhf.data.embedded import EmbeddedFiles, write_embedded  # from here on it may take a second
+    from rlhf.io.progress import console
+    from rlhf.stages.example import run_example, show_comparison
+
+    output_dir = _free_name(example.output_dir)
+    data = output_dir / "data"
+    if example.create_dummy_data:
+        files = write_embedded(data, seed=example.seed)
+        console.print(f"wrote {', '.join(path.name for path in files)} to {data}", markup=False, soft_wrap=True)
+    else:
+        files = EmbeddedFiles(*(data / f"{name}.json" for name in EmbeddedFiles._fields))
+        if not files.demonstrations.is_file():
+            raise UserError(f"{files.demonstrations}: no such file; add --create-dummy-data")
+    config = dataclasses.replace(
+        base,
+        output_dir=output_dir,
+        seed=example.seed,
+        sft_data=files.demonstrations,
+        preference_data=files.preferences,
+        prompt_data=files.prompts,
+    )
+    show_comparison(run_example(config, files), output_dir)
+
+
+def _free_name(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, … that holds no run."""
+    candidate, number = folder, 1
+    while (candidate / "checkpoints").exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate

@@ -1,0 +1,66 @@
+"""rlhf-train: supervised fine-tuning, reward model, PPO, or all three.
+
+Usage:
+    rlhf-train sft --sft-data demonstrations.json
+    rlhf-train reward --preference-data preferences.json
+    rlhf-train ppo --prompt-data prompts.json
+    rlhf-train pipeline --config demo --output-dir outputs/demo
+"""
+
+import functools
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from rlhf.cli.command import base_config, describe, run_command
+from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig, SFTRun
+from rlhf.io.presets import narrow
+
+_STAGES: dict[str, tuple[type[RunConfig], str]] = {
+    "sft": (SFTRun, "Supervised fine-tuning on demonstrations."),
+    "reward": (RewardRun, "Reward model on preference pairs, from the SFT model."),
+    "ppo": (PPORun, "PPO with a KL penalty, from the SFT model, against the reward model or any function."),
+    "pipeline": (PipelineRun, "SFT, reward model and PPO in order."),
+}
+
+
+_DESCRIPTION = (
+    "Train a GPT-2-style language model from human feedback. Flags go on top of --config, which goes on top of the defaults."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _train(arguments))
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
+    base = base_config(argv)
+    if argv and argv[0] in _STAGES:
+        kind, text = _STAGES[argv[0]]
+        return tyro.cli(kind, prog=f"rlhf-train {argv[0]}", description=text, default=narrow(base, kind), args=argv[1:])
+    kinds = [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in _STAGES.items()]
+    union: Any = functools.reduce(operator.or_, kinds)  # only for its help and its errors
+    return tyro.cli(union, prog="rlhf-train", description=_DESCRIPTION, args=argv)
+
+
+def _train(argv: list[str]) -> None:
+    config = parse(argv)
+    from rlhf.io.progress import console  # from here on it may take a second
+    from rlhf.stages import pipeline, sft
+
+    console.print(f"[bold]rlhf-train {argv[0]}[/] → {config.output_dir}", soft_wrap=True)
+    console.print(describe(config), markup=False, soft_wrap=True)
+    if isinstance(config, PipelineRun):
+        results = pipeline.run_pipeline(config)
+    elif isinstance(config, SFTRun):
+        results = {"sft": sft.run_sft(config)}
+    else:
+        results = {argv[0]: pipeline.run_with_earlier_stages(config)}
+    for stage, result in results.items():
+        console.print(f"[bold]{stage}[/]: wrote {result.model}", soft_wrap=True)

@@ -1,0 +1,33 @@
+"""Completing prompts through an executor, in length order, and putting the results back in the prompts' order."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.data.batching import prompt_batches
+from rlhf.distributed.executor import Executor
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.sampling import Completions
+
+
+def complete(executor: Executor, prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int) -> Completions:
+    """Run the program's `rollout` on all prompts.
+
+    Args:
+        executor: its program has a map called rollout (`rlhf.objectives.make_rollout`).
+        prompts: token ids, each [n].
+        keys: [len(prompts), 2] int32: the randomness of each.
+        rows: prompts per micro-batch.
+    """
+    batches = prompt_batches(prompts, keys, rows=rows)
+    results = executor.map("rollout", [batch for batch, _ in batches])
+    back = torch.argsort(torch.tensor([number for _, numbers in batches for number in numbers]))
+    return Completions(*(torch.cat(parts)[back] for parts in zip(*results, strict=True)))
+
+
+def texts_of(tokenizer: Tokenizer, completions: Completions) -> list[str]:
+    """The text of every completion, without its stop token."""
+    rows = zip(completions.tokens.tolist(), completions.mask.sum(dim=1).tolist(), strict=True)
+    return [tokenizer.decode(tokens[:length]) for tokens, length in rows]
