@@ -40,5 +40,7 @@ def describe(config: RunConfig) -> str:
     """The settings that differ from their defaults, in one line."""
     defaults = flat_fields(type(config)())
     changed = {name: value for name, value in flat_fields(config).items() if value != defaults[name]}
-    shown = "  ".join(f"{name}={' '.join(value) if isinstance(value, tuple) else value}" for name, value in changed.items())
+    shown = "  ".join(
+        f"{name}={' '.join(value) if isinstance(value, tuple) else value}" for name, value in changed.items()
+    )
     return shown or "all settings at their defaults"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-
 from rlhf.cli.command import run_command
+
 from rlhf.errors import UserError
 from rlhf.io.presets import load_config
 

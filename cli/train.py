@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
-
 from rlhf.cli.command import base_config, describe, run_command
-from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig, SFTRun
+
+from rlhf.config import PipelineRun, PPORun, RewardRun, SFTRun
 from rlhf.io.presets import narrow
 
-_STAGES: dict[str, tuple[type[RunConfig], str]] = {
+AnyRun = SFTRun | RewardRun | PPORun | PipelineRun
+
+_STAGES: dict[str, tuple[type[AnyRun], str]] = {
     "sft": (SFTRun, "Supervised fine-tuning on demonstrations."),
     "reward": (RewardRun, "Reward model on preference pairs, from the SFT model."),
     "ppo": (PPORun, "PPO with a KL penalty, from the SFT model, against the reward model or any function."),
@@ -27,9 +29,9 @@ _STAGES: dict[str, tuple[type[RunConfig], str]] = {
 }
 
 
-_DESCRIPTION = (
-    "Train a GPT-2-style language model from human feedback. Flags go on top of --config, which goes on top of the defaults."
-)
+_DESCRIPTION = """Train a GPT-2-style language model from human feedback.
+
+Flags go on top of --config, which goes on top of the defaults."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: _train(arguments))
 
 
-def parse(argv: Sequence[str]) -> RunConfig:
+def parse(argv: Sequence[str]) -> AnyRun:
     """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
     base = base_config(argv)
     if argv and argv[0] in _STAGES:
@@ -58,9 +60,11 @@ def _train(argv: list[str]) -> None:
     console.print(describe(config), markup=False, soft_wrap=True)
     if isinstance(config, PipelineRun):
         results = pipeline.run_pipeline(config)
-    elif isinstance(config, SFTRun):
-        results = {"sft": sft.run_sft(config)}
+    elif isinstance(config, PPORun):
+        results = {"ppo": pipeline.run_ppo_alone(config)}
+    elif isinstance(config, RewardRun):
+        results = {"reward": pipeline.run_reward_alone(config)}
     else:
-        results = {argv[0]: pipeline.run_with_earlier_stages(config)}
+        results = {"sft": sft.run_sft(config)}
     for stage, result in results.items():
         console.print(f"[bold]{stage}[/]: wrote {result.model}", soft_wrap=True)

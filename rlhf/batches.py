@@ -24,7 +24,7 @@ class TokenBatch(NamedTuple):
     """Sequences and the tokens of theirs that count."""
 
     rows: Rows
-    index: Tensor
+    predictors: Tensor
     """[C] int64 into the flattened rows: the position that predicts each token that counts."""
     targets: Tensor
     """[C] int64: the tokens that count."""
@@ -63,7 +63,7 @@ class ScoreBatch(NamedTuple):
     """Finished completions to score."""
 
     rows: Rows
-    index: Tensor
+    predictors: Tensor
     """[C] int64: the position that predicts each completion token."""
     targets: Tensor
     """[C] int64: the completion tokens."""
@@ -77,7 +77,7 @@ class PPOBatch(NamedTuple):
     """Completion tokens of one minibatch's part, with everything the update needs."""
 
     rows: Rows
-    index: Tensor
+    predictors: Tensor
     """[C] int64: the position that predicts each completion token."""
     targets: Tensor
     """[C] int64: the completion tokens."""

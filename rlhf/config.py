@@ -57,7 +57,7 @@ def _interval(hint: Any) -> Interval | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """Shape of a model trained from scratch. A model folder brings its own; a field set here must then agree with it."""
+    """Shape of a model trained from scratch. A model folder brings its own, which a field set here must agree with."""
 
     preset: Literal["tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "small"
     """Named shape that the fields below change."""
@@ -285,11 +285,17 @@ class PPOConfig(OptimizerConfig):
         super().__post_init__()
         total = self.batch_size * self.samples_per_prompt
         if self.minibatch_size > total:
-            raise ValueError(f"minibatch_size must be at most batch_size * samples_per_prompt = {total}, got {self.minibatch_size}")
+            raise ValueError(
+                f"minibatch_size must be at most batch_size * samples_per_prompt = {total}, got {self.minibatch_size}"
+            )
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens must be at most max_new_tokens = {self.max_new_tokens}, got {self.min_new_tokens}")
+            raise ValueError(
+                f"min_new_tokens must be at most max_new_tokens = {self.max_new_tokens}, got {self.min_new_tokens}"
+            )
         if self.kl_in_loss and self.kl_estimator == "k1":
-            raise ValueError("kl_estimator must be k2, k3 or exact with kl_in_loss, got k1, whose gradient is zero on average")
+            raise ValueError(
+                "kl_estimator must be k2, k3 or exact with kl_in_loss, got k1, whose gradient is zero on average"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +352,7 @@ class PPORun(RunConfig):
     """rlhf-train ppo."""
 
     prompt_data: Path | None = None
-    """JSON list or JSON Lines of {"prompt"}, other columns going to reward functions; none uses the embedded example."""
+    """JSON list or JSON Lines of {"prompt"}, other columns go to reward functions; none uses the embedded example."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
 

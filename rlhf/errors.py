@@ -24,7 +24,7 @@ class NonFiniteError(Exception):
         self.batch = batch
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 (not an error)
     """The run was asked to stop (SIGINT or SIGTERM), finished its step and saved. Exit code 128 + the signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -18,7 +18,9 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
 
 
-def preference_metrics(chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> dict[str, float]:
+def preference_metrics(
+    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> dict[str, float]:
     """How well scores order preference pairs, and whether they follow length.
 
     Args:
@@ -35,7 +37,11 @@ def preference_metrics(chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor,
         ValueError: shapes differ.
     """
     check_same_shape(
-        "preference_metrics", chosen=chosen, rejected=rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
+        "preference_metrics",
+        chosen=chosen,
+        rejected=rejected,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
     )
     scores = torch.cat([chosen, rejected])
     lengths = torch.cat([chosen_lengths, rejected_lengths])

@@ -81,7 +81,8 @@ def make_experience(
         kl_estimator: per-token KL; "exact" takes `exact_kl`.
         exact_kl: [B, T] float, nats.
         kl_in_loss: leave the KL out of the rewards, because the loss has it.
-        gamma, lam: of GAE.
+        gamma: discount of GAE.
+        lam: lambda of GAE.
         whiten_rewards: scale token rewards to unit variance, keeping their mean.
         whiten_advantages: zero mean and unit variance over the batch's tokens.
 
@@ -94,11 +95,12 @@ def make_experience(
         ValueError: shapes do not match, or exact_kl is missing.
         TypeError: mask is not bool.
     """
-    if kl_estimator == "exact":
-        check_value("make_experience", exact_kl is not None, 'given with kl_estimator "exact"', exact_kl=exact_kl)
+    if kl_estimator != "exact":
+        kl = kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
+    elif exact_kl is not None:
         kl = exact_kl
     else:
-        kl = kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
+        raise ValueError('make_experience: exact_kl is None, expected a tensor with kl_estimator "exact"')
     kl = torch.where(mask, kl, 0.0)
     penalty = 0.0 if kl_in_loss else kl_coef
     rewards = token_rewards(scores, kl, mask, kl_coef=penalty)

@@ -4,8 +4,9 @@ Parameters are nested dicts and lists under OpenAI's names, so that a leaf's dot
 without the `transformer.` prefix:
 
     wte.weight [V, D]   wpe.weight [T, D]   ln_f.{weight,bias} [D]   and for each layer h.i:
-    ln_1, ln_2 {weight,bias} [D]            attn.c_attn {weight [D, 3D], bias [3D]}   attn.c_proj {weight [D, D], bias [D]}
-    mlp.c_fc {weight [D, 4D], bias [4D]}    mlp.c_proj {weight [4D, D], bias [D]}
+    ln_1, ln_2 {weight,bias} [D]
+    attn.c_attn {weight [D, 3D], bias [3D]}   attn.c_proj {weight [D, D], bias [D]}
+    mlp.c_fc {weight [D, 4D], bias [4D]}      mlp.c_proj {weight [4D, D], bias [D]}
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", https://github.com/openai/gpt-2;
 outputs equal `transformers.GPT2LMHeadModel`. Computation runs in the dtype of the parameters.
@@ -31,7 +32,7 @@ _INIT_STD = 0.02
 
 
 def init(config: GPT2Config, *, key: Tensor) -> Params:
-    """Random parameters as GPT-2's: normal with std 0.02, the projections into the residual stream with 0.02 / sqrt(2L).
+    """Random parameters as GPT-2's: normal with std 0.02, projections into the residual stream with 0.02 / sqrt(2L).
 
     Source: Radford et al. 2019, section 2.3 ("scale the weights of residual layers at initialization by 1/sqrt(N)").
 
@@ -53,7 +54,8 @@ def init(config: GPT2Config, *, key: Tensor) -> Params:
         std = _INIT_STD / (2 * config.n_layer) ** 0.5 if "c_proj" in name else _INIT_STD
         return std * normal(keys[name], tuple(like.shape))
 
-    return tree_map_named(leaf, blank)
+    params: Params = tree_map_named(leaf, blank)
+    return params
 
 
 def empty(config: GPT2Config) -> Params:
@@ -158,7 +160,8 @@ def trunk(
 
 def unembed(params: Params, hidden: Tensor) -> Tensor:
     """Logits [..., V] of hidden states [..., D], through the embedding (tied weights)."""
-    return hidden @ params["wte"]["weight"].T
+    weight: Tensor = params["wte"]["weight"]
+    return hidden @ weight.T
 
 
 class KVCache(NamedTuple):
@@ -196,7 +199,9 @@ def prefill(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, 
     """
     rows, width = tokens.shape
     slots = cache.k.shape[3]
-    check_value("prefill", width <= min(slots, config.n_positions), f"at most {min(slots, config.n_positions)}", width=width)
+    check_value(
+        "prefill", width <= min(slots, config.n_positions), f"at most {min(slots, config.n_positions)}", width=width
+    )
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.k[layer, :, :, :width] = k
@@ -208,9 +213,7 @@ def prefill(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, 
     return hidden_BTD[torch.arange(rows, device=tokens.device), lengths - 1]
 
 
-def decode(
-    params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, config: GPT2Config, used: int
-) -> Tensor:
+def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, config: GPT2Config, used: int) -> Tensor:
     """Read one more token per row.
 
     Args:
@@ -259,7 +262,8 @@ def from_hugging_face(state: dict[str, Tensor], *, config: GPT2Config) -> Params
         if named[name].shape != like.shape:
             got, expected = tuple(named[name].shape), tuple(like.shape)
             raise ValueError(f"from_hugging_face: {name} has shape {got}, expected {expected}")
-    return with_leaves(blank, named)
+    params: Params = with_leaves(blank, named)
+    return params
 
 
 def _embed(params: Params, tokens: Tensor, positions: Tensor) -> Tensor:

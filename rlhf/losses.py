@@ -104,7 +104,7 @@ def ppo_policy_loss(
         with dual_clip c, where A_t < 0:  - max(min(...), c A_t)
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7, https://arxiv.org/abs/1707.06347;
-    dual clip: Ye et al. 2020, eq. 5, https://arxiv.org/abs/1912.09729. Advantages are used as given (no whitening here).
+    dual clip: Ye et al. 2020, eq. 5, https://arxiv.org/abs/1912.09729. Advantages are used as given.
 
     Args:
         log_probs: [...] float, nats, current policy; the only differentiated input.

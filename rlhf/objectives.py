@@ -35,7 +35,7 @@ def make_sft_objective(
     def objective(params: Params, frozen: Frozen, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         params = cast(params, dtype)
         hidden = _hidden(params, batch.rows, config, dropout=dropout, key=batch.key)
-        logits = unembed(params, hidden[batch.index])
+        logits = unembed(params, hidden[batch.predictors])
         loss, metrics = sft_loss(token_log_probs(logits, batch.targets), batch.mask)
         correct = (logits.detach().argmax(-1) == batch.targets).float()
         return loss, metrics | {"sft/accuracy": masked_sum(correct, batch.mask)}
@@ -92,15 +92,18 @@ def make_ppo_objective(
         critic_config: shape of a separate critic; None for a value head on the policy's trunk.
         dtype: of the models' forward and backward pass.
         temperature: as when sampling.
-        clip_eps, dual_clip, value_clip_eps: see `rlhf.losses`.
-        value_coef, entropy_coef: weights.
+        clip_eps: of `rlhf.losses.ppo_policy_loss`.
+        dual_clip: of the same.
+        value_clip_eps: of `rlhf.losses.ppo_value_loss`.
+        value_coef: weight of the value loss.
+        entropy_coef: weight of the entropy bonus.
         loss_kl: KL to the reference in the loss, weighted by the batch's kl_coef; "exact" reads frozen["reference"].
         policy_coef: 0 leaves the value loss alone (critic warm-up).
     """
 
     def objective(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics]:
         policy = cast(params["policy"], dtype)
-        hidden = _hidden(policy, batch.rows, config)[batch.index]
+        hidden = _hidden(policy, batch.rows, config)[batch.predictors]
         logits = unembed(policy, hidden)
         log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
         values = _values(params, hidden, batch, critic_config, dtype)
@@ -110,7 +113,9 @@ def make_ppo_objective(
         value_loss, value_metrics = ppo_value_loss(
             values, batch.old_values, batch.returns, batch.mask, value_clip_eps=value_clip_eps
         )
-        token_entropy = masked_sum(entropy(logits if entropy_coef else logits.detach(), temperature=temperature), batch.mask)
+        token_entropy = masked_sum(
+            entropy(logits if entropy_coef else logits.detach(), temperature=temperature), batch.mask
+        )
         policy_total = policy_loss - entropy_coef * token_entropy
         metrics |= value_metrics | {"policy/entropy_avg": token_entropy.detach()}
         if loss_kl != "none":
@@ -192,18 +197,18 @@ def make_scorer(
     """
 
     def score(params: Params, frozen: Frozen, batch: ScoreBatch) -> Scores:
-        zeros = torch.zeros(batch.index.shape, device=batch.index.device)
+        zeros = torch.zeros(batch.predictors.shape, device=batch.predictors.device)
         ref_logits = _logits(cast(frozen["reference"], dtype), batch, config)
         policy_log_probs = values = kl = zeros
         if log_probs or exact:
             policy = cast(params["policy"], dtype)
-            hidden = _hidden(policy, batch.rows, config)[batch.index]
+            hidden = _hidden(policy, batch.rows, config)[batch.predictors]
             logits = unembed(policy, hidden)
             policy_log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
             kl = exact_kl(logits, ref_logits, temperature=temperature)
             values = apply_head(params["value_head"], hidden) if "value_head" in params else zeros
         if critic_config is not None:
-            values = _critic(params, batch.rows, batch.index, critic_config, dtype)
+            values = _critic(params, batch.rows, batch.predictors, critic_config, dtype)
         scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
         for number, reward_config in enumerate(reward_configs):
             reward_model = frozen[f"reward_model_{number}"]
@@ -227,7 +232,7 @@ def _hidden(
 
 def _logits(params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config) -> Tensor:
     """[C, V] at the positions that predict a completion token; no other logits are ever computed."""
-    return unembed(params, _hidden(params, batch.rows, config)[batch.index])
+    return unembed(params, _hidden(params, batch.rows, config)[batch.predictors])
 
 
 def _critic(params: Params, rows: Rows, index: Tensor, config: GPT2Config, dtype: torch.dtype) -> Tensor:
@@ -240,7 +245,7 @@ def _values(
 ) -> Tensor:
     if critic_config is None:
         return apply_head(params["value_head"], hidden)
-    return _critic(params, batch.rows, batch.index, critic_config, dtype)
+    return _critic(params, batch.rows, batch.predictors, critic_config, dtype)
 
 
 def _loss_kl(

@@ -36,9 +36,7 @@ def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tenso
     return masked_sum(centred.square(), mask) / (count - int(unbiased)).clamp(min=1)
 
 
-def whiten(
-    values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = False
-) -> Tensor:
+def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = False) -> Tensor:
     """Scale to unit variance over the mask; shift to zero mean too, or keep the mean.
 
         (values - mean) / sqrt(var + 1e-8)  [+ mean]
@@ -117,7 +115,9 @@ def scale_logits(logits: Tensor, temperature: float) -> Tensor:
     Raises:
         ValueError: temperature is not positive.
     """
-    check_value("scale_logits", temperature > 0, "above 0 (for the most likely token use top_k=1)", temperature=temperature)
+    check_value(
+        "scale_logits", temperature > 0, "above 0 (for the most likely token use top_k=1)", temperature=temperature
+    )
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return wide if temperature == 1.0 else wide / temperature
 

@@ -13,22 +13,22 @@ from torch import Tensor
 from rlhf.checks import check_value
 from rlhf.schedules import Schedule
 from rlhf.tree import global_norm, leaves, tree_map, tree_map_named
-from rlhf.types import Params, Tree
+from rlhf.types import Tree
 
 
 class Optimizer(NamedTuple):
     """A pair of pure functions."""
 
-    init: Callable[[Params], Any]
+    init: Callable[[Tree], Any]
     """params -> state."""
-    update: Callable[[Tree, Any, Params], tuple[Params, Any]]
+    update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
     """(grads, state, params) -> (params, state)."""
 
 
 class AdamState(NamedTuple):
     """State of `adamw`."""
 
-    count: Tensor
+    step: Tensor
     """[] int64: updates made."""
     mu: Tree
     """Like params: running mean of the gradient."""
@@ -56,13 +56,13 @@ def adamw(
     each is correctly rounded, so an element's bits do not depend on how the buffer it lies in is cut.
 
     Args:
-        learning_rate: maps the count of updates made to the rate (`rlhf.schedules`).
+        learning_rate: maps the number of updates made to the rate (`rlhf.schedules`).
         b1: in [0, 1).
         b2: in [0, 1).
         eps: above 0, added to the root.
         weight_decay: at least 0, per unit of learning rate.
         decays: whether the leaf of this dotted name decays; None is `is_matrix`: all but biases and norms.
-        rate_scale: factor on the learning rate for the leaf of this dotted name; 0 leaves its bits as they are; None is 1.
+        rate_scale: factor on the learning rate for the leaf of this dotted name; 0 keeps its bits; None is 1.
 
     Returns:
         An `Optimizer`; `update` changes none of its arguments.
@@ -76,14 +76,14 @@ def adamw(
     check_value("adamw", weight_decay >= 0, "at least 0", weight_decay=weight_decay)
     decays = decays or is_matrix
 
-    def init(params: Params) -> AdamState:
-        count = torch.zeros((), dtype=torch.int64, device=leaves(params)[0].device)
-        return AdamState(count, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
+    def init(params: Tree) -> AdamState:
+        step = torch.zeros((), dtype=torch.int64, device=leaves(params)[0].device)
+        return AdamState(step, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
-    def update(grads: Tree, state: AdamState, params: Params) -> tuple[Params, AdamState]:
-        rate, count = learning_rate(state.count), state.count + 1
-        step_size = rate / (1.0 - b1 ** count.double())
-        root_scale = (1.0 - b2 ** count.double()).sqrt()
+    def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
+        rate, step = learning_rate(state.step), state.step + 1
+        step_size = rate / (1.0 - b1 ** step.double())
+        root_scale = (1.0 - b2 ** step.double()).sqrt()
         mu = tree_map(lambda m, g: m * b1 + g * (1.0 - b1), state.mu, grads)
         nu = tree_map(lambda v, g: v * b2 + g * g * (1.0 - b2), state.nu, grads)
 
@@ -92,7 +92,7 @@ def adamw(
             decayed = p * (1.0 - rate * (weight_decay * scale)) if weight_decay and decays(name) else p
             return decayed - m / (v.sqrt() / root_scale + eps) * (step_size * scale)
 
-        return tree_map_named(leaf, params, mu, nu), AdamState(count, mu, nu)
+        return tree_map_named(leaf, params, mu, nu), AdamState(step, mu, nu)
 
     return Optimizer(init, update)
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions from a step to a rate, both [] tensors, so that a changing rate never recompiles."""
+"""Learning-rate schedules: functions from a step to a rate, both [] tensors: a changing rate never recompiles."""
 
 import math
 from collections.abc import Callable

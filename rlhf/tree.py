@@ -56,7 +56,9 @@ def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
     names = [_dotted(path) for path, _ in with_paths]
     missing, unknown = sorted(set(names) - set(named)), sorted(set(named) - set(names))
     if missing or unknown:
-        raise ValueError(f"with_leaves: missing {missing[:3]} and unknown {unknown[:3]}, expected the names of the tree")
+        raise ValueError(
+            f"with_leaves: missing {missing[:3]} and unknown {unknown[:3]}, expected the names of the tree"
+        )
     return pytree.tree_unflatten([named[name] for name in names], spec)
 
 
@@ -76,7 +78,9 @@ def all_finite(tree: Tree) -> bool:
 
 
 def tree_sum(trees: Iterable[Tree]) -> Tree:
-    """Add trees along one fixed binary tree over 0..M-1: sum(0..M) = sum(0..P) + sum(P..M), P the largest power of two below M.
+    """Add trees along one fixed binary tree over 0..M-1.
+
+        sum(0..M) = sum(0..P) + sum(P..M),   P the largest power of two below M
 
     The order of additions depends on M alone, so any split of the work into aligned subtrees gives the same bits.
     At most log2(M) + 1 partial sums are alive at once: hand over a generator to keep memory low.
@@ -86,11 +90,11 @@ def tree_sum(trees: Iterable[Tree]) -> Tree:
     """
     partial: list[tuple[int, Tree]] = []  # (how many were added, their sum), sizes falling: a binary counter
     for tree in trees:
-        size = 1
+        total, size = tree, 1
         while partial and partial[-1][0] == size:
             _, left = partial.pop()
-            tree, size = tree_map(torch.add, left, tree), 2 * size
-        partial.append((size, tree))
+            total, size = tree_map(torch.add, left, total), 2 * size
+        partial.append((size, total))
     if not partial:
         raise ValueError("tree_sum: got no trees, expected at least one")
     _, total = partial.pop()
@@ -101,7 +105,7 @@ def tree_sum(trees: Iterable[Tree]) -> Tree:
 
 
 class FlatLayout(NamedTuple):
-    """Where each leaf of a tree lies in one flat buffer: leaves sorted by name, each aligned to `ALIGNMENT` elements."""
+    """Where each leaf of a tree lies in one flat buffer: sorted by name, each aligned to `ALIGNMENT` elements."""
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
@@ -140,7 +144,9 @@ def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) 
         ValueError: the tree's structure or shapes are not those of `layout`.
     """
     found, spec = pytree.tree_flatten(tree)
-    if spec != layout.spec or any(leaf.shape != layout.shapes[at] for leaf, at in zip(found, layout.order, strict=True)):
+    if spec != layout.spec or any(
+        leaf.shape != layout.shapes[at] for leaf, at in zip(found, layout.order, strict=True)
+    ):
         raise ValueError("flatten: the tree has another structure or other shapes than its layout")
     flat = torch.zeros(layout.size, dtype=dtype, device=found[0].device)
     for leaf, at in zip(found, layout.order, strict=True):

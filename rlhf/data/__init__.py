@@ -1,0 +1,1 @@
+"""Data files: reading, checking, tokenising, packing."""

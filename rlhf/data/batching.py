@@ -39,10 +39,17 @@ def token_batches(
         sequences = [dataset.sequences(records[unit], max_length)[0] for unit in layout.units]
         packed = build_rows([sequence.tokens for sequence in sequences], [places[0] for places in layout.places])
         firsts = [max(1, sequence.prompt if loss_on == "completion" else 1) for sequence in sequences]
-        index = [np.arange(first - 1, len(s.tokens) - 1) + start for first, s, start in zip(firsts, sequences, packed.starts, strict=True)]
-        targets = torch.from_numpy(np.concatenate([s.tokens[first:] for first, s in zip(firsts, sequences, strict=True)]))
+        index = [
+            np.arange(first - 1, len(s.tokens) - 1) + start
+            for first, s, start in zip(firsts, sequences, packed.starts, strict=True)
+        ]
+        targets = torch.from_numpy(
+            np.concatenate([s.tokens[first:] for first, s in zip(firsts, sequences, strict=True)])
+        )
         mask = torch.ones_like(targets, dtype=torch.bool)
-        batches.append(TokenBatch(packed.rows, torch.from_numpy(np.concatenate(index)), targets, mask, fold_in(key, number)))
+        batches.append(
+            TokenBatch(packed.rows, torch.from_numpy(np.concatenate(index)), targets, mask, fold_in(key, number))
+        )
     return batches
 
 
@@ -57,7 +64,9 @@ def pair_batches(
     dataset: Dataset, records: Sequence[int], *, max_length: int, rows: int, margins: bool = False
 ) -> list[PackedPairs]:
     """Micro-batches of preference pairs; arguments as `token_batches`, with or without the margin column."""
-    layouts = pack([dataset.lengths(record, max_length) for record in records], rows=max(2, rows), row_length=max_length)
+    layouts = pack(
+        [dataset.lengths(record, max_length) for record in records], rows=max(2, rows), row_length=max_length
+    )
     batches = []
     for layout in layouts:
         kept = [records[unit] for unit in layout.units]
@@ -136,8 +145,8 @@ def pack_completions(
 def unpack_tokens(packs: Sequence[PackedCompletions], parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """[B, T] from per-token results [C] of each pack; 0 where no completion has a token."""
     whole = torch.zeros(tuple(shape), dtype=parts[0].dtype)
-    for pack, part in zip(packs, parts, strict=True):
-        whole[pack.sequence, pack.step] = part
+    for packed, part in zip(packs, parts, strict=True):
+        whole[packed.sequence, packed.step] = part
     return whole
 
 
@@ -150,7 +159,16 @@ def ppo_batch(
     kl_coef: float,
 ) -> PPOBatch:
     """The packed tokens with what the update needs of them; all arrays [B, T] over the iteration's completions."""
-    arrays = (log_probs, ref_log_probs, values, experience.advantages, experience.returns)
-    per_token = (array[packed.sequence, packed.step] for array in arrays)
-    batch = packed.batch
-    return PPOBatch(batch.rows, batch.index, batch.targets, batch.mask, *per_token, torch.tensor(kl_coef))
+
+    def gather(array: Tensor) -> Tensor:
+        return array[packed.sequence, packed.step]
+
+    return PPOBatch(
+        *packed.batch[:4],
+        old_log_probs=gather(log_probs),
+        ref_log_probs=gather(ref_log_probs),
+        old_values=gather(values),
+        advantages=gather(experience.advantages),
+        returns=gather(experience.returns),
+        kl_coef=torch.tensor(kl_coef),
+    )

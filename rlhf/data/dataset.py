@@ -90,7 +90,9 @@ class Dataset:
         prompts = self._prompts[first : first + self.members].tolist()
         answers = [bounds[i + 1] - bounds[i] - prompts[i] for i in range(self.members)]
         longest = max(answers)
-        return [fit(prompt, answer, max_length, longest=longest) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [
+            fit(prompt, answer, max_length, longest=longest) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def _kept(self, sequence: int, kept: Fit) -> np.ndarray:
         middle = int(self._offsets[sequence]) + int(self._prompts[sequence])
@@ -114,7 +116,9 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
         UserError: the file or a record is not usable (`read_records`, `check_record`), or nothing is left.
     """
     if not path.is_file():
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; give {schema.name} as {schema.flag} FILE")
+        raise UserError(
+            f"{path}: {'not a file' if path.exists() else 'no such file'}; give {schema.name} as {schema.flag} FILE"
+        )
     identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{sha256(path)}"
     folder = (cache_dir or default_cache_dir()) / "datasets" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if not _is_complete(folder):

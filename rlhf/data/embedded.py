@@ -64,7 +64,7 @@ def gold_score(prompts: Sequence[str], completions: Sequence[str], **columns: ob
     return [_judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def write_embedded(folder: Path, *, seed: int = 0, size: int = 2000) -> EmbeddedFiles:
+def write_embedded(folder: Path, *, seed: int = 0, size: int = 6000) -> EmbeddedFiles:
     """Write the example's four JSON files.
 
     Args:
@@ -103,7 +103,7 @@ def _demonstration(rng: random.Random, case: tuple[str, str, str]) -> dict[str, 
 
 
 def _preference(rng: random.Random, case: tuple[str, str, str]) -> dict[str, str]:
-    """Two different replies, ordered by an annotator who follows Bradley and Terry: the closer, the more often wrong."""
+    """Two different replies, ordered by an annotator after Bradley and Terry: the closer, the more often wrong."""
     prompt, first, second = _prompt(*case), _reply(rng, case), _reply(rng, case)
     while second == first:
         second = _reply(rng, case)

@@ -35,7 +35,7 @@ def pack(units: Sequence[Sequence[int]], *, rows: int, row_length: int) -> list[
     batches: list[MicroBatch] = []
     fills: list[list[int]] = []
     for unit in order:
-        for batch, fill in zip(batches, fills, strict=True):
+        for batch, fill in zip(batches, fills, strict=True):  # noqa: B007 (used after the loop)
             if places := _place(units[unit], fill, rows, row_length):
                 break
         else:

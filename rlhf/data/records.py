@@ -48,7 +48,9 @@ def read_records(path: Path) -> Iterator[Record]:
         line = source.line_of(source.position)
         value = source.decode(number)
         if not isinstance(value, dict):
-            raise UserError(f"{path}: record {number} (line {line}) is {_kind(value)}, expected an object {{...}} with named texts")
+            raise UserError(
+                f"{path}: record {number} (line {line}) is {_kind(value)}, expected an object {{...}} with named texts"
+            )
         yield Record(number, line, value)
     if is_list:
         if character == "":
@@ -96,7 +98,9 @@ class _Source:
         if character == "":
             raise UserError(f"{self.path}: the file is empty; it needs a JSON list of objects, or one object per line")
         if character not in "[{":
-            raise self.error(f"the file begins with {character!r}, expected a JSON list '[' or, in JSON Lines, an object '{{'")
+            raise self.error(
+                f"the file begins with {character!r}, expected a JSON list '[' or, in JSON Lines, an object '{{'"
+            )
         return character
 
     def skip_space(self) -> str:
@@ -126,7 +130,9 @@ class _Source:
             except _DuplicateKeyError as error:
                 raise self.error(f"record {number} has the key {error} twice; keep one") from None
             except _LiteralError as error:
-                raise self.error(f"record {number} contains {error}, which JSON does not have; use null or a number") from None
+                raise self.error(
+                    f"record {number} contains {error}, which JSON does not have; use null or a number"
+                ) from None
             self.position = end
             return value
 
@@ -158,7 +164,9 @@ class _Source:
                 f"{self.path}: line {line}: byte 0x{byte:02x} is not UTF-8 ({error.reason}); save the file as UTF-8"
             ) from None
         if "\0" in text:
-            raise UserError(f"{self.path}: contains NUL characters; it is not UTF-8 text (UTF-16?); convert it to UTF-8")
+            raise UserError(
+                f"{self.path}: contains NUL characters; it is not UTF-8 text (UTF-16?); convert it to UTF-8"
+            )
         self.window += text
         if self.at_end:
             self.stream.close()

@@ -47,9 +47,13 @@ def check_record(path: Path, record: Record, schema: Schema) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             escape = f"\\u{ord(text[error.start]):04x}"
-            raise UserError(f"{where}: {key!r} has the lone surrogate {escape}, which is no character; remove it") from None
+            raise UserError(
+                f"{where}: {key!r} has the lone surrogate {escape}, which is no character; remove it"
+            ) from None
         if key != "prompt" and not text.strip():
-            raise UserError(f"{where}: {key!r} is {'empty' if not text else 'only white space'}; fill it in or remove the record")
+            raise UserError(
+                f"{where}: {key!r} is {'empty' if not text else 'only white space'}; fill it in or remove the record"
+            )
     margin = record.fields.get("margin", 0.0)
     if schema is PREFERENCES and (isinstance(margin, bool) or not isinstance(margin, int | float)):
         raise UserError(f"{where}: 'margin' must be a number, got {margin!r}")
@@ -62,4 +66,5 @@ def _remedy(key: str, record: Record, schema: Schema) -> str:
             return f"it looks like {other.name}: give the file as {other.flag}, or give {schema.name} as {schema.flag}"
     close = difflib.get_close_matches(key, [name for name in found if name not in schema.keys], n=1)
     hint = f"did you mean it by {close[0]!r}? " if close else ""
-    return f"{hint}{schema.name} need {', '.join(map(repr, schema.keys))}, found {', '.join(map(repr, found)) or 'nothing'}"
+    needed, got = ", ".join(map(repr, schema.keys)), ", ".join(map(repr, found))
+    return f"{hint}{schema.name} need {needed}, found {got or 'nothing'}"

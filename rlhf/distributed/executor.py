@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from rlhf.distributed.server import Shard, apply, init_shard, square_sums, update_scale
+from rlhf.distributed.server import apply, init_shard, square_sums, update_scale
 from rlhf.errors import NonFiniteError
 from rlhf.ops import mean_metrics
 from rlhf.optim import Optimizer
@@ -109,7 +109,10 @@ class LocalExecutor:
         """See `Executor.map`."""
         function = self._program.maps[name]
         with torch.no_grad():
-            return [to_device(function(self._params, self._frozen, to_device(batch, self._device)), "cpu") for batch in batches]
+            return [
+                to_device(function(self._params, self._frozen, to_device(batch, self._device)), "cpu")
+                for batch in batches
+            ]
 
     def step(self, name: str, batches: Sequence[Any]) -> dict[str, float]:
         """See `Executor.step`."""
@@ -125,9 +128,14 @@ class LocalExecutor:
         metrics = {key: float(value) for key, value in mean_metrics(sums).items()}
         scale, norm = update_scale(square_sums(gradient_sum), float(sums["count"]), spec.max_grad_norm)
         if not (math.isfinite(norm) and all_finite(loss)):
-            finite = (all_finite(result) and all_finite(gradient(batch)) for batch, result in zip(batches, results[:], strict=True))
+            finite = (
+                all_finite(result) and all_finite(gradient(batch))
+                for batch, result in zip(batches, results[:], strict=True)
+            )
             offender = next((number for number, fine in enumerate(finite) if not fine), 0)
-            raise NonFiniteError(f"{name}: loss {float(loss):g}, gradient norm {norm:g} in micro-batch {offender}", batches[offender])
+            raise NonFiniteError(
+                f"{name}: loss {float(loss):g}, gradient norm {norm:g} in micro-batch {offender}", batches[offender]
+            )
         self._shard = apply(self._shard, self.version, gradient_sum, scale, spec.optimizer, self._layout)
         return metrics | {"grad_norm": norm}
 
@@ -141,7 +149,8 @@ class LocalExecutor:
 
     def params(self) -> Params:
         """See `Executor.params`."""
-        return to_device(self._params, "cpu")
+        params: Params = to_device(self._params, "cpu")
+        return params
 
     def snapshot(self) -> dict[str, Tensor]:
         """See `Executor.snapshot`."""
@@ -162,7 +171,9 @@ class LocalExecutor:
     def _optimizer(self) -> Optimizer:
         """That of the first step; a program without steps (evaluation) never uses its state."""
         specs = list(self._program.steps.values())
-        return specs[0].optimizer if specs else Optimizer(lambda params: (), lambda grads, state, params: (params, state))
+        return (
+            specs[0].optimizer if specs else Optimizer(lambda params: (), lambda grads, state, params: (params, state))
+        )
 
     def _state(self) -> dict[str, Tensor]:
         """Views of everything a snapshot holds, by name."""

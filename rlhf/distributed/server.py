@@ -59,7 +59,9 @@ def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float,
     return min(1.0, max_norm / (norm + 1e-6)) / count, norm
 
 
-def apply(shard: Shard, step: int, gradient_sum: Tensor, scale: float, optimizer: Optimizer, layout: FlatLayout) -> Shard:
+def apply(
+    shard: Shard, step: int, gradient_sum: Tensor, scale: float, optimizer: Optimizer, layout: FlatLayout
+) -> Shard:
     """Apply one step exactly once.
 
     Args:

@@ -1,0 +1,1 @@
+"""Files: model folders, checkpoints, tokenizer, logs, configuration."""

@@ -59,7 +59,9 @@ def load_checkpoint(root: Path) -> Checkpoint | None:
     try:
         tensors = load_file(folders[-1] / _TENSORS)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folders[-1] / _TENSORS}: cannot be read ({error}); remove {folders[-1]} to use an older one") from error
+        raise UserError(
+            f"{folders[-1] / _TENSORS}: cannot be read ({error}); remove {folders[-1]} to use an older one"
+        ) from error
     return Checkpoint(manifest["step"], tensors, manifest["facts"])
 
 

@@ -40,10 +40,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not file.is_file():
             raise UserError(f"{file}: missing, though {path} lists it; restore it or use another folder")
         if file.stat().st_size != facts["bytes"]:
-            raise UserError(f"{file}: has {file.stat().st_size} bytes, expected {facts['bytes']}; the file is cut off or altered")
+            raise UserError(
+                f"{file}: has {file.stat().st_size} bytes, expected {facts['bytes']}; the file is cut off or altered"
+            )
         if sha256(file) != facts["sha256"]:
             raise UserError(
-                f"{file}: its content differs from what was saved (sha256); restore it, or, if you changed it on purpose, "
+                f"{file}: its content is not what was saved (sha256); restore it, or, if you changed it on purpose, "
                 f"delete {path}"
             )
     return manifest

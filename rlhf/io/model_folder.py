@@ -49,7 +49,8 @@ class RewardStatistics(NamedTuple):
 
     mean: float
     std: float
-    count: int
+    completions: int
+    """How many there were; 0 where nothing was measured."""
 
 
 class RewardModel(NamedTuple):
@@ -64,7 +65,12 @@ class RewardModel(NamedTuple):
 
 
 def save_language_model(
-    folder: Path, model: LanguageModel, *, facts: dict[str, Any], value_head: Params | None = None, critic: RewardModel | None = None
+    folder: Path,
+    model: LanguageModel,
+    *,
+    facts: dict[str, Any],
+    value_head: Params | None = None,
+    critic: RewardModel | None = None,
 ) -> None:
     """Write a language model, replacing what stands at `folder` in one step.
 
@@ -129,7 +135,9 @@ def is_reward_model(folder: Path) -> bool:
     return "GPT2ForSequenceClassification" in _read_config(folder).get("architectures", [])
 
 
-def _write_model(folder: Path, state: dict[str, Tensor], config: GPT2Config, tokenizer: Tokenizer, architecture: str) -> None:
+def _write_model(
+    folder: Path, state: dict[str, Tensor], config: GPT2Config, tokenizer: Tokenizer, architecture: str
+) -> None:
     settings: dict[str, Any] = {"architectures": [architecture], "model_type": "gpt2"}
     settings |= {key: getattr(config, key) for key in _SHAPE_KEYS} | _DEFAULTS
     settings |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -142,7 +150,7 @@ def _write_model(folder: Path, state: dict[str, Tensor], config: GPT2Config, tok
 
 
 def _write_reward_model(folder: Path, model: RewardModel) -> None:
-    """A trunk with a scalar head; a critic's bias, for which Hugging Face has no place, goes to value_head.safetensors."""
+    """A trunk with a scalar head; a critic's head, which has a bias, goes to value_head.safetensors as well."""
     state = to_hugging_face(model.params["trunk"]) | {"score.weight": model.params["head"]["weight"]}
     _write_model(folder, state, model.config, model.tokenizer, "GPT2ForSequenceClassification")
     if "bias" in model.params["head"]:
@@ -194,7 +202,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     elif index.is_file():
         files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     else:
-        raise UserError(f"{whole}: no such file; weights are read from safetensors alone (convert pickled .bin files first)")
+        raise UserError(
+            f"{whole}: no such file; weights are read from safetensors alone (convert pickled .bin files first)"
+        )
     state: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -206,7 +216,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _trunk(folder: Path, state: dict[str, Tensor], config: GPT2Config) -> Params:
     try:
-        params = cast(from_hugging_face(state, config=config), torch.float32)
+        params: Params = cast(from_hugging_face(state, config=config), torch.float32)
     except ValueError as error:
         raise UserError(f"{folder}: model.safetensors does not match config.json ({error})") from error
     if not all_finite(params):

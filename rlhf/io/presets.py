@@ -31,7 +31,11 @@ def load_config(name: str) -> PipelineRun:
     if path.is_file():
         text = _read(path)
     else:
-        shipped = {entry.name.removesuffix(".yaml"): entry for entry in resources.files("rlhf.configs").iterdir() if entry.name.endswith(".yaml")}
+        shipped = {
+            entry.name.removesuffix(".yaml"): entry
+            for entry in resources.files("rlhf.configs").iterdir()
+            if entry.name.endswith(".yaml")
+        }
         if path.name.removesuffix(".yaml") not in shipped or len(path.parts) > 2:
             raise UserError(f"--config {name}: no such file; presets that ship with rlhf: {', '.join(sorted(shipped))}")
         text = shipped[path.name.removesuffix(".yaml")].read_text(encoding="utf-8")
@@ -116,7 +120,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _convert(option: Any, value: Any) -> tuple[bool, Any]:
-    """(whether `value` is one, it as one). YAML reads 1e-3 and inf as texts; where a number is wanted they are numbers."""
+    """(whether `value` is one, it as one). YAML reads 1e-3 and inf as texts; here they are numbers where one is due."""
     if option is type(None):
         return value is None, None
     if option is bool:
@@ -143,7 +147,14 @@ def _describe(option: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(option)))
     if get_origin(option) is tuple:
         return "a list of texts"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        Path: "a path",
+        type(None): "null",
+    }
     return names[option]
 
 

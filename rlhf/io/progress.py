@@ -1,11 +1,19 @@
-"""What a person sees while a stage trains: a bar with the metrics that matter, or plain lines where there is no terminal."""
+"""What a person sees while a stage trains: a bar with the metrics that matter, or plain lines without a terminal."""
 
 import time
 from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -38,7 +46,9 @@ class StageProgress:
             self._task = self._bar.add_task(self._stage, total=self._total, metrics="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def update(self, step: int, metrics: dict[str, float]) -> None:

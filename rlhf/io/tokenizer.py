@@ -23,14 +23,15 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, eos: str, source: str) -> None:
         """Wrap a `tokenizers.Tokenizer`; raises UserError (naming `source`) unless it knows `eos`."""
-        if backend.token_to_id(eos) is None:
+        eos_id = backend.token_to_id(eos)
+        if eos_id is None:
             raise UserError(f"{source}: the tokenizer has no end-of-text token {eos!r}; add it to the vocabulary")
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self.eos = eos
-        self.eos_id: int = backend.token_to_id(eos)
+        self.eos_id = eos_id
         self.vocab_size: int = backend.get_vocab_size()
 
     @classmethod

@@ -1,0 +1,1 @@
+"""The train loops: SFT, reward model, PPO, and the three in order."""

@@ -71,10 +71,14 @@ def compare(
     """
     reference, policy = load_language_model(before), load_language_model(after)
     if not policy.tokenizer.same_vocabulary(reference.tokenizer):
-        raise UserError(f"{after}: its vocabulary is not that of {before}; only models with the same tokenizer can be compared")
+        raise UserError(
+            f"{after}: its vocabulary is not that of {before}; only models with the same tokenizer can be compared"
+        )
     texts = [record["prompt"] for record in prompts]
     room = min(reference.config.n_positions, policy.config.n_positions) - max_new_tokens
-    tokens = [np.array(ids[-room:] or [policy.tokenizer.eos_id], dtype=np.int64) for ids in policy.tokenizer.encode(texts)]
+    tokens = [
+        np.array(ids[-room:] or [policy.tokenizer.eos_id], dtype=np.int64) for ids in policy.tokenizer.encode(texts)
+    ]
     keys = fold_in(fold_in(key(seed), int(Purpose.EVALUATION)).expand(len(tokens), 2), torch.arange(len(tokens)))
     columns = {name: [record.get(name) for record in prompts] for name in prompts[0] if name != "prompt"}
     judged = []
@@ -84,15 +88,18 @@ def compare(
         written = texts_of(model.tokenizer, completions)
         scores = judge(prompts=texts, completions=written, **columns)
         judged.append(Judged(written, scores, *mean_interval(torch.tensor(scores))))
-    gain = mean_interval(torch.tensor(judged[1].scores) - torch.tensor(judged[0].scores))
-    return Comparison(texts, *judged, *gain, _exact_kl(executor, tokens, completions))
+    gain, gain_interval = mean_interval(torch.tensor(judged[1].scores) - torch.tensor(judged[0].scores))
+    kl = _exact_kl(executor, tokens, completions)
+    return Comparison(texts, judged[0], judged[1], gain, gain_interval, kl)
 
 
-def _executor(reference: LanguageModel, policy: LanguageModel, max_new_tokens: int, temperature: float) -> LocalExecutor:
+def _executor(
+    reference: LanguageModel, policy: LanguageModel, max_new_tokens: int, temperature: float
+) -> LocalExecutor:
     stops = (policy.tokenizer.eos_id,)
     rollout = make_rollout(policy.config, max_new_tokens=max_new_tokens, temperature=temperature, stop_tokens=stops)
     score = make_scorer(policy.config, None, [], temperature=temperature, exact=True)
-    maps = {"rollout": rollout, "score": score}
+    maps: dict[str, Callable[..., Any]] = {"rollout": rollout, "score": score}
     program = Program({"policy": policy.params}, {"reference": reference.params}, {}, maps, {})
     return LocalExecutor(program, torch.device("cpu"))
 

@@ -60,8 +60,8 @@ def show_comparison(comparison: Comparison, output_dir: Path) -> None:
     console.print(figures)
     console.print(replies)
     console.print(
-        f"Written to {output_dir}: models in sft/, reward/ and policy/ (transformers loads them); logs/ with metrics.jsonl,\n"
-        "samples.jsonl and TensorBoard files; all replies in report/comparison.json; the data in data/; config.yaml.",
+        f"Written to {output_dir}: models in sft/, reward/ and policy/ (transformers loads them); metrics.jsonl,\n"
+        "samples.jsonl and TensorBoard files in logs/; all replies in report/comparison.json; the data in data/.",
         markup=False,
     )
 

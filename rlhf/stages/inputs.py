@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf.config import ModelConfig, OptimizerConfig, RunConfig
+from rlhf.config import ModelConfig, OptimizerConfig
 from rlhf.data.dataset import Dataset, load_dataset, texts
-from rlhf.data.embedded import EmbeddedFiles, write_embedded
+from rlhf.data.embedded import write_embedded
 from rlhf.data.schema import Schema
 from rlhf.errors import UserError
 from rlhf.gpt2_config import PRESETS, GPT2Config
@@ -70,7 +70,10 @@ def check_agrees(settings: ModelConfig, config: GPT2Config, folder: Path) -> Non
     for name in ("n_layer", "n_head", "n_embd", "n_positions"):
         wanted, got = getattr(settings, name), getattr(config, name)
         if wanted not in (None, got):
-            raise UserError(f"{folder}: the model there has {name} {got}, but --model.{name.replace('_', '-')} is {wanted}; drop the flag, or train a new model in another --output-dir")
+            flag = f"--model.{name.replace('_', '-')}"
+            raise UserError(
+                f"{folder}: the model there has {name} {got}, but {flag} is {wanted}; drop the flag, or train anew"
+            )
 
 
 def record_order(key: Tensor, count: int, first: int, number: int) -> list[int]:

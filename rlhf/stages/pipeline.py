@@ -1,8 +1,10 @@
 """The three stages in order, each one's model feeding the next."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Literal
 
-from rlhf.config import PipelineRun, PPORun, RewardRun
+from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig
 from rlhf.data.dataset import texts
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS
 from rlhf.io.progress import console
@@ -12,11 +14,11 @@ from rlhf.stages.rewards import check_source
 from rlhf.stages.run import StageResult
 from rlhf.stages.sft import run_sft
 
-STAGES = ("sft", "reward", "ppo")
+_RUNS: dict[str, Callable[[PipelineRun], StageResult]] = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
 
 
 def run_pipeline(config: PipelineRun) -> dict[str, StageResult]:
-    """Run SFT, reward model and PPO from `config.start_at` on; each reads what the one before left in the output folder.
+    """Run SFT, reward model and PPO from `config.start_at` on; each reads the model that the one before left behind.
 
     All data files are read through and all reward functions imported before anything is trained. With
     `config.resume`, finished stages are passed over and the interrupted one continues from its last checkpoint.
@@ -37,25 +39,39 @@ def run_pipeline(config: PipelineRun) -> dict[str, StageResult]:
                 pass
     for spec in config.ppo.reward:
         check_source(spec)
-    runs = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
-    return {stage: runs[stage](config) for stage in STAGES[STAGES.index(config.start_at) :]}
+    stages = list(_RUNS)
+    return {stage: _RUNS[stage](config) for stage in stages[stages.index(config.start_at) :]}
 
 
-def run_with_earlier_stages(config: RewardRun | PPORun) -> StageResult:
-    """Run the reward or the PPO stage; on the embedded example, train first what it needs and nobody has trained.
+def run_reward_alone(config: RewardRun) -> StageResult:
+    """The reward stage; on the embedded example, with a new SFT model where there is none.
 
-    So `rlhf-train ppo` works as typed. As soon as a data file, a model or a reward is named, nothing is made up.
+    As soon as a data file or a model is named, nothing is trained that was not asked for.
     """
-    settings = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
-    output, ppo = config.output_dir, config.ppo if isinstance(config, PPORun) else None
-    if ppo is None:
-        bare = config.preference_data is None and config.reward.model_path is None
-    else:
-        bare = config.prompt_data is None and ppo.model_path is None
-    if bare and not (output / "sft").is_dir():
-        console.print(f"{output / 'sft'}: no SFT model yet; training one on the embedded example first")
-        run_sft(PipelineRun(**settings))
-    if bare and ppo is not None and not ppo.reward and not (output / "reward").is_dir():
-        console.print(f"{output / 'reward'}: no reward model yet; training one on the embedded example first")
-        run_reward(PipelineRun(**settings))
-    return run_reward(config) if isinstance(config, RewardRun) else run_ppo(config)
+    if config.preference_data is None and config.reward.model_path is None:
+        _train_missing(config, "sft")
+    return run_reward(config)
+
+
+def run_ppo_alone(config: PPORun) -> StageResult:
+    """The PPO stage; on the embedded example, with new SFT and reward models where there are none.
+
+    So `rlhf-train ppo` works as typed. As soon as a data file, a model or a reward is named, nothing is trained that
+    was not asked for.
+    """
+    if config.prompt_data is None and config.ppo.model_path is None:
+        _train_missing(config, "sft")
+        if not config.ppo.reward:
+            _train_missing(config, "reward")
+    return run_ppo(config)
+
+
+def _train_missing(config: RunConfig, stage: Literal["sft", "reward"]) -> None:
+    """Train a stage on the embedded example unless its model is there."""
+    folder = config.output_dir / stage
+    if not folder.is_dir():
+        console.print(
+            f"{folder}: not there yet; training it on the embedded example first", markup=False, soft_wrap=True
+        )
+        settings = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
+        _RUNS[stage](PipelineRun(**settings))

@@ -59,7 +59,9 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     """Read models, reward sources and prompts; refuse what cannot work together."""
     settings, folder = config.ppo, config.ppo.model_path or config.output_dir / "sft"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; run `rlhf-train sft` first, or name a model folder: --ppo.model-path FOLDER")
+        raise UserError(
+            f"{folder}: no such folder; run `rlhf-train sft` first, or name a model folder: --ppo.model-path FOLDER"
+        )
     policy = load_language_model(folder)
     check_agrees(config.model, policy.config, folder)
     default_reward = config.output_dir / "reward"
@@ -71,9 +73,11 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     specs = settings.reward or (str(default_reward),)
     sources = open_sources(specs, policy.tokenizer)
     reward_models = [source.model for source in sources if source.model is not None]
-    context = min(model.config.n_positions for model in (policy, *reward_models))
+    context = min(shape.n_positions for shape in (policy.config, *(model.config for model in reward_models)))
     if context <= settings.max_new_tokens:
-        raise UserError(f"ppo.max_new_tokens is {settings.max_new_tokens}, which leaves no room for a prompt in the context of {context}")
+        raise UserError(
+            f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
+        )
     path = config.prompt_data or embedded_file(run, "prompts")
     prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.max_new_tokens)
     run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")
@@ -123,7 +127,9 @@ def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, 
         ppo.executor.blend("reference")
     if settings.kl_adaptive:
         kl, count = metrics["objective/kl"], len(rollout.texts)
-        kl_coef = adaptive_kl_coef(kl_coef, kl, num_samples=count, target=settings.kl_target, horizon=settings.kl_horizon)
+        kl_coef = adaptive_kl_coef(
+            kl_coef, kl, num_samples=count, target=settings.kl_target, horizon=settings.kl_horizon
+        )
     return metrics, {"kl_coef": kl_coef}
 
 
@@ -157,7 +163,9 @@ def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:
     iteration_key = fold_in(ppo.run.key(Purpose.MINIBATCH), step)
     for epoch in range(settings.num_epochs):
         order = permutation(fold_in(iteration_key, epoch), count).tolist()
-        minibatches += [order[first : first + settings.minibatch_size] for first in range(0, count, settings.minibatch_size)]
+        minibatches += [
+            order[first : first + settings.minibatch_size] for first in range(0, count, settings.minibatch_size)
+        ]
     return minibatches
 
 
@@ -166,7 +174,9 @@ def _save(ppo: PPO, config: PPORun) -> Path:
     folder, params = config.output_dir / "policy", ppo.executor.params()
     critic = None
     if ppo.plan.critic_config is not None:
-        critic = RewardModel(params["critic"], ppo.plan.critic_config, ppo.policy.tokenizer, RewardStatistics(0.0, 1.0, 0))
+        critic = RewardModel(
+            params["critic"], ppo.plan.critic_config, ppo.policy.tokenizer, RewardStatistics(0.0, 1.0, 0)
+        )
     save_language_model(
         folder,
         ppo.policy._replace(params=params["policy"]),

@@ -1,5 +1,7 @@
 """PPO's work as a `Program`: what is trained, what is frozen, and the pure functions over micro-batches."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rlhf.config import PPOConfig
@@ -41,30 +43,36 @@ def make_ppo_plan(run: Run, settings: PPOConfig, policy: LanguageModel, reward_m
     critic_config = None
     if settings.critic == "separate":
         critic_config = critic.config if critic else policy.config
-    recomputes = settings.recompute_log_probs if settings.recompute_log_probs is not None else run.config.precision == "bf16"
+    recomputes = (
+        settings.recompute_log_probs if settings.recompute_log_probs is not None else run.config.precision == "bf16"
+    )
     completions = settings.batch_size * settings.samples_per_prompt
     updates = settings.num_epochs * -(-completions // settings.minibatch_size)
     iterations = max(settings.num_iterations - settings.critic_warmup, 1)
     schedule = make_schedule(settings, iterations * updates)
-    objective = {
-        "config": policy.config,
-        "critic_config": critic_config,
-        "dtype": run.dtype,
-        "temperature": settings.temperature,
-        "clip_eps": settings.clip_eps,
-        "dual_clip": settings.dual_clip,
-        "value_clip_eps": settings.value_clip_eps,
-        "value_coef": settings.value_coef,
-        "entropy_coef": settings.entropy_coef,
-        "loss_kl": settings.kl_estimator if settings.kl_in_loss else "none",
-    }
-    warmup_adamw = make_adamw(settings, lambda step: schedule(step * 0), lambda name: float(not name.startswith("policy.")))
+    objective = functools.partial(
+        make_ppo_objective,
+        policy.config,
+        critic_config,
+        dtype=run.dtype,
+        temperature=settings.temperature,
+        clip_eps=settings.clip_eps,
+        dual_clip=settings.dual_clip,
+        value_clip_eps=settings.value_clip_eps,
+        value_coef=settings.value_coef,
+        entropy_coef=settings.entropy_coef,
+        loss_kl=settings.kl_estimator if settings.kl_in_loss else "none",
+    )
+    warmup_adamw = make_adamw(
+        settings, lambda step: schedule(step * 0), lambda name: float(not name.startswith("policy."))
+    )
     program = Program(
         params={"policy": policy.params} | _value_function(settings, policy, critic),
-        frozen={"reference": policy.params} | {f"reward_model_{n}": model.params for n, model in enumerate(reward_models)},
+        frozen={"reference": policy.params}
+        | {f"reward_model_{n}": model.params for n, model in enumerate(reward_models)},
         steps={
-            "ppo": StepSpec(make_ppo_objective(**objective), make_adamw(settings, schedule), settings.max_grad_norm),
-            "critic": StepSpec(make_ppo_objective(**objective, policy_coef=0.0), warmup_adamw, settings.max_grad_norm),
+            "ppo": StepSpec(objective(), make_adamw(settings, schedule), settings.max_grad_norm),
+            "critic": StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm),
         },
         maps={
             "rollout": make_rollout(
@@ -103,10 +111,11 @@ def _value_function(settings: PPOConfig, policy: LanguageModel, reward_model: Re
     return {"critic": {"trunk": reward_model.params["trunk"], "head": head}}
 
 
-def _follow(decay: float):
+def _follow(decay: float) -> Callable[[Params, Params], Params]:
     """A reference that moves towards the policy."""
 
     def blend(reference: Params, params: Params) -> Params:
-        return tree_map(lambda old, new: decay * old + (1.0 - decay) * new, reference, params["policy"])
+        moved: Params = tree_map(lambda old, new: decay * old + (1.0 - decay) * new, reference, params["policy"])
+        return moved
 
     return blend

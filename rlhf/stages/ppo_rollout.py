@@ -111,12 +111,19 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     ref_log_probs, log_probs, values, exact_kl = (
         unpack_tokens(packs, [result[field] for result in results], completions.mask.shape) for field in range(4)
     )
-    by_model = torch.cat([result.scores for result in results])[torch.argsort(torch.cat([pack.sequences for pack in packs]))]
+    by_model = torch.cat([result.scores for result in results])[
+        torch.argsort(torch.cat([pack.sequences for pack in packs]))
+    ]
     raw, total = _sum_sources(ppo, rollout, by_model)
     if not ppo.plan.recomputes:
         log_probs = completions.log_probs
         values = completions.values if ppo.plan.critic_config is None else values
-    for name, array in {"log-prob": log_probs, "reference log-prob": ref_log_probs, "value": values, "reward": total}.items():
+    for name, array in {
+        "log-prob": log_probs,
+        "reference log-prob": ref_log_probs,
+        "value": values,
+        "reward": total,
+    }.items():
         if not torch.isfinite(array).all():
             row = int((~torch.isfinite(array)).nonzero()[0, 0])
             raise NonFiniteError(f"a {name} is not finite for the completion {rollout.texts[row]!r}", completions)
@@ -154,6 +161,8 @@ def _sum_sources(ppo: PPO, rollout: Rollout, by_model: Tensor) -> tuple[dict[str
             mean, std, _ = source.model.statistics
             normal = (scores - mean) / std if ppo.settings.normalize_reward else scores
         else:
-            raw[source.name] = normal = torch.tensor(call_reward_function(source, prompts, rollout.texts, rollout.columns))
+            raw[source.name] = normal = torch.tensor(
+                call_reward_function(source, prompts, rollout.texts, rollout.columns)
+            )
         total = total + source.weight * normal
     return raw, total

@@ -39,14 +39,18 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     settings = config.reward
     source = settings.model_path or config.output_dir / "sft"
     if not source.is_dir():
-        raise UserError(f"{source}: no such folder; run `rlhf-train sft` first, or name a model folder: --reward.model-path FOLDER")
+        raise UserError(
+            f"{source}: no such folder; run `rlhf-train sft` first, or name a model folder: --reward.model-path FOLDER"
+        )
     start = load_language_model(source)
     check_agrees(config.model, start.config, source)
     max_length = min(settings.max_length or start.config.n_positions, start.config.n_positions)
     path = config.preference_data or embedded_file(run, "preferences")
     dataset = open_dataset(run, path, PREFERENCES, start.tokenizer, max_length)
     validation = (
-        open_dataset(run, config.preference_val_data, PREFERENCES, start.tokenizer, max_length) if config.preference_val_data else None
+        open_dataset(run, config.preference_val_data, PREFERENCES, start.tokenizer, max_length)
+        if config.preference_val_data
+        else None
     )
     split = split_records(run, dataset, validation, settings.val_fraction)
     run.note(f"{len(split.train)} preference pairs, {len(split.held_out)} held out; trunk from {source}")
@@ -93,7 +97,9 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     scores, _ = _score(executor, batches(dataset, split.train[:_REFERENCE_PAIRS]))
     std = float(scores.double().std()) if len(scores) > 1 else 0.0
     statistics = RewardStatistics(float(scores.double().mean()), std or 1.0, len(scores))
-    run.note(f"reward of {statistics.count} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}")
+    run.note(
+        f"reward of {statistics.completions} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}"
+    )
     folder = config.output_dir / "reward"
     facts = {"stage": "reward", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
     save_reward_model(folder, RewardModel(executor.params(), start.config, start.tokenizer, statistics), facts=facts)

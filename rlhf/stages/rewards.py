@@ -76,7 +76,9 @@ def call_reward_function(
         scores = source.function(prompts=list(prompts), completions=list(completions), **extra)
     except Exception as error:  # it is the user's code: whatever it raises is theirs to see, in one line
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"reward {source.name}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+        raise UserError(
+            f"reward {source.name}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        ) from error
     values = _as_floats(source, scores, len(completions))
     for prompt, completion, value in zip(prompts, completions, values, strict=True):
         if not math.isfinite(value):
@@ -130,7 +132,9 @@ def _parse(spec: str) -> tuple[float, str]:
 def _function(target: str, spec: str) -> Callable[..., Any]:
     module, separator, name = target.rpartition(":")
     if not separator or not module or not name:
-        raise UserError(f"--ppo.reward {spec}: there is no such folder, and it is not module:function or file.py:function")
+        raise UserError(
+            f"--ppo.reward {spec}: there is no such folder, and it is not module:function or file.py:function"
+        )
     function = getattr(_import(module, spec), name, None)
     if not callable(function):
         raise UserError(f"--ppo.reward {spec}: {module} has no function {name!r}")

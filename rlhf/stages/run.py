@@ -85,8 +85,8 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
         done = last_step(run.checkpoints)
         if done is not None and not config.resume:
             raise UserError(
-                f"{config.output_dir}: holds checkpoints of another {stage} run (step {done}); continue it with --resume, "
-                "or choose another --output-dir"
+                f"{config.output_dir}: holds checkpoints of another {stage} run (step {done}); "
+                "continue it with --resume, or choose another --output-dir"
             )
         yield run
 
@@ -130,11 +130,16 @@ def train(
     _write_config(config)
 
     def save(step: int) -> None:
-        checkpoint = Checkpoint(step, executor.snapshot(), {"carried": facts, "identity": identity, "version": executor.version})
+        checkpoint = Checkpoint(
+            step, executor.snapshot(), {"carried": facts, "identity": identity, "version": executor.version}
+        )
         save_checkpoint(run.checkpoints, checkpoint, keep=config.checkpoint.keep)
 
     log = RunLog(
-        config.output_dir / "logs", run.stage, after_step=start if config.resume else None, tensorboard=config.log.tensorboard
+        config.output_dir / "logs",
+        run.stage,
+        after_step=start if config.resume else None,
+        tensorboard=config.log.tensorboard,
     )
     with contextlib.closing(log), StageProgress(run.stage, total, unit, shown) as progress:
         log.event("resume" if start else "start", format=FORMAT, step=start, total=total, unit=unit, notes=run.notes)
@@ -146,7 +151,9 @@ def train(
             except NonFiniteError as error:
                 where = _save_nonfinite(run, executor, step, error, save if executor.version == version else None)
                 log.event("nonfinite", step=step, message=str(error))
-                raise NonFiniteError(f"{run.stage} {unit} {step + 1}: {error}; the update was refused. {where}") from error
+                raise NonFiniteError(
+                    f"{run.stage} {unit} {step + 1}: {error}; the update was refused. {where}"
+                ) from error
             metrics["timing_s/step"] = time.perf_counter() - begun
             if (step + 1) % config.log.every == 0 or step + 1 == total:
                 log.metrics(step + 1, metrics)
@@ -156,7 +163,8 @@ def train(
             if run.stop_signal and step + 1 < total:
                 log.event("interrupted", step=step + 1)
                 raise Interrupted(
-                    f"{run.stage}: stopped after {unit} {step + 1} of {total} and saved; continue with --resume", run.stop_signal
+                    f"{run.stage}: stopped after {unit} {step + 1} of {total} and saved; continue with --resume",
+                    run.stop_signal,
                 )
         log.event("end", step=total)
     return facts
@@ -184,7 +192,10 @@ def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tup
     changed = sorted(name for name in saved.keys() | identity.keys() if saved.get(name) != identity.get(name))
     if changed:
         shown = "; ".join(f"{name} was {saved.get(name)}, is {identity.get(name)}" for name in changed[:3])
-        raise UserError(f"{run.checkpoints}: cannot be continued, because the run has changed: {shown}. Undo it, or choose another --output-dir")
+        raise UserError(
+            f"{run.checkpoints}: cannot be continued, because the run has changed: {shown}. "
+            "Undo the change, or choose another --output-dir"
+        )
     try:
         executor.restore(checkpoint.tensors, checkpoint.facts["version"])
     except ValueError as error:
@@ -217,7 +228,9 @@ def _save_nonfinite(
             batch = {name: leaf.detach().cpu().contiguous() for name, leaf in named_leaves(error.batch).items()}
             save_file(batch, temporary / "batch.safetensors")
         if save is None:
-            save_file({name: leaf.contiguous() for name, leaf in executor.snapshot().items()}, temporary / "state.safetensors")
+            save_file(
+                {name: leaf.contiguous() for name, leaf in executor.snapshot().items()}, temporary / "state.safetensors"
+            )
         write_manifest(temporary, {"stage": run.stage, "step": step, "message": str(error)})
     if save is not None:
         save(step)

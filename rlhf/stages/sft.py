@@ -41,7 +41,9 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     max_length = min(settings.max_length or model.config.n_positions, model.config.n_positions)
     dataset = open_dataset(run, path, DEMONSTRATIONS, model.tokenizer, max_length)
     validation = (
-        open_dataset(run, config.sft_val_data, DEMONSTRATIONS, model.tokenizer, max_length) if config.sft_val_data else None
+        open_dataset(run, config.sft_val_data, DEMONSTRATIONS, model.tokenizer, max_length)
+        if config.sft_val_data
+        else None
     )
     split = split_records(run, dataset, validation, settings.val_fraction)
     run.note(f"{len(split.train)} demonstrations, {len(split.held_out)} held out")
@@ -67,7 +69,11 @@ def _run(run: Run, config: SFTRun) -> StageResult:
             return {}
         means = mean_metrics(tree_sum(executor.map("measure", held_out)))
         loss = float(means["loss/sft"])
-        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/accuracy": float(means["sft/accuracy"])}
+        return {
+            "eval/loss": loss,
+            "eval/perplexity": math.exp(min(loss, 700.0)),
+            "eval/accuracy": float(means["sft/accuracy"]),
+        }
 
     metrics = train_supervised(
         run,
@@ -96,5 +102,6 @@ def _start(run: Run, config: SFTRun, data: Path) -> LanguageModel:
     tokenizer = new_tokenizer(run, data, DEMONSTRATIONS)
     shape = new_config(config.model, tokenizer.vocab_size)
     params = gpt2.init(shape, key=run.key(Purpose.INIT))
-    run.note(f"new GPT-2: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, vocabulary {shape.vocab_size}, context {shape.n_positions}")
+    size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
+    run.note(f"new GPT-2: {size}, vocabulary {shape.vocab_size}, context {shape.n_positions}")
     return LanguageModel(params, shape, tokenizer)

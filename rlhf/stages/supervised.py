@@ -1,4 +1,4 @@
-"""The loop that SFT and reward-model training share: shuffled epochs, one step per batch, evaluation on held-out records."""
+"""What SFT and reward-model training share: shuffled epochs, one step per batch, evaluation on held-out records."""
 
 import math
 import time
@@ -80,7 +80,8 @@ def train_supervised(
     """Train for `plan.steps` steps and return the last evaluation.
 
     Args:
-        run, executor: as in `rlhf.stages.run.train`.
+        run: as in `rlhf.stages.run.train`.
+        executor: as in `rlhf.stages.run.train`.
         settings: batch size and evaluation interval.
         plan: from `make_plan`.
         split: from `split_records`.
@@ -105,7 +106,5 @@ def train_supervised(
             metrics |= evaluated
         return metrics, facts
 
-    train(
-        run, executor, total=plan.steps, unit="step", shown=shown, facts={}, identity=identity, advance=advance
-    )
+    train(run, executor, total=plan.steps, unit="step", shown=shown, facts={}, identity=identity, advance=advance)
     return last or evaluate()
