@@ -44,4 +44,4 @@ def apply_head(head: Params, hidden: Tensor) -> Tensor:
     """hidden [..., D] -> [...] in float32 at least: scores and values are sums that low precision would round off."""
     weight = head["weight"].to(torch.promote_types(head["weight"].dtype, torch.float32))
     scalar = (hidden.to(weight.dtype) @ weight.T).squeeze(-1)
-    return scalar + head["bias"].to(weight.dtype) if "bias" in head else scalar
+    return scalar + head["bias"][0].to(weight.dtype) if "bias" in head else scalar

@@ -164,7 +164,9 @@ class LocalExecutor:
                 raise ValueError(f"{name} is {'missing' if name in own else 'unknown'}")
             if own[name].shape != state[name].shape:
                 raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
-        for name, leaf in own.items():
+        for name in self._program.blends:  # may alias the program's own tensors: replaced, not written into
+            self._frozen[name] = tree_map(torch.clone, self._frozen[name])
+        for name, leaf in self._state().items():
             leaf.copy_(state[name])
         self._shard = self._shard._replace(version=version)
 

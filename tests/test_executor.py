@@ -1,0 +1,162 @@
+"""The in-process executor against plain functions on trees."""
+
+import pytest
+import torch
+
+from rlhf import random
+from rlhf.distributed.executor import LocalExecutor, Program, StepSpec
+from rlhf.errors import NonFiniteError
+from rlhf.optim import adamw, clip_by_global_norm
+from rlhf.schedules import constant
+from rlhf.tree import named_leaves, tree_map
+
+KEY = random.key(3)
+CPU = torch.device("cpu")
+
+
+def objective(params, frozen, batch):
+    """Least squares: a batch is (inputs [B, 3], targets [B])."""
+    inputs, targets = batch
+    errors = inputs @ params["w"] + params["b"] + (inputs @ frozen["offset"]["w"]) - targets
+    loss = errors.square().sum()
+    return loss, {"loss/squares": loss.detach(), "count": torch.tensor(len(targets))}
+
+
+OPTIMIZER = adamw(constant(0.01), weight_decay=0.1)
+PROGRAM = Program(
+    params={"w": random.normal(random.fold_in(KEY, 0), (3,)), "b": torch.zeros(1)},
+    frozen={"offset": {"w": torch.ones(3)}},
+    steps={
+        "main": StepSpec(objective, OPTIMIZER, 0.5),
+        "frozen_b": StepSpec(objective, adamw(constant(0.01), rate_scale=lambda name: float(name != "b")), 0.5),
+    },
+    maps={"predict": lambda params, frozen, batch: batch[0] @ params["w"] + params["b"]},
+    blends={"offset": lambda frozen, params: tree_map(lambda a, b: 0.5 * a + 0.5 * b, frozen, {"w": params["w"]})},
+)
+
+
+def batch(size: int, seed: int):
+    key = random.fold_in(KEY, seed)
+    return random.normal(random.fold_in(key, 0), (size, 3)), random.normal(random.fold_in(key, 1), (size,))
+
+
+def split(whole, sizes):
+    return list(zip(*(tensor.split(sizes) for tensor in whole), strict=True))
+
+
+def test_step_equals_the_optimiser_on_the_mean_gradient():
+    executor, params, state = LocalExecutor(PROGRAM, CPU), PROGRAM.params, OPTIMIZER.init(PROGRAM.params)
+    for step in range(4):
+        whole = batch(10, step)
+        metrics = executor.step("main", split(whole, [4, 3, 3]))
+        gradients, (loss, _) = torch.func.grad_and_value(objective, has_aux=True)(params, PROGRAM.frozen, whole)
+        clipped, norm = clip_by_global_norm(tree_map(lambda g: g / 10, gradients), 0.5)
+        params, state = OPTIMIZER.update(clipped, state, params)
+        torch.testing.assert_close(executor.params(), params, atol=1e-6, rtol=1e-5)
+        assert metrics == pytest.approx({"loss/squares": loss.item() / 10, "grad_norm": norm.item()}, rel=1e-5)
+    assert executor.version == 4
+
+
+@pytest.mark.parametrize("sizes", [[10], [5, 5], [1] * 10, [2, 7, 1]], ids=str)
+def test_invariant_3_any_split_into_micro_batches_gives_the_same_step(sizes):
+    executors = [LocalExecutor(PROGRAM, CPU) for _ in range(2)]
+    whole = batch(10, 0)
+    for executor, micro_batches in zip(executors, (split(whole, [4, 3, 3]), split(whole, sizes)), strict=True):
+        executor.step("main", micro_batches)
+    torch.testing.assert_close(executors[0].params(), executors[1].params(), atol=1e-6, rtol=1e-5)
+
+
+def test_map_keeps_the_order_and_reads_the_present_parameters():
+    executor = LocalExecutor(PROGRAM, CPU)
+    for _ in range(2):
+        parts = split(batch(9, 5), [2, 4, 3])
+        params = executor.params()
+        results = executor.map("predict", parts)
+        for result, (inputs, _) in zip(results, parts, strict=True):
+            torch.testing.assert_close(result, inputs @ params["w"] + params["b"])
+        executor.step("main", parts)
+
+
+def test_restore_continues_to_the_same_bits():
+    one, two = LocalExecutor(PROGRAM, CPU), LocalExecutor(PROGRAM, CPU)
+    for step in range(3):
+        one.step("main", [batch(6, step)])
+        one.blend("offset")
+    state = {name: tensor.clone() for name, tensor in one.snapshot().items()}
+    two.restore(state, 3)
+    assert two.version == 3
+    for step in range(3, 6):
+        for executor in (one, two):
+            executor.step("main", [batch(6, step)])
+            executor.blend("offset")
+    assert all(torch.equal(a, b) for a, b in zip(one.snapshot().values(), two.snapshot().values(), strict=True))
+
+
+def test_restore_names_what_does_not_fit():
+    executor = LocalExecutor(PROGRAM, CPU)
+    state = executor.snapshot()
+    with pytest.raises(ValueError, match=r"params\.w has shape \(4,\), expected \(3,\)"):
+        executor.restore(state | {"params.w": torch.ones(4)}, 0)
+    with pytest.raises(ValueError, match=r"params\.w is missing"):
+        executor.restore({name: tensor for name, tensor in state.items() if name != "params.w"}, 0)
+    with pytest.raises(ValueError, match=r"params\.other is unknown"):
+        executor.restore(state | {"params.other": torch.ones(4)}, 0)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_step_refuses_what_is_not_finite_and_changes_nothing(broken):
+    executor = LocalExecutor(PROGRAM, CPU)
+    executor.step("main", [batch(6, 0)])
+    before = {name: tensor.clone() for name, tensor in executor.snapshot().items()}
+    parts = split(batch(9, 1), [3, 3, 3])
+    parts[broken][1][0] = float("nan")
+    with pytest.raises(NonFiniteError, match=f"micro-batch {broken}") as caught:
+        executor.step("main", parts)
+    assert caught.value.batch is parts[broken]
+    assert executor.version == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in executor.snapshot().items())
+
+
+def test_step_refuses_a_gradient_that_is_not_finite_though_the_loss_is():
+    def root(params, frozen, batch):
+        loss = params["w"].sub(params["w"]).sqrt().sum()  # 0, with an infinite slope
+        return loss, {"count": torch.tensor(1)}
+
+    executor = LocalExecutor(PROGRAM._replace(steps={"main": StepSpec(root, OPTIMIZER, 1.0)}), CPU)
+    with pytest.raises(NonFiniteError, match="gradient norm nan"):
+        executor.step("main", [batch(1, 0)])
+
+
+def test_steps_with_a_frozen_part_keep_its_bits():
+    executor = LocalExecutor(PROGRAM, CPU)
+    executor.step("main", [batch(5, 0)])
+    before = named_leaves(tree_map(torch.clone, executor.params()))
+    executor.step("frozen_b", [batch(5, 1)])
+    after = named_leaves(executor.params())
+    assert torch.equal(before["b"], after["b"])
+    assert not torch.equal(before["w"], after["w"])
+
+
+def test_reset_optimizer_starts_its_averages_anew():
+    executor, fresh = LocalExecutor(PROGRAM, CPU), None
+    executor.step("main", [batch(5, 0)])
+    executor.reset_optimizer()
+    fresh = LocalExecutor(PROGRAM._replace(params=tree_map(torch.clone, executor.params())), CPU)
+    for one in (executor, fresh):
+        one.step("main", [batch(5, 1)])
+    torch.testing.assert_close(executor.params(), fresh.params(), rtol=0, atol=0)
+    assert executor.version == 2
+
+
+def test_blend_moves_a_frozen_model():
+    executor = LocalExecutor(PROGRAM, CPU)
+    executor.blend("offset")
+    expected = 0.5 + 0.5 * PROGRAM.params["w"]
+    assert torch.equal(executor.snapshot()["frozen.offset.w"], expected)
+    assert torch.equal(PROGRAM.frozen["offset"]["w"], torch.ones(3)), "the program itself does not change"
+
+
+def test_the_program_is_not_changed_by_training():
+    before = PROGRAM.params["w"].clone()
+    LocalExecutor(PROGRAM, CPU).step("main", [batch(5, 0)])
+    assert torch.equal(PROGRAM.params["w"], before)

@@ -1,0 +1,185 @@
+"""Drawing tokens: against brute force, transformers' own filters, and the full forward pass."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+
+from rlhf import gpt2, random
+from rlhf.heads import apply_head
+from rlhf.ops import token_log_probs
+from rlhf.sampling import filter_logits, generate, sample_token
+
+LENGTHS = torch.tensor([6, 1, 4])
+
+
+@pytest.fixture
+def keys():
+    return random.split(random.key(11), 3)
+
+
+def logits_of(seed: int, rows: int = 4, vocabulary: int = 9) -> torch.Tensor:
+    return 2.0 * random.normal(random.key(seed), (rows, vocabulary))
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 9, 20])
+def test_filter_logits_top_k_equals_transformers(top_k):
+    logits = logits_of(0)
+    expected = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    assert torch.equal(filter_logits(logits, top_k=top_k), expected)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 0.999, 1.0])
+def test_filter_logits_top_p_equals_transformers(top_p):
+    logits = logits_of(1, rows=50)
+    expected = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
+    assert torch.equal(filter_logits(logits, top_p=top_p), expected)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 1000), st.floats(0.05, 0.95))
+def test_filter_logits_top_p_keeps_the_smallest_set_that_reaches_p(seed, top_p):
+    logits = logits_of(seed, rows=1)[0]
+    kept = filter_logits(logits, top_p=top_p) > -torch.inf
+    probs = logits.double().softmax(-1)
+    mass = probs[kept].sum().item()
+    assert mass >= top_p - 1e-6
+    assert mass - probs[kept].min().item() < top_p + 1e-6
+    assert probs[kept].min() >= (probs[~kept].max() if (~kept).any() else 0)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 1000), st.integers(0, 2**23 - 1))
+def test_sample_token_is_the_inverse_cdf(seed, draw):
+    logits, uniform = logits_of(seed, rows=1)[0], draw * 2.0**-23
+    total, expected = 0.0, None
+    for token, prob in enumerate(logits.double().softmax(-1).tolist()):
+        if abs(total - uniform) < 1e-6:
+            return  # a rounding of the cumulative sum may fall on either side
+        total += prob
+        if total > uniform:
+            expected = token
+            break
+    assert sample_token(logits, torch.tensor(uniform)).item() == expected
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-23])
+def test_sample_token_never_draws_a_filtered_token(uniform):
+    logits = torch.full((1, 6), -torch.inf)
+    logits[0, 2:4] = torch.tensor([0.3, 0.1])
+    assert sample_token(logits, torch.tensor([uniform])).item() in (2, 3)
+
+
+def test_sample_token_follows_the_distribution():
+    logits = logits_of(5, rows=1)
+    count = 40_000
+    draws = sample_token(logits.expand(count, -1), random.uniform(random.key(6), (count,)))
+    expected = logits[0].double().softmax(-1) * count
+    chi_square = ((torch.bincount(draws, minlength=9) - expected).square() / expected).sum().item()
+    assert chi_square < 26.1  # 99.9% quantile at 8 degrees of freedom
+
+
+def test_generate_log_probs_and_values_are_those_of_the_full_forward(params, config, tokens, keys):
+    head = {"weight": random.normal(random.key(9), (1, config.n_embd)), "bias": torch.tensor([0.5])}
+    out = generate(
+        params, tokens[:, :6], LENGTHS, keys, config=config, max_new_tokens=10, temperature=0.7, top_k=20,
+        stop_tokens=[3, 17], value_head=head,
+    )  # fmt: skip
+    assert out.mask.any()
+    for row in range(3):
+        length = int(out.mask[row].sum())
+        sequence = torch.cat([tokens[row, : LENGTHS[row]], out.tokens[row, :length]])
+        hidden = gpt2.trunk(params, sequence[None], config=config)[0, LENGTHS[row] - 1 : -1]
+        expected = token_log_probs(gpt2.unembed(params, hidden), out.tokens[row, :length], temperature=0.7)
+        torch.testing.assert_close(out.log_probs[row, :length], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out.values[row, :length], apply_head(head, hidden), atol=1e-5, rtol=1e-5)
+
+
+def test_generate_row_depends_on_its_prompt_and_key_alone(params, config, tokens, keys):
+    def run(rows: list[int], width: int = 6):
+        return generate(params, tokens[rows, :width], LENGTHS[rows], keys[rows], config=config, max_new_tokens=12)
+
+    together = run([0, 1, 2])
+    for row, width in ((0, 6), (1, 1), (2, 4)):
+        alone = run([row], width)
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+        torch.testing.assert_close(alone.log_probs[0], together.log_probs[row], atol=1e-5, rtol=1e-5)
+    assert torch.equal(run([2, 0]).tokens, together.tokens[[2, 0]])
+
+
+def test_generate_different_keys_give_different_completions(params, config, tokens):
+    same_prompt, same_length = tokens[:1, :6].expand(64, -1), torch.full((64,), 6)
+    out = generate(params, same_prompt, same_length, random.split(random.key(1), 64), config=config, max_new_tokens=6)
+    assert len({tuple(row) for row in out.tokens.tolist()}) > 60
+
+
+def test_generate_first_token_follows_the_models_distribution(params, config, tokens):
+    count = 4000
+    prompt, lengths = tokens[:1, :6].expand(count, -1), torch.full((count,), 6)
+    keys = random.split(random.key(2), count)
+    out = generate(params, prompt, lengths, keys, config=config, max_new_tokens=1, temperature=1.3)
+    probs = (gpt2.forward(params, tokens[:1, :6], config=config)[0, -1] / 1.3).double().softmax(-1)
+    counts = torch.bincount(out.tokens[:, 0], minlength=config.vocab_size)
+    common = probs * count >= 5
+    chi_square = ((counts - probs * count).square() / (probs * count))[common].sum().item()
+    assert chi_square < common.sum().item() + 4 * (2 * common.sum().item()) ** 0.5
+
+
+def test_generate_greedy_equals_transformers(params, config, tokens, keys, hugging_face):
+    model = hugging_face(params, config)
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    settings = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(tokens[:, :6], attention_mask=mask, **settings)
+    out = generate(params, tokens[:, :6], torch.full((3,), 6), keys, config=config, max_new_tokens=10, top_k=1)
+    assert torch.equal(out.tokens, expected[:, 6:])
+
+
+def test_generate_ends_rows_at_stop_tokens(params, config, tokens, keys):
+    free = generate(params, tokens[:, :6], LENGTHS, keys, config=config, max_new_tokens=12)
+    assert free.mask.all()
+    assert not free.ended.any()
+    stop = int(free.tokens[0, 4])
+    out = generate(params, tokens[:, :6], LENGTHS, keys, config=config, max_new_tokens=12, stop_tokens=[stop])
+    for row in range(3):
+        drawn = free.tokens[row].tolist()
+        length = drawn.index(stop) + 1 if stop in drawn else 12
+        assert out.tokens[row].tolist() == drawn[:length] + [0] * (12 - length)
+        assert out.mask[row].tolist() == [True] * length + [False] * (12 - length)
+        assert bool(out.ended[row]) == (stop in drawn)
+        assert not out.log_probs[row, length:].any()
+
+
+def test_generate_draws_no_stop_token_before_the_minimum(params, config, tokens, keys):
+    stops = list(range(0, config.vocab_size, 2))
+    for minimum in (0, 3, 5):
+        limits = {"max_new_tokens": 8, "min_new_tokens": minimum, "stop_tokens": stops}
+        out = generate(params, tokens[:, :6], LENGTHS, keys, config=config, **limits)
+        assert (out.tokens[:, :minimum] % 2 == 1).all()
+        assert (out.mask.sum(dim=1) > minimum).all()
+    assert (
+        generate(params, tokens[:, :6], LENGTHS, keys, config=config, max_new_tokens=8, stop_tokens=stops).ended
+    ).all()
+
+
+def test_generate_filters_shape_what_is_drawn_but_not_the_log_probs(params, config, tokens, keys):
+    out = generate(params, tokens[:, :6], torch.full((3,), 6), keys, config=config, max_new_tokens=1, top_k=2)
+    logits = gpt2.forward(params, tokens[:, :6], config=config)[:, -1]
+    assert all(out.tokens[row, 0] in logits[row].topk(2).indices for row in range(3))
+    torch.testing.assert_close(out.log_probs[:, 0], token_log_probs(logits, out.tokens[:, 0]), atol=1e-5, rtol=1e-5)
+
+
+def test_wrong_arguments_are_named(params, config, tokens, keys):
+    good = {"config": config, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match=r"generate: max_new_tokens is 27, expected in \[1, 26\]"):
+        generate(params, tokens[:, :6], LENGTHS, keys, config=config, max_new_tokens=27)
+    with pytest.raises(TypeError, match=r"generate: prompts has dtype torch\.int32"):
+        generate(params, tokens[:, :6].int(), LENGTHS, keys, **good)
+    with pytest.raises(ValueError, match=r"generate: keys has shape \(2,\)"):
+        generate(params, tokens[:, :6], LENGTHS, keys[0], **good)
+    with pytest.raises(ValueError, match="scale_logits: temperature is 0, expected above 0"):
+        generate(params, tokens[:, :6], LENGTHS, keys, temperature=0, **good)
+    with pytest.raises(ValueError, match=r"filter_logits: top_k is -1"):
+        filter_logits(logits_of(0), top_k=-1)
+    with pytest.raises(ValueError, match="filter_logits: top_p is 0"):
+        filter_logits(logits_of(0), top_p=0)

@@ -1,0 +1,104 @@
+"""The parameter server's inside: any cut gives the same bits, and a step is applied once."""
+
+import itertools
+
+import pytest
+import torch
+
+from rlhf import random
+from rlhf.distributed.server import apply, init_shard, square_sums, update_scale
+from rlhf.optim import adamw
+from rlhf.schedules import linear
+from rlhf.tree import CHUNK, flat_layout, flatten, leaves, tree_map, unflatten
+
+OPTIMIZER = adamw(linear(1e-2, 50), weight_decay=0.1)
+
+
+def normals(seed: int):
+    """A tree with leaves of odd sizes that cross chunks; some of them decay."""
+    shapes = ((70, 131), (257,), (257,), (3000,), (12345,))
+    a, b, c, d, e = (
+        random.normal(random.fold_in(random.key(seed), place), shape) for place, shape in enumerate(shapes)
+    )
+    return {"wte": {"weight": a}, "ln_1": {"weight": b, "bias": c}, "h": [{"weight": d}, {"weight": e}]}
+
+
+TREE = normals(1)
+LAYOUT = flat_layout(TREE)
+
+
+def run(cuts: list[int], steps: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Parameters and optimiser state after some steps, with shards cut at these chunks."""
+    flat = flatten(TREE, LAYOUT)
+    bounds = [0, *(cut * CHUNK for cut in cuts), LAYOUT.size]
+    shards = [init_shard(flat, OPTIMIZER, start=a, stop=b) for a, b in itertools.pairwise(bounds)]
+    for step in range(steps):
+        gradient = flatten(normals(10 + step), LAYOUT)
+        squares = torch.cat([square_sums(gradient[a:b]) for a, b in itertools.pairwise(bounds)])
+        scale, _ = update_scale(squares, 3.0, 0.5)
+        shards = [
+            apply(shard, step, gradient[shard.start : shard.start + len(shard.params)], scale, OPTIMIZER, LAYOUT)
+            for shard in shards
+        ]
+    states = [leaves(shard.opt_state) for shard in shards]
+    return torch.cat([s.params for s in shards]), [
+        torch.cat(p) if p[0].ndim else p[0] for p in zip(*states, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("cuts", [[1], [3], [1, 2, 5], [2, 4, 6]], ids=str)
+def test_apply_gives_the_same_bits_for_any_cut(cuts):
+    params, state = run([])
+    cut_params, cut_state = run(cuts)
+    assert torch.equal(params, cut_params)
+    assert all(torch.equal(a, b) for a, b in zip(state, cut_state, strict=True))
+
+
+def test_invariant_14_apply_equals_the_optimiser_on_the_tree():
+    params, state = TREE, OPTIMIZER.init(TREE)
+    for step in range(5):
+        gradient = normals(10 + step)
+        norm = torch.cat([leaf.flatten() for leaf in leaves(gradient)]).double().norm() / 3.0
+        scale = min(1.0, 0.5 / (norm.item() + 1e-6)) / 3.0
+        params, state = OPTIMIZER.update(tree_map(lambda g, s=scale: g * s, gradient), state, params)
+    flat, (count, mu, nu) = run([])
+    assert count.item() == 5
+    for got, expected in ((flat, params), (mu, state.mu), (nu, state.nu)):
+        for one, two in zip(leaves(unflatten(got, LAYOUT)), leaves(expected), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("group", [CHUNK // 8, 3 * CHUNK])
+def test_apply_gives_the_same_bits_for_any_group_size(group, monkeypatch):
+    params, _ = run([])
+    monkeypatch.setattr("rlhf.distributed.server._GROUP", group)
+    assert torch.equal(run([])[0], params)
+
+
+def test_apply_is_exactly_once():
+    flat, gradient = flatten(TREE, LAYOUT), flatten(normals(2), LAYOUT)
+    shard = apply(init_shard(flat, OPTIMIZER), 0, gradient, 1.0, OPTIMIZER, LAYOUT)
+    before = shard.params.clone()
+    assert apply(shard, 0, gradient, 1.0, OPTIMIZER, LAYOUT) is shard
+    assert torch.equal(shard.params, before)
+    assert shard.version == 1
+    for step in (2, 7, -1):
+        with pytest.raises(ValueError, match=f"apply: step is {step}, expected 1"):
+            apply(shard, step, gradient, 1.0, OPTIMIZER, LAYOUT)
+
+
+def test_init_shard_does_not_alias_and_refuses_other_cuts():
+    flat = flatten(TREE, LAYOUT)
+    shard = init_shard(flat, OPTIMIZER)
+    shard.params.zero_()
+    assert flat.any()
+    with pytest.raises(ValueError, match="multiples of 4096"):
+        init_shard(flat, OPTIMIZER, start=100)
+
+
+def test_update_scale_is_mean_and_clip():
+    squares = torch.tensor([9.0, 16.0], dtype=torch.float64)
+    assert update_scale(squares, 2.0, float("inf")) == (0.5, 2.5)
+    scale, norm = update_scale(squares, 2.0, 1.0)
+    assert norm == 2.5
+    assert scale == pytest.approx(1 / 2.5 / 2, rel=1e-5)
