@@ -115,7 +115,7 @@ class DistConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with a learning-rate schedule; the base of every stage's section."""
 
-    learning_rate: Positive = 1e-3
+    learning_rate: NonNegative = 1e-3
     """Peak, after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course after the warm-up; linear and cosine end at 0."""
@@ -171,7 +171,7 @@ class RewardConfig(SupervisedConfig):
 
     epochs: Positive = 1.0
     """Passes over the training split; one is customary, since reward models overfit quickly."""
-    learning_rate: Positive = 3e-4
+    learning_rate: NonNegative = 3e-4
     """Peak, after the warm-up."""
     centre_coef: NonNegative = 0.01
     """Weight of (chosen + rejected)^2, which keeps rewards centred; 0 is off."""
@@ -229,9 +229,10 @@ class PPOConfig(OptimizerConfig):
     kl_coef: NonNegative = 0.05
     """Weight of the KL to the reference; where adaptive, its start."""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
-    """Per-token KL: Schulman's estimators, or exact over the vocabulary."""
+    """Per-token KL. In the reward k1, whose optimum is the Gibbs policy, or k2 or k3, whose optima are not; in the loss
+    k2, k3, or exact over the vocabulary."""
     kl_in_loss: bool = False
-    """Put the KL into the loss instead of the reward (then k2, k3 or exact has a useful gradient; k1 has none)."""
+    """Put the KL into the loss instead of the reward."""
     kl_adaptive: bool = False
     """Steer kl_coef towards kl_target."""
     kl_target: Positive = 6.0
@@ -270,7 +271,7 @@ class PPOConfig(OptimizerConfig):
     """Recompute the sampled tokens' log-probs in one forward pass before updating; none does so in bf16, where
     cached decoding rounds differently."""
 
-    learning_rate: Positive = 1e-4
+    learning_rate: NonNegative = 1e-4
     """Peak, after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Course after the warm-up; linear and cosine end at 0."""
@@ -294,7 +295,12 @@ class PPOConfig(OptimizerConfig):
             )
         if self.kl_in_loss and self.kl_estimator == "k1":
             raise ValueError(
-                "kl_estimator must be k2, k3 or exact with kl_in_loss, got k1, whose gradient is zero on average"
+                "kl_estimator must be k2, k3 or exact with kl_in_loss, got k1: its gradient is 0 on average"
+            )
+        if not self.kl_in_loss and self.kl_estimator == "exact":
+            raise ValueError(
+                "kl_estimator must be k1, k2 or k3 without kl_in_loss, got exact, which does not depend on the token "
+                "drawn: as a reward it would not hold the policy back"
             )
 
 

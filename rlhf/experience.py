@@ -1,13 +1,13 @@
 """From a batch of scored completions to what PPO learns from: scores, token rewards, advantages, returns."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.advantages import gae, token_rewards
 from rlhf.checks import check_value
-from rlhf.kl import kl_estimate
+from rlhf.kl import KLEstimator, kl_estimate
 from rlhf.ops import masked_mean, masked_var, whiten
 from rlhf.types import Metrics
 
@@ -58,8 +58,7 @@ def make_experience(
     mask: Tensor,
     *,
     kl_coef: float,
-    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1",
-    exact_kl: Tensor | None = None,
+    kl_estimator: KLEstimator = "k1",
     kl_in_loss: bool = False,
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -78,8 +77,7 @@ def make_experience(
         values: [B, T] float, reward units.
         mask: [B, T] bool, True on each row's tokens, a prefix.
         kl_coef: reward units per nat.
-        kl_estimator: per-token KL; "exact" takes `exact_kl`.
-        exact_kl: [B, T] float, nats.
+        kl_estimator: per-token KL.
         kl_in_loss: leave the KL out of the rewards, because the loss has it.
         gamma: discount of GAE.
         lam: lambda of GAE.
@@ -92,15 +90,10 @@ def make_experience(
         completion; `val/mean`, `val/explained_variance` of the returns; `response_length/mean`.
 
     Raises:
-        ValueError: shapes do not match, or exact_kl is missing.
+        ValueError: shapes do not match, or a number is out of range.
         TypeError: mask is not bool.
     """
-    if kl_estimator != "exact":
-        kl = kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
-    elif exact_kl is not None:
-        kl = exact_kl
-    else:
-        raise ValueError('make_experience: exact_kl is None, expected a tensor with kl_estimator "exact"')
+    kl = kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
     kl = torch.where(mask, kl, 0.0)
     penalty = 0.0 if kl_in_loss else kl_coef
     rewards = token_rewards(scores, kl, mask, kl_coef=penalty)

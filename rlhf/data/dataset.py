@@ -45,7 +45,7 @@ class Dataset:
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         self._prompts = np.load(folder / "prompts.npy", mmap_mode="r")
         self._margins = np.load(folder / "margins.npy", mmap_mode="r")
-        self._columns = (folder / "columns.jsonl").open("rb") if schema is PROMPTS else None
+        self._columns = np.memmap(folder / "columns.jsonl", mode="r") if schema is PROMPTS else None
         self._column_offsets = np.load(folder / "column_offsets.npy", mmap_mode="r")
         self.dropped: int = json.loads((folder / "meta.json").read_text())["dropped"]
 
@@ -76,8 +76,8 @@ class Dataset:
     def columns(self, record: int) -> dict[str, Any]:
         """All fields of a prompt record, `prompt` included, as they stand in the file."""
         assert self._columns is not None, "only prompt files keep their columns"
-        self._columns.seek(int(self._column_offsets[record]))
-        return json.loads(self._columns.readline())
+        start, stop = self._column_offsets[record : record + 2]
+        return json.loads(self._columns[start:stop].tobytes())
 
     def count_cut(self, max_length: int) -> int:
         """Records that do not fit `max_length` tokens whole (a completion with its end-of-text token)."""

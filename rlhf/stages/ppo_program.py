@@ -92,7 +92,6 @@ def make_ppo_plan(run: Run, settings: PPOConfig, policy: LanguageModel, reward_m
                 dtype=run.dtype,
                 temperature=settings.temperature,
                 log_probs=recomputes,
-                exact=settings.kl_estimator == "exact",
             ),
         },
         blends={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},

@@ -62,8 +62,6 @@ class Scored(NamedTuple):
     """[B, T] nats, reference."""
     values: Tensor
     """[B, T] reward units."""
-    exact_kl: Tensor
-    """[B, T] nats; zeros where it was not asked for."""
     scores: Tensor
     """[B] reward units, shaped: what the policy is rewarded with."""
     raw: dict[str, Tensor]
@@ -108,8 +106,8 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     settings, completions = ppo.settings, rollout.completions
     packs = pack_rollout(ppo, rollout, range(len(rollout.texts)))
     results = ppo.executor.map("score", [pack.batch for pack in packs])
-    ref_log_probs, log_probs, values, exact_kl = (
-        unpack_tokens(packs, [result[field] for result in results], completions.mask.shape) for field in range(4)
+    ref_log_probs, log_probs, values = (
+        unpack_tokens(packs, [result[field] for result in results], completions.mask.shape) for field in range(3)
     )
     by_model = torch.cat([result.scores for result in results])[
         torch.argsort(torch.cat([pack.sequences for pack in packs]))
@@ -129,7 +127,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
             raise NonFiniteError(f"a {name} is not finite for the completion {rollout.texts[row]!r}", completions)
     finished = completions.ended | torch.tensor(not settings.stop_at_eos)
     scores = shape_scores(total, finished, missing_eos_penalty=settings.missing_eos_penalty, clip=settings.reward_clip)
-    return Scored(log_probs, ref_log_probs, values, exact_kl, scores, raw)
+    return Scored(log_probs, ref_log_probs, values, scores, raw)
 
 
 def sample_lines(rollout: Rollout, scored: Scored, experience: Experience) -> list[dict[str, Any]]:

@@ -1,0 +1,368 @@
+"""The stages end to end on a tiny model: what they write, that they learn, and that resuming changes no bit."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.config import (
+    CheckpointConfig,
+    LogConfig,
+    ModelConfig,
+    PipelineRun,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    TokenizerConfig,
+)
+from rlhf.data.embedded import write_embedded
+from rlhf.errors import Interrupted, NonFiniteError, UserError
+from rlhf.io.checkpoint import last_step, load_checkpoint
+from rlhf.io.model_folder import load_language_model, load_reward_model
+from rlhf.stages.inputs import record_order
+from rlhf.stages.pipeline import run_pipeline, run_ppo_alone
+from rlhf.stages.ppo import run_ppo
+from rlhf.stages.reward import run_reward
+from rlhf.stages.sft import run_sft
+from rlhf.tree import named_leaves
+
+RUNS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
+MODELS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> PipelineRun:
+    """A run whose SFT and reward models are there already."""
+    folder = tmp_path_factory.mktemp("base")
+    files = write_embedded(folder / "data", size=120)
+    config = PipelineRun(
+        output_dir=folder / "run",
+        cache_dir=folder / "cache",
+        threads=1,
+        sft_data=files.demonstrations,
+        preference_data=files.preferences,
+        prompt_data=files.prompts,
+        model=ModelConfig(preset="tiny", n_layer=1, n_embd=32),
+        tokenizer=TokenizerConfig(vocab_size=400),
+        sft=SFTConfig(epochs=3, batch_size=16, learning_rate=1e-2, eval_every=7, dropout=0.1),
+        reward=RewardConfig(epochs=2, batch_size=16, learning_rate=3e-3, eval_every=5),
+        ppo=PPOConfig(
+            num_iterations=6, batch_size=8, minibatch_size=4, num_epochs=2, max_new_tokens=8, rollout_batch_size=4,
+            learning_rate=1e-3, micro_batch_size=2,
+        ),
+        checkpoint=CheckpointConfig(every=4, keep=2),
+        log=LogConfig(tensorboard=False),
+    )  # fmt: skip
+    run_sft(config)
+    run_reward(config)
+    return config
+
+
+def copy_run(base: PipelineRun, folder: Path, stage: str, **changes) -> PipelineRun:
+    """A new output folder with the models that `stage` starts from; paths inside the run stay comparable."""
+    run = dataclasses.replace(base, output_dir=folder / "run", **changes)
+    for earlier in list(MODELS)[: list(MODELS).index(stage)]:
+        shutil.copytree(base.output_dir / MODELS[earlier], run.output_dir / MODELS[earlier])
+    return run
+
+
+def metrics_of(run: PipelineRun, stage: str) -> list[dict]:
+    """The stage's metric lines without what depends on the clock."""
+    lines = [json.loads(line) for line in (run.output_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time", "timing_s/", "perf/")
+    return [
+        {name: value for name, value in line.items() if not name.startswith(timed)}
+        for line in lines
+        if line["stage"] == stage and "event" not in line
+    ]
+
+
+def weights_of(run: PipelineRun, stage: str) -> bytes:
+    return (run.output_dir / MODELS[stage] / "model.safetensors").read_bytes()
+
+
+def interrupt_after(run: PipelineRun, stage: str, lines: int) -> None:
+    """Send this process SIGTERM as soon as the stage has logged so many steps."""
+
+    def watch() -> None:
+        path = run.output_dir / "logs" / "metrics.jsonl"
+        while not path.exists() or path.read_text().count(f'"stage": "{stage}", "step": ') < lines:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_resuming_gives_the_bits_of_the_run_that_never_stopped(base, tmp_path, stage):
+    whole = copy_run(base, tmp_path / "whole", stage)
+    RUNS[stage](whole)
+    stopped = copy_run(base, tmp_path / "stopped", stage)
+    interrupt_after(stopped, stage, 2)
+    with pytest.raises(Interrupted, match="continue with --resume") as caught:
+        RUNS[stage](stopped)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert not (stopped.output_dir / MODELS[stage]).exists()
+    RUNS[stage](dataclasses.replace(stopped, resume=True))
+    assert weights_of(whole, stage) == weights_of(stopped, stage)
+    assert metrics_of(whole, stage) == metrics_of(stopped, stage)
+    samples = [(run.output_dir / "logs" / "samples.jsonl").read_bytes() for run in (whole, stopped)]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(base, tmp_path, stage):
+    runs = [copy_run(base, tmp_path / str(n), stage, seed=seed) for n, seed in enumerate((0, 0, 1))]
+    for run in runs:
+        RUNS[stage](run)
+    one, same, other = (weights_of(run, stage) for run in runs)
+    assert one == same
+    assert one != other
+    assert metrics_of(runs[0], stage) == metrics_of(runs[1], stage)
+
+
+def test_resume_of_a_finished_run_changes_nothing(base, tmp_path):
+    run = copy_run(base, tmp_path, "ppo")
+    run_ppo(run)
+    weights, metrics = weights_of(run, "ppo"), metrics_of(run, "ppo")
+    run_ppo(dataclasses.replace(run, resume=True))
+    assert weights_of(run, "ppo") == weights
+    assert metrics_of(run, "ppo") == metrics
+
+
+def test_a_second_run_into_the_same_folder_is_refused(base):
+    with pytest.raises(UserError, match=r"holds checkpoints of another sft run \(step 22\).*--resume"):
+        run_sft(base)
+
+
+def test_resume_with_another_setting_is_refused(base):
+    changed = dataclasses.replace(base, resume=True, sft=dataclasses.replace(base.sft, learning_rate=5e-3))
+    with pytest.raises(UserError, match=r"sft\.learning_rate was 0\.01, is 0\.005"):
+        run_sft(changed)
+
+
+def test_checkpoints_are_kept_as_configured(base):
+    assert last_step(base.output_dir / "checkpoints" / "sft") == 22
+    names = sorted(path.name for path in (base.output_dir / "checkpoints" / "sft").iterdir())
+    assert names == ["step-000020", "step-000022"]
+    assert load_checkpoint(base.output_dir / "checkpoints" / "sft").facts["version"] == 22
+
+
+def test_sft_learns(base):
+    losses = [line["loss/sft"] for line in metrics_of(base, "sft")]
+    assert losses[-1] < 0.7 * losses[0]
+    evaluations = [line["eval/perplexity"] for line in metrics_of(base, "sft") if "eval/perplexity" in line]
+    assert len(evaluations) == 4
+    assert evaluations[-1] < evaluations[0]
+
+
+def test_reward_model_learns_and_keeps_its_statistics(base):
+    last = metrics_of(base, "reward")[-1]
+    names = ("accuracy", "margin", "min", "mean", "max", "length_correlation")
+    assert {f"{part}/reward/{name}" for part in ("eval", "train") for name in names} <= last.keys()
+    assert last["train/reward/accuracy"] > 0.6
+    statistics = load_reward_model(base.output_dir / "reward").statistics
+    assert statistics.completions == 114
+    assert statistics.std > 0
+
+
+FIELD_NAMES = {
+    "objective/kl", "objective/kl_coef", "objective/entropy", "objective/scores", "objective/rlhf_reward",
+    "objective/non_score_reward", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg",
+    "val/ratio", "val/clipfrac_avg", "response_length/mean", "timing_s/generate", "timing_s/score", "timing_s/update",
+    "timing_s/step", "perf/tokens_per_s", "lr",
+}  # fmt: skip
+
+
+def test_ppo_writes_the_fields_metrics_and_samples(base, tmp_path):
+    run = copy_run(base, tmp_path, "ppo")
+    run_ppo(run)
+    lines = [json.loads(line) for line in (run.output_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:-1]:
+        assert line.keys() >= FIELD_NAMES
+        assert line["objective/rlhf_reward"] == pytest.approx(
+            line["objective/scores"] + line["objective/non_score_reward"], abs=1e-5
+        )
+        assert line["objective/non_score_reward"] == pytest.approx(
+            -line["objective/kl_coef"] * line["objective/kl"], abs=1e-6
+        )
+    samples = [json.loads(line) for line in (run.output_dir / "logs" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 6 * 8
+    assert samples[0].keys() >= {"prompt", "completion", "score", "kl", "tokens", "ended", "policy_version", "step"}
+    assert [sample["policy_version"] for sample in samples[::8]] == [0, 4, 8, 12, 16, 20]
+    by_step = [sum(s["score"] for s in samples[8 * n : 8 * n + 8]) / 8 for n in range(6)]
+    assert by_step == pytest.approx([line["objective/scores"] for line in lines[1:-1]], abs=1e-5)
+
+
+def test_invariant_12_learning_rate_0_leaves_parameters_and_kl_unchanged(base, tmp_path):
+    run = copy_run(base, tmp_path, "ppo", ppo=dataclasses.replace(base.ppo, learning_rate=0.0))
+    run_ppo(run)
+    before, after = (load_language_model(run.output_dir / name).params for name in ("sft", "policy"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(named_leaves(before).values(), named_leaves(after).values(), strict=True)
+    )
+    for line in metrics_of(run, "ppo"):
+        assert line["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+        assert line["val/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert line["policy/clipfrac_avg"] == 0.0
+
+
+OPTIONS = {
+    "shared critic": {"critic": "shared"},
+    "moving reference": {"ref_ema": 0.5},
+    "adaptive KL": {"kl_adaptive": True, "kl_target": 0.01, "kl_horizon": 100},
+    "k3 in the loss": {"kl_in_loss": True, "kl_estimator": "k3"},
+    "exact in the loss": {"kl_in_loss": True, "kl_estimator": "exact"},
+    "k2 in the reward": {"kl_estimator": "k2"},
+    "whitened rewards": {"whiten_rewards": True, "whiten_advantages": False},
+    "two samples": {"samples_per_prompt": 2, "top_k": 50, "top_p": 0.9, "temperature": 0.8},
+    "no stop": {"stop_at_eos": False, "missing_eos_penalty": 1.0},
+    "dual clip, entropy": {"dual_clip": 3.0, "entropy_coef": 0.01, "min_new_tokens": 3},
+    "recomputed": {"recompute_log_probs": True, "critic": "shared"},
+    "unnormalised": {"normalize_reward": False, "reward_clip": 0.5, "missing_eos_penalty": 1.0},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_ppo_options_run_and_differ_from_the_default(base, tmp_path, option):
+    default = copy_run(base, tmp_path / "a", "ppo", ppo=dataclasses.replace(base.ppo, num_iterations=2))
+    changed = copy_run(base, tmp_path / "b", "ppo", ppo=dataclasses.replace(default.ppo, **OPTIONS[option]))
+    run_ppo(default)
+    run_ppo(changed)
+    assert metrics_of(default, "ppo")[-1] != metrics_of(changed, "ppo")[-1]
+    lines = metrics_of(changed, "ppo")
+    if option == "adaptive KL":
+        factor = lines[1]["objective/kl_coef"] / lines[0]["objective/kl_coef"]
+        error = min(max(lines[0]["objective/kl"] / 0.01 - 1, -0.2), 0.2)
+        assert factor == pytest.approx(1 + error * 8 / 100)
+    if option == "no stop":
+        assert all(line["response_length/mean"] == 8 for line in lines)
+        samples = (changed.output_dir / "logs" / "samples.jsonl").read_text().splitlines()
+        scores = [json.loads(line)["score"] for line in samples]
+        assert max(scores) > -1, "nothing is missing where nothing can end"
+    if option == "unnormalised":
+        samples = [
+            json.loads(line) for line in (changed.output_dir / "logs" / "samples.jsonl").read_text().splitlines()
+        ]
+        for sample in samples:
+            expected = min(max(sample["reward/reward"], -0.5), 0.5) - (not sample["ended"])
+            assert sample["score"] == pytest.approx(expected, abs=1e-6)
+    if option == "shared critic":
+        assert (changed.output_dir / "policy" / "value_head.safetensors").is_file()
+    else:
+        assert (changed.output_dir / "policy" / "critic").is_dir() == (option != "recomputed")
+
+
+def test_ppo_stops_an_iterations_updates_at_the_target_kl(base, tmp_path):
+    run = copy_run(base, tmp_path, "ppo", ppo=dataclasses.replace(base.ppo, target_kl=1e-9, num_iterations=2))
+    run_ppo(run)
+    updates = [line["policy/updates"] for line in metrics_of(run, "ppo")]
+    assert updates == [2, 2], "the first minibatch has KL 0, the second exceeds the target"
+
+
+def test_ppo_critic_warmup_moves_the_value_function_alone(base, tmp_path):
+    warm = dataclasses.replace(base.ppo, critic_warmup=6, critic="separate")
+    run = copy_run(base, tmp_path, "ppo", ppo=warm)
+    run_ppo(run)
+    before, after = (load_language_model(run.output_dir / name).params for name in ("sft", "policy"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(named_leaves(before).values(), named_leaves(after).values(), strict=True)
+    )
+    losses = [line["loss/value_avg"] for line in metrics_of(run, "ppo")]
+    assert losses[-1] < losses[0]
+
+
+def test_ppo_learns_from_a_python_function_with_columns(base, tmp_path):
+    """The reward asks for the customer's item, which only the prompt file's column names."""
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "def brevity(completions, **kwargs):\n    return [-len(text) / 10 for text in completions]\n"
+        "def polite(prompts, completions, item):\n"
+        "    assert all(i in p for i, p in zip(item, prompts))\n"
+        "    return [float('sorry' in text) for text in completions]\n"
+    )
+    sources = (f"{judge}:brevity", f"0.5*{judge}:polite")
+    settings = dataclasses.replace(
+        base.ppo, reward=sources, num_iterations=15, batch_size=16, max_new_tokens=16, kl_coef=0.01
+    )
+    run = copy_run(base, tmp_path, "ppo", ppo=settings)
+    run_ppo(run)
+    lines = metrics_of(run, "ppo")
+    assert {"reward/brevity", "reward/polite"} <= lines[0].keys()
+    scores = [line["objective/scores"] for line in lines]
+    assert scores[0] == pytest.approx(lines[0]["reward/brevity"] + 0.5 * lines[0]["reward/polite"], abs=1e-5)
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
+
+
+def test_a_reward_that_is_not_finite_is_refused_and_everything_saved(base, tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "calls = []\ndef judge(completions, **kwargs):\n    calls.append(1)\n"
+        "    return [float('nan') if len(calls) == 3 else 0.0 for _ in completions]\n"
+    )
+    run = copy_run(base, tmp_path, "ppo", ppo=dataclasses.replace(base.ppo, reward=(f"{judge}:judge",)))
+    with pytest.raises(NonFiniteError, match=r"ppo iteration 3: reward judge is nan for the completion") as caught:
+        run_ppo(run)
+    assert caught.value.exit_code == 3
+    assert last_step(run.output_dir / "checkpoints" / "ppo") == 2, "the state before the refused iteration"
+    assert (run.output_dir / "nonfinite" / "ppo-step-000003" / "manifest.json").is_file()
+    judge.write_text("def judge(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
+    run_ppo(dataclasses.replace(run, resume=True))
+    assert len(metrics_of(run, "ppo")) == 6
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_everything_saved(base, tmp_path):
+    settings = dataclasses.replace(base.sft, learning_rate=1e30, warmup_fraction=0.0, max_grad_norm=float("inf"))
+    run = copy_run(base, tmp_path, "sft", sft=settings)
+    with pytest.raises(NonFiniteError, match=r"sft step 2: main: loss nan.*the update was refused"):
+        run_sft(run)
+    checkpoint = load_checkpoint(run.output_dir / "checkpoints" / "sft")
+    assert checkpoint.step == 1
+    folder = run.output_dir / "nonfinite" / "sft-step-000002"
+    assert (folder / "batch.safetensors").is_file()
+    assert not (run.output_dir / "sft").exists()
+
+
+def test_pipeline_starts_at_a_stage(base, tmp_path):
+    run = copy_run(base, tmp_path, "ppo", start_at="ppo")
+    results = run_pipeline(run)
+    assert list(results) == ["ppo"]
+    assert results["ppo"].model == run.output_dir / "policy"
+
+
+def test_pipeline_resumes_where_it_was_interrupted(base, tmp_path):
+    whole, stopped = (dataclasses.replace(base, output_dir=tmp_path / name / "run") for name in ("whole", "stopped"))
+    run_pipeline(whole)
+    interrupt_after(stopped, "reward", 3)
+    with pytest.raises(Interrupted):
+        run_pipeline(stopped)
+    run_pipeline(dataclasses.replace(stopped, resume=True))
+    for stage in RUNS:
+        assert weights_of(whole, stage) == weights_of(stopped, stage)
+        assert metrics_of(whole, stage) == metrics_of(stopped, stage)
+
+
+def test_a_bare_ppo_run_trains_what_it_needs_on_the_embedded_example(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.stages.inputs.write_embedded", lambda folder: write_embedded(folder, size=60))
+    bare = dataclasses.replace(
+        base, output_dir=tmp_path, sft_data=None, preference_data=None, prompt_data=None,
+        ppo=dataclasses.replace(base.ppo, num_iterations=1),
+    )  # fmt: skip
+    assert run_ppo_alone(bare).model.is_dir()
+    assert (tmp_path / "sft").is_dir()
+    assert (tmp_path / "reward").is_dir()
+
+
+def test_record_order_is_a_permutation_per_epoch(key):
+    order = [record for first in range(0, 21, 3) for record in record_order(key, 7, first, 3)]
+    epochs = [order[n : n + 7] for n in range(0, 21, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert order == record_order(key, 7, 0, 21)
