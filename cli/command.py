@@ -1,5 +1,6 @@
 """What the programs share: reading --config before the flags, and turning errors into messages and exit codes."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ def run_command(command: Callable[[], None]) -> int:
     except (UserError, NonFiniteError, Interrupted) as error:
         print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read our output has left (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
         return 130

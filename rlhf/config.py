@@ -105,10 +105,32 @@ class LogConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DistConfig(Section):
-    """Workers and servers; see distributed.yaml."""
+    """Workers, parameter servers and what happens when one dies; see distributed.yaml."""
 
     num_workers: Annotated[int, Interval("[0, 0]")] = 0
-    """Ray workers; 0 runs everything in this process."""
+    """Ray workers; 0 runs everything in this process, which is all that this version does."""
+    num_servers: Index = 0
+    """Dedicated parameter servers; 0 keeps the shards in the workers."""
+    address: str | None = None
+    """Ray cluster to use, auto or HOST:PORT; none starts one on this machine and stops it at the end."""
+    threads_per_worker: Count = 1
+    """CPU threads of each worker."""
+    gpus_per_worker: Annotated[float, Interval("[0, 1]")] = 0.0
+    """GPUs of each worker."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Whether workers share nodes or are put on different ones."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Collectives; auto is nccl for CUDA tensors, gloo for CPU."""
+    reduce: Literal["tree", "ring"] = "tree"
+    """Gradient sums along one fixed tree, with the same bits for any number of workers; or the backend's allreduce."""
+    timeout_s: Positive = 60.0
+    """Seconds that a collective may take."""
+    max_restarts: Index = 10
+    """Lost processes made good before the run saves and ends."""
+    on_failure: Literal["replace", "shrink"] = "replace"
+    """Start a new worker for a lost one, or go on with fewer."""
+    snapshot_every: Count = 10
+    """Steps between copies of the server's state in other processes' memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,110 @@
+"""What may import what, and what may never be called: the design's layers, checked on the syntax tree."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for top in ("rlhf", "cli") for path in (ROOT / top).rglob("*.py"))
+CORE = sorted(path for path in (ROOT / "rlhf").glob("*.py") if path.name not in ("__init__.py", "config.py"))
+LAYERS = ["core", "config", "io", "data", "distributed", "stages", "cli"]
+"""From the bottom up; io and data are one layer, in which data may use io."""
+
+
+def layer_of(module: str) -> str:
+    parts = module.split(".")
+    if parts[1:2] == ["config"]:
+        return "config"
+    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "core"
+
+
+def module_of(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return f"rlhf.{name}" if name.startswith("cli") else name
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules imported anywhere in a file, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = LAYERS.index(layer_of(module_of(path)))
+    for module in imports_of(path):
+        if module.split(".")[0] == "rlhf" and module != "rlhf":
+            assert LAYERS.index(layer_of(module)) <= own, f"{path.name} imports {module} from above"
+        assert module.split(".")[0] != "ray" or layer_of(module_of(path)) == "distributed"
+        assert module.split(".")[0] != "tyro" or layer_of(module_of(path)) == "cli"
+        assert module.split(".")[0] not in ("transformers", "trl", "tests", "benchmarks")
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
+def test_the_core_imports_torch_alone(path):
+    own = {module.split(".")[0] for module in imports_of(path)} - set(sys.stdlib_module_names) - {"rlhf"}
+    assert own <= {"torch"}
+    allowed_files = imports_of(path) & {"pathlib", "os", "time", "logging", "io", "json", "random"}
+    assert not allowed_files, "the core touches neither files, clocks nor the environment"
+
+
+BANNED = {
+    "torch.manual_seed", "torch.rand", "torch.randn", "torch.randint", "torch.randperm", "torch.multinomial",
+    "torch.bernoulli", "torch.Generator", "torch.compile", "torch.nn.Module", "torch.set_rng_state", "print",
+    "torch.load", "torch.save", "pickle.load", "eval", "exec", "yaml.load", "numpy.random",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_draws_from_a_global_generator_reads_pickles_or_prints(path):
+    allowed = {"print"} if path.parent.name == "cli" else set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call | ast.Attribute):
+            name = ast.unparse(node.func if isinstance(node, ast.Call) else node).replace("np.", "numpy.")
+            assert name not in BANNED - allowed, f"{path.name}:{node.lineno} uses {name}"
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
+def test_the_core_changes_nothing_in_place(path):
+    """Methods ending in _ and .data; the key-value cache's item assignment is the named exception."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name = node.func.attr
+            assert not (name.endswith("_") and not name.startswith("_")), f"{path.name}:{node.lineno} calls {name}"
+            assert name not in ("backward", "requires_grad_")
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "data", f"{path.name}:{node.lineno}"
+
+
+def test_import_rlhf_imports_nothing_heavy():
+    code = (
+        "import sys, rlhf, rlhf.config; heavy = {'torch', 'ray', 'tyro', 'rich', 'transformers', 'numpy'} & set(sys.modules);"
+        "assert not heavy, heavy; assert rlhf.gae.__name__ == 'gae'; assert {'ray', 'tyro', 'rich'}.isdisjoint(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_and_functions_stay_small():
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") <= 400, f"{path} is more than one concept"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno <= 90, f"{path.name}: {node.name} is too long"
+
+
+def test_every_public_function_and_class_is_documented():
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            members = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else []
+            for member in [node, *members]:
+                if isinstance(member, ast.FunctionDef | ast.ClassDef) and not member.name.startswith("_"):
+                    assert ast.get_docstring(member), f"{path.name}: {member.name} has no docstring"

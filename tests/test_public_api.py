@@ -1,0 +1,65 @@
+"""The names that users import, pinned with their arguments: a change here is a change for them."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import rlhf
+
+SIGNATURES = {
+    "adamw": "learning_rate, b1, b2, eps, weight_decay, decays, rate_scale",
+    "adaptive_kl_coef": "kl_coef, kl, num_samples, target, horizon",
+    "apply_head": "head, hidden",
+    "clip_by_global_norm": "grads, max_norm, norm",
+    "constant": "value, warmup_steps",
+    "correlation": "x, y",
+    "cosine": "value, total_steps, warmup_steps, final",
+    "entropy": "logits, temperature",
+    "exact_kl": "logits, ref_logits, temperature",
+    "filter_logits": "logits, top_k, top_p",
+    "gae": "rewards, values, mask, gamma, lam",
+    "gae_loop": "rewards, values, mask, gamma, lam",
+    "generate": "params, prompts, prompt_lengths, keys, config, max_new_tokens, temperature, top_k, top_p, "
+    "min_new_tokens, stop_tokens, value_head",
+    "init_reward_head": "n_embd, key",
+    "init_value_head": "n_embd",
+    "kl_estimate": "log_probs, ref_log_probs, estimator",
+    "linear": "value, total_steps, warmup_steps, final",
+    "make_experience": "scores, log_probs, ref_log_probs, values, mask, kl_coef, kl_estimator, kl_in_loss, gamma, lam, "
+    "whiten_rewards, whiten_advantages",
+    "masked_mean": "values, mask",
+    "masked_sum": "values, mask",
+    "masked_var": "values, mask, unbiased",
+    "mean_interval": "values",
+    "mean_metrics": "sums",
+    "ppo_policy_loss": "log_probs, old_log_probs, advantages, mask, clip_eps, dual_clip",
+    "ppo_value_loss": "values, old_values, returns, mask, value_clip_eps",
+    "preference_metrics": "chosen, rejected, chosen_lengths, rejected_lengths",
+    "reward_loss": "chosen_scores, rejected_scores, mask, margin, centre_coef",
+    "sample_token": "logits, uniform",
+    "sft_loss": "log_probs, mask",
+    "shape_scores": "scores, ended, missing_eos_penalty, clip",
+    "token_log_probs": "logits, targets, temperature",
+    "token_rewards": "scores, kl, mask, kl_coef",
+    "value_head_from_reward": "head, mean, std",
+    "whiten": "values, mask, shift_mean, unbiased",
+}
+OTHERS = {"AdamState", "Completions", "Experience", "GPT2Config", "Optimizer", "PRESETS", "gpt2", "random", "tree"}
+
+
+def test_the_public_names_are_these():
+    assert set(rlhf.__all__) == SIGNATURES.keys() | OTHERS
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_pinned(name):
+    assert ", ".join(inspect.signature(getattr(rlhf, name)).parameters) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(rlhf.__path__) if not m.ispkg])
+def test_docstring_examples_run(name):
+    failures, _ = doctest.testmod(importlib.import_module(f"rlhf.{name}"), extraglobs={"torch": importlib.import_module("torch")})
+    assert failures == 0
