@@ -1,0 +1,35 @@
+"""The README's snippets run, and its commands parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[0])
+def test_snippets_run(snippet):
+    with torch.random.fork_rng():  # the snippet itself draws an example
+        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("rlhf-train")])
+def test_commands_parse(command):
+    from rlhf.cli.train import parse
+
+    assert parse(shlex.split(command)[1:]).output_dir == Path("outputs/mine")
+
+
+def test_make_targets_exist():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for target in re.findall(r"make ([\w-]+)", "\n".join(COMMANDS)):
+        assert f"\n{target}:" in makefile
