@@ -33,9 +33,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         UserError: the disk is full or the folder cannot be written.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with clear_write_errors(target):
+            _clear_leftovers(target)
             temporary.mkdir(parents=True)
             yield temporary
             for path in temporary.rglob("*"):
@@ -56,6 +56,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with clear_write_errors(path):
+            _clear_leftovers(path)
             temporary.write_text(text, encoding="utf-8")
             _sync(temporary)
             temporary.rename(path)
@@ -116,6 +117,30 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
         with contextlib.suppress(OSError):
             folder.rmdir()  # succeeds only on an empty folder
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed processes left beside `target`; give back what one had moved aside and not yet replaced."""
+    for path in target.parent.glob(f".{target.name}.*.*"):
+        owner, kind = path.name.split(".")[-2:]
+        if not owner.isdigit() or _is_alive(int(owner)):
+            continue
+        if kind == "old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
 
 
 def _sync(path: Path) -> None:
