@@ -69,7 +69,7 @@ def gae(
         ahead = torch.nn.functional.pad(advantages[:, reach:], (0, reach))
         advantages = advantages + decay**reach * ahead
         reach *= 2
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    return advantages, advantages + values
 
 
 def gae_loop(
@@ -82,7 +82,7 @@ def gae_loop(
         advantage = deltas[:, t] + gamma * lam * advantage
         reversed_advantages.append(advantage)
     advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    return advantages, advantages + values
 
 
 def _td_errors(

@@ -14,7 +14,8 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     """
     check_rank("correlation", 1, x=x)
     check_same_shape("correlation", x=x, y=y)
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    x, y = x.double() - x.double()[:1], y.double() - y.double()[:1]
+    x, y = x - x.mean(), y - y.mean()
     return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf.advantages import gae, token_rewards
-from rlhf.checks import check_value
+from rlhf.checks import check_mask, check_value
 from rlhf.kl import KLEstimator, kl_estimate
 from rlhf.ops import masked_mean, masked_var, whiten
 from rlhf.types import Metrics
@@ -43,8 +43,10 @@ def shape_scores(
         [B] float.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: shapes differ, or a number is out of range.
+        TypeError: ended is not bool.
     """
+    check_mask("shape_scores", ended, scores=scores)
     check_value("shape_scores", missing_eos_penalty >= 0, "at least 0", missing_eos_penalty=missing_eos_penalty)
     check_value("shape_scores", clip > 0, "above 0", clip=clip)
     return scores.clamp(-clip, clip) - missing_eos_penalty * (~ended).to(scores.dtype)
@@ -86,7 +88,7 @@ def make_experience(
 
     Returns:
         An `Experience`. Its metrics: `objective/kl`, `objective/entropy` (minus the sum of log-probs),
-        `objective/scores`, `objective/non_score_reward`, `objective/rlhf_reward` (the last two add up), all per
+        `objective/scores`, `objective/non_score_reward` and `objective/rlhf_reward`, which is their sum, all per
         completion; `val/mean`, `val/explained_variance` of the returns; `response_length/mean`.
 
     Raises:
@@ -94,6 +96,7 @@ def make_experience(
         TypeError: mask is not bool.
     """
     kl = kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
+    check_mask("make_experience", mask, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values, kl=kl)
     kl = torch.where(mask, kl, 0.0)
     penalty = 0.0 if kl_in_loss else kl_coef
     rewards = token_rewards(scores, kl, mask, kl_coef=penalty)
@@ -101,7 +104,7 @@ def make_experience(
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
     non_score = -penalty * kl.sum(dim=1)
-    unexplained = masked_var(returns - torch.where(mask, values, 0.0), mask)
+    unexplained = masked_var(returns - values, mask)
     metrics = {
         "objective/kl": kl.sum(dim=1).mean(),
         "objective/entropy": -torch.where(mask, log_probs, 0.0).sum(dim=1).mean(),

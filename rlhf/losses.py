@@ -115,7 +115,7 @@ def ppo_policy_loss(
         dual_clip: None, or above 1: bounds the loss of a bad token whose ratio has exploded.
 
     Returns:
-        loss: [] sum.
+        loss: [] sum. Not finite, gradient included, where a log-ratio leaves the range of exp (88 in float32).
         metrics: `loss/policy_avg`, `policy/clipfrac_avg` (share of tokens where the clipped term is the larger loss),
             `policy/approxkl_avg` (nats: half the squared log-ratio, as TRL), `val/ratio`, `count` (tokens).
 
@@ -134,7 +134,7 @@ def ppo_policy_loss(
     per_token = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)
-    loss = torch.where(mask, per_token, 0.0).sum()
+    loss = per_token.sum()
     return loss, {
         "loss/policy_avg": loss.detach(),
         "policy/clipfrac_avg": (clipped > unclipped).float().sum(),

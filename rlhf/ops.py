@@ -31,9 +31,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
     """[] variance of `values` where `mask` is True; `unbiased` divides by n - 1. Errors as `masked_sum`."""
-    centred = values - masked_mean(values, mask)
-    count = mask.sum()
-    return masked_sum(centred.square(), mask) / (count - int(unbiased)).clamp(min=1)
+    centred, count = torch.where(mask, values - masked_mean(values, mask), 0.0), mask.sum()
+    return centred.square().sum() / (count - int(unbiased)).clamp(min=1)
 
 
 def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = False) -> Tensor:
@@ -60,6 +59,7 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = Tru
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
     check_mask("whiten", mask, values=values)
+    values = torch.where(mask, values, 0.0)
     mean, variance = masked_mean(values, mask), masked_var(values, mask, unbiased=unbiased)
     whitened = (values - mean) * torch.rsqrt(variance + _VARIANCE_EPS)
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)

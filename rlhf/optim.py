@@ -89,8 +89,10 @@ def adamw(
 
         def leaf(name: str, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
             scale = rate_scale(name) if rate_scale else 1.0
+            if scale == 0:
+                return p
             decayed = p * (1.0 - rate * (weight_decay * scale)) if weight_decay and decays(name) else p
-            return decayed - m / (v.sqrt() / root_scale + eps) * (step_size * scale)
+            return (decayed - m / (v.sqrt() / root_scale + eps) * (step_size * scale)).to(p.dtype)
 
         return tree_map_named(leaf, params, mu, nu), AdamState(step, mu, nu)
 

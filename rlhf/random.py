@@ -58,7 +58,7 @@ def key(seed: int) -> Tensor:
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
-    """Derive a key from a key and an integer below 2**63.
+    """Derive a key from a key and an integer in [0, 2**63).
 
     Args:
         key: [..., 2] int32.

@@ -13,7 +13,11 @@ Schedule = Callable[[Tensor], Tensor]
 
 
 def constant(value: float, *, warmup_steps: int = 0) -> Schedule:
-    """`value` after a linear warm-up: update k (from 0) of the warm-up gets value (k + 1) / (warmup_steps + 1)."""
+    """`value` after a linear warm-up: update k (from 0) of the warm-up gets value (k + 1) / (warmup_steps + 1).
+
+    Raises:
+        ValueError: warmup_steps is negative.
+    """
     check_value("constant", warmup_steps >= 0, "at least 0", warmup_steps=warmup_steps)
     return lambda step: value * _warmup(step, warmup_steps)
 

@@ -4,6 +4,7 @@ Anything that leaves the process (checkpoints, the parameter server, allreduce b
 dotted names of its leaves, never by traversal order, so that two processes cannot disagree about it.
 """
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -41,9 +42,15 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
     Example:
         >>> list(named_leaves({"h": [{"w": torch.ones(1)}], "b": torch.ones(1)}))
         ['b', 'h.0.w']
+
+    Raises:
+        ValueError: two leaves have the same name, because a key contains a dot.
     """
     with_paths, _ = pytree.tree_flatten_with_path(tree)
-    return dict(sorted((_dotted(path), leaf) for path, leaf in with_paths))
+    named = dict(sorted(((_dotted(path), leaf) for path, leaf in with_paths), key=operator.itemgetter(0)))
+    if len(named) < len(with_paths):
+        raise ValueError("named_leaves: two leaves have the same dotted name; keys must not contain dots")
+    return named
 
 
 def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
@@ -119,7 +126,7 @@ class FlatLayout(NamedTuple):
 
 
 def flat_layout(tree: Tree) -> FlatLayout:
-    """The layout of `tree` in a flat buffer; depends on names and shapes alone."""
+    """The layout of `tree` in a flat buffer, which depends on names and shapes alone, in whatever order they come."""
     named = named_leaves(tree)
     with_paths, spec = pytree.tree_flatten_with_path(tree)
     position = {name: index for index, name in enumerate(named)}

@@ -36,9 +36,8 @@ def test_presets_are_package_data():
 
 @pytest.mark.slow
 def test_the_wheel_has_one_import_root(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT], check=True, capture_output=True
-    )
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("rlhf-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"rlhf"}

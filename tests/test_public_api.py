@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 
 import pytest
+import torch
 
 import rlhf
 
@@ -61,5 +62,5 @@ def test_signatures_are_pinned(name):
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(rlhf.__path__) if not m.ispkg])
 def test_docstring_examples_run(name):
-    failures, _ = doctest.testmod(importlib.import_module(f"rlhf.{name}"), extraglobs={"torch": importlib.import_module("torch")})
+    failures, _ = doctest.testmod(importlib.import_module(f"rlhf.{name}"), extraglobs={"torch": torch})
     assert failures == 0

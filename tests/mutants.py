@@ -1,0 +1,522 @@
+"""Mutation check: every planted error in the pure core must make a test of its module fail.
+
+Usage:
+    python tests/mutants.py            all mutants
+    python tests/mutants.py losses kl  those of some modules
+
+A mutant is one change of one line: a sign, a mask, a clip, a wrong argument. Each is run in a forked child, two at a
+time, whose `rlhf.<module>` is executed from the changed text in memory; the working tree is only read. First the
+unchanged modules are run the same way: they must pass. The exit status is 1 if a mutant survives, if one cannot even
+be imported, or if a text to replace does not occur exactly once.
+"""
+
+import gc
+import importlib.util
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = 2
+SECONDS = 120  # after which a child is given up
+
+
+class Mutant(NamedTuple):
+    name: str
+    module: str
+    """Of rlhf; its tests are tests/test_<module>.py."""
+    old: str
+    """Occurs exactly once in the module."""
+    new: str
+
+
+def mutants(module: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(name, module, old, new) for name, old, new in changes]
+
+
+MUTANTS = [
+    *mutants(
+        "losses",
+        ("sft: sign", "loss = -torch.where(mask, log_probs", "loss = torch.where(mask, log_probs"),
+        ("sft: mask ignored", "loss = -torch.where(mask, log_probs, 0.0).sum()", "loss = -log_probs.sum()"),
+        ("sft: mean for sum", "-torch.where(mask, log_probs, 0.0).sum()", "-torch.where(mask, log_probs, 0.0).mean()"),
+        ("sft: metric attached", '"loss/sft": loss.detach()', '"loss/sft": loss'),
+        (
+            "sft: count of all",
+            'loss.detach(), "count": mask.sum()',
+            'loss.detach(), "count": torch.ones_like(mask).sum()',
+        ),
+        ("reward: pair swapped", "difference = chosen - rejected", "difference = rejected - chosen"),
+        ("reward: unstable log", "-F.logsigmoid(required)", "-torch.sigmoid(required).log()"),
+        ("reward: logsigmoid sign", "-F.logsigmoid(required)", "-F.logsigmoid(-required)"),
+        ("reward: margin sign", "difference - torch.where(mask, margin", "difference + torch.where(mask, margin"),
+        ("reward: centring of the difference", "(chosen + rejected).square()", "(chosen - rejected).square()"),
+        ("reward: centring not squared", "(chosen + rejected).square()", "(chosen + rejected)"),
+        ("reward: tie counts fully", "0.5 * (difference == 0)", "1.0 * (difference == 0)"),
+        ("reward: accuracy after margin", "correct = (difference > 0)", "correct = (required > 0)"),
+        ("reward: masked pairs cost log 2", "torch.where(mask, per_pair, 0.0).sum()", "per_pair.sum()"),
+        ("reward: masked pairs are ties", "torch.where(mask, correct, 0.0).sum()", "correct.sum()"),
+        ("reward: margin metric", '"reward/margin": difference', '"reward/margin": required'),
+        (
+            "policy: ratio inverted",
+            "torch.where(mask, log_probs, 0.0) - torch.where(mask, old_log_probs, 0.0)",
+            "torch.where(mask, old_log_probs, 0.0) - torch.where(mask, log_probs, 0.0)",
+        ),
+        ("policy: log-probs unmasked", "torch.where(mask, log_probs, 0.0) - ", "log_probs - "),
+        ("policy: ratio not exponentiated", "ratio = log_ratio.exp()", "ratio = 1.0 + log_ratio"),
+        ("policy: sign", "unclipped = -ratio * advantages", "unclipped = ratio * advantages"),
+        ("policy: no lower clip", "clamp(1.0 - clip_eps, 1.0 + clip_eps)", "clamp(max=1.0 + clip_eps)"),
+        ("policy: no upper clip", "clamp(1.0 - clip_eps, 1.0 + clip_eps)", "clamp(min=1.0 - clip_eps)"),
+        ("policy: clip around 0", "clamp(1.0 - clip_eps, 1.0 + clip_eps)", "clamp(-clip_eps, clip_eps)"),
+        (
+            "policy: optimistic bound",
+            "torch.maximum(unclipped, clipped)\n    if",
+            "torch.minimum(unclipped, clipped)\n    if",
+        ),
+        ("policy: always clipped", "per_token = torch.maximum(unclipped, clipped)", "per_token = clipped"),
+        ("policy: never clipped", "per_token = torch.maximum(unclipped, clipped)", "per_token = unclipped"),
+        ("policy: mean for sum", "torch.where(mask, per_token, 0.0).sum()", "torch.where(mask, per_token, 0.0).mean()"),
+        ("policy: dual clip of good tokens", "torch.where(advantages < 0, torch", "torch.where(advantages > 0, torch"),
+        ("policy: dual clip from below", "torch.minimum(per_token", "torch.maximum(per_token"),
+        ("policy: dual clip sign", "-dual_clip * advantages", "dual_clip * advantages"),
+        (
+            "policy: clip fraction with ties",
+            '"policy/clipfrac_avg": (clipped > unclipped)',
+            '"policy/clipfrac_avg": (clipped >= unclipped)',
+        ),
+        ("policy: KL without half", "0.5 * log_ratio.detach()", "log_ratio.detach()"),
+        ("policy: ratio of masked tokens", "torch.where(mask, ratio, 0.0).detach()", "ratio.detach()"),
+        ("policy: default clip", "clip_eps: float = 0.2,\n    dual_clip", "clip_eps: float = 0.1,\n    dual_clip"),
+        ("value: clip around 0", "old_values - value_clip_eps, old_values +", "-value_clip_eps, 0.0 * old_values +"),
+        (
+            "value: clip of the error",
+            "clipped = (values - returns).square(), (within",
+            "clipped = (within - returns).square(), (values",
+        ),
+        ("value: smaller error", "0.5 * torch.maximum(unclipped", "0.5 * torch.minimum(unclipped"),
+        ("value: without half", "loss = 0.5 * torch.maximum", "loss = torch.maximum"),
+        ("value: clipped to the old value", "(within - returns).square()", "(within - old_values).square()"),
+        ("value: not squared", "(within - returns).square()", "(within - returns).abs()"),
+        ("value: mask ignored", "(torch.where(mask, x, 0.0) for x in", "(x for x in"),
+        ("value: metric attached", '"loss/value_avg": loss.detach()', '"loss/value_avg": loss'),
+    ),
+    *mutants(
+        "advantages",
+        ("rewards: KL sign", "-kl_coef * kl", "kl_coef * kl"),
+        ("rewards: score first", "last = mask & ~_next(mask)", "last = mask & (mask.cumsum(dim=1) == 1)"),
+        (
+            "rewards: score in the last column",
+            "mask & ~_next(mask)",
+            "mask & (mask.sum(dim=1) == mask.shape[1])[:, None] & ~_next(mask)",
+        ),
+        ("rewards: score on every token", "torch.where(last, scores", "torch.where(mask, scores"),
+        ("rewards: no KL on the last token", "torch.where(mask, -kl_coef", "torch.where(mask & ~last, -kl_coef"),
+        ("rewards: mask ignored", "torch.where(mask, -kl_coef * kl, 0.0)", "-kl_coef * kl"),
+        ("TD error: no discount", "gamma * _next(values) - values", "_next(values) - values"),
+        ("TD error: no bootstrap", "rewards + gamma * _next(values) - values", "rewards - values"),
+        ("TD error: sign of the value", "gamma * _next(values) - values", "gamma * _next(values) + values"),
+        (
+            "TD error: bootstrap from padding",
+            "values = torch.where(mask, values, 0.0)",
+            "values = values.nan_to_num(0.0)",
+        ),
+        (
+            "TD error: mask ignored",
+            "torch.where(mask, rewards + gamma * _next(values) - values, 0.0)",
+            "rewards + gamma * _next(values) - values",
+        ),
+        ("TD error: previous value", "pad(x[:, 1:], (0, 1))", "pad(x[:, :-1], (1, 0))"),
+        ("gae: lambda missing", "advantages.shape[1], gamma * lam, 1", "advantages.shape[1], gamma, 1"),
+        ("gae: gamma missing", "advantages.shape[1], gamma * lam, 1", "advantages.shape[1], lam, 1"),
+        ("gae: stops one doubling early", "while reach < steps:", "while 2 * reach < steps:"),
+        ("gae: decay not raised", "decay**reach * ahead", "decay * ahead"),
+        ("gae: reach not doubled", "reach *= 2", "reach += 2"),
+        ("gae: looks one too far", "advantages[:, reach:], (0, reach)", "advantages[:, reach + 1 :], (0, reach + 1)"),
+        (
+            "gae: returns without values",
+            "reach *= 2\n    return advantages, torch.where(mask, advantages + values, 0.0)",
+            "reach *= 2\n    return advantages, advantages",
+        ),
+        (
+            "gae: default lambda",
+            'lam: float = 0.95\n) -> tuple[Tensor, Tensor]:\n    """Generalised',
+            'lam: float = 0.9\n) -> tuple[Tensor, Tensor]:\n    """Generalised',
+        ),
+        ("gae: lambda unchecked", "check_value(function, 0 <= lam <= 1", "check_value(function, 0 <= lam"),
+        ("gae_loop: lambda missing", "gamma * lam * advantage", "gamma * advantage"),
+        ("gae_loop: in reverse", "reversed_advantages[::-1]", "reversed_advantages"),
+        ("gae_loop: off by one", "range(deltas.shape[1])):", "range(1, deltas.shape[1])):"),
+    ),
+    *mutants(
+        "kl",
+        ("estimates: direction", "difference = log_probs - ref_log_probs", "difference = ref_log_probs - log_probs"),
+        ("k2: without half", "0.5 * difference.square()", "difference.square()"),
+        ("k3: other direction", "torch.expm1(-difference) + difference", "torch.expm1(difference) - difference"),
+        ("k3: not unbiased", "torch.expm1(-difference) + difference", "torch.expm1(-difference)"),
+        ("k3: rounding", "torch.expm1(-difference)", "torch.exp(-difference) - 1.0"),
+        ("exact: weighted by the reference", "log_p.exp() *", "log_q.exp() *"),
+        ("exact: sign", "(log_p - log_q)", "(log_q - log_p)"),
+        ("exact: reference at temperature 1", "scale_logits(ref_logits, temperature)", "scale_logits(ref_logits, 1.0)"),
+        ("exact: policy at temperature 1", "scale_logits(logits, temperature)", "scale_logits(logits, 1.0)"),
+        ("exact: mean for sum", "(log_p - log_q)).sum(dim=-1)", "(log_p - log_q)).mean(dim=-1)"),
+        ("controller: no upper clip", "min(max(kl / target - 1.0, -0.2), 0.2)", "max(kl / target - 1.0, -0.2)"),
+        ("controller: no lower clip", "min(max(kl / target - 1.0, -0.2), 0.2)", "min(kl / target - 1.0, 0.2)"),
+        ("controller: absolute error", "kl / target - 1.0", "kl - target"),
+        ("controller: number of samples", "error * num_samples / horizon", "error / horizon"),
+        ("controller: sign", "(1.0 + error *", "(1.0 - error *"),
+        ("controller: default target", "target: float = 6.0", "target: float = 5.0"),
+    ),
+    *mutants(
+        "ops",
+        ("sum: multiplies by the mask", "torch.where(mask, values, 0.0).sum()", "(values * mask).sum()"),
+        ("sum: mask ignored", "torch.where(mask, values, 0.0).sum()", "values.sum()"),
+        ("mean: over everything", "/ mask.sum().clamp(min=1)", "/ mask.numel()"),
+        ("mean: nothing is NaN", "/ mask.sum().clamp(min=1)", "/ mask.sum()"),
+        ("variance: always biased", "(count - int(unbiased))", "count"),
+        ("variance: always unbiased", "(count - int(unbiased))", "(count - 1)"),
+        ("variance: nothing is NaN", "(count - int(unbiased)).clamp(min=1)", "(count - int(unbiased))"),
+        ("whiten: no epsilon", "torch.rsqrt(variance + _VARIANCE_EPS)", "torch.rsqrt(variance)"),
+        ("whiten: larger epsilon", "_VARIANCE_EPS = 1e-8", "_VARIANCE_EPS = 1e-5"),
+        ("whiten: by the variance", "torch.rsqrt(variance + _VARIANCE_EPS)", "(variance + _VARIANCE_EPS).reciprocal()"),
+        ("whiten: mean not taken off", "(values - mean) * torch.rsqrt", "values * torch.rsqrt"),
+        (
+            "whiten: shift inverted",
+            "whitened if shift_mean else whitened + mean",
+            "whitened + mean if shift_mean else whitened",
+        ),
+        ("whiten: always biased", "masked_var(values, mask, unbiased=unbiased)", "masked_var(values, mask)"),
+        (
+            "whiten: masked positions kept",
+            "torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)",
+            "whitened if shift_mean else whitened + mean",
+        ),
+        (
+            "whiten: mean returned at masked positions",
+            "whitened if shift_mean else whitened + mean, 0.0)",
+            "whitened if shift_mean else whitened + mean, mean)",
+        ),
+        ("log-probs: not normalised", "chosen - torch.logsumexp(scaled, dim=-1)", "chosen"),
+        (
+            "log-probs: sign of the normaliser",
+            "chosen - torch.logsumexp(scaled, dim=-1)",
+            "chosen + torch.logsumexp(scaled, dim=-1)",
+        ),
+        (
+            "log-probs: normaliser at temperature 1",
+            "chosen - torch.logsumexp(scaled,",
+            "chosen - torch.logsumexp(logits,",
+        ),
+        ("log-probs: logit at temperature 1", "chosen = scaled.gather", "chosen = logits.gather"),
+        ("log-probs: overflow", "chosen - torch.logsumexp(scaled, dim=-1)", "chosen - scaled.exp().sum(dim=-1).log()"),
+        ("entropy: sign", "torch.logsumexp(scaled, dim=-1) - (torch", "torch.logsumexp(scaled, dim=-1) + (torch"),
+        ("entropy: weights at temperature 1", "torch.softmax(scaled, dim=-1)", "torch.softmax(logits, dim=-1)"),
+        ("entropy: logits at temperature 1", "* scaled).sum(dim=-1)", "* logits).sum(dim=-1)"),
+        ("entropy: no normaliser", "torch.logsumexp(scaled, dim=-1) - (torch", "-(torch"),
+        ("temperature: multiplied", "wide / temperature", "wide * temperature"),
+        ("temperature: low precision kept", "else logits.float()", "else logits"),
+        ("temperature: zero allowed", "temperature > 0", "temperature >= 0"),
+        ("metrics: count kept", ' if name != "count"}', "}"),
+        ("metrics: count of 0", 'sums["count"].clamp(min=1)', 'sums["count"]'),
+    ),
+    *mutants(
+        "experience",
+        (
+            "scores: clip after the penalty",
+            "scores.clamp(-clip, clip) - missing_eos_penalty * (~ended).to(scores.dtype)",
+            "(scores - missing_eos_penalty * (~ended).to(scores.dtype)).clamp(-clip, clip)",
+        ),
+        ("scores: the ended are penalised", "(~ended).to", "ended.to"),
+        ("scores: penalty is a prize", "clamp(-clip, clip) - missing", "clamp(-clip, clip) + missing"),
+        ("scores: clipped above only", "scores.clamp(-clip, clip)", "scores.clamp(max=clip)"),
+        ("KL of masked tokens", "kl = torch.where(mask, kl, 0.0)", "kl = kl.nan_to_num(0.0, 0.0, 0.0)"),
+        ("KL twice", "penalty = 0.0 if kl_in_loss else kl_coef", "penalty = kl_coef"),
+        ("KL nowhere", "penalty = 0.0 if kl_in_loss else kl_coef", "penalty = 0.0"),
+        ("KL arguments swapped", "kl_estimate(log_probs, ref_log_probs,", "kl_estimate(ref_log_probs, log_probs,"),
+        ("rewards whitened to mean 0", "whiten(rewards, mask, shift_mean=False)", "whiten(rewards, mask)"),
+        (
+            "rewards whitened without mask",
+            "whiten(rewards, mask, shift_mean=False)",
+            "whiten(rewards, shift_mean=False)",
+        ),
+        ("rewards always whitened", "if whiten_rewards:", "if True:"),
+        ("gae: arguments swapped", "gae(rewards, values, mask", "gae(values, rewards, mask"),
+        ("gae: gamma and lambda swapped", "gamma=gamma, lam=lam)", "gamma=lam, lam=gamma)"),
+        ("non-score reward: sign", "non_score = -penalty", "non_score = penalty"),
+        ("non-score reward: with the KL in the loss", "non_score = -penalty", "non_score = -kl_coef"),
+        ("metric: KL per token", '"objective/kl": kl.sum(dim=1).mean()', '"objective/kl": kl.mean()'),
+        ("metric: entropy sign", "-torch.where(mask, log_probs, 0.0)", "torch.where(mask, log_probs, 0.0)"),
+        ("metric: rlhf reward", "(scores + non_score).mean()", "(scores - non_score).mean()"),
+        ("metric: mean of values unmasked", "masked_mean(values, mask)", "values.mean()"),
+        ("metric: unexplained for explained", "1.0 - unexplained /", "unexplained /"),
+        (
+            "metric: explained variance of the values",
+            "masked_var(returns, mask).clamp",
+            "masked_var(values, mask).clamp",
+        ),
+        (
+            "metric: length of everything",
+            "mask.sum(dim=1).float().mean()",
+            "torch.ones_like(mask).sum(dim=1).float().mean()",
+        ),
+        ("advantages never whitened", "whiten(advantages, mask) if whiten_advantages else advantages", "advantages"),
+        ("advantages whitened without mask", "whiten(advantages, mask) if", "whiten(advantages) if"),
+        ("advantages whitened unbiased", "whiten(advantages, mask) if", "whiten(advantages, mask, unbiased=True) if"),
+        ("advantages keep their mean", "whiten(advantages, mask) if", "whiten(advantages, mask, shift_mean=False) if"),
+    ),
+    *mutants(
+        "optim",
+        ("mu: gradient not weighted", "m * b1 + g * (1.0 - b1)", "m * b1 + g"),
+        ("mu: decay missing", "m * b1 + g * (1.0 - b1)", "m + g * (1.0 - b1)"),
+        ("nu: gradient not squared", "g * g * (1.0 - b2)", "g.abs() * (1.0 - b2)"),
+        ("nu: b1 for b2", "v * b2 + g * g * (1.0 - b2)", "v * b1 + g * g * (1.0 - b1)"),
+        ("mean not corrected", "rate / (1.0 - b1 ** step.double())", "rate"),
+        ("root not corrected", "(1.0 - b2 ** step.double()).sqrt()", "torch.ones_like(rate)"),
+        ("root corrected without root", "(1.0 - b2 ** step.double()).sqrt()", "1.0 - b2 ** step.double()"),
+        ("correction one step late", "1.0 - b2 ** step.double()", "1.0 - b2 ** (step + 1).double()"),
+        ("rate of the next step", "learning_rate(state.step)", "learning_rate(state.step + 1)"),
+        ("step not counted", "AdamState(step, mu, nu)\n\n    return", "AdamState(state.step, mu, nu)\n\n    return"),
+        ("state swapped", "AdamState(step, mu, nu)\n\n    return", "AdamState(step, nu, mu)\n\n    return"),
+        ("decay without rate", "1.0 - rate * (weight_decay * scale)", "1.0 - weight_decay * scale"),
+        ("decay: sign", "1.0 - rate * (weight_decay * scale)", "1.0 + rate * (weight_decay * scale)"),
+        ("decay: rate_scale ignored", "rate * (weight_decay * scale)", "rate * weight_decay"),
+        ("decay of everything", "if weight_decay and decays(name) else p", "if weight_decay else p"),
+        ("decay: own choice ignored", "decays = decays or is_matrix", "decays = is_matrix"),
+        ("step: rate_scale ignored", "(step_size * scale)", "step_size"),
+        ("step: sign", "decayed - m /", "decayed + m /"),
+        ("step: epsilon in the root", "(v.sqrt() / root_scale + eps)", "((v + eps).sqrt() / root_scale)"),
+        ("step: epsilon corrected", "(v.sqrt() / root_scale + eps)", "((v.sqrt() + eps) / root_scale)"),
+        ("step: no root", "(v.sqrt() / root_scale + eps)", "(v / root_scale + eps)"),
+        ("default b2", "b2: float = 0.999", "b2: float = 0.99"),
+        ("b1 of 1 allowed", "0 <= b1 < 1", "0 <= b1 <= 1"),
+        ("clip: enlarges", "(max_norm / (norm + 1e-6)).clamp(max=1.0)", "max_norm / (norm + 1e-6)"),
+        ("clip: without 1e-6", "factor = (max_norm / (norm + 1e-6))", "factor = (max_norm / norm)"),
+        ("clip: inverted", "factor = (max_norm / (norm + 1e-6))", "factor = ((norm + 1e-6) / max_norm)"),
+        ("clip: norm given is ignored", "global_norm(grads) if norm is None else norm", "global_norm(grads)"),
+        ("is_matrix: norms decay", ' and "ln_" not in name', ""),
+        ("is_matrix: or for and", '"bias") and "ln_"', '"bias") or "ln_"'),
+    ),
+    *mutants(
+        "random",
+        (
+            "key: words swapped",
+            "[_signed(seed >> 32), _signed(seed & (_WORD - 1))]",
+            "[_signed(seed & (_WORD - 1)), _signed(seed >> 32)]",
+        ),
+        ("key: high word lost", "_signed(seed >> 32)", "0"),
+        ("key: more than 64 bits", "0 <= seed < _WORD**2", "0 <= seed"),
+        ("fold_in: among the positions", "_FOLD = -(1 << 31)", "_FOLD = 0"),
+        ("split: from 1", "torch.arange(num,", "torch.arange(1, num + 1,"),
+        ("hash: rotation", "(13, 15, 26, 6)", "(13, 15, 26, 7)"),
+        ("hash: parity", "0x1BD11BDA", "0x1BD11BDB"),
+        ("hash: 16 rounds", "range(5)", "range(4)"),
+        ("hash: injection", "+ (group + 1)\n", "+ group\n"),
+        ("hash: sign bits rotated in", " & ((1 << distance) - 1))", ")"),
+        ("position: high word lost", "(data >> 32).int()", "(data >> 63).int()"),
+        ("uniform_at: second word", "word, _ = bits(key, position)", "_, word = bits(key, position)"),
+        ("uniform: low bits", "(word >> 9) & 0x7FFFFF", "word & 0x7FFFFF"),
+        ("uniform: up to 2", ".float() * 2.0**-23", ".float() * 2.0**-22"),
+        (
+            "block: positions start again",
+            "torch.arange(start, min(start + _BLOCK, n),",
+            "torch.arange(0, min(_BLOCK, n - start),",
+        ),
+        ("block: overlap", "range(0, max(n, 1), _BLOCK)", "range(0, max(n, 1), _BLOCK - 1)"),
+        ("normal: radius", "torch.sqrt(-2.0 *", "torch.sqrt(-1.0 *"),
+        ("normal: half the circle", "2.0 * math.pi * _unit", "math.pi * _unit"),
+        ("normal: cosine twice", "radius * torch.sin(angle)", "radius * torch.cos(angle)"),
+        ("permutation: low words alone", "high.long() * _WORD +", "high.long() * 0 +"),
+        ("permutation: of the words", "return torch.argsort(", "return torch.add(0, "),
+    ),
+    *mutants(
+        "tree",
+        ("alignment", "ALIGNMENT = 64", "ALIGNMENT = 32"),
+        ("chunk", "CHUNK = 4096", "CHUNK = 8192"),
+        (
+            "named_leaves: unsorted",
+            "dict(sorted((_dotted(path), leaf) for path, leaf in with_paths))",
+            "{_dotted(path): leaf for path, leaf in with_paths}",
+        ),
+        ("with_leaves: unknown names", "if missing or unknown:", "if missing:"),
+        ("cast: integers too", "leaf.to(dtype) if leaf.is_floating_point() else leaf", "leaf.to(dtype)"),
+        ("all_finite: one is enough", "torch.isfinite(leaf).all()", "torch.isfinite(leaf).any()"),
+        ("tree_sum: one after the other", "partial[-1][0] == size", "partial[-1][0] >= size"),
+        (
+            "tree_sum: rest from the left",
+            "while partial:\n        _, left = partial.pop()",
+            "while partial:\n        _, left = partial.pop(0)",
+        ),
+        ("layout: not aligned", "_round_up(leaf.numel(), ALIGNMENT)", "leaf.numel()"),
+        ("layout: not padded", "size=_round_up(size, CHUNK)", "size=size"),
+        ("layout: rounded down", "-(-n // multiple) * multiple", "n // multiple * multiple"),
+        ("flatten: structure unchecked", "spec != layout.spec or any(", "any("),
+        ("flatten: shapes unchecked", "leaf.shape != layout.shapes[at]", "leaf.numel() != layout.shapes[at].numel()"),
+        ("flatten: gaps not zero", "torch.zeros(layout.size", "torch.ones(layout.size"),
+        ("unflatten: copies", ".view(shape)", ".view(shape).clone()"),
+        ("unflatten: in sorted order", "[views[at] for at in layout.order]", "views"),
+        ("chunk_square_sums: in float32", ".double().square().sum(dim=1)", ".square().double().sum(dim=1)"),
+        ("global_norm: squared", ".sum().sqrt()", ".sum()"),
+    ),
+    *mutants(
+        "schedules",
+        ("warm-up: from 0", "(step.double() + 1.0)", "step.double()"),
+        ("warm-up: one shorter", "/ (warmup_steps + 1.0)", "/ max(warmup_steps, 1.0)"),
+        ("warm-up: never ends", ").clamp(max=1.0)", ")"),
+        ("fall: during the warm-up", "(step.double() - warmup_steps) /", "step.double() /"),
+        ("fall: past the end", ".clamp(0.0, 1.0)", ".clamp(min=0.0)"),
+        ("fall: too slow", "/ (total_steps - warmup_steps)", "/ total_steps"),
+        ("linear: to 0", "value + (final - value) * progress", "value - value * progress"),
+        ("cosine: to 0", "final + (value - final) * 0.5", "value * 0.5"),
+        ("cosine: rises", "1.0 + torch.cos", "1.0 - torch.cos"),
+        ("cosine: whole wave", "torch.cos(math.pi * progress)", "torch.cos(2.0 * math.pi * progress)"),
+        ("check: nothing but warm-up", "0 <= warmup_steps < total_steps", "0 <= warmup_steps <= total_steps"),
+    ),
+    *mutants(
+        "heads",
+        ("reward: std", "(n_embd + 1) ** 0.5", "n_embd**0.5"),
+        ("value: not zero", '"weight": torch.zeros(1, n_embd)', '"weight": torch.ones(1, n_embd)'),
+        ("critic: mean added", "-mean / std", "mean / std"),
+        ("critic: mean not scaled", "-mean / std", "-mean"),
+        ("critic: std ignored", "weight / std", "weight"),
+        ("apply: low precision", 'torch.promote_types(head["weight"].dtype, torch.float32)', 'head["weight"].dtype'),
+        ("apply: bias ignored", 'if "bias" in head else scalar', 'if "offset" in head else scalar'),
+    ),
+    *mutants(
+        "evaluation",
+        ("correlation: covariance", "/ (x.square().sum() * y.square().sum()).sqrt()", "/ x.numel()"),
+        (
+            "correlation: no root",
+            "(x.square().sum() * y.square().sum()).sqrt()",
+            "(x.square().sum() * y.square().sum())",
+        ),
+        ("accuracy: ties lose", "0.5 * (chosen == rejected)", "0.0 * (chosen == rejected)"),
+        ("margin: sign", "(chosen - rejected).mean()", "(rejected - chosen).mean()"),
+        ("minimum of the chosen", "scores.min()", "chosen.min()"),
+        (
+            "lengths swapped",
+            "torch.cat([chosen_lengths, rejected_lengths])",
+            "torch.cat([rejected_lengths, chosen_lengths])",
+        ),
+        ("interval: 2 for 1.96", "1.96 *", "2.0 *"),
+        ("interval: biased", "values.std()", "values.std(correction=0)"),
+        ("interval: of one value", "values.numel() ** 0.5", "1"),
+        ("interval: in float32", "values = values.double()", "values = values.float()"),
+        ("interval: one value is enough", "values.numel() < 2", "values.numel() < 1"),
+    ),
+]
+
+
+def main(arguments: list[str]) -> int:
+    modules = dict.fromkeys(mutant.module for mutant in MUTANTS)
+    if unknown := [argument for argument in arguments if argument not in modules]:
+        print(f"no mutants of {unknown}, expected some of {list(modules)}")
+        return 2
+    chosen = [mutant for mutant in MUTANTS if not arguments or mutant.module in arguments]
+    misplaced = [mutant for mutant in chosen if source(mutant).count(mutant.old) != 1]
+    for mutant in misplaced:
+        print(f"{mutant.module}.py, {mutant.name}: {mutant.old!r} occurs {source(mutant).count(mutant.old)} times")
+    import_heavy_modules()
+    failing = 0
+    for mutant, test in outcomes(Mutant("unchanged", module, "", "") for module in arguments or modules):
+        failing += bool(test)
+        print(f"{mutant.module + '.py':<15} unchanged: {test or 'passes'}", flush=True)
+    killed = 0
+    print(f"{'file':<15} {'mutant':<42} killed by")
+    for mutant, test in outcomes(mutant for mutant in chosen if mutant not in misplaced):
+        killed += test.startswith("test_")
+        print(f"{mutant.module + '.py':<15} {mutant.name:<42} {test or 'SURVIVED'}", flush=True)
+    print(f"{killed} of {len(chosen)} mutants killed")
+    return 1 if failing or killed < len(chosen) else 0
+
+
+def source(mutant: Mutant) -> str:
+    return (ROOT / "rlhf" / f"{mutant.module}.py").read_text()
+
+
+def import_heavy_modules() -> None:
+    """Once, for all children. What is imported here must not import rlhf."""
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(ROOT / "tests"))
+    import laws  # noqa: F401 (its hypothesis profile is the parent of the one below)
+    import oracles  # noqa: F401
+    import tokenizers  # noqa: F401 (conftest.py)
+    import torch._dynamo.testing
+    from hypothesis import Phase, settings
+
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    settings.register_profile("mutants", parent=settings.get_profile("rlhf"), phases=[Phase.explicit, Phase.generate])
+    settings.load_profile("mutants")  # a failure is enough: no smaller one is looked for
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and loading them takes longer than most tests
+    gc.freeze()  # pytest collects garbage at its end: not what is imported here
+    assert "rlhf" not in sys.modules
+
+
+def outcomes(selected: Iterable[Mutant]) -> Iterator[tuple[Mutant, str]]:
+    """(mutant, first failing test, or "" if all pass) in the order in which children end."""
+    waiting = iter(selected)
+    running: dict[int, Mutant] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while True:
+            while len(running) < WORKERS and (mutant := next(waiting, None)):
+                sys.stdout.flush()
+                child = os.fork()
+                if child == 0:
+                    run(mutant, Path(folder) / str(os.getpid()))
+                running[child] = mutant
+            if not running:
+                return
+            child, status = os.wait()
+            answer = Path(folder) / str(child)
+            yield running.pop(child), answer.read_text() if status == 0 else f"error: child ended with {status}"
+
+
+def run(mutant: Mutant, answer: Path) -> None:
+    """In a child: execute the mutant, run its tests in silence, write down what fails first, and end."""
+    signal.alarm(SECONDS)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    try:
+        load(mutant)
+        answer.write_text(first_failure(mutant.module))
+    except BaseException as error:  # whatever it is, the parent has to hear of it
+        answer.write_text(f"error: {error!r}")
+    finally:
+        os._exit(0)
+
+
+def first_failure(module: str) -> str:
+    failures: list[str] = []
+
+    def note(report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed:
+            failures.append(report.nodeid.rpartition("::")[2] if report.when != "collect" else "error: not collected")
+
+    plugin = ModuleType("first_failure")
+    plugin.pytest_runtest_logreport = plugin.pytest_collectreport = note
+    tests = str(ROOT / "tests" / f"test_{module}.py")
+    options = ["-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
+    code = pytest.main([tests, *options], plugins=[plugin])
+    return failures[0] if failures else "" if code == 0 else f"error: pytest ended with {code}"
+
+
+def load(mutant: Mutant) -> None:
+    """Put `rlhf.<module>`, executed from the changed text, where every later import finds it."""
+    name = f"rlhf.{mutant.module}"
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin == str(ROOT / "rlhf" / f"{mutant.module}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    text = source(mutant)
+    exec(compile(text.replace(mutant.old, mutant.new) if mutant.old else text, spec.origin, "exec"), module.__dict__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
