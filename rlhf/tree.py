@@ -4,7 +4,6 @@ Anything that leaves the process (checkpoints, the parameter server, allreduce b
 dotted names of its leaves, never by traversal order, so that two processes cannot disagree about it.
 """
 
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -47,10 +46,10 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
         ValueError: two leaves have the same name, because a key contains a dot.
     """
     with_paths, _ = pytree.tree_flatten_with_path(tree)
-    named = dict(sorted(((_dotted(path), leaf) for path, leaf in with_paths), key=operator.itemgetter(0)))
+    named = {_dotted(path): leaf for path, leaf in with_paths}
     if len(named) < len(with_paths):
         raise ValueError("named_leaves: two leaves have the same dotted name; keys must not contain dots")
-    return named
+    return dict(sorted(named.items()))
 
 
 def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:

@@ -82,7 +82,7 @@ MUTANTS = [
         ),
         ("policy: always clipped", "per_token = torch.maximum(unclipped, clipped)", "per_token = clipped"),
         ("policy: never clipped", "per_token = torch.maximum(unclipped, clipped)", "per_token = unclipped"),
-        ("policy: mean for sum", "torch.where(mask, per_token, 0.0).sum()", "torch.where(mask, per_token, 0.0).mean()"),
+        ("policy: mean for sum", "loss = per_token.sum()", "loss = per_token.mean()"),
         ("policy: dual clip of good tokens", "torch.where(advantages < 0, torch", "torch.where(advantages > 0, torch"),
         ("policy: dual clip from below", "torch.minimum(per_token", "torch.maximum(per_token"),
         ("policy: dual clip sign", "-dual_clip * advantages", "dual_clip * advantages"),
@@ -141,7 +141,7 @@ MUTANTS = [
         ("gae: looks one too far", "advantages[:, reach:], (0, reach)", "advantages[:, reach + 1 :], (0, reach + 1)"),
         (
             "gae: returns without values",
-            "reach *= 2\n    return advantages, torch.where(mask, advantages + values, 0.0)",
+            "reach *= 2\n    return advantages, advantages + values",
             "reach *= 2\n    return advantages, advantages",
         ),
         (
@@ -340,8 +340,8 @@ MUTANTS = [
         ("chunk", "CHUNK = 4096", "CHUNK = 8192"),
         (
             "named_leaves: unsorted",
-            "dict(sorted((_dotted(path), leaf) for path, leaf in with_paths))",
-            "{_dotted(path): leaf for path, leaf in with_paths}",
+            "return dict(sorted(named.items()))",
+            "return named",
         ),
         ("with_leaves: unknown names", "if missing or unknown:", "if missing:"),
         ("cast: integers too", "leaf.to(dtype) if leaf.is_floating_point() else leaf", "leaf.to(dtype)"),

@@ -319,3 +319,8 @@ def test_global_norm_is_that_of_the_flat_buffer(tree):
 )
 def test_tree_functions_are_pure(function):
     assert_pure(function, example_tree())
+
+
+def test_named_leaves_refuses_names_that_collide():
+    with pytest.raises(ValueError, match="two leaves have the same dotted name"):
+        named_leaves({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}})
