@@ -131,9 +131,7 @@ def test_ppo_raises_the_score_of_an_independent_judge(shared_data, tmp_path):
     prompts = read(shared_data / "sent_prompts.json")
     result = compare(tmp_path / "run" / "sft", tmp_path / "run" / "policy", prompts, judge, seed=0, max_new_tokens=40)
     before, after = result.before, result.after
-    print(
-        f"\nof the test pairs the judge agrees with {agreement:.2f}, the reward model with {accuracy:.2f}; judge's score:"
-    )
+    print(f"\nthe judge agrees with {agreement:.2f} of the test pairs, the reward model with {accuracy:.2f}")
     print(f"SFT {before.mean:+.3f} ± {before.interval:.3f}, PPO {after.mean:+.3f} ± {after.interval:.3f}", end=", ")
     print(f"gain {result.gain:+.3f} ± {result.gain_interval:.3f} at {result.kl:.1f} nats")
     assert result.gain > result.gain_interval

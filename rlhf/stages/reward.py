@@ -17,9 +17,9 @@ from rlhf.io.files import sha256
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
 from rlhf.objectives import make_pair_scores, make_reward_objective
 from rlhf.random import Purpose
-from rlhf.stages.inputs import check_agrees, embedded_file, open_dataset
+from rlhf.stages.inputs import check_agrees, embedded_file
 from rlhf.stages.run import Run, StageResult, open_run
-from rlhf.stages.supervised import make_plan, split_records, train_supervised
+from rlhf.stages.supervised import length_limit, make_plan, open_split, train_supervised
 
 _REFERENCE_PAIRS = 1024
 """Training pairs whose chosen completions give the reward's mean and standard deviation."""
@@ -44,16 +44,10 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         )
     start = load_language_model(source)
     check_agrees(config.model, start.config, source)
-    max_length = min(settings.max_length or start.config.n_positions, start.config.n_positions)
+    max_length = length_limit(settings, start)
     path = config.preference_data or embedded_file(run, "preferences")
-    dataset = open_dataset(run, path, PREFERENCES, start.tokenizer, max_length)
-    validation = (
-        open_dataset(run, config.preference_val_data, PREFERENCES, start.tokenizer, max_length)
-        if config.preference_val_data
-        else None
-    )
-    split = split_records(run, dataset, validation, settings.val_fraction)
-    run.note(f"{len(split.train)} preference pairs, {len(split.held_out)} held out; trunk from {source}")
+    split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
+    run.note(f"trunk from {source}")
     plan = make_plan(settings, len(split.train))
     head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
     objective = make_reward_objective(start.config, dtype=run.dtype, centre_coef=settings.centre_coef)
@@ -86,15 +80,15 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         settings,
         plan,
         split,
-        batches=lambda records, key: [pack.batch for pack in batches(dataset, records)],
+        batches=lambda records, key: [pack.batch for pack in batches(split.dataset, records)],
         evaluate=lambda: (
             measure(split.validation, split.held_out, "eval")
-            | measure(dataset, split.train[: max(len(split.held_out), 2)], "train")
+            | measure(split.dataset, split.train[: max(len(split.held_out), 2)], "train")
         ),
         shown=("loss/reward", "eval/reward/accuracy"),
         identity={"data": sha256(path), "model": sha256(source / "model.safetensors")},
     )
-    scores, _ = _score(executor, batches(dataset, split.train[:_REFERENCE_PAIRS]))
+    scores, _ = _score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS]))
     std = float(scores.double().std()) if len(scores) > 1 else 0.0
     statistics = RewardStatistics(float(scores.double().mean()), std or 1.0, len(scores))
     run.note(

@@ -18,9 +18,9 @@ from rlhf.io.model_folder import LanguageModel, load_language_model, save_langua
 from rlhf.objectives import make_sft_objective
 from rlhf.ops import mean_metrics
 from rlhf.random import Purpose
-from rlhf.stages.inputs import check_agrees, embedded_file, new_config, new_tokenizer, open_dataset
+from rlhf.stages.inputs import check_agrees, embedded_file, new_config, new_tokenizer
 from rlhf.stages.run import Run, StageResult, open_run
-from rlhf.stages.supervised import make_plan, split_records, train_supervised
+from rlhf.stages.supervised import length_limit, make_plan, open_split, train_supervised
 from rlhf.tree import tree_sum
 
 
@@ -38,19 +38,13 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     settings, rows = config.sft, config.sft.micro_batch_size
     path = config.sft_data or embedded_file(run, "demonstrations")
     model = _start(run, config, path)
-    max_length = min(settings.max_length or model.config.n_positions, model.config.n_positions)
-    dataset = open_dataset(run, path, DEMONSTRATIONS, model.tokenizer, max_length)
-    validation = (
-        open_dataset(run, config.sft_val_data, DEMONSTRATIONS, model.tokenizer, max_length)
-        if config.sft_val_data
-        else None
-    )
-    split = split_records(run, dataset, validation, settings.val_fraction)
-    run.note(f"{len(split.train)} demonstrations, {len(split.held_out)} held out")
+    split = open_split(run, path, config.sft_val_data, DEMONSTRATIONS, settings, model)
     plan = make_plan(settings, len(split.train))
 
     def batches(source: Dataset, records: Sequence[int], key: Tensor) -> list[TokenBatch]:
-        return token_batches(source, records, max_length=max_length, rows=rows, loss_on=settings.loss_on, key=key)
+        return token_batches(
+            source, records, max_length=length_limit(settings, model), rows=rows, loss_on=settings.loss_on, key=key
+        )
 
     objective = make_sft_objective(model.config, dtype=run.dtype, dropout=settings.dropout)
     measure = make_sft_objective(model.config, dtype=run.dtype)
@@ -81,7 +75,7 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         settings,
         plan,
         split,
-        batches=lambda records, key: batches(dataset, records, key),
+        batches=lambda records, key: batches(split.dataset, records, key),
         evaluate=evaluate,
         shown=("loss/sft", "eval/perplexity"),
         identity={"data": sha256(path)},

@@ -3,16 +3,19 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import SupervisedConfig
 from rlhf.data.dataset import Dataset
+from rlhf.data.schema import Schema
 from rlhf.distributed.executor import Executor
+from rlhf.io.model_folder import LanguageModel
 from rlhf.io.run_log import RunLog
 from rlhf.optim import Optimizer, adamw
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.schedules import Schedule
-from rlhf.stages.inputs import make_schedule, rate_at, record_order
+from rlhf.stages.inputs import make_schedule, open_dataset, rate_at, record_order
 from rlhf.stages.run import Facts, Run, train
 
 _EVAL_RECORDS = 1024
@@ -22,19 +25,36 @@ _EVAL_RECORDS = 1024
 class Split(NamedTuple):
     """Records to learn from and records held out."""
 
+    dataset: Dataset
     train: list[int]
-    held_out: list[int]
+    """Records of `dataset`."""
     validation: Dataset
-    """Where the held-out records are: the training file, or one of their own."""
+    """Where the held-out records are: the same file, or one of their own."""
+    held_out: list[int]
+    """Records of `validation`."""
 
 
-def split_records(run: Run, dataset: Dataset, validation: Dataset | None, fraction: float) -> Split:
-    """Hold out a validation file's records, or a random share of the data set's (at least one, if it has two)."""
+def open_split(
+    run: Run, path: Path, validation: Path | None, schema: Schema, settings: SupervisedConfig, model: LanguageModel
+) -> Split:
+    """Open the data; hold out the validation file's records, or a random share (one record at least, of two or more)."""
+    max_length = length_limit(settings, model)
+    dataset = open_dataset(run, path, schema, model.tokenizer, max_length)
     if validation is not None:
-        return Split(list(range(len(dataset))), list(range(len(validation)))[:_EVAL_RECORDS], validation)
-    order = permutation(run.key(Purpose.SPLIT), len(dataset)).tolist()
-    held_out = min(math.ceil(fraction * len(dataset)), len(dataset) - 1)
-    return Split(sorted(order[held_out:]), sorted(order[:held_out])[:_EVAL_RECORDS], dataset)
+        other = open_dataset(run, validation, schema, model.tokenizer, max_length)
+        split = Split(dataset, list(range(len(dataset))), other, list(range(len(other)))[:_EVAL_RECORDS])
+    else:
+        order = permutation(run.key(Purpose.SPLIT), len(dataset)).tolist()
+        held_out = min(math.ceil(settings.val_fraction * len(dataset)), len(dataset) - 1)
+        split = Split(dataset, sorted(order[held_out:]), dataset, sorted(order[:held_out])[:_EVAL_RECORDS])
+    run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
+    return split
+
+
+def length_limit(settings: SupervisedConfig, model: LanguageModel) -> int:
+    """Tokens kept of one record."""
+    context = model.config.n_positions
+    return min(settings.max_length or context, context)
 
 
 class Plan(NamedTuple):
@@ -84,7 +104,7 @@ def train_supervised(
         executor: as in `rlhf.stages.run.train`.
         settings: batch size and evaluation interval.
         plan: from `make_plan`.
-        split: from `split_records`.
+        split: from `open_split`.
         batches: (records, key) -> micro-batches of one optimiser step.
         evaluate: metrics of the present parameters on held-out records.
         shown: metrics on the progress display.
