@@ -64,7 +64,7 @@ class LogConfig(Section):
     """What is written to logs/ and shown."""
 
     every: Count = 1
-    """Steps between lines of metrics.jsonl (PPO writes every iteration)."""
+    """Steps (PPO: iterations) between lines of metrics.jsonl."""
     samples: Index = 64
     """Completions of each PPO iteration written to samples.jsonl."""
     tensorboard: bool = True

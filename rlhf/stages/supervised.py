@@ -37,7 +37,7 @@ class Split(NamedTuple):
 def open_split(
     run: Run, path: Path, validation: Path | None, schema: Schema, settings: SupervisedConfig, model: LanguageModel
 ) -> Split:
-    """Open the data; hold out the validation file's records, or a random share (one record at least, of two or more)."""
+    """Open the data; hold out the validation file's records, or a random share (one at least, of two or more)."""
     max_length = length_limit(settings, model)
     dataset = open_dataset(run, path, schema, model.tokenizer, max_length)
     if validation is not None:
