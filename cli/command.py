@@ -11,14 +11,15 @@ from rlhf.io.presets import load_config
 
 
 def base_config(argv: Sequence[str]) -> PipelineRun:
-    """The configuration that flags are put on top of: that of --config, or the defaults."""
+    """The configuration that flags are put on top of: that of --config (the last, if several), or the defaults."""
+    name = None
     for place, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
         if flag == "--config":
             if not equals and place + 1 == len(argv):
                 raise UserError("--config: expected a YAML file or the name of a preset")
-            return load_config(value if equals else argv[place + 1])
-    return PipelineRun()
+            name = value if equals else argv[place + 1]
+    return PipelineRun() if name is None else load_config(name)
 
 
 def run_command(command: Callable[[], None]) -> int:

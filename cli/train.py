@@ -61,9 +61,9 @@ def _train(argv: list[str]) -> None:
     if isinstance(config, PipelineRun):
         results = pipeline.run_pipeline(config)
     elif isinstance(config, PPORun):
-        results = {"ppo": pipeline.run_ppo_alone(config)}
+        results = {"ppo": pipeline.run_ppo_alone(config, base_config(argv))}
     elif isinstance(config, RewardRun):
-        results = {"reward": pipeline.run_reward_alone(config)}
+        results = {"reward": pipeline.run_reward_alone(config, base_config(argv))}
     else:
         results = {"sft": sft.run_sft(config)}
     for stage, result in results.items():

@@ -11,7 +11,7 @@ class Interval:
     text: str
 
     def __contains__(self, value: float) -> bool:
-        low, high = (float(part) for part in self.text[1:-1].split(","))
+        low, high = (float(part) if "inf" in part or "." in part else int(part) for part in self.text[1:-1].split(","))
         above = value > low if self.text[0] == "(" else value >= low
         return above and (value < high if self.text[-1] == ")" else value <= high)
 

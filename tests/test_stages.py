@@ -355,7 +355,7 @@ def test_a_bare_ppo_run_trains_what_it_needs_on_the_embedded_example(base, tmp_p
         base, output_dir=tmp_path, sft_data=None, preference_data=None, prompt_data=None,
         ppo=dataclasses.replace(base.ppo, num_iterations=1),
     )  # fmt: skip
-    assert run_ppo_alone(bare).model.is_dir()
+    assert run_ppo_alone(bare, bare).model.is_dir()
     assert (tmp_path / "sft").is_dir()
     assert (tmp_path / "reward").is_dir()
 

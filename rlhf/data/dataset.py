@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,9 @@ from rlhf.io.tokenizer import Tokenizer
 
 _FORMAT = 1
 _RECORDS_AT_ONCE = 1024
+_ONLY_TIES = "{path}: in every pair the chosen text equals the rejected one; nothing is left to learn from"
+_ELEMENTS_AT_ONCE = 1 << 20
+_FILES = {"tokens.npy", "offsets.npy", "prompts.npy", "margins.npy", "column_offsets.npy", "columns.jsonl"}
 
 
 class TokenSequence(NamedTuple):
@@ -117,12 +119,16 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
     """
     if not path.is_file():
         raise UserError(
-            f"{path}: {'not a file' if path.exists() else 'no such file'}; give {schema.name} as {schema.flag} FILE"
+            f"{path}: {'not a file' if path.exists() else 'no such file'}; a file of {schema.name} is needed"
         )
-    identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{sha256(path)}"
+    try:
+        digest = sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{tokenizer.eos_id}:{digest}"
     folder = (cache_dir or default_cache_dir()) / "datasets" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if not _is_complete(folder):
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, "--cache-dir") as temporary:
             _write(path, schema, tokenizer, temporary)
     return Dataset(folder, schema, tokenizer.eos_id)
 
@@ -130,6 +136,16 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/rlhf, or ~/.cache/rlhf."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
+
+
+def check_file(path: Path, schema: Schema) -> None:
+    """Read a data file through; errors as `load_dataset`."""
+    usable = False
+    for record in read_records(path):
+        check_record(path, record, schema)
+        usable = usable or not _is_tie(record, schema)
+    if not usable:
+        raise UserError(_ONLY_TIES.format(path=path))
 
 
 def texts(path: Path, schema: Schema) -> Iterator[str]:
@@ -161,16 +177,24 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
                 if schema is PROMPTS:
                     column_ends.append(column_ends[-1] + columns.write(json.dumps(record.fields).encode() + b"\n"))
     if not prompts:
-        raise UserError(f"{path}: in every pair the chosen text equals the rejected one; nothing is left to learn from")
+        raise UserError(_ONLY_TIES.format(path=path))
     flat = np.memmap(folder / "tokens.bin", dtype=kind, mode="r")
-    np.save(folder / "tokens.npy", flat)
+    _save(folder / "tokens.npy", flat)
     (folder / "tokens.bin").unlink()
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    np.save(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
-    np.save(folder / "margins.npy", np.array(margins, dtype=np.float32))
-    np.save(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
+    _save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    _save(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
+    _save(folder / "margins.npy", np.array(margins, dtype=np.float32))
+    _save(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     (folder / "meta.json").write_text(json.dumps({"format": _FORMAT, "dropped": dropped, "sizes": sizes}))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """`np.save`, which does not notice when the last bytes find no space."""
+    with path.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+        for start in range(0, len(array), _ELEMENTS_AT_ONCE):
+            stream.write(array[start : start + _ELEMENTS_AT_ONCE].tobytes())
 
 
 def _is_tie(record: Record, schema: Schema) -> bool:
@@ -181,9 +205,6 @@ def _is_complete(folder: Path) -> bool:
     """Whether a cache folder is whole; one that is not is written anew."""
     try:
         sizes = json.loads((folder / "meta.json").read_text())["sizes"]
-        complete = all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        complete = False
-    if not complete:
-        shutil.rmtree(folder, ignore_errors=True)
-    return complete
+        return sizes.keys() == _FILES and all((folder / name).stat().st_size == sizes[name] for name in _FILES)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

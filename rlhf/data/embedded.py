@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf.io.files import write_text
+from rlhf.io.files import clear_write_errors, write_text
 
 ITEMS = (
     "tea", "lamp", "kettle", "scarf", "novel", "camera", "guitar", "jacket", "clock", "mug", "tent", "radio", "desk",
@@ -75,10 +75,12 @@ def write_embedded(folder: Path, *, seed: int = 0, size: int = 6000) -> Embedded
     Raises:
         UserError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    cases = [(opening, item, problem) for opening in _OPENINGS for item in ITEMS for problem in _PROBLEMS]
-    rng.shuffle(cases)
+    pairs = [(item, problem) for item in ITEMS for problem in _PROBLEMS]
+    rng.shuffle(pairs)
+    cases = [(opening, item, problem) for item, problem in pairs for opening in _OPENINGS]
     heldout, known = cases[:200], cases[200:]
     files = EmbeddedFiles(*(folder / f"{name}.json" for name in EmbeddedFiles._fields))
     _write(files.demonstrations, (_demonstration(rng, rng.choice(known)) for _ in range(size)))

@@ -4,6 +4,7 @@ The two forms are told apart by the first character. Only the record being read 
 """
 
 import codecs
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,11 @@ def read_records(path: Path) -> Iterator[Record]:
         UserError: the file is missing, empty, not UTF-8, not JSON (with line and column), not a list of objects, or
             has duplicate keys or NaN literals; the message names the file, the record and the remedy.
     """
-    source = _Source(path)
+    with contextlib.closing(_Source(path)) as source:
+        yield from _records(path, source)
+
+
+def _records(path: Path, source: "_Source") -> Iterator[Record]:
     is_list = source.first_character() == "["
     if is_list:
         source.position += 1
@@ -84,12 +89,16 @@ class _Source:
         self.decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self.json = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_literal)
         self.window, self.position = "", 0
-        self.lines_before, self.column_before = 0, 0  # of the text dropped from the window
+        self.column_before = 0  # of the text dropped from the window
+        self.lines, self.counted = 0, 0  # line ends before window[counted]: every one is counted once
         self.bytes_read, self.at_end = 0, False
 
     def first_character(self) -> str:
         """The first character that is no space: '[' or '{'."""
-        head = self.stream.peek(4)[:4]
+        try:
+            head = self.stream.peek(4)[:4]
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
             raise UserError(f"{self.path}: the text is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
         if head.startswith(codecs.BOM_UTF8):
@@ -102,6 +111,9 @@ class _Source:
                 f"the file begins with {character!r}, expected a JSON list '[' or, in JSON Lines, an object '{{'"
             )
         return character
+
+    def close(self) -> None:
+        self.stream.close()
 
     def skip_space(self) -> str:
         """Move to the next character that is no space and return it; '' at the end of the file."""
@@ -119,11 +131,12 @@ class _Source:
             try:
                 value, end = self.json.raw_decode(self.window, self.position)
             except json.JSONDecodeError as error:
-                incomplete = error.pos >= len(self.window) - 12 or error.msg.startswith("Unterminated string")
-                if incomplete and self._read():
+                open_text, before = error.msg.startswith("Unterminated string"), self.position
+                if (open_text or error.pos >= len(self.window) - 12) and self._read():
                     continue
-                self.position = min(error.pos, len(self.window))
-                cut = "; the file is cut off" if self.at_end and not self.window[self.position :].strip() else ""
+                self.position = error.pos - (before - self.position)  # reading drops what stood before
+                cut_off = self.at_end and (open_text or not self.window[self.position :].strip())
+                cut = "; the file is cut off" if cut_off else ""
                 raise self.error(f"record {number} is not valid JSON ({error.msg}){cut}") from None
             except RecursionError:
                 raise self.error(f"record {number} is nested too deeply; texts and numbers are expected") from None
@@ -133,6 +146,8 @@ class _Source:
                 raise self.error(
                     f"record {number} contains {error}, which JSON does not have; use null or a number"
                 ) from None
+            except ValueError as error:  # Python reads numbers of up to 4300 digits
+                raise self.error(f"record {number} has a number that cannot be read ({error})") from None
             self.position = end
             return value
 
@@ -142,7 +157,10 @@ class _Source:
         return UserError(f"{self.path}: line {self.line_of(self.position)}, column {column}: {problem}")
 
     def line_of(self, position: int) -> int:
-        return self.lines_before + self.window.count("\n", 0, position) + 1
+        """The line of a position, from 1; positions asked for never fall."""
+        self.lines += self.window.count("\n", self.counted, position)
+        self.counted = position
+        return self.lines + 1
 
     def _read(self) -> bool:
         """Drop what has been read and append at least as much as is left; False at the end of the file."""
@@ -151,8 +169,8 @@ class _Source:
         dropped = self.window[: self.position]
         newline = dropped.rfind("\n")
         self.column_before = len(dropped) - newline - 1 + (self.column_before if newline < 0 else 0)
-        self.lines_before += dropped.count("\n")
-        self.window, self.position = self.window[self.position :], 0
+        self.line_of(self.position)
+        self.window, self.position, self.counted = self.window[self.position :], 0, 0
         block = self.stream.read(max(_CHUNK, 2 * len(self.window)))
         self.at_end = not block
         try:
@@ -168,8 +186,6 @@ class _Source:
                 f"{self.path}: contains NUL characters; it is not UTF-8 text (UTF-16?); convert it to UTF-8"
             )
         self.window += text
-        if self.at_end:
-            self.stream.close()
         return bool(text) or not self.at_end
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from rlhf.data.records import Record
 from rlhf.errors import UserError
 
+_LARGEST_MARGIN = 3.4e38
+
 
 class Schema(NamedTuple):
     """One kind of data file."""
@@ -41,7 +43,9 @@ def check_record(path: Path, record: Record, schema: Schema) -> None:
             raise UserError(f"{where} has no key {key!r}; {_remedy(key, record, schema)}")
         text = record.fields[key]
         if not isinstance(text, str):
-            got = "null" if text is None else f"{type(text).__name__} {str(text)[:40]!r}"
+            if text is None:
+                raise UserError(f"{where}: {key!r} is null; fill it in or remove the record")
+            got = f"{type(text).__name__} {str(text)[:40]!r}"
             raise UserError(f"{where}: {key!r} must be a text, got {got}; write it in double quotes")
         try:
             text.encode()
@@ -57,6 +61,8 @@ def check_record(path: Path, record: Record, schema: Schema) -> None:
     margin = record.fields.get("margin", 0.0)
     if schema is PREFERENCES and (isinstance(margin, bool) or not isinstance(margin, int | float)):
         raise UserError(f"{where}: 'margin' must be a number, got {margin!r}")
+    if schema is PREFERENCES and not -_LARGEST_MARGIN <= margin <= _LARGEST_MARGIN:
+        raise UserError(f"{where}: 'margin' must be a number that float32 can hold, got {str(margin)[:40]}")
 
 
 def _remedy(key: str, record: Record, schema: Schema) -> str:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.io.files import atomic_folder
+from rlhf.io.files import atomic_folder, save_tensors
 from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
 
 _TENSORS = "state.safetensors"
+_OURS = re.compile(r"step-\d{6,}|\.step-\d{6,}\.\d+\.(tmp|old)")  # the latter a killed run left half-written
 
 
 class Checkpoint(NamedTuple):
@@ -38,11 +39,12 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """
     folder = root / f"step-{checkpoint.step:06d}"
     with atomic_folder(folder) as temporary:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-        save_file(tensors, temporary / _TENSORS)
+        save_tensors(temporary / _TENSORS, checkpoint.tensors)
         write_manifest(temporary, {"step": checkpoint.step, "facts": checkpoint.facts})
-    for old in _folders(root)[:-keep]:
-        shutil.rmtree(old)
+    kept = _folders(root)[-keep:]
+    for old in root.iterdir():
+        if old not in kept and _OURS.fullmatch(old.name):
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -62,7 +64,10 @@ def load_checkpoint(root: Path) -> Checkpoint | None:
         raise UserError(
             f"{folders[-1] / _TENSORS}: cannot be read ({error}); remove {folders[-1]} to use an older one"
         ) from error
-    return Checkpoint(manifest["step"], tensors, manifest["facts"])
+    try:
+        return Checkpoint(manifest["step"], tensors, manifest["facts"])
+    except KeyError as error:
+        raise UserError(f"{folders[-1] / 'manifest.json'}: has no {error}; it is not a checkpoint's") from None
 
 
 def last_step(root: Path) -> int | None:

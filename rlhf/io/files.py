@@ -1,10 +1,12 @@
 """Writing so that a crash never leaves half a file, checksums, free space, and the lock of a run's folder."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, flag: str = "--output-dir") -> Iterator[Path]:
     """A temporary sibling to fill; it takes the place of `target` when the block ends without an error.
 
     Files are flushed to disk before the rename. What stood at `target` is there until then.
@@ -34,19 +36,20 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with clear_write_errors(target):
+        with clear_write_errors(target, flag):
             _clear_leftovers(target)
             temporary.mkdir(parents=True)
             yield temporary
             for path in temporary.rglob("*"):
                 _sync(path)
             _sync(temporary)
-            replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
-            if target.exists():
-                target.rename(replaced)
-            temporary.rename(target)
+            if not (target.exists() and _exchange(temporary, target)):
+                replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+                if target.exists():
+                    target.rename(replaced)
+                temporary.rename(target)
+                shutil.rmtree(replaced, ignore_errors=True)
             _sync(target.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -61,7 +64,8 @@ def write_text(path: Path, text: str) -> None:
             _sync(temporary)
             temporary.rename(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,15 +74,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def clear_write_errors(path: Path) -> Iterator[None]:
+def clear_write_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]:
     """Turn the operating system's refusal to write into a UserError that names the path and the remedy."""
     try:
-        yield
+        with _as_os_errors():
+            yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{path}: no space left to write it; free some, or choose another --output-dir") from error
+            raise UserError(f"{path}: no space left to write it; free some, or choose another {flag}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output-dir") from error
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {flag}") from error
         raise
 
 
@@ -93,6 +98,16 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
+def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """`safetensors.torch.save_file`, with the permissions that other new files have."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}, path, {"format": "pt"})
+    path.chmod(mode)
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a run's folder; the operating system lets go of it even if the process is killed.
@@ -102,10 +117,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another live process holds it, or it cannot be written.
     """
-    path = folder / ".lock"
+    lock_file = folder / ".lock"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
+        lock = FileLock(lock_file)
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -113,18 +129,21 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        lock_file.unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):
-            folder.rmdir()  # succeeds only on an empty folder
+            for place in made:
+                place.rmdir()  # succeeds only on an empty folder
 
 
 def _clear_leftovers(target: Path) -> None:
     """Remove what killed processes left beside `target`; give back what one had moved aside and not yet replaced."""
-    for path in target.parent.glob(f".{target.name}.*.*"):
-        owner, kind = path.name.split(".")[-2:]
-        if not owner.isdigit() or _is_alive(int(owner)):
+    ours = re.compile(re.escape(f".{target.name}.") + r"(\d{1,9})\.(tmp|old)")
+    for path in target.parent.glob(".*"):
+        found = ours.fullmatch(path.name)
+        if found is None or _is_alive(int(found[1])):
             continue
+        kind = found[2]
         if kind == "old" and not target.exists():
             path.rename(target)
         elif path.is_dir():
@@ -141,6 +160,24 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return process != os.getpid()
+
+
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """safetensors and tokenizers put the operating system's error number into a text; raise it as an OSError."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises bare Exception
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux, since glibc 2.28
+    return rename is not None and rename(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0
 
 
 def _sync(path: Path) -> None:

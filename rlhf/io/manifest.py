@@ -28,22 +28,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        listed, version = manifest["files"], manifest["format"]
+        version = int(manifest["format"])
+        listed = [(name, facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()]
+        if not isinstance(manifest["format"], int):
+            raise TypeError(f"format is {manifest['format']!r}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the folder is not complete") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if version > _FORMAT:
         raise UserError(f"{path}: has format {version}, this version reads up to {_FORMAT}; upgrade rlhf")
-    for name, facts in listed.items():
+    for name, size, digest in listed:
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file}: missing, though {path} lists it; restore it or use another folder")
-        if file.stat().st_size != facts["bytes"]:
-            raise UserError(
-                f"{file}: has {file.stat().st_size} bytes, expected {facts['bytes']}; the file is cut off or altered"
-            )
-        if sha256(file) != facts["sha256"]:
+        if file.stat().st_size != size:
+            raise UserError(f"{file}: has {file.stat().st_size} bytes, expected {size}; the file is cut off or altered")
+        if sha256(file) != digest:
             raise UserError(
                 f"{file}: its content is not what was saved (sha256); restore it, or, if you changed it on purpose, "
                 f"delete {path}"

@@ -6,21 +6,22 @@ A language model is a `GPT2LMHeadModel`, a reward model a `GPT2ForSequenceClassi
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.gpt2 import from_hugging_face, to_hugging_face
 from rlhf.gpt2_config import GPT2Config
-from rlhf.io.files import atomic_folder, write_json
+from rlhf.io.files import atomic_folder, save_tensors, write_json
 from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.tree import all_finite, cast, named_leaves
+from rlhf.tree import all_finite, cast
 from rlhf.types import Params
 
 _SHAPE_KEYS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
@@ -87,7 +88,7 @@ def save_language_model(
     with atomic_folder(folder) as temporary:
         _write_model(temporary, to_hugging_face(model.params), model.config, model.tokenizer, "GPT2LMHeadModel")
         if value_head is not None:
-            _write_tensors(temporary / "value_head.safetensors", value_head)
+            save_tensors(temporary / "value_head.safetensors", value_head)
         if critic is not None:
             (temporary / "critic").mkdir()
             _write_reward_model(temporary / "critic", critic)
@@ -109,7 +110,7 @@ def load_language_model(folder: Path) -> LanguageModel:
         UserError: a file is missing, cut off, altered or holds another kind of model, or a weight is not finite.
     """
     config, state = _read_model(folder, "GPT2LMHeadModel")
-    return LanguageModel(_trunk(folder, state, config), config, Tokenizer.load(folder))
+    return LanguageModel(_trunk(folder, state, config), config, _tokenizer(folder, config))
 
 
 def load_reward_model(folder: Path) -> RewardModel:
@@ -125,9 +126,16 @@ def load_reward_model(folder: Path) -> RewardModel:
     if path.is_file():
         try:
             statistics = RewardStatistics(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
+                raise ValueError("mean must be finite and std above 0")
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
-    return RewardModel(params, config, Tokenizer.load(folder), statistics)
+    return RewardModel(params, config, _tokenizer(folder, config), statistics)
+
+
+def load_shape(folder: Path) -> GPT2Config:
+    """The shape of the model that a folder holds, from config.json alone. Errors as `load_language_model`."""
+    return _shape(folder, _read_config(folder))
 
 
 def is_reward_model(folder: Path) -> bool:
@@ -145,7 +153,7 @@ def _write_model(
     if architecture == "GPT2ForSequenceClassification":
         settings |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     write_json(folder / "config.json", settings)
-    _write_tensors(folder / "model.safetensors", state)
+    save_tensors(folder / "model.safetensors", state)
     tokenizer.save(folder)
 
 
@@ -154,11 +162,7 @@ def _write_reward_model(folder: Path, model: RewardModel) -> None:
     state = to_hugging_face(model.params["trunk"]) | {"score.weight": model.params["head"]["weight"]}
     _write_model(folder, state, model.config, model.tokenizer, "GPT2ForSequenceClassification")
     if "bias" in model.params["head"]:
-        _write_tensors(folder / "value_head.safetensors", model.params["head"])
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}, path, {"format": "pt"})
+        save_tensors(folder / "value_head.safetensors", model.params["head"])
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -178,21 +182,27 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_model(folder: Path, architecture: str) -> tuple[GPT2Config, dict[str, Tensor]]:
     """Shape and raw state dict, after all checks that need no parameters."""
-    settings, path = _read_config(folder), folder / "config.json"
+    settings = _read_config(folder)
+    if architecture not in (found := settings.get("architectures") or [architecture]):
+        raise UserError(f"{folder}: holds a {found[0]}, expected a {architecture}")
+    config = _shape(folder, settings)
+    if has_manifest(folder):
+        read_manifest(folder)
+    return config, _read_tensors(folder)
+
+
+def _shape(folder: Path, settings: dict[str, Any]) -> GPT2Config:
+    path = folder / "config.json"
     for key, allowed in _REQUIRED.items():
         if (got := settings.get(key, allowed[0])) not in allowed:
             raise UserError(f"{path}: {key} is {got!r}, expected {allowed[0]!r}; only plain GPT-2 models can be read")
-    if architecture not in (found := settings.get("architectures") or [architecture]):
-        raise UserError(f"{folder}: holds a {found[0]}, expected a {architecture}")
     try:
         config = GPT2Config(**{key: settings[key] for key in _SHAPE_KEYS if key in settings})
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
     if settings.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{path}: n_inner is {settings['n_inner']}, expected {4 * config.n_embd} (4 n_embd)")
-    if has_manifest(folder):
-        read_manifest(folder)
-    return config, _read_tensors(folder)
+    return config
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -200,7 +210,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if whole.is_file():
         files = [whole]
     elif index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({folder / name for name in names})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: cannot be read ({error})") from error
     else:
         raise UserError(
             f"{whole}: no such file; weights are read from safetensors alone (convert pickled .bin files first)"
@@ -214,12 +228,30 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+def _tokenizer(folder: Path, config: GPT2Config) -> Tokenizer:
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, but the model's vocab_size is "
+            f"{config.vocab_size}; use the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
 def _trunk(folder: Path, state: dict[str, Tensor], config: GPT2Config) -> Params:
+    _check_values(folder, {name: leaf for name, leaf in state.items() if not name.startswith("lm_head.")})
     try:
         params: Params = cast(from_hugging_face(state, config=config), torch.float32)
     except ValueError as error:
         raise UserError(f"{folder}: model.safetensors does not match config.json ({error})") from error
-    if not all_finite(params):
-        name = next(name for name, leaf in named_leaves(params).items() if not all_finite(leaf))
-        raise UserError(f"{folder}: {name} holds values that are not finite; the model is damaged")
     return params
+
+
+def _check_values(folder: Path, state: dict[str, Tensor]) -> None:
+    for name, leaf in state.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # causal-mask buffers
+        if not leaf.is_floating_point():
+            raise UserError(f"{folder}: {name} has dtype {leaf.dtype}, expected floating-point numbers")
+        if not all_finite(leaf):
+            raise UserError(f"{folder}: {name} holds values that are not finite; the model is damaged")

@@ -36,7 +36,7 @@ def load_config(name: str) -> PipelineRun:
             for entry in resources.files("rlhf.configs").iterdir()
             if entry.name.endswith(".yaml")
         }
-        if path.name.removesuffix(".yaml") not in shipped or len(path.parts) > 2:
+        if path.name.removesuffix(".yaml") not in shipped or str(path.parent) not in (".", "configs"):
             raise UserError(f"--config {name}: no such file; presets that ship with rlhf: {', '.join(sorted(shipped))}")
         text = shipped[path.name.removesuffix(".yaml")].read_text(encoding="utf-8")
     return parse_config(text, source=name)
@@ -62,7 +62,11 @@ def narrow(config: RunConfig, kind: type[_Config]) -> _Config:
 
 def dump_config(config: RunConfig) -> str:
     """YAML from which `parse_config` makes the same configuration."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    plain = _plain(config)
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if any(character in text for character in "\x85\u2028\u2029\ufeff"):  # written bare, they come back as other text
+        return yaml.safe_dump(plain, sort_keys=False)
+    return text
 
 
 def _read(path: Path) -> str:
@@ -102,7 +106,10 @@ def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> 
 
 def _leaf(hint: Any, node: yaml.Node, where: str) -> Any:
     """A scalar or list of the annotated type."""
-    value = yaml.SafeLoader("").construct_object(node, deep=True)
+    try:
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where} cannot be read ({getattr(error, 'problem', error)})") from error
     for option in _options(hint):
         found, result = _convert(option, value)
         if found:

@@ -4,6 +4,7 @@ Each line is one JSON object with `stage` and, for metrics and samples, `step`. 
 started, resumed, was interrupted or ended. Values that are not finite are written as null.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -36,13 +37,14 @@ class RunLog:
             if after_step is not None:
                 for path in paths:
                     _drop_later(path, stage, after_step)
-            self._metrics, self._samples = (path.open("a", encoding="utf-8") for path in paths)
+            self._metrics, self._samples = (
+                path.open("a", encoding="utf-8", errors="backslashreplace") for path in paths
+            )  # a lone surrogate becomes its JSON escape
         self._board = _board(folder / "tensorboard" / stage, after_step) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write one step's metrics by name."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._write(self._metrics, {"stage": self._stage, "step": step, "time": round(time.time(), 3), **finite})
+        self._write(self._metrics, {"stage": self._stage, "step": step, "time": round(time.time(), 3), **values})
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -58,16 +60,26 @@ class RunLog:
 
     def close(self) -> None:
         """Close all files."""
-        self._metrics.close()
-        self._samples.close()
+        for stream in (self._metrics, self._samples):
+            with contextlib.suppress(OSError):  # what a full disk refused was reported when it was written
+                stream.close()
         if self._board is not None:
             self._board.close()
 
     @staticmethod
     def _write(stream: Any, line: dict[str, Any]) -> None:
         with clear_write_errors(Path(stream.name)):
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(_finite(line), ensure_ascii=False, allow_nan=False) + "\n")
             stream.flush()
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every float that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_later(path: Path, stage: str, step: int) -> None:
@@ -75,13 +87,14 @@ def _drop_later(path: Path, stage: str, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             fields = json.loads(line)
-        except ValueError:
+            later = fields.get("stage") == stage and fields.get("step", 0) > step
+        except (ValueError, AttributeError, TypeError):  # cut off, or not ours
             continue
-        if fields.get("stage") != stage or fields.get("step", 0) <= step:
-            kept.append(line + "\n")
+        if not later:
+            kept.append(line.decode() + "\n")
     write_text(path, "".join(kept))
 
 

@@ -126,7 +126,11 @@ def _eos_name(folder: Path) -> str:
     if not path.is_file():
         return EOS
     try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") or EOS
-    except (ValueError, AttributeError) as error:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
-    return token["content"] if isinstance(token, dict) else token
+    token = settings.get("eos_token", EOS) if isinstance(settings, dict) else settings
+    token = token.get("content", token) if isinstance(token, dict) else EOS if token is None else token
+    if not isinstance(token, str):
+        raise UserError(f"{path}: eos_token must be a text, got {token!r}")
+    return token

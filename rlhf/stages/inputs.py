@@ -36,12 +36,9 @@ def open_dataset(run: Run, path: Path, schema: Schema, tokenizer: Tokenizer, max
     return dataset
 
 
-def new_tokenizer(run: Run, path: Path, schema: Schema) -> Tokenizer:
-    """The tokenizer of a model trained from scratch: the folder given, or a BPE trained on the data."""
-    settings = run.config.tokenizer
-    if settings.path is not None:
-        return Tokenizer.load(settings.path)
-    tokenizer = Tokenizer.train(texts(path, schema), settings.vocab_size)
+def train_tokenizer(run: Run, path: Path, schema: Schema) -> Tokenizer:
+    """A byte-level BPE trained on every text of a data file."""
+    tokenizer = Tokenizer.train(texts(path, schema), run.config.tokenizer.vocab_size)
     run.note(f"trained a byte-level BPE of {tokenizer.vocab_size} entries on {path}")
     return tokenizer
 

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from rlhf.config import PPORun
+from rlhf.config import PPOConfig, PPORun
 from rlhf.data.batching import ppo_batch
 from rlhf.data.schema import PROMPTS
 from rlhf.distributed.executor import LocalExecutor
@@ -55,6 +55,14 @@ def run_ppo(config: PPORun) -> StageResult:
         return StageResult(_save(ppo, config), last)
 
 
+def check_room(settings: PPOConfig, context: int) -> None:
+    """Raise UserError if no prompt fits before the longest completion."""
+    if context <= settings.max_new_tokens:
+        raise UserError(
+            f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
+        )
+
+
 def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     """Read models, reward sources and prompts; refuse what cannot work together."""
     settings, folder = config.ppo, config.ppo.model_path or config.output_dir / "sft"
@@ -74,10 +82,7 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     sources = open_sources(specs, policy.tokenizer)
     reward_models = [source.model for source in sources if source.model is not None]
     context = min(shape.n_positions for shape in (policy.config, *(model.config for model in reward_models)))
-    if context <= settings.max_new_tokens:
-        raise UserError(
-            f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
-        )
+    check_room(settings, context)
     path = config.prompt_data or embedded_file(run, "prompts")
     prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.max_new_tokens)
     run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")

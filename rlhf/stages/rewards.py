@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from rlhf.errors import NonFiniteError, UserError
-from rlhf.io.model_folder import RewardModel, load_reward_model
+from rlhf.io.model_folder import RewardModel, is_reward_model, load_reward_model
 from rlhf.io.tokenizer import Tokenizer
 
 _SOURCE = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\*)?(?P<target>.+)", re.DOTALL)
@@ -68,13 +68,13 @@ def call_reward_function(
     """
     assert source.function is not None, "only Python sources are called"
     names = sorted({name for record in columns for name in record} - {"prompt", "prompts", "completions"})
-    accepted = inspect.signature(source.function).parameters.values()
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted):
-        names = [name for name in names if name in {parameter.name for parameter in accepted}]
-    extra = {name: [record.get(name) for record in columns] for name in names}
     try:
+        accepted = inspect.signature(source.function).parameters.values()
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted):
+            names = [name for name in names if name in {parameter.name for parameter in accepted}]
+        extra = {name: [record.get(name) for record in columns] for name in names}
         scores = source.function(prompts=list(prompts), completions=list(completions), **extra)
-    except Exception as error:  # it is the user's code: whatever it raises is theirs to see, in one line
+    except (Exception, SystemExit) as error:  # it is the user's code: whatever it raises is theirs to see, in one line
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
             f"reward {source.name}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
@@ -89,8 +89,10 @@ def call_reward_function(
 def _as_floats(source: RewardSource, scores: Any, count: int) -> list[float]:
     expected = f"reward {source.name}: expected a list of {count} numbers"
     try:
+        if isinstance(scores, str | bytes | dict):
+            raise TypeError(f"it is a {type(scores).__name__}")
         values = [float(score) for score in scores]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"{expected}, got {str(scores)[:80]!r} ({error})") from error
     if len(values) != count:
         raise UserError(f"{expected}, got {len(values)}")
@@ -102,6 +104,8 @@ def check_source(spec: str) -> None:
     _, target = _parse(spec)
     if not Path(target).is_dir():
         _function(target, spec)
+    elif not is_reward_model(Path(target)):
+        raise UserError(f"{target}: holds no reward model, expected a GPT2ForSequenceClassification")
 
 
 def _open(spec: str, tokenizer: Tokenizer) -> RewardSource:
@@ -124,9 +128,12 @@ def _parse(spec: str) -> tuple[float, str]:
     if match is None:
         raise UserError("--ppo.reward: a source is empty; give a folder or module:function")
     try:
-        return float(match["weight"] or 1.0), match["target"]
+        weight = float(match["weight"] or 1.0)
     except ValueError:
-        raise UserError(f"--ppo.reward {spec}: the weight {match['weight']!r} is not a number") from None
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"--ppo.reward {spec}: the weight {match['weight']!r} is not a number")
+    return weight, match["target"]
 
 
 def _function(target: str, spec: str) -> Callable[..., Any]:
@@ -145,10 +152,11 @@ def _import(module: str, spec: str) -> ModuleType:
     """A module by name, looked for in the working directory too, or a file by path."""
     try:
         if module.endswith(".py"):
-            location = importlib.util.spec_from_file_location(Path(module).stem, module)
+            location = importlib.util.spec_from_file_location(f"rlhf_reward_{Path(module).stem}", module)
             if location is None or location.loader is None:
                 raise ImportError("not a Python file")
             loaded = importlib.util.module_from_spec(location)
+            sys.modules[location.name] = loaded  # dataclasses and pickle look there
             location.loader.exec_module(loaded)
             return loaded
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -156,3 +164,7 @@ def _import(module: str, spec: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, OSError, SyntaxError) as error:
         raise UserError(f"--ppo.reward {spec}: {module} cannot be imported ({error})") from error
+    except (Exception, SystemExit) as error:  # it is the user's code
+        raise UserError(
+            f"--ppo.reward {spec}: {module} cannot be imported ({type(error).__name__}: {error})"
+        ) from error

@@ -68,7 +68,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Where this stage's checkpoints are."""
-        return self.config.output_dir / "checkpoints" / self.stage
+        return _checkpoints(self.config, self.stage)
 
 
 @contextlib.contextmanager
@@ -76,19 +76,24 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
     """Take hold of the output folder and set up device, threads and signals for one stage.
 
     Raises:
-        UserError: the folder is in use, holds this stage's checkpoints although `resume` is off, or has none although
-            it is on; or no GPU is there though one was asked for.
+        UserError: the folder is in use or holds this stage's checkpoints although `resume` is off; or no GPU is there
+            though one was asked for.
     """
     run = Run(config, stage, _device(config), torch.bfloat16 if config.precision == "bf16" else torch.float32)
     torch.set_num_threads(config.threads or available_cores())
     with lock_folder(config.output_dir), _stop_on_signal(run):
-        done = last_step(run.checkpoints)
-        if done is not None and not config.resume:
-            raise UserError(
-                f"{config.output_dir}: holds checkpoints of another {stage} run (step {done}); "
-                "continue it with --resume, or choose another --output-dir"
-            )
+        check_output(config, stage)
         yield run
+
+
+def check_output(config: RunConfig, stage: str) -> None:
+    """Raise UserError if the output folder holds the stage's checkpoints although `resume` is off."""
+    done = last_step(_checkpoints(config, stage))
+    if done is not None and not config.resume:
+        raise UserError(
+            f"{config.output_dir}: holds checkpoints of another {stage} run (step {done}); "
+            "continue it with --resume, or choose another --output-dir"
+        )
 
 
 def train(
@@ -168,6 +173,10 @@ def train(
                 )
         log.event("end", step=total)
     return facts
+
+
+def _checkpoints(config: RunConfig, stage: str) -> Path:
+    return config.output_dir / "checkpoints" / stage
 
 
 def available_cores() -> int:

@@ -15,10 +15,11 @@ from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.distributed.executor import LocalExecutor, Program, StepSpec
 from rlhf.io.files import sha256
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
+from rlhf.io.tokenizer import Tokenizer
 from rlhf.objectives import make_sft_objective
 from rlhf.ops import mean_metrics
 from rlhf.random import Purpose
-from rlhf.stages.inputs import check_agrees, embedded_file, new_config, new_tokenizer
+from rlhf.stages.inputs import check_agrees, embedded_file, new_config, train_tokenizer
 from rlhf.stages.run import Run, StageResult, open_run
 from rlhf.stages.supervised import length_limit, make_plan, open_split, train_supervised
 from rlhf.tree import tree_sum
@@ -36,8 +37,7 @@ def run_sft(config: SFTRun) -> StageResult:
 
 def _run(run: Run, config: SFTRun) -> StageResult:
     settings, rows = config.sft, config.sft.micro_batch_size
-    path = config.sft_data or embedded_file(run, "demonstrations")
-    model = _start(run, config, path)
+    model, path = _start(run, config)
     split = open_split(run, path, config.sft_val_data, DEMONSTRATIONS, settings, model)
     plan = make_plan(settings, len(split.train))
 
@@ -86,16 +86,22 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     return StageResult(folder, metrics)
 
 
-def _start(run: Run, config: SFTRun, data: Path) -> LanguageModel:
-    """The model training starts from: a folder's, or random weights."""
+def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, Path]:
+    """The model training starts from, a folder's or random weights, and the data file.
+
+    What can be refused is refused before the embedded example is written.
+    """
     folder = config.sft.model_path
     if folder is not None:
         model = load_language_model(folder)
         check_agrees(config.model, model.config, folder)
-        return model
-    tokenizer = new_tokenizer(run, data, DEMONSTRATIONS)
+        return model, config.sft_data or embedded_file(run, "demonstrations")
+    new_config(config.model, vocab_size=1)
+    given = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path is not None else None
+    path = config.sft_data or embedded_file(run, "demonstrations")
+    tokenizer = given or train_tokenizer(run, path, DEMONSTRATIONS)
     shape = new_config(config.model, tokenizer.vocab_size)
     params = gpt2.init(shape, key=run.key(Purpose.INIT))
     size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
     run.note(f"new GPT-2: {size}, vocabulary {shape.vocab_size}, context {shape.n_positions}")
-    return LanguageModel(params, shape, tokenizer)
+    return LanguageModel(params, shape, tokenizer), path
