@@ -60,12 +60,12 @@ def test_sft_perplexity_is_well_below_the_unigram_models(shared_data, tmp_path):
 
 
 def test_reward_model_beats_both_baselines_on_an_unseen_debate(shared_data, tmp_path):
-    """Trained from scratch; always-the-longer reaches 0.67 and a bag of words 0.58 on arg_pref_test."""
+    """Trained from scratch; always-the-longer reaches 0.67 (0.689 by characters) and a bag of words 0.58."""
     pairs, test = read(shared_data / "arg_pref_train.json"), read(shared_data / "arg_pref_test.json")
     texts = {(record["prompt"], record[side]) for record in pairs for side in ("chosen", "rejected")}
     demonstrations = tmp_path / "arguments.json"
     demonstrations.write_text(json.dumps([{"prompt": p, "completion": c} for p, c in sorted(texts)]))
-    longer = np.mean([len(r["chosen"]) > len(r["rejected"]) for r in test])
+    longer = np.mean([len(r["chosen"].split()) > len(r["rejected"].split()) for r in test])
     assert longer == pytest.approx(0.67, abs=0.01)
     begun = time.monotonic()
     shape = ModelConfig(preset="small", n_layer=2, n_positions=256)
