@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from rlhf.config import PipelineRun, RunConfig, flat_fields
-from rlhf.errors import Interrupted, NonFiniteError, UserError
+from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.io.presets import load_config
 
 
@@ -26,7 +26,7 @@ def run_command(command: Callable[[], None]) -> int:
     """Run a program; its exit code. Errors that are the user's to mend become one message without a traceback."""
     try:
         command()
-    except (UserError, NonFiniteError, Interrupted) as error:
+    except (UserError, NonFiniteError, WorkersLostError, Interrupted) as error:
         print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # whoever read our output has left (| head)

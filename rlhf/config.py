@@ -75,8 +75,8 @@ class LogConfig(Section):
 class DistConfig(Section):
     """Workers, parameter servers and what happens when one dies; see distributed.yaml."""
 
-    num_workers: Annotated[int, Interval("[0, 0]")] = 0
-    """Ray workers; 0 runs everything in this process, which is all that this version does."""
+    num_workers: Index = 0
+    """Ray workers; 0 runs everything in this process, without Ray."""
     num_servers: Index = 0
     """Dedicated parameter servers; 0 keeps the shards in the workers."""
     address: str | None = None
@@ -92,9 +92,11 @@ class DistConfig(Section):
     reduce: Literal["tree", "ring"] = "tree"
     """Gradient sums along one fixed tree, with the same bits for any number of workers; or the backend's allreduce."""
     timeout_s: Positive = 60.0
-    """Seconds that a collective may take."""
+    """Seconds that a collective may take before its members are taken to be lost."""
+    heartbeat_s: Positive = 5.0
+    """Seconds of silence after which a process that should answer is taken to be lost."""
     max_restarts: Index = 10
-    """Lost processes made good before the run saves and ends."""
+    """Faults made good before the run finishes its step in one process, saves and ends."""
     on_failure: Literal["replace", "shrink"] = "replace"
     """Start a new worker for a lost one, or go on with fewer."""
     snapshot_every: Count = 10

@@ -30,3 +30,12 @@ class Interrupted(Exception):  # noqa: N818 (not an error)
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class WorkersLostError(Exception):
+    """More worker processes were lost than may be replaced; the step was finished in one process and saved.
+
+    Programs exit with 4.
+    """
+
+    exit_code = 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf import random
-from rlhf.distributed.executor import LocalExecutor, Program, StepSpec
+from rlhf.distributed.executor import LocalExecutor, Models, Program, StepSpec
 from rlhf.errors import NonFiniteError
 from rlhf.optim import adamw, clip_by_global_norm
 from rlhf.schedules import constant
@@ -23,9 +23,10 @@ def objective(params, frozen, batch):
 
 
 OPTIMIZER = adamw(constant(0.01), weight_decay=0.1)
+MODELS = Models(
+    {"w": random.normal(random.fold_in(KEY, 0), (3,)), "b": torch.zeros(1)}, {"offset": {"w": torch.ones(3)}}
+)
 PROGRAM = Program(
-    params={"w": random.normal(random.fold_in(KEY, 0), (3,)), "b": torch.zeros(1)},
-    frozen={"offset": {"w": torch.ones(3)}},
     steps={
         "main": StepSpec(objective, OPTIMIZER, 0.5),
         "frozen_b": StepSpec(objective, adamw(constant(0.01), rate_scale=lambda name: float(name != "b")), 0.5),
@@ -45,11 +46,11 @@ def split(whole, sizes):
 
 
 def test_step_equals_the_optimiser_on_the_mean_gradient():
-    executor, params, state = LocalExecutor(PROGRAM, CPU), PROGRAM.params, OPTIMIZER.init(PROGRAM.params)
+    executor, params, state = LocalExecutor(PROGRAM, MODELS, CPU), MODELS.params, OPTIMIZER.init(MODELS.params)
     for step in range(4):
         whole = batch(10, step)
         metrics = executor.step("main", split(whole, [4, 3, 3]))
-        gradients, (loss, _) = torch.func.grad_and_value(objective, has_aux=True)(params, PROGRAM.frozen, whole)
+        gradients, (loss, _) = torch.func.grad_and_value(objective, has_aux=True)(params, MODELS.frozen, whole)
         clipped, norm = clip_by_global_norm(tree_map(lambda g: g / 10, gradients), 0.5)
         params, state = OPTIMIZER.update(clipped, state, params)
         torch.testing.assert_close(executor.params(), params, atol=1e-6, rtol=1e-5)
@@ -59,7 +60,7 @@ def test_step_equals_the_optimiser_on_the_mean_gradient():
 
 @pytest.mark.parametrize("sizes", [[10], [5, 5], [1] * 10, [2, 7, 1]], ids=str)
 def test_invariant_3_any_split_into_micro_batches_gives_the_same_step(sizes):
-    executors = [LocalExecutor(PROGRAM, CPU) for _ in range(2)]
+    executors = [LocalExecutor(PROGRAM, MODELS, CPU) for _ in range(2)]
     whole = batch(10, 0)
     for executor, micro_batches in zip(executors, (split(whole, [4, 3, 3]), split(whole, sizes)), strict=True):
         executor.step("main", micro_batches)
@@ -67,7 +68,7 @@ def test_invariant_3_any_split_into_micro_batches_gives_the_same_step(sizes):
 
 
 def test_map_keeps_the_order_and_reads_the_present_parameters():
-    executor = LocalExecutor(PROGRAM, CPU)
+    executor = LocalExecutor(PROGRAM, MODELS, CPU)
     for _ in range(2):
         parts = split(batch(9, 5), [2, 4, 3])
         params = executor.params()
@@ -78,7 +79,7 @@ def test_map_keeps_the_order_and_reads_the_present_parameters():
 
 
 def test_restore_continues_to_the_same_bits():
-    one, two = LocalExecutor(PROGRAM, CPU), LocalExecutor(PROGRAM, CPU)
+    one, two = LocalExecutor(PROGRAM, MODELS, CPU), LocalExecutor(PROGRAM, MODELS, CPU)
     for step in range(3):
         one.step("main", [batch(6, step)])
         one.blend("offset")
@@ -93,7 +94,7 @@ def test_restore_continues_to_the_same_bits():
 
 
 def test_restore_names_what_does_not_fit():
-    executor = LocalExecutor(PROGRAM, CPU)
+    executor = LocalExecutor(PROGRAM, MODELS, CPU)
     state = executor.snapshot()
     with pytest.raises(ValueError, match=r"params\.w has shape \(4,\), expected \(3,\)"):
         executor.restore(state | {"params.w": torch.ones(4)}, 0)
@@ -105,7 +106,7 @@ def test_restore_names_what_does_not_fit():
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_step_refuses_what_is_not_finite_and_changes_nothing(broken):
-    executor = LocalExecutor(PROGRAM, CPU)
+    executor = LocalExecutor(PROGRAM, MODELS, CPU)
     executor.step("main", [batch(6, 0)])
     before = {name: tensor.clone() for name, tensor in executor.snapshot().items()}
     parts = split(batch(9, 1), [3, 3, 3])
@@ -122,13 +123,13 @@ def test_step_refuses_a_gradient_that_is_not_finite_though_the_loss_is():
         loss = params["w"].sub(params["w"]).sqrt().sum()  # 0, with an infinite slope
         return loss, {"count": torch.tensor(1)}
 
-    executor = LocalExecutor(PROGRAM._replace(steps={"main": StepSpec(root, OPTIMIZER, 1.0)}), CPU)
+    executor = LocalExecutor(PROGRAM._replace(steps={"main": StepSpec(root, OPTIMIZER, 1.0)}), MODELS, CPU)
     with pytest.raises(NonFiniteError, match="gradient norm nan"):
         executor.step("main", [batch(1, 0)])
 
 
 def test_steps_with_a_frozen_part_keep_its_bits():
-    executor = LocalExecutor(PROGRAM, CPU)
+    executor = LocalExecutor(PROGRAM, MODELS, CPU)
     executor.step("main", [batch(5, 0)])
     before = named_leaves(tree_map(torch.clone, executor.params()))
     executor.step("frozen_b", [batch(5, 1)])
@@ -138,10 +139,10 @@ def test_steps_with_a_frozen_part_keep_its_bits():
 
 
 def test_reset_optimizer_starts_its_averages_anew():
-    executor, fresh = LocalExecutor(PROGRAM, CPU), None
+    executor, fresh = LocalExecutor(PROGRAM, MODELS, CPU), None
     executor.step("main", [batch(5, 0)])
     executor.reset_optimizer()
-    fresh = LocalExecutor(PROGRAM._replace(params=tree_map(torch.clone, executor.params())), CPU)
+    fresh = LocalExecutor(PROGRAM, MODELS._replace(params=tree_map(torch.clone, executor.params())), CPU)
     for one in (executor, fresh):
         one.step("main", [batch(5, 1)])
     torch.testing.assert_close(executor.params(), fresh.params(), rtol=0, atol=0)
@@ -149,14 +150,14 @@ def test_reset_optimizer_starts_its_averages_anew():
 
 
 def test_blend_moves_a_frozen_model():
-    executor = LocalExecutor(PROGRAM, CPU)
+    executor = LocalExecutor(PROGRAM, MODELS, CPU)
     executor.blend("offset")
-    expected = 0.5 + 0.5 * PROGRAM.params["w"]
+    expected = 0.5 + 0.5 * MODELS.params["w"]
     assert torch.equal(executor.snapshot()["frozen.offset.w"], expected)
-    assert torch.equal(PROGRAM.frozen["offset"]["w"], torch.ones(3)), "the program itself does not change"
+    assert torch.equal(MODELS.frozen["offset"]["w"], torch.ones(3)), "the program itself does not change"
 
 
 def test_the_program_is_not_changed_by_training():
-    before = PROGRAM.params["w"].clone()
-    LocalExecutor(PROGRAM, CPU).step("main", [batch(5, 0)])
-    assert torch.equal(PROGRAM.params["w"], before)
+    before = MODELS.params["w"].clone()
+    LocalExecutor(PROGRAM, MODELS, CPU).step("main", [batch(5, 0)])
+    assert torch.equal(MODELS.params["w"], before)

@@ -17,6 +17,7 @@ from rlhf.errors import NonFiniteError
 from rlhf.ops import mean_metrics
 from rlhf.optim import Optimizer
 from rlhf.tree import (
+    FlatLayout,
     all_finite,
     flat_layout,
     flatten,
@@ -41,18 +42,41 @@ class StepSpec(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A stage's work as pure functions."""
+    """A stage's work as pure functions; any process can make it, so it holds no tensors."""
 
-    params: Params
-    """Where training starts, float32."""
-    frozen: dict[str, Params]
-    """Constant models by name."""
     steps: dict[str, StepSpec]
     """Optimiser steps by name."""
     maps: dict[str, Callable[[Params, dict[str, Params], Any], Tree]]
     """(params, frozen, micro-batch) -> any tree of tensors, by name."""
     blends: dict[str, Callable[[Params, Params], Params]]
     """(frozen model, params) -> its new value, by the frozen model's name (a reference that follows the policy)."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Whose state all steps share: the first's; without steps (evaluation) one without state."""
+        for spec in self.steps.values():
+            return spec.optimizer
+        return Optimizer(lambda params: (), lambda grads, state, params: (params, state))
+
+
+class Models(NamedTuple):
+    """What a program starts from."""
+
+    params: Params
+    """Where training starts, float32."""
+    frozen: dict[str, Params]
+    """Constant models by name."""
+
+
+class Fault(NamedTuple):
+    """Something that went wrong with a process and was made good."""
+
+    what: str
+    """One line for the user."""
+    recovery_s: float
+    """Seconds until the work went on."""
+    final: bool
+    """No restart is left: the executor finishes in this process, and the run should save and end."""
 
 
 class Executor(Protocol):
@@ -84,19 +108,26 @@ class Executor(Protocol):
         """Everything that the next step reads, by dotted name, on the CPU: parameters, optimiser, blended models."""
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
-        """Continue from a snapshot taken after `version` steps."""
+        """Continue from a snapshot taken after `version` steps.
+
+        Raises:
+            ValueError: the snapshot is of another program.
+        """
+
+    def faults(self) -> list[Fault]:
+        """What went wrong since the last call."""
 
 
 class LocalExecutor:
     """Everything in this process: one shard, micro-batches one after the other."""
 
-    def __init__(self, program: Program, device: torch.device) -> None:
-        """Take over a program's parameters; `device` is where all of it lives and runs."""
+    def __init__(self, program: Program, models: Models, device: torch.device) -> None:
+        """Take over a program and its models; `device` is where all of it lives and runs."""
         self._program, self._device = program, device
-        self._frozen = to_device(program.frozen, device)
-        self._layout = flat_layout(program.params)
-        flat = flatten(to_device(program.params, device), self._layout)
-        self._shard = init_shard(flat, self._optimizer())
+        self._frozen = to_device(models.frozen, device)
+        self._layout = flat_layout(models.params)
+        flat = flatten(to_device(models.params, device), self._layout)
+        self._shard = init_shard(flat, program.optimizer)
         self._params = unflatten(self._shard.params, self._layout)  # views: every update shows in them
         self._gradients = {name: grad_and_value(spec.objective, has_aux=True) for name, spec in program.steps.items()}
 
@@ -123,21 +154,15 @@ class LocalExecutor:
             results.append(result)
             return flatten(gradients, self._layout)
 
+        def is_finite(batch: Any) -> bool:
+            gradients, result = self._gradients[name](self._params, self._frozen, to_device(batch, self._device))
+            return all_finite(result) and all_finite(gradients)
+
         gradient_sum = tree_sum(gradient(batch) for batch in batches)
-        loss, sums = tree_sum(results)
-        metrics = {key: float(value) for key, value in mean_metrics(sums).items()}
-        scale, norm = update_scale(square_sums(gradient_sum), float(sums["count"]), spec.max_grad_norm)
-        if not (math.isfinite(norm) and all_finite(loss)):
-            finite = (
-                all_finite(result) and all_finite(gradient(batch))
-                for batch, result in zip(batches, results[:], strict=True)
-            )
-            offender = next((number for number, fine in enumerate(finite) if not fine), 0)
-            raise NonFiniteError(
-                f"{name}: loss {float(loss):g}, gradient norm {norm:g} in micro-batch {offender}", batches[offender]
-            )
+        scale, metrics = plan_update(results, square_sums(gradient_sum), spec.max_grad_norm)
+        check_update(name, batches, results, metrics["grad_norm"], is_finite)
         self._shard = apply(self._shard, self.version, gradient_sum, scale, spec.optimizer, self._layout)
-        return metrics | {"grad_norm": norm}
+        return metrics
 
     def blend(self, name: str) -> None:
         """See `Executor.blend`."""
@@ -145,7 +170,7 @@ class LocalExecutor:
 
     def reset_optimizer(self) -> None:
         """See `Executor.reset_optimizer`."""
-        self._shard = self._shard._replace(opt_state=self._optimizer().init(self._shard.params))
+        self._shard = self._shard._replace(opt_state=self._program.optimizer.init(self._shard.params))
 
     def params(self) -> Params:
         """See `Executor.params`."""
@@ -158,27 +183,76 @@ class LocalExecutor:
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
         """See `Executor.restore`."""
-        own = self._state()
-        for name in own.keys() | state.keys():
-            if name not in own or name not in state:
-                raise ValueError(f"{name} is {'missing' if name in own else 'unknown'}")
-            if own[name].shape != state[name].shape:
-                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
-        for name in self._program.blends:  # may alias the program's own tensors: replaced, not written into
+        for name in self._program.blends:  # may alias the models' own tensors: replaced, not written into
             self._frozen[name] = tree_map(torch.clone, self._frozen[name])
-        for name, leaf in self._state().items():
-            leaf.copy_(state[name])
+        copy_state(self._state(), state)
         self._shard = self._shard._replace(version=version)
 
-    def _optimizer(self) -> Optimizer:
-        """That of the first step; a program without steps (evaluation) never uses its state."""
-        specs = list(self._program.steps.values())
-        return (
-            specs[0].optimizer if specs else Optimizer(lambda params: (), lambda grads, state, params: (params, state))
-        )
+    def faults(self) -> list[Fault]:
+        """See `Executor.faults`: one process has none that it outlives."""
+        return []
 
     def _state(self) -> dict[str, Tensor]:
-        """Views of everything a snapshot holds, by name."""
-        opt_state = tree_map(lambda leaf: unflatten(leaf, self._layout) if leaf.ndim else leaf, self._shard.opt_state)
         blended = {name: self._frozen[name] for name in self._program.blends}
-        return named_leaves({"params": self._params, "optimizer": opt_state, "frozen": blended})
+        return named_state(self._shard.params, self._shard.opt_state, blended, self._layout)
+
+
+def plan_update(results: Sequence[Any], squares: Tensor, max_grad_norm: float) -> tuple[float, dict[str, float]]:
+    """(factor for the summed gradient, the step's metrics with `grad_norm`).
+
+    Args:
+        results: (loss sum, metric sums with `count`) of every micro-batch, in order.
+        squares: [chunks] float64, the summed gradient's square sums.
+        max_grad_norm: of the mean gradient.
+    """
+    _, sums = tree_sum(results)
+    scale, norm = update_scale(squares, float(sums["count"]), max_grad_norm)
+    return scale, {key: float(value) for key, value in mean_metrics(sums).items()} | {"grad_norm": norm}
+
+
+def check_update(
+    name: str, batches: Sequence[Any], results: Sequence[Any], norm: float, is_finite: Callable[[Any], bool]
+) -> None:
+    """Raise NonFiniteError, with the offending micro-batch, unless loss and gradient norm are finite.
+
+    Args:
+        name: of the step.
+        batches: its micro-batches.
+        results: as in `plan_update`.
+        norm: of the gradient.
+        is_finite: whether loss, metrics and gradient of one micro-batch are; asked only where something is not.
+    """
+    loss, _ = tree_sum(results)
+    if not (math.isfinite(norm) and all_finite(loss)):
+        offender = next((number for number, batch in enumerate(batches) if not is_finite(batch)), 0)
+        raise NonFiniteError(
+            f"{name}: loss {float(loss):g}, gradient norm {norm:g} in micro-batch {offender}", batches[offender]
+        )
+
+
+def named_state(params: Tensor, opt_state: Any, blended: dict[str, Params], layout: FlatLayout) -> dict[str, Tensor]:
+    """Views of everything a snapshot holds, by name.
+
+    Args:
+        params: [layout.size] flat.
+        opt_state: of the optimiser over `params`.
+        blended: the frozen models that change.
+        layout: of the parameters.
+    """
+    state = tree_map(lambda leaf: unflatten(leaf, layout) if leaf.ndim else leaf, opt_state)
+    return named_leaves({"params": unflatten(params, layout), "optimizer": state, "frozen": blended})
+
+
+def copy_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Write a snapshot into the views of `named_state`.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; nothing was written.
+    """
+    for name in own.keys() | state.keys():
+        if name not in own or name not in state:
+            raise ValueError(f"{name} is {'missing' if name in own else 'unknown'}")
+        if own[name].shape != state[name].shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
+    for name, leaf in own.items():
+        leaf.copy_(state[name])

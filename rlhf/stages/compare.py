@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rlhf.data.batching import pack_completions, unpack_tokens
-from rlhf.distributed.executor import LocalExecutor, Program
+from rlhf.distributed.executor import LocalExecutor, Models, Program
 from rlhf.errors import UserError
 from rlhf.evaluation import mean_interval
 from rlhf.io.model_folder import LanguageModel, load_language_model
@@ -100,8 +100,8 @@ def _executor(
     rollout = make_rollout(policy.config, max_new_tokens=max_new_tokens, temperature=temperature, stop_tokens=stops)
     score = make_scorer(policy.config, None, [], temperature=temperature, exact=True)
     maps: dict[str, Callable[..., Any]] = {"rollout": rollout, "score": score}
-    program = Program({"policy": policy.params}, {"reference": reference.params}, {}, maps, {})
-    return LocalExecutor(program, torch.device("cpu"))
+    models = Models({"policy": policy.params}, {"reference": reference.params})
+    return LocalExecutor(Program({}, maps, {}), models, torch.device("cpu"))
 
 
 def _exact_kl(executor: LocalExecutor, prompts: list[np.ndarray], completions: Completions) -> float:

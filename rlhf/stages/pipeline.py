@@ -8,6 +8,7 @@ from typing import Literal
 from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig
 from rlhf.data.dataset import check_file
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS
+from rlhf.distributed import connected
 from rlhf.io.model_folder import load_shape
 from rlhf.io.progress import console
 from rlhf.stages.inputs import new_config
@@ -47,7 +48,8 @@ def run_pipeline(config: PipelineRun) -> dict[str, StageResult]:
         if folder is not None:
             load_shape(folder)
     _check_ppo(config, config.sft.model_path if config.start_at == "sft" else config.output_dir / "sft")
-    return {stage: _RUNS[stage](config) for stage in stages}
+    with connected(config.dist):
+        return {stage: _RUNS[stage](config) for stage in stages}
 
 
 def run_reward_alone(config: RewardRun, base: PipelineRun) -> StageResult:

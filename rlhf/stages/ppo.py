@@ -5,6 +5,7 @@ several epochs of minibatch updates. Follows Ziegler et al. 2019 (https://arxiv.
 2020 and the details of Huang et al. 2024 (https://arxiv.org/abs/2403.17031); metrics have TRL's names.
 """
 
+import functools
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -12,7 +13,6 @@ from pathlib import Path
 from rlhf.config import PPOConfig, PPORun
 from rlhf.data.batching import ppo_batch
 from rlhf.data.schema import PROMPTS
-from rlhf.distributed.executor import LocalExecutor
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience
 from rlhf.io.files import sha256
@@ -21,7 +21,7 @@ from rlhf.io.run_log import RunLog
 from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.stages.inputs import check_agrees, embedded_file, open_dataset, rate_at
-from rlhf.stages.ppo_program import make_ppo_plan
+from rlhf.stages.ppo_program import make_program, shapes_of, start_models, update_schedule
 from rlhf.stages.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.stages.rewards import open_sources
 from rlhf.stages.run import Facts, Run, StageResult, open_run, train
@@ -86,8 +86,11 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     path = config.prompt_data or embedded_file(run, "prompts")
     prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.max_new_tokens)
     run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")
-    plan = make_ppo_plan(run, settings, policy, reward_models)
-    ppo = PPO(run, settings, policy, prompts, sources, plan, LocalExecutor(plan.program, run.device), context)
+    shapes = shapes_of(settings, policy, reward_models)
+    executor = run.open_executor(
+        functools.partial(make_program, shapes, settings, run.dtype), start_models(settings, policy, reward_models)
+    )
+    ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
     return ppo, {"data": sha256(path), "model": sha256(folder / "model.safetensors")}
 
 
@@ -158,7 +161,7 @@ def _learn(
             break
     updates = ppo.executor.version - first_update
     means = {name: sum(values) / len(values) for name, values in collected.items()}
-    return means | {"lr": rate_at(ppo.plan.schedule, first_update), "policy/updates": updates}
+    return means | {"lr": rate_at(update_schedule(settings), first_update), "policy/updates": updates}
 
 
 def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:
@@ -177,10 +180,8 @@ def _save(ppo: PPO, config: PPORun) -> Path:
     """Write OUTPUT_DIR/policy, with the value function beside it."""
     folder, params = config.output_dir / "policy", ppo.executor.params()
     critic = None
-    if ppo.plan.critic_config is not None:
-        critic = RewardModel(
-            params["critic"], ppo.plan.critic_config, ppo.policy.tokenizer, RewardStatistics(0.0, 1.0, 0)
-        )
+    if ppo.shapes.critic is not None:
+        critic = RewardModel(params["critic"], ppo.shapes.critic, ppo.policy.tokenizer, RewardStatistics(0.0, 1.0, 0))
     save_language_model(
         folder,
         ppo.policy._replace(params=params["policy"]),

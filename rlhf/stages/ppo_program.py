@@ -1,60 +1,83 @@
 """PPO's work as a `Program`: what is trained, what is frozen, and the pure functions over micro-batches."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+
 from rlhf.config import PPOConfig
-from rlhf.distributed.executor import Program, StepSpec
+from rlhf.distributed.executor import Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_value_head, value_head_from_reward
 from rlhf.io.model_folder import LanguageModel, RewardModel
 from rlhf.objectives import make_ppo_objective, make_rollout, make_scorer
 from rlhf.schedules import Schedule
 from rlhf.stages.inputs import make_schedule
-from rlhf.stages.run import Run
 from rlhf.stages.supervised import make_adamw
 from rlhf.tree import tree_map
 from rlhf.types import Params
 
 
-class PPOPlan(NamedTuple):
-    """The program and what the loop must know of it."""
+class Shapes(NamedTuple):
+    """The models involved."""
 
-    program: Program
-    critic_config: GPT2Config | None
-    """Shape of the separate critic; None with a value head on the policy."""
-    schedule: Schedule
-    """Of the updates after the critic's warm-up."""
-    recomputes: bool
-    """Whether the scorer's log-probs (and values of a head on the policy) replace those captured while sampling."""
+    policy: GPT2Config
+    critic: GPT2Config | None
+    """The separate critic's; None with a value head on the policy."""
+    reward_models: tuple[GPT2Config, ...]
+    eos_id: int
 
 
-def make_ppo_plan(run: Run, settings: PPOConfig, policy: LanguageModel, reward_models: list[RewardModel]) -> PPOPlan:
-    """Build the program.
+def shapes_of(settings: PPOConfig, policy: LanguageModel, reward_models: Sequence[RewardModel]) -> Shapes:
+    """The shapes of a policy, of frozen scorers, and of the critic that starts from the first of them."""
+    critic = None
+    if settings.critic == "separate":
+        critic = reward_models[0].config if reward_models else policy.config
+    return Shapes(policy.config, critic, tuple(model.config for model in reward_models), policy.tokenizer.eos_id)
+
+
+def start_models(settings: PPOConfig, policy: LanguageModel, reward_models: Sequence[RewardModel]) -> Models:
+    """Policy and value function; reference and reward models, frozen.
 
     Args:
-        run: its dtype is that of the models' passes.
         settings: the ppo section.
         policy: the SFT model: where the policy starts, and the reference.
         reward_models: frozen scorers; the first is where a separate critic starts.
     """
     critic = reward_models[0] if reward_models else None
-    critic_config = None
-    if settings.critic == "separate":
-        critic_config = critic.config if critic else policy.config
-    recomputes = (
-        settings.recompute_log_probs if settings.recompute_log_probs is not None else run.config.precision == "bf16"
+    frozen = {f"reward_model_{n}": model.params for n, model in enumerate(reward_models)}
+    return Models(
+        {"policy": policy.params} | _value_function(settings, policy, critic), {"reference": policy.params} | frozen
     )
+
+
+def update_schedule(settings: PPOConfig) -> Schedule:
+    """The learning rate of the updates after the critic's warm-up."""
     completions = settings.batch_size * settings.samples_per_prompt
     updates = settings.num_epochs * -(-completions // settings.minibatch_size)
-    iterations = max(settings.num_iterations - settings.critic_warmup, 1)
-    schedule = make_schedule(settings, iterations * updates)
+    return make_schedule(settings, max(settings.num_iterations - settings.critic_warmup, 1) * updates)
+
+
+def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
+    """Whether the scorer's log-probs (and values of a head on the policy) replace those captured while sampling."""
+    return settings.recompute_log_probs if settings.recompute_log_probs is not None else dtype == torch.bfloat16
+
+
+def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype) -> Program:
+    """PPO's work: `rollout` and `score`, then `ppo` steps, or `critic` steps while it warms up.
+
+    Args:
+        shapes: of the models.
+        settings: the ppo section.
+        dtype: of the models' passes.
+    """
+    schedule = update_schedule(settings)
     objective = functools.partial(
         make_ppo_objective,
-        policy.config,
-        critic_config,
-        dtype=run.dtype,
+        shapes.policy,
+        shapes.critic,
+        dtype=dtype,
         temperature=settings.temperature,
         clip_eps=settings.clip_eps,
         dual_clip=settings.dual_clip,
@@ -66,37 +89,33 @@ def make_ppo_plan(run: Run, settings: PPOConfig, policy: LanguageModel, reward_m
     warmup_adamw = make_adamw(
         settings, lambda step: schedule(step * 0), lambda name: float(not name.startswith("policy."))
     )
-    program = Program(
-        params={"policy": policy.params} | _value_function(settings, policy, critic),
-        frozen={"reference": policy.params}
-        | {f"reward_model_{n}": model.params for n, model in enumerate(reward_models)},
+    return Program(
         steps={
             "ppo": StepSpec(objective(), make_adamw(settings, schedule), settings.max_grad_norm),
             "critic": StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm),
         },
         maps={
             "rollout": make_rollout(
-                policy.config,
-                dtype=run.dtype,
+                shapes.policy,
+                dtype=dtype,
                 max_new_tokens=settings.max_new_tokens,
                 min_new_tokens=settings.min_new_tokens,
                 temperature=settings.temperature,
                 top_k=settings.top_k,
                 top_p=settings.top_p,
-                stop_tokens=(policy.tokenizer.eos_id,) if settings.stop_at_eos else (),
+                stop_tokens=(shapes.eos_id,) if settings.stop_at_eos else (),
             ),
             "score": make_scorer(
-                policy.config,
-                critic_config,
-                [model.config for model in reward_models],
-                dtype=run.dtype,
+                shapes.policy,
+                shapes.critic,
+                shapes.reward_models,
+                dtype=dtype,
                 temperature=settings.temperature,
-                log_probs=recomputes,
+                log_probs=recomputes_log_probs(settings, dtype),
             ),
         },
         blends={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
     )
-    return PPOPlan(program, critic_config, schedule, recomputes)
 
 
 def _value_function(settings: PPOConfig, policy: LanguageModel, reward_model: RewardModel | None) -> Params:

@@ -18,7 +18,7 @@ from rlhf.random import Purpose, fold_in
 from rlhf.sampling import Completions
 from rlhf.stages.completions import complete, texts_of
 from rlhf.stages.inputs import record_order
-from rlhf.stages.ppo_program import PPOPlan
+from rlhf.stages.ppo_program import Shapes, recomputes_log_probs
 from rlhf.stages.rewards import RewardSource, call_reward_function
 from rlhf.stages.run import Run
 
@@ -32,9 +32,9 @@ class PPO(NamedTuple):
     run: Run
     settings: PPOConfig
     policy: LanguageModel
+    shapes: Shapes
     prompts: Dataset
     sources: list[RewardSource]
-    plan: PPOPlan
     executor: Executor
     context: int
     """Tokens that every model involved can read."""
@@ -113,9 +113,9 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
         torch.argsort(torch.cat([pack.sequences for pack in packs]))
     ]
     raw, total = _sum_sources(ppo, rollout, by_model)
-    if not ppo.plan.recomputes:
+    if not recomputes_log_probs(settings, ppo.run.dtype):
         log_probs = completions.log_probs
-        values = completions.values if ppo.plan.critic_config is None else values
+        values = completions.values if ppo.shapes.critic is None else values
     for name, array in {
         "log-prob": log_probs,
         "reference log-prob": ref_log_probs,

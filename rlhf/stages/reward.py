@@ -1,25 +1,27 @@
 """The reward model: preference pairs in, a scalar model and its statistics out."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rlhf.config import RewardRun
+from rlhf.config import RewardConfig, RewardRun
 from rlhf.data.batching import PackedPairs, pair_batches
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import PREFERENCES
-from rlhf.distributed.executor import Executor, LocalExecutor, Program, StepSpec
+from rlhf.distributed.executor import Executor, Models, Program, StepSpec
 from rlhf.errors import UserError
 from rlhf.evaluation import preference_metrics
+from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head
 from rlhf.io.files import sha256
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
 from rlhf.objectives import make_pair_scores, make_reward_objective
 from rlhf.random import Purpose
-from rlhf.stages.inputs import check_agrees, embedded_file
+from rlhf.stages.inputs import check_agrees, embedded_file, make_schedule
 from rlhf.stages.run import Run, StageResult, open_run
-from rlhf.stages.supervised import length_limit, make_plan, open_split, train_supervised
+from rlhf.stages.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
 
 _REFERENCE_PAIRS = 1024
 """Training pairs whose chosen completions give the reward's mean and standard deviation."""
@@ -50,15 +52,10 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     run.note(f"trunk from {source}")
     plan = make_plan(settings, len(split.train))
     head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
-    objective = make_reward_objective(start.config, dtype=run.dtype, centre_coef=settings.centre_coef)
-    program = Program(
-        params={"trunk": start.params, "head": head},
-        frozen={},
-        steps={"main": StepSpec(objective, plan.optimizer, settings.max_grad_norm)},
-        maps={"scores": make_pair_scores(start.config, dtype=run.dtype)},
-        blends={},
+    executor = run.open_executor(
+        functools.partial(make_program, start.config, settings, plan.steps, run.dtype),
+        Models({"trunk": start.params, "head": head}, {}),
     )
-    executor = LocalExecutor(program, run.device)
 
     def batches(source: Dataset, records: Sequence[int]) -> list[PackedPairs]:
         return pair_batches(
@@ -98,6 +95,17 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     facts = {"stage": "reward", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
     save_reward_model(folder, RewardModel(executor.params(), start.config, start.tokenizer, statistics), facts=facts)
     return StageResult(folder, metrics)
+
+
+def make_program(config: GPT2Config, settings: RewardConfig, steps: int, dtype: torch.dtype) -> Program:
+    """The reward model's work: `main` steps, and `scores` of pairs; arguments as `rlhf.stages.sft.make_program`."""
+    objective = make_reward_objective(config, dtype=dtype, centre_coef=settings.centre_coef)
+    optimizer = make_adamw(settings, make_schedule(settings, steps))
+    return Program(
+        steps={"main": StepSpec(objective, optimizer, settings.max_grad_norm)},
+        maps={"scores": make_pair_scores(config, dtype=dtype)},
+        blends={},
+    )
 
 
 def _score(executor: Executor, packs: Sequence[PackedPairs]) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PipelineRun, RunConfig, flat_fields
-from rlhf.distributed.executor import Executor
-from rlhf.errors import Interrupted, NonFiniteError, UserError
+from rlhf.distributed import open_executor
+from rlhf.distributed.executor import Executor, Models, Program
+from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint
 from rlhf.io.files import atomic_folder, check_free_space, lock_folder, write_text
 from rlhf.io.manifest import write_manifest
@@ -29,8 +30,8 @@ from rlhf.tree import named_leaves
 Facts = dict[str, Any]
 """Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
 
-_FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist.")
-"""Settings that may differ when a run is resumed: they do not change a bit of its results."""
+_FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist.", "threads")
+"""Settings that may differ when a run is resumed: but for the threads they do not change a bit of its results."""
 
 
 class StageResult(NamedTuple):
@@ -54,6 +55,8 @@ class Run:
     """Signal that asked the run to stop; 0 when none did."""
     notes: list[str] = field(default_factory=list)
     """What was said to the user before training, for the log."""
+    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What is to be closed when the stage ends."""
 
     def key(self, purpose: Purpose) -> Tensor:
         """The run's key for one purpose."""
@@ -64,6 +67,21 @@ class Run:
         self.notes.append(text)
         console.print(f"[bold]{self.stage}[/]: ", end="")
         console.print(text, markup=False, soft_wrap=True)
+
+    def open_executor(self, make_program: Callable[[], Program], models: Models) -> Executor:
+        """The executor that the configuration asks for; it is closed when the stage ends.
+
+        Args:
+            make_program: an importable function, or a partial of one.
+            models: what the program starts from.
+        """
+        dist = self.config.dist
+        if dist.num_workers:
+            servers = f", {dist.num_servers} parameter servers" if dist.num_servers else ""
+            self.note(f"{dist.num_workers} Ray workers{servers}")
+        return self.resources.enter_context(
+            open_executor(make_program, models, dist, device=self.device, tell=self.note)
+        )
 
     @property
     def checkpoints(self) -> Path:
@@ -80,8 +98,7 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
             though one was asked for.
     """
     run = Run(config, stage, _device(config), torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    torch.set_num_threads(config.threads or available_cores())
-    with lock_folder(config.output_dir), _stop_on_signal(run):
+    with lock_folder(config.output_dir), _stop_on_signal(run), _threads(compute_threads(config)), run.resources:
         check_output(config, stage)
         yield run
 
@@ -126,6 +143,7 @@ def train(
         UserError: the checkpoint belongs to another configuration, data or shape, or saving fails.
         NonFiniteError: a step was refused; the state is saved and the offending batch written to nonfinite/.
         Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
+        WorkersLostError: more processes were lost than may be replaced; the same.
     """
     config = run.config
     identity = identity | _settings(config)
@@ -135,9 +153,8 @@ def train(
     _write_config(config)
 
     def save(step: int) -> None:
-        checkpoint = Checkpoint(
-            step, executor.snapshot(), {"carried": facts, "identity": identity, "version": executor.version}
-        )
+        plain = {"carried": facts, "identity": identity, "threads": compute_threads(config)}
+        checkpoint = Checkpoint(step, executor.snapshot(), plain | {"version": executor.version})
         save_checkpoint(run.checkpoints, checkpoint, keep=config.checkpoint.keep)
 
     log = RunLog(
@@ -160,23 +177,45 @@ def train(
                     f"{run.stage} {unit} {step + 1}: {error}; the update was refused. {where}"
                 ) from error
             metrics["timing_s/step"] = time.perf_counter() - begun
+            faults = executor.faults()
+            for fault in faults:
+                log.event("fault", step=step + 1, **fault._asdict())
+            if faults:
+                recovery = sum(fault.recovery_s for fault in faults)
+                metrics |= {"fault/restarts": len(faults), "fault/recovery_s": recovery}
+            ends_early = bool(run.stop_signal) or any(fault.final for fault in faults)
             if (step + 1) % config.log.every == 0 or step + 1 == total:
                 log.metrics(step + 1, metrics)
             progress.update(step + 1, metrics)
-            if run.stop_signal or step + 1 == total or (step + 1) % config.checkpoint.every == 0:
+            if ends_early or step + 1 == total or (step + 1) % config.checkpoint.every == 0:
                 save(step + 1)
-            if run.stop_signal and step + 1 < total:
+            if ends_early and step + 1 < total:
                 log.event("interrupted", step=step + 1)
-                raise Interrupted(
-                    f"{run.stage}: stopped after {unit} {step + 1} of {total} and saved; continue with --resume",
-                    run.stop_signal,
-                )
+                where = f"{run.stage}: stopped after {unit} {step + 1} of {total} and saved; continue with --resume"
+                if run.stop_signal:
+                    raise Interrupted(where, run.stop_signal)
+                raise WorkersLostError(f"{where}. The cause: lost {faults[-1].what}")
         log.event("end", step=total)
     return facts
 
 
 def _checkpoints(config: RunConfig, stage: str) -> Path:
     return config.output_dir / "checkpoints" / stage
+
+
+def compute_threads(config: RunConfig) -> int:
+    """CPU threads of each process that computes. The bits of a result depend on it."""
+    return config.dist.threads_per_worker if config.dist.num_workers else config.threads or available_cores()
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def available_cores() -> int:
@@ -210,6 +249,9 @@ def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tup
     except ValueError as error:
         raise UserError(f"{run.checkpoints}: the checkpoint is of another shape: {error}") from error
     run.note(f"continuing after step {checkpoint.step}")
+    before, now = checkpoint.facts["threads"], compute_threads(run.config)
+    if before != now:
+        run.note(f"it was made with {before} threads per process and goes on with {now}: rounding may differ from here")
     return checkpoint.step, checkpoint.facts["carried"]
 
 

@@ -1,27 +1,30 @@
 """Supervised fine-tuning: demonstrations in, a language model out."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rlhf import gpt2
 from rlhf.batches import TokenBatch
-from rlhf.config import SFTRun
+from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.batching import token_batches
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import DEMONSTRATIONS
-from rlhf.distributed.executor import LocalExecutor, Program, StepSpec
+from rlhf.distributed.executor import Models, Program, StepSpec
+from rlhf.gpt2_config import GPT2Config
 from rlhf.io.files import sha256
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.objectives import make_sft_objective
 from rlhf.ops import mean_metrics
 from rlhf.random import Purpose
-from rlhf.stages.inputs import check_agrees, embedded_file, new_config, train_tokenizer
+from rlhf.stages.inputs import check_agrees, embedded_file, make_schedule, new_config, train_tokenizer
 from rlhf.stages.run import Run, StageResult, open_run
-from rlhf.stages.supervised import length_limit, make_plan, open_split, train_supervised
+from rlhf.stages.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
 from rlhf.tree import tree_sum
 
 
@@ -46,16 +49,9 @@ def _run(run: Run, config: SFTRun) -> StageResult:
             source, records, max_length=length_limit(settings, model), rows=rows, loss_on=settings.loss_on, key=key
         )
 
-    objective = make_sft_objective(model.config, dtype=run.dtype, dropout=settings.dropout)
-    measure = make_sft_objective(model.config, dtype=run.dtype)
-    program = Program(
-        params=model.params,
-        frozen={},
-        steps={"main": StepSpec(objective, plan.optimizer, settings.max_grad_norm)},
-        maps={"measure": lambda params, frozen, batch: measure(params, frozen, batch)[1]},
-        blends={},
+    executor = run.open_executor(
+        functools.partial(make_program, model.config, settings, plan.steps, run.dtype), Models(model.params, {})
     )
-    executor = LocalExecutor(program, run.device)
     held_out = batches(split.validation, split.held_out, run.key(Purpose.DROPOUT)) if split.held_out else []
 
     def evaluate() -> dict[str, float]:
@@ -84,6 +80,25 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     facts = {"stage": "sft", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
     save_language_model(folder, model._replace(params=executor.params()), facts=facts)
     return StageResult(folder, metrics)
+
+
+def make_program(config: GPT2Config, settings: SFTConfig, steps: int, dtype: torch.dtype) -> Program:
+    """SFT's work: `main` steps, and `measure` for evaluation.
+
+    Args:
+        config: of the model.
+        settings: the sft section.
+        steps: of the whole run, for the schedule.
+        dtype: of the model's passes.
+    """
+    objective = make_sft_objective(config, dtype=dtype, dropout=settings.dropout)
+    measure = make_sft_objective(config, dtype=dtype)
+    optimizer = make_adamw(settings, make_schedule(settings, steps))
+    return Program(
+        steps={"main": StepSpec(objective, optimizer, settings.max_grad_norm)},
+        maps={"measure": lambda params, frozen, batch: measure(params, frozen, batch)[1]},
+        blends={},
+    )
 
 
 def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, Path]:

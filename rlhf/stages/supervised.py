@@ -58,19 +58,17 @@ def length_limit(settings: SupervisedConfig, model: LanguageModel) -> int:
 
 
 class Plan(NamedTuple):
-    """How long a supervised stage trains, and with what optimiser."""
+    """How long a supervised stage trains, and how fast."""
 
     steps: int
     schedule: Schedule
-    optimizer: Optimizer
 
 
 def make_plan(settings: SupervisedConfig, records: int) -> Plan:
-    """Steps for `settings.epochs` passes over `records`, and AdamW on its schedule."""
+    """Steps for `settings.epochs` passes over `records`, and their schedule."""
     steps = max(1, math.ceil(settings.epochs * records / settings.batch_size))
     steps = min(steps, settings.max_steps or steps)
-    schedule = make_schedule(settings, steps)
-    return Plan(steps, schedule, make_adamw(settings, schedule))
+    return Plan(steps, make_schedule(settings, steps))
 
 
 def make_adamw(settings: Any, schedule: Schedule, rate_scale: Callable[[str], float] | None = None) -> Optimizer:

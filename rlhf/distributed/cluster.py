@@ -1,0 +1,325 @@
+"""Ray, as little of it as is needed: a cluster to run in, processes on it, and who of them is still alive.
+
+A cluster of our own is bound to the loopback device, has a token of its own, writes only to a temporary folder, and
+goes with this process, however that ends.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.config import DistConfig
+from rlhf.distributed import janitor
+from rlhf.distributed.collectives import serve_store
+from rlhf.distributed.worker import Worker
+from rlhf.errors import UserError
+
+_OWN_CLUSTER = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name notwithstanding: the node's address is 127.0.0.1
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Read when ray is imported, so set before."""
+
+_START_S = 10.0
+"""Within this a cluster answers, or is taken to be unreachable."""
+
+_LOOK_S = 0.5
+"""Between looks at who is silent, while waiting for results."""
+
+_JOIN_S = 120.0
+"""Within this a new process has imported torch and loaded its program."""
+
+
+class Member(NamedTuple):
+    """A process of the parameter server."""
+
+    actor: Any
+    name: str
+    """As users know it: worker 1, server 0."""
+    bundle: int
+    """Of the placement group; a replacement takes it over."""
+
+
+class Cluster:
+    """A running Ray, with room for the processes that a configuration asks for."""
+
+    def __init__(self, dist: DistConfig) -> None:
+        """Use `open_cluster`."""
+        import ray
+
+        self.dist, self._ray = dist, ray
+        self.host: str = ray.util.get_node_ip_address()
+        self.store = serve_store(self.host)
+        self.generation = 0  # of the last group formed; never used twice on one store
+        self._group = self._reserve()
+        self._pings: dict[Any, tuple[Any, float]] = {}
+        self._pids: dict[Any, int] = {}
+
+    def start(self, names: Sequence[str], bundles: Sequence[int]) -> list[Member]:
+        """Start processes; they have loaded nothing yet."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        dist, device = self.dist, "cuda" if self.dist.gpus_per_worker else "cpu"
+        backend = dist.backend if dist.backend != "auto" else ("nccl" if device == "cuda" else "gloo")
+        actor = _actor_class()
+        members = [
+            Member(
+                actor.options(
+                    num_cpus=dist.threads_per_worker,
+                    num_gpus=dist.gpus_per_worker,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
+                ).remote(device=device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s),
+                name,
+                bundle,
+            )
+            for name, bundle in zip(names, bundles, strict=True)
+        ]
+        deadline = time.monotonic() + _JOIN_S
+        for member in members:
+            try:
+                self._pids[member.actor] = self._ray.get(
+                    member.actor.ping.remote(), timeout=max(deadline - time.monotonic(), 0.1)
+                )
+            except self._ray.exceptions.RayError as error:
+                raise UserError(f"{member.name} could not be started within {_JOIN_S:.0f} s: {error}") from error
+        return members
+
+    def collect(self, calls: Sequence[tuple[Member, Any]]) -> tuple[list[Any], list[Member], bool]:
+        """Wait until every call has ended, however it does.
+
+        Returns:
+            (results, None where a call failed; members that were lost; whether the group of some member failed).
+
+        Raises:
+            Exception: what a member's own code raised.
+        """
+        results: list[Any] = [None] * len(calls)
+        lost: list[Member] = []
+        failed = False
+        waiting = {call: number for number, (_, call) in enumerate(calls)}
+        while waiting:
+            done, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=_LOOK_S)
+            for call in done:
+                number = waiting.pop(call)
+                try:
+                    results[number] = self._ray.get(call)
+                except self._ray.exceptions.RayTaskError as error:
+                    if type(error.cause).__name__ != "GroupError":
+                        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                    failed = True
+                except self._ray.exceptions.RayError:  # the actor has died, or its node
+                    lost.append(calls[number][0])
+            if waiting:
+                self.kill([member for member in {calls[n][0] for n in waiting.values()} if self._is_silent(member)])
+        return results, lost, failed
+
+    def first(self, calls: dict[Any, Member]) -> tuple[Any, Any, bool]:
+        """Wait for the call that ends first: (call, its result, whether its member was lost)."""
+        while True:
+            done, _ = self._ray.wait(list(calls), num_returns=1, timeout=_LOOK_S)
+            for call in done:
+                try:
+                    return call, self._ray.get(call), False
+                except self._ray.exceptions.RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                except self._ray.exceptions.RayError:
+                    return call, None, True
+            self.kill([member for member in set(calls.values()) if self._is_silent(member)])
+
+    def put(self, value: Any) -> Any:
+        """Place arrays in shared memory, where every process of this machine reads them without a copy."""
+        return self._ray.put(value)
+
+    def get(self, reference: Any) -> Any:
+        """What `put`, or a member's call, has placed there."""
+        return self._ray.get(reference)
+
+    def kill(self, members: Sequence[Member]) -> None:
+        """End processes at once, also stopped ones."""
+        for member in members:
+            pid = self._pids.get(member.actor)
+            if self.host == "127.0.0.1" and pid is not None:  # a stopped process keeps ray.kill waiting for seconds
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                self._ray.kill(member.actor)
+            self._pings.pop(member.actor, None)
+
+    def close(self) -> None:
+        """Give the resources back."""
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.util.remove_placement_group(self._group)
+
+    def _is_silent(self, member: Member) -> bool:
+        """Whether a process has not answered for `heartbeat_s`; asks it on the way."""
+        now = time.monotonic()
+        ping, asked = self._pings.get(member.actor, (None, now))
+        if ping is None or self._ray.wait([ping], timeout=0)[0]:
+            self._pings[member.actor] = (member.actor.ping.remote(), now)
+            return False
+        return now - asked > self.dist.heartbeat_s
+
+    def _reserve(self) -> Any:
+        """A placement group; refused within seconds where the cluster has not the room."""
+        dist = self.dist
+        bundle = {"CPU": float(dist.threads_per_worker)}
+        if dist.gpus_per_worker:
+            bundle["GPU"] = dist.gpus_per_worker
+        count = dist.num_workers + dist.num_servers
+        group = self._ray.util.placement_group([bundle] * count, strategy=dist.placement.upper())
+        if not self._ray.wait([group.ready()], timeout=_START_S)[0]:
+            self._ray.util.remove_placement_group(group)
+            there = self._ray.available_resources()
+            have = ", ".join(f"{there.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+            asked = " and ".join(f"{amount * count:g} {name}" for name, amount in bundle.items())
+            raise UserError(
+                f"--dist: {dist.num_workers} workers and {dist.num_servers} servers ask for {asked}, but the cluster "
+                f"has {have} free; lower --dist.num-workers or --dist.threads-per-worker"
+            )
+        return group
+
+
+@contextlib.contextmanager
+def connected(dist: DistConfig) -> Iterator[None]:
+    """Connect to `dist.address`, or run a cluster on this machine; nested, and where Ray is up already, take that.
+
+    Raises:
+        UserError: the cluster cannot be reached.
+    """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+        return
+    with _own_cluster(dist) if dist.address is None else _connection(dist.address):
+        yield
+
+
+@contextlib.contextmanager
+def open_cluster(dist: DistConfig) -> Iterator[Cluster]:
+    """Connect, and reserve room for the workers and servers.
+
+    Raises:
+        UserError: the cluster cannot be reached, or has too few resources.
+    """
+    with connected(dist):
+        cluster = Cluster(dist)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+
+@contextlib.contextmanager
+def _own_cluster(dist: DistConfig) -> Iterator[None]:
+    folder = tempfile.mkdtemp(prefix="rlhf-", dir="/tmp" if Path("/tmp").is_dir() else None)  # sockets: a short path
+    mark = {janitor.MARK: folder}
+    watch = subprocess.Popen(
+        [sys.executable, janitor.__file__, folder], stdin=subprocess.PIPE, start_new_session=True, env=os.environ | mark
+    )
+    try:
+        with _environment(_OWN_CLUSTER | mark | {"RAY_AUTH_TOKEN": _token()}):
+            import ray
+
+            cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers)
+            with _signals_kept():
+                ray.init(
+                    address="local",
+                    num_cpus=max(cores, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=folder,
+                )
+            try:
+                yield
+            finally:
+                ray.shutdown()
+    finally:
+        assert watch.stdin is not None
+        watch.stdin.close()  # the janitor ends what is left, as it does when this process is killed
+        watch.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _connection(address: str) -> Iterator[None]:
+    if address != "auto":
+        _check_reachable(address)
+    with _environment({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}):
+        import ray
+
+        try:
+            with _signals_kept():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"--dist.address {address}: no Ray cluster answers there ({error})") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@functools.cache
+def _token() -> str:
+    """One for this process, which Ray reads once; by default it would lie in the user's home."""
+    return os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for half a minute."""
+    import socket
+
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--dist.address {address}: expected auto or HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=_START_S).close()
+    except OSError as error:
+        raise UserError(f"--dist.address {address}: no Ray cluster answers there ({error})") from error
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray puts a handler of its own on SIGTERM; the run's handler shall stay."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    with contextlib.suppress(ValueError):  # not in the main thread, where Ray sets none either
+        signal.signal(signal.SIGTERM, before)
+
+
+def _actor_class() -> Any:
+    """`Worker` as a Ray actor that answers pings while it computes, and is never restarted behind our back."""
+    import ray
+
+    class Process(Worker):
+        @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
+        def ping(self) -> int:
+            return super().ping()
+
+    return ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})(Process)

@@ -1,0 +1,78 @@
+"""Who computes which micro-batches, and how their sums come together along the fixed tree of `rlhf.tree.tree_sum`.
+
+A worker gets a contiguous share of the micro-batches that consists of few whole subtrees. It adds each subtree up by
+itself; whoever owns a range of the gradient adds the subtrees of all workers in the tree's order. So the order of the
+additions, and with it every bit of the sum, is the same for any number of workers.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from rlhf.tree import CHUNK
+
+Span = tuple[int, int]
+"""(first, end) of consecutive micro-batches, or of consecutive elements."""
+
+_Sum = TypeVar("_Sum")
+
+_SUBTREES = 2
+"""Subtrees of a share, at most: what a worker sends is so many times the gradient."""
+
+
+@functools.cache
+def deal(total: int, workers: int) -> tuple[Span, ...]:
+    """The share of each worker in micro-batches 0..total-1: the largest share is as small as few subtrees allow.
+
+    Args:
+        total: micro-batches, at least 1.
+        workers: at least 1; shares may be empty.
+    """
+    for most in range(-(-total // workers), total + 1):
+        shares: list[Span] = []
+        start = 0
+        while start < total and len(shares) < workers:
+            stops = range(min(start + most, total), start, -1)
+            stop = next(stop for stop in stops if len(subtrees(start, stop, total)) <= _SUBTREES)
+            shares.append((start, stop))
+            start = stop
+        if start == total:
+            return (*shares, *([(total, total)] * (workers - len(shares))))
+    raise ValueError(f"deal: got {total} micro-batches for {workers} workers, expected at least 1 of each")
+
+
+def subtrees(start: int, stop: int, total: int) -> tuple[Span, ...]:
+    """The fewest whole subtrees of the tree over 0..total-1 that make up start..stop-1."""
+    spans = []
+    while start < stop:
+        size = 1
+        while start % (2 * size) == 0 and start + size < stop and (start + 2 * size <= stop or stop == total):
+            size *= 2
+        spans.append((start, min(start + size, total)))
+        start = spans[-1][1]
+    return tuple(spans)
+
+
+def join_sums(sums: Mapping[Span, _Sum], total: int, add: Callable[[_Sum, _Sum], _Sum]) -> _Sum:
+    """Add the sums of subtrees that make up 0..total-1, in the order of `rlhf.tree.tree_sum`."""
+
+    def node(start: int, stop: int) -> _Sum:
+        if (start, stop) in sums:
+            return sums[start, stop]
+        middle = start + (1 << (stop - start - 1).bit_length() - 1)
+        return add(node(start, middle), node(middle, stop))
+
+    return node(0, total)
+
+
+def shard_ranges(size: int, shards: int) -> tuple[Span, ...]:
+    """Cut a flat buffer into as even ranges as `rlhf.tree.CHUNK` allows; the last may be empty.
+
+    Args:
+        size: elements, a multiple of CHUNK.
+        shards: at least 1.
+    """
+    chunks = size // CHUNK
+    cuts = [number * chunks // shards * CHUNK for number in range(shards + 1)]
+    return tuple(itertools.pairwise(cuts))
