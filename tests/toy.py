@@ -1,0 +1,112 @@
+"""A small program for the executors' tests, and a worker that dies when it is told to; Ray workers import it too."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from rlhf import random
+from rlhf.distributed.executor import Models, Program, StepSpec
+from rlhf.distributed.worker import Worker
+from rlhf.optim import adamw
+from rlhf.schedules import linear
+from rlhf.tree import tree_map
+
+KEY = random.key(3)
+WIDTH = 200
+
+
+def objective(params, frozen, batch):
+    """Least squares of a small network: a batch is (inputs [B, 64], targets [B])."""
+    inputs, targets = batch
+    errors = torch.tanh(inputs @ params["w"]).sum(1) + params["b"] + (inputs @ frozen["offset"]["w"]).sum(1) - targets
+    loss = errors.square().sum()
+    return loss, {"loss/squares": loss.detach(), "count": torch.tensor(len(targets))}
+
+
+def predict(params, frozen, batch):
+    return torch.tanh(batch[0] @ params["w"]).sum(1) + params["b"]
+
+
+def follow(frozen, params):
+    return tree_map(lambda old, new: 0.5 * old + 0.5 * new, frozen, {"w": params["w"]})
+
+
+def make_program():
+    return Program(
+        {"main": StepSpec(objective, adamw(linear(0.01, 50), weight_decay=0.1), 0.5)},
+        {"predict": predict},
+        {"offset": follow},
+    )
+
+
+def make_program_without_blends():
+    """Its shards need not be restored when a worker is lost that owns none."""
+    return make_program()._replace(blends={})
+
+
+def models():
+    return Models(
+        {"w": random.normal(random.fold_in(KEY, 0), (64, WIDTH)), "b": torch.zeros(1)},
+        {"offset": {"w": torch.ones(64, WIDTH)}},
+    )
+
+
+def batch(size, seed):
+    key = random.fold_in(KEY, seed)
+    return random.normal(random.fold_in(key, 0), (size, 64)), random.normal(random.fold_in(key, 1), (size,))
+
+
+def drive(executor, steps, micro_batches=7):
+    """Everything an executor can do, in turn; (what it returned, its state)."""
+    seen = []
+    for step in range(steps):
+        seen.append(executor.step("main", [batch(6, 100 * step + number) for number in range(micro_batches)]))
+        seen.append(torch.cat(executor.map("predict", [batch(3, number) for number in range(5)])).tolist())
+        if step % 3 == 1:
+            executor.reset_optimizer()
+    return seen, executor.snapshot()
+
+
+class FaultyWorker(Worker):
+    """Sends itself a signal, once, at the moment that the file named by RLHF_TEST_FAULT describes."""
+
+    def _at(self, moment):
+        path = Path(os.environ["RLHF_TEST_FAULT"])
+        try:
+            fault = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return
+        if (moment, self._place.seat.rank, self._version) == (fault["moment"], fault["rank"], fault["version"]):
+            path.unlink(missing_ok=True)
+            os.kill(os.getpid(), getattr(signal, fault["signal"]))
+
+    def map(self, *arguments):
+        self._at("map")
+        return super().map(*arguments)
+
+    def gradient(self, *arguments):
+        self._at("gradient")
+        return super().gradient(*arguments)
+
+    def reduce(self, *arguments):
+        self._at("reduce")
+        return super().reduce(*arguments)
+
+    def _add_up(self, *arguments):  # the exchange has begun
+        self._at("exchange")
+        return super()._add_up(*arguments)
+
+    def apply(self, *arguments):
+        self._at("apply")
+        return super().apply(*arguments)
+
+    def publish(self, *arguments):  # the shard has applied the step
+        self._at("publish")
+        return super().publish(*arguments)
+
+    def snapshot(self):
+        self._at("snapshot")
+        return super().snapshot()
