@@ -1,5 +1,6 @@
 """What the programs share: reading --config before the flags, and turning errors into messages and exit codes."""
 
+import dataclasses
 import os
 import sys
 import traceback
@@ -7,19 +8,26 @@ from collections.abc import Callable, Sequence
 
 from rlhf.config import PipelineRun, RunConfig, flat_fields
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
-from rlhf.io.presets import load_config
+from rlhf.io.presets import load_config, load_dist_config
 
 
 def base_config(argv: Sequence[str]) -> PipelineRun:
-    """The configuration that flags are put on top of: that of --config (the last, if several), or the defaults."""
-    name = None
+    """The configuration that flags are put on top of: that of --config, or the defaults; then that of --dist-config."""
+    name, dist_name = _last_value(argv, "--config"), _last_value(argv, "--dist-config")
+    config = PipelineRun() if name is None else load_config(name)
+    return config if dist_name is None else dataclasses.replace(config, dist=load_dist_config(dist_name))
+
+
+def _last_value(argv: Sequence[str], wanted: str) -> str | None:
+    """The value of a flag; of the last, if it is given several times."""
+    found = None
     for place, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
-        if flag == "--config":
+        if flag.replace("_", "-") == wanted:
             if not equals and place + 1 == len(argv):
-                raise UserError("--config: expected a YAML file or the name of a preset")
-            name = value if equals else argv[place + 1]
-    return PipelineRun() if name is None else load_config(name)
+                raise UserError(f"{wanted}: expected a YAML file or the name of a preset")
+            found = value if equals else argv[place + 1]
+    return found
 
 
 def run_command(command: Callable[[], None]) -> int:

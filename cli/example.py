@@ -15,10 +15,11 @@ from rlhf.cli.command import run_command
 
 from rlhf.errors import UserError
 from rlhf.io.presets import load_config
+from rlhf.ranges import Index, Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
+class Example(Section):
     """Train SFT, reward model and PPO on a made-up customer service, and judge the result."""
 
     create_dummy_data: bool = False
@@ -29,6 +30,8 @@ class Example:
     """Of data and training."""
     config: str = "demo"
     """YAML file or preset with the training's settings."""
+    workers: Index | None = None
+    """Ray workers; none is two where there are two cores. The result is the same to the bit."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +44,7 @@ def _example(example: Example) -> None:
     from rlhf.data.embedded import EmbeddedFiles, write_embedded  # from here on it may take a second
     from rlhf.io.progress import console
     from rlhf.stages.example import run_example, show_comparison
+    from rlhf.stages.run import available_cores
 
     output_dir = _free_name(example.output_dir)
     data = output_dir / "data"
@@ -51,8 +55,14 @@ def _example(example: Example) -> None:
         files = EmbeddedFiles(*(data / f"{name}.json" for name in EmbeddedFiles._fields))
         if not files.demonstrations.is_file():
             raise UserError(f"{files.demonstrations}: no such file; add --create-dummy-data")
+    workers = example.workers if example.workers is not None else 2 * (available_cores() > 1)
+    dist = dataclasses.replace(base.dist, num_workers=workers)
+    where = f"on {workers} Ray workers with one core each" if workers else "in one process"
+    console.print(f"training {where}", markup=False)
     config = dataclasses.replace(
         base,
+        dist=dist,
+        threads=1,
         output_dir=output_dir,
         seed=example.seed,
         sft_data=files.demonstrations,

@@ -4,6 +4,7 @@ from . import tree as tree
 from .advantages import gae as gae
 from .advantages import gae_loop as gae_loop
 from .advantages import token_rewards as token_rewards
+from .distributed.parameter_server import ParameterServer as ParameterServer
 from .evaluation import correlation as correlation
 from .evaluation import mean_interval as mean_interval
 from .evaluation import preference_metrics as preference_metrics

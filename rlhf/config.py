@@ -302,6 +302,8 @@ class RunConfig(Section):
 
     config: str | None = None
     """YAML file, or the name of a preset that ships with rlhf (demo, gpt2, …), read before the flags."""
+    dist_config: str | None = None
+    """YAML file with a dist section, or `distributed` for the one that ships with rlhf, read after --config."""
     output_dir: Path = Path("outputs")
     """Folder for models, checkpoints, logs and the resolved configuration."""
     seed: Seed = 0

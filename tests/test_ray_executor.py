@@ -13,7 +13,7 @@ import toy
 from rlhf.config import DistConfig
 from rlhf.distributed import cluster, connected, open_executor
 from rlhf.distributed.executor import LocalExecutor
-from rlhf.errors import NonFiniteError, UserError
+from rlhf.errors import NonFiniteError
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -119,7 +119,7 @@ def test_what_is_not_finite_is_refused_and_named(one_ray):
 
 def test_an_error_of_the_users_function_is_the_users_and_no_fault(one_ray):
     with open_executor(toy.make_program, toy.models(), DistConfig(num_workers=2), device=CPU, tell=print) as executor:
-        with pytest.raises(RuntimeError, match="size of tensor|mat1 and mat2"):
+        with pytest.raises(RuntimeError, match=r"size of tensor|mat1 and mat2"):
             executor.map("predict", [(torch.ones(2, 3), torch.ones(2))])
         assert executor.faults() == []
 

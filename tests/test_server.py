@@ -46,7 +46,7 @@ def run(cuts: list[int], steps: int = 5) -> tuple[torch.Tensor, list[torch.Tenso
     ]
 
 
-@pytest.mark.parametrize("cuts", [[1], [3], [1, 2, 5], [2, 4, 6]], ids=str)
+@pytest.mark.parametrize("cuts", [[1], [3], [1, 2, 5], [2, 4, 6], [0], [0, 3, 3]], ids=str)
 def test_apply_gives_the_same_bits_for_any_cut(cuts):
     params, state = run([])
     cut_params, cut_state = run(cuts)

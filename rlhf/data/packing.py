@@ -23,14 +23,29 @@ class MicroBatch(NamedTuple):
 def pack(units: Sequence[Sequence[int]], *, rows: int, row_length: int) -> list[MicroBatch]:
     """Divide units of sequences into micro-batches of at most `rows` rows of `row_length` tokens.
 
-    A unit (one sequence, or a preference pair) is never split over micro-batches. First fit by falling length; the
-    result depends on the lengths alone, never on how many workers there are.
+    A unit (one sequence, or a preference pair) is never split over micro-batches. First fit by falling length, with as
+    few rows per micro-batch as need no more micro-batches, so that these are of even size. The result depends on the
+    lengths alone, never on how many workers there are.
 
     Args:
         units: for each unit the lengths of its sequences, each at most `row_length`.
         rows: rows per micro-batch; at least as many as a unit has sequences.
         row_length: tokens per row.
+
+    Raises:
+        ValueError: a unit does not fit.
     """
+    batches = _first_fit(units, rows, row_length)
+    tokens = sum(map(sum, units))
+    fewest = max(-(-tokens // (row_length * max(len(batches), 1))), *map(len, units), 1)
+    for fewer in range(fewest, rows):
+        trial = _first_fit(units, fewer, row_length)
+        if len(trial) == len(batches):
+            return trial
+    return batches
+
+
+def _first_fit(units: Sequence[Sequence[int]], rows: int, row_length: int) -> list[MicroBatch]:
     order = sorted(range(len(units)), key=lambda unit: (-sum(units[unit]), unit))
     batches: list[MicroBatch] = []
     fills: list[list[int]] = []

@@ -25,13 +25,16 @@ from rlhf.distributed.collectives import serve_store
 from rlhf.distributed.worker import Worker
 from rlhf.errors import UserError
 
-_OWN_CLUSTER = {
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",  # we say so ourselves, in one line
+}
+_OWN_CLUSTER = _QUIET | {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name notwithstanding: the node's address is 127.0.0.1
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Read when ray is imported, so set before."""
+"""Environment variables that Ray reads when it is imported, so they are set before."""
 
 _START_S = 10.0
 """Within this a cluster answers, or is taken to be unreachable."""
@@ -121,7 +124,7 @@ class Cluster:
                         raise (error.cause if isinstance(error.cause, Exception) else error) from None
                     failed = True
                 except self._ray.exceptions.RayError:  # the actor has died, or its node
-                    lost.append(calls[number][0])
+                    lost += [calls[number][0]] if calls[number][0] not in lost else []
             if waiting:
                 self.kill([member for member in {calls[n][0] for n in waiting.values()} if self._is_silent(member)])
         return results, lost, failed
@@ -257,7 +260,7 @@ def _own_cluster(dist: DistConfig) -> Iterator[None]:
 def _connection(address: str) -> Iterator[None]:
     if address != "auto":
         _check_reachable(address)
-    with _environment({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}):
+    with _environment(_QUIET):
         import ray
 
         try:

@@ -4,7 +4,6 @@ The flat buffer of all parameters is cut into contiguous ranges at multiples of 
 `Shard` with a version. One process holds one shard; nothing here knows who hosts it.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -102,22 +101,24 @@ Blocks = dict[str, tuple[int, int]]
 """(first element, end) within a shard, by leaf name."""
 
 
-def _groups(shard: Shard, layout: FlatLayout) -> Iterator[Blocks]:
-    """Cut a shard into groups of blocks, at most _GROUP elements each; the gaps between leaves are left out."""
+def _groups(shard: Shard, layout: FlatLayout) -> list[Blocks]:
+    """Cut a shard into groups of blocks, at most _GROUP elements each; the gaps between leaves are left out.
+
+    There is at least one group, if an empty one: a shard without elements counts its steps too.
+    """
     end = shard.start + shard.params.numel()
-    group: Blocks = {}
+    groups: list[Blocks] = [{}]
     size = 0
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
         low, high = max(offset, shard.start), min(offset + shape.numel(), end)
         while low < high:
-            stop = min(high, low + _GROUP - size)
-            group[name] = (low - shard.start, stop - shard.start)
-            low, size = stop, size + stop - low
             if size == _GROUP:
-                yield group
-                group, size = {}, 0
-    if group:
-        yield group
+                groups.append({})
+                size = 0
+            stop = min(high, low + _GROUP - size)
+            groups[-1][name] = (low - shard.start, stop - shard.start)
+            low, size = stop, size + stop - low
+    return groups
 
 
 def _cut(leaf: Tensor, blocks: Blocks) -> dict[str, Tensor]:

@@ -13,23 +13,27 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from rlhf.config import PipelineRun, RunConfig
+from rlhf.config import DistConfig, PipelineRun, RunConfig
 from rlhf.errors import UserError
 
 _Config = TypeVar("_Config")
 
 
-def load_config(name: str) -> PipelineRun:
+def load_config(name: str, *, flag: str = "--config") -> PipelineRun:
     """Read a YAML file, or a preset that ships with the package (`demo`, `gpt2`, …), over the defaults.
 
     The file may have sections for every stage, whichever is run.
+
+    Args:
+        name: of the file or preset.
+        flag: that gave the name, for errors.
 
     Raises:
         UserError: there is no such file or preset, or something in it is not valid.
     """
     path = Path(name)
     if path.is_file():
-        text = _read(path)
+        text = _read(path, flag)
     else:
         shipped = {
             entry.name.removesuffix(".yaml"): entry
@@ -37,7 +41,7 @@ def load_config(name: str) -> PipelineRun:
             if entry.name.endswith(".yaml")
         }
         if path.name.removesuffix(".yaml") not in shipped or str(path.parent) not in (".", "configs"):
-            raise UserError(f"--config {name}: no such file; presets that ship with rlhf: {', '.join(sorted(shipped))}")
+            raise UserError(f"{flag} {name}: no such file; presets that ship with rlhf: {', '.join(sorted(shipped))}")
         text = shipped[path.name.removesuffix(".yaml")].read_text(encoding="utf-8")
     return parse_config(text, source=name)
 
@@ -69,11 +73,23 @@ def dump_config(config: RunConfig) -> str:
     return text
 
 
-def _read(path: Path) -> str:
+def load_dist_config(name: str) -> DistConfig:
+    """Read a YAML file or preset that has a `dist` section and nothing else.
+
+    Raises:
+        UserError: as `load_config`, or there are other settings in it.
+    """
+    config = load_config(name, flag="--dist-config")
+    if config != PipelineRun(dist=config.dist):
+        raise UserError(f"--dist-config {name}: has settings outside of dist; give such a file to --config")
+    return config.dist
+
+
+def _read(path: Path, flag: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read as UTF-8 text ({error})") from error
+        raise UserError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> _Config:

@@ -30,7 +30,7 @@ from rlhf.tree import named_leaves
 Facts = dict[str, Any]
 """Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
 
-_FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist.", "threads")
+_FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist", "threads")
 """Settings that may differ when a run is resumed: but for the threads they do not change a bit of its results."""
 
 

@@ -1,0 +1,134 @@
+"""The sharded parameter server for any loss over any pytree; no language model needed."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config import DistConfig
+from rlhf.distributed import open_executor
+from rlhf.distributed.executor import Fault, Models, Program, StepSpec
+from rlhf.optim import Optimizer
+from rlhf.types import Metrics, Params
+
+
+class ParameterServer:
+    """Trains parameters that lie in shards, one for each worker or in servers of their own; a context manager.
+
+    Every step is applied exactly once. Its bits depend neither on the number of workers nor on who dies meanwhile.
+
+    Example:
+        >>> import torch
+        >>> from rlhf import ParameterServer
+        >>> from rlhf.config import DistConfig
+        >>> from rlhf.optim import adamw
+        >>> from rlhf.schedules import constant
+        >>>
+        >>> def loss(params, batch):  # a sum over the micro-batch, and what it is a sum of
+        ...     inputs, targets = batch
+        ...     errors = torch.tanh(inputs @ params["hidden"]) @ params["out"] - targets
+        ...     return errors.square().sum(), {"loss/mse": errors.detach().square().sum(), "count": errors.shape[0]}
+        >>>
+        >>> params = {"hidden": torch.linspace(-1, 1, 32).reshape(4, 8), "out": torch.zeros(8)}
+        >>> inputs = torch.linspace(-1, 1, 256).reshape(64, 4)
+        >>> batch = list(zip(inputs.split(16), inputs.sum(dim=1).split(16)))  # always these four micro-batches
+        >>>
+        >>> with ParameterServer(loss, params, adamw(constant(0.05)), DistConfig(num_workers=2)) as server:
+        ...     for _ in range(100):
+        ...         metrics = server.step(batch)
+        ...     trained = server.params()
+        >>> metrics["loss/mse"] < 0.03
+        True
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Params, Any], tuple[Tensor, Metrics]],
+        params: Params,
+        optimizer: Optimizer,
+        dist: DistConfig,
+        *,
+        max_grad_norm: float = float("inf"),
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Start the workers.
+
+        Args:
+            loss: (params, micro-batch) -> (loss sum, metric sums with `count`); pure. It goes to other processes: a
+                function of a module that they can import, or of the running script.
+            params: any pytree of float32 tensors.
+            optimizer: element-wise, such as `rlhf.optim.adamw`.
+            dist: how many workers and servers, and what to do about faults; with no worker all runs in this process.
+            max_grad_norm: global-norm clipping of the mean gradient; inf is off.
+            tell: gets one line for every fault.
+
+        Raises:
+            UserError: the Ray cluster cannot be reached, or has too few resources.
+        """
+        make_program = functools.partial(_make_program, loss, optimizer, max_grad_norm)
+        self._resources = contextlib.ExitStack()
+        self._executor = self._resources.enter_context(
+            open_executor(make_program, Models(params, {}), dist, device=torch.device("cpu"), tell=tell)
+        )
+
+    @property
+    def version(self) -> int:
+        """Steps applied."""
+        return self._executor.version
+
+    def step(self, batches: Sequence[Any]) -> dict[str, float]:
+        """Apply one optimiser step on the summed gradient of the micro-batches (pytrees of tensors).
+
+        Returns:
+            Means of the loss's metrics, and `grad_norm`.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; nothing was changed.
+        """
+        return self._executor.step("main", batches)
+
+    def params(self) -> Params:
+        """The present parameters, on the CPU."""
+        return self._executor.params()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Parameters and optimiser state by dotted name: what `safetensors` can save and `restore` takes."""
+        return self._executor.snapshot()
+
+    def restore(self, state: dict[str, Tensor], version: int) -> None:
+        """Continue from a snapshot taken after `version` steps, with any number of workers.
+
+        Raises:
+            ValueError: it is of other parameters.
+        """
+        self._executor.restore(state, version)
+
+    def faults(self) -> list[Fault]:
+        """What went wrong, and was made good, since the last call."""
+        return self._executor.faults()
+
+    def close(self) -> None:
+        """End all workers, and Ray where it was started for them."""
+        self._resources.close()
+
+    def __enter__(self) -> "ParameterServer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _make_program(
+    loss: Callable[[Params, Any], tuple[Tensor, Metrics]], optimizer: Optimizer, max_grad_norm: float
+) -> Program:
+    def objective(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, Metrics]:
+        total, metrics = loss(params, batch)
+        return total, {name: torch.as_tensor(value) for name, value in metrics.items()}
+
+    return Program({"main": StepSpec(objective, optimizer, max_grad_norm)}, {}, {})
