@@ -7,6 +7,7 @@ goes with this process, however that ends.
 import contextlib
 import functools
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -42,8 +43,11 @@ _START_S = 10.0
 _LOOK_S = 0.5
 """Between looks at who is silent, while waiting for results."""
 
-_JOIN_S = 120.0
-"""Within this a new process has imported torch and loaded its program."""
+_SETUP_S = 30.0
+"""Within this a new process has imported torch."""
+
+_PATIENCE_S = 3.0
+"""Left to the members of a group in which one was lost, before they are ended too."""
 
 
 class Member(NamedTuple):
@@ -90,28 +94,29 @@ class Cluster:
             )
             for name, bundle in zip(names, bundles, strict=True)
         ]
-        deadline = time.monotonic() + _JOIN_S
         for member in members:
-            try:
-                self._pids[member.actor] = self._ray.get(
-                    member.actor.ping.remote(), timeout=max(deadline - time.monotonic(), 0.1)
-                )
-            except self._ray.exceptions.RayError as error:
-                raise UserError(f"{member.name} could not be started within {_JOIN_S:.0f} s: {error}") from error
+            self._pings[member.actor] = (member.actor.ping.remote(), time.monotonic())
         return members
 
-    def collect(self, calls: Sequence[tuple[Member, Any]]) -> tuple[list[Any], list[Member], bool]:
+    def collect(
+        self, calls: Sequence[tuple[Member, Any]], *, together: bool = False
+    ) -> tuple[list[Any], list[Member], bool]:
         """Wait until every call has ended, however it does.
+
+        Args:
+            calls: (member, what its method returned).
+            together: the members wait for one another, so that after a loss nothing good can come of the other calls.
 
         Returns:
             (results, None where a call failed; members that were lost; whether the group of some member failed).
 
         Raises:
+            UserError: a process could not be set up.
             Exception: what a member's own code raised.
         """
         results: list[Any] = [None] * len(calls)
         lost: list[Member] = []
-        failed = False
+        failed, until = False, math.inf
         waiting = {call: number for number, (_, call) in enumerate(calls)}
         while waiting:
             done, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=_LOOK_S)
@@ -123,10 +128,15 @@ class Cluster:
                     if type(error.cause).__name__ != "GroupError":
                         raise (error.cause if isinstance(error.cause, Exception) else error) from None
                     failed = True
-                except self._ray.exceptions.RayError:  # the actor has died, or its node
+                except self._ray.exceptions.RayError as error:  # the actor has died, or its node
+                    if getattr(error, "actor_init_failed", False):
+                        raise UserError(f"{calls[number][0].name} cannot be set up: {error}") from error
                     lost += [calls[number][0]] if calls[number][0] not in lost else []
-            if waiting:
-                self.kill([member for member in {calls[n][0] for n in waiting.values()} if self._is_silent(member)])
+            if together and (lost or failed):
+                until = min(until, time.monotonic() + _PATIENCE_S)
+            hopeless = time.monotonic() > until
+            late = {calls[number][0] for number in waiting.values()}
+            self.kill([member for member in late if hopeless or self._is_silent(member)])
         return results, lost, failed
 
     def first(self, calls: dict[Any, Member]) -> tuple[Any, Any, bool]:
@@ -159,7 +169,6 @@ class Cluster:
                     os.kill(pid, signal.SIGKILL)
             else:
                 self._ray.kill(member.actor)
-            self._pings.pop(member.actor, None)
 
     def close(self) -> None:
         """Give the resources back."""
@@ -167,13 +176,15 @@ class Cluster:
             self._ray.util.remove_placement_group(self._group)
 
     def _is_silent(self, member: Member) -> bool:
-        """Whether a process has not answered for `heartbeat_s`; asks it on the way."""
+        """Whether a process has not answered for `heartbeat_s`, or has not started in time; asks it on the way."""
         now = time.monotonic()
-        ping, asked = self._pings.get(member.actor, (None, now))
-        if ping is None or self._ray.wait([ping], timeout=0)[0]:
+        ping, asked = self._pings[member.actor]
+        if self._ray.wait([ping], timeout=0)[0]:
+            with contextlib.suppress(self._ray.exceptions.RayError):  # whoever waits for its work learns of its death
+                self._pids[member.actor] = self._ray.get(ping)
             self._pings[member.actor] = (member.actor.ping.remote(), now)
             return False
-        return now - asked > self.dist.heartbeat_s
+        return now - asked > (self.dist.heartbeat_s if member.actor in self._pids else _SETUP_S)
 
     def _reserve(self) -> Any:
         """A placement group; refused within seconds where the cluster has not the room."""

@@ -79,6 +79,8 @@ class Group:
         """Close all connections; may be called twice."""
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+        else:  # a formation that failed has counted itself, and the count is part of the keys of the next one
+            torch_dist.distributed_c10d._world.group_count = 0
 
     def _host(self, tensor: Tensor, *, copy: bool = True) -> Tensor:
         """The tensor, or where gloo has to carry one of a GPU, a buffer on the host."""

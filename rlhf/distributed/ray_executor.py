@@ -178,10 +178,11 @@ class RayExecutor:
         Raises:
             _LostError: a member is lost, or their group has failed.
         """
-        return self._collect([(member, getattr(member.actor, method).remote(*arguments)) for member in members])
+        calls = [(member, getattr(member.actor, method).remote(*arguments)) for member in members]
+        return self._collect(calls, together=method in ("reduce", "apply", "publish"))
 
-    def _collect(self, calls: Sequence[tuple[Member, Any]]) -> list[Any]:
-        results, lost, failed = self._cluster.collect(calls)
+    def _collect(self, calls: Sequence[tuple[Member, Any]], *, together: bool = False) -> list[Any]:
+        results, lost, failed = self._cluster.collect(calls, together=together)
         if lost or failed:
             raise _LostError(lost)
         return results
@@ -319,7 +320,8 @@ class RayExecutor:
             [
                 (member, member.actor.join.remote(Place(seat, workers, owners), *store))
                 for member, seat in zip(members, seats, strict=True)
-            ]
+            ],
+            together=True,
         )
 
     def _copy_calls(self) -> list[tuple[Member, Any]]:

@@ -1,0 +1,70 @@
+"""Our reduction and publication of a flat buffer, as the server does them, against the backend's bare allreduce."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as torch_dist
+from torch import multiprocessing
+
+from benchmarks.timing import interleave, ratio, report, summary
+from rlhf.distributed.collectives import Seat, serve_store
+from rlhf.distributed.executor import Models, Program, StepSpec
+from rlhf.distributed.worker import Place, ShardState, Worker, to_numpy
+from rlhf.optim import Optimizer
+
+MEGABYTES = (1, 64, 500)
+
+
+def run(output: Path, *, rounds: int = 9) -> None:
+    """Print and write the figures."""
+    rows = []
+    for ranks in (2, 4):
+        for size in MEGABYTES:
+            store = serve_store("127.0.0.1")
+            with tempfile.TemporaryDirectory() as folder:
+                result = Path(folder) / "times.json"
+                multiprocessing.spawn(_rank, (ranks, store.port, size, rounds, str(result)), nprocs=ranks)
+                times = json.loads(result.read_text())
+            ours, bare = summary(times["ours"]), summary(times["bare"])
+            rows.append(
+                {
+                    "ranks": ranks,
+                    "MB": size,
+                    "ours ms": 1e3 * ours["median"],
+                    "ours quartiles": f"{1e3 * ours['low']:.3g} to {1e3 * ours['high']:.3g}",
+                    "bare ms": 1e3 * bare["median"],
+                    "bare quartiles": f"{1e3 * bare['low']:.3g} to {1e3 * bare['high']:.3g}",
+                    "ratio": ratio(times["ours"], times["bare"]),
+                }
+            )
+    report("allreduce", rows, output)
+
+
+def _rank(rank: int, ranks: int, port: int, megabytes: int, rounds: int, result: str) -> None:
+    worker = Worker(device="cpu", threads=1, backend="gloo", timeout_s=60)
+    params = {"x": torch.ones(megabytes * 250_000)}
+    worker.load(_program, Models(to_numpy(params), {}))
+    worker.join(Place(Seat(0, rank, ranks), ranks, tuple(range(ranks))), "127.0.0.1", port)
+    worker.restore(0, {}, ShardState(0, worker.params(), None))
+    gradient, buffer = worker._flat.clone(), worker._flat.clone()
+    shares = [(number, number + 1) for number in range(ranks)]
+
+    def ours() -> None:
+        worker._sums = {(rank, rank + 1): gradient}
+        worker._reduce_tree(shares)
+        worker.publish(0)
+
+    def bare() -> None:
+        torch_dist.all_reduce(buffer)
+
+    times = interleave({"ours": ours, "bare": bare}, rounds, warmup=2, before=torch_dist.barrier)
+    if rank == 0:
+        Path(result).write_text(json.dumps(times))
+    worker.leave()
+
+
+def _program() -> Program:
+    optimizer = Optimizer(lambda params: (), lambda grads, state, params: (params, state))
+    return Program({"main": StepSpec(lambda params, frozen, batch: (torch.zeros(()), {}), optimizer, 1.0)}, {}, {})

@@ -1,0 +1,148 @@
+"""The Ray layer as a whole: what a step costs beside its computation, and what a second worker brings."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import interleave, ratio, report, summary
+from rlhf import gpt2, random
+from rlhf.batches import Rows, TokenBatch
+from rlhf.config import DistConfig, SFTConfig
+from rlhf.distributed import connected, open_executor
+from rlhf.distributed.executor import Executor, Models
+from rlhf.gpt2_config import PRESETS, GPT2Config
+from rlhf.stages.sft import make_program
+
+SIZES = {"small": (dataclasses.replace(PRESETS["small"], vocab_size=1024), 8, 4), "gpt2": (PRESETS["gpt2"], 1, 4)}
+"""Model, rows of a micro-batch, micro-batches of a step."""
+
+NOTHING = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+"""A model whose computation takes no time: what is left is orchestration."""
+
+
+def run(output: Path, *, size: str = "small", rounds: int = 9) -> None:
+    """Print and write the figures."""
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    with connected(DistConfig(num_workers=6)):
+        rows += _orchestration(rounds)
+        rows += _modes(size, rounds)
+        rows += _traffic(size)
+        rows += _workers(size, rounds)
+    report(f"scaling-{size}", rows, output)
+
+
+def _row(what: str, times: list[float], reference: list[float] | None = None) -> dict[str, Any]:
+    figures = summary(times)
+    return {
+        "what": what,
+        "ms": 1e3 * figures["median"],
+        "quartiles": f"{1e3 * figures['low']:.3g} to {1e3 * figures['high']:.3g}",
+        "ratio": ratio(times, reference) if reference else "",
+    }
+
+
+@contextlib.contextmanager
+def _executor(config: GPT2Config, **dist: Any) -> Iterator[Any]:
+    program = functools.partial(make_program, config, SFTConfig(), 1000, torch.float32)
+    params = gpt2.init(config, key=random.key(0))
+    settings = DistConfig(snapshot_every=10_000, **dist)
+    with open_executor(program, Models(params, {}), settings, device=torch.device("cpu"), tell=print) as executor:
+        yield executor
+
+
+def _batches(config: GPT2Config, rows: int, count: int, length: int) -> list[TokenBatch]:
+    tokens = torch.arange(rows * length).reshape(rows, length) % config.vocab_size
+    packed = Rows(tokens, torch.arange(length).expand(rows, length), torch.ones_like(tokens))
+    index = torch.arange(rows * length).reshape(rows, length)[:, :-1].flatten()
+    mask = torch.ones_like(index, dtype=torch.bool)
+    return [TokenBatch(packed, index, tokens[:, 1:].flatten(), mask, random.key(number)) for number in range(count)]
+
+
+def _of(size: str) -> tuple[GPT2Config, list[TokenBatch]]:
+    config, rows, count = SIZES[size]
+    return config, _batches(config, rows, count, min(config.n_positions, 256))
+
+
+def _orchestration(rounds: int) -> list[dict[str, Any]]:
+    """A step and a map of next to no computation."""
+    batches, found = _batches(NOTHING, 1, 4, 8), []
+    for workers in (0, 1, 2, 4):
+        with _executor(NOTHING, num_workers=workers) as executor:
+            times = interleave(
+                {"step": lambda: executor.step("main", batches), "map": lambda: executor.map("measure", batches)},
+                10 * rounds,
+                warmup=5,
+            )
+            found += [
+                _row(f"{name} of 4 empty micro-batches, {workers} workers", values) for name, values in times.items()
+            ]
+    return found
+
+
+def _modes(size: str, rounds: int) -> list[dict[str, Any]]:
+    """The fixed tree against the backend's allreduce, on the same workers."""
+    config, batches = _of(size)
+    with _executor(config, num_workers=2) as executor:
+
+        def step(mode: str) -> None:
+            executor._dist = dataclasses.replace(executor._dist, reduce=mode)
+            executor.step("main", batches)
+
+        times = interleave({mode: functools.partial(step, mode) for mode in ("tree", "ring")}, 2 * rounds, warmup=2)
+    return [
+        _row(f"step of {size}, 2 workers, {mode}", values, times["ring"] if mode == "tree" else None)
+        for mode, values in times.items()
+    ]
+
+
+def _traffic(size: str, steps: int = 3) -> list[dict[str, Any]]:
+    """Bytes through the loopback device per step and worker, in units of the parameters' bytes, each way."""
+    config, batches = _of(size)
+    found = []
+    for workers in (2, 4):
+        with _executor(config, num_workers=workers) as executor:
+            executor.step("main", batches)
+            time.sleep(2.0)
+            before = _loopback_bytes()
+            for _ in range(steps):
+                executor.step("main", batches)
+            sent = (_loopback_bytes() - before) / steps / workers
+            size_of_params = 4 * executor._layout.size
+            found.append(
+                {
+                    "what": f"sent per step and worker of {size}, {workers} workers",
+                    "ms": "",
+                    "quartiles": f"{sent / 1e6:.1f} MB",
+                    "ratio": sent / size_of_params,
+                }
+            )
+    return found
+
+
+def _loopback_bytes() -> int:
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+
+
+def _workers(size: str, rounds: int) -> list[dict[str, Any]]:
+    """One process, one worker and two, each on one thread, on the same steps."""
+    config, batches = _of(size)
+    with contextlib.ExitStack() as stack:
+        executors: dict[str, Executor] = {
+            f"{number} workers": stack.enter_context(_executor(config, num_workers=number)) for number in (0, 1, 2)
+        }
+        times = interleave(
+            {name: functools.partial(executor.step, "main", batches) for name, executor in executors.items()},
+            rounds,
+            warmup=2,
+        )
+    return [
+        _row(f"step of {size}, {name}, one thread each", values, times["1 workers"] if name != "1 workers" else None)
+        for name, values in times.items()
+    ]

@@ -1,0 +1,73 @@
+"""Paired timings: every variant once per round, in turn, so that whatever else the machine does hits all alike."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    before: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each round by variant; the order is turned round in every other round, `before` is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(warmup + rounds):
+        names = list(variants) if number % 2 == 0 else list(reversed(variants))
+        for name in names:
+            before()
+            begun = time.perf_counter()
+            variants[name]()
+            if number >= warmup:
+                times[name].append(time.perf_counter() - begun)
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and quartiles, in seconds."""
+    if len(times) < 2:
+        return {"median": times[0], "low": times[0], "high": times[0]}
+    low, _, high = statistics.quantiles(times, n=4)
+    return {"median": statistics.median(times), "low": low, "high": high}
+
+
+def ratio(times: list[float], reference: list[float]) -> float:
+    """Median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(times, reference, strict=True))
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "ray", "numpy")},
+    }
+
+
+def report(name: str, rows: list[dict[str, Any]], output: Path) -> None:
+    """Print a table and write it as JSON."""
+    table = Table(title=name)
+    for heading in rows[0]:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    console.print(table)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

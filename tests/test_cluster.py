@@ -1,0 +1,94 @@
+"""Ray as users meet it: errors within seconds, signals, and nothing left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import DistConfig
+from rlhf.distributed import cluster
+from rlhf.distributed.janitor import MARK
+from rlhf.errors import UserError
+
+TRAIN = [sys.executable, "-c", "import sys; from rlhf.cli.train import main; sys.exit(main())"]
+
+
+def test_an_unreachable_cluster_is_refused_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=rf"--dist.address 127.0.0.1:{port}: no Ray cluster answers there"):
+        cluster.open_cluster(DistConfig(num_workers=1, address=f"127.0.0.1:{port}")).__enter__()
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host:", ":1234", "a:b"])
+def test_an_address_that_is_none_is_refused(address):
+    with pytest.raises(UserError, match=r"--dist.address .*: expected auto or HOST:PORT"):
+        cluster.open_cluster(DistConfig(num_workers=1, address=address)).__enter__()
+
+
+def test_too_few_resources_are_named(monkeypatch):
+    assert cluster._START_S <= 10
+    monkeypatch.setattr(cluster, "_START_S", 2.0)
+    dist = DistConfig(num_workers=2, num_servers=1, gpus_per_worker=1.0)
+    asked = r"2 workers and 1 servers ask for 3 CPU and 3 GPU, but the cluster has \d+ CPU, 0 GPU free"
+    with pytest.raises(UserError, match=asked), cluster.open_cluster(dist):
+        pass
+
+
+def marked(folder):
+    """Processes of a cluster."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "times", "code", "said"),
+    [
+        (signal.SIGINT, 1, 130, "and saved; continue with --resume"),
+        (signal.SIGTERM, 1, 143, "and saved; continue with --resume"),
+        (signal.SIGINT, 2, 130, "stopped at once"),
+        (signal.SIGKILL, 1, -9, ""),
+    ],
+)
+def test_signals_leave_no_process_and_no_folder(tmp_path, number, times, code, said):
+    """Sent to the whole process group, as a terminal does on Ctrl-C."""
+    before = set(Path("/tmp").glob("rlhf-*"))
+    command = [
+        *TRAIN, "sft", "--output-dir", tmp_path / "run", "--cache-dir", tmp_path, "--model.preset", "tiny",
+        "--sft.max-steps", "100000", "--dist.num-workers", "2", "--sft.micro-batch-size", "1",
+    ]  # fmt: skip
+    home = {**os.environ, "HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=home)
+    metrics = tmp_path / "run" / "logs" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count('"step"') > 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    (folder,) = set(Path("/tmp").glob("rlhf-*")) - before
+    assert marked(folder)
+    for _ in range(times):
+        os.killpg(process.pid, number)
+        time.sleep(0.3)
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == code, error
+    assert said in error
+    assert "Traceback" not in error
+    time.sleep(2.0)
+    assert not folder.exists()
+    assert not marked(folder)
+    assert not list((tmp_path / "home").iterdir()), "Ray has written into the user's home"
