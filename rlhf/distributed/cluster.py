@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import DistConfig
 from rlhf.distributed import janitor
-from rlhf.distributed.collectives import serve_store
+from rlhf.distributed.collectives import GroupError, serve_store
 from rlhf.distributed.worker import Worker
 from rlhf.errors import UserError
 
@@ -44,7 +45,7 @@ _LOOK_S = 0.5
 """Between looks at who is silent, while waiting for results."""
 
 _SETUP_S = 30.0
-"""Within this a new process has imported torch."""
+"""Within this a new process answers."""
 
 _PATIENCE_S = 3.0
 """Left to the members of a group in which one was lost, before they are ended too."""
@@ -58,6 +59,18 @@ class Member(NamedTuple):
     """As users know it: worker 1, server 0."""
     bundle: int
     """Of the placement group; a replacement takes it over."""
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the process's `Worker`; a reference to what it will return."""
+        return self.actor.call.remote(method, *arguments)
+
+
+class End(Enum):
+    """How a call has ended."""
+
+    DONE = "it returned"
+    LOST = "its process has died"
+    GROUP_FAILED = "its process lives, but another one has failed it"
 
 
 class Cluster:
@@ -79,28 +92,55 @@ class Cluster:
         """Start processes; they have loaded nothing yet."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        dist, device = self.dist, "cuda" if self.dist.gpus_per_worker else "cpu"
-        backend = dist.backend if dist.backend != "auto" else ("nccl" if device == "cuda" else "gloo")
-        actor = _actor_class()
-        members = [
-            Member(
-                actor.options(
-                    num_cpus=dist.threads_per_worker,
-                    num_gpus=dist.gpus_per_worker,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
-                ).remote(device=device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s),
-                name,
-                bundle,
+        actor, members = _actor_class(), []
+        for name, bundle in zip(names, bundles, strict=True):
+            options = actor.options(
+                num_cpus=self.dist.threads_per_worker,
+                num_gpus=self.dist.gpus_per_worker,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
             )
-            for name, bundle in zip(names, bundles, strict=True)
-        ]
+            members.append(Member(options.remote(), name, bundle))
         for member in members:
             self._pings[member.actor] = (member.actor.ping.remote(), time.monotonic())
         return members
 
-    def collect(
-        self, calls: Sequence[tuple[Member, Any]], *, together: bool = False
-    ) -> tuple[list[Any], list[Member], bool]:
+    def load(self, member: Member, *arguments: Any) -> Any:
+        """Let a new process make its `Worker`, and call the worker's `load`."""
+        dist, device = self.dist, "cuda" if self.dist.gpus_per_worker else "cpu"
+        backend = dist.backend if dist.backend != "auto" else ("nccl" if device == "cuda" else "gloo")
+        make_worker = functools.partial(
+            Worker, device=device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s
+        )
+        return member.actor.load.remote(make_worker, *arguments)
+
+    def next_ended(self, calls: Mapping[Any, Member], until: float = math.inf) -> tuple[Any, End, Any]:
+        """Wait for the call that ends first, and end processes that are silent meanwhile.
+
+        Args:
+            calls: whose method returned which reference.
+            until: a time (`time.monotonic`) after which whoever has not ended is ended.
+
+        Returns:
+            (the reference, how the call ended, its result).
+
+        Raises:
+            Exception: what a member's own code raised.
+        """
+        while True:
+            done, _ = self._ray.wait(list(calls), num_returns=1, timeout=_LOOK_S)
+            for call in done:
+                try:
+                    return call, End.DONE, self._ray.get(call)
+                except self._ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, GroupError):
+                        return call, End.GROUP_FAILED, None
+                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                except self._ray.exceptions.RayError:  # the process has died, or its machine
+                    return call, End.LOST, None
+            hopeless = time.monotonic() > until
+            self.kill([member for member in set(calls.values()) if hopeless or self._is_silent(member)])
+
+    def collect(self, calls: Sequence[tuple[Member, Any]], *, together: bool) -> tuple[list[Any], list[Member], bool]:
         """Wait until every call has ended, however it does.
 
         Args:
@@ -111,46 +151,20 @@ class Cluster:
             (results, None where a call failed; members that were lost; whether the group of some member failed).
 
         Raises:
-            UserError: a process could not be set up.
-            Exception: what a member's own code raised.
+            Exception: see `next_ended`.
         """
-        results: list[Any] = [None] * len(calls)
+        results: dict[Any, Any] = {}
         lost: list[Member] = []
         failed, until = False, math.inf
-        waiting = {call: number for number, (_, call) in enumerate(calls)}
+        waiting = {call: member for member, call in calls}
         while waiting:
-            done, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=_LOOK_S)
-            for call in done:
-                number = waiting.pop(call)
-                try:
-                    results[number] = self._ray.get(call)
-                except self._ray.exceptions.RayTaskError as error:
-                    if type(error.cause).__name__ != "GroupError":
-                        raise (error.cause if isinstance(error.cause, Exception) else error) from None
-                    failed = True
-                except self._ray.exceptions.RayError as error:  # the actor has died, or its node
-                    if getattr(error, "actor_init_failed", False):
-                        raise UserError(f"{calls[number][0].name} cannot be set up: {error}") from error
-                    lost += [calls[number][0]] if calls[number][0] not in lost else []
-            if together and (lost or failed):
+            call, end, results[call] = self.next_ended(waiting, until)
+            member = waiting.pop(call)
+            failed |= end is End.GROUP_FAILED
+            lost += [member] if end is End.LOST and member not in lost else []
+            if together and end is not End.DONE:
                 until = min(until, time.monotonic() + _PATIENCE_S)
-            hopeless = time.monotonic() > until
-            late = {calls[number][0] for number in waiting.values()}
-            self.kill([member for member in late if hopeless or self._is_silent(member)])
-        return results, lost, failed
-
-    def first(self, calls: dict[Any, Member]) -> tuple[Any, Any, bool]:
-        """Wait for the call that ends first: (call, its result, whether its member was lost)."""
-        while True:
-            done, _ = self._ray.wait(list(calls), num_returns=1, timeout=_LOOK_S)
-            for call in done:
-                try:
-                    return call, self._ray.get(call), False
-                except self._ray.exceptions.RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
-                except self._ray.exceptions.RayError:
-                    return call, None, True
-            self.kill([member for member in set(calls.values()) if self._is_silent(member)])
+        return [results[call] for _, call in calls], lost, failed
 
     def put(self, value: Any) -> Any:
         """Place arrays in shared memory, where every process of this machine reads them without a copy."""
@@ -328,12 +342,19 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _actor_class() -> Any:
-    """`Worker` as a Ray actor that answers pings while it computes, and is never restarted behind our back."""
+    """A process with a `Worker` in it, that answers pings while it computes and is never restarted behind our back."""
     import ray
 
-    class Process(Worker):
+    class Process:
         @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
         def ping(self) -> int:
-            return super().ping()
+            return os.getpid()
+
+        def load(self, make_worker: Callable[[], Worker], *arguments: Any) -> None:
+            self.worker = make_worker()  # here, so that pings are answered while torch is imported
+            self.worker.load(*arguments)
+
+        def call(self, method: str, *arguments: Any) -> Any:
+            return getattr(self.worker, method)(*arguments)
 
     return ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})(Process)

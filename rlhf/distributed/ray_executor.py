@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.distributed.cluster import Cluster, Member
+from rlhf.distributed.cluster import Cluster, End, Member
 from rlhf.distributed.collectives import Seat
 from rlhf.distributed.dealing import deal
 from rlhf.distributed.executor import (
@@ -31,8 +31,6 @@ from rlhf.tree import flat_layout, flatten, leaves, tree_map, unflatten
 from rlhf.types import Params, Tree
 
 _CPU = torch.device("cpu")
-_IN_FLIGHT = 2
-"""Micro-batches handed to a worker ahead of its results, so that it never waits for the next one."""
 
 
 class _LostError(Exception):
@@ -178,7 +176,7 @@ class RayExecutor:
         Raises:
             _LostError: a member is lost, or their group has failed.
         """
-        calls = [(member, getattr(member.actor, method).remote(*arguments)) for member in members]
+        calls = [(member, member.call(method, *arguments)) for member in members]
         return self._collect(calls, together=method in ("reduce", "apply", "publish"))
 
     def _collect(self, calls: Sequence[tuple[Member, Any]], *, together: bool = False) -> list[Any]:
@@ -196,16 +194,15 @@ class RayExecutor:
         def hand_out(member: Member) -> None:
             if waiting and member not in lost:
                 number = waiting.popleft()
-                call = member.actor.map.remote(name, self._version, to_numpy(batches[number]))
+                call = member.call("map", name, self._version, to_numpy(batches[number]))
                 calls[call], numbers[call] = member, number
 
-        for _ in range(_IN_FLIGHT):
-            for member in self._workers:
-                hand_out(member)
+        for member in self._workers:
+            hand_out(member)
         while calls:
-            call, result, is_lost = self._cluster.first(calls)
+            call, end, result = self._cluster.next_ended(calls)
             member = calls.pop(call)
-            if is_lost:
+            if end is not End.DONE:
                 lost += [member] if member not in lost else []
             else:
                 results[numbers[call]] = from_numpy(result, _CPU, copy=True)
@@ -218,7 +215,7 @@ class RayExecutor:
         shares = deal(len(batches), len(self._workers))
         arrays = [to_numpy(batch) for batch in batches]
         calls = [
-            member.actor.gradient.remote(name, self._version, share, len(batches), arrays[slice(*share)])
+            member.call("gradient", name, self._version, share, len(batches), arrays[slice(*share)])
             for member, share in zip(self._workers, shares, strict=True)
         ]
         by_worker = self._collect(list(zip(self._workers, calls, strict=True)))
@@ -310,7 +307,7 @@ class RayExecutor:
 
     def _form(self, fresh: Sequence[Member]) -> None:
         """Let new members load the program, then all of them form the next generation."""
-        self._collect([(member, member.actor.load.remote(self._make_program, self._shared)) for member in fresh])
+        self._collect([(member, self._cluster.load(member, self._make_program, self._shared)) for member in fresh])
         self._cluster.generation += 1
         workers, members = len(self._workers), self._members
         owners = tuple(range(workers, len(members)) if self._servers else range(workers))
@@ -318,7 +315,7 @@ class RayExecutor:
         store = (self._cluster.host, self._cluster.store.port)
         self._collect(
             [
-                (member, member.actor.join.remote(Place(seat, workers, owners), *store))
+                (member, member.call("join", Place(seat, workers, owners), *store))
                 for member, seat in zip(members, seats, strict=True)
             ],
             together=True,
@@ -327,8 +324,8 @@ class RayExecutor:
     def _copy_calls(self) -> list[tuple[Member, Any]]:
         """Ask all owners for copies of their shards, and a worker for the frozen models that change."""
         owners = self._servers or self._workers
-        calls = [(member, member.actor.snapshot.remote()) for member in owners]
-        return [*calls, (self._workers[0], self._workers[0].actor.blended.remote())]
+        calls = [(member, member.call("snapshot")) for member in owners]
+        return [*calls, (self._workers[0], self._workers[0].call("blended"))]
 
     def _take_snapshot(self) -> None:
         calls = self._copy_calls()

@@ -10,7 +10,6 @@ One optimiser step is three calls on every member, each a phase that all of them
     apply      every owner updates its shard, exactly once, and sends it to all workers, which swap it in at the end
 """
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -63,10 +62,6 @@ class Worker:
         self._backend, self._timeout_s = backend, timeout_s
         self._store: Any = None
         self._group: Group | None = None
-
-    def ping(self) -> int:
-        """This process's number."""
-        return os.getpid()
 
     def load(self, make_program: Callable[[], Program], models: Models) -> None:
         """Take up a program; its models' arrays are read where they lie, on the CPU."""
