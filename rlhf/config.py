@@ -88,7 +88,7 @@ class DistConfig(Section):
     placement: Literal["pack", "spread"] = "pack"
     """Whether workers share nodes or are put on different ones."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Collectives; auto is nccl for CUDA tensors, gloo for CPU."""
+    """Collectives; auto is nccl where each worker has a GPU of its own, else gloo."""
     reduce: Literal["tree", "ring"] = "tree"
     """Gradient sums along one fixed tree, with the same bits for any number of workers; or the backend's allreduce."""
     timeout_s: Positive = 60.0

@@ -107,7 +107,8 @@ class Cluster:
     def load(self, member: Member, *arguments: Any) -> Any:
         """Let a new process make its `Worker`, and call the worker's `load`."""
         dist, device = self.dist, "cuda" if self.dist.gpus_per_worker else "cpu"
-        backend = dist.backend if dist.backend != "auto" else ("nccl" if device == "cuda" else "gloo")
+        alone = dist.gpus_per_worker == 1  # NCCL refuses two processes on one GPU
+        backend = dist.backend if dist.backend != "auto" else ("nccl" if alone else "gloo")
         make_worker = functools.partial(
             Worker, device=device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s
         )

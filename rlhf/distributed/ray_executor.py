@@ -86,7 +86,9 @@ class RayExecutor:
         names = [f"worker {n}" for n in range(workers)] + [f"server {n}" for n in range(servers)]
         members = cluster.start(names, range(len(names)))
         self._workers, self._servers = members[:workers], members[workers:]
-        self._lasting(lambda: self._begin(members))
+        self._loaded: list[Member] = []  # who has the program
+        self._intact = False  # whether the shards hold the present version, or can be brought to it
+        self._lasting(self._begin)
 
     @property
     def version(self) -> int:
@@ -261,55 +263,58 @@ class RayExecutor:
 
         A shard is lost with its owner; then all go back to the last snapshot, and what was done since is done again.
         """
-        begun, what, intact = time.monotonic(), str(lost), True
+        begun, what = time.monotonic(), str(lost)
         while True:
             self._restarts += 1
             try:
                 if self._restarts > self._dist.max_restarts:
                     raise UserError(f"{self._dist.max_restarts} faults were made good, and no more are allowed")
                 owners = self._servers or self._workers
-                intact = intact and not self._program.blends and not any(owner in lost.members for owner in owners)
-                self._mend(lost.members, intact)
+                self._intact &= not self._program.blends and not any(owner in lost.members for owner in owners)
+                kept = self._intact
+                self._mend(lost.members)
                 break
             except _LostError as again:
                 lost = again
             except UserError as error:
                 self._take_over()
-                what, intact = f"{what}; {error}", False
+                what, kept = f"{what}; {error}", False
                 break
         fault = Fault(what, time.monotonic() - begun, final=self._local is not None)
         self._faults.append(fault)
         how = "going on in this process" if fault.final else "going on"
         self._tell(f"lost {fault.what}; {how} after {fault.recovery_s:.1f} s")
-        return intact
+        return kept
 
-    def _mend(self, lost: Sequence[Member], intact: bool) -> None:
+    def _mend(self, lost: Sequence[Member]) -> None:
         """Form a new generation without the lost members, or with others in their places."""
         self._cluster.kill(lost)
-        alive = [member for member in self._members if member not in lost]
-        shrinks = self._dist.on_failure == "shrink" and any(member in alive for member in self._workers)
-        places = [member for member in lost if not (shrinks and member in self._workers)]
+        shrinks = self._dist.on_failure == "shrink" and any(member not in lost for member in self._workers)
+        if shrinks:
+            self._workers = [member for member in self._workers if member not in lost]
+        places = [member for member in self._members if member in lost]
         fresh = self._cluster.start([member.name for member in places], [member.bundle for member in places])
-        heirs = dict(zip([member.name for member in places], fresh, strict=True))
-        self._workers, self._servers = (
-            [heirs.get(member.name, member) for member in members if member in alive or member.name in heirs]
-            for members in (self._workers, self._servers)
-        )
-        self._form(fresh)
-        if intact:
+        heirs = {member.name: member for member in fresh}
+        self._workers = [heirs.get(member.name, member) for member in self._workers]
+        self._servers = [heirs.get(member.name, member) for member in self._servers]
+        self._form()
+        if self._intact:
             self._call(self._members, "publish", self._version)
         else:
             self._load_snapshot()
 
-    def _begin(self, members: Sequence[Member]) -> None:
-        self._form(members)
-        self._load_snapshot()
+    def _begin(self) -> None:
+        if not self._intact:
+            self._form()
+            self._load_snapshot()
 
-    def _form(self, fresh: Sequence[Member]) -> None:
+    def _form(self) -> None:
         """Let new members load the program, then all of them form the next generation."""
-        self._collect([(member, self._cluster.load(member, self._make_program, self._shared)) for member in fresh])
-        self._cluster.generation += 1
         workers, members = len(self._workers), self._members
+        fresh = [member for member in members if member not in self._loaded]
+        self._collect([(member, self._cluster.load(member, self._make_program, self._shared)) for member in fresh])
+        self._loaded = members
+        self._cluster.generation += 1
         owners = tuple(range(workers, len(members)) if self._servers else range(workers))
         seats = [Seat(self._cluster.generation, rank, len(members)) for rank in range(len(members))]
         store = (self._cluster.host, self._cluster.store.port)
@@ -335,10 +340,11 @@ class RayExecutor:
 
     def _load_snapshot(self) -> None:
         """Bring all members to the last snapshot, then to the present version."""
-        self._version = self._snapshot.version
+        self._intact, self._version = False, self._snapshot.version
         self._call(self._members, "restore", self._version, self._snapshot.blended, *self._snapshot.state)
         for method, arguments in self._done:
             self._repeat(method, *arguments)
+        self._intact = True
 
     def _take_over(self) -> None:
         """Do the rest in this process."""
