@@ -54,6 +54,7 @@ def _rank(rank: int, ranks: int, port: int, megabytes: int, rounds: int, result:
     def ours() -> None:
         worker._sums = {(rank, rank + 1): gradient}
         worker._reduce_tree(shares)
+        worker._shard = worker._shard._replace(params=worker._spare[slice(*worker._own)])  # where `apply` leaves them
         worker.publish(0)
 
     def bare() -> None:

@@ -5,6 +5,7 @@ instead of waiting. It is never used again: whoever is left forms the next gener
 """
 
 import datetime
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -60,13 +61,21 @@ class Group:
             sends: (rank, tensor), contiguous, not to be changed before the exchange has ended.
             receives: (rank, tensor that is written into), contiguous.
         """
-        outgoing = [(rank, self._host(tensor)) for rank, tensor in sends]
-        incoming = [(rank, self._host(tensor, copy=False)) for rank, tensor in receives]
-        order = [torch_dist.P2POp(torch_dist.irecv, tensor, rank) for rank, tensor in incoming]
-        order += [torch_dist.P2POp(torch_dist.isend, tensor, rank) for rank, tensor in outgoing]
-        works = self._guard(lambda: torch_dist.batch_isend_irecv(order)) if order else []
-        copies = [(target, buffer) for (_, target), (_, buffer) in zip(receives, incoming, strict=True)]
-        return Exchange(self, works, copies)
+        buffers = [self._host(tensor, copy=False) for _, tensor in receives]
+        outgoing = [torch_dist.P2POp(torch_dist.isend, self._host(tensor), rank) for rank, tensor in sends]
+        incoming = [
+            torch_dist.P2POp(torch_dist.irecv, buffer, rank)
+            for (rank, _), buffer in zip(receives, buffers, strict=True)
+        ]
+        both = [op for pair in itertools.zip_longest(incoming, outgoing) for op in pair if op is not None]
+        works = self._guard(lambda: torch_dist.batch_isend_irecv(both)) if both else []
+        if len(works) < len(both):  # NCCL: one work for all
+            works = works * len(both)
+        by_op = dict(zip(map(id, both), works, strict=True))
+        arriving = [
+            (by_op[id(op)], target, buffer) for op, (_, target), buffer in zip(incoming, receives, buffers, strict=True)
+        ]
+        return Exchange(self, arriving, [by_op[id(op)] for op in outgoing])
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all members, in the backend's own order."""
@@ -99,20 +108,20 @@ class Group:
 class Exchange:
     """Tensors on their way."""
 
-    def __init__(self, group: Group, works: list[Any], copies: list[tuple[Tensor, Tensor]]) -> None:
-        """Made by `Group.exchange`."""
-        self._group, self._works, self._copies = group, works, copies
+    def __init__(self, group: Group, arriving: list[tuple[Any, Tensor, Tensor]], leaving: list[Any]) -> None:
+        """Made by `Group.exchange`: (work, tensor, buffer it arrives in) of each receive, works of the sends."""
+        self._group, self._arriving, self._leaving = group, arriving, leaving
 
     def received(self, number: int) -> None:
         """Wait for the tensor of that number among those to be received."""
-        target, buffer = self._copies[number]
-        self._group._guard(self._works[number if len(self._works) > 1 else 0].wait)  # NCCL: one work for all
+        work, target, buffer = self._arriving[number]
+        self._group._guard(work.wait)
         if buffer is not target:
             target.copy_(buffer)
 
     def finish(self) -> None:
-        """Wait for everything that is still on its way; `received` must have been called for each tensor."""
-        for work in self._works[len(self._copies) :]:
+        """Wait until everything has been sent; `received` must have been called for each tensor."""
+        for work in self._leaving:
             self._group._guard(work.wait)
 
 

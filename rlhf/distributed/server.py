@@ -59,18 +59,26 @@ def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float,
 
 
 def apply(
-    shard: Shard, step: int, gradient_sum: Tensor, scale: float, optimizer: Optimizer, layout: FlatLayout
+    shard: Shard,
+    step: int,
+    gradient_sum: Tensor,
+    scale: float,
+    optimizer: Optimizer,
+    layout: FlatLayout,
+    *,
+    out: Tensor | None = None,
 ) -> Shard:
     """Apply one step exactly once.
 
     Args:
-        shard: its buffers are updated in place and belong to the result.
+        shard: its buffers are updated in place (the parameters', unless `out` is given) and belong to the result.
         step: the step that this is; must be the shard's version. The step before it was applied already, and is
             answered with the shard as it is.
         gradient_sum: [n] float32, this range of the summed gradient.
         scale: from `update_scale`.
         optimizer: element-wise, as `rlhf.optim.adamw`.
         layout: of the whole buffer.
+        out: [n] float32, where the new parameters are written; the gaps between leaves are left as they are.
 
     Returns:
         The shard at version step + 1.
@@ -82,19 +90,20 @@ def apply(
         return shard
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
+    target = shard.params if out is None else out
     updated: list[Tensor] = []
     for blocks in _groups(shard, layout):
         params, gradient = _cut(shard.params, blocks), tree_map(lambda g: g * scale, _cut(gradient_sum, blocks))
         state = tree_map(lambda leaf, cut=blocks: _cut(leaf, cut) if leaf.ndim else leaf, shard.opt_state)
         new_params, new_state = optimizer.update(gradient, state, params)
         updated = leaves(new_state)
-        for old, new in zip(leaves(params) + leaves(state), leaves(new_params) + updated, strict=True):
+        for old, new in zip(leaves(_cut(target, blocks)) + leaves(state), leaves(new_params) + updated, strict=True):
             if old.ndim:
                 old.copy_(new)
     counters = [leaf for leaf in leaves(shard.opt_state) if not leaf.ndim]
     for counter, new in zip(counters, (leaf for leaf in updated if not leaf.ndim), strict=True):
         counter.copy_(new)  # only now: every group must see the same count
-    return shard._replace(version=shard.version + 1)
+    return shard._replace(params=target, version=shard.version + 1)
 
 
 Blocks = dict[str, tuple[int, int]]

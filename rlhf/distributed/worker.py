@@ -71,7 +71,7 @@ class Worker:
         self._frozen: dict[str, Tree] = from_numpy(models.frozen, self._device)
         self._layout = flat_layout(params)
         self._use(flatten(params, self._layout))
-        self._spare = torch.empty_like(self._flat)
+        self._spare = torch.zeros_like(self._flat)
         self._gradients = {
             name: grad_and_value(spec.objective, has_aux=True) for name, spec in self._program.steps.items()
         }
@@ -114,6 +114,8 @@ class Worker:
         if self._own is not None:
             self._shard = read_shard(state, self._program.optimizer, self._own, version, self._device)
             self._gradient = torch.empty_like(self._shard.params)
+            if self._computes:  # its parameters are part of the worker's own
+                self._shard = self._shard._replace(params=self._flat[slice(*self._own)])
 
     def map(self, name: str, version: int, batch: Any) -> Any:
         """`program.maps[name]` of one micro-batch, at the parameters of that version."""
@@ -173,7 +175,8 @@ class Worker:
         """
         if self._shard is not None:
             optimizer = self._program.steps[name].optimizer
-            self._shard = apply(self._shard, step, self._gradient, scale, optimizer, self._layout)
+            out = self._spare[slice(*self._own)] if self._computes and self._own else None
+            self._shard = apply(self._shard, step, self._gradient, scale, optimizer, self._layout, out=out)
         self.publish(step + 1)
 
     def publish(self, version: int) -> None:
@@ -183,11 +186,13 @@ class Worker:
             GroupError: a member has failed; the worker's parameters are as they were.
         """
         me, sends, receives = self._group_now().seat.rank, [], []
+        if self._computes and self._shard is not None and self._own is not None:
+            spare = self._spare[slice(*self._own)]
+            if self._shard.params.data_ptr() != spare.data_ptr():  # published again without a step between
+                self._shard = self._shard._replace(params=spare.copy_(self._shard.params))
         for owner, (low, high) in zip(self._place.owners, self._ranges, strict=True):
             if owner == me and self._shard is not None:
                 sends += [(rank, self._shard.params) for rank in range(self._place.workers) if rank != me]
-                if self._computes:
-                    self._spare[low:high] = self._shard.params
             elif self._computes:
                 receives.append((owner, self._spare[low:high]))
         exchange = self._group_now().exchange(sends, receives)
@@ -257,31 +262,29 @@ class Worker:
             }
         sends: list[tuple[int, Tensor]] = []
         receives: list[tuple[int, Tensor]] = []
+        shards = list(zip(self._place.owners, self._ranges, strict=True))
+        after_me = sorted(shards, key=lambda shard: (shard[0] <= me, shard[0]))  # not all to the same owner at once
         for offset in range(0, max(high - low for low, high in self._ranges), _SEGMENT):
-            for owner, (low, high) in zip(self._place.owners, self._ranges, strict=True):
+            for owner, (low, high) in after_me:
                 begin, end = low + offset, min(low + offset + _SEGMENT, high)
-                if begin >= end:
-                    continue
-                if owner != me:
+                if begin < end and owner != me:
                     sends += [(owner, self._sums[span][begin:end]) for span in self._sums]
-                else:
+                elif begin < end:
                     receives += [(rank, box[begin - low : end - low]) for (rank, _), box in self._inbox.items()]
         exchange = self._group_now().exchange(sends, receives)
-        self._add_up(exchange, total)
+        if self._own is not None:
+            self._add_up(exchange, total, *self._own)
         exchange.finish()
 
-    def _add_up(self, exchange: Exchange, total: int) -> None:
+    def _add_up(self, exchange: Exchange, total: int, low: int, high: int) -> None:
         """Sum the own range segment by segment, as the subtrees arrive."""
-        if self._own is None:
-            return
-        low, high = self._own
+        sums = {span: self._sums[span][low:high] for span in self._sums}
+        sums |= {span: box for (_, span), box in self._inbox.items()}
         for segment, offset in enumerate(range(0, high - low, _SEGMENT)):
-            end = min(offset + _SEGMENT, high - low)
             for number in range(len(self._inbox)):
                 exchange.received(segment * len(self._inbox) + number)
-            sums = {span: self._sums[span][low + offset : low + end] for span in self._sums}
-            sums |= {span: box[offset:end] for (_, span), box in self._inbox.items()}
-            self._gradient[offset:end] = join_sums(sums, total, torch.add)
+            parts = {span: addend[offset : offset + _SEGMENT] for span, addend in sums.items()}
+            _join_into(self._gradient[offset : offset + _SEGMENT], parts, total)
 
     def _reduce_ring(self) -> None:
         own = list(self._sums.values())
@@ -289,6 +292,20 @@ class Worker:
         self._group_now().all_reduce(total)
         if self._own is not None:
             self._gradient.copy_(total[slice(*self._own)])
+
+
+def _join_into(out: Tensor, parts: dict[Span, Tensor], total: int) -> None:
+    """`join_sums` of tensors that are no longer needed, without memory of its own."""
+    left_to_do = len(parts) - 1
+
+    def add(left: Tensor, right: Tensor) -> Tensor:
+        nonlocal left_to_do
+        left_to_do -= 1
+        return torch.add(left, right, out=left if left_to_do else out)
+
+    whole = join_sums(parts, total, add)
+    if whole is not out:
+        out.copy_(whole)
 
 
 def to_numpy(tree: Tree) -> Any:
