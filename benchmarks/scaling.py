@@ -19,8 +19,8 @@ from rlhf.distributed.executor import Executor, Models
 from rlhf.gpt2_config import PRESETS, GPT2Config
 from rlhf.stages.sft import make_program
 
-SIZES = {"small": (dataclasses.replace(PRESETS["small"], vocab_size=1024), 8, 4), "gpt2": (PRESETS["gpt2"], 1, 4)}
-"""Model, rows of a micro-batch, micro-batches of a step."""
+SIZES = {"small": (dataclasses.replace(PRESETS["small"], vocab_size=1024), 8, 128), "gpt2": (PRESETS["gpt2"], 1, 64)}
+"""Model, rows of each of a step's four micro-batches, tokens of a row."""
 
 NOTHING = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)
 """A model whose computation takes no time: what is left is orchestration."""
@@ -31,7 +31,8 @@ def run(output: Path, *, size: str = "small", rounds: int = 9) -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with connected(DistConfig(num_workers=6)):
-        rows += _orchestration(rounds)
+        if size == "small":
+            rows += _orchestration(rounds)
         rows += _modes(size, rounds)
         rows += _traffic(size)
         rows += _workers(size, rounds)
@@ -66,8 +67,8 @@ def _batches(config: GPT2Config, rows: int, count: int, length: int) -> list[Tok
 
 
 def _of(size: str) -> tuple[GPT2Config, list[TokenBatch]]:
-    config, rows, count = SIZES[size]
-    return config, _batches(config, rows, count, min(config.n_positions, 256))
+    config, rows, length = SIZES[size]
+    return config, _batches(config, rows, 4, length)
 
 
 def _orchestration(rounds: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf.config import PipelineRun, PPOConfig, PPORun, RewardRun, SFTConfig, SFTRun, flat_fields
 from rlhf.errors import UserError
-from rlhf.io.presets import dump_config, load_config, narrow, parse_config
+from rlhf.io.presets import dump_config, load_config, load_dist_config, narrow, parse_config
 
 SHIPPED = sorted(entry.name for entry in resources.files("rlhf.configs").iterdir() if entry.name.endswith(".yaml"))
 
@@ -279,3 +279,24 @@ def test_dump_config_is_readable_text():
     assert "clip_eps: 0.2" in text
     assert "!!" not in text
     assert text.index("seed:") < text.index("model:") < text.index("start_at:")
+
+
+def test_dist_config_is_read_after_config_and_before_flags(tmp_path):
+    from rlhf.cli.train import parse
+
+    path = tmp_path / "cluster.yaml"
+    path.write_text("dist: {num_workers: 3, timeout_s: 5}\n")
+    config = parse(["sft", "--config", "demo", "--dist-config", str(path), "--dist.timeout-s", "7"])
+    assert (config.dist.num_workers, config.dist.timeout_s) == (3, 7.0)
+    assert config.sft == load_config("demo").sft
+    assert parse(["ppo", f"--dist_config={path}"]).dist.num_workers == 3
+    assert load_dist_config("distributed").num_workers == 2
+
+
+def test_dist_config_refuses_other_settings(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("seed: 3\ndist: {num_workers: 3}\n")
+    with pytest.raises(UserError, match=r"--dist-config .*: has settings outside of dist; give such a file to --config"):
+        load_dist_config(str(path))
+    with pytest.raises(UserError, match=r"--dist-config nowhere.yaml: no such file"):
+        load_dist_config("nowhere.yaml")

@@ -142,6 +142,14 @@ def test_a_second_run_into_the_same_folder_is_refused(base):
         run_sft(base)
 
 
+def test_resume_with_other_threads_is_told(base, tmp_path, capsys):
+    """Threads change the bits, but a run may move to another machine."""
+    run = dataclasses.replace(base, output_dir=tmp_path / "run", threads=1)
+    run_sft(run)
+    run_sft(dataclasses.replace(run, threads=2, resume=True))
+    assert "made with 1 threads per process and goes on with 2" in " ".join(capsys.readouterr().err.split())
+
+
 def test_resume_with_another_setting_is_refused(base):
     changed = dataclasses.replace(base, resume=True, sft=dataclasses.replace(base.sft, learning_rate=5e-3))
     with pytest.raises(UserError, match=r"sft\.learning_rate was 0\.01, is 0\.005"):
