@@ -77,8 +77,10 @@ class Run:
         """
         dist = self.config.dist
         if dist.num_workers:
-            servers = f", {dist.num_servers} parameter servers" if dist.num_servers else ""
-            self.note(f"{dist.num_workers} Ray workers{servers}")
+            servers = f" and {dist.num_servers} parameter servers" if dist.num_servers else ""
+            threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
+            crowded = f"; their {threads} threads share {cores} cores" if not dist.address and threads > cores else ""
+            self.note(f"{dist.num_workers} Ray workers{servers}{crowded}")
         return self.resources.enter_context(
             open_executor(make_program, models, dist, device=self.device, tell=self.note)
         )
