@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.config import DistConfig
 from rlhf.distributed import cluster
-from rlhf.distributed.janitor import MARK
+from rlhf.distributed.janitor import processes_of
 from rlhf.errors import UserError
 
 TRAIN = [sys.executable, "-c", "import sys; from rlhf.cli.train import main; sys.exit(main())"]
@@ -42,18 +42,6 @@ def test_too_few_resources_are_named(monkeypatch):
         pass
 
 
-def marked(folder):
-    """Processes of a cluster."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(entry.name)
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "times", "code", "said"),
@@ -65,7 +53,7 @@ def marked(folder):
     ],
 )
 def test_signals_leave_no_process_and_no_folder(tmp_path, number, times, code, said):
-    """Sent to the whole process group, as a terminal does on Ctrl-C."""
+    """SIGINT goes to the whole process group, as a terminal sends it on Ctrl-C; the others to the program."""
     before = set(Path("/tmp").glob("rlhf-*"))
     command = [
         *TRAIN, "sft", "--output-dir", tmp_path / "run", "--cache-dir", tmp_path, "--model.preset", "tiny",
@@ -80,15 +68,15 @@ def test_signals_leave_no_process_and_no_folder(tmp_path, number, times, code, s
         assert time.monotonic() < deadline
         time.sleep(0.2)
     (folder,) = set(Path("/tmp").glob("rlhf-*")) - before
-    assert marked(folder)
+    assert processes_of(str(folder))
     for _ in range(times):
-        os.killpg(process.pid, number)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         time.sleep(0.3)
     error = process.communicate(timeout=30)[1]
     assert process.returncode == code, error
     assert said in error
     assert "Traceback" not in error
-    time.sleep(2.0)
+    time.sleep(3.0)
     assert not folder.exists()
-    assert not marked(folder)
+    assert not processes_of(str(folder))
     assert not list((tmp_path / "home").iterdir()), "Ray has written into the user's home"

@@ -23,7 +23,7 @@ from rlhf.config import (
     SFTConfig,
 )
 from rlhf.distributed import connected
-from rlhf.distributed.janitor import MARK
+from rlhf.distributed.janitor import processes_of
 from rlhf.errors import WorkersLostError
 from rlhf.stages.pipeline import run_pipeline
 
@@ -100,9 +100,7 @@ def members():
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if (entry / "cmdline").read_bytes().startswith(b"ray::Process") and MARK.encode() in (
-                entry / "environ"
-            ).read_bytes():
+            if (entry / "cmdline").read_bytes().startswith(b"ray::Process"):
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -205,9 +203,4 @@ def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_bytes(exp
     time.sleep(3)
     assert folders
     assert not any(folder.exists() for folder in folders)
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            marked = any(f"{MARK}={folder}".encode() in (entry / "environ").read_bytes() for folder in folders)
-        except OSError:
-            continue
-        assert not marked
+    assert not any(processes_of(str(folder)) for folder in folders)

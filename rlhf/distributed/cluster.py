@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -253,12 +252,9 @@ def open_cluster(dist: DistConfig) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def _own_cluster(dist: DistConfig) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="rlhf-", dir="/tmp" if Path("/tmp").is_dir() else None)  # sockets: a short path
-    mark = {janitor.MARK: folder}
-    watch = subprocess.Popen(
-        [sys.executable, janitor.__file__, folder], stdin=subprocess.PIPE, start_new_session=True, env=os.environ | mark
-    )
+    watch = subprocess.Popen([sys.executable, janitor.__file__, folder], stdin=subprocess.PIPE, start_new_session=True)
     try:
-        with _environment(_OWN_CLUSTER | mark | {"RAY_AUTH_TOKEN": _token()}):
+        with _environment(_OWN_CLUSTER | {"RAY_AUTH_TOKEN": _token()}):
             import ray
 
             cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers)
@@ -279,7 +275,6 @@ def _own_cluster(dist: DistConfig) -> Iterator[None]:
         assert watch.stdin is not None
         watch.stdin.close()  # the janitor ends what is left, as it does when this process is killed
         watch.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
