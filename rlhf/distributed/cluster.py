@@ -4,12 +4,14 @@ A cluster of our own is bound to the loopback device, has a token of its own, wr
 goes with this process, however that ends.
 """
 
+import atexit
 import contextlib
 import functools
 import logging
 import math
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +254,7 @@ def open_cluster(dist: DistConfig) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def _own_cluster(dist: DistConfig) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="rlhf-", dir="/tmp" if Path("/tmp").is_dir() else None)  # sockets: a short path
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # Ray, once interrupted, writes to it again at our exit
     watch = subprocess.Popen([sys.executable, janitor.__file__, folder], stdin=subprocess.PIPE, start_new_session=True)
     try:
         with _environment(_OWN_CLUSTER | {"RAY_AUTH_TOKEN": _token()}):
