@@ -183,9 +183,10 @@ def test_a_checkpoint_follows_the_umask(tmp_path, mask):
 # First kills a process that saves a checkpoint just before the n-th system call that Python makes to change a file, for
 # every n; then kills processes that save one checkpoint after the other at moments drawn from a fixed seed.
 CRASH = """
-import json, os, random, shutil, signal, sys, time
+import json, os, random, shutil, signal, time
 from pathlib import Path
 import torch
+from killing import outlives
 from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint
 
 torch.set_num_threads(1)
@@ -215,19 +216,7 @@ for kill_at in range(1, 1000):
     shutil.rmtree(root, ignore_errors=True)
     for step in (1, 2):
         save_checkpoint(root, state(step, 1000), keep=2)
-    pid = os.fork()
-    if pid == 0:
-        count = 0
-        def hook(event, args):
-            global count
-            if event == "open" or event.split(".")[0] in ("os", "shutil", "ctypes"):
-                count += 1
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(hook)
-        save_checkpoint(root, state(3, 1000), keep=2)
-        os._exit(0)
-    if os.waitpid(pid, 0)[1] == 0:
+    if outlives(kill_at, lambda: save_checkpoint(root, state(3, 1000), keep=2)):
         break
     report["systematic"].append(problem(1000, (2, 3)))
     save_checkpoint(root, state(3, 1000), keep=1)  # what a resumed run does
@@ -259,6 +248,7 @@ def crashes(tmp_path_factory) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", CRASH],
         cwd=tmp_path_factory.mktemp("crashes"),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,
         check=False,

@@ -15,7 +15,7 @@ from rlhf.distributed import cluster
 from rlhf.distributed.janitor import processes_of
 from rlhf.errors import UserError
 
-TRAIN = [sys.executable, "-c", "import sys; from rlhf.cli.train import main; sys.exit(main())"]
+PROGRAM = Path(sys.executable).with_name("rlhf-train")
 
 
 def test_an_unreachable_cluster_is_refused_at_once():
@@ -34,8 +34,8 @@ def test_an_address_that_is_none_is_refused(address):
 
 
 def test_too_few_resources_are_named(monkeypatch):
-    assert cluster._START_S <= 10
-    monkeypatch.setattr(cluster, "_START_S", 2.0)
+    assert cluster.START_S <= 10
+    monkeypatch.setattr(cluster, "START_S", 2.0)
     dist = DistConfig(num_workers=2, num_servers=1, gpus_per_worker=1.0)
     asked = r"2 workers and 1 servers ask for 3 CPU and 3 GPU, but the cluster has \d+ CPU, 0 GPU free"
     with pytest.raises(UserError, match=asked), cluster.open_cluster(dist):
@@ -56,7 +56,7 @@ def test_signals_leave_no_process_and_no_folder(tmp_path, number, times, code, s
     """SIGINT goes to the whole process group, as a terminal sends it on Ctrl-C; the others to the program."""
     before = set(Path("/tmp").glob("rlhf-*"))
     command = [
-        *TRAIN, "sft", "--output-dir", tmp_path / "run", "--cache-dir", tmp_path, "--model.preset", "tiny",
+        PROGRAM, "sft", "--output-dir", tmp_path / "run", "--cache-dir", tmp_path, "--model.preset", "tiny",
         "--sft.max-steps", "100000", "--dist.num-workers", "2", "--sft.micro-batch-size", "1",
     ]  # fmt: skip
     home = {**os.environ, "HOME": str(tmp_path / "home")}

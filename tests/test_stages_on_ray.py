@@ -1,5 +1,6 @@
 """All three stages on Ray workers: the bytes of one process, for any number of them and whatever happens to them."""
 
+import dataclasses
 import json
 import os
 import random
@@ -167,8 +168,7 @@ def test_when_no_restart_is_left_the_step_is_finished_saved_and_the_run_ends(one
         chaos.stop()
     faults, _ = events(tmp_path)
     assert faults[-1]["final"]
-    resumed = config(tmp_path, num_workers=3)
-    run_pipeline(type(resumed)(**{**vars(resumed), "resume": True}))
+    run_pipeline(dataclasses.replace(config(tmp_path, num_workers=3), resume=True))
     assert outcome(tmp_path)[0] == expected[0]
 
 
@@ -183,11 +183,8 @@ def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_bytes(exp
     for key in ("output_dir", "resume", "config", "dist_config"):
         settings.pop(key, None)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    command = [
-        sys.executable, "-m", "rlhf.cli.train", "pipeline", "--config", tmp_path / "run.yaml",
-        "--output-dir", tmp_path / "run",
-    ]  # fmt: skip
-    command[1:3] = ["-c", "import sys; from rlhf.cli.train import main; sys.exit(main())"]
+    program = Path(sys.executable).with_name("rlhf-train")
+    command = [program, "pipeline", "--config", tmp_path / "run.yaml", "--output-dir", tmp_path / "run"]
     draw = random.Random(0)
     folders, others = set(), set(Path("/tmp").glob("rlhf-*"))
     for _ in range(2):

@@ -53,7 +53,7 @@ def connected(dist: DistConfig) -> Iterator[None]:
     if not dist.num_workers:
         yield
         return
-    from rlhf.distributed import cluster
+    from rlhf.distributed import session
 
-    with cluster.connected(dist):
+    with session.connected(dist):
         yield

@@ -129,7 +129,7 @@ class LocalExecutor:
         flat = flatten(to_device(models.params, device), self._layout)
         self._shard = init_shard(flat, program.optimizer)
         self._params = unflatten(self._shard.params, self._layout)  # views: every update shows in them
-        self._gradients = {name: grad_and_value(spec.objective, has_aux=True) for name, spec in program.steps.items()}
+        self._gradients = make_gradients(program, self._layout)
 
     @property
     def version(self) -> int:
@@ -149,18 +149,16 @@ class LocalExecutor:
         """See `Executor.step`."""
         spec, results = self._program.steps[name], []
 
-        def gradient(batch: Any) -> Tensor:
-            gradients, result = self._gradients[name](self._params, self._frozen, to_device(batch, self._device))
+        def gradient(batch: Any) -> tuple[Tensor, Any]:
+            return self._gradients[name](self._params, self._frozen, to_device(batch, self._device))
+
+        def keep_result(flat: Tensor, result: Any) -> Tensor:
             results.append(result)
-            return flatten(gradients, self._layout)
+            return flat
 
-        def is_finite(batch: Any) -> bool:
-            gradients, result = self._gradients[name](self._params, self._frozen, to_device(batch, self._device))
-            return all_finite(result) and all_finite(gradients)
-
-        gradient_sum = tree_sum(gradient(batch) for batch in batches)
+        gradient_sum = tree_sum(keep_result(*gradient(batch)) for batch in batches)
         scale, metrics = plan_update(results, square_sums(gradient_sum), spec.max_grad_norm)
-        check_update(name, batches, results, metrics["grad_norm"], is_finite)
+        check_update(name, batches, results, metrics["grad_norm"], lambda batch: all_finite(gradient(batch)))
         self._shard = apply(self._shard, self.version, gradient_sum, scale, spec.optimizer, self._layout)
         return metrics
 
@@ -195,6 +193,23 @@ class LocalExecutor:
     def _state(self) -> dict[str, Tensor]:
         blended = {name: self._frozen[name] for name in self._program.blends}
         return named_state(self._shard.params, self._shard.opt_state, blended, self._layout)
+
+
+def make_gradients(
+    program: Program, layout: FlatLayout
+) -> dict[str, Callable[[Params, dict[str, Params], Any], tuple[Tensor, Any]]]:
+    """For each step (params, frozen, micro-batch) -> (flat gradient [layout.size], (loss sum, metric sums))."""
+
+    def make(spec: StepSpec) -> Callable[[Params, dict[str, Params], Any], tuple[Tensor, Any]]:
+        differentiate = grad_and_value(spec.objective, has_aux=True)
+
+        def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, Any]:
+            gradients, result = differentiate(params, frozen, batch)
+            return flatten(gradients, layout), result
+
+        return gradient
+
+    return {name: make(spec) for name, spec in program.steps.items()}
 
 
 def plan_update(results: Sequence[Any], squares: Tensor, max_grad_norm: float) -> tuple[float, dict[str, float]]:

@@ -110,18 +110,16 @@ class RayExecutor:
             try:
                 update = update or self._reduce(name, batches)
                 self._call(self._members, "apply", name, self._version, update.scale)
-                break
             except _LostError as lost:
                 if not self._recover(lost):
                     update = None  # the shards were restored, and have forgotten the gradient
-        if self._local or update is None:
-            assert self._local is not None
-            return self._local.step(name, batches)
-        self._version += 1
-        self._done.append(("step", (name, batches)))
-        if self._version % self._dist.snapshot_every == 0:
-            self._lasting(self._take_snapshot)
-        return update.metrics
+            else:
+                self._version += 1
+                self._done.append(("step", (name, batches)))
+                if self._version % self._dist.snapshot_every == 0:
+                    self._lasting(self._take_snapshot)
+                return update.metrics
+        return self._local.step(name, batches)
 
     def blend(self, name: str) -> None:
         """See `Executor.blend`."""

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
 
 from rlhf.distributed.collectives import Exchange, Group, Seat, connect_store
 from rlhf.distributed.dealing import Span, join_sums, shard_ranges, subtrees
-from rlhf.distributed.executor import Models, Program
+from rlhf.distributed.executor import Models, Program, make_gradients
 from rlhf.distributed.server import Shard, apply, init_shard, square_sums
 from rlhf.optim import Optimizer
 from rlhf.tree import all_finite, flat_layout, flatten, leaves, to_device, tree_map, tree_sum, unflatten
@@ -72,9 +71,7 @@ class Worker:
         self._layout = flat_layout(params)
         self._use(flatten(params, self._layout))
         self._spare = torch.zeros_like(self._flat)
-        self._gradients = {
-            name: grad_and_value(spec.objective, has_aux=True) for name, spec in self._program.steps.items()
-        }
+        self._gradients = make_gradients(self._program, self._layout)
         self._shard: Shard | None = None
         self._version = 0
 
@@ -134,9 +131,9 @@ class Worker:
         results: list[Any] = []
 
         def gradient(batch: Any) -> Tensor:
-            gradients, result = self._gradients[name](self._params, self._frozen, self._batch(batch))
+            flat, result = self._gradients[name](self._params, self._frozen, self._batch(batch))
             results.append(to_numpy(result))
-            return flatten(gradients, self._layout)
+            return flat
 
         first = share[0]
         self._sums = {
@@ -207,8 +204,7 @@ class Worker:
 
     def is_finite(self, name: str, batch: Any) -> bool:
         """Whether loss, metrics and gradient of a micro-batch are finite."""
-        gradients, result = self._gradients[name](self._params, self._frozen, self._batch(batch))
-        return all_finite(result) and all_finite(gradients)
+        return all_finite(self._gradients[name](self._params, self._frozen, self._batch(batch)))
 
     def blend(self, name: str) -> None:
         """Replace a frozen model by `program.blends[name]` of it and the parameters."""
