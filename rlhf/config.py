@@ -316,8 +316,11 @@ class RunConfig(Section):
     """Of the forward and backward pass; master weights, optimiser and losses are fp32 either way."""
     threads: Count | None = None
     """CPU threads; none takes all cores. The bits of a result depend on it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the training step with torch.compile: faster steps after half a minute or more of compilation, the first
+    time; auto does it where the run is long enough to pay it back. The bits of a result depend on it."""
     cache_dir: Path | None = None
-    """Folder for tokenised data; none is $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf."""
+    """Folder for tokenised data and compiled code; none is $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

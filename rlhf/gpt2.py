@@ -15,6 +15,7 @@ Sequences in a row are told apart by `segments`: a token attends to earlier toke
 rule serves left padding, right padding (padding is a segment of its own) and several sequences packed in a row.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,11 +25,16 @@ from torch import Tensor
 
 from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
 from rlhf.gpt2_config import GPT2Config
+from rlhf.ops import gather_rows
 from rlhf.random import fold_in, normal, uniform
-from rlhf.tree import named_leaves, tree_map_named, with_leaves
+from rlhf.tree import cast, named_leaves, tree_map_named, with_leaves
 from rlhf.types import Params
 
 _INIT_STD = 0.02
+_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
+_PLAIN_ATTENTION = 512
+"""Up to this length the plain form of attention is faster in bf16 on a CPU."""
 
 
 def init(config: GPT2Config, *, key: Tensor) -> Params:
@@ -150,7 +156,7 @@ def trunk(
     mask_BTT = None if segments is None else _segment_mask(segments)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTT, is_causal=mask_BTT is None)
+        return _attention(q, k, v, mask_BTT)
 
     def drop(x: Tensor, place: int) -> Tensor:
         return x if key is None or dropout == 0 else _dropout(x, dropout, fold_in(key, place))
@@ -159,9 +165,18 @@ def trunk(
 
 
 def unembed(params: Params, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of hidden states [..., D], through the embedding (tied weights)."""
-    weight: Tensor = params["wte"]["weight"]
+    """Logits [..., V] of hidden states [..., D] in their dtype, through the embedding (tied weights)."""
+    weight: Tensor = params["wte"]["weight"].to(hidden.dtype)
     return hidden @ weight.T
+
+
+def compute_copy(params: Params, dtype: torch.dtype) -> Params:
+    """Parameters to compute with in `dtype`: the embeddings stay as they are, and are rounded after the look-up.
+
+    So an embedding's gradient adds up in the master weights' dtype: a row that occurs a hundred times in a batch would
+    lose most of its gradient in bfloat16.
+    """
+    return cast(params, dtype) | {"wte": params["wte"], "wpe": params["wpe"]}
 
 
 class KVCache(NamedTuple):
@@ -174,8 +189,8 @@ class KVCache(NamedTuple):
 
 
 def init_cache(params: Params, batch_size: int, slots: int, *, config: GPT2Config) -> KVCache:
-    """A cache for `batch_size` sequences of up to `slots` tokens, in the dtype and on the device of `params`."""
-    weight = params["wte"]["weight"]
+    """A cache for `batch_size` sequences of up to `slots` tokens, in the dtype and on the device of the blocks."""
+    weight = params["ln_f"]["weight"]
     shape = (config.n_layer, batch_size, config.n_head, slots, config.n_embd // config.n_head)
     return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
 
@@ -267,7 +282,9 @@ def from_hugging_face(state: dict[str, Tensor], *, config: GPT2Config) -> Params
 
 
 def _embed(params: Params, tokens: Tensor, positions: Tensor) -> Tensor:
-    return F.embedding(tokens, params["wte"]["weight"]) + F.embedding(positions, params["wpe"]["weight"])
+    """Sum of the two embeddings in the dtype of the blocks; the tables may be wider than it (`compute_copy`)."""
+    embedded = gather_rows(params["wte"]["weight"], tokens) + gather_rows(params["wpe"]["weight"], positions)
+    return embedded.to(params["ln_f"]["weight"].dtype)
 
 
 def _run(
@@ -285,9 +302,30 @@ def _run(
         attended_BTD = attend(layer, q, k, v).transpose(1, 2).reshape(x.shape)
         x = x + drop(_affine(attended_BTD, block["attn"]["c_proj"]), 2 * layer + 1)
         normed = _layer_norm(x, block["ln_2"], config)
-        expanded = F.gelu(_affine(normed, block["mlp"]["c_fc"]), approximate="tanh")
+        expanded = _gelu(_affine(normed, block["mlp"]["c_fc"]))
         x = x + drop(_affine(expanded, block["mlp"]["c_proj"]), 2 * layer + 2)
     return _layer_norm(x, params["ln_f"], config)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in the tanh form. Compiled code has a faster exponential than tanh: x sigmoid(2z) = x (1 + tanh z) / 2."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    wide = x.float()
+    return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide * wide))).to(x.dtype)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k' / sqrt(H)) v over [B, N, T, H], for each query over the keys its mask allows; None is causal."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch's fused backward pass is slow there
+        length = q.shape[2]
+        if length > _PLAIN_ATTENTION:
+            return _attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        return torch.where(mask, scores, -torch.inf).softmax(-1).to(q.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 def _affine(x: Tensor, p: Params) -> Tensor:

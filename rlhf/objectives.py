@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import PairBatch, PPOBatch, PromptBatch, Rows, ScoreBatch, TokenBatch
-from rlhf.gpt2 import trunk, unembed
+from rlhf.gpt2 import compute_copy, trunk, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
 from rlhf.kl import exact_kl, kl_estimate
 from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
-from rlhf.ops import entropy, masked_sum, token_log_probs
+from rlhf.ops import entropy, gather_rows, masked_sum, token_log_probs
 from rlhf.sampling import Completions, generate
-from rlhf.tree import cast
 from rlhf.types import Metrics, Params
 
 Frozen = dict[str, Params]
@@ -33,11 +32,12 @@ def make_sft_objective(
     """(GPT-2, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
 
     def objective(params: Params, frozen: Frozen, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        params = cast(params, dtype)
+        params = compute_copy(params, dtype)
         hidden = _hidden(params, batch.rows, config, dropout=dropout, key=batch.key)
-        logits = unembed(params, hidden[batch.predictors])
+        logits = unembed(params, gather_rows(hidden, batch.predictors))
         loss, metrics = sft_loss(token_log_probs(logits, batch.targets), batch.mask)
-        correct = (logits.detach().argmax(-1) == batch.targets).float()
+        seen = logits.detach()
+        correct = (seen.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1) >= seen.amax(-1)).float()
         return loss, metrics | {"sft/accuracy": masked_sum(correct, batch.mask)}
 
     return objective
@@ -49,8 +49,10 @@ def make_reward_objective(
     """(reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
 
     def objective(params: Params, frozen: Frozen, batch: PairBatch) -> tuple[Tensor, Metrics]:
-        hidden = _hidden(cast(params["trunk"], dtype), batch.rows, config)
-        chosen, rejected = (apply_head(params["head"], hidden[last]) for last in (batch.chosen, batch.rejected))
+        hidden = _hidden(compute_copy(params["trunk"], dtype), batch.rows, config)
+        chosen, rejected = (
+            apply_head(params["head"], gather_rows(hidden, last)) for last in (batch.chosen, batch.rejected)
+        )
         return reward_loss(chosen, rejected, batch.mask, margin=batch.margin, centre_coef=centre_coef)
 
     return objective
@@ -62,8 +64,10 @@ def make_pair_scores(
     """(reward model, frozen, PairBatch) -> scores [B] of the chosen and of the rejected, reward units."""
 
     def scores(params: Params, frozen: Frozen, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        hidden = _hidden(cast(params["trunk"], dtype), batch.rows, config)
-        return apply_head(params["head"], hidden[batch.chosen]), apply_head(params["head"], hidden[batch.rejected])
+        hidden = _hidden(compute_copy(params["trunk"], dtype), batch.rows, config)
+        return apply_head(params["head"], gather_rows(hidden, batch.chosen)), apply_head(
+            params["head"], gather_rows(hidden, batch.rejected)
+        )
 
     return scores
 
@@ -102,8 +106,8 @@ def make_ppo_objective(
     """
 
     def objective(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics]:
-        policy = cast(params["policy"], dtype)
-        hidden = _hidden(policy, batch.rows, config)[batch.predictors]
+        policy = compute_copy(params["policy"], dtype)
+        hidden = gather_rows(_hidden(policy, batch.rows, config), batch.predictors)
         logits = unembed(policy, hidden)
         log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
         values = _values(params, hidden, batch, critic_config, dtype)
@@ -142,7 +146,7 @@ def make_rollout(
 
     def rollout(params: Params, frozen: Frozen, batch: PromptBatch) -> Completions:
         return generate(
-            cast(params["policy"], dtype),
+            compute_copy(params["policy"], dtype),
             batch.prompts,
             batch.lengths,
             batch.keys,
@@ -198,11 +202,11 @@ def make_scorer(
 
     def score(params: Params, frozen: Frozen, batch: ScoreBatch) -> Scores:
         zeros = torch.zeros(batch.predictors.shape, device=batch.predictors.device)
-        ref_logits = _logits(cast(frozen["reference"], dtype), batch, config)
+        ref_logits = _logits(compute_copy(frozen["reference"], dtype), batch, config)
         policy_log_probs = values = kl = zeros
         if log_probs or exact:
-            policy = cast(params["policy"], dtype)
-            hidden = _hidden(policy, batch.rows, config)[batch.predictors]
+            policy = compute_copy(params["policy"], dtype)
+            hidden = gather_rows(_hidden(policy, batch.rows, config), batch.predictors)
             logits = unembed(policy, hidden)
             policy_log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
             kl = exact_kl(logits, ref_logits, temperature=temperature)
@@ -212,8 +216,8 @@ def make_scorer(
         scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
         for number, reward_config in enumerate(reward_configs):
             reward_model = frozen[f"reward_model_{number}"]
-            last_hidden = _hidden(cast(reward_model["trunk"], dtype), batch.rows, reward_config)[batch.last]
-            scores.append(apply_head(reward_model["head"], last_hidden).unsqueeze(1))
+            hidden = _hidden(compute_copy(reward_model["trunk"], dtype), batch.rows, reward_config)
+            scores.append(apply_head(reward_model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
         ref_log_probs = token_log_probs(ref_logits, batch.targets, temperature=temperature)
         return Scores(ref_log_probs, policy_log_probs, values, kl, torch.cat(scores, dim=1))
 
@@ -232,12 +236,12 @@ def _hidden(
 
 def _logits(params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config) -> Tensor:
     """[C, V] at the positions that predict a completion token; no other logits are ever computed."""
-    return unembed(params, _hidden(params, batch.rows, config)[batch.predictors])
+    return unembed(params, gather_rows(_hidden(params, batch.rows, config), batch.predictors))
 
 
 def _critic(params: Params, rows: Rows, index: Tensor, config: GPT2Config, dtype: torch.dtype) -> Tensor:
-    hidden = _hidden(cast(params["critic"]["trunk"], dtype), rows, config)
-    return apply_head(params["critic"]["head"], hidden[index])
+    hidden = _hidden(compute_copy(params["critic"]["trunk"], dtype), rows, config)
+    return apply_head(params["critic"]["head"], gather_rows(hidden, index))
 
 
 def _values(
@@ -259,6 +263,6 @@ def _loss_kl(
     temperature: float,
 ) -> Tensor:
     if kind == "exact":
-        ref_logits = _logits(cast(frozen["reference"], dtype), batch, config)
+        ref_logits = _logits(compute_copy(frozen["reference"], dtype), batch, config)
         return masked_sum(exact_kl(logits, ref_logits, temperature=temperature), batch.mask)
     return masked_sum(kl_estimate(log_probs, batch.ref_log_probs, estimator=kind), batch.mask)

@@ -65,6 +65,16 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = Tru
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table [N, D] by index [...] int64: [..., D].
+
+    The gradient with respect to the table adds up in a fixed order, also in compiled code with several threads, where
+    that of an embedding or of indexing is a race.
+    """
+    rows = table.gather(0, index.reshape(-1, 1).expand(-1, table.shape[1]))
+    return rows.view(*index.shape, table.shape[1])
+
+
 def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `targets`, in float32 at least.
 

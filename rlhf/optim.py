@@ -4,11 +4,13 @@ A flat buffer is a pytree with one leaf, so the same functions update a tree on 
 parameter server's buffer.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as functional_adamw
 
 from rlhf.checks import check_value
 from rlhf.schedules import Schedule
@@ -23,6 +25,9 @@ class Optimizer(NamedTuple):
     """params -> state."""
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
     """(grads, state, params) -> (params, state)."""
+    update_: Callable[[Tree, Any, Tree], Any] | None = None
+    """(grads, state, params) -> state: the same step written into the buffers of params and state, for their owner;
+    counters (leaves []) are not written, so that a buffer can be updated in parts. None where there is no such form."""
 
 
 class AdamState(NamedTuple):
@@ -52,8 +57,10 @@ def adamw(
         p  = p (1 - lr decay) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
 
     Source: Loshchilov and Hutter 2019, algorithm 2, https://arxiv.org/abs/1711.05101, in the arrangement of
-    `torch.optim.AdamW`, which it equals. Built from single multiplications, additions, divisions and roots alone:
-    each is correctly rounded, so an element's bits do not depend on how the buffer it lies in is cut.
+    `torch.optim.AdamW`, which it equals. An element's bits do not depend on how the buffer it lies in is cut: `update`
+    is built from single multiplications, additions, divisions and roots, each correctly rounded; `update_` is torch's
+    fused kernel, which works on whole cache lines, so parts must begin at a multiple of 64 bytes (its rounding differs
+    from `update`'s by one or two units in the last place).
 
     Args:
         learning_rate: maps the number of updates made to the rate (`rlhf.schedules`).
@@ -65,7 +72,8 @@ def adamw(
         rate_scale: factor on the learning rate for the leaf of this dotted name; 0 keeps its bits; None is 1.
 
     Returns:
-        An `Optimizer`; `update` changes none of its arguments.
+        An `Optimizer`; `update` changes none of its arguments, `update_` writes into the
+        buffers of `state` and `params`.
 
     Raises:
         ValueError: a number is out of range.
@@ -96,7 +104,25 @@ def adamw(
 
         return tree_map_named(leaf, params, mu, nu), AdamState(step, mu, nu)
 
-    return Optimizer(init, update)
+    def update_(grads: Tree, state: AdamState, params: Tree) -> AdamState:
+        rate, steps = float(learning_rate(state.step)), float(state.step)
+        alike: defaultdict[tuple[float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
+
+        def sort(name: str, *parts: Tensor) -> None:
+            scale = rate_scale(name) if rate_scale else 1.0
+            alike[scale, weight_decay if decays(name) else 0.0].append(parts)
+
+        tree_map_named(sort, params, grads, state.mu, state.nu)
+        for (scale, decay), group in alike.items():
+            p, g, m, v = map(list, zip(*group, strict=True))
+            made = [torch.tensor(steps, device=leaf.device) for leaf in p]  # counted up by torch, each on its own
+            functional_adamw(
+                p, g, m, v, [], made, lr=rate * scale, beta1=b1, beta2=b2, weight_decay=decay, eps=eps,
+                amsgrad=False, maximize=False, fused=True,
+            )  # fmt: skip
+        return state._replace(step=state.step + 1)
+
+    return Optimizer(init, update, update_)
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = None) -> tuple[Tree, Tensor]:

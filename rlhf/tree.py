@@ -154,10 +154,13 @@ def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) 
         leaf.shape != layout.shapes[at] for leaf, at in zip(found, layout.order, strict=True)
     ):
         raise ValueError("flatten: the tree has another structure or other shapes than its layout")
-    flat = torch.zeros(layout.size, dtype=dtype, device=found[0].device)
-    for leaf, at in zip(found, layout.order, strict=True):
-        flat[layout.offsets[at] : layout.offsets[at] + leaf.numel()] = leaf.reshape(-1)
-    return flat
+    parts: list[Tensor] = [leaf.reshape(-1) for leaf in found]
+    parts = [parts[traversed] for traversed in sorted(range(len(parts)), key=lambda i: layout.order[i])]
+    ends = (*layout.offsets[1:], layout.size)
+    padded = []
+    for part, begin, end in zip(parts, layout.offsets, ends, strict=True):
+        padded += [part.to(dtype), part.new_zeros(end - begin - part.numel(), dtype=dtype)]
+    return torch.cat(padded)
 
 
 def unflatten(flat: Tensor, layout: FlatLayout) -> Tree:
@@ -174,7 +177,7 @@ def chunk_square_sums(flat: Tensor) -> Tensor:
 
     A shard's chunks are the buffer's, so a norm put together from them has the same bits for any number of shards.
     """
-    return flat.view(-1, CHUNK).double().square().sum(dim=1)
+    return torch.linalg.vector_norm(flat.view(-1, CHUNK), dim=1, dtype=torch.float64).square()
 
 
 def global_norm(tree: Tree) -> Tensor:

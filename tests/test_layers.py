@@ -65,7 +65,7 @@ BANNED = {
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_draws_from_a_global_generator_reads_pickles_or_prints(path):
-    allowed = {"print"} if path.parent.name == "cli" else set()
+    allowed = {"print"} if path.parent.name == "cli" else {"torch.compile"} if path.stem == "compiled" else set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call | ast.Attribute):
             name = ast.unparse(node.func if isinstance(node, ast.Call) else node).replace("np.", "numpy.")

@@ -83,8 +83,16 @@ class Dataset:
 
     def count_cut(self, max_length: int) -> int:
         """Records that do not fit `max_length` tokens whole (a completion with its end-of-text token)."""
+        return int((self._whole_lengths().max(axis=1) > max_length).sum())
+
+    def mean_tokens(self, max_length: int) -> float:
+        """Tokens of a record's sequences together, each cut to `max_length`: the mean over all records."""
+        return float(np.minimum(self._whole_lengths(), max_length).sum()) / len(self)
+
+    def _whole_lengths(self) -> np.ndarray:
+        """[records, members] tokens of each sequence, with its end-of-text token."""
         lengths = np.diff(self._offsets) + (1 if self.schema.answers else 0)
-        return int((lengths.reshape(-1, self.members).max(axis=1) > max_length).sum())
+        return lengths.reshape(-1, self.members)
 
     def _fits(self, record: int, max_length: int) -> list[Fit]:
         first = record * self.members

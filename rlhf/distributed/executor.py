@@ -6,12 +6,14 @@ A stage describes its work once, as a `Program` of pure functions over micro-bat
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
+from rlhf.distributed.compiled import compiled
 from rlhf.distributed.server import apply, init_shard, square_sums, update_scale
 from rlhf.errors import NonFiniteError
 from rlhf.ops import mean_metrics
@@ -50,6 +52,8 @@ class Program(NamedTuple):
     """(params, frozen, micro-batch) -> any tree of tensors, by name."""
     blends: dict[str, Callable[[Params, Params], Params]]
     """(frozen model, params) -> its new value, by the frozen model's name (a reference that follows the policy)."""
+    compile_to: Path | None = None
+    """Where compiled code is kept, if the steps' gradients are to be compiled; None runs them as they are."""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -85,6 +89,10 @@ class Executor(Protocol):
     @property
     def version(self) -> int:
         """Optimiser steps applied since the beginning of the run: the version of the parameters."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its steps run as compiled code."""
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
         """Run `program.maps[name]` on every micro-batch; results on the CPU, in order."""
@@ -135,6 +143,11 @@ class LocalExecutor:
     def version(self) -> int:
         """Optimiser steps applied since the beginning of the run: the version of the parameters."""
         return self._shard.version
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its steps run as compiled code."""
+        return self._program.compile_to is not None
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
         """See `Executor.map`."""
@@ -207,7 +220,7 @@ def make_gradients(
             gradients, result = differentiate(params, frozen, batch)
             return flatten(gradients, layout), result
 
-        return gradient
+        return gradient if program.compile_to is None else compiled(gradient, program.compile_to)
 
     return {name: make(spec) for name, spec in program.steps.items()}
 

@@ -95,6 +95,11 @@ class RayExecutor:
         """Optimiser steps applied since the beginning of the run: the version of the parameters."""
         return self._local.version if self._local else self._version
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its steps run as compiled code."""
+        return self._program.compile_to is not None
+
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
         """See `Executor.map`: whoever is free gets the next micro-batch."""
         results: dict[int, Tree] = {}

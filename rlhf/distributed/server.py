@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rlhf.optim import Optimizer
-from rlhf.tree import CHUNK, FlatLayout, chunk_square_sums, leaves, tree_map
+from rlhf.tree import ALIGNMENT, CHUNK, FlatLayout, chunk_square_sums, leaves, tree_map
+from rlhf.types import Tree
 
 _GROUP = 1 << 18
 """Elements updated at once: what the update allocates stays small, and in cache."""
@@ -90,20 +91,22 @@ def apply(
         return shard
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
-    target = shard.params if out is None else out
-    updated: list[Tensor] = []
+    if out is None:
+        out = shard.params
+    updated: Any = shard.opt_state
     for blocks in _groups(shard, layout):
-        params, gradient = _cut(shard.params, blocks), tree_map(lambda g: g * scale, _cut(gradient_sum, blocks))
+        gradient = tree_map(lambda g: g * scale, _cut(gradient_sum, blocks))
         state = tree_map(lambda leaf, cut=blocks: _cut(leaf, cut) if leaf.ndim else leaf, shard.opt_state)
-        new_params, new_state = optimizer.update(gradient, state, params)
-        updated = leaves(new_state)
-        for old, new in zip(leaves(_cut(target, blocks)) + leaves(state), leaves(new_params) + updated, strict=True):
-            if old.ndim:
-                old.copy_(new)
-    counters = [leaf for leaf in leaves(shard.opt_state) if not leaf.ndim]
-    for counter, new in zip(counters, (leaf for leaf in updated if not leaf.ndim), strict=True):
-        counter.copy_(new)  # only now: every group must see the same count
-    return shard._replace(params=target, version=shard.version + 1)
+        params = _cut(out, blocks)
+        if out is not shard.params:
+            _write(params, _cut(shard.params, blocks))
+        if optimizer.update_ is not None:
+            updated = optimizer.update_(gradient, state, params)
+        else:
+            new_params, updated = optimizer.update(gradient, state, params)
+            _write((params, _leaves_of(state)), (new_params, _leaves_of(updated)))
+    _write(_leaves_of(shard.opt_state, counters=True), _leaves_of(updated, counters=True))  # after all groups
+    return shard._replace(params=out, version=shard.version + 1)
 
 
 Blocks = dict[str, tuple[int, int]]
@@ -113,6 +116,7 @@ Blocks = dict[str, tuple[int, int]]
 def _groups(shard: Shard, layout: FlatLayout) -> list[Blocks]:
     """Cut a shard into groups of blocks, at most _GROUP elements each; the gaps between leaves are left out.
 
+    Blocks begin at multiples of ALIGNMENT, as `rlhf.optim.adamw` asks for.
     There is at least one group, if an empty one: a shard without elements counts its steps too.
     """
     end = shard.start + shard.params.numel()
@@ -121,13 +125,22 @@ def _groups(shard: Shard, layout: FlatLayout) -> list[Blocks]:
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
         low, high = max(offset, shard.start), min(offset + shape.numel(), end)
         while low < high:
-            if size == _GROUP:
+            if _GROUP - size < ALIGNMENT:
                 groups.append({})
                 size = 0
-            stop = min(high, low + _GROUP - size)
+            stop = min(high, low + (_GROUP - size) // ALIGNMENT * ALIGNMENT)
             groups[-1][name] = (low - shard.start, stop - shard.start)
             low, size = stop, size + stop - low
     return groups
+
+
+def _leaves_of(state: Any, *, counters: bool = False) -> list[Tensor]:
+    return [leaf for leaf in leaves(state) if (leaf.ndim == 0) == counters]
+
+
+def _write(buffers: Tree, values: Tree) -> None:
+    for buffer, value in zip(leaves(buffers), leaves(values), strict=True):
+        buffer.copy_(value)
 
 
 def _cut(leaf: Tensor, blocks: Blocks) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -64,13 +65,14 @@ def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
     return settings.recompute_log_probs if settings.recompute_log_probs is not None else dtype == torch.bfloat16
 
 
-def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype) -> Program:
+def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compile_to: Path | None = None) -> Program:
     """PPO's work: `rollout` and `score`, then `ppo` steps, or `critic` steps while it warms up.
 
     Args:
         shapes: of the models.
         settings: the ppo section.
         dtype: of the models' passes.
+        compile_to: see `Program`.
     """
     schedule = update_schedule(settings)
     objective = functools.partial(
@@ -115,6 +117,7 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype) -> Pro
             ),
         },
         blends={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
+        compile_to=compile_to,
     )
 
 

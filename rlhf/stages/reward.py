@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -52,9 +53,10 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     run.note(f"trunk from {source}")
     plan = make_plan(settings, len(split.train))
     head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
+    models = Models({"trunk": start.params, "head": head}, {})
+    compile_to = run.compile_to(models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
     executor = run.open_executor(
-        functools.partial(make_program, start.config, settings, plan.steps, run.dtype),
-        Models({"trunk": start.params, "head": head}, {}),
+        functools.partial(make_program, start.config, settings, plan.steps, run.dtype, compile_to), models
     )
 
     def batches(source: Dataset, records: Sequence[int]) -> list[PackedPairs]:
@@ -97,7 +99,9 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     return StageResult(folder, metrics)
 
 
-def make_program(config: GPT2Config, settings: RewardConfig, steps: int, dtype: torch.dtype) -> Program:
+def make_program(
+    config: GPT2Config, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
+) -> Program:
     """The reward model's work: `main` steps, and `scores` of pairs; arguments as `rlhf.stages.sft.make_program`."""
     objective = make_reward_objective(config, dtype=dtype, centre_coef=settings.centre_coef)
     optimizer = make_adamw(settings, make_schedule(settings, steps))
@@ -105,6 +109,7 @@ def make_program(config: GPT2Config, settings: RewardConfig, steps: int, dtype: 
         steps={"main": StepSpec(objective, optimizer, settings.max_grad_norm)},
         maps={"scores": make_pair_scores(config, dtype=dtype)},
         blends={},
+        compile_to=compile_to,
     )
 
 

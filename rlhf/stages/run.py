@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PipelineRun, RunConfig, flat_fields
+from rlhf.data.dataset import default_cache_dir
 from rlhf.distributed import open_executor
+from rlhf.distributed.compiled import has_compiler
 from rlhf.distributed.executor import Executor, Models, Program
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint
@@ -25,13 +27,18 @@ from rlhf.io.presets import dump_config, load_config
 from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.random import Purpose, fold_in, key
-from rlhf.tree import named_leaves
+from rlhf.tree import leaves, named_leaves
 
 Facts = dict[str, Any]
 """Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
 
 _FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist", "threads")
 """Settings that may differ when a run is resumed: but for the threads they do not change a bit of its results."""
+
+
+_COMPILED_GAIN, _FLOPS, _COMPILE_S = 0.25, 1e11, 0.7
+"""Measured on two cores: what compilation takes off a step, floating-point operations per second of an eager one, and
+seconds of compilation per parameter tensor."""
 
 
 class StageResult(NamedTuple):
@@ -84,6 +91,29 @@ class Run:
         return self.resources.enter_context(
             open_executor(make_program, models, dist, device=self.device, tell=self.note)
         )
+
+    def compile_to(self, models: Models, tokens: float) -> Path | None:
+        """Where compiled code is kept; None where the training step is not to be compiled, or not worth it.
+
+        Args:
+            models: what is trained.
+            tokens: that gradients are taken of in the whole run; never what a resumed run has left, nor anything that
+                depends on workers or threads, because the choice is part of the result's bits.
+        """
+        config = self.config
+        sizes = [leaf.numel() for leaf in leaves(models.params)]
+        saved_s = _COMPILED_GAIN * 6 * sum(sizes) * tokens / _FLOPS
+        cost_s = _COMPILE_S * len(sizes)
+        if config.compile == "off" or (config.compile == "auto" and saved_s < 2 * cost_s):
+            return None
+        if self.device.type == "cpu" and not has_compiler():
+            if config.compile == "on":
+                raise UserError("--compile on: no C++ compiler is on the PATH; install g++, or use --compile off")
+            self.note("not compiled: no C++ compiler is on the PATH (g++ would make the steps faster)")
+            return None
+        folder = (config.cache_dir or default_cache_dir()) / "compiled"
+        self.note(f"compiling the training step: about {cost_s:.0f} s the first time; the code is kept in {folder}")
+        return folder
 
     @property
     def checkpoints(self) -> Path:
@@ -148,7 +178,7 @@ def train(
         WorkersLostError: more processes were lost than may be replaced; the same.
     """
     config = run.config
-    identity = identity | _settings(config)
+    identity = identity | _settings(config) | {"compiled": executor.compiled}
     start, facts = _restore(run, executor, facts, identity)
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
     check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))

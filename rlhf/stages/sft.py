@@ -42,15 +42,15 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     settings, rows = config.sft, config.sft.micro_batch_size
     model, path = _start(run, config)
     split = open_split(run, path, config.sft_val_data, DEMONSTRATIONS, settings, model)
-    plan = make_plan(settings, len(split.train))
+    plan, max_length = make_plan(settings, len(split.train)), length_limit(settings, model)
 
     def batches(source: Dataset, records: Sequence[int], key: Tensor) -> list[TokenBatch]:
-        return token_batches(
-            source, records, max_length=length_limit(settings, model), rows=rows, loss_on=settings.loss_on, key=key
-        )
+        return token_batches(source, records, max_length=max_length, rows=rows, loss_on=settings.loss_on, key=key)
 
+    models = Models(model.params, {})
+    compile_to = run.compile_to(models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
     executor = run.open_executor(
-        functools.partial(make_program, model.config, settings, plan.steps, run.dtype), Models(model.params, {})
+        functools.partial(make_program, model.config, settings, plan.steps, run.dtype, compile_to), models
     )
     held_out = batches(split.validation, split.held_out, run.key(Purpose.DROPOUT)) if split.held_out else []
 
@@ -82,7 +82,9 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     return StageResult(folder, metrics)
 
 
-def make_program(config: GPT2Config, settings: SFTConfig, steps: int, dtype: torch.dtype) -> Program:
+def make_program(
+    config: GPT2Config, settings: SFTConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
+) -> Program:
     """SFT's work: `main` steps, and `measure` for evaluation.
 
     Args:
@@ -90,6 +92,7 @@ def make_program(config: GPT2Config, settings: SFTConfig, steps: int, dtype: tor
         settings: the sft section.
         steps: of the whole run, for the schedule.
         dtype: of the model's passes.
+        compile_to: see `Program`.
     """
     objective = make_sft_objective(config, dtype=dtype, dropout=settings.dropout)
     measure = make_sft_objective(config, dtype=dtype)
@@ -98,6 +101,7 @@ def make_program(config: GPT2Config, settings: SFTConfig, steps: int, dtype: tor
         steps={"main": StepSpec(objective, optimizer, settings.max_grad_norm)},
         maps={"measure": lambda params, frozen, batch: measure(params, frozen, batch)[1]},
         blends={},
+        compile_to=compile_to,
     )
 
 
