@@ -52,11 +52,13 @@ class PromptBatch(NamedTuple):
     """Prompts to complete."""
 
     prompts: Tensor
-    """[B, P] int64, right-padded."""
+    """[U, P] int64, right-padded."""
     lengths: Tensor
-    """[B] int64."""
+    """[U] int64."""
+    source: Tensor
+    """[B] int64: the prompt of each completion."""
     keys: Tensor
-    """[B, 2] int32: the randomness of each row."""
+    """[B, 2] int32: the randomness of each completion."""
 
 
 class ScoreBatch(NamedTuple):

@@ -193,8 +193,10 @@ class PPOConfig(OptimizerConfig):
     """Passes over each iteration's completions."""
     minibatch_size: Count = 16
     """Completions per optimiser step."""
-    rollout_batch_size: Count = 32
-    """Completions generated together."""
+    rollout_batch_size: Count = 64
+    """Completions per rollout micro-batch: what one worker takes on at a time."""
+    rollout_slots: Count = 64
+    """Completions of a micro-batch that are generated together; when one ends, the next takes its place."""
 
     max_new_tokens: Count = 32
     """Longest completion."""

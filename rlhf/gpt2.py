@@ -155,7 +155,8 @@ def trunk(
     check_value("trunk", dropout == 0 or key is not None, "given when dropout is not 0", key=key)
     mask_BTT = None if segments is None else _segment_mask(segments)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        q, k, v = _heads_first(qkv)
         return _attention(q, k, v, mask_BTT)
 
     def drop(x: Tensor, place: int) -> Tensor:
@@ -182,50 +183,58 @@ def compute_copy(params: Params, dtype: torch.dtype) -> Params:
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far. Written in place by `prefill` and `decode`."""
 
-    k: Tensor
-    """[L, B, N, S, H] in the parameters' dtype."""
-    v: Tensor
-    """[L, B, N, S, H]."""
+    kv: Tensor
+    """[L, B, S, 2, N, H] in the blocks' dtype: a token's keys and values lie together, as they are computed."""
 
 
 def init_cache(params: Params, batch_size: int, slots: int, *, config: GPT2Config) -> KVCache:
     """A cache for `batch_size` sequences of up to `slots` tokens, in the dtype and on the device of the blocks."""
-    weight = params["ln_f"]["weight"]
-    shape = (config.n_layer, batch_size, config.n_head, slots, config.n_embd // config.n_head)
-    return KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
+    head_size = config.n_embd // config.n_head
+    shape = (config.n_layer, batch_size, slots, 2, config.n_head, head_size)
+    return KVCache(params["ln_f"]["weight"].new_zeros(shape))
 
 
-def prefill(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, config: GPT2Config) -> Tensor:
-    """Read whole prompts, filling cache slots 0..P-1.
+def prefill(
+    params: Params,
+    tokens: Tensor,
+    lengths: Tensor,
+    cache: KVCache,
+    *,
+    config: GPT2Config,
+    rows: Tensor | None = None,
+    source: Tensor | None = None,
+) -> Tensor:
+    """Read whole prompts, filling the first P slots of cache rows.
 
     Args:
         params: GPT-2 parameters.
-        tokens: [B, P] int64, right-padded with any valid token. What padding writes is overwritten by `decode`
+        tokens: [U, P] int64, right-padded with any valid token. What padding writes is overwritten by `decode`
             before it is ever attended to.
-        lengths: [B] int64, real tokens per row, at least 1.
+        lengths: [U] int64, real tokens per prompt, at least 1.
         cache: written in place.
         config: the shape of `params`.
+        rows: [R] int64, the cache's rows that are filled; None is the first U.
+        source: [R] int64, the prompt that each of them gets, so that several may share one; None is 0..U-1.
 
     Returns:
-        [B, D]: the hidden state of each row's last real token, which predicts its first completion token.
+        [R, D]: the hidden state of each row's last real token, which predicts its first completion token.
 
     Raises:
         ValueError: the prompts exceed the cache or n_positions.
     """
-    rows, width = tokens.shape
-    slots = cache.k.shape[3]
-    check_value(
-        "prefill", width <= min(slots, config.n_positions), f"at most {min(slots, config.n_positions)}", width=width
-    )
+    count, width = tokens.shape
+    limit = min(cache.kv.shape[2], config.n_positions)
+    check_value("prefill", width <= limit, f"at most {limit}", width=width)
+    each = torch.arange(count, device=tokens.device)
+    rows, source = each if rows is None else rows, each if source is None else source
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.k[layer, :, :, :width] = k
-        cache.v[layer, :, :, :width] = v
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        cache.kv[layer, rows, :width] = qkv[source, :, 1:]
+        q, k, v = _heads_first(qkv)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    positions = torch.arange(width, device=tokens.device).expand_as(tokens)
-    hidden_BTD = _run(params, _embed(params, tokens, positions), config, attend)
-    return hidden_BTD[torch.arange(rows, device=tokens.device), lengths - 1]
+    hidden_UTD = _run(params, _embed(params, tokens, torch.arange(width, device=tokens.device)), config, attend)
+    return hidden_UTD[each, lengths - 1][source]
 
 
 def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, config: GPT2Config, used: int) -> Tensor:
@@ -242,14 +251,17 @@ def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, c
     Returns:
         [B, D]: the hidden state that predicts the token after this one.
     """
-    rows = torch.arange(tokens.shape[0], device=tokens.device)
-    seen_B11S = (torch.arange(used, device=tokens.device) <= lengths[:, None])[:, None, None]
+    n_layer, rows, slots = cache.kv.shape[:3]
+    flat = cache.kv.view(n_layer, rows * slots, -1)
+    place = torch.arange(0, rows * slots, slots, device=tokens.device) + lengths
+    unseen = torch.arange(used, device=tokens.device) > lengths[:, None]
+    bias_B11S = torch.zeros(rows, used, dtype=flat.dtype, device=tokens.device).masked_fill_(unseen, -torch.inf)
+    bias_B11S = bias_B11S[:, None, None]
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.k[layer, rows, :, lengths] = k[:, :, 0]
-        cache.v[layer, rows, :, lengths] = v[:, :, 0]
-        keys, values = cache.k[layer, :, :, :used], cache.v[layer, :, :, :used]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen_B11S)
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        flat[layer].index_copy_(0, place, qkv[:, 0, 1:].flatten(1))
+        k, v = cache.kv[layer, :, :used].permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), k, v, attn_mask=bias_B11S)
 
     return _run(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]
 
@@ -291,15 +303,15 @@ def _run(
     params: Params,
     x: Tensor,
     config: GPT2Config,
-    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[[int, Tensor], Tensor],
     drop: Callable[[Tensor, int], Tensor] = lambda x, place: x,
 ) -> Tensor:
-    """All blocks and the final norm over embedded tokens [B, T, D]; `attend(layer, q, k, v)` works on [B, N, T, H]."""
+    """All blocks and the final norm over embedded [B, T, D]; `attend`: layer, [B, T, 3, N, H] -> [B, N, T, H]."""
     x = drop(x, 0)
     for layer, block in enumerate(params["h"]):
         normed = _layer_norm(x, block["ln_1"], config)
-        q, k, v = (_split_heads(part, config.n_head) for part in _affine(normed, block["attn"]["c_attn"]).chunk(3, -1))
-        attended_BTD = attend(layer, q, k, v).transpose(1, 2).reshape(x.shape)
+        qkv = _affine(normed, block["attn"]["c_attn"]).view(*x.shape[:2], 3, config.n_head, -1)
+        attended_BTD = attend(layer, qkv).transpose(1, 2).reshape(x.shape)
         x = x + drop(_affine(attended_BTD, block["attn"]["c_proj"]), 2 * layer + 1)
         normed = _layer_norm(x, block["ln_2"], config)
         expanded = _gelu(_affine(normed, block["mlp"]["c_fc"]))
@@ -337,8 +349,9 @@ def _layer_norm(x: Tensor, p: Params, config: GPT2Config) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), p["weight"], p["bias"], config.layer_norm_epsilon)
 
 
-def _split_heads(x: Tensor, n_head: int) -> Tensor:
-    return x.view(*x.shape[:2], n_head, -1).transpose(1, 2)
+def _heads_first(qkv: Tensor) -> tuple[Tensor, ...]:
+    """[B, T, 3, N, H] -> queries, keys and values, each [B, N, T, H]."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
 def _segment_mask(segments: Tensor) -> Tensor:

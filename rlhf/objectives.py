@@ -141,6 +141,7 @@ def make_rollout(
     top_k: int = 0,
     top_p: float = 1.0,
     stop_tokens: Sequence[int] = (),
+    slots: int | None = None,
 ) -> Callable[[Params, Frozen, PromptBatch], Completions]:
     """(params, frozen, PromptBatch) -> completions of the policy, with values where the head is on its trunk."""
 
@@ -151,6 +152,8 @@ def make_rollout(
             batch.lengths,
             batch.keys,
             config=config,
+            source=batch.source,
+            slots=slots,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             temperature=temperature,

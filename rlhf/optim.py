@@ -115,6 +115,8 @@ def adamw(
         tree_map_named(sort, params, grads, state.mu, state.nu)
         for (scale, decay), group in alike.items():
             p, g, m, v = map(list, zip(*group, strict=True))
+            if scale == 0:  # subtracting 0.0 turns -0.0 into 0.0
+                p = [leaf.clone() for leaf in p]
             made = [torch.tensor(steps, device=leaf.device) for leaf in p]  # counted up by torch, each on its own
             functional_adamw(
                 p, g, m, v, [], made, lr=rate * scale, beta1=b1, beta2=b2, weight_decay=decay, eps=eps,

@@ -206,7 +206,7 @@ def test_invariant_1_first_minibatch_has_ratio_one(model, config, tokens, temper
     params, frozen = model
     rollout = make_rollout(config, max_new_tokens=9, temperature=temperature, stop_tokens=[5], top_k=30)
     lengths = torch.tensor([6, 2, 4])
-    out = rollout(params, frozen, PromptBatch(tokens[:, :6], lengths, random.split(random.key(4), 3)))
+    out = rollout(params, frozen, PromptBatch(tokens[:, :6], lengths, torch.arange(3), random.split(random.key(4), 3)))
     counts = out.mask.sum(dim=1).tolist()
     sequences = [torch.cat([tokens[r, : lengths[r]], out.tokens[r, : counts[r]]]) for r in range(3)]
     packed = build_rows([s.numpy() for s in sequences], [(0, 0), (1, 0), (1, 16)])

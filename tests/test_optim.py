@@ -33,8 +33,13 @@ def example_grads(params, step):
     return tree_map(lambda leaf: floats(10 + step, *leaf.shape, dtype=leaf.dtype) * 10.0 ** (step % 5 - 3), params)
 
 
-def run(optimizer, params, steps, *, update=None):
+def run(optimizer, params, steps, *, update=None, in_place=False):
     state = optimizer.init(params)
+    if in_place:
+        params = tree_map(torch.clone, params)
+        for step in range(steps):
+            state = optimizer.update_(example_grads(params, step), state, params)
+        return params, state
     for step in range(steps):
         params, state = (update or optimizer.update)(example_grads(params, step), state, params)
     return params, state
@@ -131,14 +136,15 @@ def test_is_matrix_value(name, expected):
     assert is_matrix(name) is expected
 
 
-def test_adamw_rate_scale_0_keeps_the_bits_of_a_leaf():
+@pytest.mark.parametrize("in_place", [False, True], ids=["pure", "in_place"])
+def test_adamw_rate_scale_0_keeps_the_bits_of_a_leaf(in_place):
     def scale(name):
         return 0.0 if name.startswith("h.") else 1.0
 
     params = example_params(dtype=torch.float32)
     params["h"][0]["attn"]["c_attn"]["bias"].fill_(-0.0)  # adding 0.0 would change its sign
-    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, rate_scale=scale), params, 5)
-    everywhere, _ = run(adamw(constant(1e-2), weight_decay=0.1), params, 5)
+    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, rate_scale=scale), params, 5, in_place=in_place)
+    everywhere, _ = run(adamw(constant(1e-2), weight_decay=0.1), params, 5, in_place=in_place)
     assert_same_bits(found["h"], params["h"])
     assert_same_bits(found["wte"], everywhere["wte"])
 
@@ -148,10 +154,46 @@ def test_adamw_rate_scale_multiplies_the_rate():
     assert_same_bits(found, run(adamw(constant(5e-3), weight_decay=0.1), example_params(), 5)[0])
 
 
-def test_invariant_12_learning_rate_0_keeps_the_bits_of_all_parameters():
+@pytest.mark.parametrize("in_place", [False, True], ids=["pure", "in_place"])
+def test_invariant_12_learning_rate_0_keeps_the_bits_of_all_parameters(in_place):
     params = example_params(dtype=torch.float32)
-    found, _ = run(adamw(constant(0.0), weight_decay=0.1), params, 5)
+    found, _ = run(adamw(constant(0.0), weight_decay=0.1), params, 5, in_place=in_place)
     assert_same_bits(found, params)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["f64", "f32"])
+def test_adamw_in_place_equals_the_pure_step(dtype, tolerance):
+    def scale(name):
+        return 0.5 if name.startswith("wte") else 1.0
+
+    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, rate_scale=scale)
+    params = example_params(dtype=dtype)
+    assert_close(run(optimizer, params, 6, in_place=True), run(optimizer, params, 6), tolerance)
+
+
+def test_adamw_in_place_writes_into_the_buffers_of_params_and_state():
+    params = example_params()
+    optimizer = adamw(constant(1e-2))
+    state = optimizer.init(params)
+    addresses = [leaf.data_ptr() for leaf in leaves((params, state.mu, state.nu))]
+    found = optimizer.update_(example_grads(params, 0), state, params)
+    assert [leaf.data_ptr() for leaf in leaves((params, found.mu, found.nu))] == addresses
+    assert not torch.equal(params["wte"]["weight"], example_params()["wte"]["weight"])
+    assert (int(state.step), int(found.step)) == (0, 1)  # a buffer may be updated in parts with one counter
+
+
+@given(cuts=st.sets(st.integers(1, 312), max_size=6))
+def test_adamw_in_place_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
+    """As the parameter server cuts it: at multiples of a cache line."""
+    parts = [slice(16 * start, 16 * stop) for start, stop in pairwise([0, *sorted(cuts), 313])]
+    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1)
+    grads, params = ({"w": floats(seed, 5003, dtype=torch.float32)} for seed in (6, 7))
+    whole, pieces = tree_map(torch.clone, params), tree_map(torch.clone, params)
+    optimizer.update_(grads, optimizer.init(whole), whole)
+    state = optimizer.init(pieces)
+    for part in parts:
+        optimizer.update_(cut(grads, part), cut(state, part), cut(pieces, part))
+    assert_same_bits(pieces, whole)
 
 
 def test_adamw_zero_gradient_and_zero_decay_keep_the_bits_of_all_parameters():

@@ -8,7 +8,7 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf import gpt2, random
 from rlhf.heads import apply_head
-from rlhf.ops import token_log_probs
+from rlhf.ops import entropy, token_log_probs
 from rlhf.sampling import filter_logits, generate, sample_token
 
 LENGTHS = torch.tensor([6, 1, 4])
@@ -106,6 +106,39 @@ def test_generate_row_depends_on_its_prompt_and_key_alone(params, config, tokens
         assert torch.equal(alone.tokens[0], together.tokens[row])
         torch.testing.assert_close(alone.log_probs[0], together.log_probs[row], atol=1e-5, rtol=1e-5)
     assert torch.equal(run([2, 0]).tokens, together.tokens[[2, 0]])
+
+
+ENDS = {"ends": [3, 17, 20, 21, 22, 23], "full": []}
+
+
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+@pytest.mark.parametrize("slots", [1, 2, 3, 8, 9, 16, 40])
+def test_generate_slots_and_shared_prompts_change_nothing(params, config, tokens, slots, ends):
+    """Refilling, dropping rows and reading a prompt once for its samples: the same tokens as row by row."""
+    count, head = 19, {"weight": random.normal(random.key(9), (1, config.n_embd)), "bias": torch.tensor([0.5])}
+    source, keys = torch.arange(count) % 3, random.split(random.key(8), count)
+    settings = {"config": config, "max_new_tokens": 11, "stop_tokens": ENDS[ends], "value_head": head}
+    given = {"with_entropies": True, "temperature": 0.8}
+    out = generate(params, tokens[:, :6], LENGTHS, keys, source=source, slots=slots, **settings, **given)
+    assert len(set(out.mask.sum(dim=1).tolist())) > (3 if ENDS[ends] else 0), (
+        "lengths must differ for refills to matter"
+    )
+    for row in range(count):
+        prompt = slice(int(source[row]), int(source[row]) + 1)
+        alone = generate(params, tokens[prompt, :6], LENGTHS[prompt], keys[row : row + 1], **settings, **given)
+        assert torch.equal(alone.tokens[0], out.tokens[row])
+        assert torch.equal(alone.mask[0], out.mask[row])
+        assert alone.ended[0] == out.ended[row]
+        for field in ("log_probs", "values", "entropies"):
+            torch.testing.assert_close(getattr(alone, field)[0], getattr(out, field)[row], atol=1e-5, rtol=1e-5)
+
+
+def test_generate_entropies_are_those_of_the_distribution_drawn_from(params, config, tokens, keys):
+    settings = {"config": config, "max_new_tokens": 1, "temperature": 0.7}
+    out = generate(params, tokens[:, :6], torch.full((3,), 6), keys, with_entropies=True, **settings)
+    expected = entropy(gpt2.forward(params, tokens[:, :6], config=config)[:, -1], temperature=0.7)
+    torch.testing.assert_close(out.entropies[:, 0], expected, atol=1e-5, rtol=1e-5)
+    assert not generate(params, tokens[:, :6], LENGTHS, keys, **settings).entropies.any()
 
 
 def test_generate_different_keys_give_different_completions(params, config, tokens):

@@ -80,22 +80,25 @@ def pair_batches(
 
 
 def prompt_batches(prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int) -> list[tuple[PromptBatch, list[int]]]:
-    """Micro-batches of prompts of similar length, each with the numbers of its prompts.
+    """Micro-batches of completions to make, of prompts of similar length, each with the numbers of its completions.
 
     Args:
-        prompts: token ids, each [n].
-        keys: [len(prompts), 2] int32: the randomness of each.
-        rows: prompts per micro-batch.
+        prompts: token ids of each completion's prompt, each [n]; equal ones are kept once.
+        keys: [len(prompts), 2] int32: the randomness of each completion.
+        rows: completions per micro-batch.
     """
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
     batches = []
     for start in range(0, len(order), rows):
         numbers = order[start : start + rows]
-        lengths = torch.tensor([len(prompts[number]) for number in numbers])
-        padded = torch.zeros(len(numbers), int(lengths.max()), dtype=torch.int64)
-        for row, number in enumerate(numbers):
-            padded[row, : lengths[row]] = torch.from_numpy(prompts[number])
-        batches.append((PromptBatch(padded, lengths, keys[numbers]), numbers))
+        unique = {prompts[number].tobytes(): prompts[number] for number in numbers}
+        place = {content: row for row, content in enumerate(unique)}
+        source = torch.tensor([place[prompts[number].tobytes()] for number in numbers])
+        lengths = torch.tensor([len(prompt) for prompt in unique.values()])
+        padded = torch.zeros(len(unique), int(lengths.max()), dtype=torch.int64)
+        for row, prompt in enumerate(unique.values()):
+            padded[row, : len(prompt)] = torch.from_numpy(prompt)
+        batches.append((PromptBatch(padded, lengths, source, keys[numbers]), numbers))
     return batches
 
 

@@ -106,6 +106,7 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
                 top_k=settings.top_k,
                 top_p=settings.top_p,
                 stop_tokens=(shapes.eos_id,) if settings.stop_at_eos else (),
+                slots=settings.rollout_slots,
             ),
             "score": make_scorer(
                 shapes.policy,
