@@ -96,6 +96,14 @@ def kind_of(path: Path) -> Schema:
     )
 
 
+def prompts_of(data: TestData) -> TestData:
+    """The prompts of demonstrations or preference pairs, each once."""
+    first: dict[str, int] = {}
+    for number, record in enumerate(read_records(data.path)):
+        first.setdefault(str(record.fields.get("prompt")), number)
+    return TestData(data.path, PROMPTS, sorted(first.values()), f"the prompts of its {data.schema.name}")
+
+
 def held_out_data(model_dir: Path, run: PipelineRun) -> list[TestData]:
     """What a run kept for testing: the records that each stage held out, and the example's held-out prompts.
 
