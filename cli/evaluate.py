@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
     """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
-    return tyro.cli(EvaluateConfig, prog="rlhf-evaluate", default=EvaluateConfig(dist=base_config(argv).dist), args=argv)
+    return tyro.cli(
+        EvaluateConfig, prog="rlhf-evaluate", default=EvaluateConfig(dist=base_config(argv).dist), args=argv
+    )
 
 
 def _evaluate(argv: list[str]) -> None:

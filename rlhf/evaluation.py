@@ -142,8 +142,9 @@ class Diversity(NamedTuple):
 
 
 def diversity(texts: Sequence[Sequence[Sequence[int]]], *, n: int) -> Diversity:
-    """Count distinct n-grams: distinct-n is `distinct / sum(totals)`, and without text i
-    `(distinct - sole[i]) / (sum(totals) - totals[i])`.
+    """Count distinct n-grams.
+
+        distinct-n = distinct / sum(totals),   and without text i  (distinct - sole[i]) / (sum(totals) - totals[i])
 
     Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 5.3,
     https://arxiv.org/abs/1510.03055.

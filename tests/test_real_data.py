@@ -22,7 +22,10 @@ from rlhf.config import (
 from rlhf.data.dataset import load_dataset
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.io.model_folder import load_language_model, load_reward_model
-from rlhf.stages.compare import compare
+from rlhf.stages.answers import Sampling
+from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.stages.evaluate_policy import compare, contest_figures
+from rlhf.stages.judges import Judge
 from rlhf.stages.ppo import run_ppo
 from rlhf.stages.reward import run_reward
 from rlhf.stages.sft import run_sft
@@ -128,12 +131,19 @@ def test_ppo_raises_the_score_of_an_independent_judge(shared_data, tmp_path):
     accuracy = run_reward(RewardRun(reward=reward, **files, **common)).metrics["eval/reward/accuracy"]
     ppo = PPOConfig(num_iterations=40, learning_rate=2e-4, kl_coef=0.1, max_new_tokens=40, missing_eos_penalty=1.0)
     run_ppo(PPORun(prompt_data=shared_data / "sent_prompts.json", ppo=ppo, **common))
-    prompts = read(shared_data / "sent_prompts.json")
-    result = compare(tmp_path / "run" / "sft", tmp_path / "run" / "policy", prompts, judge, seed=0, max_new_tokens=40)
-    before, after = result.before, result.after
+    prompts, independent = shared_data / "sent_prompts.json", Judge("judge", judge, pairwise=False)
+    folders, config = (tmp_path / "run" / "policy", tmp_path / "run" / "sft"), EvaluateConfig(cache_dir=tmp_path)
+    (contest,) = compare(*folders, prompts, [independent], Sampling(("sampled",), 1.0, 40, 0), config)
+    found = {
+        part: figures["eval/judge/judge"]
+        for part, figures in contest_figures(contest, seed=0).items()
+        if part != "wins"
+    }
+    kl = float(contest.sides["policy"].answers.kl["exact"].mean())
     print(f"\nthe judge agrees with {agreement:.2f} of the test pairs, the reward model with {accuracy:.2f}")
-    print(f"SFT {before.mean:+.3f} ± {before.interval:.3f}, PPO {after.mean:+.3f} ± {after.interval:.3f}", end=", ")
-    print(f"gain {result.gain:+.3f} ± {result.gain_interval:.3f} at {result.kl:.1f} nats")
-    assert result.gain > result.gain_interval
-    assert result.kl < 15
+    for part, (value, low, high, _) in found.items():
+        print(f"{part} {value:+.3f} [{low:+.3f}, {high:+.3f}]", end=", ")
+    print(f"at {kl:.1f} nats")
+    assert found["difference"].low > 0
+    assert kl < 15
     assert load_reward_model(tmp_path / "run" / "reward").statistics.completions == 1024

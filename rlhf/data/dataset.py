@@ -65,6 +65,10 @@ class Dataset:
         """Tokens of each of the record's sequences as `sequences` returns them."""
         return [kept.prompt + kept.completion + kept.ends for kept in self._fits(record, max_length)]
 
+    def completion_lengths(self, record: int, max_length: int) -> list[int]:
+        """Tokens of each of the record's completions as `sequences` returns them, end-of-text included."""
+        return [kept.completion + kept.ends for kept in self._fits(record, max_length)]
+
     def prompt(self, record: int, max_length: int) -> np.ndarray:
         """[n] int64: the last `max_length` tokens of the prompt."""
         start = int(self._offsets[record * self.members])

@@ -66,8 +66,10 @@ class Panel(NamedTuple):
     @property
     def context(self) -> int:
         """Tokens that every model can read."""
-        models = [*self.writers.values(), *self.reward_models.values(), *([self.reference] if self.reference else [])]
-        return min(model.config.n_positions for model in models)
+        configs = [model.config for model in self.writers.values()]
+        configs += [model.config for model in self.reward_models.values()]
+        configs += [self.reference.config] if self.reference is not None else []
+        return min(config.n_positions for config in configs)
 
 
 def load_panel(writers: Mapping[str, Path], reference: Path | None, reward_models: Mapping[str, Path]) -> Panel:
@@ -98,9 +100,7 @@ def load_panel(writers: Mapping[str, Path], reference: Path | None, reward_model
 
 
 @contextlib.contextmanager
-def open_panel(
-    place: Workplace, panel: Panel, sampling: Sampling
-) -> Iterator[Callable[..., Answers]]:
+def open_panel(place: Workplace, panel: Panel, sampling: Sampling) -> Iterator[Callable[..., Answers]]:
     """`answer` with the models at hand, until the block ends."""
     reference = panel.reference
     program = functools.partial(
@@ -184,7 +184,7 @@ def answer(
         measure_rows: packed rows per micro-batch.
     """
     many = [prompt for prompt in prompts for _ in range(samples)]
-    keys = _keys(sampling.seed, len(prompts), samples)
+    keys = sample_keys(sampling.seed, len(prompts), samples)
     completions = complete(executor, many, keys, rows=rollout_rows, name=f"{decoding}/{part}")
     lengths = completions.mask.sum(dim=1)
     row_length = max(max(map(len, many)) + int(lengths.max()), min(ROW_LENGTH, panel.context))
@@ -222,7 +222,7 @@ def prompt_tokens(dataset: Dataset, records: Sequence[int], room: int) -> list[n
     return [dataset.prompt(record, room) for record in records]
 
 
-def _keys(seed: int, prompts: int, samples: int) -> Tensor:
+def sample_keys(seed: int, prompts: int, samples: int) -> Tensor:
     """[prompts * samples, 2] int32, by prompt and sample; those of sample 0 do not depend on how many there are."""
     number = torch.arange(prompts)[:, None] + (torch.arange(samples) << 32)
     return fold_in(fold_in(key(seed), int(Purpose.EVALUATION)), number.flatten())

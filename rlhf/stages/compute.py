@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
@@ -10,15 +11,15 @@ from rlhf.config import ComputeConfig, DistConfig
 from rlhf.errors import UserError
 
 
-def find_device(config: ComputeConfig) -> torch.device:
-    """The device that a configuration asks for.
+def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that a configuration names.
 
     Raises:
         UserError: it asks for a GPU and there is none.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def compute_threads(config: ComputeConfig) -> int:

@@ -91,8 +91,8 @@ def kind_of(path: Path) -> Schema:
             return schema
     found = ", ".join(map(repr, sorted(record.fields))) or "nothing"
     raise UserError(
-        f"{path}: record 1 (line {record.line}) has {found}; expected 'prompt' with 'completion' (demonstrations), with "
-        "'chosen' and 'rejected' (preference pairs), or alone (prompts)"
+        f"{path}: record 1 (line {record.line}) has {found}; expected 'prompt' with 'completion' (demonstrations), "
+        "with 'chosen' and 'rejected' (preference pairs), or alone (prompts)"
     )
 
 
@@ -112,7 +112,9 @@ def held_out_data(model_dir: Path, run: PipelineRun) -> list[TestData]:
     example = model_dir / "data"
     found = [
         _held_out(run, DEMONSTRATIONS, run.sft_data or example / "demonstrations.json", run.sft_val_data, run.sft),
-        _held_out(run, PREFERENCES, run.preference_data or example / "preferences.json", run.preference_val_data, run.reward),
+        _held_out(
+            run, PREFERENCES, run.preference_data or example / "preferences.json", run.preference_val_data, run.reward
+        ),
     ]
     prompts = run.prompt_data or example / "prompts.json"
     kept = prompts.with_name("heldout_prompts.json")
@@ -154,7 +156,9 @@ def _held_out(
     if not path.is_file():
         return TestData(path, schema, None, origin)
     _, held_out = _split(run, path, schema, settings)
-    return TestData(path, schema, held_out, origin) if held_out else TestData(path, schema, None, "which it learnt from")
+    return (
+        TestData(path, schema, held_out, origin) if held_out else TestData(path, schema, None, "which it learnt from")
+    )
 
 
 def _split(run: PipelineRun, path: Path, schema: Schema, settings: SupervisedConfig) -> tuple[list[int], list[int]]:

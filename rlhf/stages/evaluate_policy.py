@@ -1,17 +1,17 @@
 """How well a policy completes prompts, alone and against another model on the same prompts."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf.config import PipelineRun
+from rlhf.data.schema import PROMPTS
 from rlhf.evaluation import diversity, repetition
 from rlhf.stages.answers import Answers, Panel, Sampling, load_panel, open_panel, prompt_tokens
 from rlhf.stages.evaluate_config import Decoding, EvaluateConfig
 from rlhf.stages.evaluate_inputs import Folders, TestData, open_data
-from rlhf.stages.evaluation import Evaluation, Workplace
+from rlhf.stages.evaluation import Evaluation, Workplace, open_workplace
 from rlhf.stages.figures import Array, Estimate, Figure, difference, figures, from_influence, mean, ratio
 from rlhf.stages.judges import Judge, Preferences, prefer, score
 
@@ -89,6 +89,30 @@ def evaluate_policy(
     return evaluations, [line for contest in contests for line in _lines(contest, data)]
 
 
+def compare(
+    policy: Path, against: Path, prompts: Path, judges: Sequence[Judge], sampling: Sampling, config: EvaluateConfig
+) -> list[Contest]:
+    """Let two models complete the same prompts and judges compare them; KL(policy || against) is measured too.
+
+    Args:
+        policy: model folder.
+        against: model folder with the same vocabulary.
+        prompts: data file with a column `prompt`; the others go to the judges.
+        judges: scorers and pairwise judges.
+        sampling: how completions are made.
+        config: samples per prompt, micro-batches, and where to compute.
+
+    Returns:
+        A contest for each way of decoding.
+
+    Raises:
+        UserError, NonFiniteError: as `evaluate_policy`.
+    """
+    panel = load_panel({"policy": policy, "against": against}, against, {})
+    with open_workplace(config) as place:
+        return hold_contests(config, place, panel, TestData(prompts, PROMPTS, None, ""), sampling, judges)
+
+
 def hold_contests(
     config: EvaluateConfig,
     place: Workplace,
@@ -113,7 +137,7 @@ def hold_contests(
 
 def contest_figures(contest: Contest, *, seed: int) -> dict[str, dict[str, Figure]]:
     """Figures of each side, and of their difference with the win rates."""
-    sides = {part: _estimates(judged, contest.samples) for part, judged in contest.sides.items()}
+    sides = {part: _estimates(judged, contest) for part, judged in contest.sides.items()}
     found = {part: figures(estimates, seed=seed) for part, estimates in sides.items()}
     if "against" in sides:
         shared = [name for name in sides["policy"] if not name.startswith(_UNPAIRED)]
@@ -150,9 +174,9 @@ def _judge(
     return Contest(decoding, samples, columns, sides, preferences)
 
 
-def _estimates(judged: Judged, samples: int) -> dict[str, Estimate]:
+def _estimates(judged: Judged, contest: Contest) -> dict[str, Estimate]:
     """Figures of one side; a prompt's samples are one sample of the figure, since they resemble one another."""
-    own = judged.answers
+    own, samples = judged.answers, contest.samples
     lengths = np.array([len(row) for row in own.tokens], dtype=np.float64)
 
     def per_prompt(values: Array) -> Array:
@@ -160,7 +184,9 @@ def _estimates(judged: Judged, samples: int) -> dict[str, Estimate]:
 
     estimates = {name: mean(per_prompt(values)) for name, values in judged.scores.items()}
     for name, values in own.kl.items():
-        estimates["eval/objective/kl" + {"exact": "_exact", "k1": ""}.get(name, f"_{name}")] = mean(per_prompt(values))
+        if name == "exact" or contest.decoding == "sampled":  # the estimators are made for tokens that were drawn
+            suffix = {"exact": "_exact", "k1": ""}.get(name, f"_{name}")
+            estimates[f"eval/objective/kl{suffix}"] = mean(per_prompt(values))
     repeated = np.array([repetition(row) for row in own.tokens])
     estimates |= {
         "eval/policy/entropy_avg": ratio(per_prompt(own.entropy), per_prompt(lengths)),
@@ -189,7 +215,9 @@ def _wins(contest: Contest) -> dict[str, Estimate]:
     for name, outcome in found.items():
         shares = {"win_rate": outcome, "wins": outcome > 0.5, "ties": outcome == 0.5, "losses": outcome < 0.5}
         for share, values in shares.items():
-            estimates[f"eval/{share}/{name}"] = mean(np.asarray(values, float).reshape(-1, contest.samples).mean(axis=1))
+            estimates[f"eval/{share}/{name}"] = mean(
+                np.asarray(values, float).reshape(-1, contest.samples).mean(axis=1)
+            )
     for name, preferences in contest.preferences.items():
         first_place = (preferences.first + 1.0 - preferences.second) / 2
         estimates[f"eval/first_place/{name}"] = mean(first_place.reshape(-1, contest.samples).mean(axis=1))
@@ -215,6 +243,9 @@ def _lines(contest: Contest, data: TestData) -> list[dict[str, Any]]:
             figure |= {"kl": float(own.kl["exact"][number])} if own.kl else {}
             line[part] = figure | {name.removeprefix("eval/"): float(of[number]) for name, of in scores.items()}
         for name, preferences in contest.preferences.items():
-            line[f"judge/{name}"] = {"first": float(preferences.first[number]), "second": float(preferences.second[number])}
+            line[f"judge/{name}"] = {
+                "first": float(preferences.first[number]),
+                "second": float(preferences.second[number]),
+            }
         lines.append(line | {"data": str(data.path)})
     return lines

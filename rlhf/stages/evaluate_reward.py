@@ -155,7 +155,7 @@ def _score(
     results = executor.map("scores", [pack.batch for pack in packs])
     order = np.argsort([record for pack in packs for record in pack.records], kind="stable")
     scores = np.concatenate([torch.stack(result, dim=1).double().numpy() for result in results])[order]
-    lengths = [[len(s.tokens) - s.prompt for s in dataset.sequences(record, context)] for record in records]
+    lengths = [dataset.completion_lengths(record, context) for record in records]
     return scores, np.array(lengths, dtype=np.float64)
 
 

@@ -48,9 +48,7 @@ def evaluate_sft(config: EvaluateConfig, place: Workplace, folder: Path, data: T
     notes = {"tokens": int(count.sum())}
     if cut := dataset.count_cut(context):
         notes["records_cut_to_context"] = cut
-    return Evaluation(
-        "sft", {"model": folder}, data, "records", {"model": figures(estimates, seed=config.seed)}, notes
-    )
+    return Evaluation("sft", {"model": folder}, data, "records", {"model": figures(estimates, seed=config.seed)}, notes)
 
 
 def make_program(config: GPT2Config, dtype: torch.dtype) -> Program:
@@ -67,7 +65,12 @@ def _measure(executor: Executor, sequences: list[TokenSequence], rows: int) -> t
         tokens[row, : lengths[row]] = sequence.tokens[sequence.prompt :]
     longest = max(len(sequence.tokens) for sequence in sequences)
     packs = pack_completions(
-        prompts, torch.from_numpy(tokens), lengths, range(len(sequences)), rows=rows, row_length=max(longest, ROW_LENGTH)
+        prompts,
+        torch.from_numpy(tokens),
+        lengths,
+        range(len(sequences)),
+        rows=rows,
+        row_length=max(longest, ROW_LENGTH),
     )
     results = executor.map("measure", [pack.batch for pack in packs])
     log_probs, hits = (unpack_tokens(packs, [r[field] for r in results], tokens.shape) for field in (0, 1))

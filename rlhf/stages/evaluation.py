@@ -75,7 +75,7 @@ def open_workplace(config: ComputeConfig) -> Iterator[Workplace]:
     Raises:
         UserError: there is no such device, or the cluster cannot be reached.
     """
-    device = find_device(config)
+    device = find_device(config.device)
     if config.dist.num_workers:
         tell(describe_workers(config.dist))
     with limit_threads(compute_threads(config)), connected(config.dist):

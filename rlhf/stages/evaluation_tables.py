@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -22,7 +21,7 @@ _TITLES = {
     "eval/reward/gain_over_longer": "  gain over the longer",
     "eval/reward/gain_over_bag_of_words": "  gain over bag of words",
     "eval/reward/margin": "margin, chosen - rejected",
-    "loss/reward": "loss, -log σ(margin)",
+    "loss/reward": "loss, -log sigmoid(margin)",
     "eval/reward/mean": "mean reward",
     "eval/reward/calibration_error": "expected calibration error",
     "eval/reward/length_correlation": "correlation with length",
@@ -42,19 +41,24 @@ _SHARES = (
     "accuracy", "baseline", "ended", "repeated", "distinct", "win_rate", "wins", "ties", "losses", "first_place",
     "calibration",
 )  # fmt: skip
-_NO_BREAK = "\N{NO-BREAK SPACE}"
+_PARTS = {"against": "compared with", "reference": "KL from"}
+_ENDS = ("value", "low", "high")
+_WIDE = 100
+"""Columns from which three intervals fit beside their values."""
 
 
 def show_report(report: Report, console: Console) -> None:
     """Print every evaluation, and what was left out."""
     for evaluation in report.evaluations:
         console.print(_heading(evaluation))
-        console.print(_SHOWN[evaluation.kind](evaluation))
+        console.print(_SHOWN[evaluation.kind](evaluation, console.width))
         console.print()
     for kind, reason in report.skipped.items():
         console.print(f"{kind} left out: {reason}", markup=False, soft_wrap=True)
-    console.print("In brackets: 95% bootstrap intervals. Shares are of 1.", markup=False)
-    names = [name for name in ("evaluation.json", "completions.jsonl", "pairs.jsonl") if (report.folder / name).exists()]
+    console.print("[ ]: 95% bootstrap interval; none where all samples agree or there is one.", markup=False)
+    names = [
+        name for name in ("evaluation.json", "completions.jsonl", "pairs.jsonl") if (report.folder / name).exists()
+    ]
     console.print(f"Written to {report.folder}: {', '.join(names)}", markup=False, soft_wrap=True)
 
 
@@ -66,26 +70,32 @@ def _heading(evaluation: Evaluation) -> Text:
     source = f"{evaluation.data.path}" + (f" ({evaluation.data.origin})" if evaluation.data.origin else "")
     per = facts.get("samples_per_prompt", 1)
     times = f", {per} completions each" if per > 1 else ""
-    lines = [Text(what, style="bold"), Text(f"{n} {evaluation.unit}{times} of {source}")]
-    lines += [Text(f"{part}: {folder}") for part, folder in evaluation.models.items()]
+    lines = [Text(what, style="bold"), Text(f"{n} {evaluation.unit} of {source}{times}")]
+    parts: dict[str, list[str]] = {}
+    for part, folder in evaluation.models.items():
+        parts.setdefault(str(folder), []).append(_PARTS.get(part, part))
+    lines += [Text(f"{' and '.join(played)}: {folder}") for folder, played in parts.items()]
     return Text("\n").join(lines)
 
 
-def _sft(evaluation: Evaluation) -> RenderableType:
-    return _figures(evaluation, ["model"])
+def _sft(evaluation: Evaluation, width: int) -> RenderableType:
+    return _figures(evaluation, ["model"], width)
 
 
-def _policy(evaluation: Evaluation) -> RenderableType:
-    parts = [part for part in ("policy", "against", "difference") if part in evaluation.figures]
-    tables: list[RenderableType] = [_figures(evaluation, parts)]
+def _policy(evaluation: Evaluation, width: int) -> RenderableType:
+    parts: list[str] = [part for part in ("policy", "against", "difference") if part in evaluation.figures]
+    tables: list[RenderableType] = [_figures(evaluation, parts, width)]
     if "wins" in evaluation.figures:
         tables.append(_wins(evaluation))
     return Group(*tables)
 
 
-def _reward(evaluation: Evaluation) -> RenderableType:
-    curve, lengths = Table(title="How sure, how right"), Table(title="Accuracy by length of the chosen one")
-    for heading in ("σ(|margin|)", "mean", "accuracy", "pairs"):
+def _reward(evaluation: Evaluation, width: int) -> RenderableType:
+    curve, lengths = (
+        Table(title="Reliability: how sure, how right"),
+        Table(title="Accuracy by how much longer the chosen one is"),
+    )
+    for heading in ("sigmoid(|margin|)", "mean", "accuracy", "pairs"):
         curve.add_column(heading, justify="right")
     for row in evaluation.facts["reliability"]:
         span = f"{row['from']:.2f} to {row['to']:.2f}"
@@ -93,44 +103,54 @@ def _reward(evaluation: Evaluation) -> RenderableType:
     for heading in ("tokens more", "accuracy", "pairs"):
         lengths.add_column(heading, justify="right")
     for row in evaluation.facts["accuracy_by_length_difference"]:
-        figure = Figure(*(math.nan if value is None else value for value in row["accuracy"].values()))
+        value, low, high = (math.nan if row["accuracy"][end] is None else row["accuracy"][end] for end in _ENDS)
+        figure = Figure(value, low, high, row["accuracy"]["n"])
         span = f"{row['from']:+d} to {row['to']:+d}" if row["from"] != row["to"] else f"{row['from']:+d}"
         lengths.add_row(span, _cell(figure, ".2f"), str(figure.n))
-    return Group(_figures(evaluation, ["model"]), curve, lengths)
+    return Group(_figures(evaluation, ["model"], width), curve, lengths)
 
 
-_SHOWN: dict[str, Callable[[Evaluation], RenderableType]] = {"sft": _sft, "reward": _reward, "policy": _policy}
+_SHOWN: dict[str, Callable[[Evaluation, int], RenderableType]] = {"sft": _sft, "reward": _reward, "policy": _policy}
 
 
-def _figures(evaluation: Evaluation, columns: list[str]) -> Table:
-    table = Table()
+def _figures(evaluation: Evaluation, columns: list[str], width: int) -> Table:
+    table, between = Table(), "\n" if len(columns) > 2 and width < _WIDE else " "
     table.add_column("figure", no_wrap=True)
     for column in columns:
-        table.add_column({"model": "value"}.get(column, column), justify="right")
+        table.add_column({"model": "value", "against": _other(evaluation)}.get(column, column), justify="right")
     for name in sorted(evaluation.figures[columns[0]], key=_order):
         signed = "+" if any(word in name for word in ("margin", "gain", "reward/", "judge/", "correlation")) else ""
         cells: list[str] = []
         for column in columns:
             figure = evaluation.figures[column].get(name)
             sign = "+" if column == "difference" else signed if not _is_share(name) else ""
-            cells.append("" if figure is None else _cell(figure, sign + _precision(name, figure)))
+            cells.append("" if figure is None else _cell(figure, sign + _precision(name, figure), between))
         table.add_row(Text(_title(name)), *cells)
     return table
 
 
 def _wins(evaluation: Evaluation) -> Table:
     table = Table()
-    table.add_column("policy against the other, by", no_wrap=False)
+    table.add_column(f"policy against {_other(evaluation)}, by")
     for heading in ("win rate", "wins", "ties", "losses"):
         table.add_column(heading, justify="right")
     found = evaluation.figures["wins"]
     for name in [name.removeprefix("eval/win_rate/") for name in found if name.startswith("eval/win_rate/")]:
         shares = [found[f"eval/{share}/{name}"] for share in ("wins", "ties", "losses")]
-        place = found.get(f"eval/first_place/{name}")
-        note = "" if place is None else f" (both orders; names the first {place.value:.0%} of the time)"
         cells = [_cell(found[f"eval/win_rate/{name}"], ".3f"), *(f"{share.value:.3f}" for share in shares)]
-        table.add_row(Text(name + note), *cells)
+        table.add_row(Text(name), *cells)
+    for name in [name for name in found if name.startswith("eval/first_place/")]:
+        judge = name.removeprefix("eval/first_place/")
+        table.caption = f"{table.caption or ''}{judge} was asked in both orders; it favoured the first place with " + (
+            f"{found[name].value:.3f} (0.5 is fair). "
+        )
     return table
+
+
+def _other(evaluation: Evaluation) -> str:
+    """What the policy is compared with, by its folder's name where that tells them apart."""
+    name = evaluation.models["against"].name if "against" in evaluation.models else "the other"
+    return "the other" if name == evaluation.models["policy"].name or name == "policy" else name
 
 
 def _title(name: str) -> str:
@@ -155,10 +175,17 @@ def _precision(name: str, figure: Figure) -> str:
     return ".1f" if abs(figure.value) >= 100 else ".2f" if abs(figure.value) >= 0.1 else ".3f"
 
 
-def _cell(figure: Figure, form: str) -> str:
-    """value [low, high]; the interval does not break."""
+def _cell(figure: Figure, form: str, between: str = " ") -> str:
+    """value [low, high]."""
     if math.isnan(figure.value):
         return "undefined"
-    if math.isnan(figure.low) or math.isnan(figure.high):
-        return format(figure.value, form)
-    return f"{figure.value:{form}} \\[{figure.low:{form}},{_NO_BREAK}{figure.high:{form}}]"
+    value, low, high = (_number(number, form) for number in figure[:3])
+    if math.isnan(figure.low) or math.isnan(figure.high) or figure.low == figure.high:
+        return value
+    return f"{value}{between}\\[{low}, {high}]"
+
+
+def _number(value: float, form: str) -> str:
+    """A formatted number; what is rounded to 0 has no sign."""
+    text = format(value, form)
+    return text.lstrip("+-") if float(text) == 0 else text

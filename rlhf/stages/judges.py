@@ -39,13 +39,13 @@ def open_judges(specs: Sequence[str]) -> list[Judge]:
     names = [judge.name for judge in judges]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--judge: two judges are called {name}; rename one, so that their figures can be told apart")
+            raise UserError(
+                f"--judge: two judges are called {name}; rename one, so that their figures can be told apart"
+            )
     return judges
 
 
-def score(
-    judge: Judge, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]
-) -> Array:
+def score(judge: Judge, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]) -> Array:
     """[B] scores of completions. Errors as `rlhf.stages.user_functions.call_function`."""
     scores = call_function(judge.function, f"judge {judge.name}", columns, prompts=prompts, completions=completions)
     return np.array(scores)

@@ -126,7 +126,9 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
         UserError: the folder is in use or holds this stage's checkpoints although `resume` is off; or no GPU is there
             though one was asked for.
     """
-    run = Run(config, stage, find_device(config), torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    run = Run(
+        config, stage, find_device(config.device), torch.bfloat16 if config.precision == "bf16" else torch.float32
+    )
     with lock_folder(config.output_dir), _stop_on_signal(run), limit_threads(compute_threads(config)), run.resources:
         check_output(config, stage)
         yield run
