@@ -33,6 +33,6 @@ def _evaluate(argv: list[str]) -> None:
     from rich.console import Console  # from here on it may take a second
 
     from rlhf.stages.evaluate import run_evaluation
-    from rlhf.stages.evaluation_tables import show_report
+    from rlhf.stages.evaluate_tables import show_report
 
     show_report(run_evaluation(config), Console(highlight=False))

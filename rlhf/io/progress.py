@@ -21,6 +21,11 @@ console = Console(stderr=True, highlight=False)
 """Messages and progress go to stderr; stdout stays free for results."""
 
 
+def tell(text: str) -> None:
+    """Say one line to the user."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 class StageProgress:
     """Shows one stage's progress; a context manager."""
 

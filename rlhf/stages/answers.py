@@ -22,9 +22,9 @@ from rlhf.objectives import make_rollout
 from rlhf.random import Purpose, fold_in, key
 from rlhf.sampling import Completions
 from rlhf.stages.completions import complete, texts_of
+from rlhf.stages.compute import Workplace
 from rlhf.stages.evaluate_config import Decoding
 from rlhf.stages.evaluate_sft import ROW_LENGTH
-from rlhf.stages.evaluation import Workplace
 from rlhf.stages.figures import Array
 from rlhf.types import Params
 

@@ -2,13 +2,16 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
 
 from rlhf.config import ComputeConfig, DistConfig
+from rlhf.distributed import connected, open_executor
+from rlhf.distributed.executor import Executor, Models, Program
 from rlhf.errors import UserError
+from rlhf.io.progress import tell
 
 
 def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -49,3 +52,35 @@ def describe_workers(dist: DistConfig) -> str:
     threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
     crowded = f"; their {threads} threads share {cores} cores" if not dist.address and threads > cores else ""
     return f"{dist.num_workers} Ray workers{servers}{crowded}"
+
+
+class Workplace(NamedTuple):
+    """Where the models run."""
+
+    config: ComputeConfig
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the models' passes."""
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    def open_executor(
+        self, make_program: Callable[[], Program], models: Models
+    ) -> contextlib.AbstractContextManager[Executor]:
+        """The executor that the configuration asks for, until the block ends; arguments as `rlhf.distributed`'s."""
+        return open_executor(make_program, models, self.config.dist, device=self.device, tell=tell)
+
+
+@contextlib.contextmanager
+def open_workplace(config: ComputeConfig) -> Iterator[Workplace]:
+    """Set up device, threads and Ray.
+
+    Raises:
+        UserError: there is no such device, or the cluster cannot be reached.
+    """
+    device = find_device(config.device)
+    if config.dist.num_workers:
+        tell(describe_workers(config.dist))
+    with limit_threads(compute_threads(config)), connected(config.dist):
+        yield Workplace(config, device)

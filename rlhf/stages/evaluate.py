@@ -10,7 +10,8 @@ from rlhf.config import PipelineRun
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.errors import UserError
 from rlhf.io.files import clear_write_errors, write_json, write_text
-from rlhf.stages.compute import compute_threads
+from rlhf.io.progress import tell
+from rlhf.stages.compute import Workplace, compute_threads, open_workplace
 from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.evaluate_inputs import (
     Folders,
@@ -23,9 +24,9 @@ from rlhf.stages.evaluate_inputs import (
     training_pairs,
 )
 from rlhf.stages.evaluate_policy import evaluate_policy
+from rlhf.stages.evaluate_result import Evaluation
 from rlhf.stages.evaluate_reward import evaluate_reward
 from rlhf.stages.evaluate_sft import evaluate_sft
-from rlhf.stages.evaluation import Evaluation, Workplace, open_workplace, tell
 from rlhf.stages.judges import Judge, open_judges
 
 FORMAT = 1

@@ -1,6 +1,7 @@
 """How well a policy completes prompts, alone and against another model on the same prompts."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +10,10 @@ from rlhf.config import PipelineRun
 from rlhf.data.schema import PROMPTS
 from rlhf.evaluation import diversity, repetition
 from rlhf.stages.answers import Answers, Panel, Sampling, load_panel, open_panel, prompt_tokens
+from rlhf.stages.compute import Workplace, open_workplace
 from rlhf.stages.evaluate_config import Decoding, EvaluateConfig
 from rlhf.stages.evaluate_inputs import Folders, TestData, open_data
-from rlhf.stages.evaluation import Evaluation, Workplace, open_workplace
+from rlhf.stages.evaluate_result import Evaluation
 from rlhf.stages.figures import Array, Estimate, Figure, difference, figures, from_influence, mean, ratio
 from rlhf.stages.judges import Judge, Preferences, prefer, score
 

@@ -16,9 +16,10 @@ from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import load_reward_model
 from rlhf.objectives import make_pair_scores
 from rlhf.stages.baselines import bag_of_words
+from rlhf.stages.compute import Workplace
 from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.evaluate_inputs import TestData, open_data, usable_pairs
-from rlhf.stages.evaluation import Evaluation, Workplace, plain
+from rlhf.stages.evaluate_result import Evaluation, plain
 from rlhf.stages.figures import Array, Estimate, correlation, difference, figures, linearised, mean
 
 _BINS = 10

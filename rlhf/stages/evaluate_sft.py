@@ -13,9 +13,10 @@ from rlhf.distributed.executor import Executor, Models, Program
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import load_language_model
 from rlhf.measures import make_measure
+from rlhf.stages.compute import Workplace
 from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.evaluate_inputs import TestData, open_data
-from rlhf.stages.evaluation import Evaluation, Workplace
+from rlhf.stages.evaluate_result import Evaluation
 from rlhf.stages.figures import exponential, figures, ratio
 
 ROW_LENGTH = 256

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.stages.evaluate import Report
-from rlhf.stages.evaluation import Evaluation
+from rlhf.stages.evaluate_result import Evaluation
 from rlhf.stages.figures import Figure
 
 _TITLES = {
