@@ -43,6 +43,8 @@ class Contest(NamedTuple):
     """By part: the policy, then the model that it is compared with, if any."""
     preferences: dict[str, Preferences]
     """By pairwise judge: of the policy's completions over the other's."""
+    cut: int
+    """Prompts that lost their beginning."""
 
 
 def evaluate_policy(
@@ -81,6 +83,7 @@ def evaluate_policy(
         facts = {
             "decoding": contest.decoding,
             "samples_per_prompt": contest.samples,
+            "cut": contest.cut,
             "temperature": sampling.temperature,
             "max_new_tokens": sampling.max_new_tokens,
         }
@@ -125,7 +128,8 @@ def hold_contests(
 ) -> list[Contest]:
     """Let every writer complete the prompts, and let everybody judge; arguments and errors as `evaluate_policy`."""
     dataset, records = open_data(data, panel.writers["policy"].tokenizer, config)
-    tokens = prompt_tokens(dataset, records, panel.context - sampling.max_new_tokens)
+    room = panel.context - sampling.max_new_tokens
+    tokens, cut = prompt_tokens(dataset, records, room), dataset.count_cut(room, records)
     contests = []
     with open_panel(place, panel, sampling) as answer:
         for decoding in sampling.decodings:
@@ -133,7 +137,7 @@ def hold_contests(
             columns = [dataset.columns(record) for record in records for _ in range(samples)]
             rows = {"rollout_rows": config.rollout_batch_size, "measure_rows": config.micro_batch_size}
             answers = {part: answer(part, decoding, tokens, samples=samples, **rows) for part in panel.writers}
-            contests.append(_judge(decoding, samples, columns, answers, judges))
+            contests.append(_judge(decoding, samples, columns, answers, judges)._replace(cut=cut))
     return contests
 
 
@@ -173,7 +177,7 @@ def _judge(
     if "against" in answers:
         ours, theirs = answers["policy"].texts, answers["against"].texts
         preferences = {j.name: prefer(j, prompts, ours, theirs, columns) for j in judges if j.pairwise}
-    return Contest(decoding, samples, columns, sides, preferences)
+    return Contest(decoding, samples, columns, sides, preferences, 0)
 
 
 def _estimates(judged: Judged, contest: Contest) -> dict[str, Estimate]:

@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
     scores: Array
     """[n, 2] reward units."""
     lengths: Array
-    """[n, 2] tokens of the completions, end-of-text included."""
+    """[n, 2] tokens of the answers, before anything is cut."""
 
     @property
     def margins(self) -> Array:
@@ -74,12 +74,9 @@ def evaluate_reward(
         "reliability": _reliability_curve(pairs.margins),
         "accuracy_by_length_difference": _by_length(pairs, config.seed),
         "margin_quantiles": {str(q): float(np.quantile(pairs.margins, q)) for q in _QUANTILES},
-        "bag_of_words": "5-fold cross-validation on the test pairs" if train is None else str(train.path),
+        "bag_of_words": "5-fold cross-validation on these pairs" if train is None else f"training on {train.path}",
     }
-    if dataset.dropped:
-        facts["pairs_dropped_as_equal"] = dataset.dropped
-    if cut := dataset.count_cut(model.config.n_positions):
-        facts["records_cut_to_context"] = cut
+    facts |= {"dropped": dataset.dropped, "cut": dataset.count_cut(model.config.n_positions, records)}
     found = figures(_estimates(pairs, words), seed=config.seed)
     evaluation = Evaluation("reward", {"model": folder}, data, "pairs", {"model": found}, facts)
     return evaluation, _lines(pairs, data)
@@ -156,7 +153,7 @@ def _score(
     results = executor.map("scores", [pack.batch for pack in packs])
     order = np.argsort([record for pack in packs for record in pack.records], kind="stable")
     scores = np.concatenate([torch.stack(result, dim=1).double().numpy() for result in results])[order]
-    lengths = [dataset.completion_lengths(record, context) for record in records]
+    lengths = [dataset.answer_lengths(record) for record in records]
     return scores, np.array(lengths, dtype=np.float64)
 
 

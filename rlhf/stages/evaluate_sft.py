@@ -46,10 +46,9 @@ def evaluate_sft(config: EvaluateConfig, place: Workplace, folder: Path, data: T
     loss, hit, count = (torch.cat(parts).numpy() for parts in (losses, correct, tokens))
     nats = ratio(loss, count)
     estimates = {"eval/loss": nats, "eval/perplexity": exponential(nats), "eval/accuracy": ratio(hit, count)}
-    notes = {"tokens": int(count.sum())}
-    if cut := dataset.count_cut(context):
-        notes["records_cut_to_context"] = cut
-    return Evaluation("sft", {"model": folder}, data, "records", {"model": figures(estimates, seed=config.seed)}, notes)
+    facts = {"tokens": int(count.sum()), "cut": dataset.count_cut(context, records)}
+    found = {"model": figures(estimates, seed=config.seed)}
+    return Evaluation("sft", {"model": folder}, data, "records", found, facts)
 
 
 def make_program(config: GPT2Config, dtype: torch.dtype) -> Program:

@@ -55,7 +55,7 @@ def show_report(report: Report, console: Console) -> None:
         console.print()
     for kind, reason in report.skipped.items():
         console.print(f"{kind} left out: {reason}", markup=False, soft_wrap=True)
-    console.print("[ ]: 95% bootstrap interval; none where all samples agree or there is one.", markup=False)
+    console.print("In brackets: 95% bootstrap intervals; none where all samples agree.", markup=False)
     names = [
         name for name in ("evaluation.json", "completions.jsonl", "pairs.jsonl") if (report.folder / name).exists()
     ]
@@ -71,6 +71,12 @@ def _heading(evaluation: Evaluation) -> Text:
     per = facts.get("samples_per_prompt", 1)
     times = f", {per} completions each" if per > 1 else ""
     lines = [Text(what, style="bold"), Text(f"{n} {evaluation.unit} of {source}{times}")]
+    if facts["cut"]:
+        lines.append(Text(f"{facts['cut']} of them cut to fit the context", style="bold"))
+    if facts.get("dropped"):
+        lines.append(Text(f"without {facts['dropped']} pairs whose chosen text equals the rejected one"))
+    if "bag_of_words" in facts:
+        lines.append(Text(f"bag of words learnt by {facts['bag_of_words']}"))
     parts: dict[str, list[str]] = {}
     for part, folder in evaluation.models.items():
         parts.setdefault(str(folder), []).append(_PARTS.get(part, part))
@@ -93,14 +99,14 @@ def _policy(evaluation: Evaluation, width: int) -> RenderableType:
 def _reward(evaluation: Evaluation, width: int) -> RenderableType:
     curve, lengths = (
         Table(title="Reliability: how sure, how right"),
-        Table(title="Accuracy by how much longer the chosen one is"),
+        Table(title="Accuracy by length difference"),
     )
     for heading in ("sigmoid(|margin|)", "mean", "accuracy", "pairs"):
         curve.add_column(heading, justify="right")
     for row in evaluation.facts["reliability"]:
         span = f"{row['from']:.2f} to {row['to']:.2f}"
         curve.add_row(span, f"{row['confidence']:.2f}", f"{row['accuracy']:.2f}", str(row["n"]))
-    for heading in ("tokens more", "accuracy", "pairs"):
+    for heading in ("chosen longer by, tokens", "accuracy", "pairs"):
         lengths.add_column(heading, justify="right")
     for row in evaluation.facts["accuracy_by_length_difference"]:
         value, low, high = (math.nan if row["accuracy"][end] is None else row["accuracy"][end] for end in _ENDS)
@@ -149,8 +155,10 @@ def _wins(evaluation: Evaluation) -> Table:
 
 def _other(evaluation: Evaluation) -> str:
     """What the policy is compared with, by its folder's name where that tells them apart."""
-    name = evaluation.models["against"].name if "against" in evaluation.models else "the other"
-    return "the other" if name == evaluation.models["policy"].name or name == "policy" else name
+    if "against" not in evaluation.models:
+        return ""
+    name = evaluation.models["against"].name
+    return "the other" if name in (evaluation.models["policy"].name, "policy", "difference") else name
 
 
 def _title(name: str) -> str:
