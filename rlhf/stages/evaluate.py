@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import PipelineRun
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
-from rlhf.errors import UserError
+from rlhf.errors import Interrupted, UserError
 from rlhf.io.files import clear_write_errors, write_json, write_text
 from rlhf.io.progress import tell
 from rlhf.stages.compute import Workplace, compute_threads, open_workplace
@@ -59,6 +60,7 @@ def run_evaluation(config: EvaluateConfig) -> Report:
     Raises:
         UserError: models, data, judges or settings cannot be used, or there is nothing to evaluate.
         NonFiniteError: a judge gives NaN or infinity.
+        Interrupted: Ctrl-C.
     """
     folders = find_folders(config)
     run = run_config(config.model_dir)
@@ -68,12 +70,15 @@ def run_evaluation(config: EvaluateConfig) -> Report:
     folder = config.output or config.model_dir / "report"
     evaluations: list[Evaluation] = []
     lines: dict[str, list[dict[str, Any]]] = {"completions": [], "pairs": []}
-    with open_workplace(config) as place:
-        for plan in plans:
-            tell(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}")
-            for evaluation, name, written in _evaluate(plan, config, place, folders, judges, run, train):
-                evaluations.append(evaluation)
-                lines[name] += written
+    try:
+        with open_workplace(config) as place:
+            for plan in plans:
+                tell(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}")
+                for evaluation, name, written in _evaluate(plan, config, place, folders, judges, run, train):
+                    evaluations.append(evaluation)
+                    lines[name] += written
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; nothing was written", signal.SIGINT) from None
     report = Report(evaluations, skipped, folder)
     _write(config, report, lines)
     return report

@@ -1,0 +1,69 @@
+"""What evaluation measures of packed texts equals what each text gives alone."""
+
+import pytest
+import torch
+from laws import assert_close
+
+from rlhf import gpt2, random
+from rlhf.data.batching import pack_completions, unpack_tokens
+from rlhf.gpt2_config import GPT2Config
+from rlhf.kl import exact_kl
+from rlhf.measures import make_measure
+from rlhf.ops import entropy, token_log_probs
+
+OTHER = GPT2Config(vocab_size=48, n_positions=40, n_embd=24, n_layer=1, n_head=3)
+
+
+@pytest.fixture
+def models(params):
+    reference = gpt2.init(OTHER, key=random.key(5))
+    reward = {"trunk": gpt2.init(OTHER, key=random.key(6)), "head": {"weight": torch.ones(1, 24)}}
+    return params, {"reference": reference, "reward_model_0": reward}
+
+
+@pytest.fixture
+def texts(tokens):
+    """Prompts [n] and completions [B, T] with lengths, of different lengths."""
+    prompts = [tokens[0, :3].numpy(), tokens[1, :1].numpy(), tokens[2, :5].numpy()]
+    return prompts, tokens[:, 5:], torch.tensor([7, 2, 5])
+
+
+def test_measures_of_packed_texts_are_those_of_each_alone(models, texts, config):
+    """A reference of another shape, too: its own number of heads is used."""
+    params, frozen = models
+    prompts, completions, lengths = texts
+    measure = make_measure(config, reference=OTHER, reward_models=[OTHER], temperature=0.7)
+    packs = pack_completions(prompts, completions, lengths, range(3), rows=2, row_length=14)
+    results = [measure(params, frozen, pack.batch) for pack in packs]
+    found = [unpack_tokens(packs, [result[field] for result in results], (3, 7)) for field in range(5)]
+    scores = torch.cat([result.scores for result in results])[
+        torch.argsort(torch.cat([pack.sequences for pack in packs]))
+    ]
+    for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
+        whole = torch.cat([torch.from_numpy(prompt), completions[row, :length]])[None]
+        own, other = (
+            gpt2.forward(p, whole[:, :-1], config=c)[0, len(prompt) - 1 :]
+            for p, c in ((params, config), (frozen["reference"], OTHER))
+        )
+        targets = whole[0, len(prompt) :]
+        expected = (
+            token_log_probs(own, targets, temperature=0.7),
+            own.argmax(-1) == targets,
+            entropy(own, temperature=0.7),
+            token_log_probs(other, targets, temperature=0.7),
+            exact_kl(own, other, temperature=0.7),
+        )
+        for field, value in enumerate(expected):
+            assert_close(found[field][row, :length].float(), value.float(), 1e-4)
+        hidden = gpt2.trunk(frozen["reward_model_0"]["trunk"], whole, config=OTHER)
+        assert_close(scores[row, 0], hidden[0, -1].sum(), 1e-4)
+
+
+def test_without_reference_and_reward_models_there_is_nothing_of_theirs(params, texts, config):
+    prompts, completions, lengths = texts
+    (pack,) = pack_completions(prompts, completions, lengths, range(3), rows=8, row_length=14)
+    found = make_measure(config)(params, {}, pack.batch)
+    assert not found.ref_log_probs.any()
+    assert not found.exact_kl.any()
+    assert found.scores.shape == (3, 0)
+    assert found.log_probs.dtype == torch.float32
