@@ -92,14 +92,15 @@ def linearised(estimate: Estimate, *, least: float = -np.inf) -> Estimate:
         least: value below which the figure cannot fall.
     """
     total = estimate.columns.sum(axis=0)
-    without = estimate.of_sums((total - estimate.columns).T)
+    with np.errstate(divide="ignore", invalid="ignore"):  # nothing is left of a single sample
+        without = estimate.of_sums((total - estimate.columns).T)
     return from_influence(float(estimate.of_sums(total)), without, least=least)
 
 
 def from_influence(value: float, without: Any, *, least: float = -np.inf) -> Estimate:
     """A figure from its value and its values [n] with each sample left out; see `linearised`."""
     without = np.asarray(without, dtype=np.float64)
-    influence = (len(without) - 1) * (without.mean() - without)
+    influence = (len(without) - 1) * (without.mean() - without) if len(without) > 1 else np.zeros(1)
     columns = np.stack([influence, np.ones_like(influence)], axis=1)
     return Estimate(columns, lambda sums: np.maximum(value + sums[0] / sums[1], least))
 

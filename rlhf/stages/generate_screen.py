@@ -136,10 +136,12 @@ def _show_beside(console: Console, writers: Sequence[Writer], prompt: str, key: 
     """Two columns that grow together; without a terminal they are printed once, when they are whole."""
     texts = [Text() for _ in writers]
 
+    different = len({writer.folder.name for writer in writers}) == len(writers)
+
     def table() -> Table:
         grid = Table(expand=True, title=Text(printable(prompt), style="dim", justify="left"), title_justify="left")
         for writer in writers:
-            grid.add_column(Text(str(writer.folder)), ratio=1, overflow="fold")
+            grid.add_column(Text(writer.folder.name if different else str(writer.folder)), ratio=1, overflow="fold")
         grid.add_row(*texts)
         return grid
 
