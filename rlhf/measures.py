@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import Rows, ScoreBatch
-from rlhf.gpt2 import trunk, unembed
+from rlhf.gpt2 import compute_copy, trunk, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
 from rlhf.kl import exact_kl
 from rlhf.ops import entropy, token_log_probs
-from rlhf.tree import cast
 from rlhf.types import Params
 
 
@@ -52,15 +51,15 @@ def make_measure(
     """
 
     def measure(params: Params, frozen: dict[str, Params], batch: ScoreBatch) -> Measures:
-        logits = _logits(cast(params, dtype), batch, config)
+        logits = _logits(compute_copy(params, dtype), batch, config)
         log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
         ref_log_probs = kl = torch.zeros_like(log_probs)
         if reference is not None:
-            ref_logits = _logits(cast(frozen["reference"], dtype), batch, reference)
+            ref_logits = _logits(compute_copy(frozen["reference"], dtype), batch, reference)
             ref_log_probs = token_log_probs(ref_logits, batch.targets, temperature=temperature)
             kl = exact_kl(logits, ref_logits, temperature=temperature)
         scores = [
-            apply_head(model["head"], _hidden(cast(model["trunk"], dtype), batch.rows, shape)[batch.last])
+            apply_head(model["head"], _hidden(compute_copy(model["trunk"], dtype), batch.rows, shape)[batch.last])
             for model, shape in ((frozen[f"reward_model_{k}"], shape) for k, shape in enumerate(reward_models))
         ]
         nothing = torch.zeros(len(batch.last), 0, device=batch.last.device)
