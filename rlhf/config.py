@@ -314,8 +314,8 @@ class ComputeConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(ComputeConfig):
-    """What every training run has."""
+class OutputConfig(Section):
+    """Where a training run begins and what it leaves behind."""
 
     config: str | None = None
     """YAML file, or the name of a preset that ships with rlhf (demo, gpt2, …), read before the flags."""
@@ -325,6 +325,12 @@ class RunConfig(ComputeConfig):
     """Source of all randomness."""
     resume: bool = False
     """Continue the run in output_dir from its last checkpoint, to the same bits as if it had never stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ComputeConfig, OutputConfig):  # whose flags come first, because it is named last
+    """What every training run has."""
+
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step with torch.compile: faster steps after half a minute or more of compilation, the first
     time; auto does it where the run is long enough to pay it back. The bits of a result depend on it."""

@@ -366,7 +366,7 @@ def test_without_test_data_the_figures_are_those_that_training_ended_with(traine
         assert {name: found[name] for name in shared} == pytest.approx(
             {name: metrics[name] for name in shared}, rel=1e-5
         )
-    assert evaluation["bag_of_words"] == f"training on {folder.parent / 'pairs.json'}"
+    assert evaluation["bag_of_words"] == f"training on the other pairs of {folder.parent / 'pairs.json'}"
 
 
 @pytest.mark.parametrize("width", [80, 120])

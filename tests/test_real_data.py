@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf.config import (
     LogConfig,
@@ -23,6 +25,7 @@ from rlhf.data.dataset import load_dataset
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.io.model_folder import load_language_model, load_reward_model
 from rlhf.stages.answers import Sampling
+from rlhf.stages.evaluate import run_evaluation
 from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.evaluate_policy import compare, contest_figures
 from rlhf.stages.judges import Judge
@@ -147,3 +150,68 @@ def test_ppo_raises_the_score_of_an_independent_judge(shared_data, tmp_path):
     assert found["difference"].low > 0
     assert kl < 15
     assert load_reward_model(tmp_path / "run" / "reward").statistics.completions == 1024
+
+
+@pytest.fixture(scope="module")
+def untrained(shared_data, tmp_path_factory):
+    """A language model and a reward model of transformers' making, with GPT-2's own vocabulary."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("untrained")
+    shape = {"n_layer": 2, "n_embd": 48, "n_head": 4, "n_positions": 256, "initializer_range": 0.1}
+    for name, kind in (("lm", transformers.GPT2LMHeadModel), ("rm", transformers.GPT2ForSequenceClassification)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            kind(transformers.GPT2Config(**shape, num_labels=1, pad_token_id=50256)).save_pretrained(folder / name)
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(shared_data / "gpt2_vocab" / file, folder / name)
+    return folder
+
+
+def evaluation_of(folder, tmp_path, *files, **settings):
+    given = {"test_data": files, "output": tmp_path / "out", "cache_dir": tmp_path, "limit": 100}
+    run_evaluation(EvaluateConfig(model_dir=folder, **given | settings))
+    return json.loads((tmp_path / "out" / "evaluation.json").read_text())["evaluations"]
+
+
+@pytest.mark.parametrize("name", ["shakespeare_sft_train", "hh_helpful_sft_train", "math_sft_train", "sent_sft_train"])
+def test_perplexity_on_real_text_is_that_of_transformers(name, shared_data, untrained, tmp_path):
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(untrained / "lm").eval()
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(untrained / "lm")
+    (found,) = evaluation_of(untrained / "lm", tmp_path, shared_data / f"{name}.json", eval_type="sft")
+    nats, count = 0.0, 0
+    for record in read(shared_data / f"{name}.json")[:100]:
+        prompt = tokenizer(record["prompt"])["input_ids"] or [tokenizer.eos_token_id]
+        completion = [*tokenizer(record["completion"])["input_ids"], tokenizer.eos_token_id]
+        if len(prompt) + len(completion) > 256:
+            prompt = prompt[-max(256 - len(completion), 128) :]
+            completion = completion[: 256 - len(prompt)]
+        with torch.no_grad():
+            logits = network(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+        count += len(completion)
+    assert found["tokens"] == count
+    assert found["figures"]["model"]["eval/perplexity"]["value"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "longer", "words"), [("sent", 0.51, 0.77), ("hh_helpful", 0.57, 0.55)])
+def test_the_baselines_reach_what_is_known_of_the_files(name, longer, words, shared_data, untrained, tmp_path):
+    files = {"train_data": shared_data / f"{name}_pref_train.json", "limit": None}
+    (found,) = evaluation_of(untrained / "rm", tmp_path, shared_data / f"{name}_pref_test.json", **files)
+    figures = found["figures"]["model"]
+    assert figures["eval/baseline/longer"]["value"] == pytest.approx(longer, abs=0.04)
+    assert figures["eval/baseline/bag_of_words"]["value"] == pytest.approx(words, abs=0.03)
+    assert figures["eval/reward/accuracy"]["low"] < 0.55, "it has learnt nothing"
+
+
+def test_completions_of_real_prompts_are_judged(shared_data, untrained, tmp_path):
+    """Prompts longer than the context, text that is not ASCII, and a model that writes any token."""
+    settings = {"reward_model": untrained / "rm", "max_new_tokens": 24, "limit": 20}
+    prompts = shared_data / "hh_helpful_prompts.json"
+    sampled, greedy = evaluation_of(untrained / "lm", tmp_path, prompts, against=untrained / "lm", **settings)
+    for evaluation in (sampled, greedy):
+        assert evaluation["cut"] > 0
+        assert evaluation["figures"]["wins"]["eval/ties/rm"]["value"] == 1.0, "a model against itself"
+        assert evaluation["figures"]["policy"]["eval/objective/kl_exact"]["value"] == pytest.approx(0, abs=1e-9)

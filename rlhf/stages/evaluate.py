@@ -11,7 +11,7 @@ from rlhf.config import PipelineRun
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.errors import Interrupted, UserError
 from rlhf.io.files import clear_write_errors, write_json, write_text
-from rlhf.io.progress import tell
+from rlhf.io.progress import working
 from rlhf.stages.compute import Workplace, compute_threads, open_workplace
 from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.evaluate_inputs import (
@@ -73,10 +73,10 @@ def run_evaluation(config: EvaluateConfig) -> Report:
     try:
         with open_workplace(config) as place:
             for plan in plans:
-                tell(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}")
-                for evaluation, name, written in _evaluate(plan, config, place, folders, judges, run, train):
-                    evaluations.append(evaluation)
-                    lines[name] += written
+                with working(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}"):
+                    for evaluation, name, written in _evaluate(plan, config, place, folders, judges, run, train):
+                        evaluations.append(evaluation)
+                        lines[name] += written
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written", signal.SIGINT) from None
     report = Report(evaluations, skipped, folder)

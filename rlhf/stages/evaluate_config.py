@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.config import ComputeConfig
-from rlhf.ranges import Count, Positive, Seed
+from rlhf.ranges import Count, Positive, Section, Seed
 
 Decoding = Literal["sampled", "greedy"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ComputeConfig):
-    """Judge models on data they were not trained on: each figure with its samples and a 95% interval."""
+class JudgementConfig(Section):
+    """What is evaluated, on what and how."""
 
     model_dir: Path = Path("outputs")
     """Output folder of a run, with sft/, reward/ and policy/; or one model folder in Hugging Face form."""
@@ -51,3 +51,8 @@ class EvaluateConfig(ComputeConfig):
     """Packed rows computed at once. Bounds memory; changes results only by rounding."""
     rollout_batch_size: Count = 64
     """Completions generated together; the same holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ComputeConfig, JudgementConfig):  # whose flags come first, because it is named last
+    """Judge models on data they were not trained on: each figure with its samples and a 95% interval."""

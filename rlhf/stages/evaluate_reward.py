@@ -74,7 +74,7 @@ def evaluate_reward(
         "reliability": _reliability_curve(pairs.margins),
         "accuracy_by_length_difference": _by_length(pairs, config.seed),
         "margin_quantiles": {str(q): float(np.quantile(pairs.margins, q)) for q in _QUANTILES},
-        "bag_of_words": "5-fold cross-validation on these pairs" if train is None else f"training on {train.path}",
+        "bag_of_words": _how_learnt(train),
     }
     facts |= {"dropped": dataset.dropped, "cut": dataset.count_cut(model.config.n_positions, records)}
     found = figures(_estimates(pairs, words), seed=config.seed)
@@ -155,6 +155,13 @@ def _score(
     scores = np.concatenate([torch.stack(result, dim=1).double().numpy() for result in results])[order]
     lengths = [dataset.answer_lengths(record) for record in records]
     return scores, np.array(lengths, dtype=np.float64)
+
+
+def _how_learnt(train: TestData | None) -> str:
+    """Where the bag of words has its knowledge from."""
+    if train is None:
+        return "5-fold cross-validation on these pairs"
+    return f"training on {'' if train.records is None else 'the other pairs of '}{train.path}"
 
 
 def _texts_of(data: TestData) -> list[dict[str, str]]:

@@ -43,6 +43,8 @@ _SHARES = (
 )  # fmt: skip
 _PARTS = {"against": "compared with", "reference": "KL from"}
 _ENDS = ("value", "low", "high")
+_NARROW = 0.05
+"""Interval that two decimals would not show."""
 _WIDE = 100
 """Columns from which three intervals fit beside their values."""
 
@@ -180,7 +182,7 @@ def _is_share(name: str) -> bool:
 def _precision(name: str, figure: Figure) -> str:
     if _is_share(name) or "correlation" in name:
         return ".3f"
-    return ".1f" if abs(figure.value) >= 100 else ".2f" if abs(figure.value) >= 0.1 else ".3f"
+    return ".1f" if abs(figure.value) >= 100 else ".3f" if figure.high - figure.low < _NARROW else ".2f"
 
 
 def _cell(figure: Figure, form: str, between: str = " ") -> str:
