@@ -10,6 +10,7 @@ from rlhf.gpt2_config import GPT2Config
 from rlhf.kl import exact_kl
 from rlhf.measures import make_measure
 from rlhf.ops import entropy, token_log_probs
+from rlhf.sampling import generate
 
 OTHER = GPT2Config(vocab_size=48, n_positions=40, n_embd=24, n_layer=1, n_head=3)
 
@@ -17,15 +18,17 @@ OTHER = GPT2Config(vocab_size=48, n_positions=40, n_embd=24, n_layer=1, n_head=3
 @pytest.fixture
 def models(params):
     reference = gpt2.init(OTHER, key=random.key(5))
-    reward = {"trunk": gpt2.init(OTHER, key=random.key(6)), "head": {"weight": torch.ones(1, 24)}}
+    reward = {"trunk": gpt2.init(OTHER, key=random.key(6)), "head": {"weight": random.normal(random.key(8), (1, 24))}}
     return params, {"reference": reference, "reward_model_0": reward}
 
 
 @pytest.fixture
-def texts(tokens):
-    """Prompts [n] and completions [B, T] with lengths, of different lengths."""
+def texts(tokens, params, config):
+    """Prompts [n] and completions [B, T] with lengths, of different lengths; the first is the model's own choice."""
     prompts = [tokens[0, :3].numpy(), tokens[1, :1].numpy(), tokens[2, :5].numpy()]
-    return prompts, tokens[:, 5:], torch.tensor([7, 2, 5])
+    options = {"config": config, "max_new_tokens": 7, "top_k": 1}
+    own = generate(params, tokens[:1, :3], torch.tensor([3]), random.key(9)[None], **options).tokens
+    return prompts, torch.cat([own, tokens[1:, 5:]]), torch.tensor([7, 2, 5])
 
 
 def test_measures_of_packed_texts_are_those_of_each_alone(models, texts, config):
@@ -55,8 +58,11 @@ def test_measures_of_packed_texts_are_those_of_each_alone(models, texts, config)
         )
         for field, value in enumerate(expected):
             assert_close(found[field][row, :length].float(), value.float(), 1e-4)
-        hidden = gpt2.trunk(frozen["reward_model_0"]["trunk"], whole, config=OTHER)
-        assert_close(scores[row, 0], hidden[0, -1].sum(), 1e-4)
+        reward_model = frozen["reward_model_0"]
+        hidden = gpt2.trunk(reward_model["trunk"], whole, config=OTHER)[0, -1]
+        assert_close(scores[row, 0], hidden @ reward_model["head"]["weight"][0], 1e-4)
+    assert found[1][0].all(), "the model's own choice"
+    assert not found[1].all()
 
 
 def test_without_reference_and_reward_models_there_is_nothing_of_theirs(params, texts, config):
