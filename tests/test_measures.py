@@ -15,10 +15,17 @@ from rlhf.sampling import generate
 OTHER = GPT2Config(vocab_size=48, n_positions=40, n_embd=24, n_layer=1, n_head=3)
 
 
+def loud(seed):
+    """Weights so large that every part of the model shows."""
+    return gpt2.tree_map_named(
+        lambda _, leaf: 10 * leaf if leaf.ndim > 1 else leaf, gpt2.init(OTHER, key=random.key(seed))
+    )
+
+
 @pytest.fixture
 def models(params):
-    reference = gpt2.init(OTHER, key=random.key(5))
-    reward = {"trunk": gpt2.init(OTHER, key=random.key(6)), "head": {"weight": random.normal(random.key(8), (1, 24))}}
+    reference = loud(5)
+    reward = {"trunk": loud(6), "head": {"weight": random.normal(random.key(8), (1, 24))}}
     return params, {"reference": reference, "reward_model_0": reward}
 
 
