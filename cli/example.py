@@ -43,8 +43,8 @@ def _example(example: Example) -> None:
     base = load_config(example.config)
     from rlhf.data.embedded import EmbeddedFiles, write_embedded  # from here on it may take a second
     from rlhf.io.progress import console
+    from rlhf.stages.compute import available_cores
     from rlhf.stages.example import run_example, show_comparison
-    from rlhf.stages.run import available_cores
 
     output_dir = _free_name(example.output_dir)
     data = output_dir / "data"

@@ -6,8 +6,12 @@ from .advantages import gae_loop as gae_loop
 from .advantages import token_rewards as token_rewards
 from .distributed.parameter_server import ParameterServer as ParameterServer
 from .evaluation import correlation as correlation
+from .evaluation import diversity as diversity
+from .evaluation import expected_calibration_error as expected_calibration_error
 from .evaluation import mean_interval as mean_interval
 from .evaluation import preference_metrics as preference_metrics
+from .evaluation import reliability as reliability
+from .evaluation import repetition as repetition
 from .experience import Experience as Experience
 from .experience import make_experience as make_experience
 from .experience import shape_scores as shape_scores

@@ -299,35 +299,47 @@ class PPOConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Section):
-    """What every run has."""
+class ComputeConfig(Section):
+    """Where every program computes, and how."""
 
-    config: str | None = None
-    """YAML file, or the name of a preset that ships with rlhf (demo, gpt2, …), read before the flags."""
     dist_config: str | None = None
     """YAML file with a dist section, or `distributed` for the one that ships with rlhf, read after --config."""
-    output_dir: Path = Path("outputs")
-    """Folder for models, checkpoints, logs and the resolved configuration."""
-    seed: Seed = 0
-    """Source of all randomness."""
-    resume: bool = False
-    """Continue the run in output_dir from its last checkpoint, to the same bits as if it had never stopped."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward and backward pass; master weights, optimiser and losses are fp32 either way."""
     threads: Count | None = None
     """CPU threads; none takes all cores. The bits of a result depend on it."""
+    cache_dir: Path | None = None
+    """Folder for tokenised data and compiled code; none is $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf."""
+    dist: DistConfig = field(default_factory=DistConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(Section):
+    """Where a training run begins and what it leaves behind."""
+
+    config: str | None = None
+    """YAML file, or the name of a preset that ships with rlhf (demo, gpt2, …), read before the flags."""
+    output_dir: Path = Path("outputs")
+    """Folder for models, checkpoints, logs and the resolved configuration."""
+    seed: Seed = 0
+    """Source of all randomness."""
+    resume: bool = False
+    """Continue the run in output_dir from its last checkpoint, to the same bits as if it had never stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ComputeConfig, OutputConfig):  # whose flags come first, because it is named last
+    """What every training run has."""
+
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step with torch.compile: faster steps after half a minute or more of compilation, the first
     time; auto does it where the run is long enough to pay it back. The bits of a result depend on it."""
-    cache_dir: Path | None = None
-    """Folder for tokenised data and compiled code; none is $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    dist: DistConfig = field(default_factory=DistConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

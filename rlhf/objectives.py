@@ -175,8 +175,6 @@ class Scores(NamedTuple):
     """[C] float32, nats, policy, in one full forward pass."""
     values: Tensor
     """[C] float32, reward units: a separate critic, or the value head where log-probs were recomputed."""
-    exact_kl: Tensor
-    """[C] float32, nats, KL(policy || reference) over the vocabulary."""
     scores: Tensor
     """[B, K] float32, reward units: each of the K reward models on the last token."""
 
@@ -189,7 +187,6 @@ def make_scorer(
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
     log_probs: bool = False,
-    exact: bool = False,
 ) -> Callable[[Params, Frozen, ScoreBatch], Scores]:
     """(params, frozen, ScoreBatch) -> `Scores`: reference log-probs, separate critic's values, reward model's scores.
 
@@ -200,19 +197,17 @@ def make_scorer(
         dtype: of the models' forward pass.
         temperature: as when sampling.
         log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
-        exact: compute the exact KL.
     """
 
     def score(params: Params, frozen: Frozen, batch: ScoreBatch) -> Scores:
         zeros = torch.zeros(batch.predictors.shape, device=batch.predictors.device)
         ref_logits = _logits(compute_copy(frozen["reference"], dtype), batch, config)
-        policy_log_probs = values = kl = zeros
-        if log_probs or exact:
+        policy_log_probs = values = zeros
+        if log_probs:
             policy = compute_copy(params["policy"], dtype)
             hidden = gather_rows(_hidden(policy, batch.rows, config), batch.predictors)
             logits = unembed(policy, hidden)
             policy_log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
-            kl = exact_kl(logits, ref_logits, temperature=temperature)
             values = apply_head(params["value_head"], hidden) if "value_head" in params else zeros
         if critic_config is not None:
             values = _critic(params, batch.rows, batch.predictors, critic_config, dtype)
@@ -222,7 +217,7 @@ def make_scorer(
             hidden = _hidden(compute_copy(reward_model["trunk"], dtype), batch.rows, reward_config)
             scores.append(apply_head(reward_model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
         ref_log_probs = token_log_probs(ref_logits, batch.targets, temperature=temperature)
-        return Scores(ref_log_probs, policy_log_probs, values, kl, torch.cat(scores, dim=1))
+        return Scores(ref_log_probs, policy_log_probs, values, torch.cat(scores, dim=1))
 
     return score
 

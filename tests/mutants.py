@@ -418,6 +418,33 @@ MUTANTS = [
         ("interval: of one value", "values.numel() ** 0.5", "1"),
         ("interval: in float32", "values = values.double()", "values = values.float()"),
         ("interval: one value is enough", "values.numel() < 2", "values.numel() < 1"),
+        ("reliability: not of the preferred", "torch.sigmoid(margins.abs())", "torch.sigmoid(margins)"),
+        (
+            "reliability: upper edge in the next bin",
+            "torch.bucketize(confidence, edges)",
+            "torch.bucketize(confidence, edges, right=True)",
+        ),
+        ("reliability: ties are right", "0.5 * (margins == 0)", "1.0 * (margins == 0)"),
+        ("reliability: bins over [0, 1]", "torch.linspace(0.5, 1.0, bins + 1", "torch.linspace(0.0, 1.0, bins + 1"),
+        ("calibration: gaps cancel", "gaps.abs().sum()", "gaps.sum().abs()"),
+        ("calibration: mean of bins", "gaps.abs().sum() / max(len(margins), 1)", "gaps.abs().mean()"),
+        ("repetition: share of the distinct", "1.0 - len(set(grams)) / len(grams)", "len(set(grams)) / len(grams)"),
+        ("diversity: sole counts tokens", "holders[g] == 1 for g in set(own)", "holders[g] == 1 for g in own"),
+        ("diversity: holders by occurrence", "for gram in set(own))", "for gram in own)"),
+        ("n-grams: the last is missing", "range(len(tokens) - n + 1)", "range(len(tokens) - n)"),
+    ),
+    *mutants(
+        "measures",
+        (
+            "log-probs at temperature 1",
+            "token_log_probs(logits, batch.targets, temperature=temperature)",
+            "token_log_probs(logits, batch.targets)",
+        ),
+        ("entropy at temperature 1", "entropy(logits, temperature=temperature)", "entropy(logits)"),
+        ("KL turned around", "exact_kl(logits, ref_logits,", "exact_kl(ref_logits, logits,"),
+        ("reference in the model's shape", "batch, reference)", "batch, config)"),
+        ("reward at the first token", "shape)[batch.last]", "shape)[batch.last * 0]"),
+        ("correct: least likely", "logits.argmax(-1)", "logits.argmin(-1)"),
     ),
 ]
 

@@ -617,7 +617,13 @@ def test_the_example_without_its_data_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-HELPS = [["rlhf-train"], *(["rlhf-train", stage] for stage in ("sft", "reward", "ppo", "pipeline")), ["rlhf-example"]]
+HELPS = [
+    ["rlhf-train"],
+    *(["rlhf-train", stage] for stage in ("sft", "reward", "ppo", "pipeline")),
+    ["rlhf-evaluate"],
+    ["rlhf-generate"],
+    ["rlhf-example"],
+]
 
 
 @pytest.mark.parametrize("command", HELPS, ids=" ".join)

@@ -1,3 +1,5 @@
+import itertools
+
 import oracles
 import pytest
 import torch
@@ -5,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import assert_close, assert_compiles, assert_pure, assert_vmaps, floats, numpy
 
-from rlhf.evaluation import correlation, mean_interval, preference_metrics
+from rlhf.evaluation import (
+    correlation,
+    diversity,
+    expected_calibration_error,
+    mean_interval,
+    preference_metrics,
+    reliability,
+    repetition,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -148,3 +158,62 @@ def test_mean_interval_holds_the_mean_19_times_in_20():
 def test_mean_interval_rejects(values, message):
     with pytest.raises(ValueError, match=f"^mean_interval: {message}$"):
         mean_interval(values)
+
+
+@given(seed=SEEDS, pairs=st.integers(1, 300), scale=st.floats(0.01, 20.0))
+def test_reliability_is_scikit_learns_calibration_curve(seed, pairs, scale):
+    """Twenty bins over [0, 1] there are ten over [0.5, 1] here."""
+    from sklearn.calibration import calibration_curve
+
+    margins = scale * floats(seed, pairs)
+    place, confidence, correct = reliability(margins, bins=10)
+    expected = calibration_curve(*numpy(correct, confidence), n_bins=20)
+    bins = [place == number for number in range(10) if (place == number).any()]
+    assert_close(torch.stack([correct[inside].mean() for inside in bins]), expected[0], 1e-9)
+    assert_close(torch.stack([confidence[inside].mean() for inside in bins]), expected[1], 1e-9)
+    gaps = abs(expected[0] - expected[1]) * [int(inside.sum()) for inside in bins]
+    assert expected_calibration_error(margins, bins=10) == pytest.approx(gaps.sum() / pairs, abs=1e-12)
+
+
+def test_expected_calibration_error_known_values():
+    """Log-odds of 0.8, of which 4 in 5 are right, and a tie, which is half right at confidence 0.5: no error."""
+    sure = torch.tensor([4.0]).log()
+    calibrated = torch.cat([sure.repeat(4), -sure, torch.zeros(1)])
+    assert expected_calibration_error(calibrated) == pytest.approx(0, abs=1e-7)
+    assert expected_calibration_error(sure.repeat(5)) == pytest.approx(0.2)
+    assert expected_calibration_error(-sure) == pytest.approx(0.8)
+    assert expected_calibration_error(torch.tensor([1e4, -1e4])) == pytest.approx(0.5)
+
+
+def test_a_bin_holds_its_upper_edge():
+    assert reliability(torch.tensor([0.0, 3.0]).double().log().clamp(min=0), bins=2).bin.tolist() == [0, 0]
+    assert reliability(torch.tensor([0.0, 1.1]), bins=2).bin.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("function", [reliability, expected_calibration_error], ids=lambda f: f.__name__)
+def test_calibration_rejects(function):
+    with pytest.raises(ValueError, match="expected 1 dimensions"):
+        function(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="bins is 0, expected at least 1"):
+        function(torch.zeros(2), bins=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "expected"),
+    [([1, 2, 3, 4, 5], 4, 0.0), ([1] * 7, 4, 3 / 4), ([1, 2, 1, 2, 1], 2, 2 / 4), ([1, 2], 4, 0.0), ([], 1, 0.0)],
+)
+def test_repetition_known_values(tokens, n, expected):
+    assert repetition(tokens, n=n) == pytest.approx(expected)
+
+
+@given(texts=st.lists(st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=2), max_size=6))
+def test_diversity_without_a_text_is_that_of_the_others(texts):
+    def distinct_2(texts):
+        grams = [pair for text in texts for piece in text for pair in itertools.pairwise(piece)]
+        return len(set(grams)), len(grams)
+
+    found = diversity(texts, n=2)
+    assert (found.distinct, sum(found.totals)) == distinct_2(texts)
+    for number in range(len(texts)):
+        others = (found.distinct - found.sole[number], sum(found.totals) - found.totals[number])
+        assert others == distinct_2(texts[:number] + texts[number + 1 :])

@@ -95,6 +95,25 @@ assert {"ray", "tyro", "rich", "transformers"}.isdisjoint(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_settings_of_evaluation_and_generation_import_nothing_heavy():
+    """So that --help answers at once."""
+    code = """
+import sys, rlhf.stages.evaluate_config, rlhf.stages.generate_config
+heavy = {"torch", "ray", "rich", "numpy", "scipy", "sklearn"}
+assert heavy.isdisjoint(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_scipy_and_scikit_learn_are_imported_only_where_they_are_needed():
+    """Nothing but an evaluation waits for them."""
+    code = """
+import sys, rlhf.stages.evaluate, rlhf.stages.pipeline, rlhf.stages.example
+assert {"scipy", "sklearn", "ray", "transformers"}.isdisjoint(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_files_and_functions_stay_small():
     for path in FILES:
         text = path.read_text()

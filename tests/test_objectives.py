@@ -237,7 +237,7 @@ def test_scorer_equals_one_sequence_at_a_time(model, config, sequences, layout):
         build_rows([s.numpy() for s in sequences], LAYOUTS[layout]).starts,
     )
     last = torch.tensor([start + len(s) - 1 for start, s in zip(starts, sequences, strict=True)])
-    scorer = make_scorer(config, config, [config], temperature=0.8, log_probs=True, exact=True)
+    scorer = make_scorer(config, config, [config], temperature=0.8, log_probs=True)
     scores = scorer(params, frozen, ScoreBatch(*batch[:4], last))
     start = 0
     for number, (sequence, prompt, count) in enumerate(zip(sequences, PROMPTS, LENGTHS, strict=True)):
@@ -252,7 +252,6 @@ def test_scorer_equals_one_sequence_at_a_time(model, config, sequences, layout):
         torch.testing.assert_close(
             scores.ref_log_probs[part], token_log_probs(ref_logits, targets, temperature=0.8), **close
         )
-        torch.testing.assert_close(scores.exact_kl[part], exact_kl(logits, ref_logits, temperature=0.8), **close)
         critic = params["critic"]
         values = apply_head(critic["head"], alone(critic["trunk"], config, sequence, prompt))
         torch.testing.assert_close(scores.values[part], values, **close)
@@ -265,7 +264,7 @@ def test_scorer_computes_only_what_was_asked_for(model, config, sequences):
     batch = ScoreBatch(*token_batch(sequences, LAYOUTS["packed"])[:4], torch.tensor([3, 4]))
     scores = make_scorer(config, None, [])(params, frozen, batch)
     assert scores.scores.shape == (2, 0)
-    assert not any(tensor.any() for tensor in (scores.log_probs, scores.values, scores.exact_kl))
+    assert not any(tensor.any() for tensor in (scores.log_probs, scores.values))
     assert scores.ref_log_probs.all()
 
 

@@ -1,5 +1,6 @@
 """The README's snippets run, and its commands parse."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -27,6 +28,13 @@ def test_commands_parse(command):
     from rlhf.cli.train import parse
 
     assert parse(shlex.split(command)[1:]).output_dir == Path("outputs/mine")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("rlhf-evaluate", "rlhf-generate"))])
+def test_commands_of_evaluation_parse(command):
+    program, *flags = shlex.split(command)
+    parse = importlib.import_module(f"rlhf.cli.{program.removeprefix('rlhf-')}").parse
+    assert parse(flags).model_dir.parts[0] in ("outputs", "path")
 
 
 def test_make_targets_exist():

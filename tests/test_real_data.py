@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf.config import (
     LogConfig,
@@ -22,7 +24,11 @@ from rlhf.config import (
 from rlhf.data.dataset import load_dataset
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.io.model_folder import load_language_model, load_reward_model
-from rlhf.stages.compare import compare
+from rlhf.stages.answers import Sampling
+from rlhf.stages.evaluate import run_evaluation
+from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.stages.evaluate_policy import compare, contest_figures
+from rlhf.stages.judges import Judge
 from rlhf.stages.ppo import run_ppo
 from rlhf.stages.reward import run_reward
 from rlhf.stages.sft import run_sft
@@ -128,12 +134,84 @@ def test_ppo_raises_the_score_of_an_independent_judge(shared_data, tmp_path):
     accuracy = run_reward(RewardRun(reward=reward, **files, **common)).metrics["eval/reward/accuracy"]
     ppo = PPOConfig(num_iterations=40, learning_rate=2e-4, kl_coef=0.1, max_new_tokens=40, missing_eos_penalty=1.0)
     run_ppo(PPORun(prompt_data=shared_data / "sent_prompts.json", ppo=ppo, **common))
-    prompts = read(shared_data / "sent_prompts.json")
-    result = compare(tmp_path / "run" / "sft", tmp_path / "run" / "policy", prompts, judge, seed=0, max_new_tokens=40)
-    before, after = result.before, result.after
+    prompts, independent = shared_data / "sent_prompts.json", Judge("judge", judge, pairwise=False)
+    folders, config = (tmp_path / "run" / "policy", tmp_path / "run" / "sft"), EvaluateConfig(cache_dir=tmp_path)
+    (contest,) = compare(*folders, prompts, [independent], Sampling(("sampled",), 1.0, 40, 0), config)
+    found = {
+        part: figures["eval/judge/judge"]
+        for part, figures in contest_figures(contest, seed=0).items()
+        if part != "wins"
+    }
+    kl = float(contest.sides["policy"].answers.kl["exact"].mean())
     print(f"\nthe judge agrees with {agreement:.2f} of the test pairs, the reward model with {accuracy:.2f}")
-    print(f"SFT {before.mean:+.3f} ± {before.interval:.3f}, PPO {after.mean:+.3f} ± {after.interval:.3f}", end=", ")
-    print(f"gain {result.gain:+.3f} ± {result.gain_interval:.3f} at {result.kl:.1f} nats")
-    assert result.gain > result.gain_interval
-    assert result.kl < 15
+    for part, (value, low, high, _) in found.items():
+        print(f"{part} {value:+.3f} [{low:+.3f}, {high:+.3f}]", end=", ")
+    print(f"at {kl:.1f} nats")
+    assert found["difference"].low > 0
+    assert kl < 15
     assert load_reward_model(tmp_path / "run" / "reward").statistics.completions == 1024
+
+
+@pytest.fixture(scope="module")
+def untrained(shared_data, tmp_path_factory):
+    """A language model and a reward model of transformers' making, with GPT-2's own vocabulary."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("untrained")
+    shape = {"n_layer": 2, "n_embd": 48, "n_head": 4, "n_positions": 256, "initializer_range": 0.1}
+    for name, kind in (("lm", transformers.GPT2LMHeadModel), ("rm", transformers.GPT2ForSequenceClassification)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            kind(transformers.GPT2Config(**shape, num_labels=1, pad_token_id=50256)).save_pretrained(folder / name)
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(shared_data / "gpt2_vocab" / file, folder / name)
+    return folder
+
+
+def evaluation_of(folder, tmp_path, *files, **settings):
+    given = {"test_data": files, "output": tmp_path / "out", "cache_dir": tmp_path, "limit": 100}
+    run_evaluation(EvaluateConfig(model_dir=folder, **given | settings))
+    return json.loads((tmp_path / "out" / "evaluation.json").read_text())["evaluations"]
+
+
+@pytest.mark.parametrize("name", ["shakespeare_sft_train", "hh_helpful_sft_train", "math_sft_train", "sent_sft_train"])
+def test_perplexity_on_real_text_is_that_of_transformers(name, shared_data, untrained, tmp_path):
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(untrained / "lm").eval()
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(untrained / "lm")
+    (found,) = evaluation_of(untrained / "lm", tmp_path, shared_data / f"{name}.json", eval_type="sft")
+    nats, count = 0.0, 0
+    for record in read(shared_data / f"{name}.json")[:100]:
+        prompt = tokenizer(record["prompt"])["input_ids"] or [tokenizer.eos_token_id]
+        completion = [*tokenizer(record["completion"])["input_ids"], tokenizer.eos_token_id]
+        if len(prompt) + len(completion) > 256:
+            prompt = prompt[-max(256 - len(completion), 128) :]
+            completion = completion[: 256 - len(prompt)]
+        with torch.no_grad():
+            logits = network(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+        count += len(completion)
+    assert found["tokens"] == count
+    assert found["figures"]["model"]["eval/perplexity"]["value"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "longer", "words"), [("sent", 0.51, 0.77), ("hh_helpful", 0.57, 0.55)])
+def test_the_baselines_reach_what_is_known_of_the_files(name, longer, words, shared_data, untrained, tmp_path):
+    files = {"train_data": shared_data / f"{name}_pref_train.json", "limit": None}
+    (found,) = evaluation_of(untrained / "rm", tmp_path, shared_data / f"{name}_pref_test.json", **files)
+    figures = found["figures"]["model"]
+    assert figures["eval/baseline/longer"]["value"] == pytest.approx(longer, abs=0.04)
+    assert figures["eval/baseline/bag_of_words"]["value"] == pytest.approx(words, abs=0.03)
+    assert figures["eval/reward/accuracy"]["low"] < 0.55, "it has learnt nothing"
+
+
+def test_completions_of_real_prompts_are_judged(shared_data, untrained, tmp_path):
+    """Prompts longer than the context, text that is not ASCII, and a model that writes any token."""
+    settings = {"reward_model": untrained / "rm", "max_new_tokens": 24, "limit": 20}
+    prompts = shared_data / "hh_helpful_prompts.json"
+    sampled, greedy = evaluation_of(untrained / "lm", tmp_path, prompts, against=untrained / "lm", **settings)
+    for evaluation in (sampled, greedy):
+        assert evaluation["cut"] > 0
+        assert evaluation["figures"]["wins"]["eval/ties/rm"]["value"] == 1.0, "a model against itself"
+        assert evaluation["figures"]["policy"]["eval/objective/kl_exact"]["value"] == pytest.approx(0, abs=1e-9)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,12 @@ class Dataset:
         """Tokens of each of the record's sequences as `sequences` returns them."""
         return [kept.prompt + kept.completion + kept.ends for kept in self._fits(record, max_length)]
 
+    def answer_lengths(self, record: int) -> list[int]:
+        """Tokens of each of the record's answers, whole, without end-of-text."""
+        first, last = record * self.members, (record + 1) * self.members
+        lengths: list[int] = (np.diff(self._offsets[first : last + 1]) - self._prompts[first:last]).tolist()
+        return lengths
+
     def prompt(self, record: int, max_length: int) -> np.ndarray:
         """[n] int64: the last `max_length` tokens of the prompt."""
         start = int(self._offsets[record * self.members])
@@ -81,9 +87,10 @@ class Dataset:
         start, stop = self._column_offsets[record : record + 2]
         return json.loads(self._columns[start:stop].tobytes())
 
-    def count_cut(self, max_length: int) -> int:
-        """Records that do not fit `max_length` tokens whole (a completion with its end-of-text token)."""
-        return int((self._whole_lengths().max(axis=1) > max_length).sum())
+    def count_cut(self, max_length: int, records: Sequence[int] | None = None) -> int:
+        """Records, of those given or of all, that do not fit `max_length` tokens (a completion with end-of-text)."""
+        cut = self._whole_lengths().max(axis=1) > max_length
+        return int((cut if records is None else cut[list(records)]).sum())
 
     def mean_tokens(self, max_length: int) -> float:
         """Tokens of a record's sequences together, each cut to `max_length`: the mean over all records."""

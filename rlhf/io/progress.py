@@ -1,5 +1,6 @@
 """What a person sees while a stage trains: a bar with the metrics that matter, or plain lines without a terminal."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -19,6 +20,17 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 console = Console(stderr=True, highlight=False)
 """Messages and progress go to stderr; stdout stays free for results."""
+
+
+def tell(text: str) -> None:
+    """Say one line to the user."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def working(text: str) -> contextlib.AbstractContextManager[object]:
+    """Say one line to the user, with a sign of life behind it while the block runs, where there is a terminal."""
+    tell(text)
+    return console.status("working") if console.is_terminal else contextlib.nullcontext()
 
 
 class StageProgress:

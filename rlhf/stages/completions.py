@@ -12,17 +12,20 @@ from rlhf.io.tokenizer import Tokenizer
 from rlhf.sampling import Completions
 
 
-def complete(executor: Executor, prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int) -> Completions:
-    """Run the program's `rollout` on all prompts.
+def complete(
+    executor: Executor, prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int, name: str = "rollout"
+) -> Completions:
+    """Run a map of the program that makes completions on all prompts.
 
     Args:
-        executor: its program has a map called rollout (`rlhf.objectives.make_rollout`).
+        executor: its program has the map (`rlhf.objectives.make_rollout`).
         prompts: token ids, each [n].
         keys: [len(prompts), 2] int32: the randomness of each.
         rows: prompts per micro-batch.
+        name: of the map.
     """
     batches = prompt_batches(prompts, keys, rows=rows)
-    results = executor.map("rollout", [batch for batch, _ in batches])
+    results = executor.map(name, [batch for batch, _ in batches])
     back = torch.argsort(torch.tensor([number for _, numbers in batches for number in numbers]))
     return Completions(*(torch.cat(parts)[back] for parts in zip(*results, strict=True)))
 

@@ -1,20 +1,50 @@
 """The demo: the whole pipeline on the embedded example, ending with a judgement that a person understands."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from rich.table import Table
 
 from rlhf.config import PipelineRun
 from rlhf.data.embedded import EmbeddedFiles, gold_score
+from rlhf.evaluation import mean_interval
 from rlhf.io.files import write_json
 from rlhf.io.progress import console
-from rlhf.stages.compare import Comparison, compare
+from rlhf.io.terminal import printable
+from rlhf.stages.answers import Sampling
+from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.stages.evaluate_policy import Judged as Side
+from rlhf.stages.evaluate_policy import compare
+from rlhf.stages.judges import Judge
 from rlhf.stages.pipeline import run_pipeline
 
 _SHOWN = 4
 """Prompts shown with both models' replies."""
+
+
+class Judged(NamedTuple):
+    """One model's completions."""
+
+    texts: list[str]
+    scores: list[float]
+    mean: float
+    interval: float
+    """Half-width of the mean's 95% confidence interval."""
+
+
+class Comparison(NamedTuple):
+    """A model before and after alignment, on the same prompts with the same randomness."""
+
+    prompts: list[str]
+    before: Judged
+    after: Judged
+    gain: float
+    """Mean of the paired differences of the scores."""
+    gain_interval: float
+    """Half-width of its 95% confidence interval."""
+    kl: float
+    """Mean over completions of KL(after || before), nats per completion, exact over the vocabulary."""
 
 
 def run_example(config: PipelineRun, files: EmbeddedFiles) -> Comparison:
@@ -26,16 +56,7 @@ def run_example(config: PipelineRun, files: EmbeddedFiles) -> Comparison:
         UserError, NonFiniteError, Interrupted: see `rlhf.stages.run`.
     """
     results = run_pipeline(config)
-    prompts = json.loads(files.heldout_prompts.read_text(encoding="utf-8"))
-    comparison = compare(
-        results["sft"].model,
-        results["ppo"].model,
-        prompts,
-        gold_score,
-        seed=config.seed,
-        max_new_tokens=config.ppo.max_new_tokens,
-        temperature=config.ppo.temperature,
-    )
+    comparison = _compare(config, results["sft"].model, results["ppo"].model, files.heldout_prompts)
     folder = config.output_dir / "report"
     folder.mkdir(exist_ok=True)
     write_json(folder / "comparison.json", _plain(comparison))
@@ -56,7 +77,7 @@ def show_comparison(comparison: Comparison, output_dir: Path) -> None:
         replies.add_column(heading)
     for row in range(min(_SHOWN, len(comparison.prompts))):
         cells = (comparison.prompts[row], before.texts[row].strip(), after.texts[row].strip())
-        replies.add_row(*(cell.replace("[", r"\[") for cell in cells))
+        replies.add_row(*(printable(cell).replace("[", r"\[") for cell in cells))
     console.print(figures)
     console.print(replies)
     console.print(
@@ -64,6 +85,24 @@ def show_comparison(comparison: Comparison, output_dir: Path) -> None:
         "samples.jsonl and TensorBoard files in logs/; all replies in report/comparison.json; the data in data/.",
         markup=False,
     )
+
+
+def _compare(config: PipelineRun, before: Path, after: Path, prompts: Path) -> Comparison:
+    """Both models' completions of the prompts, and what the gold judge says of them."""
+    settings = EvaluateConfig(seed=config.seed, cache_dir=config.cache_dir, device="cpu")
+    sampling = Sampling(("sampled",), config.ppo.temperature, config.ppo.max_new_tokens, config.seed)
+    gold = Judge("gold", gold_score, pairwise=False)
+    (contest,) = compare(after, before, prompts, [gold], sampling, settings)
+    policy, reference = contest.sides["policy"], contest.sides["against"]
+    difference = torch.from_numpy(policy.scores["eval/judge/gold"] - reference.scores["eval/judge/gold"])
+    texts = [record["prompt"] for record in contest.columns]
+    kl = float(policy.answers.kl["exact"].mean())
+    return Comparison(texts, _judged(reference), _judged(policy), *mean_interval(difference), kl)
+
+
+def _judged(side: Side) -> Judged:
+    scores = side.scores["eval/judge/gold"]
+    return Judged(side.answers.texts, scores.tolist(), *mean_interval(torch.from_numpy(scores)))
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
             return {}
         packs = batches(source, records)
         chosen, rejected = _score(executor, packs)
-        lengths = torch.tensor([source.lengths(record, max_length) for pack in packs for record in pack.records])
+        lengths = torch.tensor([source.answer_lengths(record) for pack in packs for record in pack.records])
         figures = preference_metrics(chosen, rejected, lengths[:, 0], lengths[:, 1])
         return {f"{prefix}/{name}": value for name, value in figures.items()}
 

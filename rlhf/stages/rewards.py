@@ -5,21 +5,16 @@ signature of TRL's reward functions: it is called with `prompts`, `completions` 
 the prompt file that it accepts, all by keyword, and returns one float per completion.
 """
 
-import importlib
-import importlib.util
-import inspect
 import math
 import re
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
-from rlhf.errors import NonFiniteError, UserError
+from rlhf.errors import UserError
 from rlhf.io.model_folder import RewardModel, is_reward_model, load_reward_model
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.stages.user_functions import call_function, load_function
 
 _SOURCE = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\*)?(?P<target>.+)", re.DOTALL)
 
@@ -67,36 +62,7 @@ def call_reward_function(
         NonFiniteError: a number is NaN or infinite.
     """
     assert source.function is not None, "only Python sources are called"
-    names = sorted({name for record in columns for name in record} - {"prompt", "prompts", "completions"})
-    try:
-        accepted = inspect.signature(source.function).parameters.values()
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted):
-            names = [name for name in names if name in {parameter.name for parameter in accepted}]
-        extra = {name: [record.get(name) for record in columns] for name in names}
-        scores = source.function(prompts=list(prompts), completions=list(completions), **extra)
-    except (Exception, SystemExit) as error:  # it is the user's code: whatever it raises is theirs to see, in one line
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"reward {source.name}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-        ) from error
-    values = _as_floats(source, scores, len(completions))
-    for prompt, completion, value in zip(prompts, completions, values, strict=True):
-        if not math.isfinite(value):
-            raise NonFiniteError(f"reward {source.name} is {value} for the completion {completion!r} of {prompt!r}")
-    return values
-
-
-def _as_floats(source: RewardSource, scores: Any, count: int) -> list[float]:
-    expected = f"reward {source.name}: expected a list of {count} numbers"
-    try:
-        if isinstance(scores, str | bytes | dict):
-            raise TypeError(f"it is a {type(scores).__name__}")
-        values = [float(score) for score in scores]
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise UserError(f"{expected}, got {str(scores)[:80]!r} ({error})") from error
-    if len(values) != count:
-        raise UserError(f"{expected}, got {len(values)}")
-    return values
+    return call_function(source.function, f"reward {source.name}", columns, prompts=prompts, completions=completions)
 
 
 def check_source(spec: str) -> None:
@@ -137,34 +103,4 @@ def _parse(spec: str) -> tuple[float, str]:
 
 
 def _function(target: str, spec: str) -> Callable[..., Any]:
-    module, separator, name = target.rpartition(":")
-    if not separator or not module or not name:
-        raise UserError(
-            f"--ppo.reward {spec}: there is no such folder, and it is not module:function or file.py:function"
-        )
-    function = getattr(_import(module, spec), name, None)
-    if not callable(function):
-        raise UserError(f"--ppo.reward {spec}: {module} has no function {name!r}")
-    return function
-
-
-def _import(module: str, spec: str) -> ModuleType:
-    """A module by name, looked for in the working directory too, or a file by path."""
-    try:
-        if module.endswith(".py"):
-            location = importlib.util.spec_from_file_location(f"rlhf_reward_{Path(module).stem}", module)
-            if location is None or location.loader is None:
-                raise ImportError("not a Python file")
-            loaded = importlib.util.module_from_spec(location)
-            sys.modules[location.name] = loaded  # dataclasses and pickle look there
-            location.loader.exec_module(loaded)
-            return loaded
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        return importlib.import_module(module)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise UserError(f"--ppo.reward {spec}: {module} cannot be imported ({error})") from error
-    except (Exception, SystemExit) as error:  # it is the user's code
-        raise UserError(
-            f"--ppo.reward {spec}: {module} cannot be imported ({type(error).__name__}: {error})"
-        ) from error
+    return load_function(target, f"--ppo.reward {spec}", "there is no such folder, and it is not")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from rlhf.io.presets import dump_config, load_config
 from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.random import Purpose, fold_in, key
+from rlhf.stages.compute import compute_threads, describe_workers, find_device, limit_threads
 from rlhf.tree import leaves, named_leaves
 
 Facts = dict[str, Any]
@@ -84,10 +84,7 @@ class Run:
         """
         dist = self.config.dist
         if dist.num_workers:
-            servers = f" and {dist.num_servers} parameter servers" if dist.num_servers else ""
-            threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
-            crowded = f"; their {threads} threads share {cores} cores" if not dist.address and threads > cores else ""
-            self.note(f"{dist.num_workers} Ray workers{servers}{crowded}")
+            self.note(describe_workers(dist))
         return self.resources.enter_context(
             open_executor(make_program, models, dist, device=self.device, tell=self.note)
         )
@@ -129,8 +126,10 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
         UserError: the folder is in use or holds this stage's checkpoints although `resume` is off; or no GPU is there
             though one was asked for.
     """
-    run = Run(config, stage, _device(config), torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    with lock_folder(config.output_dir), _stop_on_signal(run), _threads(compute_threads(config)), run.resources:
+    run = Run(
+        config, stage, find_device(config.device), torch.bfloat16 if config.precision == "bf16" else torch.float32
+    )
+    with lock_folder(config.output_dir), _stop_on_signal(run), limit_threads(compute_threads(config)), run.resources:
         check_output(config, stage)
         yield run
 
@@ -235,26 +234,6 @@ def _checkpoints(config: RunConfig, stage: str) -> Path:
     return config.output_dir / "checkpoints" / stage
 
 
-def compute_threads(config: RunConfig) -> int:
-    """CPU threads of each process that computes. The bits of a result depend on it."""
-    return config.dist.threads_per_worker if config.dist.num_workers else config.threads or available_cores()
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _write_config(config: RunConfig) -> None:
     """Write config.yaml; sections of stages that ran here before stay as they were."""
     path = config.output_dir / "config.yaml"
@@ -318,12 +297,6 @@ def _save_nonfinite(
     if save is not None:
         save(step)
     return f"The batch is in {folder}, the state in {run.checkpoints if save else folder}"
-
-
-def _device(config: RunConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager

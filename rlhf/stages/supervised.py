@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from rlhf.config import SupervisedConfig
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import Schema
@@ -44,11 +46,23 @@ def open_split(
         other = open_dataset(run, validation, schema, model.tokenizer, max_length)
         split = Split(dataset, list(range(len(dataset))), other, list(range(len(other)))[:_EVAL_RECORDS])
     else:
-        order = permutation(run.key(Purpose.SPLIT), len(dataset)).tolist()
-        held_out = min(math.ceil(settings.val_fraction * len(dataset)), len(dataset) - 1)
-        split = Split(dataset, sorted(order[held_out:]), dataset, sorted(order[:held_out])[:_EVAL_RECORDS])
+        train, held_out = hold_out(run.key(Purpose.SPLIT), len(dataset), settings.val_fraction)
+        split = Split(dataset, train, dataset, held_out[:_EVAL_RECORDS])
     run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
     return split
+
+
+def hold_out(key: Tensor, count: int, fraction: float) -> tuple[list[int], list[int]]:
+    """(records to learn from, records held out) of 0..count-1, both in order; one at least of each where there are two.
+
+    Args:
+        key: [2] int32, consumed.
+        count: records.
+        fraction: share held out.
+    """
+    order = permutation(key, count).tolist()
+    held_out = min(math.ceil(fraction * count), count - 1)
+    return sorted(order[held_out:]), sorted(order[:held_out])
 
 
 def length_limit(settings: SupervisedConfig, model: LanguageModel) -> int:

@@ -1,0 +1,38 @@
+"""rlhf-evaluate: perplexity, reward accuracy and calibration, win rate and KL, each with its 95% interval.
+
+Usage:
+    rlhf-evaluate --model-dir outputs
+    rlhf-evaluate --model-dir outputs --eval-type policy --test-data prompts.json --judge my_rewards:brevity
+    rlhf-evaluate --model-dir path/to/gpt2 --test-data demonstrations.json
+"""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rlhf.cli.command import base_config, run_command
+
+from rlhf.stages.evaluate_config import EvaluateConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _evaluate(arguments))
+
+
+def parse(argv: Sequence[str]) -> EvaluateConfig:
+    """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
+    return tyro.cli(
+        EvaluateConfig, prog="rlhf-evaluate", default=EvaluateConfig(dist=base_config(argv).dist), args=argv
+    )
+
+
+def _evaluate(argv: list[str]) -> None:
+    config = parse(argv)
+    from rich.console import Console  # from here on it may take a second
+
+    from rlhf.stages.evaluate import run_evaluation
+    from rlhf.stages.evaluate_tables import show_report
+
+    show_report(run_evaluation(config), Console(highlight=False))

@@ -1,0 +1,33 @@
+"""rlhf-generate: complete prompts with a model folder, or two side by side.
+
+Usage:
+    rlhf-generate --model-dir outputs/policy
+    rlhf-generate --model-dir outputs/policy --against outputs/sft --prompt "Hello,"
+    rlhf-generate --model-dir outputs/policy --prompt-file prompts.json --samples 4 --output completions.jsonl
+"""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rlhf.cli.command import run_command
+
+from rlhf.stages.generate_config import GenerateConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    return run_command(lambda: _generate(parse(sys.argv[1:] if argv is None else argv)))
+
+
+def parse(argv: Sequence[str]) -> GenerateConfig:
+    """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
+    return tyro.cli(GenerateConfig, prog="rlhf-generate", args=argv)
+
+
+def _generate(config: GenerateConfig) -> None:
+    from rich.console import Console  # from here on it may take a second
+
+    from rlhf.stages.generate_screen import run_generate
+
+    run_generate(config, Console(highlight=False))

@@ -1,0 +1,85 @@
+"""What evaluation measures of finished texts, token by token: language models and reward models over a micro-batch."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.batches import Rows, ScoreBatch
+from rlhf.gpt2 import compute_copy, trunk, unembed
+from rlhf.gpt2_config import GPT2Config
+from rlhf.heads import apply_head
+from rlhf.kl import exact_kl
+from rlhf.ops import entropy, token_log_probs
+from rlhf.types import Params
+
+
+class Measures(NamedTuple):
+    """What models make of finished texts."""
+
+    log_probs: Tensor
+    """[C] float32, nats: of each token under the model."""
+    correct: Tensor
+    """[C] bool: whether it was the model's most likely token."""
+    entropy: Tensor
+    """[C] float32, nats: of the model's distribution before it."""
+    ref_log_probs: Tensor
+    """[C] float32, nats: under the reference; zeros without one."""
+    exact_kl: Tensor
+    """[C] float32, nats: KL(model || reference) over the vocabulary; zeros without a reference."""
+    scores: Tensor
+    """[B, K] float32, reward units: each of the K reward models on the last token."""
+
+
+def make_measure(
+    config: GPT2Config,
+    *,
+    reference: GPT2Config | None = None,
+    reward_models: Sequence[GPT2Config] = (),
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+) -> Callable[[Params, dict[str, Params], ScoreBatch], Measures]:
+    """(GPT-2, frozen, ScoreBatch) -> `Measures`.
+
+    Args:
+        config: the model's shape.
+        reference: shape of frozen["reference"]; None where there is none. Its vocabulary is the model's.
+        reward_models: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
+        dtype: of the models' forward pass.
+        temperature: of model and reference.
+    """
+
+    def measure(params: Params, frozen: dict[str, Params], batch: ScoreBatch) -> Measures:
+        logits = _logits(compute_copy(params, dtype), batch, config)
+        log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
+        ref_log_probs = kl = torch.zeros_like(log_probs)
+        if reference is not None:
+            ref_logits = _logits(compute_copy(frozen["reference"], dtype), batch, reference)
+            ref_log_probs = token_log_probs(ref_logits, batch.targets, temperature=temperature)
+            kl = exact_kl(logits, ref_logits, temperature=temperature)
+        scores = [
+            apply_head(model["head"], _hidden(compute_copy(model["trunk"], dtype), batch.rows, shape)[batch.last])
+            for model, shape in ((frozen[f"reward_model_{k}"], shape) for k, shape in enumerate(reward_models))
+        ]
+        nothing = torch.zeros(len(batch.last), 0, device=batch.last.device)
+        return Measures(
+            log_probs,
+            logits.argmax(-1) == batch.targets,
+            entropy(logits, temperature=temperature),
+            ref_log_probs,
+            kl,
+            torch.stack(scores, dim=1) if scores else nothing,
+        )
+
+    return measure
+
+
+def _hidden(params: Params, rows: Rows, config: GPT2Config) -> Tensor:
+    """[R * T, D] hidden states of packed rows."""
+    hidden = trunk(params, rows.tokens, config=config, positions=rows.positions, segments=rows.segments)
+    return hidden.flatten(0, 1)
+
+
+def _logits(params: Params, batch: ScoreBatch, config: GPT2Config) -> Tensor:
+    return unembed(params, _hidden(params, batch.rows, config)[batch.predictors])

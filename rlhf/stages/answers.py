@@ -1,0 +1,246 @@
+"""Models completing the same prompts with the same randomness, and what is measured of every completion."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.data.batching import pack_completions, unpack_tokens
+from rlhf.data.dataset import Dataset
+from rlhf.distributed.executor import Executor, Models, Program
+from rlhf.errors import UserError
+from rlhf.gpt2_config import GPT2Config
+from rlhf.io.model_folder import LanguageModel, RewardModel, load_language_model, load_reward_model
+from rlhf.kl import KLEstimator, kl_estimate
+from rlhf.measures import make_measure
+from rlhf.objectives import make_rollout
+from rlhf.random import Purpose, fold_in, key
+from rlhf.sampling import Completions
+from rlhf.stages.completions import complete, texts_of
+from rlhf.stages.compute import Workplace
+from rlhf.stages.evaluate_config import Decoding
+from rlhf.stages.evaluate_sft import ROW_LENGTH
+from rlhf.stages.figures import Array
+from rlhf.types import Params
+
+
+class Answers(NamedTuple):
+    """One model's completions: sample s of prompt i is number i * samples + s."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    """Without padding, with the stop token."""
+    ended: Array
+    """[B]: 1 where the model ended by itself."""
+    entropy: Array
+    """[B] nats, summed over tokens."""
+    kl: dict[str, Array]
+    """[B] nats per completion, KL(model || reference): exact, k1, k2, k3; empty without a reference."""
+    rewards: dict[str, Array]
+    """[B] reward units, by reward model."""
+
+
+class Sampling(NamedTuple):
+    """How completions are made."""
+
+    decodings: tuple[Decoding, ...]
+    temperature: float
+    max_new_tokens: int
+    seed: int
+
+
+class Panel(NamedTuple):
+    """Models that complete prompts, and models that score them; all with the same vocabulary."""
+
+    writers: dict[str, LanguageModel]
+    """By the part they play."""
+    reference: LanguageModel | None
+    reward_models: dict[str, RewardModel]
+    """By name."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that every model can read."""
+        configs = [model.config for model in self.writers.values()]
+        configs += [model.config for model in self.reward_models.values()]
+        configs += [self.reference.config] if self.reference is not None else []
+        return min(config.n_positions for config in configs)
+
+
+def load_panel(writers: Mapping[str, Path], reference: Path | None, reward_models: Mapping[str, Path]) -> Panel:
+    """Load the models.
+
+    Raises:
+        UserError: a folder cannot be read, or its vocabulary is not that of the first writer.
+    """
+    load = functools.cache(load_language_model)  # the reference often writes, too
+    panel = Panel(
+        {part: load(folder) for part, folder in writers.items()},
+        None if reference is None else load(reference),
+        {name: load_reward_model(folder) for name, folder in reward_models.items()},
+    )
+    (first, *_), (source, *_) = panel.writers.values(), writers.values()
+    folders = [*writers.values(), reference, *reward_models.values()]
+    models = [*panel.writers.values(), panel.reference, *panel.reward_models.values()]
+    for folder, model in zip(folders, models, strict=True):
+        if model is None:
+            continue
+        same_size = isinstance(model, RewardModel) or model.config.vocab_size == first.config.vocab_size
+        if not (same_size and model.tokenizer.same_vocabulary(first.tokenizer)):
+            raise UserError(
+                f"{folder}: its vocabulary ({model.config.vocab_size} entries) is not that of {source} "
+                f"({first.config.vocab_size} entries); only models with the same tokenizer can be compared"
+            )
+    return panel
+
+
+@contextlib.contextmanager
+def open_panel(place: Workplace, panel: Panel, sampling: Sampling) -> Iterator[Callable[..., Answers]]:
+    """`answer` with the models at hand, until the block ends."""
+    reference = panel.reference
+    program = functools.partial(
+        make_program,
+        {part: model.config for part, model in panel.writers.items()},
+        None if reference is None else reference.config,
+        tuple(model.config for model in panel.reward_models.values()),
+        next(iter(panel.writers.values())).tokenizer.eos_id,
+        sampling,
+        place.dtype,
+    )
+    (_, policy), *others = panel.writers.items()
+    frozen = {part: model.params for part, model in others}
+    frozen |= {} if reference is None else {"reference": reference.params}
+    frozen |= {f"reward_model_{k}": model.params for k, model in enumerate(panel.reward_models.values())}
+    with place.open_executor(program, Models(policy.params, frozen)) as executor:
+        yield functools.partial(answer, executor, panel, sampling)
+
+
+def make_program(
+    writers: dict[str, GPT2Config],
+    reference: GPT2Config | None,
+    reward_models: tuple[GPT2Config, ...],
+    eos_id: int,
+    sampling: Sampling,
+    dtype: torch.dtype,
+) -> Program:
+    """The work: `<decoding>/<part>` (`rlhf.objectives.make_rollout`) and `measure/<part>` for every writer.
+
+    The first writer is what the executor calls the parameters; the others are frozen models under their parts.
+    """
+    maps: dict[str, Callable[..., Any]] = {}
+    for number, (part, config) in enumerate(writers.items()):
+        own = None if number == 0 else part
+        for decoding in sampling.decodings:
+            rollout = make_rollout(
+                config,
+                dtype=dtype,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_k=1 if decoding == "greedy" else 0,
+                stop_tokens=(eos_id,),
+            )
+            maps[f"{decoding}/{part}"] = _on(own, functools.partial(_roll_out, rollout))
+        maps[f"measure/{part}"] = _on(
+            own,
+            make_measure(
+                config,
+                reference=reference,
+                reward_models=reward_models,
+                dtype=dtype,
+                temperature=sampling.temperature,
+            ),
+        )
+    return Program({}, maps, {})
+
+
+def answer(
+    executor: Executor,
+    panel: Panel,
+    sampling: Sampling,
+    part: str,
+    decoding: Decoding,
+    prompts: Sequence[np.ndarray],
+    *,
+    samples: int,
+    rollout_rows: int,
+    measure_rows: int,
+) -> Answers:
+    """Let one model complete prompts, and measure the result.
+
+    Args:
+        executor: runs `make_program`.
+        panel: the models.
+        sampling: how.
+        part: who writes.
+        decoding: one of `sampling.decodings`.
+        prompts: token ids, each [n].
+        samples: completions per prompt; number s of a prompt has the same randomness in every model.
+        rollout_rows: prompts per micro-batch.
+        measure_rows: packed rows per micro-batch.
+    """
+    many = [prompt for prompt in prompts for _ in range(samples)]
+    keys = sample_keys(sampling.seed, len(prompts), samples)
+    completions = complete(executor, many, keys, rows=rollout_rows, name=f"{decoding}/{part}")
+    lengths = completions.mask.sum(dim=1)
+    row_length = max(max(map(len, many)) + int(lengths.max()), min(ROW_LENGTH, panel.context))
+    packs = pack_completions(
+        many, completions.tokens, lengths, range(len(many)), rows=measure_rows, row_length=row_length
+    )
+    results = executor.map(f"measure/{part}", [pack.batch for pack in packs])
+
+    def tokens_of(field: int) -> Tensor:
+        return unpack_tokens(packs, [result[field] for result in results], completions.mask.shape).double()
+
+    log_probs, entropy, ref_log_probs, exact = map(tokens_of, (0, 2, 3, 4))
+    back = torch.argsort(torch.cat([pack.sequences for pack in packs]))
+    scores = torch.cat([result.scores for result in results])[back].double().numpy()
+    kl = {} if panel.reference is None else {"exact": exact} | _estimated_kl(log_probs, ref_log_probs)
+    tokenizer = panel.writers[part].tokenizer
+    return Answers(
+        texts_of(tokenizer, completions),
+        [row[:length] for row, length in zip(completions.tokens.tolist(), lengths.tolist(), strict=True)],
+        completions.ended.double().numpy(),
+        entropy.sum(dim=1).numpy(),
+        {name: of_tokens.sum(dim=1).numpy() for name, of_tokens in kl.items()},
+        dict(zip(panel.reward_models, scores.T, strict=True)),
+    )
+
+
+def prompt_tokens(dataset: Dataset, records: Sequence[int], room: int) -> list[np.ndarray]:
+    """The last `room` tokens of prompts.
+
+    Raises:
+        UserError: there is no room.
+    """
+    if room < 1:
+        raise UserError(f"--max-new-tokens leaves no room for a prompt in the models' context; lower it by {1 - room}")
+    return [dataset.prompt(record, room) for record in records]
+
+
+def sample_keys(seed: int, prompts: int, samples: int) -> Tensor:
+    """[prompts * samples, 2] int32, by prompt and sample; those of sample 0 do not depend on how many there are."""
+    number = torch.arange(prompts)[:, None] + (torch.arange(samples) << 32)
+    return fold_in(fold_in(key(seed), int(Purpose.EVALUATION)), number.flatten())
+
+
+def _estimated_kl(log_probs: Tensor, ref_log_probs: Tensor) -> dict[str, Tensor]:
+    names: tuple[KLEstimator, ...] = ("k1", "k2", "k3")
+    return {name: kl_estimate(log_probs, ref_log_probs, estimator=name) for name in names}
+
+
+def _roll_out(rollout: Callable[..., Completions], model: Params, frozen: dict[str, Params], batch: Any) -> Completions:
+    return rollout({"policy": model}, frozen, batch)
+
+
+def _on(part: str | None, function: Callable[[Params, dict[str, Params], Any], Any]) -> Callable[..., Any]:
+    """A map on the model that plays `part`; None is the executor's parameters."""
+
+    def on_part(params: Params, frozen: dict[str, Params], batch: Any) -> Any:
+        return function(params if part is None else frozen[part], frozen, batch)
+
+    return on_part

@@ -1,0 +1,86 @@
+"""Where a program computes: its device, its threads, its workers."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+
+from rlhf.config import ComputeConfig, DistConfig
+from rlhf.distributed import connected, open_executor
+from rlhf.distributed.executor import Executor, Models, Program
+from rlhf.errors import UserError
+from rlhf.io.progress import tell
+
+
+def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that a configuration names.
+
+    Raises:
+        UserError: it asks for a GPU and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compute_threads(config: ComputeConfig) -> int:
+    """CPU threads of each process that computes. The bits of a result depend on it."""
+    return config.dist.threads_per_worker if config.dist.num_workers else config.threads or available_cores()
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def limit_threads(number: int) -> Iterator[None]:
+    """Let torch use so many CPU threads until the block ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def describe_workers(dist: DistConfig) -> str:
+    """The workers in words, and whether they share cores."""
+    servers = f" and {dist.num_servers} parameter servers" if dist.num_servers else ""
+    threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
+    crowded = f"; their {threads} threads share {cores} cores" if not dist.address and threads > cores else ""
+    return f"{dist.num_workers} Ray workers{servers}{crowded}"
+
+
+class Workplace(NamedTuple):
+    """Where the models run."""
+
+    config: ComputeConfig
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the models' passes."""
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    def open_executor(
+        self, make_program: Callable[[], Program], models: Models
+    ) -> contextlib.AbstractContextManager[Executor]:
+        """The executor that the configuration asks for, until the block ends; arguments as `rlhf.distributed`'s."""
+        return open_executor(make_program, models, self.config.dist, device=self.device, tell=tell)
+
+
+@contextlib.contextmanager
+def open_workplace(config: ComputeConfig) -> Iterator[Workplace]:
+    """Set up device, threads and Ray.
+
+    Raises:
+        UserError: there is no such device, or the cluster cannot be reached.
+    """
+    device = find_device(config.device)
+    if config.dist.num_workers:
+        tell(describe_workers(config.dist))
+    with limit_threads(compute_threads(config)), connected(config.dist):
+        yield Workplace(config, device)

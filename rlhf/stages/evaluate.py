@@ -1,0 +1,195 @@
+"""rlhf-evaluate: find the models and the test data, evaluate what they allow, and write down what came of it."""
+
+import contextlib
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.config import PipelineRun
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
+from rlhf.errors import Interrupted, UserError
+from rlhf.io.files import clear_write_errors, write_json, write_text
+from rlhf.io.progress import working
+from rlhf.stages.compute import Workplace, compute_threads, open_workplace
+from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.stages.evaluate_inputs import (
+    Folders,
+    TestData,
+    find_folders,
+    given_data,
+    held_out_data,
+    prompts_of,
+    run_config,
+    training_pairs,
+)
+from rlhf.stages.evaluate_policy import evaluate_policy
+from rlhf.stages.evaluate_result import Evaluation
+from rlhf.stages.evaluate_reward import evaluate_reward
+from rlhf.stages.evaluate_sft import evaluate_sft
+from rlhf.stages.judges import Judge, open_judges
+
+FORMAT = 1
+"""Of evaluation.json."""
+
+_KINDS = ("sft", "reward", "policy")
+_SCHEMAS: dict[str, Schema] = {"sft": DEMONSTRATIONS, "reward": PREFERENCES, "policy": PROMPTS}
+
+
+class Report(NamedTuple):
+    """Everything that was found."""
+
+    evaluations: list[Evaluation]
+    skipped: dict[str, str]
+    """Why, by kind of evaluation."""
+    folder: Path
+    """Where it was written to."""
+
+
+class _Plan(NamedTuple):
+    """One evaluation to make."""
+
+    kind: str
+    data: TestData
+
+
+def run_evaluation(config: EvaluateConfig) -> Report:
+    """Evaluate, and write evaluation.json, completions.jsonl and pairs.jsonl.
+
+    Raises:
+        UserError: models, data, judges or settings cannot be used, or there is nothing to evaluate.
+        NonFiniteError: a judge gives NaN or infinity.
+        Interrupted: Ctrl-C.
+    """
+    folders = find_folders(config)
+    run = run_config(config.model_dir)
+    judges = open_judges(config.judge)
+    plans, skipped = _plan(config, folders, run, judges)
+    train = _train_data(config, run)
+    folder = config.output or config.model_dir / "report"
+    evaluations: list[Evaluation] = []
+    lines: dict[str, list[dict[str, Any]]] = {"completions": [], "pairs": []}
+    try:
+        with open_workplace(config) as place:
+            for plan in plans:
+                with working(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}"):
+                    for evaluation, name, written in _evaluate(plan, config, place, folders, judges, run, train):
+                        evaluations.append(evaluation)
+                        lines[name] += written
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; nothing was written", signal.SIGINT) from None
+    report = Report(evaluations, skipped, folder)
+    _write(config, report, lines)
+    return report
+
+
+def _plan(
+    config: EvaluateConfig, folders: Folders, run: PipelineRun | None, judges: list[Judge]
+) -> tuple[list[_Plan], dict[str, str]]:
+    """(what to do, why the rest is left out).
+
+    Raises:
+        UserError: what was asked for cannot be done.
+    """
+    if config.test_data:
+        data = given_data(config.test_data)
+    elif run is not None:
+        data = held_out_data(config.model_dir, run)
+    else:
+        raise UserError(f"--test-data: give files to evaluate on; {_why_no_run(config.model_dir)}")
+    plans, skipped = [], {}
+    for kind in _KINDS if config.eval_type == "all" else (config.eval_type,):
+        usable = [found for found in data if found.schema is _SCHEMAS[kind]]
+        if kind == "policy" and not usable:
+            usable = [prompts_of(found) for found in data]
+        if reason := _missing(kind, config, folders, usable):
+            skipped[kind] = reason
+        else:
+            plans += [_Plan(kind, found) for found in usable]
+    if not plans:
+        raise UserError("nothing to evaluate: " + "; ".join(f"{kind}: {reason}" for kind, reason in skipped.items()))
+    _check_options(config, folders, judges, {plan.kind for plan in plans})
+    return plans, skipped
+
+
+def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[TestData]) -> str:
+    """Why an evaluation cannot be made; empty where it can."""
+    model = {"sft": folders.sft, "reward": folders.reward, "policy": folders.policy}[kind]
+    single = (config.model_dir / "config.json").is_file()
+    if model is None:
+        wanted = "reward model" if kind == "reward" else "language model"
+        return f"{config.model_dir} is no {wanted}" if single else f"{config.model_dir} has no {kind}/"
+    if not usable:
+        return f"no {_SCHEMAS[kind].name} among the test data"
+    return ""
+
+
+def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge], kinds: set[str]) -> None:
+    """Refuse what would have no effect."""
+    if "policy" not in kinds and (config.judge or config.against):
+        flag = "--judge" if config.judge else "--against"
+        raise UserError(f"{flag}: completions are made only in the policy evaluation, and there is none here")
+    if "reward" not in kinds and config.train_data is not None:
+        raise UserError("--train-data: a baseline of the reward evaluation learns from it, and there is none here")
+    if folders.against is None and any(judge.pairwise for judge in judges):
+        raise UserError("--judge: a pairwise judge needs a second model; give its folder as --against")
+
+
+def _why_no_run(folder: Path) -> str:
+    """Why there are no held-out records to fall back to."""
+    run = folder.absolute().parent
+    if run_config(run) is not None:
+        return f"{folder} is one model of a run, whose held-out records --model-dir {run} takes"
+    return f"{folder} has no config.yaml of a run, whose held-out records could be taken"
+
+
+def _train_data(config: EvaluateConfig, run: PipelineRun | None) -> TestData | None:
+    """What the bag of words learns from."""
+    if config.train_data is not None:
+        (found,) = given_data([config.train_data])
+        if found.schema is not PREFERENCES:
+            raise UserError(f"--train-data {config.train_data}: has {found.schema.name}, expected preference pairs")
+        return found
+    return training_pairs(config.model_dir, run) if run is not None and not config.test_data else None
+
+
+def _evaluate(
+    plan: _Plan,
+    config: EvaluateConfig,
+    place: Workplace,
+    folders: Folders,
+    judges: list[Judge],
+    run: PipelineRun | None,
+    train: TestData | None,
+) -> Iterator[tuple[Evaluation, str, list[dict[str, Any]]]]:
+    """Each evaluation, and the file and lines that go with it."""
+    if plan.kind == "sft" and folders.sft is not None:
+        yield evaluate_sft(config, place, folders.sft, plan.data), "pairs", []
+    elif plan.kind == "reward" and folders.reward is not None:
+        evaluation, lines = evaluate_reward(config, place, folders.reward, plan.data, train)
+        yield evaluation, "pairs", lines
+    else:
+        evaluations, lines = evaluate_policy(config, place, folders, plan.data, judges, run)
+        for number, evaluation in enumerate(evaluations):
+            yield evaluation, "completions", lines if number == 0 else []
+
+
+def _write(config: EvaluateConfig, report: Report, lines: dict[str, list[dict[str, Any]]]) -> None:
+    with clear_write_errors(report.folder, "--output"):
+        report.folder.mkdir(parents=True, exist_ok=True)
+        for name, of in lines.items():
+            if of:
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in of)
+                write_text(report.folder / f"{name}.jsonl", text)
+            else:  # of an earlier evaluation: it would not belong to evaluation.json
+                with contextlib.suppress(FileNotFoundError):
+                    (report.folder / f"{name}.jsonl").unlink()
+        facts = {"format": FORMAT, "model_dir": str(config.model_dir), "seed": config.seed}
+        facts |= {"threads": compute_threads(config), "precision": config.precision}
+        evaluations = [evaluation.plain() for evaluation in report.evaluations]
+        write_json(report.folder / "evaluation.json", facts | {"evaluations": evaluations, "skipped": report.skipped})
+
+
+def _brackets(text: str) -> str:
+    return f" ({text})" if text else ""

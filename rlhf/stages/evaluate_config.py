@@ -1,0 +1,58 @@
+"""What rlhf-evaluate is asked, as a typed dataclass. Importing it imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlhf.config import ComputeConfig
+from rlhf.ranges import Count, Positive, Section, Seed
+
+Decoding = Literal["sampled", "greedy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgementConfig(Section):
+    """What is evaluated, on what and how."""
+
+    model_dir: Path = Path("outputs")
+    """Output folder of a run, with sft/, reward/ and policy/; or one model folder in Hugging Face form."""
+    eval_type: Literal["all", "sft", "reward", "policy"] = "all"
+    """What to evaluate; all does what models and data allow and says what it leaves out."""
+    test_data: tuple[Path, ...] = ()
+    """Files of demonstrations, preference pairs or prompts, told apart by their columns. None takes the records that
+    the run in MODEL_DIR held out."""
+    train_data: Path | None = None
+    """Preference pairs that the bag-of-words baseline learns from; none is cross-validation on the test pairs."""
+    limit: Count | None = None
+    """Records read of each file, from its beginning; none is all."""
+
+    against: Path | None = None
+    """Model folder that the policy is compared with; none is MODEL_DIR/sft. The KL is measured from MODEL_DIR/sft, or
+    without one from this."""
+    reward_model: Path | None = None
+    """Reward model that scores completions; none is MODEL_DIR/reward."""
+    judge: tuple[str, ...] = ()
+    """Python functions, `module:function` or `file.py:function`: scorers, with the signature of a reward function, or
+    pairwise judges, which have the arguments `first` and `second`; see the README."""
+    decoding: tuple[Decoding, ...] = ("sampled", "greedy")
+    """How completions are made."""
+    samples: Count = 1
+    """Sampled completions per prompt."""
+    temperature: Positive | None = None
+    """Of the policy and what it is compared with alike; none is that of the run, or else 1."""
+    max_new_tokens: Count | None = None
+    """Longest completion; none is that of the run, or else 64."""
+    seed: Seed = 0
+    """Of sampling, resampling and cross-validation."""
+
+    output: Path | None = None
+    """Folder for evaluation.json, completions.jsonl and pairs.jsonl; none is MODEL_DIR/report."""
+    micro_batch_size: Count = 8
+    """Packed rows computed at once. Bounds memory; changes results only by rounding."""
+    rollout_batch_size: Count = 64
+    """Completions generated together; the same holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ComputeConfig, JudgementConfig):  # whose flags come first, because it is named last
+    """Judge models on data they were not trained on: each figure with its samples and a 95% interval."""

@@ -1,0 +1,167 @@
+"""What there is to evaluate: the models in a folder, and test data, given or held out by the run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf.config import PipelineRun, SupervisedConfig
+from rlhf.data.dataset import Dataset, load_dataset
+from rlhf.data.records import read_records
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
+from rlhf.errors import UserError
+from rlhf.io.model_folder import is_reward_model
+from rlhf.io.presets import load_config
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.random import Purpose, fold_in, key
+from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.stages.supervised import hold_out
+
+
+class Folders(NamedTuple):
+    """Model folders by the part they play; None where there is none."""
+
+    sft: Path | None
+    """Whose perplexity is measured."""
+    reward: Path | None
+    """Whose accuracy is measured, and which scores the policy."""
+    policy: Path | None
+    """Which completes prompts."""
+    against: Path | None
+    """Which completes the same prompts."""
+    reference: Path | None
+    """From which the policy's KL is measured."""
+
+
+class TestData(NamedTuple):
+    """Records of one file."""
+
+    path: Path
+    schema: Schema
+    records: list[int] | None
+    """Which; None is all."""
+    origin: str
+    """Where they come from, for the user: "", "held out by the run"."""
+
+
+def find_folders(config: EvaluateConfig) -> Folders:
+    """The models of a run's output folder, or of a single model folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    folder = config.model_dir
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a run's output folder or a model folder as --model-dir")
+    if (folder / "config.json").is_file():
+        if is_reward_model(folder):
+            return Folders(None, folder, None, None, None)
+        return Folders(folder, config.reward_model, folder, config.against, config.against)
+    sft, reward, policy = (
+        folder / name if (folder / name / "config.json").is_file() else None for name in ("sft", "reward", "policy")
+    )
+    if not (sft or reward or policy):
+        raise UserError(
+            f"{folder}: holds no model, expected a run's sft/, reward/ or policy/, or a model folder with config.json "
+            "and model.safetensors"
+        )
+    against = config.against or (sft if policy else None)
+    return Folders(sft, config.reward_model or reward, policy, against, sft or against)
+
+
+def run_config(model_dir: Path) -> PipelineRun | None:
+    """The configuration that a run left in its output folder; None where there is none."""
+    path = model_dir / "config.yaml"
+    return load_config(str(path)) if path.is_file() else None
+
+
+def given_data(paths: Sequence[Path]) -> list[TestData]:
+    """Test files with their kinds.
+
+    Raises:
+        UserError: a file cannot be read, or its first record is of no kind.
+    """
+    return [TestData(path, kind_of(path), None, "") for path in paths]
+
+
+def kind_of(path: Path) -> Schema:
+    """The kind of a data file by the columns of its first record. Errors as `given_data`."""
+    record = next(iter(read_records(path)))
+    for schema in (PREFERENCES, DEMONSTRATIONS, PROMPTS):
+        if all(name in record.fields for name in schema.keys):
+            return schema
+    found = ", ".join(map(repr, sorted(record.fields))) or "nothing"
+    raise UserError(
+        f"{path}: record 1 (line {record.line}) has {found}; expected 'prompt' with 'completion' (demonstrations), "
+        "with 'chosen' and 'rejected' (preference pairs), or alone (prompts)"
+    )
+
+
+def prompts_of(data: TestData) -> TestData:
+    """The prompts of demonstrations or preference pairs, each once."""
+    first: dict[str, int] = {}
+    for number, record in enumerate(read_records(data.path)):
+        first.setdefault(str(record.fields.get("prompt")), number)
+    return TestData(data.path, PROMPTS, sorted(first.values()), f"the prompts of its {data.schema.name}")
+
+
+def held_out_data(model_dir: Path, run: PipelineRun) -> list[TestData]:
+    """What a run kept for testing: the records that each stage held out, and the example's held-out prompts.
+
+    Without those, the prompts that PPO was trained on; the user is told. Files that are no longer there are left out.
+    """
+    example = model_dir / "data"
+    found = [
+        _held_out(run, DEMONSTRATIONS, run.sft_data or example / "demonstrations.json", run.sft_val_data, run.sft),
+        _held_out(
+            run, PREFERENCES, run.preference_data or example / "preferences.json", run.preference_val_data, run.reward
+        ),
+    ]
+    prompts = run.prompt_data or example / "prompts.json"
+    kept = prompts.with_name("heldout_prompts.json")
+    origin = "held out by the run" if kept.is_file() else "which PPO was trained on"
+    found.append(TestData(kept if kept.is_file() else prompts, PROMPTS, None, origin))
+    return [data for data in found if data.path.is_file()]
+
+
+def training_pairs(model_dir: Path, run: PipelineRun) -> TestData | None:
+    """The preference pairs that a run learnt from; None where the file is no longer there."""
+    path = run.preference_data or model_dir / "data" / "preferences.json"
+    if not path.is_file():
+        return None
+    if run.preference_val_data is not None:
+        return TestData(path, PREFERENCES, None, "of the run's training")
+    train, _ = _split(run, path, PREFERENCES, run.reward)
+    return TestData(path, PREFERENCES, train, "of the run's training")
+
+
+def open_data(data: TestData, tokenizer: Tokenizer, config: EvaluateConfig) -> tuple[Dataset, list[int]]:
+    """(the tokenised file, its records to evaluate). Errors as `rlhf.data.dataset.load_dataset`."""
+    dataset = load_dataset(data.path, data.schema, tokenizer, config.cache_dir)
+    records = list(range(len(dataset))) if data.records is None else data.records
+    return dataset, records[: config.limit]
+
+
+def usable_pairs(path: Path) -> list[dict[str, str]]:
+    """The pairs of a file whose members differ: the records of its `Dataset`, in the same order."""
+    fields = (record.fields for record in read_records(path))
+    return [pair for pair in fields if pair["chosen"] != pair["rejected"]]
+
+
+def _held_out(
+    run: PipelineRun, schema: Schema, path: Path, validation: Path | None, settings: SupervisedConfig
+) -> TestData:
+    origin = "held out by the run"
+    if validation is not None:
+        return TestData(validation, schema, None, origin)
+    if not path.is_file():
+        return TestData(path, schema, None, origin)
+    _, held_out = _split(run, path, schema, settings)
+    return (
+        TestData(path, schema, held_out, origin) if held_out else TestData(path, schema, None, "which it learnt from")
+    )
+
+
+def _split(run: PipelineRun, path: Path, schema: Schema, settings: SupervisedConfig) -> tuple[list[int], list[int]]:
+    """(records trained on, records held out), as the stage drew them."""
+    count = len(usable_pairs(path)) if schema is PREFERENCES else sum(1 for _ in read_records(path))
+    return hold_out(fold_in(key(run.seed), int(Purpose.SPLIT)), count, settings.val_fraction)

@@ -1,0 +1,48 @@
+"""What rlhf-generate is asked, as a typed dataclass. Importing it imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rlhf.ranges import Count, Index, Interval, Positive, Section, Seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Section):
+    """Complete prompts: those given here, those of a file, or those that you type."""
+
+    model_dir: Path = Path("outputs/policy")
+    """Model folder in Hugging Face form; of a run's output folder its policy/, or else its sft/."""
+    against: Path | None = None
+    """Another model folder, whose completions are shown beside."""
+    prompt: tuple[str, ...] = ()
+    """Prompts to complete. Without these and --prompt-file they are read from the terminal, or line by line from what
+    is piped in."""
+    prompt_file: Path | None = None
+    """File of prompts: JSON list or JSON Lines with the key `prompt`, or one prompt per line in a .txt file."""
+    template: str = "{prompt}"
+    """What stands around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
+    output: Path | None = None
+    """JSON Lines file to write instead of showing completions."""
+
+    max_new_tokens: Count = 64
+    """Longest completion."""
+    temperature: Positive = 1.0
+    """Below 1 likely tokens become likelier."""
+    top_k: Index = 0
+    """Sample from the k most likely tokens; 0 is all."""
+    top_p: Annotated[float, Interval("(0, 1]")] = 1.0
+    """Sample from the nucleus of this mass."""
+    greedy: bool = False
+    """Always take the most likely token."""
+    samples: Count = 1
+    """Completions per prompt."""
+    seed: Seed = 0
+    """Of the sampling: the same seed, prompts and options give the same completions."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward pass."""
+    threads: Count | None = None
+    """CPU threads; none takes all cores."""

@@ -1,0 +1,309 @@
+"""rlhf-generate: the tokens that `generate` draws, whole characters as they come, and an unharmed terminal."""
+
+import importlib.metadata
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from rlhf import gpt2, random
+from rlhf.errors import UserError
+from rlhf.gpt2_config import GPT2Config
+from rlhf.io.model_folder import LanguageModel, save_language_model
+from rlhf.io.terminal import printable
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.sampling import generate
+from rlhf.stages.evaluate import run_evaluation
+from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.stages.generate import pieces, stream
+from rlhf.stages.generate_config import GenerateConfig
+from rlhf.stages.generate_screen import read_prompts, run_generate
+
+OPTIONS = {
+    "plain": {},
+    "greedy": {"top_k": 1},
+    "filtered": {"temperature": 0.6, "top_k": 20, "top_p": 0.8},
+    "stops": {"stop_tokens": (3, 5, 7, 11, 13, 17, 19)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_stream_draws_what_generate_draws(params, config, tokens, options):
+    keys, lengths = random.split(random.key(4), 3), torch.tensor([4, 1, 7])
+    whole = generate(params, tokens, lengths, keys, config=config, max_new_tokens=20, **options)
+    for row, (prompt, length) in enumerate(zip(tokens, lengths, strict=True)):
+        drawn = list(stream(params, prompt[:length], keys[row], config=config, max_new_tokens=20, **options))
+        assert drawn == whole.tokens[row][whole.mask[row]].tolist()
+
+
+def test_stream_gives_each_token_before_the_next_is_drawn(params, config, tokens, monkeypatch):
+    drawn = stream(params, tokens[0], random.key(1), config=config, max_new_tokens=5)
+    first = next(drawn)
+    monkeypatch.setattr("rlhf.stages.generate.decode", lambda *_, **__: pytest.fail("the second was asked for"))
+    assert 0 <= first < config.vocab_size
+    with pytest.raises(pytest.fail.Exception, match="the second"):
+        next(drawn)
+
+
+@pytest.mark.parametrize(("length", "new"), [(0, 4), (30, 3), (32, 1)])
+def test_stream_rejects_what_does_not_fit(params, config, length, new):
+    prompt = torch.zeros(length, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"stream: prompt and completion have {length} \+ {new} tokens"):
+        next(stream(params, prompt, random.key(1), config=config, max_new_tokens=new))
+
+
+@given(text=st.text(max_size=20))
+def test_pieces_are_whole_characters_and_together_the_text(tokenizer, text):
+    """Few of the characters are single tokens of this tokenizer: most come byte by byte."""
+    (ids,) = tokenizer.encode([text])
+    shown = [piece.text for piece in pieces(tokenizer, iter(ids))]
+    assert "".join(shown) == text
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in shown)
+
+
+@given(ids=st.lists(st.integers(0, 299), max_size=30))
+def test_pieces_of_any_tokens_are_their_text(tokenizer, ids):
+    assert "".join(piece.text for piece in pieces(tokenizer, iter(ids))) == tokenizer.decode(ids)
+
+
+def test_pieces_come_at_once(tokenizer):
+    (ids,) = tokenizer.encode(["a é b"])
+    shown = [piece.text for piece in pieces(tokenizer, iter(ids))]
+    assert len(shown) == len(ids) > 4
+    assert shown[0] == "a"
+    assert "" in shown, "half of é"
+
+
+HOSTILE = "\x1b[31mred\x07\r\x9b2J\x7f\u202eabc\u2066\u2028ok\ttab\nline é 👩‍👩‍👧"
+
+
+def test_printable_writes_out_what_steers_a_terminal():
+    assert printable(HOSTILE) == ("\\x1b[31mred\\x07\\r\\x9b2J\\x7f\\u202eabc\\u2066\\u2028ok\ttab\nline é 👩‍👩‍👧")
+
+
+@given(text=st.text())
+def test_printable_leaves_no_control_character(text):
+    import unicodedata
+
+    kept = [character for character in printable(text) if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")]
+    assert set(kept) <= {"\n", "\t"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run's folder with sft/ and policy/, whose models write anything, control characters too."""
+    shelf = tmp_path_factory.mktemp("models")
+    tokenizer = Tokenizer.train(["hello world, how are you today"] * 3, 280)
+    shape = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(vocab_size=tokenizer.vocab_size, **shape)
+    for number, name in enumerate(("sft", "policy")):
+        params = gpt2.init(config, key=random.key(number))
+        save_language_model(shelf / "run" / name, LanguageModel(params, config, tokenizer), facts={})
+    return shelf / "run"
+
+
+@pytest.fixture
+def show(folder):
+    """What a run prints."""
+
+    def run(**settings):
+        out = io.StringIO()
+        given = {"model_dir": folder, "threads": 1, "max_new_tokens": 12}
+        run_generate(GenerateConfig(**given | settings), Console(file=out, width=100, highlight=False))
+        return out.getvalue()
+
+    return run
+
+
+def test_the_screen_shows_what_the_file_holds(show, tmp_path):
+    """Streamed or drawn together, the same completions."""
+    prompts = ("hello", "how are you", "")
+    shown = show(prompt=prompts, samples=2)
+    show(prompt=prompts, samples=2, output=tmp_path / "new" / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["sample"]) for line in lines] == [(p, s) for p in prompts for s in (0, 1)]
+    assert len({line["completion"] for line in lines}) == 6
+    expected = "".join(
+        f"{line['prompt']}{printable(line['completion'])}\n" + "(cut at 12 tokens)\n" * (not line["ended"]) + "\n"
+        for line in lines
+    )
+    assert shown == expected
+    assert any(character in "".join(line["completion"] for line in lines) for character in map(chr, range(32)))
+    assert not set(map(chr, range(32))) - {"\n", "\t"} & set(shown)
+
+
+def test_two_models_stand_side_by_side(show, folder, tmp_path):
+    shown = show(prompt=("hello",), against=folder / "sft", greedy=True, samples=5)
+    assert shown.index("policy") < shown.index("sft")
+    show(prompt=("hello",), against=folder / "sft", greedy=True, output=tmp_path / "out.jsonl")
+    (line,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    columns = [[cell.strip() for cell in row.split("│")[1:3]] for row in shown.splitlines() if row.startswith("│")]
+    for side, name in enumerate(("completion", "against_completion")):
+        seen = "".join("".join(column[side] for column in columns).split())
+        assert seen == "".join(printable(line[name]).split())
+    assert line["completion"] != line["against_completion"]
+
+
+def test_completions_are_those_of_an_evaluation_with_the_same_seed(folder, tmp_path, show):
+    prompts = [{"prompt": "hello"}, {"prompt": "world"}]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    show(prompt_file=tmp_path / "prompts.json", samples=2, output=tmp_path / "out.jsonl", seed=5)
+    config = EvaluateConfig(
+        model_dir=folder / "policy", test_data=(tmp_path / "prompts.json",), output=tmp_path, threads=1, samples=2,
+        decoding=("sampled",), max_new_tokens=12, seed=5, cache_dir=tmp_path,
+    )  # fmt: skip
+    run_evaluation(config)
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("out.jsonl", "completions.jsonl")
+    )
+    assert [line["completion"] for line in ours] == [line["policy"]["completion"] for line in theirs]
+
+
+def test_a_template_stands_around_each_prompt(show, tmp_path):
+    show(prompt=("hi {x}",), template=r"Q: {prompt}\nA:", output=tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == "Q: hi {x}\nA:"
+    with pytest.raises(UserError, match=r"has no \{prompt\}"):
+        show(prompt=("hi",), template="Q:")
+
+
+def test_prompts_are_read_from_json_and_text_files(tmp_path):
+    for name, text in {
+        "list.json": '[{"prompt": "a"}, {"prompt": "b", "more": 1}]',
+        "lines.jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n',
+        "text.txt": "a\n\nb\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert read_prompts(tmp_path / name) == ["a", "b"]
+
+
+def main(argv):
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="rlhf-generate")
+    try:
+        return entry.load()([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+WRONG = {
+    "no folder": (["--model-dir", "absent", "--prompt", "x"], "absent: no such folder"),
+    "no model": (["--model-dir", ".", "--prompt", "x"], "no model folder"),
+    "no file": (["--model-dir", "{run}", "--prompt-file", "absent.json"], "absent.json: no such file"),
+    "no key": (["--model-dir", "{run}", "--prompt-file", "texts.json"], "record 1 (line 1) has no key 'prompt'"),
+    "empty": (["--model-dir", "{run}", "--prompt-file", "empty.txt"], "the file is empty"),
+    "both": (["--model-dir", "{run}", "--prompt", "x", "--prompt-file", "empty.txt"], "give one of the two"),
+    "too long": (["--model-dir", "{run}", "--prompt", "x", "--max-new-tokens", "64"], "give at most 63"),
+    "range": (["--model-dir", "{run}", "--prompt", "x", "--top-p", "0"], "top_p must be in (0, 1]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_refused(name, folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.json").write_text('[{"text": "a"}]')
+    (tmp_path / "empty.txt").write_text("\n")
+    flags, message = WRONG[name]
+    assert main([flag.format(run=folder) for flag in flags]) == 2
+    out, err = capfd.readouterr()
+    assert message in " ".join(err.translate(dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")).split())
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def program(*flags, **options):
+    return subprocess.run(
+        [Path(sys.executable).with_name("rlhf-generate"), "--threads", "1", *map(str, flags)],
+        capture_output=True, text=True, timeout=60, check=False, **options,
+    )  # fmt: skip
+
+
+def test_what_is_piped_in_is_completed_line_by_line(folder):
+    done = program("--model-dir", folder, "--max-new-tokens", "3", input="hello\n\nworld\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("hello") < done.stdout.index("world")
+
+
+class Terminal:
+    """A person at a terminal, who waits for what is shown and then types."""
+
+    def __init__(self, *flags):
+        self.shown, self.seen = "", 0
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:  # the program
+            name = Path(sys.executable).with_name("rlhf-generate")
+            os.execve(name, [str(name), "--threads", "1", *map(str, flags)], os.environ | {"TERM": "xterm"})
+
+    def wait_for(self, text, seconds=30):
+        """Read on until `text` has been shown after what was waited for before."""
+        end = time.monotonic() + seconds
+        while text not in self.shown[self.seen :]:
+            assert self._read(end), f"{text!r} did not come; seen: {self.shown!r}"
+        self.seen = self.shown.index(text, self.seen) + len(text)
+
+    def type(self, text):
+        time.sleep(0.3)  # until the line editor has the terminal
+        os.write(self.descriptor, text.encode())
+
+    def ends(self, seconds=30):
+        """The exit code."""
+        end = time.monotonic() + seconds
+        while self._read(end):
+            pass
+        if time.monotonic() > end:
+            os.kill(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.descriptor)
+        return os.waitstatus_to_exitcode(status)
+
+    def _read(self, end):
+        ready, _, _ = select.select([self.descriptor], [], [], max(0, end - time.monotonic()))
+        try:
+            new = os.read(self.descriptor, 4096).decode(errors="replace") if ready else ""
+        except OSError:  # the program has ended
+            new = ""
+        self.shown += new
+        return new
+
+
+@pytest.mark.parametrize("end", ["\x04", "\x03"], ids=["Ctrl-D", "Ctrl-C"])
+def test_a_conversation(folder, end):
+    terminal = Terminal("--model-dir", folder, "--max-new-tokens", "3")
+    terminal.wait_for(">")
+    terminal.type("hello\n")
+    terminal.wait_for("tokens)")
+    terminal.wait_for(">")
+    terminal.type(end)
+    assert terminal.ends() == 0
+    assert "Traceback" not in terminal.shown
+
+
+def test_ctrl_c_stops_a_completion_and_not_the_conversation(folder, tmp_path):
+    """A model whose context is long enough to be interrupted in."""
+    tokenizer = Tokenizer.train(["hello"], 260)
+    config = GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=20_000, n_embd=16, n_layer=1, n_head=2)
+    save_language_model(
+        tmp_path / "m", LanguageModel(gpt2.init(config, key=random.key(0)), config, tokenizer), facts={}
+    )
+    terminal = Terminal("--model-dir", tmp_path / "m", "--max-new-tokens", "19000", "--greedy")
+    terminal.wait_for(">")
+    terminal.type("hello\n")
+    terminal.wait_for("\n")
+    time.sleep(0.5)
+    os.kill(terminal.pid, signal.SIGINT)
+    terminal.wait_for("(stopped)")
+    terminal.wait_for(">")
+    terminal.type("\x04")
+    assert terminal.ends() == 0
