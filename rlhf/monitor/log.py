@@ -1,0 +1,362 @@
+"""Reading logs/ while it is written: each poll reads what was appended, and nothing twice.
+
+The form of the lines is `rlhf.io.run_log`'s. Whatever else a file holds, a line cut off by a crash, another program's
+output, is passed over and told of in `problems`.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+import numpy as np
+
+from rlhf.errors import UserError
+from rlhf.io.run_log import FORMAT
+
+_CHUNK = 4 << 20  # bytes read at once
+_MARK = 256  # bytes before the present place by which a rewritten file is known
+_HEAD = re.compile(rb'\{"stage": "([\w-]+)", "step": (\d{1,18}), ')
+"""How every sample line begins, so that the rest need not be parsed until somebody asks for it."""
+
+State = Literal["running", "ended", "interrupted", "failed"]
+_STATES: dict[str, State] = {"end": "ended", "interrupted": "interrupted", "nonfinite": "failed"}
+
+
+class Series(NamedTuple):
+    """One metric of one stage."""
+
+    steps: np.ndarray
+    """[n] int64, increasing."""
+    values: np.ndarray
+    """[n] float64, NaN where the value was not finite."""
+
+
+class Progress(NamedTuple):
+    """How far a stage is, by its log."""
+
+    step: int
+    total: int
+    """0 where the log does not say."""
+    unit: str
+    """What a step is called."""
+    state: State
+    """A killed run says nothing of it and stays "running"."""
+    time: float
+    """Of its last line, Unix seconds."""
+
+
+def log_folder(folder: Path) -> Path:
+    """The logs/ folder that is meant by itself, by its run's output folder, or by a file in it.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if folder.name in ("metrics.jsonl", "samples.jsonl") and folder.is_file():
+        return folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --log-dir takes a run's OUTPUT_DIR/logs")
+    if (folder / "metrics.jsonl").is_file() or folder.name == "logs":
+        return folder
+    if (folder / "logs").is_dir() or (folder / "config.yaml").is_file():
+        return folder / "logs"
+    raise UserError(
+        f"{folder}: not a run's folder, neither metrics.jsonl nor logs/ is in it; --log-dir takes OUTPUT_DIR/logs of a run"
+    )
+
+
+class LogReader:
+    """Follows one run's log, which may be growing, finished, crashed, resumed, or not there yet."""
+
+    def __init__(self, folder: Path) -> None:
+        """Find the log; nothing is read before the first `poll`.
+
+        Args:
+            folder: a run's logs/, or its output folder.
+
+        Raises:
+            UserError: there is no such folder, or it is no run's.
+        """
+        self.folder = log_folder(folder)
+        self.generation = 0
+        """Changes when something read before is no longer true, so that whoever follows must start anew."""
+        self._metrics, self._texts = (_Tail(self.folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
+        self._forget()
+
+    def _forget(self) -> None:
+        self.stages: list[str] = []
+        """In order of appearance."""
+        self.events: list[dict[str, Any]] = []
+        """Lines with `event`, in order."""
+        self.samples = SampleStore(self.folder / "samples.jsonl")
+        """Completions, in order."""
+        self._columns: dict[str, dict[str, _Column]] = {}
+        self._last: dict[str, int] = {}
+        self._unread: Counter[str] = Counter()
+        self._notes: list[str] = []
+
+    def poll(self) -> bool:
+        """Read what was appended since the last call; whether anything has changed.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        replaced = [tail.replaced() for tail in (self._metrics, self._texts)]
+        if any(replaced):
+            for tail in (self._metrics, self._texts):
+                tail.rewind()
+            self._forget()
+            self.generation += 1
+        changed = any(replaced)
+        for _, line in self._metrics.lines():
+            self._take_metrics(line)
+            changed = True
+        for place, line in self._texts.lines():
+            self._take_sample(place, line)
+            changed = True
+        return changed
+
+    @property
+    def name(self) -> str:
+        """What to call the run: its output folder's name."""
+        folder = self.folder.absolute()
+        return (folder.parent if folder.name == "logs" else folder).name or str(folder)
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be read, in sentences."""
+        unread = [
+            f"{name}: {count} {'line is' if count == 1 else 'lines are'} cut off or not of an rlhf log, and passed over"
+            for name, count in sorted(self._unread.items())
+        ]
+        return [*unread, *dict.fromkeys(self._notes)]
+
+    def names(self, stage: str) -> list[str]:
+        """Metrics of a stage, in order of appearance."""
+        return [name for name in self._columns.get(stage, {}) if name != "time"]
+
+    def series(self, stage: str, name: str) -> Series:
+        """A metric so far, empty if there is none; `time` is the Unix second of each line. Not to be written to."""
+        column = self._columns.get(stage, {}).get(name)
+        return column.series() if column is not None else Series(np.empty(0, np.int64), np.empty(0))
+
+    def progress(self, stage: str) -> Progress:
+        """How far a stage is."""
+        begun = [event for event in self.events if event["stage"] == stage]
+        first: dict[str, Any] = next((event for event in reversed(begun) if event["event"] in ("start", "resume")), {})
+        total, unit = first.get("total"), first.get("unit")
+        stamps = [*(event.get("time") for event in begun[-1:]), *self.series(stage, "time").values[-1:].tolist()]
+        return Progress(
+            self._last.get(stage, 0),
+            total if isinstance(total, int) else 0,
+            unit if isinstance(unit, str) else "step",
+            _STATES.get(begun[-1]["event"], "running") if begun else "running",
+            max((float(stamp) for stamp in stamps if isinstance(stamp, int | float)), default=math.nan),
+        )
+
+    def _take_metrics(self, line: bytes) -> None:
+        fields = _parse(line)
+        if fields is None or not (isinstance(fields.get("event"), str) or "step" in fields):
+            self._unread["metrics.jsonl"] += bool(line.strip())
+            return
+        stage = fields["stage"]
+        if stage not in self._columns:
+            self.stages.append(stage)
+            self._columns[stage] = {}
+        if "event" in fields:
+            self._take_event(stage, fields)
+            return
+        step = fields.pop("step")
+        if step <= self._last.get(stage, -1):
+            self._start_over(stage)
+        self._last[stage] = step
+        columns = self._columns[stage]
+        for name, value in fields.items():
+            if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+                if name not in columns:
+                    columns[name] = _Column()
+                columns[name].append(step, value)
+
+    def _take_event(self, stage: str, fields: dict[str, Any]) -> None:
+        if fields["event"] == "start" and stage in self._last:
+            self._start_over(stage)
+        written = fields.get("format", FORMAT)
+        if isinstance(written, int) and written > FORMAT:
+            self._notes.append(
+                f"metrics.jsonl: written by a newer version of rlhf (log format {written}, this one reads {FORMAT}); "
+                "something may be missing or wrong here; install that version"
+            )
+        self.events.append(fields)
+
+    def _start_over(self, stage: str) -> None:
+        """Another run of the same stage begins in the same file: what the first one wrote no longer counts."""
+        self.generation += 1
+        self._columns[stage] = {}
+        self._last.pop(stage)
+        self.events = [event for event in self.events if event["stage"] != stage]
+        self._notes.append(f"metrics.jsonl: holds more than one run of {stage}; the last one is shown")
+
+    def _take_sample(self, place: int, line: bytes) -> None:
+        head = _HEAD.match(line)
+        if head is not None and line.endswith(b"}"):
+            stage, step = head[1].decode(), int(head[2])
+        else:
+            fields = _parse(line)
+            if fields is None or "step" not in fields:
+                self._unread["samples.jsonl"] += bool(line.strip())
+                return
+            stage, step = fields["stage"], fields["step"]
+        if self.samples.add(Place(stage, step, place, len(line))):
+            self.generation += 1
+            self._notes.append(f"samples.jsonl: holds more than one run of {stage}; the last one is shown")
+
+
+class Place(NamedTuple):
+    """Where a sample's line lies."""
+
+    stage: str
+    step: int
+    offset: int
+    size: int
+
+
+class SampleStore(Sequence[dict[str, Any]]):
+    """The lines of samples.jsonl in order, as dicts; read from the file when asked for.
+
+    Every one has `stage`, `step`, `prompt` and `completion`; other keys as the run wrote them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.places: list[Place] = []
+        """Stage and step of every sample, without reading it."""
+        self._last: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, number: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, number: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(number, slice):
+            return list(self._read(self.places[number]))
+        return next(self._read([self.places[number]]))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._read(self.places)
+
+    def add(self, place: Place) -> bool:
+        """Append a sample; whether it begins another run, whose stage's earlier samples are dropped."""
+        over = place.step < self._last.get(place.stage, 0)
+        if over:
+            self.places = [other for other in self.places if other.stage != place.stage]
+        self._last[place.stage] = place.step
+        self.places.append(place)
+        return over
+
+    def at(self, stage: str, step: int) -> list[dict[str, Any]]:
+        """The samples of one step."""
+        return list(self._read(place for place in self.places if place.step == step and place.stage == stage))
+
+    def _read(self, places: Iterable[Place]) -> Iterator[dict[str, Any]]:
+        try:
+            with self._path.open("rb") as stream:
+                for place in places:
+                    stream.seek(place.offset)
+                    yield _sample(place, stream.read(place.size))
+        except FileNotFoundError:  # removed since the last poll
+            yield from (_sample(place, b"") for place in places)
+
+
+def _sample(place: Place, line: bytes) -> dict[str, Any]:
+    """A sample with texts that are texts; blank if its line is no longer there."""
+    fields = _parse(line) or {}
+    if (fields.get("stage"), fields.get("step")) != place[:2]:
+        fields = {"stage": place.stage, "step": place.step}
+    return fields | {name: str(fields.get(name, "")) for name in ("prompt", "completion")}
+
+
+class _Column:
+    """A metric's values, in arrays that double when they are full: a series is a view of their beginning."""
+
+    def __init__(self) -> None:
+        self._steps, self._values = np.empty(64, np.int64), np.empty(64)
+        self._size = 0
+        self._new: list[tuple[int, float]] = []
+
+    def append(self, step: int, value: float | None) -> None:
+        try:
+            number = math.nan if value is None else float(value)
+        except OverflowError:  # an integer beyond floats
+            number = math.nan
+        self._new.append((step, number if math.isfinite(number) else math.nan))
+
+    def series(self) -> Series:
+        if self._new:
+            end = self._size + len(self._new)
+            if end > len(self._steps):
+                room = max(end, 2 * len(self._steps)) - self._size
+                self._steps = np.concatenate([self._steps[: self._size], np.empty(room, np.int64)])
+                self._values = np.concatenate([self._values[: self._size], np.empty(room)])
+            self._steps[self._size : end], self._values[self._size : end] = zip(*self._new, strict=True)
+            self._size, self._new = end, []
+        return Series(self._steps[: self._size], self._values[: self._size])
+
+
+class _Tail:
+    """Follows one file of lines. A last line without its newline is left until it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin again at the file's beginning."""
+        self._offset, self._inode, self._mark = 0, -1, b""
+
+    def replaced(self) -> bool:
+        """Whether what was read is no longer what the file begins with."""
+        if self._inode < 0:
+            return False
+        try:
+            status = self._path.stat()
+            with self._path.open("rb") as stream:
+                stream.seek(self._offset - len(self._mark))
+                return status.st_ino != self._inode or stream.read(len(self._mark)) != self._mark
+        except FileNotFoundError:
+            return self._offset > 0
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """(offset, line) of every line completed since the last call."""
+        try:
+            with self._path.open("rb") as stream:
+                self._inode = self._path.stat().st_ino
+                stream.seek(self._offset)
+                rest = b""
+                while chunk := stream.read(_CHUNK):
+                    *whole, rest = (rest + chunk).split(b"\n")
+                    for line in whole:
+                        place, self._offset = self._offset, self._offset + len(line) + 1
+                        self._mark = (self._mark + line + b"\n")[-_MARK:]
+                        yield place, line
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read ({error.strerror})") from error
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line's fields; None unless it is an object with a stage and, if it has a step, a whole one."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or not isinstance(fields.get("stage"), str):
+        return None
+    step = fields.get("step", 0)
+    return fields if type(step) is int and 0 <= step < 2**63 else None
