@@ -67,6 +67,8 @@ class LogConfig(Section):
     """Steps (PPO: iterations) between lines of metrics.jsonl."""
     samples: Index = 64
     """Completions of each PPO iteration written to samples.jsonl."""
+    token_samples: Index = 16
+    """Of those, completions with log-probs, values and advantages of every token (40 bytes a token)."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""
 
@@ -181,7 +183,8 @@ class PPOConfig(OptimizerConfig):
     """Model folder of the policy and reference; none is OUTPUT_DIR/sft."""
     reward: tuple[str, ...] = ()
     """Sources of reward, summed: each a reward-model folder, a Python function `module:function` or
-    `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`. None is OUTPUT_DIR/reward."""
+    `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`; with weight 0 it is logged as
+    gold/<name> and never optimised. None is OUTPUT_DIR/reward."""
 
     num_iterations: Count = 100
     """Rounds of generating and updating."""

@@ -309,6 +309,26 @@ def test_ppo_learns_from_a_python_function_with_columns(base, tmp_path):
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
 
 
+def test_a_source_of_weight_0_is_logged_as_gold_and_changes_no_bit(base, tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text("def gold(prompts, completions):\n    return [float(len(text)) for text in completions]\n")
+    settings = dataclasses.replace(base.ppo, num_iterations=2)
+    plain = copy_run(base, tmp_path / "a", "ppo", ppo=settings)
+    sources = (str(plain.output_dir / "reward"), f"0*{judge}:gold")
+    watched = copy_run(base, tmp_path / "b", "ppo", ppo=dataclasses.replace(settings, reward=sources))
+    run_ppo(plain)
+    run_ppo(watched)
+    assert weights_of(plain, "ppo") == weights_of(watched, "ppo")
+    lines = metrics_of(watched, "ppo")
+    samples = [json.loads(line) for line in (watched.output_dir / "logs" / "samples.jsonl").read_text().splitlines()]
+    assert all(sample["gold/gold"] == len(sample["completion"]) for sample in samples)
+    first = [sample["gold/gold"] for sample in samples if sample["step"] == 1]
+    assert lines[0].pop("gold/gold") == pytest.approx(sum(first) / len(first))
+    assert lines[0] == metrics_of(plain, "ppo")[0]
+    assert all(line["val/ratio_first"] == pytest.approx(1.0, abs=1e-5) for line in lines)
+    assert lines[-1]["val/ratio"] != lines[-1]["val/ratio_first"]
+
+
 def test_a_reward_that_is_not_finite_is_refused_and_everything_saved(base, tmp_path):
     judge = tmp_path / "judge.py"
     judge.write_text(

@@ -64,7 +64,7 @@ def log_folder(folder: Path) -> Path:
     if (folder / "logs").is_dir() or (folder / "config.yaml").is_file():
         return folder / "logs"
     raise UserError(
-        f"{folder}: not a run's folder, neither metrics.jsonl nor logs/ is in it; --log-dir takes OUTPUT_DIR/logs of a run"
+        f"{folder}: not a run's folder, neither metrics.jsonl nor logs/ is in it; --log-dir takes a run's OUTPUT_DIR"
     )
 
 
