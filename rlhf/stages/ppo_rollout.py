@@ -146,7 +146,7 @@ def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experie
             "ended": bool(rollout.completions.ended[row]),
             "policy_version": rollout.version,
         }
-        | {f"reward/{name}": float(values[row]) for name, values in scored.raw.items()}
+        | {name: float(values[row]) for name, values in scored.raw.items()}
         for row, (columns, text) in enumerate(zip(rollout.columns, rollout.texts, strict=True))
         if row < settings.samples
     ]
