@@ -5,7 +5,9 @@ trained on the user's texts. Text never becomes a control token: "<|endoftext|>"
 """
 
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -96,6 +98,19 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
         return self._backend.decode(list(tokens), skip_special_tokens=True)
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What each token adds to `decode(tokens)`; they join to exactly that.
+
+        A character whose bytes lie in several tokens belongs to the last of them, the others add "".
+        """
+        whole = self.decode(tokens)
+        alone = self._backend.decode_batch([[token] for token in tokens], skip_special_tokens=True)
+        if "".join(alone) == whole:
+            return alone
+        shared = [len(os.path.commonprefix([self.decode(tokens[:end]), whole])) for end in range(1, len(tokens))]
+        ends = [0, *itertools.accumulate(shared, max), len(whole)]
+        return [whole[first:end] for first, end in itertools.pairwise(ends)]
 
     @property
     def fingerprint(self) -> str:
