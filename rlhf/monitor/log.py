@@ -4,21 +4,19 @@ The form of the lines is `rlhf.io.run_log`'s. Whatever else a file holds, a line
 output, is passed over and told of in `problems`.
 """
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from rlhf.errors import UserError
 from rlhf.io.run_log import FORMAT
+from rlhf.monitor.sample_store import Place, SampleStore
+from rlhf.monitor.tail import Tail, parse_line
 
-_CHUNK = 4 << 20  # bytes read at once
-_MARK = 256  # bytes before the present place by which a rewritten file is known
 _HEAD = re.compile(rb'\{"stage": "([\w-]+)", "step": (\d{1,18}), ')
 """How every sample line begins, so that the rest need not be parsed until somebody asks for it."""
 
@@ -83,7 +81,7 @@ class LogReader:
         self.folder = log_folder(folder)
         self.generation = 0
         """Changes when something read before is no longer true, so that whoever follows must start anew."""
-        self._metrics, self._texts = (_Tail(self.folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
+        self._metrics, self._texts = (Tail(self.folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
         self._forget()
 
     def _forget(self) -> None:
@@ -158,7 +156,7 @@ class LogReader:
         )
 
     def _take_metrics(self, line: bytes) -> None:
-        fields = _parse(line)
+        fields = parse_line(line)
         if fields is None or not (isinstance(fields.get("event"), str) or "step" in fields):
             self._unread["metrics.jsonl"] += bool(line.strip())
             return
@@ -204,7 +202,7 @@ class LogReader:
         if head is not None and line.endswith(b"}"):
             stage, step = head[1].decode(), int(head[2])
         else:
-            fields = _parse(line)
+            fields = parse_line(line)
             if fields is None or "step" not in fields:
                 self._unread["samples.jsonl"] += bool(line.strip())
                 return
@@ -212,73 +210,6 @@ class LogReader:
         if self.samples.add(Place(stage, step, place, len(line))):
             self.generation += 1
             self._notes.append(f"samples.jsonl: holds more than one run of {stage}; the last one is shown")
-
-
-class Place(NamedTuple):
-    """Where a sample's line lies."""
-
-    stage: str
-    step: int
-    offset: int
-    size: int
-
-
-class SampleStore(Sequence[dict[str, Any]]):
-    """The lines of samples.jsonl in order, as dicts; read from the file when asked for.
-
-    Every one has `stage`, `step`, `prompt` and `completion`; other keys as the run wrote them.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.places: list[Place] = []
-        """Stage and step of every sample, without reading it."""
-        self._last: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @overload
-    def __getitem__(self, number: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, number: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(number, slice):
-            return list(self._read(self.places[number]))
-        return next(self._read([self.places[number]]))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._read(self.places)
-
-    def add(self, place: Place) -> bool:
-        """Append a sample; whether it begins another run, whose stage's earlier samples are dropped."""
-        over = place.step < self._last.get(place.stage, 0)
-        if over:
-            self.places = [other for other in self.places if other.stage != place.stage]
-        self._last[place.stage] = place.step
-        self.places.append(place)
-        return over
-
-    def at(self, stage: str, step: int) -> list[dict[str, Any]]:
-        """The samples of one step."""
-        return list(self._read(place for place in self.places if place.step == step and place.stage == stage))
-
-    def _read(self, places: Iterable[Place]) -> Iterator[dict[str, Any]]:
-        try:
-            with self._path.open("rb") as stream:
-                for place in places:
-                    stream.seek(place.offset)
-                    yield _sample(place, stream.read(place.size))
-        except FileNotFoundError:  # removed since the last poll
-            yield from (_sample(place, b"") for place in places)
-
-
-def _sample(place: Place, line: bytes) -> dict[str, Any]:
-    """A sample with texts that are texts; blank if its line is no longer there."""
-    fields = _parse(line) or {}
-    if (fields.get("stage"), fields.get("step")) != place[:2]:
-        fields = {"stage": place.stage, "step": place.step}
-    return fields | {name: str(fields.get(name, "")) for name in ("prompt", "completion")}
 
 
 class _Column:
@@ -306,57 +237,3 @@ class _Column:
             self._steps[self._size : end], self._values[self._size : end] = zip(*self._new, strict=True)
             self._size, self._new = end, []
         return Series(self._steps[: self._size], self._values[: self._size])
-
-
-class _Tail:
-    """Follows one file of lines. A last line without its newline is left until it is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Begin again at the file's beginning."""
-        self._offset, self._inode, self._mark = 0, -1, b""
-
-    def replaced(self) -> bool:
-        """Whether what was read is no longer what the file begins with."""
-        if self._inode < 0:
-            return False
-        try:
-            status = self._path.stat()
-            with self._path.open("rb") as stream:
-                stream.seek(self._offset - len(self._mark))
-                return status.st_ino != self._inode or stream.read(len(self._mark)) != self._mark
-        except FileNotFoundError:
-            return self._offset > 0
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, line) of every line completed since the last call."""
-        try:
-            with self._path.open("rb") as stream:
-                self._inode = self._path.stat().st_ino
-                stream.seek(self._offset)
-                rest = b""
-                while chunk := stream.read(_CHUNK):
-                    *whole, rest = (rest + chunk).split(b"\n")
-                    for line in whole:
-                        place, self._offset = self._offset, self._offset + len(line) + 1
-                        self._mark = (self._mark + line + b"\n")[-_MARK:]
-                        yield place, line
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be read ({error.strerror})") from error
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line's fields; None unless it is an object with a stage and, if it has a step, a whole one."""
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(fields, dict) or not isinstance(fields.get("stage"), str):
-        return None
-    step = fields.get("step", 0)
-    return fields if type(step) is int and 0 <= step < 2**63 else None
