@@ -207,6 +207,42 @@ def test_ppo_writes_the_fields_metrics_and_samples(base, tmp_path):
     assert [sample["policy_version"] for sample in samples[::8]] == [0, 4, 8, 12, 16, 20]
     by_step = [sum(s["score"] for s in samples[8 * n : 8 * n + 8]) / 8 for n in range(6)]
     assert by_step == pytest.approx([line["objective/scores"] for line in lines[1:-1]], abs=1e-5)
+    for sample in samples:
+        tokens = sample["per_token"]
+        assert "".join(tokens.pop("pieces")) == sample["completion"]
+        assert {len(values) for values in tokens.values()} == {sample["tokens"]}
+        change = sum(tokens["log_probs"]) - sum(tokens["ref_log_probs"])
+        assert change == pytest.approx(sample["kl"], abs=1e-4 * sample["tokens"] + 1e-6)  # k1, each rounded to 4 digits
+    advantages = [value for sample in samples[:8] for value in sample["per_token"]["advantages"]]
+    assert sum(advantages) == pytest.approx(0, abs=1e-2)  # whitened over the batch's tokens
+
+
+def test_as_many_samples_are_logged_as_asked_for(base, tmp_path):
+    log = LogConfig(tensorboard=False, samples=3, token_samples=1)
+    run = copy_run(base, tmp_path, "ppo", log=log, ppo=dataclasses.replace(base.ppo, num_iterations=2))
+    run_ppo(run)
+    samples = [json.loads(line) for line in (run.output_dir / "logs" / "samples.jsonl").read_text().splitlines()]
+    assert ["per_token" in sample for sample in samples] == [True, False, False] * 2
+
+
+def test_a_report_is_written_however_a_stage_ends_and_fails_none(base, tmp_path, capsys):
+    run = dataclasses.replace(base, output_dir=tmp_path / "whole")
+    run_sft(run)
+    assert (run.output_dir / "report" / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert "report.html" in capsys.readouterr().err
+
+    stopped = dataclasses.replace(base, output_dir=tmp_path / "stopped")
+    interrupt_after(stopped, "sft", 3)
+    with pytest.raises(Interrupted):
+        run_sft(stopped)
+    assert '"event":"interrupted"' in (stopped.output_dir / "report" / "report.html").read_text()
+
+    blocked = dataclasses.replace(base, output_dir=tmp_path / "blocked")
+    blocked.output_dir.mkdir()
+    (blocked.output_dir / "report").write_text("a file where the folder should be")
+    run_sft(blocked)
+    assert "report.html: not written" in capsys.readouterr().err.replace("\n", "")
+    assert (blocked.output_dir / "sft" / "model.safetensors").is_file()
 
 
 def test_invariant_12_learning_rate_0_leaves_parameters_and_kl_unchanged(base, tmp_path):
