@@ -123,7 +123,8 @@ class Runs:
 
     def _update(self) -> None:
         """Read what the runs have written since."""
-        if any([reader.poll() for reader in self._readers]) or not self._version:  # a list: every one is to be asked
+        changed = [reader.poll() for reader in self._readers]
+        if any(changed) or not self._version:
             self._version, self._states = self._version + 1, []
 
     def _run(self, given: Parameters) -> int:

@@ -13,7 +13,7 @@ class Charts {
     this.#root = root;
     this.#curves = curves;
     this.#app = app;
-    this.resetButton = el("button", { type: "button", hidden: true, onclick: () => this.zoomTo(null) }, "Show all steps");
+    this.resetButton = el("button", { type: "button", id: "whole", hidden: true, onclick: () => this.zoomTo(null) }, "Show all steps");
     this.stages = el("div", { class: "segments", role: "group", "aria-label": "Stage" });
     this.body = el("div", {});
     const slider = el("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, id: "smoothing" });
