@@ -84,7 +84,8 @@ def kl_explosion(reader: LogReader, stage: str) -> Reading:
     return Reading(
         worst(THRESHOLDS["kl-level"].level(per_token), grows),
         f"KL is {_median(now):.3g} nats per completion, {per_token:.2g} per token"
-        + (f", and {growth:.1f} times that of the middle of the run" if grows != "ok" else ""),
+        + (f", and {growth:.1f} times that of the middle of the run" if grows != "ok" else "")
+        + (f"; it was {kl.values[peak]:.3g} at {kl.steps[peak]}" if kl.values[peak] > 5 * _median(now) > 0 else ""),
         f"median objective/kl {_median(now):.3g} nats over {_median(recent(lengths)):.3g} tokens; "
         f"highest {kl.values[peak]:.3g} at {kl.steps[peak]}",
         _span(now),

@@ -20,6 +20,8 @@ from rlhf.monitor.tail import Tail, parse_line
 _HEAD = re.compile(rb'\{"stage": "([\w-]+)", "step": (\d{1,18}), ')
 """How every sample line begins, so that the rest need not be parsed until somebody asks for it."""
 
+_PACE_STEPS = 50  # newest lines whose median duration is the pace
+
 State = Literal["running", "ended", "interrupted", "failed"]
 _STATES: dict[str, State] = {"end": "ended", "interrupted": "interrupted", "nonfinite": "failed"}
 
@@ -44,7 +46,9 @@ class Progress(NamedTuple):
     state: State
     """A killed run says nothing of it and stays "running"."""
     time: float
-    """Of its last line, Unix seconds."""
+    """Of its last line, Unix seconds; NaN where the log does not say."""
+    pace: float
+    """Seconds per step, median of the newest; NaN where the log does not say."""
 
 
 def log_folder(folder: Path) -> Path:
@@ -153,6 +157,7 @@ class LogReader:
             unit if isinstance(unit, str) else "step",
             _STATES.get(begun[-1]["event"], "running") if begun else "running",
             max((float(stamp) for stamp in stamps if isinstance(stamp, int | float)), default=math.nan),
+            _pace(self.series(stage, "time")),
         )
 
     def _take_metrics(self, line: bytes) -> None:
@@ -210,6 +215,12 @@ class LogReader:
         if self.samples.add(Place(stage, step, place, len(line))):
             self.generation += 1
             self._notes.append(f"samples.jsonl: holds more than one run of {stage}; the last one is shown")
+
+
+def _pace(times: Series) -> float:
+    seconds = np.diff(times.values[-_PACE_STEPS:]) / np.diff(times.steps[-_PACE_STEPS:])
+    seconds = seconds[np.isfinite(seconds)]
+    return float(np.median(seconds)) if seconds.size else math.nan
 
 
 class _Column:

@@ -209,7 +209,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
             root_kl, values, c=steps, s=14 if steps.size < 2000 else 4, vmin=1, vmax=max(last, 2), linewidths=0
         )
         ax.set_ylabel(shown[name])
-    axes[-1].xaxis.get_major_locator().set_params(integer=False)
+    axes[-1].xaxis.set_major_locator(MaxNLocator())
     axes[-1].set_xlabel("√KL from the reference (√nats per completion)")
     figure.colorbar(dots, ax=axes, label="PPO iteration", aspect=30).locator = MaxNLocator(integer=True)
     return figure
