@@ -50,6 +50,14 @@ class App {
     window.location.hash = name;
   }
 
+  /** Opens the charts at some steps of a stage. */
+  showSteps(stage, first, last) {
+    this.setStage(stage);
+    const margin = Math.max(5, last - first);
+    this.charts.zoomTo([Math.max(0, first - margin), last + margin]);
+    this.setTab("charts");
+  }
+
   emptyText() {
     if (!this.runs.length) return "Waiting for the first answer.";
     if (!this.visibleRuns().length) return "All runs are hidden; choose one above.";

@@ -66,7 +66,7 @@ class CurveCard extends Card {
         series.push({ stroke: "transparent", width: 0, points: { show: false } }, { stroke: "transparent", width: 0, points: { show: false } });
       }
       const points = { show: curve.x.length <= 25, size: 5, stroke, fill: stroke };
-      if (smoothing) series.push({ stroke: faded(stroke, 0.4), width: 1, points: { show: false } });
+      if (smoothing) series.push({ stroke: faded(stroke, curve.x.length > 300 ? 0.22 : 0.4), width: 1, points: { show: false } });
       line.column = series.length;
       series.push({ stroke, width: 1.75, dash, points: smoothing ? { show: false } : points });
     }
@@ -107,18 +107,20 @@ class CurveCard extends Card {
       el("li", {}, el("span", { class: dash.length ? "line dashed" : "line", style: { "border-color": stroke } }), label)));
   }
 
-  /** Writes the values at one place under the chart; without a place, the latest. */
+  /** Writes the values at one place under the chart; without a place, those at its right edge. */
   read(place) {
     const plot = this.plot;
     if (!plot || !this.lines) return;
-    const at = place ?? plot.data[0].length - 1;
+    const range = this.owner.range;
+    const at = place ?? (range ? plot.data[0].findLastIndex((x) => x <= range[1]) : plot.data[0].length - 1);
+    if (at < 0) return;
     const values = this.lines.map(({ column, label, place: metric }) => {
       let back = at;
       while (back > 0 && plot.data[column][back] == null) back -= 1;
       return el("span", {}, this.lines.length > 1 ? `${label} ` : "", el("b", {}, inUnit(plot.data[column][back], this.known[metric].unit)));
     });
     const step = number(Math.round(plot.data[0][at]));
-    this.readout.replaceChildren(el("span", {}, place == null ? "latest" : `${this.owner.unit} ${step}`), ...values);
+    this.readout.replaceChildren(el("span", {}, place == null && !range ? "latest" : `${this.owner.unit} ${step}`), ...values);
   }
 }
 

@@ -6,7 +6,7 @@ const MOST_POINTS = 3000;
 class Curves {
   #source;
   #held = new Map(); // "run stage" -> {generation, last, curves: Map name -> curve}
-  #window = null; // {first, last, held: Map "run stage" -> Map name -> curve}
+  #window = null; // {held: Map "run stage" -> Map name -> curve}
 
   constructor(source) {
     this.#source = source;
@@ -39,11 +39,13 @@ class Curves {
   async zoom(runs, stage, range) {
     this.#window = null;
     if (!range || !this.#source.live) return;
+    const margin = (range[1] - range[0]) / 4; // so that smoothing has not just begun at the edge
+    const [first, last] = [Math.max(0, Math.floor(range[0] - margin)), Math.ceil(range[1] + margin)];
     const held = new Map();
     for (const run of runs) {
       const whole = this.#held.get(`${run} ${stage}`);
       if (!whole || ![...whole.curves.values()].some((curve) => curve.low.length)) continue;
-      const answer = await this.#source.curves(run, stage, Math.max(0, Math.floor(range[0])), Math.ceil(range[1]));
+      const answer = await this.#source.curves(run, stage, first, last);
       const curves = new Map();
       for (const [name, part] of Object.entries(answer.curves)) append(curves, name, part);
       held.set(`${run} ${stage}`, curves);

@@ -63,4 +63,8 @@ function visible(text) {
     .map((part) => (UNSEEN.test(part) ? el("span", { class: "unseen" }, codePoint(part)) : part));
 }
 
+/** The same, with command-line flags as code. */
+const flagged = (text) =>
+  String(text).split(/(--[a-z][\w.-]*\w)/).map((part, place) => (place % 2 ? el("code", { class: "flag" }, part) : visible(part)));
+
 const codePoint = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;

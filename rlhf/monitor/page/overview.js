@@ -67,7 +67,7 @@ class Overview {
     refresh(parts.progress, rows.map(([stage, status]) => [stage.name, stage.step, stage.total, status]), () =>
       rows.length ? rows.map(([stage, status]) => progressRow(stage, status)) : [el("p", { class: "empty" }, "This run has not written anything yet. It appears here as soon as it does.")]);
     this.#figures(parts.figures, run);
-    refresh(parts.health, run.findings, () => healthList(run.findings, this.#app.runs.length === 1));
+    refresh(parts.health, run.findings, () => healthList(run.findings, this.#app));
     if (run.samples) this.#says(parts, run);
   }
 
@@ -129,27 +129,28 @@ function sparkline(curve, place) {
 }
 
 /** Problems and warnings open, the rest folded away unless there is room. */
-function healthList(findings, alone) {
+function healthList(findings, app) {
   if (!findings.length) return [el("p", { class: "empty" }, "No check has anything to go by yet.")];
   return LEVELS.flatMap(([level, sign, word]) => {
     const some = findings.filter((finding) => finding.level === level);
     if (!some.length) return [];
-    const list = el("ul", { class: "findings" }, some.map((finding) => findingRow(finding, sign, word)));
+    const list = el("ul", { class: "findings" }, some.map((finding) => findingRow(finding, sign, word, app)));
     if (level === "problem" || level === "warning") return [list];
-    const calm = alone && !findings.some((finding) => finding.level === "problem" || finding.level === "warning");
+    const calm = app.runs.length === 1 && !findings.some((finding) => finding.level === "problem" || finding.level === "warning");
     return [el("details", { open: calm && level === "ok" }, el("summary", {}, el("span", { class: `sign ${level}` }, sign), `${word}: ${plural(some.length, "check")}`), list)];
   });
 }
 
-function findingRow(finding, sign, word) {
+function findingRow(finding, sign, word, app) {
   const grave = finding.level === "problem" || finding.level === "warning";
   const [first, last] = finding.steps ?? [];
-  const steps = first == null ? "" : first === last ? ` (step ${first})` : ` (steps ${first} to ${last})`;
+  const where = first === last ? `step ${first}` : `steps ${first} to ${last}`;
+  const steps = first == null ? "" : [" ", el("button", { type: "button", class: "link", onclick: () => app.showSteps(finding.stage, first, last) }, where)];
   return el("li", { class: finding.level },
     el("span", { class: `sign ${finding.level}`, title: word, "aria-label": word }, sign),
     el("div", {},
       el("p", {}, el("b", {}, visible(finding.summary)), " ", el("span", { class: "names" }, `${finding.stage} · ${finding.check}`)),
       finding.evidence ? el("p", { class: "evidence" }, visible(finding.evidence), steps) : null,
-      grave && finding.cause ? el("p", {}, el("b", {}, "Usually: "), visible(finding.cause)) : null,
-      grave && finding.advice ? el("p", { class: "advice" }, el("b", {}, "Change: "), visible(finding.advice)) : null));
+      grave && finding.cause ? el("p", {}, el("b", {}, "Usually: "), flagged(finding.cause)) : null,
+      grave && finding.advice ? el("p", { class: "advice" }, el("b", {}, "Change: "), flagged(finding.advice)) : null));
 }
