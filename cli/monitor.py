@@ -8,6 +8,7 @@ Usage:
     rlhf-monitor --log-dir seed-0/logs seed-1/logs seed-2/logs --report
 """
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Monitor(Section):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
     found: list[int] = []
     failed = run_command(lambda: found.append(_monitor(parse(sys.argv[1:] if argv is None else argv))))
     return failed or sum(found)

@@ -71,6 +71,9 @@ class LogConfig(Section):
     """Of those, completions with log-probs, values and advantages of every token (40 bytes a token)."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""
+    sink: str | None = None
+    """Function `module:function` or `file.py:function` that is called with (stage, step, metrics) of every line of
+    metrics.jsonl, such as one that feeds Weights & Biases. What it raises is told once and does not end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import math
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
     """
     if not reader.stages:
         waiting = [Text(f"waiting for {reader.folder / 'metrics.jsonl'}"), *_problems(reader)]
-        return _fit(waiting, width, height)
+        return _fit(waiting, width, height, ascii_only)
     stage = reader.stages[-1]
     head = [_title(reader), _bar(reader.progress(stage), width, now, ascii_only)]
     metrics, found = _metrics(reader, stage, width, ascii_only), findings(reader)
@@ -115,7 +116,7 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
         *_heading("newest completions", spacious and bool(samples)),
         *samples,
     ]
-    return _fit(lines, width, height)
+    return _fit(lines, width, height, ascii_only)
 
 
 def sparkline(series: Series, width: int, blocks: str = _BLOCKS) -> str:
@@ -133,12 +134,15 @@ def sparkline(series: Series, width: int, blocks: str = _BLOCKS) -> str:
     )
 
 
-def _fit(lines: list[Text], width: int, height: int) -> list[Text]:
+def _fit(lines: list[Text], width: int, height: int, ascii_only: bool) -> list[Text]:
     """Each line cut to the width, and as many as there is room for."""
+    lines = lines[: max(height - 1, 1)]
+    if ascii_only:
+        lines = [Text(line.plain.encode("ascii", "backslashreplace").decode()) for line in lines]
     for line in lines:
         line.no_wrap = True
-        line.truncate(width, overflow="ellipsis")
-    return lines[: max(height - 1, 1)]
+        line.truncate(width, overflow="crop" if ascii_only else "ellipsis")
+    return lines
 
 
 def _heading(name: str, shown: bool) -> list[Text]:
@@ -150,12 +154,13 @@ def _problems(reader: LogReader) -> list[Text]:
 
 
 def _title(reader: LogReader) -> Text:
-    """The run's name and where each stage is."""
+    """The run's name, where its stage is, and where those before it are."""
     parts = []
     for stage in reader.stages:
         progress = reader.progress(stage)
         parts.append(f"{visible(stage)} {progress.step}{f'/{progress.total}' if progress.total else ''}")
-    return Text.assemble((visible(reader.name), "bold"), "  ", ("  ".join(parts), "cyan"))
+    before = f"  after {', '.join(parts[:-1])}" if parts[:-1] else ""
+    return Text.assemble((visible(reader.name), "bold"), "  ", (parts[-1], "bold cyan"), (before, "dim"))
 
 
 def _bar(progress: Progress, width: int, now: float, ascii_only: bool) -> Text:
@@ -206,7 +211,7 @@ def _metrics(reader: LogReader, stage: str, width: int, ascii_only: bool) -> lis
         value = f"{known[-1]:.4g}" if known.size else "-"
         spark = sparkline(series, max(width - _LABEL - _VALUE - 2, 1), _ASCII if ascii_only else _BLOCKS)
         text = Text(visible(label))
-        text.truncate(_LABEL, overflow="ellipsis", pad=True)
+        text.truncate(_LABEL, overflow="crop" if ascii_only else "ellipsis", pad=True)
         lines.append(Text.assemble(text, f"{value:>{_VALUE}} ", (spark, "cyan")))
     return lines
 
@@ -220,10 +225,10 @@ def _samples(reader: LogReader, room: int, width: int) -> list[Text]:
         if detailed:
             lines.append(Text(_one_line(sample["prompt"])[-width:], "dim"))
         figures, text = _figures(sample, detailed), _one_line(sample["completion"])
-        space = width - len(figures) - 1
-        lines.append(Text.assemble((figures, "cyan"), " ", text if not detailed else text[:space]))
-        if detailed and text[space:]:
-            lines.append(Text("    " + text[space:]))
+        rows = textwrap.wrap(text, width, initial_indent=" " * (len(figures) + 1), subsequent_indent="    ")
+        shown = text if len(rows) < 2 or not detailed else rows[0].strip()
+        lines.append(Text.assemble((figures, "cyan"), " ", shown))
+        lines += [Text(" ".join([rows[1], *(row.strip() for row in rows[2:])]))] if detailed and rows[1:] else []
     return lines[: max(room, 0)]
 
 

@@ -29,6 +29,7 @@ from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
+from rlhf.stages.sink import open_sink
 from rlhf.tree import leaves, named_leaves
 
 Facts = dict[str, Any]
@@ -196,6 +197,7 @@ def train(
         run.stage,
         after_step=start if config.resume else None,
         tensorboard=config.log.tensorboard,
+        sink=open_sink(config.log.sink),
     )
     with _report_at_end(run), contextlib.closing(log), StageProgress(run.stage, total, unit, shown) as progress:
         log.event("resume" if start else "start", format=FORMAT, step=start, total=total, unit=unit, notes=run.notes)

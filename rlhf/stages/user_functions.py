@@ -1,0 +1,100 @@
+"""Python functions that users bring: importing them by name, and calling them without trusting what comes back."""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlhf.errors import NonFiniteError, UserError
+
+
+def load_function(target: str, where: str, problem: str = "it is not") -> Callable[..., Any]:
+    """Import `module:function` or `file.py:function`.
+
+    Args:
+        target: the function.
+        where: what the user wrote, for errors.
+        problem: how the error about another form begins.
+
+    Raises:
+        UserError: it is written otherwise, cannot be imported, or is no function.
+    """
+    module, separator, name = target.rpartition(":")
+    if not separator or not module or not name:
+        raise UserError(f"{where}: {problem} module:function or file.py:function")
+    function = getattr(_import(module, where), name, None)
+    if not callable(function):
+        raise UserError(f"{where}: {module} has no function {name!r}")
+    return function
+
+
+def call_function(
+    function: Callable[..., Any], what: str, columns: Sequence[dict[str, Any]], **texts: Sequence[str]
+) -> list[float]:
+    """One finite float per text from a user's function.
+
+    Args:
+        function: called with `texts`, and with a list for each column that it accepts, all by keyword.
+        what: what it is to the user, for errors: "judge kindness".
+        columns: the records that the texts belong to.
+        **texts: lists as long as `columns`; the last is what is judged.
+
+    Raises:
+        UserError: the function raises, or does not return one number per text.
+        NonFiniteError: a number is NaN or infinite.
+    """
+    names = sorted({name for record in columns for name in record} - {"prompt", *texts})
+    try:
+        accepted = inspect.signature(function).parameters.values()
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted):
+            names = [name for name in names if name in {parameter.name for parameter in accepted}]
+        extra = {name: [record.get(name) for record in columns] for name in names}
+        scores = function(**{name: list(given) for name, given in texts.items()}, **extra)
+    except (Exception, SystemExit) as error:  # it is the user's code: whatever it raises is theirs to see, in one line
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"{what}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+    values = _as_floats(what, scores, len(columns))
+    judged = list(texts.values())[-1]
+    for prompt, text, value in zip(texts["prompts"], judged, values, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"{what} is {value} for the completion {text!r} of {prompt!r}")
+    return values
+
+
+def _as_floats(what: str, scores: Any, count: int) -> list[float]:
+    expected = f"{what}: expected a list of {count} numbers"
+    try:
+        if isinstance(scores, str | bytes | dict):
+            raise TypeError(f"it is a {type(scores).__name__}")
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{expected}, got {str(scores)[:80]!r} ({error})") from error
+    if len(values) != count:
+        raise UserError(f"{expected}, got {len(values)}")
+    return values
+
+
+def _import(module: str, where: str) -> ModuleType:
+    """A module by name, looked for in the working directory too, or a file by path."""
+    try:
+        if module.endswith(".py"):
+            location = importlib.util.spec_from_file_location(f"rlhf_reward_{Path(module).stem}", module)
+            if location is None or location.loader is None:
+                raise ImportError("not a Python file")
+            loaded = importlib.util.module_from_spec(location)
+            sys.modules[location.name] = loaded  # dataclasses and pickle look there
+            location.loader.exec_module(loaded)
+            return loaded
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        return importlib.import_module(module)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise UserError(f"{where}: {module} cannot be imported ({error})") from error
+    except (Exception, SystemExit) as error:  # it is the user's code
+        raise UserError(f"{where}: {module} cannot be imported ({type(error).__name__}: {error})") from error
