@@ -18,7 +18,7 @@ from synthetic_logs import write_log
 from rlhf.errors import UserError
 from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.report import document, write_report
-from rlhf.monitor.samples import Query, SampleIndex
+from rlhf.monitor.samples import Query, SampleIndex, report_samples
 from rlhf.monitor.serve import make_server
 from rlhf.monitor.view import run_names, run_state, stage_curves, thin
 
@@ -151,14 +151,12 @@ def test_the_index_follows_a_log_that_grows_and_one_that_is_replaced(tmp_path):
 
 def test_a_reports_selection_keeps_before_and_after_within_its_bytes(tmp_path):
     reader = read(write_log(tmp_path, count=300, samples=8))
-    index = SampleIndex(reader)
-    index.update()
-    chosen = index.selection(100_000)
+    chosen = report_samples(reader, 100_000)
     steps = [sample["step"] for sample in chosen]
     assert (steps[0], steps[-1]) == (1, 300)
     assert len(set(steps)) > 50
     assert sum(len(json.dumps(sample)) for sample in chosen) < 110_000
-    assert index.selection(0) == []
+    assert report_samples(reader, 0) == []
 
 
 class Scripts(HTMLParser):

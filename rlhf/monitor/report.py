@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf.io.files import clear_write_errors, write_text
 from rlhf.monitor.log import LogReader
-from rlhf.monitor.samples import SampleIndex
+from rlhf.monitor.samples import report_samples
 from rlhf.monitor.view import POINTS, run_names, run_state, stage_curves
 
 STYLES = ("uPlot.min.css", "style.css")
@@ -76,11 +76,9 @@ def _content(readers: Sequence[LogReader]) -> dict[str, Any]:
     names = run_names(readers)
     runs = []
     for reader, name in zip(readers, names, strict=True):
-        index = SampleIndex(reader)
-        index.update()
         curves = {stage: stage_curves(reader, stage, points=max(100, POINTS // share)) for stage in reader.stages}
         state = run_state(reader, name)
-        runs.append({"state": state, "curves": curves, "samples": index.selection(_SAMPLE_BYTES // share)})
+        runs.append({"state": state, "curves": curves, "samples": report_samples(reader, _SAMPLE_BYTES // share)})
     return {"now": time.time(), "runs": runs}
 
 

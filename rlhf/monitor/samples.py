@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from rlhf.monitor.log import LogReader
@@ -13,6 +13,7 @@ SORTS: tuple[str, ...] = get_args(Sort)
 _REPORT_PAIRS = 60
 _REPORT_EXTREMES = 12
 _REPORT_SPREAD = 240
+_REPORT_READ = 2000  # oldest, newest and spread samples that a report chooses among, each
 
 
 class Query(NamedTuple):
@@ -33,6 +34,8 @@ class Query(NamedTuple):
 class _Entry(NamedTuple):
     """What is kept of a sample to find it by."""
 
+    number: int
+    """Its place in the reader's samples."""
     step: int
     prompt: str
     text: str
@@ -52,67 +55,80 @@ class SampleIndex:
 
     def update(self) -> None:
         """Read what the reader has found since the last call."""
-        places = self._reader.samples.places
-        if self._generation != self._reader.generation or len(places) < len(self._entries):
+        count = len(self._reader.samples.places)
+        if self._generation != self._reader.generation or count < len(self._entries):
             self._generation, self._entries = self._reader.generation, []
-        self._entries += map(_entry, self._heads(len(self._entries)))
+        self._entries += _entries(self._reader, range(len(self._entries), count))
 
     def find(self, query: Query) -> list[tuple[int, ...]]:
         """Numbers of the samples that match: one each, or (first, last) of each prompt."""
-        matching = [number for number, entry in enumerate(self._entries) if _matches(entry, query)]
-        rows = self._pairs(matching) if query.pairs else [(number,) for number in matching]
-        kind, _, direction = query.sort.partition("_")
-        if kind in ("score", "kl"):
-            sign = -1.0 if direction == "high" else 1.0
-            return sorted(rows, key=lambda row: _nan_last(sign * getattr(self._entries[row[-1]], kind)))
-        newest = query.sort == "newest"
-        return sorted(rows, key=lambda row: self._entries[row[-1]].step, reverse=newest)
+        return _find(self._entries, query)
 
     def rows(self, found: Iterable[tuple[int, ...]]) -> list[list[dict[str, Any]]]:
         """The samples themselves, with all that the log says of them."""
         return [[self._reader.samples[number] for number in row] for row in found]
 
-    def selection(self, limit: int) -> list[dict[str, Any]]:
-        """Samples for a report, of at most `limit` bytes: before and after, the extremes, and some of every time."""
-        places, chosen, size = self._reader.samples.places, set[int](), 0
-        for number in self._by_interest():
-            if number not in chosen and size + places[number].size <= limit:
-                chosen.add(number)
-                size += places[number].size
-        return [self._reader.samples[number] for number in sorted(chosen)]
 
-    def _by_interest(self) -> Iterator[int]:
-        for pair in self.find(Query(pairs=True))[:_REPORT_PAIRS]:
-            yield from pair
-        for sort in ("score_high", "score_low", "kl_high", "kl_low"):
-            for (number,) in self.find(Query(sort=sort))[:_REPORT_EXTREMES]:
-                yield number
-        count = len(self._entries)
-        for place in range(min(count, _REPORT_SPREAD)):
-            yield place * count // min(count, _REPORT_SPREAD)
+def report_samples(reader: LogReader, limit: int) -> list[dict[str, Any]]:
+    """Samples for a report, of at most `limit` bytes: before and after, the extremes, and some of every time.
 
-    def _pairs(self, numbers: list[int]) -> list[tuple[int, ...]]:
-        """First and last sample of every prompt that has samples of several steps."""
-        first: dict[str, int] = {}
-        last: dict[str, int] = {}
+    Chosen among the oldest, the newest and an even spread, so that a long log costs no more than a short one.
+    """
+    places = reader.samples.places
+    count = len(places)
+    spread = range(0, count, max(1, count // _REPORT_READ))
+    among = {*range(min(count, _REPORT_READ)), *spread, *range(max(0, count - _REPORT_READ), count)}
+    chosen, size = set[int](), 0
+    for number in _by_interest(list(_entries(reader, sorted(among))), spread):
+        if number not in chosen and size + places[number].size <= limit:
+            chosen.add(number)
+            size += places[number].size
+    return [reader.samples[number] for number in sorted(chosen)]
+
+
+def _by_interest(entries: list[_Entry], spread: Sequence[int]) -> Iterator[int]:
+    for pair in _find(entries, Query(pairs=True))[:_REPORT_PAIRS]:
+        yield from pair
+    for sort in ("score_high", "score_low", "kl_high", "kl_low"):
+        for (number,) in _find(entries, Query(sort=sort))[:_REPORT_EXTREMES]:
+            yield number
+    yield from spread[:: max(1, len(spread) // _REPORT_SPREAD)]
+
+
+def _entries(reader: LogReader, numbers: Sequence[int]) -> Iterator[_Entry]:
+    """Some of the reader's samples without `per_token`, which is most of a line and stays unparsed."""
+    if not numbers:
+        return
+    places = reader.samples.places
+    with (reader.folder / "samples.jsonl").open("rb") as stream:
         for number in numbers:
-            first.setdefault(self._entries[number].prompt, number)
-            last[self._entries[number].prompt] = number
-        pairs = [(first[prompt], last[prompt]) for prompt in first]
-        return [pair for pair in pairs if self._entries[pair[0]].step < self._entries[pair[1]].step]
+            stream.seek(places[number].offset)
+            line = stream.read(places[number].size)
+            # in a JSON text the quotes would be escaped, so this can only be the key
+            head, cut, _ = line.partition(b', "per_token": ')
+            yield _entry(number, places[number].step, _fields(head + b"}" if cut else line))
 
-    def _heads(self, start: int) -> Iterator[dict[str, Any]]:
-        """Samples from number `start` on without `per_token`, which is most of a line and stays unparsed."""
-        path = self._reader.folder / "samples.jsonl"
-        if start == len(self._reader.samples.places):
-            return
-        with path.open("rb") as stream:
-            for place in self._reader.samples.places[start:]:
-                stream.seek(place.offset)
-                line = stream.read(place.size)
-                # in a JSON text the quotes would be escaped, so this can only be the key
-                head, cut, _ = line.partition(b', "per_token": ')
-                yield _fields(head + b"}" if cut else line) | {"step": place.step}
+
+def _find(entries: list[_Entry], query: Query) -> list[tuple[int, ...]]:
+    matching = [entry for entry in entries if _matches(entry, query)]
+    rows = _pairs(matching) if query.pairs else [(entry,) for entry in matching]
+    kind, _, direction = query.sort.partition("_")
+    if kind in ("score", "kl"):
+        sign = -1.0 if direction == "high" else 1.0
+        rows.sort(key=lambda row: _nan_last(sign * getattr(row[-1], kind)))
+    else:
+        rows.sort(key=lambda row: row[-1].step, reverse=query.sort == "newest")
+    return [tuple(entry.number for entry in row) for row in rows]
+
+
+def _pairs(entries: list[_Entry]) -> list[tuple[_Entry, ...]]:
+    """First and last sample of every prompt that has samples of several steps."""
+    first: dict[str, _Entry] = {}
+    last: dict[str, _Entry] = {}
+    for entry in entries:
+        first.setdefault(entry.prompt, entry)
+        last[entry.prompt] = entry
+    return [(first[prompt], last[prompt]) for prompt in first if first[prompt].step < last[prompt].step]
 
 
 def _fields(line: bytes) -> dict[str, Any]:
@@ -123,11 +139,12 @@ def _fields(line: bytes) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def _entry(fields: dict[str, Any]) -> _Entry:
+def _entry(number: int, step: int, fields: dict[str, Any]) -> _Entry:
     prompt, completion = (str(fields.get(name, "")) for name in ("prompt", "completion"))
     ended = fields.get("ended")
     return _Entry(
-        fields["step"],
+        number,
+        step,
         prompt,
         f"{prompt}\n{completion}".lower(),
         _number(fields.get("score")),
@@ -145,9 +162,8 @@ def _nan_last(value: float) -> float:
 
 
 def _matches(entry: _Entry, query: Query) -> bool:
-    within: Callable[[str], bool] = entry.text.__contains__
     return (
         (query.prompt is None or entry.prompt == query.prompt)
         and (query.ended is None or entry.ended is query.ended)
-        and all(map(within, query.text.lower().split()))
+        and (not query.text or all(map(entry.text.__contains__, query.text.lower().split())))
     )

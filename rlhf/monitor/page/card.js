@@ -6,6 +6,17 @@ const colour = (place) => css(`--series-${place % 7}`);
 
 const lastOf = (values) => values.findLast((value) => value != null);
 
+/** Ticks with as many decimals as their distance needs, all alike. */
+function tickTexts(ticks) {
+  const largest = Math.max(...ticks.map(Math.abs));
+  if (largest < 1e-3 || largest >= 1e6) return ticks.map((tick) => number(Number(tick.toPrecision(12))));
+  const step = ticks.length > 1 ? ticks[1] - ticks[0] : ticks[0];
+  let digits = 0;
+  while (digits < 9 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits += 1;
+  const form = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+  return ticks.map((tick) => (tick + 0).toLocaleString("en", form).replace("-", "−"));
+}
+
 /** A CSS colour #rrggbb with an opacity. */
 function faded(hex, opacity) {
   const [red, green, blue] = [1, 3, 5].map((place) => parseInt(hex.slice(place, place + 2), 16));
@@ -64,7 +75,7 @@ class Card {
       grid: { stroke: css("--grid"), width: 1 }, ticks: { stroke: css("--grid"), width: 1, size: 4 },
     };
     const share = yLabel.startsWith("share");
-    const written = (scale) => (_, ticks) => ticks.map((tick) => (tick == null ? "" : number(Number((scale * tick).toPrecision(12)))));
+    const written = (scale) => (_, ticks) => tickTexts(ticks.map((tick) => scale * tick));
     return [
       { ...common, values: written(1), label: xLabel, labelSize: 18, size: 30, space: 60 },
       { ...common, values: written(share ? 100 : 1), label: (share ? `% ${unitName(yLabel)}` : yLabel) || " ", labelSize: 18, size: 52, space: 32 },

@@ -46,6 +46,9 @@ const METRICS = new Map(Object.entries({
   "eval/reward/min": ["Lowest", "reward units", "The lowest reward given to a held-out completion.", ""],
   "eval/reward/mean": ["Mean", "reward units", "The mean reward of held-out completions.", "Steady; centre_coef keeps it near 0."],
   "eval/reward/max": ["Highest", "reward units", "The highest reward given to a held-out completion.", "Well apart from the lowest: a model that cannot tell gives all the same."],
+  "train/reward/min": ["Lowest", "reward units", "The lowest reward given to a completion that was trained on.", ""],
+  "train/reward/mean": ["Mean", "reward units", "The mean reward of completions that were trained on.", "Steady."],
+  "train/reward/max": ["Highest", "reward units", "The highest reward given to a completion that was trained on.", "Well apart from the lowest."],
   "eval/reward/length_correlation": ["Reward with length, held-out", "correlation", "Correlation of the reward with the length of the completion.", "Near 0. Near 1 the model rewards length.", { low: -1, high: 1 }],
   "train/reward/length_correlation": ["Reward with length, training", "correlation", "The same on records that were trained on.", "Near 0.", { low: -1, high: 1 }],
 }).map(([name, [label, unit, what, good, range]]) => [name, { label, unit, what, good, ...range }]));
@@ -65,7 +68,7 @@ function describe(name) {
 /** Questions in order, each with its charts; a chart is a list of metrics or patterns, drawn into one frame. */
 const QUESTIONS = [
   ["Is the loss falling?", [["loss/sft", "eval/loss"], ["sft/accuracy", "eval/accuracy"], ["eval/perplexity"], ["loss/reward"]]],
-  ["Does the reward model tell good from bad?", [["reward/accuracy", "eval/reward/accuracy", "train/reward/accuracy"], ["reward/margin", "eval/reward/margin", "train/reward/margin"], ["eval/reward/length_correlation", "train/reward/length_correlation"], ["eval/reward/min", "eval/reward/mean", "eval/reward/max"]]],
+  ["Does the reward model tell good from bad?", [["reward/accuracy", "eval/reward/accuracy", "train/reward/accuracy"], ["reward/margin", "eval/reward/margin", "train/reward/margin"], ["eval/reward/length_correlation", "train/reward/length_correlation"], ["eval/reward/min", "eval/reward/mean", "eval/reward/max"], ["train/reward/min", "train/reward/mean", "train/reward/max"]]],
   ["Is the reward rising?", [["objective/scores", "objective/rlhf_reward"], [/^reward\/(?!accuracy$|margin$)/], [/^gold\//], [/win_rate/]]],
   ["How far from the reference?", [["objective/kl"], ["objective/non_score_reward"], ["objective/kl_coef"]]],
   ["Is it over-optimised?", ["over-optimisation"]],
@@ -79,6 +82,7 @@ const QUESTIONS = [
 const TITLES = new Map([
   ["timing_s/generate", "Parts of the step"],
   ["eval/reward/min", "Rewards of held-out completions"],
+  ["train/reward/min", "Rewards of training completions"],
   ["reward/accuracy", "Accuracy"],
   ["reward/margin", "Margin"],
   ["eval/reward/length_correlation", "Correlation of reward with length"],
