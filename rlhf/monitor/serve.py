@@ -1,7 +1,6 @@
 """The page, live: a server on the loopback device that follows runs for a browser on the same machine."""
 
 import errno
-import json
 import math
 import re
 import threading
@@ -159,9 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif target.path in answers:
             given = {name: values[-1] for name, values in parse_qs(target.query, keep_blank_values=True).items()}
             try:
-                self._answer(HTTPStatus.OK, "application/json", to_json(_finite(answers[target.path](given))))
-            except (ValueError, UserError) as error:
-                self._answer(HTTPStatus.BAD_REQUEST, "application/json", json.dumps({"error": str(error)}))
+                status, answer = HTTPStatus.OK, _finite(answers[target.path](given))
+            except (ValueError, UserError, OSError) as error:  # also of a log that is removed this very moment
+                status, answer = HTTPStatus.BAD_REQUEST, {"error": str(error)}
+            self._answer(status, "application/json", to_json(answer))
         else:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", "nothing here")
 
