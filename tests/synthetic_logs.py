@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def healthy(count: int, seed: int = 0) -> Figures:
 def completion(step: int, row: int) -> dict[str, Any]:
     """A sample that nothing is wrong with."""
     rng = random.Random(1000 * step + row)
-    words = "we are happy to send you a new one today please keep the old parts and write again soon".split()
+    words = re.findall(
+        r"\w+", "we are happy to send you a new one today please keep the old parts and write again soon"
+    )
     rng.shuffle(words)
     return {
         "prompt": f"Customer: my item {row} broke.\nAgent:",
@@ -68,13 +71,14 @@ def write_log(
     events: tuple[dict[str, Any], ...] = (),
     end: bool = True,
 ) -> Path:
-    """Write logs/ below `folder`; `figures` replace those of a healthy PPO run, or are all there is of another stage."""
+    """Write logs/ below `folder`; `figures` replace those of a healthy PPO run, or are all of another stage."""
     chosen = (healthy(count, seed) if stage == "ppo" else {}) | (figures or {})
     start = {"event": "start", "time": 1e9, "format": 1, "step": 0, "total": count, "unit": "iteration", "notes": []}
-    lines: list[dict[str, Any]] = [start]
-    for step in range(1, count + 1):
-        lines.append({"step": step, "time": 1e9 + 1.2 * step} | {name: value(step) for name, value in chosen.items()})
-    lines += list(events)
+    lines: list[dict[str, Any]] = [
+        {"step": step, "time": 1e9 + 1.2 * step} | {name: value(step) for name, value in chosen.items()}
+        for step in range(1, count + 1)
+    ]
+    lines = [start, *lines, *events]
     if end:
         lines.append({"event": "end", "time": 1e9 + 1.2 * count, "step": count})
     logs = folder / "logs"

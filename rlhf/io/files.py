@@ -56,7 +56,7 @@ def atomic_folder(target: Path, flag: str = "--output-dir") -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, bytes(text, "utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -133,6 +133,7 @@ class LogReader:
         unread = [
             f"{name}: {count} {'line is' if count == 1 else 'lines are'} cut off or not of an rlhf log, and passed over"
             for name, count in sorted(self._unread.items())
+            if count
         ]
         return [*unread, *dict.fromkeys(self._notes)]
 
