@@ -50,8 +50,9 @@ def serve(log_dirs: Sequence[Path], *, port: int, open_browser: bool) -> None:
 
 
 def make_server(log_dirs: Sequence[Path], port: int) -> ThreadingHTTPServer:
-    """A server that listens and answers nothing yet. Errors as `serve`."""
+    """A server that has read the logs and listens, and answers nothing yet. Errors as `serve`."""
     runs = Runs([LogReader(folder) for folder in log_dirs])
+    runs.state({})  # the first reading takes longest, and what cannot be read is said now
     handler = type("Handler", (_Handler,), {"runs": runs})
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), handler)
