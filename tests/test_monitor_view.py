@@ -237,6 +237,17 @@ def test_a_report_of_a_thousand_iterations_is_below_5_mb(tmp_path):
     assert 100_000 < (tmp_path / "report" / "report.html").stat().st_size < 5_000_000
 
 
+def test_numbers_that_are_not_finite_hurt_nothing(tmp_path):
+    sample = '{"stage": "ppo", "step": 1, "prompt": "p", "completion": "c", "score": NaN, "kl": -Infinity}\n'
+    log = write_log(tmp_path, count=1, samples=0)
+    (log / "samples.jsonl").write_text(sample + sample.replace("NaN", "1e999").replace('"c"', "[1e999]"))
+    write_report([tmp_path], tmp_path / "report.html")
+    parser = Scripts()
+    parser.feed((tmp_path / "report.html").read_text())
+    (run,) = json.loads(parser.data, parse_constant=pytest.fail)["runs"]
+    assert [sample["score"] for sample in run["samples"]] == [None, None]
+
+
 def test_a_report_of_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a run's folder"):
         write_report([tmp_path], tmp_path / "report.html")

@@ -84,16 +84,16 @@ class RunLog:
     @staticmethod
     def _write(stream: Any, line: dict[str, Any]) -> None:
         with clear_write_errors(Path(stream.name)):
-            stream.write(json.dumps(_finite(line), ensure_ascii=False, allow_nan=False) + "\n")
+            stream.write(json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n")
             stream.flush()
 
 
-def _finite(value: Any) -> Any:
-    """`value` with None for every float that JSON does not have."""
+def finite(value: Any) -> Any:
+    """A JSON value with None for every float that JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.io.files import clear_write_errors, write_text
+from rlhf.io.run_log import finite
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.samples import report_samples
 from rlhf.monitor.view import POINTS, run_names, run_state, stage_curves
@@ -66,8 +67,8 @@ def content_policy(*, live: bool) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON that any UTF-8 file can hold: a lone surrogate stays an escape."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """JSON that any reader takes: numbers that are not finite are null, and a lone surrogate stays an escape."""
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode(errors="backslashreplace").decode()
 
 

@@ -1,7 +1,6 @@
 """The page, live: a server on the loopback device that follows runs for a browser on the same machine."""
 
 import errno
-import math
 import re
 import threading
 import time
@@ -159,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif target.path in answers:
             given = {name: values[-1] for name, values in parse_qs(target.query, keep_blank_values=True).items()}
             try:
-                status, answer = HTTPStatus.OK, _finite(answers[target.path](given))
+                status, answer = HTTPStatus.OK, answers[target.path](given)
             except (ValueError, UserError, OSError) as error:  # also of a log that is removed this very moment
                 status, answer = HTTPStatus.BAD_REQUEST, {"error": str(error)}
             self._answer(status, "application/json", to_json(answer))
@@ -187,12 +186,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
         """Say nothing: the terminal is the user's."""
-
-
-def _finite(value: Any) -> Any:
-    """`value` without the NaN and infinity that foreign logs may hold."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -47,7 +47,7 @@ class CurveCard extends Card {
   #colour(lines, runs) {
     for (const line of lines) {
       line.stroke = colour(runs.length > 1 ? line.run.number : line.place);
-      line.dash = runs.length > 1 ? RUN_DASHES[line.place % 3] : [];
+      line.dash = runs.length > 1 ? RUN_DASHES[(line.place + Math.floor(line.run.number / 7)) % 3] : [];
     }
   }
 

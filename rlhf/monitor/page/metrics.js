@@ -13,7 +13,7 @@ const METRICS = new Map(Object.entries({
   "val/mean": ["Mean value", "reward units", "Mean of the value function over tokens.", "Follows the score."],
   "val/clipfrac_avg": ["Value clip fraction", "share of tokens", "Tokens whose value update was clipped.", "Mostly below 0.2.", { low: 0 }],
   "val/ratio": ["Probability ratio", "new over old probability", "Mean of new over old probability of the sampled tokens during the updates.", "Stays within a few hundredths of 1."],
-  "val/ratio_first": ["Probability ratio before the first update", "new over old probability", "The same on the first minibatch, when nothing has been updated.", "Exactly 1; anything else is a defect."],
+  "val/ratio_first": ["Before the first update", "new over old probability", "The same on the first minibatch, when nothing has been updated.", "Exactly 1; anything else is a defect."],
   "loss/value_avg": ["Value loss", "squared reward units", "Half the squared error of the value function, clipped.", "Falls, with the score's jumps.", { low: 0 }],
   "loss/policy_avg": ["Policy loss", "", "PPO's clipped surrogate.", "Small, around 0; its level says little."],
   "loss/kl_avg": ["KL loss", "nats per token", "The KL penalty, where it is in the loss instead of the reward.", "Small."],

@@ -29,7 +29,7 @@ class Samples {
       this.#draw();
     } }, Object.entries(COLOURINGS).map(([value, { label }]) => el("option", { value }, label)));
     this.tools = el("div", { class: "tools" }, this.runLabel, this.search,
-      pick("pairs", [["", "Completions"], ["yes", "Before and after, by prompt"]], "Show"),
+      pick("pairs", [["", "Completions"], ["yes", "Before and after"]], "Show"),
       pick("sort", [["newest", "newest first"], ["oldest", "oldest first"], ["score_high", "highest score"], ["score_low", "lowest score"], ["kl_high", "highest KL"], ["kl_low", "lowest KL"]], "Sort by"),
       pick("ended", [["", "any"], ["yes", "by itself"], ["no", "cut off"]], "Ended"),
       el("label", {}, "Colour tokens by ", colouring));
