@@ -133,7 +133,7 @@ CHECKS = (
         "reward-model-length",
         checks.reward_model_length,
         "in the preference pairs the longer completion mostly wins, or loses, and the model counts tokens",
-        "add pairs in which the shorter one wins; compare accuracy with that of always choosing the longer",
+        "add pairs in which the shorter one wins to --preference-data; compare with always choosing the longer",
         ("reward",),
     ),
     Check(
