@@ -8,6 +8,7 @@ Usage:
     rlhf-monitor --log-dir seed-0/logs seed-1/logs seed-2/logs --report
 """
 
+import contextlib
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -83,7 +84,8 @@ def _live(settings: Monitor) -> int:
 
     from rlhf.monitor.live import follow
 
-    follow(settings.log_dir[0], Console(highlight=False))
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how one leaves
+        follow(settings.log_dir[0], Console(highlight=False))
     return 0
 
 

@@ -91,6 +91,6 @@ def write_log(
 
 def append(path: Path, stage: str, lines: list[dict[str, Any]]) -> None:
     """Add lines as a run would."""
-    with path.open("a", encoding="utf-8") as stream:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
         for line in lines:
             stream.write(json.dumps({"stage": stage} | line, ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 """A terminal dashboard that follows a run, in any size from 40 columns and 12 lines, with colour or without."""
 
+import contextlib
 import math
 import signal
 import sys
@@ -74,14 +75,14 @@ def follow(folder: Path, console: Console) -> None:
 
 
 def _watch(reader: LogReader, view: Callable[[], Group], console: Console) -> None:
-    with Live(view(), console=console, screen=True, auto_refresh=False) as live:
-        try:
-            while True:
-                time.sleep(1.0)
-                reader.poll()
-                live.update(view(), refresh=True)
-        except KeyboardInterrupt:
-            return
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(view(), console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while True:
+            time.sleep(1.0)
+            reader.poll()
+            live.update(view(), refresh=True)
 
 
 def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_only: bool = False) -> list[Text]:
