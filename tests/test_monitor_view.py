@@ -95,7 +95,9 @@ def index(tmp_path) -> SampleIndex:
     with (tmp_path / "logs" / "samples.jsonl").open("w", encoding="utf-8") as stream:
         for prompt, completion, step, score, kl, ended in SAMPLES:
             line = {"stage": "ppo", "step": step, "prompt": prompt, "completion": completion, "score": score}
-            line |= {"kl": kl, "ended": ended, "per_token": {"pieces": [', "per_token": '], "log_probs": [0.0]}}
+            line |= {"kl": kl, "ended": ended}
+            if step < 3:
+                line["per_token"] = {"pieces": [', "per_token": '], "log_probs": [0.0]}
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     made = SampleIndex(read(tmp_path))
     made.update()
@@ -116,6 +118,7 @@ def index(tmp_path) -> SampleIndex:
         (Query(prompt="Alpha", sort="oldest"), [(0,), (2,)]),
         (Query(prompt="alpha"), []),
         (Query(ended=False, sort="oldest"), [(1,), (4,)]),
+        (Query(tokens=True, sort="oldest"), [(0,), (1,), (2,), (3,)]),
         (Query(pairs=True, sort="kl_high"), [(1, 3), (0, 2)]),
     ],
     ids=str,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import numpy as np
 
 from rlhf.errors import UserError
-from rlhf.io.files import write_bytes
+from rlhf.io.files import clear_write_errors, write_bytes
 from rlhf.monitor.figures import (
     COLOURS,
     SMOOTHED,
@@ -159,6 +159,8 @@ def _write(figure: "Figure", path: Path, readers: Sequence[LogReader]) -> Path:
     figure.supxlabel(shorten(runs, 90), fontsize=8, color="#555555", x=0.99, ha="right")
     image = io.BytesIO()
     figure.savefig(image, format="png")
+    with clear_write_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, image.getvalue())
     return path
 

@@ -12,7 +12,7 @@ SORTS: tuple[str, ...] = get_args(Sort)
 
 _REPORT_PAIRS = 60
 _REPORT_EXTREMES = 12
-_REPORT_SPREAD = 240
+_REPORT_SPREAD = 200
 _REPORT_READ = 2000  # oldest, newest and spread samples that a report chooses among, each
 
 
@@ -29,6 +29,8 @@ class Query(NamedTuple):
     """Only those that did, or did not, end by themselves."""
     pairs: bool = False
     """One row per prompt: its first completion and its last."""
+    tokens: bool = False
+    """Only those whose tokens the log has."""
 
 
 class _Entry(NamedTuple):
@@ -43,6 +45,8 @@ class _Entry(NamedTuple):
     score: float
     kl: float
     ended: bool | None
+    tokens: bool
+    """Whether the log has `per_token`."""
 
 
 class SampleIndex:
@@ -79,20 +83,22 @@ def report_samples(reader: LogReader, limit: int) -> list[dict[str, Any]]:
     spread = range(0, count, max(1, count // _REPORT_READ))
     among = {*range(min(count, _REPORT_READ)), *spread, *range(max(0, count - _REPORT_READ), count)}
     chosen, size = set[int](), 0
-    for number in _by_interest(list(_entries(reader, sorted(among))), spread):
+    for number in _by_interest(list(_entries(reader, sorted(among)))):
         if number not in chosen and size + places[number].size <= limit:
             chosen.add(number)
             size += places[number].size
     return [reader.samples[number] for number in sorted(chosen)]
 
 
-def _by_interest(entries: list[_Entry], spread: Sequence[int]) -> Iterator[int]:
-    for pair in _find(entries, Query(pairs=True))[:_REPORT_PAIRS]:
-        yield from pair
-    for sort in ("score_high", "score_low", "kl_high", "kl_low"):
-        for (number,) in _find(entries, Query(sort=sort))[:_REPORT_EXTREMES]:
-            yield number
-    yield from spread[:: max(1, len(spread) // _REPORT_SPREAD)]
+def _by_interest(entries: list[_Entry]) -> Iterator[int]:
+    for tokens in (True, False):
+        for pair in _find(entries, Query(pairs=True, tokens=tokens))[:_REPORT_PAIRS]:
+            yield from pair
+        for sort in ("score_high", "score_low", "kl_high", "kl_low"):
+            for (number,) in _find(entries, Query(sort=sort, tokens=tokens))[:_REPORT_EXTREMES]:
+                yield number
+        some = [entry.number for entry in entries if entry.tokens or not tokens]
+        yield from some[:: max(1, len(some) // _REPORT_SPREAD)]
 
 
 def _entries(reader: LogReader, numbers: Sequence[int]) -> Iterator[_Entry]:
@@ -106,7 +112,7 @@ def _entries(reader: LogReader, numbers: Sequence[int]) -> Iterator[_Entry]:
             line = stream.read(places[number].size)
             # in a JSON text the quotes would be escaped, so this can only be the key
             head, cut, _ = line.partition(b', "per_token": ')
-            yield _entry(number, places[number].step, _fields(head + b"}" if cut else line))
+            yield _entry(number, places[number].step, _fields(head + b"}" if cut else line), bool(cut))
 
 
 def _find(entries: list[_Entry], query: Query) -> list[tuple[int, ...]]:
@@ -139,7 +145,7 @@ def _fields(line: bytes) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def _entry(number: int, step: int, fields: dict[str, Any]) -> _Entry:
+def _entry(number: int, step: int, fields: dict[str, Any], tokens: bool) -> _Entry:
     prompt, completion = (str(fields.get(name, "")) for name in ("prompt", "completion"))
     ended = fields.get("ended")
     return _Entry(
@@ -150,6 +156,7 @@ def _entry(number: int, step: int, fields: dict[str, Any]) -> _Entry:
         _number(fields.get("score")),
         _number(fields.get("kl")),
         ended if isinstance(ended, bool) else None,
+        tokens,
     )
 
 
@@ -165,5 +172,6 @@ def _matches(entry: _Entry, query: Query) -> bool:
     return (
         (query.prompt is None or entry.prompt == query.prompt)
         and (query.ended is None or entry.ended is query.ended)
+        and (not query.tokens or entry.tokens)
         and (not query.text or all(map(entry.text.__contains__, query.text.lower().split())))
     )

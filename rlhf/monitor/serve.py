@@ -111,7 +111,8 @@ class Runs:
         if sort not in SORTS:
             raise ValueError(f"sort: expected one of {', '.join(SORTS)}")
         ended = {"yes": True, "no": False}.get(given.get("ended", ""))
-        query = Query(given.get("text", ""), given.get("prompt"), sort, ended, given.get("pairs") == "yes")
+        pairs, tokens = (given.get(name) == "yes" for name in ("pairs", "tokens"))
+        query = Query(given.get("text", ""), given.get("prompt"), sort, ended, pairs, tokens)
         offset, limit = _whole(given, "offset", 0), min(_whole(given, "limit", 25), _ROWS)
         with self._lock:
             self._update()

@@ -5,7 +5,7 @@ const ROWS = 20;
 
 class Samples {
   #root; #app;
-  #query = { run: 0, text: "", prompt: null, sort: "newest", ended: "", pairs: "", offset: 0, limit: ROWS };
+  #query = { run: 0, text: "", prompt: null, sort: "newest", ended: "", pairs: "", tokens: "", offset: 0, limit: ROWS };
   #colouring = "none";
   #asked = 0;
   #seen = -1;
@@ -26,7 +26,9 @@ class Samples {
       options.map(([value, text]) => el("option", { value, selected: query[key] === value }, text))));
     const colouring = el("select", { id: "colouring", onchange: (event) => {
       this.#colouring = event.target.value;
-      this.#draw();
+      const tokens = this.#colouring === "none" ? "" : "yes";
+      if (tokens === query.tokens) this.#draw();
+      else this.ask({ tokens });
     } }, Object.entries(COLOURINGS).map(([value, { label }]) => el("option", { value }, label)));
     this.tools = el("div", { class: "tools" }, this.runLabel, this.search,
       pick("pairs", [["", "Completions"], ["yes", "Before and after"]], "Show"),
@@ -70,7 +72,7 @@ class Samples {
     const { rows } = this.#answer;
     hideTip();
     const scale = colourScale(rows.flat(), this.#colouring);
-    this.scale.replaceChildren(...this.#legend(scale, rows));
+    this.scale.replaceChildren(...this.#legend(scale));
     this.#count(0);
     this.list.replaceChildren(...(rows.length ? rows.map((row) => this.#card(row, scale)) : [el("p", { class: "empty" }, this.#emptyText())]));
     this.#page();
@@ -84,14 +86,11 @@ class Samples {
       el("div", { class: "below" }, sampleFacts(sample), this.#query.prompt == null ? over : null));
   }
 
-  #legend(scale, rows) {
-    if (this.#colouring === "none") return [];
+  #legend(scale) {
+    if (!scale) return [];
     const { label, unit } = COLOURINGS[this.#colouring];
-    const without = rows.flat().filter((sample) => !tokensOf(sample)).length;
-    const missing = without ? el("p", { class: "hint" }, `${plural(without, "sample")} here without token data: the log keeps it for the first log.token_samples of each iteration.`) : null;
-    if (!scale) return [missing].filter(Boolean);
     return [el("div", { class: "scale", role: "img", "aria-label": `${label} from minus ${number(scale)} to plus ${number(scale)} ${unit}` },
-      el("span", {}, `${label}: ${signed(-scale)}`), el("span", { class: "ramp" }), el("span", {}, `${signed(scale)} ${unit}`)), missing].filter(Boolean);
+      el("span", {}, `${label}: ${signed(-scale)}`), el("span", { class: "ramp" }), el("span", {}, `${signed(scale)} ${unit}`))];
   }
 
   #count(fresh) {
@@ -100,7 +99,8 @@ class Samples {
     const noun = this.#query.pairs ? "prompt" : "sample";
     const all = this.#app.runs[this.#query.run]?.samples ?? 0;
     const selection = kept != null && kept < all ? `; this report keeps ${kept.toLocaleString("en")} of the run's ${all.toLocaleString("en")} samples` : "";
-    const shown = [`${plural(total, noun)}${selection}`, this.#query.prompt];
+    const which = this.#query.tokens ? " with token data (the first log.token_samples of each iteration)" : "";
+    const shown = [`${plural(total, noun)}${which}${selection}`, this.#query.prompt];
     refresh(this.notice, [shown, fresh], () => [
       el("span", {}, shown[0]),
       this.#query.prompt == null ? "" : el("button", { type: "button", onclick: () => this.ask({ prompt: null, sort: "newest" }) }, "All prompts"),
@@ -113,6 +113,7 @@ class Samples {
 
   #emptyText() {
     if (this.#query.text || this.#query.ended || this.#query.prompt != null) return "No sample matches.";
+    if (this.#query.tokens) return "The log has no token data. Newer runs write it for the first log.token_samples of each iteration.";
     if (this.#query.pairs) return "No prompt has completions of several steps yet.";
     return "No samples yet. PPO writes some in every iteration (log.samples).";
   }

@@ -53,7 +53,8 @@ class ReportSource {
     const matching = all.filter((sample) => {
       const text = `${sample.prompt}\n${sample.completion}`.toLowerCase();
       const ended = query.ended === "" || sample.ended === (query.ended === "yes");
-      return ended && (query.prompt == null || sample.prompt === query.prompt) && words.every((word) => text.includes(word));
+      const tokens = !query.tokens || tokensOf(sample) != null;
+      return ended && tokens && (query.prompt == null || sample.prompt === query.prompt) && words.every((word) => text.includes(word));
     });
     const rows = query.pairs ? pairsOf(matching) : matching.map((sample) => [sample]);
     rows.sort(ORDERS[query.sort]);

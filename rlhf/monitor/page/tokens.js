@@ -41,7 +41,7 @@ function completionNode(sample, colouring, scale) {
       style: { "background-color": `rgb(var(--${part < 0 ? "minus" : "plus"}) / calc(var(--token-ink) * ${strength.toFixed(3)}))` },
     }, piece === "" ? (last ? "end" : "·") : visible(piece));
   });
-  const node = el("p", { ...attributes, class: "completion tokens", tabindex: 0, role: "group", "aria-label": `${sample.completion}. Arrow keys read the tokens.` }, spans);
+  const node = el("p", { ...attributes, class: "completion tokens", tabindex: 0, role: "group", "aria-label": `${sample.completion}. Arrow keys read the tokens.` }, spans, endMark(sample));
   node.addEventListener("pointerover", (event) => showToken(event.target.closest(".token"), tokens));
   node.addEventListener("pointerleave", hideTip);
   node.addEventListener("blur", hideTip);
