@@ -210,7 +210,8 @@ def test_samples_are_searched_sorted_paired_and_coloured(opened, browser, tmp_pa
     until(browser, "document.querySelectorAll('.samples .pair').length === 3")  # row 0 has no tokens
     assert "3 prompts with token data" in text_of(browser, ".count")
     colour = "(token) => getComputedStyle(token).backgroundColor"
-    colours = browser.execute_script(f"return [...document.querySelectorAll('.samples .tokens:first-of-type .token')].slice(0, 2).map({colour})")
+    tokens = "[...document.querySelectorAll('.samples .token')].slice(0, 2)"
+    colours = browser.execute_script(f"return {tokens}.map({colour})")
     assert len(set(colours)) == 2  # one token gained, one lost
     browser.execute_script("document.querySelector('.samples .tokens').focus()")
     browser.switch_to.active_element.send_keys("\ue014")  # arrow right
