@@ -112,8 +112,8 @@ def test_open_sources_reads_weights(tokenizer, models, weight, value):
 
 def test_open_sources_takes_weight_0_as_gold_unless_nothing_else_is_there(tokenizer, models):
     module = module_with(FUNCTIONS)
-    names = [source.metric for source in open_sources([f"{models}/rm", f"0*{module}:length"], tokenizer)]
-    assert names == ["reward/rm", "gold/length"]
+    sources = open_sources([f"0*{models}/other/rm", f"0*{module}:length", f"{models}/rm"], tokenizer)
+    assert [source.metric for source in sources] == ["reward/rm#2", "gold/rm", "gold/length"], "optimised ones first"
     with pytest.raises(UserError, match="every weight is 0, so there is nothing to optimise"):
         open_sources([f"0*{models}/rm", f"-0.0*{module}:length"], tokenizer)
 

@@ -53,9 +53,9 @@ def open_sources(specs: Sequence[str], tokenizer: Tokenizer) -> list[RewardSourc
         source = _open(spec, tokenizer)
         same = sum(source.name == other.name.partition("#")[0] for other in sources)
         sources.append(source._replace(name=f"{source.name}#{same + 1}") if same else source)
-    if not any(source.weight for source in sources):
+    if sources and not any(source.weight for source in sources):
         raise UserError(f"--ppo.reward {' '.join(specs)}: every weight is 0, so there is nothing to optimise")
-    return sources
+    return sorted(sources, key=lambda source: source.weight == 0)  # a critic starts from the first reward model
 
 
 def call_reward_function(
