@@ -27,6 +27,9 @@ HOSTILE = (
     "\x00\x07\x1b[31m \u202eright to left\u202c \u2066iso\u2069 __proto__ constructor &lt;b&gt; ${1} {{data}} \u2028 𝄞 "
 )
 
+IMPATIENT = "const wait = setTimeout; setTimeout = (call, time) => wait(call, Math.min(time, 100))"
+"""The page asks the server for what is new every few seconds; here it does ten times a second."""
+
 Browser = Any
 
 
@@ -42,6 +45,7 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": IMPATIENT})
     yield driver
     driver.quit()
 
@@ -261,8 +265,21 @@ def test_it_follows_a_run_that_has_not_begun_and_then_grows(browser, tmp_path, s
     open_tab(browser, "charts")
     until(browser, "document.querySelectorAll('.frame canvas').length > 10")
     with (logs / "metrics.jsonl").open("a") as stream:
-        stream.write('{"stage": "ppo", "step": 2, "objective/kl": 123.4, "brand/new": 1}\n{"stage": "ppo", "st')
+        stream.write('{"stage": "ppo", "step": 3, "objective/kl": 123.4, "brand/new": 1}\n{"stage": "ppo", "st')
     readout = "[...document.querySelectorAll('.card')].find((c) => c.innerText.startsWith('KL to the reference'))"
+    browser.execute_script(f"{readout}.querySelector('.frame').focus()")
+    second = {k: f(2) for k, f in figures.items()} | {"objective/kl": 55.5}
+    append(logs / "metrics.jsonl", "ppo", [{"step": 2, "time": now, **second}])
+    until(browser, f"{readout}.querySelector('.readout').innerText.includes('55.5')")
+    assert browser.execute_script(f"return document.activeElement === {readout}.querySelector('.frame')")
+    with (logs / "metrics.jsonl").open("a") as stream:
+        stream.write('{"stage": "ppo", "step": 3, "objective/kl": 123.4, "brand/new": 1}\n{"stage": "ppo", "st')
+    readout = "[...document.querySelectorAll('.card')].find((c) => c.innerText.startsWith('KL to the reference'))"
+    browser.execute_script(f"{readout}.querySelector('.frame').focus()")
+    append(logs / "metrics.jsonl", "ppo", [{"step": 2, "time": now, **{k: f(2) for k, f in figures.items()}}])
+    open_frames = "document.activeElement.classList.contains('frame')"
+    until(browser, "document.querySelector('#runs').innerText.includes('running')")
+    until(browser, f"{readout}.querySelector('.frame').ariaLabel.includes('latest') && {open_frames}")
     until(browser, f"{readout}?.querySelector('.readout').innerText.includes('123.4')")
     until(browser, "document.querySelector('#charts').innerText.includes('brand/new')")
     open_tab(browser, "samples")

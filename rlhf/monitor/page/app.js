@@ -103,7 +103,8 @@ class App {
       }
     }
     this.#connection(this.source.live ? "live" : "report", this.source.live ? "live" : `as of ${clock(answer.now)}`);
-    this.#draw();
+    if (answer.runs) this.#draw();
+    else this.#drawStatus(); // time has passed
   }
 
   #connection(kind, text) {
@@ -112,12 +113,16 @@ class App {
 
   #draw() {
     document.title = `${this.runs.map((run) => run.name).join(", ") || "rlhf"}: ${TABS[this.#tab].toLowerCase()}`;
-    this.#drawRuns();
+    this.#drawStatus();
     if (!this.runs.length) return;
-    if (this.#tab === "overview") this.overview.draw(this.#now);
     if (this.#tab === "charts") this.charts.show();
     if (this.#tab === "events") this.#drawEvents();
     this.samples.show();
+  }
+
+  #drawStatus() {
+    this.#drawRuns();
+    if (this.#tab === "overview" && this.runs.length) this.overview.draw(this.#now);
   }
 
   #drawRuns() {

@@ -43,8 +43,8 @@ class Charts {
     refresh(this.stages, [this.#app.stageNames(), stage], () => this.#app.stageNames().map((name) =>
       el("button", { type: "button", "aria-pressed": String(name === stage), onclick: () => this.#app.setStage(name) }, name)));
     if (key === this.#built) return this.draw();
-    this.#built = key;
     this.#forget();
+    this.#built = key;
     this.body.replaceChildren(...questionsFor(names).map(([question, charts]) => this.#group(question, charts)));
     this.draw();
   }

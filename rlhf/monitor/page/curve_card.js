@@ -35,7 +35,7 @@ class CurveCard extends Card {
     this.lines = lines;
     this.put(shape, this.#options(lines, smoothing), uPlot.join(tables));
     this.#legend(lines);
-    this.read(null);
+    this.read(this.plot?.cursor.idx);
   }
 
   #label(runs, run, place) {
