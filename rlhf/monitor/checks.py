@@ -122,9 +122,8 @@ def approx_kl(reader: LogReader, stage: str) -> Reading:
 
 def value_function(reader: LogReader, stage: str) -> Reading:
     """Below 0 the values are worse than a constant."""
-    return _level_of_median(
-        reader, stage, "val/explained_variance", "value-function", "values explain {:.0%} of the returns' variance"
-    )
+    summary = "the values' explained variance of the returns is {:.2f}"
+    return _level_of_median(reader, stage, "val/explained_variance", "value-function", summary)
 
 
 def unfinished(reader: LogReader, stage: str) -> Reading:

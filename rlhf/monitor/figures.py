@@ -1,6 +1,5 @@
 """How the plots look: lines with their noise behind, seeds as bands, colours that every eye tells apart."""
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,7 +75,9 @@ def draw_panel(axes: "Axes", readers: Sequence[LogReader], stage: str, panel: Pa
         if runs:
             draw_curve(axes, runs, COLOURS[len(drawn) % len(COLOURS)], visible(label))
             drawn.append(label)
-    axes.set_ylabel("\n".join(textwrap.wrap(panel.label + ", log scale" * panel.log, 30)))
+    name, bracket, unit = panel.label.partition(" (")
+    label = panel.label if len(panel.label) <= 30 and not panel.log else f"{name}\n{bracket.strip()}{unit}"
+    axes.set_ylabel(label + ", log scale" * panel.log)
     if panel.log:
         _make_log(axes)
     if panel.level is not None and drawn:

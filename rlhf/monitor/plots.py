@@ -152,9 +152,11 @@ def _figures(readers: Sequence[LogReader], kind: str) -> "list[tuple[str, Figure
 
 
 def _write(figure: "Figure", path: Path, readers: Sequence[LogReader]) -> Path:
+    """Save a figure that says which runs it is of, and what its lines are."""
     names = [visible(name) for name in run_names(readers)]
     runs = names[0] if len(names) == 1 else f"mean of {len(names)} runs, lowest to highest behind: {', '.join(names)}"
-    if any(len(reader.series(stage, "time").steps) >= 2 * SMOOTHED for reader in readers for stage in reader.stages):
+    lines = [line for axes in figure.axes for line in axes.get_lines()]
+    if any(len(np.asarray(line.get_xdata())) >= 2 * SMOOTHED for line in lines):
         runs = f"lines are running means; {runs}"
     figure.supxlabel(shorten(runs, 90), fontsize=8, color="#555555", x=0.99, ha="right")
     image = io.BytesIO()
@@ -203,7 +205,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
         len(points),
         title="Does the score still agree with the gold score?" if golds else "What does the reward cost in KL?",
     )
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import AutoLocator, MaxNLocator
 
     last = max(found[2].max() for found in points.values())
     for ax, (name, (root_kl, values, steps)) in zip(axes, points.items(), strict=True):
@@ -211,7 +213,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
             root_kl, values, c=steps, s=14 if steps.size < 2000 else 4, vmin=1, vmax=max(last, 2), linewidths=0
         )
         ax.set_ylabel(shown[name])
-    axes[-1].xaxis.set_major_locator(MaxNLocator())
+    axes[-1].xaxis.set_major_locator(AutoLocator())
     axes[-1].set_xlabel("√KL from the reference (√nats per completion)")
     figure.colorbar(dots, ax=axes, label="PPO iteration", aspect=30).locator = MaxNLocator(integer=True)
     return figure
@@ -241,7 +243,7 @@ def _timing(readers: Sequence[LogReader]) -> "Figure | None":
             ax,
             readers,
             stage,
-            Panel(f"{_STAGES[stage]}: tokens per second", {"perf/tokens_per_s": ""}, limits=(0.0, None)),
+            Panel(f"{_STAGES[stage]} (tokens per second)", {"perf/tokens_per_s": ""}, limits=(0.0, None)),
         )
         ax.set_xlabel(_x_label(stage))
         ax.yaxis.set_major_formatter("{x:,.0f}")

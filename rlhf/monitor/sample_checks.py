@@ -33,10 +33,12 @@ def repeated_text(reader: LogReader, stage: str) -> Reading:
     repeated = float(np.mean([repetition(sample["completion"]) for sample in samples]))
     prompts = {sample["prompt"] for sample in samples}
     text, count = Counter(sample["completion"] for sample in samples).most_common(1)[0]
-    same = count / len(samples) if len(prompts) > 4 else 0.0
+    several = len(prompts) > 4
+    same = count / len(samples) if several else 0.0
     return Reading(
         worst(THRESHOLDS["repeated-text"].level(repeated), THRESHOLDS["same-text"].level(same)),
-        f"{repeated:.0%} of 4-grams repeat within a completion; the commonest completion has a share of {same:.0%}",
+        f"{repeated:.0%} of 4-grams repeat within a completion"
+        + (f"; the commonest completion has a share of {same:.0%}" if several else ""),
         f"of the newest {len(samples)} completions of {len(prompts)} prompts, {count} are {_shortened(text)!r}",
         _of_samples(samples),
     )
