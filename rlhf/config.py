@@ -67,8 +67,13 @@ class LogConfig(Section):
     """Steps (PPO: iterations) between lines of metrics.jsonl."""
     samples: Index = 64
     """Completions of each PPO iteration written to samples.jsonl."""
+    token_samples: Index = 16
+    """Of those, completions with log-probs, values and advantages of every token (40 bytes a token)."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""
+    sink: str | None = None
+    """Function `module:function` or `file.py:function` that is called with (stage, step, metrics) of every line of
+    metrics.jsonl, such as one that feeds Weights & Biases. What it raises is told once and does not end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +186,8 @@ class PPOConfig(OptimizerConfig):
     """Model folder of the policy and reference; none is OUTPUT_DIR/sft."""
     reward: tuple[str, ...] = ()
     """Sources of reward, summed: each a reward-model folder, a Python function `module:function` or
-    `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`. None is OUTPUT_DIR/reward."""
+    `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`; with weight 0 it is logged as
+    gold/<name> and never optimised. None is OUTPUT_DIR/reward."""
 
     num_iterations: Count = 100
     """Rounds of generating and updating."""

@@ -42,4 +42,6 @@ def test_the_wheel_has_one_import_root(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"rlhf"}
     assert {"rlhf/py.typed", "rlhf/__init__.pyi", "rlhf/configs/demo.yaml", "rlhf/cli/train.py"} <= set(names)
+    pages = {f"rlhf/monitor/page/{path.name}" for path in (ROOT / "rlhf" / "monitor" / "page").iterdir()}
+    assert {"rlhf/monitor/page/index.html", "rlhf/monitor/page/uPlot.LICENSE"} <= pages <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

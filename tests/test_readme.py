@@ -37,6 +37,13 @@ def test_commands_of_evaluation_parse(command):
     assert parse(flags).model_dir.parts[0] in ("outputs", "path")
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("rlhf-monitor")])
+def test_monitor_commands_parse(command):
+    from rlhf.cli.monitor import parse
+
+    assert parse(shlex.split(command)[1:]).log_dir[0] == Path("outputs/mine/logs")
+
+
 def test_make_targets_exist():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"make ([\w-]+)", "\n".join(COMMANDS)):

@@ -110,6 +110,14 @@ def test_open_sources_reads_weights(tokenizer, models, weight, value):
         assert (source.function is None) == (name == "rm")
 
 
+def test_open_sources_takes_weight_0_as_gold_unless_nothing_else_is_there(tokenizer, models):
+    module = module_with(FUNCTIONS)
+    sources = open_sources([f"0*{models}/other/rm", f"0*{module}:length", f"{models}/rm"], tokenizer)
+    assert [source.metric for source in sources] == ["reward/rm#2", "gold/rm", "gold/length"], "optimised ones first"
+    with pytest.raises(UserError, match="every weight is 0, so there is nothing to optimise"):
+        open_sources([f"0*{models}/rm", f"-0.0*{module}:length"], tokenizer)
+
+
 def test_open_sources_reads_a_reward_model_with_its_statistics(tokenizer, models):
     (source,) = open_sources([str(models / "rm") + "/"], tokenizer)
     assert source.model.statistics == RewardStatistics(1.0, 2.0, 3)

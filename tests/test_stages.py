@@ -207,6 +207,42 @@ def test_ppo_writes_the_fields_metrics_and_samples(base, tmp_path):
     assert [sample["policy_version"] for sample in samples[::8]] == [0, 4, 8, 12, 16, 20]
     by_step = [sum(s["score"] for s in samples[8 * n : 8 * n + 8]) / 8 for n in range(6)]
     assert by_step == pytest.approx([line["objective/scores"] for line in lines[1:-1]], abs=1e-5)
+    for sample in samples:
+        tokens = sample["per_token"]
+        assert "".join(tokens.pop("pieces")) == sample["completion"]
+        assert {len(values) for values in tokens.values()} == {sample["tokens"]}
+        change = sum(tokens["log_probs"]) - sum(tokens["ref_log_probs"])
+        assert change == pytest.approx(sample["kl"], abs=1e-4 * sample["tokens"] + 1e-6)  # k1, each rounded to 4 digits
+    advantages = [value for sample in samples[:8] for value in sample["per_token"]["advantages"]]
+    assert sum(advantages) == pytest.approx(0, abs=1e-2)  # whitened over the batch's tokens
+
+
+def test_as_many_samples_are_logged_as_asked_for(base, tmp_path):
+    log = LogConfig(tensorboard=False, samples=3, token_samples=1)
+    run = copy_run(base, tmp_path, "ppo", log=log, ppo=dataclasses.replace(base.ppo, num_iterations=2))
+    run_ppo(run)
+    samples = [json.loads(line) for line in (run.output_dir / "logs" / "samples.jsonl").read_text().splitlines()]
+    assert ["per_token" in sample for sample in samples] == [True, False, False] * 2
+
+
+def test_a_report_is_written_however_a_stage_ends_and_fails_none(base, tmp_path, capsys):
+    run = dataclasses.replace(base, output_dir=tmp_path / "whole")
+    run_sft(run)
+    assert (run.output_dir / "report" / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert "report.html" in capsys.readouterr().err
+
+    stopped = dataclasses.replace(base, output_dir=tmp_path / "stopped")
+    interrupt_after(stopped, "sft", 3)
+    with pytest.raises(Interrupted):
+        run_sft(stopped)
+    assert '"event":"interrupted"' in (stopped.output_dir / "report" / "report.html").read_text()
+
+    blocked = dataclasses.replace(base, output_dir=tmp_path / "blocked")
+    blocked.output_dir.mkdir()
+    (blocked.output_dir / "report").write_text("a file where the folder should be")
+    run_sft(blocked)
+    assert "report.html: not written" in capsys.readouterr().err.replace("\n", "")
+    assert (blocked.output_dir / "sft" / "model.safetensors").is_file()
 
 
 def test_invariant_12_learning_rate_0_leaves_parameters_and_kl_unchanged(base, tmp_path):
@@ -307,6 +343,26 @@ def test_ppo_learns_from_a_python_function_with_columns(base, tmp_path):
     scores = [line["objective/scores"] for line in lines]
     assert scores[0] == pytest.approx(lines[0]["reward/brevity"] + 0.5 * lines[0]["reward/polite"], abs=1e-5)
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
+
+
+def test_a_source_of_weight_0_is_logged_as_gold_and_changes_no_bit(base, tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text("def gold(prompts, completions):\n    return [float(len(text)) for text in completions]\n")
+    settings = dataclasses.replace(base.ppo, num_iterations=2)
+    plain = copy_run(base, tmp_path / "a", "ppo", ppo=settings)
+    sources = (str(plain.output_dir / "reward"), f"0*{judge}:gold")
+    watched = copy_run(base, tmp_path / "b", "ppo", ppo=dataclasses.replace(settings, reward=sources))
+    run_ppo(plain)
+    run_ppo(watched)
+    assert weights_of(plain, "ppo") == weights_of(watched, "ppo")
+    lines = metrics_of(watched, "ppo")
+    samples = [json.loads(line) for line in (watched.output_dir / "logs" / "samples.jsonl").read_text().splitlines()]
+    assert all(sample["gold/gold"] == len(sample["completion"]) for sample in samples)
+    first = [sample["gold/gold"] for sample in samples if sample["step"] == 1]
+    assert lines[0].pop("gold/gold") == pytest.approx(sum(first) / len(first))
+    assert lines[0] == metrics_of(plain, "ppo")[0]
+    assert all(line["val/ratio_first"] == pytest.approx(1.0, abs=1e-5) for line in lines)
+    assert lines[-1]["val/ratio"] != lines[-1]["val/ratio_first"]
 
 
 def test_a_reward_that_is_not_finite_is_refused_and_everything_saved(base, tmp_path):

@@ -55,12 +55,17 @@ def atomic_folder(target: Path, flag: str = "--output-dir") -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, bytes(text, "utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file's content in one step. Errors as `atomic_folder`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with clear_write_errors(path):
             _clear_leftovers(path)
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
             _sync(temporary)
             temporary.rename(path)
     finally:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,22 @@ FORMAT = 1
 """Version of the lines' form, named in every `start` event."""
 
 
+Sink = Callable[[str, int, dict[str, float]], None]
+"""Gets (stage, step, metrics) of every line of metrics."""
+
+
 class RunLog:
     """Appends one stage's lines, each flushed at once, so that a crash loses none."""
 
-    def __init__(self, folder: Path, stage: str, *, after_step: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        *,
+        after_step: int | None = None,
+        tensorboard: bool = True,
+        sink: Sink | None = None,
+    ) -> None:
         """Open logs/ for a stage.
 
         Args:
@@ -29,8 +41,9 @@ class RunLog:
             stage: its name, in every line.
             after_step: where a resumed run continues; this stage's later lines are removed. None for a new run.
             tensorboard: write event files too, to folder/tensorboard/<stage>.
+            sink: gets every step's metrics too.
         """
-        self._stage = stage
+        self._stage, self._sink = stage, sink
         with clear_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             paths = [folder / "metrics.jsonl", folder / "samples.jsonl"]
@@ -48,6 +61,8 @@ class RunLog:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._sink is not None:
+            self._sink(self._stage, step, dict(values))
 
     def samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         """Write completions of one step."""
@@ -69,16 +84,16 @@ class RunLog:
     @staticmethod
     def _write(stream: Any, line: dict[str, Any]) -> None:
         with clear_write_errors(Path(stream.name)):
-            stream.write(json.dumps(_finite(line), ensure_ascii=False, allow_nan=False) + "\n")
+            stream.write(json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n")
             stream.flush()
 
 
-def _finite(value: Any) -> Any:
-    """`value` with None for every float that JSON does not have."""
+def finite(value: Any) -> Any:
+    """A JSON value with None for every float that JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

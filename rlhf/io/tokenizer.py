@@ -5,6 +5,7 @@ trained on the user's texts. Text never becomes a control token: "<|endoftext|>"
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -97,6 +98,19 @@ class Tokenizer:
         """The text of token ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
         return self._backend.decode(list(tokens), skip_special_tokens=True)
 
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What each token adds to `decode(tokens)`; they join to exactly that.
+
+        A character whose bytes lie in several tokens belongs to the last of them, the others add "".
+        """
+        whole = self.decode(tokens)
+        alone = self._backend.decode_batch([[token] for token in tokens], skip_special_tokens=True)
+        if "".join(alone) == whole:
+            return alone
+        shared = [_shared(self.decode(tokens[:end]), whole) for end in range(1, len(tokens))]
+        ends = [0, *itertools.accumulate(shared, max), len(whole)]
+        return [whole[first:end] for first, end in itertools.pairwise(ends)]
+
     @property
     def fingerprint(self) -> str:
         """Hex digest that two tokenizers share exactly if they encode alike."""
@@ -111,6 +125,14 @@ class Tokenizer:
         """A token that no text contains, to mark padding by: `<|pad|>`, or the byte 0xFF, which UTF-8 never uses."""
         pad = self._backend.token_to_id(PAD)
         return pad if pad is not None else self._backend.token_to_id("ÿ")
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next(
+        (place for place, pair in enumerate(zip(text, other, strict=False)) if pair[0] != pair[1]),
+        min(len(text), len(other)),
+    )
 
 
 def _byte_level(model: models.BPE) -> Backend:

@@ -82,7 +82,8 @@ def show_comparison(comparison: Comparison, output_dir: Path) -> None:
     console.print(replies)
     console.print(
         f"Written to {output_dir}: models in sft/, reward/ and policy/ (transformers loads them); metrics.jsonl,\n"
-        "samples.jsonl and TensorBoard files in logs/; all replies in report/comparison.json; the data in data/.",
+        "samples.jsonl and TensorBoard files in logs/; all replies in report/comparison.json; the data in data/.\n"
+        f"See the run in a browser: {output_dir / 'report' / 'report.html'}",
         markup=False,
     )
 

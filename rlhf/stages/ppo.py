@@ -122,7 +122,7 @@ def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, 
     times.append(time.perf_counter())
     tokens = sum(map(len, rollout.prompts)) + int(rollout.completions.mask.sum())
     metrics = {name: float(value) for name, value in experience.metrics.items()} | update
-    metrics |= {f"reward/{name}": float(values.mean()) for name, values in scored.raw.items()}
+    metrics |= {name: float(values.mean()) for name, values in scored.raw.items()}
     metrics |= {
         "objective/kl_coef": kl_coef,
         "response_length/ended": float(rollout.completions.ended.float().mean()),
@@ -131,7 +131,7 @@ def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, 
         "timing_s/update": times[3] - times[2],
         "perf/tokens_per_s": tokens / (times[3] - times[0]),
     }
-    log.samples(step + 1, sample_lines(rollout, scored, experience)[: ppo.run.config.log.samples])
+    log.samples(step + 1, sample_lines(ppo, rollout, scored, experience))
     if settings.ref_ema is not None:
         ppo.executor.blend("reference")
     if settings.kl_adaptive:
@@ -163,6 +163,7 @@ def _learn(
             break
     updates = ppo.executor.version - first_update
     means = {name: sum(values) / len(values) for name, values in collected.items()}
+    means["val/ratio_first"] = collected["val/ratio"][0]  # before any update: anything but 1 is a defect
     return means | {"lr": rate_at(update_schedule(settings), first_update), "policy/updates": updates}
 
 

@@ -65,7 +65,7 @@ class Scored(NamedTuple):
     scores: Tensor
     """[B] reward units, shaped: what the policy is rewarded with."""
     raw: dict[str, Tensor]
-    """[B] by source, as the source gave them."""
+    """[B] by source's metric, as the source gave them."""
 
 
 def make_rollout(ppo: PPO, step: int) -> Rollout:
@@ -130,10 +130,13 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     return Scored(log_probs, ref_log_probs, values, scores, raw)
 
 
-def sample_lines(rollout: Rollout, scored: Scored, experience: Experience) -> list[dict[str, Any]]:
-    """One line of samples.jsonl per completion."""
-    lengths, kl = rollout.completions.mask.sum(dim=1), experience.kl.sum(dim=1)
-    return [
+def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experience) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl for the first completions, as many as `log.samples` asks for.
+
+    The first `log.token_samples` of them have `per_token`: the pieces of the text and what PPO knows of each token.
+    """
+    settings, lengths, kl = ppo.run.config.log, rollout.completions.mask.sum(dim=1), experience.kl.sum(dim=1)
+    lines = [
         {
             "prompt": columns["prompt"],
             "completion": text,
@@ -143,23 +146,41 @@ def sample_lines(rollout: Rollout, scored: Scored, experience: Experience) -> li
             "ended": bool(rollout.completions.ended[row]),
             "policy_version": rollout.version,
         }
-        | {f"reward/{name}": float(values[row]) for name, values in scored.raw.items()}
+        | {name: float(values[row]) for name, values in scored.raw.items()}
         for row, (columns, text) in enumerate(zip(rollout.columns, rollout.texts, strict=True))
+        if row < settings.samples
     ]
+    arrays = {
+        "log_probs": scored.log_probs,
+        "ref_log_probs": scored.ref_log_probs,
+        "values": scored.values,
+        "advantages": experience.advantages,
+    }
+    for row, line in enumerate(lines[: settings.token_samples]):
+        length = line["tokens"]
+        pieces = ppo.policy.tokenizer.pieces(rollout.completions.tokens[row, :length].tolist())
+        # last in its line, so that a reader can leave it out unparsed
+        line["per_token"] = {"pieces": pieces} | {name: _rounded(rows[row, :length]) for name, rows in arrays.items()}
+    return lines
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """Four decimals: a third of the bytes."""
+    return [round(value, 4) for value in values.tolist()]
 
 
 def _sum_sources(ppo: PPO, rollout: Rollout, by_model: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """(raw scores by source, weighted sum [B] with reward models normalised)."""
+    """(raw scores by source's metric, weighted sum [B] with reward models normalised)."""
     raw, total = {}, torch.zeros(len(rollout.texts))
     columns_of_models = iter(by_model.unbind(dim=1))
     prompts = [columns["prompt"] for columns in rollout.columns]
     for source in ppo.sources:
         if source.model is not None:
-            raw[source.name] = scores = next(columns_of_models)
+            raw[source.metric] = scores = next(columns_of_models)
             mean, std, _ = source.model.statistics
             normal = (scores - mean) / std if ppo.settings.normalize_reward else scores
         else:
-            raw[source.name] = normal = torch.tensor(
+            raw[source.metric] = normal = torch.tensor(
                 call_reward_function(source, prompts, rollout.texts, rollout.columns)
             )
         total = total + source.weight * normal

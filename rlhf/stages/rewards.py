@@ -23,12 +23,17 @@ class RewardSource(NamedTuple):
     """One term of the reward."""
 
     name: str
-    """As in the metrics: reward/<name>."""
     weight: float
+    """0 makes it a gold score: logged, and never optimised."""
     model: RewardModel | None
     """Either a reward model …"""
     function: Callable[..., Any] | None
     """… or a Python function."""
+
+    @property
+    def metric(self) -> str:
+        """Its name in the log."""
+        return f"{'reward' if self.weight else 'gold'}/{self.name}"
 
 
 def open_sources(specs: Sequence[str], tokenizer: Tokenizer) -> list[RewardSource]:
@@ -36,14 +41,16 @@ def open_sources(specs: Sequence[str], tokenizer: Tokenizer) -> list[RewardSourc
 
     Raises:
         UserError: a source is neither a folder nor a function that can be imported, has a weight that is no number,
-            or is a reward model with another vocabulary than the policy's.
+            or is a reward model with another vocabulary than the policy's; or all weights are 0.
     """
     sources: list[RewardSource] = []
     for spec in specs:
         source = _open(spec, tokenizer)
         same = sum(source.name == other.name.partition("#")[0] for other in sources)
         sources.append(source._replace(name=f"{source.name}#{same + 1}") if same else source)
-    return sources
+    if sources and not any(source.weight for source in sources):
+        raise UserError(f"--ppo.reward {' '.join(specs)}: every weight is 0, so there is nothing to optimise")
+    return sorted(sources, key=lambda source: source.weight == 0)  # a critic starts from the first reward model
 
 
 def call_reward_function(

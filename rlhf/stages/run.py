@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,8 +26,10 @@ from rlhf.io.manifest import write_manifest
 from rlhf.io.presets import dump_config, load_config
 from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
+from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages.compute import compute_threads, describe_workers, find_device, limit_threads
+from rlhf.stages.sink import open_sink
 from rlhf.tree import leaves, named_leaves
 
 Facts = dict[str, Any]
@@ -193,8 +196,9 @@ def train(
         run.stage,
         after_step=start if config.resume else None,
         tensorboard=config.log.tensorboard,
+        sink=open_sink(config.log.sink),
     )
-    with contextlib.closing(log), StageProgress(run.stage, total, unit, shown) as progress:
+    with _report_at_end(run), contextlib.closing(log), StageProgress(run.stage, total, unit, shown) as progress:
         log.event("resume" if start else "start", format=FORMAT, step=start, total=total, unit=unit, notes=run.notes)
         progress.update(start, {})
         for step in range(start, total):
@@ -228,6 +232,24 @@ def train(
                 raise WorkersLostError(f"{where}. The cause: lost {faults[-1].what}")
         log.event("end", step=total)
     return facts
+
+
+@contextlib.contextmanager
+def _report_at_end(run: Run) -> Iterator[None]:
+    """Write report/report.html however the stage ends, but for Ctrl-C twice. A run never fails for its report."""
+    folder = run.config.output_dir
+    try:
+        yield
+    finally:
+        if not isinstance(sys.exception(), KeyboardInterrupt):
+            path = folder / "report" / "report.html"
+            try:
+                write_report([folder / "logs"], path)
+                said = f"report in {path}"
+            except Exception as error:  # whatever it is, the models are worth more
+                said = f"{path}: not written ({error})"
+            console.print(f"[bold]{run.stage}[/]: ", end="")
+            console.print(said, markup=False, soft_wrap=True)
 
 
 def _checkpoints(config: RunConfig, stage: str) -> Path:

@@ -1,0 +1,127 @@
+"""rlhf-monitor: see how a run is doing, judge it, plot it; while it runs, and after.
+
+Usage:
+    rlhf-monitor --log-dir outputs/logs --live
+    rlhf-monitor --log-dir outputs/logs --serve
+    rlhf-monitor --log-dir outputs/logs --plot-type all
+    rlhf-monitor --log-dir outputs/logs --check
+    rlhf-monitor --log-dir seed-0/logs seed-1/logs seed-2/logs --report
+"""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rlhf.cli.command import run_command
+
+from rlhf.errors import UserError
+from rlhf.ranges import Interval, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitor(Section):
+    """See how runs are doing by their logs. Choose one of the things to do; --live if none is chosen."""
+
+    log_dir: tuple[Path, ...] = (Path("outputs/logs"),)
+    """Folders of logs, or output folders. Several are runs to compare: plots show their mean and spread."""
+    live: bool = False
+    """Follow one run in the terminal until Ctrl-C; print its state once where there is no terminal."""
+    serve: bool = False
+    """Follow runs on a local web page, with charts, samples and the health panel."""
+    report: bool = False
+    """Write the page as one self-contained file, report.html."""
+    plot_type: Literal["all", "loss", "reward", "kl", "lengths", "timing", "samples"] | None = None
+    """Write PNG plots."""
+    check: bool = False
+    """Print the health checks; exit code 1 if one of them finds a problem, 0 if none does."""
+    output_dir: Path | None = None
+    """Folder for plots and report.html; none is report/ beside the first run's logs/."""
+    port: Annotated[int, Interval("[0, 65535]")] = 8742
+    """Of the page, on this machine alone; 0 takes a free one."""
+    open_browser: bool = True
+    """Open the page in a browser."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
+    found: list[int] = []
+    failed = run_command(lambda: found.append(_monitor(parse(sys.argv[1:] if argv is None else argv))))
+    return failed or sum(found)
+
+
+def parse(argv: Sequence[str]) -> Monitor:
+    """The settings of a command line; prints help or errors and exits (code 2) as tyro does."""
+    return tyro.cli(Monitor, prog="rlhf-monitor", args=argv)
+
+
+def _monitor(settings: Monitor) -> int:
+    actions: dict[str, tuple[bool, Callable[[Monitor], int]]] = {
+        "--live": (settings.live, _live),
+        "--serve": (settings.serve, _serve),
+        "--report": (settings.report, _report),
+        "--plot-type": (settings.plot_type is not None, _plot),
+        "--check": (settings.check, _check),
+    }
+    chosen = [name for name, (wanted, _) in actions.items() if wanted] or ["--live"]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)}: one at a time")
+    if not settings.log_dir:
+        raise UserError("--log-dir: expected at least one folder")
+    return actions[chosen[0]][1](settings)
+
+
+def _live(settings: Monitor) -> int:
+    if len(settings.log_dir) > 1:
+        raise UserError("--live follows one run; give one --log-dir, or compare several with --serve")
+    from rich.console import Console  # from here on it may take a second
+
+    from rlhf.monitor.live import follow
+
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how one leaves
+        follow(settings.log_dir[0], Console(highlight=False))
+    return 0
+
+
+def _serve(settings: Monitor) -> int:
+    from rlhf.monitor.serve import serve
+
+    serve(settings.log_dir, port=settings.port, open_browser=settings.open_browser)
+    return 0
+
+
+def _report(settings: Monitor) -> int:
+    from rlhf.monitor.report import write_report
+
+    path = _output(settings) / "report.html"
+    write_report(settings.log_dir, path)
+    print(path)
+    return 0
+
+
+def _plot(settings: Monitor) -> int:
+    from rlhf.monitor.plots import write_plots
+
+    for path in write_plots(settings.log_dir, settings.plot_type or "all", _output(settings)):
+        print(path)
+    return 0
+
+
+def _check(settings: Monitor) -> int:
+    from rich.console import Console
+
+    from rlhf.monitor.panel import print_findings
+
+    return int(print_findings(settings.log_dir, Console(highlight=False)))
+
+
+def _output(settings: Monitor) -> Path:
+    from rlhf.monitor.log import log_folder
+
+    return settings.output_dir or log_folder(settings.log_dir[0]).absolute().parent / "report"

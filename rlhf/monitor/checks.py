@@ -1,0 +1,285 @@
+"""What the health checks measure in a stage's metrics and events; `sample_checks` has those that read completions."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rlhf.monitor.log import LogReader, Series
+from rlhf.monitor.thresholds import LEVELS, THRESHOLDS, Level, worst
+
+_FEWEST = 5
+"""Lines from which anything is concluded."""
+
+
+class Reading(NamedTuple):
+    """What a check found."""
+
+    level: Level
+    summary: str
+    evidence: str
+    steps: tuple[int, int] | None = None
+
+
+class Unknown(Exception):  # noqa: N818 (not an error)
+    """The log does not have what a check needs."""
+
+
+def need(reader: LogReader, stage: str, name: str, fewest: int = _FEWEST) -> Series:
+    """A metric without its NaN; Unknown if there is too little of it."""
+    steps, values = reader.series(stage, name)
+    finite = np.isfinite(values)
+    if not len(values):
+        raise Unknown(f"{name} is not in the log")
+    if finite.sum() < fewest:
+        raise Unknown(f"only {finite.sum()} of the {fewest} lines with {name} that this takes")
+    return Series(steps[finite], values[finite])
+
+
+def recent(series: Series) -> Series:
+    """The newest tenth: between 5 and 50 lines."""
+    count = _window(series)
+    return Series(series.steps[-count:], series.values[-count:])
+
+
+def early(series: Series) -> Series:
+    """As many lines at the start as are recent."""
+    count = _window(series)
+    return Series(series.steps[:count], series.values[:count])
+
+
+def _window(series: Series) -> int:
+    return min(max(_FEWEST, len(series.values) // 10), 50)
+
+
+def _median(series: Series) -> float:
+    return float(np.median(series.values))
+
+
+def _span(series: Series) -> tuple[int, int]:
+    return int(series.steps[0]), int(series.steps[-1])
+
+
+def negative_kl(reader: LogReader, stage: str) -> Reading:
+    """KL(policy || reference) cannot be negative: a negative mean means that sampling and log-probs disagree."""
+    now = recent(need(reader, stage, "objective/kl"))
+    kl = _median(now)
+    negative = int((now.values < 0).sum())
+    return Reading(
+        THRESHOLDS["negative-kl"].level(kl),
+        f"KL is {kl:.3g} nats per completion",
+        f"median objective/kl {kl:.3g} nats, negative in {negative} of {len(now.values)} lines",
+        _span(now),
+    )
+
+
+def kl_explosion(reader: LogReader, stage: str) -> Reading:
+    """Per token, because longer completions have more; and against the middle of the run, because it should settle."""
+    kl = need(reader, stage, "objective/kl")
+    lengths = need(reader, stage, "response_length/mean")
+    now, middle = recent(kl), kl.values[len(kl.values) * 2 // 5 : len(kl.values) * 3 // 5]
+    per_token = _median(now) / max(_median(recent(lengths)), 1.0)
+    growth = _median(now) / max(float(np.median(middle)), 1e-9) if len(kl.values) >= 20 else 1.0
+    grows: Level = THRESHOLDS["kl-growth"].level(growth) if per_token > 0.1 else "ok"
+    peak = int(np.argmax(kl.values))
+    return Reading(
+        worst(THRESHOLDS["kl-level"].level(per_token), grows),
+        f"KL is {_median(now):.3g} nats per completion, {per_token:.2g} per token"
+        + (f", and {growth:.1f} times that of the middle of the run" if grows != "ok" else "")
+        + (f"; it was {kl.values[peak]:.3g} at {kl.steps[peak]}" if kl.values[peak] > 5 * _median(now) > 0 else ""),
+        f"median objective/kl {_median(now):.3g} nats over {_median(recent(lengths)):.3g} tokens; "
+        f"highest {kl.values[peak]:.3g} at {kl.steps[peak]}",
+        _span(now),
+    )
+
+
+def first_ratio(reader: LogReader, stage: str) -> Reading:
+    """Before the first update the policy is the one that sampled: the ratio is 1."""
+    name = "val/ratio_first"
+    if not len(reader.series(stage, name).values) and set(reader.series(stage, "policy/updates").values) == {1.0}:
+        name = "val/ratio"  # one update an iteration: the mean is the first
+    ratio = need(reader, stage, name, 1)
+    place = int(np.argmax(np.abs(ratio.values - 1.0)))
+    off = abs(float(ratio.values[place]) - 1.0)
+    return Reading(
+        THRESHOLDS["first-ratio"].level(off),
+        f"ratio at the first minibatch is {'1' if off < 5e-4 else f'off by up to {off:.2g}'}",
+        f"{name} {ratio.values[place]:.6g} at {ratio.steps[place]}, the farthest from 1 of {len(ratio.values)} lines",
+        _span(ratio),
+    )
+
+
+def clip_fraction(reader: LogReader, stage: str) -> Reading:
+    """A step that most tokens are clipped in is too large."""
+    return _level_of_median(reader, stage, "policy/clipfrac_avg", "clip-fraction", "{:.1%} of tokens are clipped")
+
+
+def approx_kl(reader: LogReader, stage: str) -> Reading:
+    """How far one iteration's updates carry the policy."""
+    return _level_of_median(
+        reader, stage, "policy/approxkl_avg", "approx-kl", "updates move the policy {:.2g} nats per token"
+    )
+
+
+def value_function(reader: LogReader, stage: str) -> Reading:
+    """Below 0 the values are worse than a constant."""
+    summary = "the values' explained variance of the returns is {:.2f}"
+    return _level_of_median(reader, stage, "val/explained_variance", "value-function", summary)
+
+
+def unfinished(reader: LogReader, stage: str) -> Reading:
+    """Completions that run into max_new_tokens."""
+    return _level_of_median(
+        reader, stage, "response_length/ended", "unfinished", "{:.0%} of completions end by themselves"
+    )
+
+
+def _level_of_median(reader: LogReader, stage: str, name: str, threshold: str, summary: str) -> Reading:
+    now = recent(need(reader, stage, name))
+    value = _median(now)
+    low, high = float(now.values.min()), float(now.values.max())
+    evidence = f"median {name} {value:.3g}, between {low:.3g} and {high:.3g}"
+    return Reading(THRESHOLDS[threshold].level(value), summary.format(value), evidence, _span(now))
+
+
+def entropy_collapse(reader: LogReader, stage: str) -> Reading:
+    """A policy that is sure of every token explores no more."""
+    entropy = need(reader, stage, "policy/entropy_avg")
+    now, begun = recent(entropy), early(entropy)
+    share = _median(now) / max(_median(begun), 1e-9)
+    return Reading(
+        THRESHOLDS["entropy-collapse"].level(share),
+        f"entropy is {_median(now):.2g} nats per token, {share:.0%} of that at the start",
+        f"median policy/entropy_avg {_median(begun):.3g} at first, {_median(now):.3g} now",
+        _span(now),
+    )
+
+
+def length_drift(reader: LogReader, stage: str) -> Reading:
+    """Completions that become ever longer, or shrink."""
+    lengths = need(reader, stage, "response_length/mean")
+    now, begun = recent(lengths), early(lengths)
+    growth = _median(now) / max(_median(begun), 1e-9)
+    return Reading(
+        worst(THRESHOLDS["length-growth"].level(growth), THRESHOLDS["length-shrinkage"].level(growth)),
+        f"completions are {_median(now):.3g} tokens long, {growth:.2g} times the length at the start",
+        f"median response_length/mean {_median(begun):.3g} tokens at first, {_median(now):.3g} now",
+        _span(now),
+    )
+
+
+def over_optimisation(reader: LogReader, stage: str) -> Reading:
+    """The optimised score rises while a score that nobody optimises falls."""
+    golds = [name for name in reader.names(stage) if name.startswith("gold/") or name.endswith("win_rate")]
+    if not golds:
+        raise Unknown("there is no gold score in the log")
+    readings = [_falls_from_its_best(reader, stage, name) for name in golds]
+    return max(readings, key=lambda reading: LEVELS.index(reading.level))
+
+
+def _falls_from_its_best(reader: LogReader, stage: str, name: str) -> Reading:
+    gold, score = need(reader, stage, name, 20), need(reader, stage, "objective/scores", 20)
+    blocks = np.array_split(gold.values, 8)
+    means = np.array([block.mean() for block in blocks])
+    error = max(float(np.std(np.diff(gold.values))) / 2**0.5, 1e-9) * (2 / len(blocks[0])) ** 0.5
+    best = int(np.argmax(means))
+    start, end = (int(np.concatenate(blocks[:n]).size) for n in (best, best + 1))
+    peak = gold.steps[start:end]
+    fall = float(means[best] - means[-1])
+    at_peak = float(score.values[(score.steps >= peak[0]) & (score.steps <= peak[-1])].mean())
+    now = float(score.values[-len(blocks[-1]) :].mean())
+    rises = now > at_peak
+    return Reading(
+        THRESHOLDS["over-optimisation"].level(fall / error) if rises else "ok",
+        f"{name} has fallen by {fall:.3g} from its best, while the optimised score rose"
+        if rises and fall > 4 * error
+        else f"{name} is {'at' if best == len(means) - 1 else f'{fall:.2g} below'} its best",
+        f"{name} {means[best]:.3g} around {peak[len(peak) // 2]}, {means[-1]:.3g} now (standard error {error:.2g}); "
+        f"objective/scores {at_peak:.3g} then, {now:.3g} now",
+        (int(peak[0]), int(gold.steps[-1])),
+    )
+
+
+def reward_model_chance(reader: LogReader, stage: str) -> Reading:
+    """Held-out accuracy near that of a coin."""
+    accuracy = need(reader, stage, "eval/reward/accuracy", 1)
+    value = float(accuracy.values[-1])
+    trained = reader.series(stage, "train/reward/accuracy").values
+    beside = f"; train/reward/accuracy {trained[-1]:.3g}" if len(trained) else ""
+    return Reading(
+        THRESHOLDS["reward-model-chance"].level(value),
+        f"orders {value:.1%} of held-out pairs as people did",
+        f"eval/reward/accuracy {value:.3g}{beside}",
+        _span(accuracy),
+    )
+
+
+def reward_model_length(reader: LogReader, stage: str) -> Reading:
+    """A reward that mostly counts tokens."""
+    correlation = need(reader, stage, "eval/reward/length_correlation", 1)
+    value = float(correlation.values[-1])
+    return Reading(
+        THRESHOLDS["reward-model-length"].level(abs(value)),
+        f"reward and length correlate by {value:.2f}",
+        f"eval/reward/length_correlation {value:.3g}",
+        _span(correlation),
+    )
+
+
+def throughput(reader: LogReader, stage: str) -> Reading:
+    """Slower than before; the first line, which has warm-up in it, is left out."""
+    speed = need(reader, stage, "perf/tokens_per_s", 3 * _FEWEST)
+    now = recent(speed)
+    before = float(np.median(speed.values[1 : -len(now.values)]))
+    share = _median(now) / max(before, 1e-9)
+    return Reading(
+        THRESHOLDS["throughput"].level(share),
+        f"{_median(now):,.0f} tokens/s, {share:.0%} of before",
+        f"median perf/tokens_per_s {before:,.0f} before, {_median(now):,.0f} now",
+        _span(now),
+    )
+
+
+def recoveries(reader: LogReader, stage: str) -> Reading:
+    """Workers that were lost and replaced."""
+    faults = [event for event in reader.events if event["stage"] == stage and event["event"] == "fault"]
+    if not faults:
+        return Reading("ok", "no worker was lost", "no fault event")
+    seconds = sum(float(fault["recovery_s"]) for fault in faults if isinstance(fault.get("recovery_s"), int | float))
+    steps = [fault["step"] for fault in faults if "step" in fault] or [0]
+    final = any(fault.get("final") for fault in faults)
+    return Reading(
+        "problem" if final else "warning",
+        f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}, made good in {seconds:.1f} s"
+        + (", then no more were allowed" if final else ""),
+        "; ".join(f"{fault.get('step', '?')}: lost {fault.get('what', '?')}" for fault in faults[-3:]),
+        (min(steps), max(steps)),
+    )
+
+
+def not_finite(reader: LogReader, stage: str) -> Reading:
+    """NaN or infinity, refused by the run or in its log."""
+    refused = [event for event in reader.events if event["stage"] == stage and event["event"] == "nonfinite"]
+    if refused:
+        step = refused[-1].get("step", 0) + 1
+        return Reading("problem", f"an update was refused at {step}", str(refused[-1].get("message", "")), (step, step))
+    empty = {name: int(np.isnan(reader.series(stage, name).values[-_FEWEST:]).sum()) for name in reader.names(stage)}
+    found = [name for name, count in empty.items() if count]
+    if not found:
+        return Reading("ok", "all figures are finite", "no nonfinite event, no null in the newest lines")
+    return Reading(
+        "warning", f"{len(found)} metrics are not finite", "null in the newest lines: " + ", ".join(found[:5])
+    )
+
+
+def overfitting(reader: LogReader, stage: str) -> Reading:
+    """Held-out loss that rises again."""
+    loss = need(reader, stage, "eval/loss", 2)
+    best = int(np.argmin(loss.values))
+    ratio = float(loss.values[-1] / max(loss.values[best], 1e-9))
+    return Reading(
+        THRESHOLDS["overfitting"].level(ratio),
+        f"held-out loss is {loss.values[-1]:.3g}, "
+        + ("its lowest" if ratio <= 1 else f"{ratio - 1:.1%} above its lowest"),
+        f"eval/loss {loss.values[best]:.3g} at {loss.steps[best]}, {loss.values[-1]:.3g} at {loss.steps[-1]}",
+        (int(loss.steps[best]), int(loss.steps[-1])),
+    )

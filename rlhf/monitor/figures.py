@@ -1,0 +1,160 @@
+"""How the plots look: lines with their noise behind, seeds as bands, colours that every eye tells apart."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from rlhf.monitor.log import LogReader, Series
+from rlhf.monitor.text import visible
+from rlhf.monitor.view import thin
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, which colour-blind readers tell apart; https://jfly.uni-koeln.de/color/."""
+STYLE: Any = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib
+    "font.size": 10,
+    "figure.titlesize": 11,
+    "figure.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.parse_math": False,  # a $ in a name is a $
+    "axes.formatter.useoffset": False,
+    "figure.dpi": 200,
+}
+_WIDTH, _HEIGHT = 6.4, 2.9  # inches, of one panel
+_MARKED = 30  # points up to which each has a marker
+SMOOTHED = 40
+"""Of a series of n points each n / SMOOTHED are averaged; from 2 SMOOTHED points on that is more than one."""
+_RAW = 1000  # points that noise is drawn with
+
+
+class Panel(NamedTuple):
+    """One pair of axes over steps."""
+
+    label: str
+    """Of the y axis, with its unit."""
+    curves: dict[str, str]
+    """Metric: what it is called in the legend. A metric that ends in * stands for all that begin so."""
+    level: tuple[float, str] | None = None
+    """A line to compare with, and what it is."""
+    limits: tuple[float | None, float | None] = (None, None)
+    """Of the y axis."""
+    log: bool = False
+    """A logarithmic y axis."""
+
+
+def new_figure(rows: int, *, title: str, height: float = _HEIGHT, same_x: bool = True) -> "tuple[Figure, list[Axes]]":
+    """A figure with `rows` panels below each other, by default over the same x axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, 0.5 + height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 1, sharex=same_x, squeeze=False)[:, 0])
+    figure.suptitle(title, x=0.01, ha="left")
+    for ax in axes:
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    return figure, axes
+
+
+def draw_panel(axes: "Axes", readers: Sequence[LogReader], stage: str, panel: Panel) -> bool:
+    """Draw a panel's curves; whether there was anything to draw."""
+    drawn: list[str] = []
+    for metric, label in _expand(readers, stage, panel.curves):
+        runs = [finite(reader.series(stage, metric)) for reader in readers]
+        runs = [series for series in runs if len(series.steps)]
+        if runs:
+            draw_curve(axes, runs, COLOURS[len(drawn) % len(COLOURS)], visible(label))
+            drawn.append(label)
+    name, bracket, unit = panel.label.partition(" (")
+    label = panel.label if len(panel.label) <= 30 and not panel.log else f"{name}\n{bracket.strip()}{unit}"
+    axes.set_ylabel(label + ", log scale" * panel.log)
+    if panel.log:
+        _make_log(axes)
+    if panel.level is not None and drawn:
+        value, name = panel.level
+        axes.axhline(value, color="#555555", linestyle="--", linewidth=1, label=name)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(
+        *(given if given is not None else own for given, own in zip(panel.limits, (bottom, top), strict=True))
+    )
+    if len(drawn) > 1 or (drawn and panel.level is not None):
+        add_legend(axes)
+    return bool(drawn)
+
+
+def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) -> None:
+    """One run: its running mean, the values themselves behind it. Several: their mean, lowest to highest behind it."""
+    smooth = [running_mean(series) for series in runs]
+    if len(runs) == 1:
+        series, steps, centre = runs[0], smooth[0].steps, smooth[0].values
+        if len(series.steps) > _RAW:
+            raw = thin(series, _RAW)
+            axes.fill_between(raw["steps"], raw["low"], raw["high"], color=colour, alpha=0.22, linewidth=0)
+        elif not np.array_equal(series.values, centre):
+            axes.plot(series.steps, series.values, color=colour, alpha=0.3, linewidth=0.8)
+    else:
+        steps, table = on_one_grid(smooth)
+        centre = np.nanmean(table, axis=0)
+        axes.fill_between(steps, np.nanmin(table, 0), np.nanmax(table, 0), color=colour, alpha=0.22, linewidth=0)
+    marker = "o" if len(steps) <= _MARKED else None
+    axes.plot(steps, centre, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=label)
+
+
+def finite(series: Series) -> Series:
+    """A series without its NaN."""
+    keep = np.isfinite(series.values)
+    return Series(series.steps[keep], series.values[keep])
+
+
+def running_mean(series: Series) -> Series:
+    """The centred mean over 1 / SMOOTHED of the series; of what there is of that at its ends."""
+    count = len(series.values)
+    reach = count // (2 * SMOOTHED)
+    if reach == 0:
+        return series
+    sums = np.concatenate([[0.0], np.cumsum(series.values)])
+    places = np.arange(count)
+    first, last = np.maximum(places - reach, 0), np.minimum(places + reach, count - 1) + 1
+    return Series(series.steps, (sums[last] - sums[first]) / (last - first))
+
+
+def on_one_grid(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [n] of any run, values [runs, n]): interpolated within each run, NaN beyond its ends."""
+    steps = np.unique(np.concatenate([series.steps for series in runs]))
+    table = [np.interp(steps, series.steps, series.values, left=np.nan, right=np.nan) for series in runs]
+    return steps, np.array(table)
+
+
+def add_legend(axes: "Axes", columns: int = 3) -> None:
+    """A legend above the axes, where it covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, ncols=columns)
+
+
+def _make_log(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _expand(readers: Sequence[LogReader], stage: str, curves: dict[str, str]) -> Iterable[tuple[str, str]]:
+    """(metric, label), with every metric that a * stands for."""
+    for metric, label in curves.items():
+        if not metric.endswith("*"):
+            yield metric, label
+            continue
+        names = dict.fromkeys(name for reader in readers for name in reader.names(stage))
+        yield from ((name, name.partition("/")[2]) for name in names if name.startswith(metric[:-1]))

@@ -1,0 +1,98 @@
+"""The page in one file: styles and scripts inside, and in a report the data too. Nothing comes from outside."""
+
+import base64
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rlhf.io.files import clear_write_errors, write_text
+from rlhf.io.run_log import finite
+from rlhf.monitor.log import LogReader
+from rlhf.monitor.samples import report_samples
+from rlhf.monitor.view import POINTS, run_names, run_state, stage_curves
+
+STYLES = ("uPlot.min.css", "style.css")
+SCRIPTS = ("uPlot.iife.min.js", "dom.js", "source.js", "metrics.js", "curves.js", "card.js", "curve_card.js",
+           "trade_card.js", "charts.js", "tokens.js", "overview.js", "samples.js", "app.js")  # fmt: skip
+"""In the order in which they need each other."""
+
+_SAMPLE_BYTES = 2_200_000
+"""What a report may spend on completions; the curves of a thousand iterations take about a megabyte."""
+
+
+def write_report(log_dirs: Sequence[Path], path: Path) -> None:
+    """Write the page with everything in it that the logs hold by now; several runs are compared.
+
+    Args:
+        log_dirs: logs/ folders, or output folders.
+        path: the HTML file; its folder is made.
+
+    Raises:
+        UserError: a folder is no run's, or the file cannot be written.
+    """
+    readers = [LogReader(folder) for folder in log_dirs]
+    for reader in readers:
+        reader.poll()
+    with clear_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, document(_content(readers)))
+
+
+def document(data: dict[str, Any] | None) -> str:
+    """The page: with its data inside, or (None) one that asks the server it came from."""
+    styles, scripts = (tuple(map(_asset, names)) for names in (STYLES, SCRIPTS))
+    return (
+        _asset("index.html")
+        .replace("{{policy}}", content_policy(live=data is None))
+        .replace("{{styles}}", "\n".join(f"<style>{style}</style>" for style in styles))
+        .replace("{{scripts}}", "\n".join(f"<script>{script}</script>" for script in scripts))
+        .replace("{{data}}", _inside_script(data))
+    )
+
+
+@functools.cache
+def content_policy(*, live: bool) -> str:
+    """The Content-Security-Policy: our own scripts and styles by their hashes, nothing else from anywhere."""
+    scripts, styles = (" ".join(map(_hash, names)) for names in (SCRIPTS, STYLES))
+    connect = "connect-src 'self'; " if live else ""
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src {styles}; {connect}img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def to_json(value: Any) -> str:
+    """JSON that any reader takes: numbers that are not finite are null, and a lone surrogate stays an escape."""
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _content(readers: Sequence[LogReader]) -> dict[str, Any]:
+    share = len(readers)
+    names = run_names(readers)
+    runs = []
+    for reader, name in zip(readers, names, strict=True):
+        curves = {stage: stage_curves(reader, stage, points=max(100, POINTS // share)) for stage in reader.stages}
+        state = run_state(reader, name)
+        runs.append({"state": state, "curves": curves, "samples": report_samples(reader, _SAMPLE_BYTES // share)})
+    return {"now": time.time(), "runs": runs}
+
+
+def _inside_script(data: Any) -> str:
+    """JSON in which no `<` is left, so that no text can end the element that holds it or begin another."""
+    return to_json(data).replace("<", "\\u003c")
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return (resources.files("rlhf.monitor") / "page" / name).read_text(encoding="utf-8")
+
+
+def _hash(name: str) -> str:
+    digest = hashlib.sha256(_asset(name).encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

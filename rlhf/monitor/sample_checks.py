@@ -1,0 +1,72 @@
+"""What the health checks see in the newest completions."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from rlhf.monitor.checks import Reading, Unknown
+from rlhf.monitor.log import LogReader
+from rlhf.monitor.thresholds import THRESHOLDS, worst
+
+_SAMPLES = 128
+"""Newest completions that are looked at."""
+
+
+def constant_rewards(reader: LogReader, stage: str) -> Reading:
+    """Scores that are all the same teach nothing."""
+    samples = _samples(reader, stage)
+    scores = Counter(sample.get("score") for sample in samples)
+    score, count = scores.most_common(1)[0]
+    return Reading(
+        THRESHOLDS["constant-rewards"].level(count / len(samples)),
+        f"{len(scores)} different scores in {len(samples)} completions",
+        f"the score {score} is that of {count} of the newest {len(samples)} completions",
+        _of_samples(samples),
+    )
+
+
+def repeated_text(reader: LogReader, stage: str) -> Reading:
+    """The same words again and again in one completion, or the same completion for every prompt."""
+    samples = _samples(reader, stage)
+    repeated = float(np.mean([repetition(sample["completion"]) for sample in samples]))
+    prompts = {sample["prompt"] for sample in samples}
+    text, count = Counter(sample["completion"] for sample in samples).most_common(1)[0]
+    several = len(prompts) > 4
+    same = count / len(samples) if several else 0.0
+    return Reading(
+        worst(THRESHOLDS["repeated-text"].level(repeated), THRESHOLDS["same-text"].level(same)),
+        f"{repeated:.0%} of 4-grams repeat within a completion"
+        + (f"; the commonest completion has a share of {same:.0%}" if several else ""),
+        f"of the newest {len(samples)} completions of {len(prompts)} prompts, {count} are {_shortened(text)!r}",
+        _of_samples(samples),
+    )
+
+
+def repetition(text: str) -> float:
+    """Share of a text's 4-grams that it had before (Welleck et al. 2020, https://arxiv.org/abs/1908.04319, seq-rep-4).
+
+    Of words; of characters where there are no spaces; 0 for a text of fewer than four.
+    """
+    words = re.findall(r"\w+|[^\w\s]", text)
+    parts = words if len(text) < 20 * max(len(words), 1) else list(text)
+    grams = list(zip(*(parts[n:] for n in range(4)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _samples(reader: LogReader, stage: str) -> list[dict[str, Any]]:
+    """The stage's newest completions; Unknown if there are fewer than 16."""
+    store = reader.samples
+    places = [n for n in range(max(0, len(store) - _SAMPLES), len(store)) if store.places[n].stage == stage]
+    if len(places) < 16:
+        raise Unknown(f"only {len(places)} of the 16 completions that this takes are in samples.jsonl")
+    return store[places[0] : places[-1] + 1]
+
+
+def _of_samples(samples: list[dict[str, Any]]) -> tuple[int, int]:
+    return samples[0]["step"], samples[-1]["step"]

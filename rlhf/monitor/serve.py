@@ -1,0 +1,189 @@
+"""The page, live: a server on the loopback device that follows runs for a browser on the same machine."""
+
+import errno
+import re
+import threading
+import time
+import webbrowser
+from collections.abc import Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from rlhf.errors import UserError
+from rlhf.io.progress import console
+from rlhf.monitor.log import LogReader
+from rlhf.monitor.report import content_policy, document, to_json
+from rlhf.monitor.samples import SORTS, Query, SampleIndex
+from rlhf.monitor.view import POINTS, run_names, run_state, stage_curves
+
+_HOSTS = {"localhost", "127.0.0.1", "[::1]"}
+_ROWS = 100
+"""Samples in one answer at most."""
+
+Parameters = dict[str, str]
+
+
+def serve(log_dirs: Sequence[Path], *, port: int, open_browser: bool) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        log_dirs: logs/ folders or output folders of the runs to follow.
+        port: on 127.0.0.1; 0 takes a free one.
+        open_browser: open the page.
+
+    Raises:
+        UserError: a folder is no run's, or the port cannot be had.
+    """
+    with make_server(log_dirs, port) as server:
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        console.print(f"following {', '.join(map(str, log_dirs))} at {address} (Ctrl-C ends)", soft_wrap=True)
+        if open_browser:
+            webbrowser.open(address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            console.print("stopped")
+
+
+def make_server(log_dirs: Sequence[Path], port: int) -> ThreadingHTTPServer:
+    """A server that has read the logs and listens, and answers nothing yet. Errors as `serve`."""
+    runs = Runs([LogReader(folder) for folder in log_dirs])
+    runs.state({})  # the first reading takes longest, and what cannot be read is said now
+    handler = type("Handler", (_Handler,), {"runs": runs})
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(
+                f"--port {port}: {error.strerror or 'in use'}; choose another, or --port 0 for any that is free"
+            ) from error
+        raise
+    server.daemon_threads = True
+    return server
+
+
+class Runs:
+    """The runs that are followed; every method may be called from any thread."""
+
+    def __init__(self, readers: Sequence[LogReader]) -> None:
+        self._readers, self._names = readers, run_names(readers)
+        self._indexes = [SampleIndex(reader) for reader in readers]
+        self._lock = threading.Lock()
+        self._version = 0
+        self._states: list[dict[str, Any]] = []
+
+    def state(self, given: Parameters) -> dict[str, Any]:
+        """Where all runs stand; without `runs` if the caller has this version already."""
+        with self._lock:
+            self._update()
+            known = {"version": self._version, "now": time.time()}
+            if _whole(given, "version", 0) == self._version:
+                return known
+            if not self._states:
+                self._states = [
+                    run_state(reader, name) for reader, name in zip(self._readers, self._names, strict=True)
+                ]
+            return known | {"runs": self._states}
+
+    def curves(self, given: Parameters) -> dict[str, Any]:
+        """Curves of a stage, from one step to another."""
+        with self._lock:
+            self._update()
+            reader = self._readers[self._run(given)]
+            last = _whole(given, "last", -1)
+            return {
+                "generation": reader.generation,
+                "curves": stage_curves(
+                    reader,
+                    given.get("stage", ""),
+                    first=_whole(given, "first", 0),
+                    last=None if last < 0 else last,
+                    points=POINTS,
+                ),
+            }
+
+    def samples(self, given: Parameters) -> dict[str, Any]:
+        """One page of the samples that match."""
+        sort = given.get("sort", "newest")
+        if sort not in SORTS:
+            raise ValueError(f"sort: expected one of {', '.join(SORTS)}")
+        ended = {"yes": True, "no": False}.get(given.get("ended", ""))
+        pairs, tokens = (given.get(name) == "yes" for name in ("pairs", "tokens"))
+        query = Query(given.get("text", ""), given.get("prompt"), sort, ended, pairs, tokens)
+        offset, limit = _whole(given, "offset", 0), min(_whole(given, "limit", 25), _ROWS)
+        with self._lock:
+            self._update()
+            index = self._indexes[self._run(given)]
+            index.update()
+            found = index.find(query)
+            return {"total": len(found), "rows": index.rows(found[offset : offset + limit])}
+
+    def _update(self) -> None:
+        """Read what the runs have written since."""
+        changed = [reader.poll() for reader in self._readers]
+        if any(changed) or not self._version:
+            self._version, self._states = self._version + 1, []
+
+    def _run(self, given: Parameters) -> int:
+        run = _whole(given, "run", 0)
+        if run >= len(self._readers):
+            raise ValueError(f"run: there are {len(self._readers)}")
+        return run
+
+
+def _whole(given: Parameters, name: str, default: int) -> int:
+    text = given.get(name, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ValueError(f"{name}: expected a whole number")
+    return int(text)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    runs: Runs
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        # a page of elsewhere whose name was pointed at this machine would still name itself as the host
+        if re.sub(r":\d+$", "", self.headers.get("Host", "")).lower() not in _HOSTS:
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", "this page answers to localhost alone")
+            return
+        target = urlsplit(self.path)
+        answers = {"/api/state": self.runs.state, "/api/curves": self.runs.curves, "/api/samples": self.runs.samples}
+        if target.path == "/":
+            self._answer(HTTPStatus.OK, "text/html", document(None))
+        elif target.path in answers:
+            given = {name: values[-1] for name, values in parse_qs(target.query, keep_blank_values=True).items()}
+            try:
+                status, answer = HTTPStatus.OK, answers[target.path](given)
+            except (ValueError, UserError, OSError) as error:  # also of a log that is removed this very moment
+                status, answer = HTTPStatus.BAD_REQUEST, {"error": str(error)}
+            self._answer(status, "application/json", to_json(answer))
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", "nothing here")
+
+    def _answer(self, status: HTTPStatus, kind: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Length": str(len(body)),
+            "Content-Security-Policy": content_policy(live=True) + "; frame-ancestors 'none'",
+            "Cache-Control": "no-store",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+        except (BrokenPipeError, ConnectionResetError):  # the browser has left
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
+        """Say nothing: the terminal is the user's."""

@@ -1,0 +1,65 @@
+"""Following a file of JSON lines: what was appended since the last look, and whether the file is still the same."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+_CHUNK = 4 << 20  # bytes read at once
+_MARK = 256  # bytes before the present place by which a rewritten file is known
+
+
+class Tail:
+    """Follows one file of lines. A last line without its newline is left until it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin again at the file's beginning."""
+        self._offset, self._inode, self._mark = 0, -1, b""
+
+    def replaced(self) -> bool:
+        """Whether what was read is no longer what the file begins with."""
+        if self._inode < 0:
+            return False
+        try:
+            status = self._path.stat()
+            with self._path.open("rb") as stream:
+                stream.seek(self._offset - len(self._mark))
+                return status.st_ino != self._inode or stream.read(len(self._mark)) != self._mark
+        except FileNotFoundError:
+            return self._offset > 0
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """(offset, line) of every line completed since the last call."""
+        try:
+            with self._path.open("rb") as stream:
+                self._inode = self._path.stat().st_ino
+                stream.seek(self._offset)
+                rest = b""
+                while chunk := stream.read(_CHUNK):
+                    *whole, rest = (rest + chunk).split(b"\n")
+                    for line in whole:
+                        place, self._offset = self._offset, self._offset + len(line) + 1
+                        self._mark = (self._mark + line + b"\n")[-_MARK:]
+                        yield place, line
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read ({error.strerror})") from error
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """A line's fields; None unless it is an object with a stage and, if it has a step, a whole one."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or not isinstance(fields.get("stage"), str):
+        return None
+    step = fields.get("step", 0)
+    return fields if type(step) is int and 0 <= step < 2**63 else None

@@ -1,0 +1,96 @@
+"""A run's log as the page shows it, in JSON values: where it stands, what the checks say, and thinned curves."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf.monitor.health import findings
+from rlhf.monitor.log import LogReader, Series
+
+Curve = dict[str, Any]
+"""steps, mean, and the last step; where points were merged also low and high, and weight, the points in each."""
+
+POINTS = 1000
+"""Points of a curve: more than a screen has columns for it."""
+
+_EVENTS = 300
+"""Newest events that the page is given."""
+
+
+def run_names(readers: Sequence[LogReader]) -> list[str]:
+    """What to call each run: its folder's name, with its parent's or a number where that is not enough."""
+    names = [reader.name for reader in readers]
+    many = Counter(names)
+    names = [
+        name if many[name] == 1 else f"{reader.folder.absolute().parent.parent.name}/{name}"
+        for name, reader in zip(names, readers, strict=True)
+    ]
+    many = Counter(names)
+    return [name if many[name] == 1 else f"{name} #{number}" for number, name in enumerate(names, start=1)]
+
+
+def run_state(reader: LogReader, name: str) -> dict[str, Any]:
+    """Everything but curves and samples."""
+    return {
+        "name": name,
+        "folder": str(reader.folder),
+        "generation": reader.generation,
+        "stages": [_stage_state(reader, stage) for stage in reader.stages],
+        "events": reader.events[-_EVENTS:],
+        "problems": reader.problems,
+        "findings": [finding._asdict() for finding in findings(reader)],
+        "samples": len(reader.samples),
+    }
+
+
+def _stage_state(reader: LogReader, stage: str) -> dict[str, Any]:
+    progress = reader.progress(stage)
+    return {"name": stage, "metrics": reader.names(stage)} | {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in progress._asdict().items()
+    }
+
+
+def stage_curves(
+    reader: LogReader, stage: str, *, first: int = 0, last: int | None = None, points: int = POINTS
+) -> dict[str, Curve]:
+    """All metrics of a stage from step `first` to step `last` (none: the newest), each of at most `points` points."""
+    return {name: thin(_between(reader.series(stage, name), first, last), points) for name in reader.names(stage)}
+
+
+def _between(series: Series, first: int, last: int | None) -> Series:
+    begin = int(np.searchsorted(series.steps, first, side="left"))
+    end = len(series.steps) if last is None else int(np.searchsorted(series.steps, last, side="right"))
+    return Series(series.steps[begin:end], series.values[begin:end])
+
+
+def thin(series: Series, points: int) -> Curve:
+    """A curve of at most `points` points.
+
+    Neighbours are merged into their mean, with the lowest and highest beside it, so that no spike is lost.
+    """
+    count, last = len(series.steps), int(series.steps[-1]) if len(series.steps) else -1
+    if count <= points:
+        return {"steps": series.steps.tolist(), "mean": _plain(series.values), "last": last}
+    weight = math.ceil(count / points)
+    starts = np.arange(0, count, weight)
+    known = np.add.reduceat(np.isfinite(series.values).astype(np.int64), starts)
+    total = np.add.reduceat(np.nan_to_num(series.values), starts)
+    mean = np.where(known > 0, total / np.maximum(known, 1), np.nan)
+    ends = np.append(starts[1:], count) - 1
+    return {
+        "steps": ((series.steps[starts] + series.steps[ends]) / 2).tolist(),
+        "mean": _plain(mean),
+        "low": _plain(np.fmin.reduceat(series.values, starts)),
+        "high": _plain(np.fmax.reduceat(series.values, starts)),
+        "weight": weight,
+        "last": last,
+    }
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    """Six significant digits, which no screen can show more of; None for NaN."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -1,0 +1,252 @@
+"""Plots: what is drawn is what the log says, for runs of any length and texts of any kind."""
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from synthetic_logs import append, completion, write_log
+from test_live import NASTY
+
+from rlhf.errors import UserError
+from rlhf.monitor.figures import COLOURS, SMOOTHED, STYLE, Panel, draw_panel, new_figure, on_one_grid, running_mean
+from rlhf.monitor.log import LogReader, Series
+from rlhf.monitor.plots import LINE_PLOTS, _figures, write_plots
+from rlhf.monitor.samples_plot import choose, draw_samples
+from rlhf.monitor.view import thin
+
+PPO = ["value_function", "reward", "kl", "update_size", "lengths", "over_optimisation", "timing", "samples"]
+
+
+def reader_of(folder: Path) -> LogReader:
+    reader = LogReader(folder)
+    reader.poll()
+    return reader
+
+
+def pipeline(folder: Path, seed: int = 0, **options) -> Path:
+    """A run with all three stages."""
+    supervised = {"loss/sft": lambda step: 3.0 / step, "eval/loss": lambda step: 1.0 if step % 5 == 0 else None}
+    pairs = {"loss/reward": lambda step: 0.6, "reward/accuracy": lambda step: 0.7, "perf/tokens_per_s": float}
+    write_log(folder, stage="sft", count=20, figures=supervised, samples=0)
+    write_log(folder, stage="reward", count=20, figures=pairs, samples=0)
+    return write_log(folder, count=30, seed=seed, **options)
+
+
+def texts_in(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text()]
+
+
+KINDS = {
+    "all": ["sft_loss", "reward_model", *PPO],
+    "loss": ["sft_loss", "reward_model", "value_function"],
+    "reward": ["reward", "over_optimisation"],
+    "kl": ["kl", "update_size"],
+    "lengths": ["lengths"],
+    "timing": ["timing"],
+    "samples": ["samples"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_has_its_plots(tmp_path, kind):
+    assert [name for name, figure in _figures([reader_of(pipeline(tmp_path))], kind) if figure] == KINDS[kind]
+
+
+def test_they_are_written_large_enough_to_print(tmp_path):
+    written = write_plots([pipeline(tmp_path)], "all", tmp_path / "plots")
+    assert [path.name for path in written] == [f"{name}.png" for name in KINDS["all"]]
+    assert sorted((tmp_path / "plots").iterdir()) == sorted(written)
+    for path in written:
+        height, width, _ = imread(path).shape
+        assert width >= 1200
+        assert 400 < height < 4000
+
+
+@pytest.mark.parametrize(("count", "runs"), [(1, 1), (31, 3), (3000, 1)])
+def test_runs_of_any_length_and_several_runs_are_drawn_without_a_warning(tmp_path, monkeypatch, count, runs):
+    monkeypatch.setitem(STYLE, "figure.dpi", 50)  # for speed
+    logs = [write_log(tmp_path / f"seed-{seed}", seed=seed, count=count, samples=1) for seed in range(runs)]
+    assert [path.stem for path in write_plots(logs, "all", tmp_path / "plots")] == PPO
+
+
+def test_every_axis_is_labelled_and_every_unit_named(tmp_path):
+    for _, figure in _figures([reader_of(pipeline(tmp_path))], "all"):
+        assert figure is not None
+        assert all(axes.get_ylabel() for axes in figure.axes)
+        assert not figure.axes or any(axes.get_xlabel() for axes in figure.axes[-2:])  # the last may be a colour bar
+    for plot in LINE_PLOTS:
+        assert all("(" in panel.label or "explained" in panel.label for panel in plot.panels)
+
+
+def test_nothing_overlaps(tmp_path):
+    """Title, legends and axes of every plot, by the boxes that they are drawn in."""
+    with mpl.rc_context(STYLE):
+        for name, figure in _figures([reader_of(pipeline(tmp_path))], "all"):
+            assert figure is not None
+            figure.draw_without_rendering()
+            boxes = [axes.get_window_extent() for axes in figure.axes]
+            boxes += [axes.get_legend().get_window_extent() for axes in figure.axes if axes.get_legend()]
+            boxes += [text.get_window_extent() for text in figure.texts if text.get_text().strip()]
+            for place, box in enumerate(boxes):
+                assert box.x0 >= -1, name
+                assert box.x1 <= figure.bbox.x1 + 1, name
+                others = boxes[place + 1 :]
+                assert not any(box.shrunk(0.98, 0.9).overlaps(other.shrunk(0.98, 0.9)) for other in others), name
+
+
+def test_a_curve_is_the_series_of_the_log(tmp_path):
+    reader = reader_of(write_log(tmp_path, count=20))
+    _, (axes,) = new_figure(1, title="t")
+    assert draw_panel(axes, [reader], "ppo", Panel("x (y)", {"objective/kl": "KL"}))
+    (line,) = axes.get_lines()
+    steps, values = reader.series("ppo", "objective/kl")
+    assert np.array_equal(line.get_xdata(), steps)
+    assert np.array_equal(line.get_ydata(), values)
+
+
+def test_a_band_goes_from_the_lowest_run_to_the_highest_around_their_mean(tmp_path):
+    readers = [
+        reader_of(write_log(tmp_path / str(n), count=4, figures={"x": lambda step, n=n: n + step})) for n in (0, 1, 5)
+    ]
+    _, (axes,) = new_figure(1, title="t")
+    draw_panel(axes, readers, "ppo", Panel("x (y)", {"x": "x"}))
+    (line,) = axes.get_lines()
+    assert line.get_ydata() == pytest.approx([3, 4, 5, 6])
+    (band,) = axes.collections
+    corners = {(float(x), float(y)) for x, y in band.get_paths()[0].vertices}
+    assert {(1.0, 1.0), (4.0, 4.0), (1.0, 6.0), (4.0, 9.0)} <= corners
+
+
+def test_runs_of_different_lengths_share_what_they_have():
+    runs = [Series(np.array([1, 2, 3]), np.array([1.0, 2.0, 3.0])), Series(np.array([2, 4]), np.array([10.0, 30.0]))]
+    steps, table = on_one_grid(runs)
+    assert steps.tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(table, [[1, 2, 3, np.nan], [np.nan, 10, 20, 30]])
+
+
+@pytest.mark.parametrize("count", [1, 79, 80, 200, 1001])
+def test_running_mean_is_a_centred_average(count):
+    values = np.sin(np.arange(count) * 0.7) + np.arange(count)
+    reach = count // (2 * SMOOTHED)
+    expected = [values[max(n - reach, 0) : n + reach + 1].mean() for n in range(count)]
+    np.testing.assert_allclose(running_mean(Series(np.arange(count), values)).values, expected)
+
+
+def test_a_spike_survives_the_thinning_of_a_long_series(tmp_path):
+    values = np.zeros(10_000)
+    values[1234] = 50.0
+    assert max(thin(Series(np.arange(10_000), values), 1000)["high"]) == 50.0
+
+
+def test_colours_differ_in_lightness_too():
+    """So that a grey print, or any eye, tells the first three apart."""
+    channels = [[int(colour[n : n + 2], 16) for n in (1, 3, 5)] for colour in COLOURS[:3]]
+    grey = sorted(0.299 * r + 0.587 * g + 0.114 * b for r, g, b in channels)
+    assert len(set(COLOURS)) == len(COLOURS)
+    assert all(after - before > 1 for before, after in itertools.pairwise(grey))
+
+
+def test_samples_show_before_and_now_of_the_same_prompts_from_best_to_worst(tmp_path):
+    def sample(step: int, row: int) -> dict:
+        return completion(step, row) | {"completion": f"s{step}r{row}", "score": float(row)}
+
+    rows = choose(reader_of(write_log(tmp_path, count=9, samples=8, sample=sample)))
+    assert [now["completion"] for _, now in rows] == ["s9r7", "s9r6", "s9r4", "s9r3", "s9r1", "s9r0"]
+    assert [before["completion"] for before, _ in rows if before] == ["s1r7", "s1r6", "s1r4", "s1r3", "s1r1", "s1r0"]
+
+
+def test_samples_without_an_earlier_one_or_a_score_are_shown(tmp_path):
+    reader = reader_of(
+        write_log(tmp_path, count=1, samples=3, sample=lambda step, row: {"prompt": "p", "completion": ""})
+    )
+    figure = draw_samples(reader)
+    assert figure is not None
+    assert "(empty)" in texts_in(figure)
+    assert draw_samples(reader_of(write_log(tmp_path / "none", count=2, samples=0))) is None
+
+
+def test_hostile_texts_stay_text_and_draw_without_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(STYLE, "figure.dpi", 50)
+
+    def sample(step: int, row: int) -> dict:
+        return {"prompt": NASTY, "completion": NASTY * 20, "score": 10.0**row, "kl": None}
+
+    name = "gold/$\\frac{"
+    logs = write_log(tmp_path / "$a_b$\x1b", count=4, sample=sample, figures={name: float})
+    append(logs / "metrics.jsonl", "ppo", [{"step": 9, name: 1.0}])
+    figure = draw_samples(reader_of(logs))
+    assert figure is not None
+    shown = "".join(texts_in(figure))
+    assert "\\x1b[31mred" in shown
+    assert "\\u202e" in shown
+    assert "□" in shown, "Chinese characters, which the font does not have"
+    assert not {"\x1b", "\u202e", "\ud800", "\n"} & set(shown)
+    assert len(write_plots([logs], "all", tmp_path / "plots")) == len(PPO)
+
+
+def test_texts_keep_to_their_columns(tmp_path):
+    def sample(step: int, row: int) -> dict:
+        return {"prompt": "W" * 500, "completion": "M " * 300, "score": 1.0, "kl": 2.0}
+
+    figure = draw_samples(reader_of(write_log(tmp_path, count=3, samples=2, sample=sample)))
+    assert figure is not None
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.texts]
+    assert max(box.x1 for box in boxes) <= figure.bbox.x1
+    assert min(box.y0 for box in boxes) >= 0
+    shrunk = [box.shrunk(0.97, 0.8) for box in boxes]
+    assert not any(a.overlaps(b) for place, a in enumerate(shrunk) for b in shrunk[place + 1 :])
+
+
+@pytest.mark.parametrize("kind", ["all", "samples"])
+def test_a_log_that_holds_nothing_for_it_is_refused_and_nothing_written(tmp_path, kind):
+    logs = tmp_path / "run" / "logs"
+    logs.mkdir(parents=True)
+    append(logs / "metrics.jsonl", "ppo", [{"event": "start"}])
+    with pytest.raises(UserError, match=f"nothing to draw for --plot-type {kind} yet"):
+        write_plots([logs], kind)
+    assert [path.name for path in logs.parent.iterdir()] == ["logs"]
+
+
+def test_the_program_writes_beside_the_log_and_prints_the_paths(tmp_path, capsys):
+    from rlhf.cli.monitor import main
+
+    logs = write_log(tmp_path, count=3)
+    assert main(["--log-dir", str(logs), "--plot-type", "kl"]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "report" / f"{name}.png") for name in ("kl", "update_size")
+    ]
+    assert main(["--log-dir", str(logs), "--plot-type", "kl", "--output-dir", str(logs / "metrics.jsonl" / "x")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_program_answers_before_anything_heavy_is_imported():
+    code = """
+import sys
+from rlhf.cli.monitor import parse
+assert parse(["--log-dir", "a", "b", "--plot-type", "all"]).plot_type == "all"
+heavy = {"torch", "matplotlib", "ray", "scipy", "numpy"}
+assert heavy.isdisjoint(sys.modules), heavy & set(sys.modules)
+import rlhf.monitor.plots, rlhf.monitor.live
+assert {"torch", "matplotlib", "ray", "scipy"}.isdisjoint(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_ten_thousand_iterations_and_a_hundred_thousand_samples(tmp_path, capsys):
+    """The time is printed, and judged only where it is far beyond the ten seconds aimed at."""
+    logs = write_log(tmp_path, count=10_000, samples=10)
+    begun = time.perf_counter()
+    write_plots([logs], "all", tmp_path / "plots")
+    seconds = time.perf_counter() - begun
+    with capsys.disabled():
+        print(f"\n10,000 iterations, 100,000 samples: all plots in {seconds:.1f} s")
+    assert seconds < 60
