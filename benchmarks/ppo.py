@@ -18,16 +18,17 @@ def run(bench: Bench) -> None:
 
 def works(bench: Bench) -> list[Work]:
     """A separate critic on both sides; then a head on our policy's trunk against TRL's separate critic."""
-    return [work(bench, critic, kind) for critic, kind in _TARGETS]
+    return [work(bench, critic, kind, target) for (critic, kind), target in _TARGETS.items()]
 
 
-def work(bench: Bench, critic: str, kind: str) -> Work:
+def work(bench: Bench, critic: str, kind: str, target: float) -> Work:
     """Generation, scoring and several epochs of updates.
 
     Args:
         bench: the run.
         critic: ours: separate or shared; TRL's is always separate.
         kind: fp32 or best.
+        target: the ratio to reach.
     """
     size = material.SIZES[bench.size]
     prompts, epochs, minibatch = size.ppo
@@ -43,7 +44,7 @@ def work(bench: Bench, critic: str, kind: str) -> Work:
         "TRL 1.12 PPOTrainer",
         bench.ours("ppo", ours.FP32 if kind == "fp32" else ours.BEST, critic=critic, **settings),
         bench.theirs("trl_ppo:run", _FP32 if kind == "fp32" else _BEST, **settings),
-        _TARGETS[critic, kind],
+        target,
         lambda number: _least(size, critic, number),
         exact=kind == "fp32",
     )

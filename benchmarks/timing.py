@@ -44,6 +44,12 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "low": low, "high": high, "min": min(times), "max": max(times)}
 
 
+def spread(times: list[float]) -> str:
+    """Median and extremes, in milliseconds."""
+    figures = summary(times)
+    return f"{1e3 * figures['median']:.4g} [{1e3 * figures['min']:.4g} to {1e3 * figures['max']:.4g}]"
+
+
 def ratio(times: list[float], reference: list[float]) -> float:
     """Median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
