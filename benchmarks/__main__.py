@@ -57,6 +57,8 @@ def main(asked: Benchmarks) -> None:
 def _compare(names: list[str], asked: Benchmarks) -> None:
     if not names:
         return
+    import torch
+
     from benchmarks.bench import Bench
     from benchmarks.ours import make_material
     from benchmarks.peers.environment import check
@@ -74,6 +76,7 @@ def _compare(names: list[str], asked: Benchmarks) -> None:
             output=asked.output,
             made=make_material(Path(folder), asked.size),
         )
+        torch.set_num_threads(bench.threads)  # of the roofline's measures
         for name in names:
             importlib.import_module(f"benchmarks.{name}").run(bench)
 
