@@ -16,7 +16,7 @@ from benchmarks.session import Session
 from rlhf import gpt2
 from rlhf.config import CheckpointConfig, DistConfig, LogConfig, PPOConfig, PPORun, RewardConfig, SFTConfig
 from rlhf.data.batching import pair_batches, token_batches
-from rlhf.data.dataset import TokenSequence, texts
+from rlhf.data.dataset import TokenSequence, default_cache_dir, texts
 from rlhf.data.embedded import write_embedded
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.distributed import open_executor
@@ -46,6 +46,9 @@ FP32: tuple[dict[str, Any], ...] = ({"precision": "fp32"},)
 """Our settings that compute in IEEE fp32."""
 BEST: tuple[dict[str, Any], ...] = (*FP32, {"precision": "bf16"})
 """All our settings; the fastest of them counts where any precision is allowed."""
+COMPILED_FP32 = tuple(setting | {"compile": choice} for setting in FP32 for choice in ("on", "off"))
+"""The same where steps are made, which may be compiled."""
+COMPILED_BEST = tuple(setting | {"compile": choice} for setting in BEST for choice in ("on", "off"))
 
 _STEPS = 1_000_000
 """Of the schedule: no run gets that far."""
@@ -89,7 +92,15 @@ def generate(
 
 
 def sft(
-    session: Session, *, model: str, size: str, device: str, varied: bool, precision: str, micro_batch: int = 0
+    session: Session,
+    *,
+    model: str,
+    size: str,
+    device: str,
+    varied: bool,
+    precision: str,
+    compile: str,  # noqa: A002
+    micro_batch: int = 0,
 ) -> None:
     """Optimiser steps on demonstrations, loss on every token.
 
@@ -100,13 +111,14 @@ def sft(
         device: cpu or cuda.
         varied: lengths that vary instead of full sequences.
         precision: fp32 or bf16.
+        compile: on or off.
         micro_batch: packed rows computed at once; 0 is the whole batch.
     """
     work, loaded = material.SIZES[size], load_language_model(Path(model))
     count, longest = work.sft
     rows = micro_batch or count
     settings = SFTConfig(loss_on="all", micro_batch_size=rows, schedule="constant", warmup_fraction=0.0)
-    program = functools.partial(sft_stage.make_program, loaded.config, settings, _STEPS, _dtype(precision))
+    program = functools.partial(sft_stage.make_program, loaded.config, settings, *_computing(precision, compile))
     data = Records([[tokens] for tokens in material.demonstrations(work, varied)])
     with _executor(program, Models(loaded.params, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
@@ -128,6 +140,11 @@ def _rollout(config: GPT2Config, dtype: torch.dtype, longest: int, stops: tuple[
 
 def _executor(make_program: Any, models: Models, device: str) -> Any:
     return open_executor(make_program, models, DistConfig(), device=torch.device(device), tell=print)
+
+
+def _computing(precision: str, choice: str) -> tuple[int, torch.dtype, Path | None]:
+    """Steps of the schedule, dtype, and where the stages keep compiled code, as `make_program` takes them."""
+    return _STEPS, _dtype(precision), default_cache_dir() / "compiled" if choice == "on" else None
 
 
 def _dtype(precision: str) -> torch.dtype:
@@ -171,12 +188,12 @@ def _prompts(source: Path, tokenizer: Tokenizer, length: int, count: int) -> lis
     raise RuntimeError(f"the demonstrations give {len(found)} prompts of {length} tokens, {count} are needed")
 
 
-def reward(session: Session, *, model: str, size: str, device: str, precision: str) -> None:
+def reward(session: Session, *, model: str, size: str, device: str, precision: str, compile: str) -> None:  # noqa: A002
     """Optimiser steps on preference pairs; `model` is a reward model's folder."""
     work, loaded = material.SIZES[size], load_reward_model(Path(model))
     count, longest = work.pairs
     settings = RewardConfig(micro_batch_size=2 * count, schedule="constant", warmup_fraction=0.0, learning_rate=1e-3)
-    program = functools.partial(reward_stage.make_program, loaded.config, settings, _STEPS, _dtype(precision))
+    program = functools.partial(reward_stage.make_program, loaded.config, settings, *_computing(precision, compile))
     data = Records(material.preferences(work))
     with _executor(program, Models(loaded.params, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
@@ -193,7 +210,16 @@ def reward(session: Session, *, model: str, size: str, device: str, precision: s
 
 
 def ppo(
-    session: Session, *, model: str, reward: str, prompts_file: str, size: str, device: str, critic: str, precision: str
+    session: Session,
+    *,
+    model: str,
+    reward: str,
+    prompts_file: str,
+    size: str,
+    device: str,
+    critic: str,
+    precision: str,
+    compile: str,  # noqa: A002
 ) -> None:
     """Iterations of the whole stage, as `rlhf-train ppo` runs it.
 
@@ -205,10 +231,10 @@ def ppo(
     with tempfile.TemporaryDirectory(prefix="rlhf-benchmark-") as folder:
         config = PPORun(
             output_dir=Path(folder) / "run",
-            cache_dir=Path(folder) / "cache",
             prompt_data=Path(prompts_file),
             device=device,
             precision=precision,
+            compile=compile,
             threads=torch.get_num_threads(),
             log=LogConfig(samples=0, tensorboard=False),
             checkpoint=CheckpointConfig(every=_STEPS),

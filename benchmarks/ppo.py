@@ -42,7 +42,7 @@ def work(bench: Bench, critic: str, kind: str, target: float) -> Work:
         f"PPO iteration, {bench.size}, {prompts} prompts, {lengths}, {epochs} epochs of {minibatch}, "
         f"{critic} critic, {kind}",
         "TRL 1.12 PPOTrainer",
-        bench.ours("ppo", ours.FP32 if kind == "fp32" else ours.BEST, critic=critic, **settings),
+        bench.ours("ppo", ours.COMPILED_FP32 if kind == "fp32" else ours.COMPILED_BEST, critic=critic, **settings),
         bench.theirs("trl_ppo:run", _FP32 if kind == "fp32" else _BEST, **settings),
         target,
         lambda number: _least(size, critic, number),

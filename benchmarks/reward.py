@@ -24,7 +24,7 @@ def works(bench: Bench) -> list[Work]:
         Work(
             f"reward-model step, {bench.size}, {pairs} pairs of {length} tokens, best",
             "TRL RewardTrainer",
-            bench.ours("reward", ours.BEST, **settings),
+            bench.ours("reward", ours.COMPILED_BEST, **settings),
             bench.theirs("trl_supervised:reward", BEST, **settings),
             _TARGET,
             lambda number: size.steps * roofline.step(size.shape, 2 * pairs * length, length, 0),

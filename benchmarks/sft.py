@@ -49,7 +49,7 @@ def _full(bench: Bench, kind: str) -> Work:
     return Work(
         f"SFT step, {_shape(bench)}, {kind}",
         "TRL SFTTrainer",
-        bench.ours("sft", ours.FP32 if kind == "fp32" else ours.BEST, **settings),
+        bench.ours("sft", ours.COMPILED_FP32 if kind == "fp32" else ours.COMPILED_BEST, **settings),
         bench.theirs("trl_supervised:sft", FP32 if kind == "fp32" else BEST, **settings),
         _TARGETS[bench.size, kind],
         _least(bench),
@@ -63,7 +63,7 @@ def _module(bench: Bench, kind: str) -> Work:
     return Work(
         f"SFT step, {_shape(bench)}, {precision}",
         "nn.Module with torch.compile",
-        bench.ours("sft", ({"precision": precision},), varied=False, **settings),
+        bench.ours("sft", ({"precision": precision, "compile": "on"},), varied=False, **settings),
         bench.theirs("module_gpt2:run", ({"precision": precision},), **settings),
         _MODULE_TARGETS[bench.size, kind],
         _least(bench),
@@ -82,7 +82,7 @@ def _varied(bench: Bench) -> Work:
     return Work(
         f"SFT, {bench.size}, {count} sequences of up to {longest} tokens, {mean:.0f} on average, fp32",
         "TRL SFTTrainer",
-        bench.ours("sft", ours.FP32, **settings),
+        bench.ours("sft", ours.COMPILED_FP32, **settings),
         bench.theirs("trl_supervised:sft", layouts, **settings),
         _TARGET_VARIED,
         lambda number: size.steps * roofline.step(size.shape, count * mean, mean, count * mean),
