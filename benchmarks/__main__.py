@@ -1,31 +1,85 @@
-"""python -m benchmarks allreduce|scaling|all [--size small|gpt2] [--output FOLDER]: the figures of README.md."""
+"""python -m benchmarks WHAT [--size small|gpt2] [--device cpu|cuda] [--rounds N]: the figures of README.md."""
 
+import importlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from benchmarks import allreduce, scaling
+COMPARISONS = ("startup", "generate", "sft", "reward", "ppo", "memory")
+"""Programs that need the peers; each is a module with `run`."""
 
 
 @dataclass(frozen=True)
 class Benchmarks:
     """Measure, print a table, and write it as JSON."""
 
-    which: tyro.conf.Positional[Literal["allreduce", "scaling", "all"]] = "all"
-    """What to measure."""
-    size: Literal["small", "gpt2"] = "small"
-    """Of the model: 4 layers of 128, or GPT-2 with 124M parameters."""
+    which: tyro.conf.Positional[
+        Literal["all", "startup", "generate", "sft", "reward", "ppo", "memory", "allreduce", "scaling", "peers"]
+    ] = "all"
+    """What to measure; `peers` makes the environment of those we are compared with."""
+    size: Literal["tiny", "small", "gpt2"] = "small"
+    """Of the model: 4 layers of 128, or GPT-2 with 124M parameters; tiny shows that everything runs."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where both sides compute."""
     rounds: int = 9
     """Measured rounds."""
+    threads: int | None = None
+    """CPU threads of each side; none takes all cores."""
+    only: str = ""
+    """Rows whose name contains this."""
+    peers: Path = Path(".venv-peers")
+    """The peers' environment."""
     output: Path = Path("outputs/benchmarks")
-    """Folder for the JSON files."""
+    """Folder for the JSON files and the sides' logs."""
+
+
+def main(asked: Benchmarks) -> None:
+    """Run what was asked for; each program is imported when its turn comes."""
+    if asked.which == "peers":
+        from benchmarks.peers.environment import make
+
+        make(asked.peers)
+        return
+    _compare([name for name in COMPARISONS if asked.which in (name, "all")], asked)
+    if asked.which in ("allreduce", "all"):
+        from benchmarks import allreduce
+
+        allreduce.run(asked.output, rounds=asked.rounds)
+    if asked.which in ("scaling", "all"):
+        from benchmarks import scaling
+
+        scaling.run(asked.output, size=asked.size, rounds=asked.rounds)
+
+
+def _compare(names: list[str], asked: Benchmarks) -> None:
+    if not names:
+        return
+    import torch
+
+    from benchmarks.bench import Bench
+    from benchmarks.ours import make_material
+    from benchmarks.peers.environment import check
+    from rlhf.stages.run import available_cores
+
+    check(asked.peers)
+    with tempfile.TemporaryDirectory(prefix="rlhf-benchmarks-") as folder:
+        bench = Bench(
+            size=asked.size,
+            device=asked.device,
+            rounds=asked.rounds,
+            threads=asked.threads or available_cores(),
+            only=asked.only,
+            peers=asked.peers.absolute(),
+            output=asked.output,
+            made=make_material(Path(folder), asked.size),
+        )
+        torch.set_num_threads(bench.threads)  # of the roofline's measures
+        for name in names:
+            importlib.import_module(f"benchmarks.{name}").run(bench)
 
 
 if __name__ == "__main__":
-    asked = tyro.cli(Benchmarks, prog="python -m benchmarks")
-    if asked.which in ("allreduce", "all"):
-        allreduce.run(asked.output, rounds=asked.rounds)
-    if asked.which in ("scaling", "all"):
-        scaling.run(asked.output, size=asked.size, rounds=asked.rounds)
+    main(tyro.cli(Benchmarks, prog="python -m benchmarks"))

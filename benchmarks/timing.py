@@ -4,8 +4,10 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def interleave(
@@ -37,11 +39,15 @@ def interleave(
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    """Median and quartiles, in seconds."""
-    if len(times) < 2:
-        return {"median": times[0], "low": times[0], "high": times[0]}
-    low, _, high = statistics.quantiles(times, n=4)
-    return {"median": statistics.median(times), "low": low, "high": high}
+    """Median, quartiles and extremes, in seconds."""
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {"median": statistics.median(times), "low": low, "high": high, "min": min(times), "max": max(times)}
+
+
+def spread(times: list[float]) -> str:
+    """Median and extremes, in milliseconds."""
+    figures = summary(times)
+    return f"{1e3 * figures['median']:.4g} [{1e3 * figures['min']:.4g} to {1e3 * figures['max']:.4g}]"
 
 
 def ratio(times: list[float], reference: list[float]) -> float:
@@ -62,12 +68,19 @@ def machine() -> dict[str, str]:
 
 
 def report(name: str, rows: list[dict[str, Any]], output: Path) -> None:
-    """Print a table and write it as JSON."""
-    table = Table(title=name)
-    for heading in rows[0]:
-        table.add_column(heading)
+    """Print a table and write it as JSON; cells that hold lists or more are in the JSON alone."""
+    headings = [heading for heading, cell in rows[0].items() if not isinstance(cell, list | dict)]
+    table = Table(*headings, title=name)
     for row in rows:
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+        cells = (row[heading] for heading in headings)
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
     console.print(table)
+    write(name, rows, output)
+
+
+def write(name: str, rows: list[dict[str, Any]], output: Path) -> None:
+    """Write rows as JSON, with the machine and the date."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    taken = datetime.now(UTC).isoformat(timespec="seconds")
+    content = {"taken": taken, "machine": machine(), "rows": rows}
+    (output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

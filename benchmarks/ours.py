@@ -1,0 +1,284 @@
+"""Our side of every comparison: the one file that knows rlhf's entry points."""
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks import material
+from benchmarks.bench import Made
+from benchmarks.session import Session
+from rlhf import gpt2
+from rlhf.config import CheckpointConfig, DistConfig, LogConfig, PPOConfig, PPORun, RewardConfig, SFTConfig
+from rlhf.data.batching import pair_batches, token_batches
+from rlhf.data.dataset import TokenSequence, default_cache_dir, texts
+from rlhf.data.embedded import write_embedded
+from rlhf.data.schema import DEMONSTRATIONS
+from rlhf.distributed import open_executor
+from rlhf.distributed.executor import Models, Program
+from rlhf.errors import UserError
+from rlhf.gpt2_config import GPT2Config
+from rlhf.heads import init_reward_head
+from rlhf.io.model_folder import (
+    LanguageModel,
+    RewardModel,
+    RewardStatistics,
+    load_language_model,
+    load_reward_model,
+    save_language_model,
+    save_reward_model,
+)
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.objectives import make_rollout
+from rlhf.random import key, split
+from rlhf.stages import reward as reward_stage
+from rlhf.stages import sft as sft_stage
+from rlhf.stages.completions import complete
+from rlhf.stages.ppo import run_ppo
+from rlhf.tree import named_leaves
+
+FP32: tuple[dict[str, Any], ...] = ({"precision": "fp32"},)
+"""Our settings that compute in IEEE fp32."""
+BEST: tuple[dict[str, Any], ...] = (*FP32, {"precision": "bf16"})
+"""All our settings; the fastest of them counts where any precision is allowed."""
+COMPILED_FP32 = tuple(setting | {"compile": choice} for setting in FP32 for choice in ("on", "off"))
+"""The same where steps are made, which may be compiled."""
+COMPILED_BEST = tuple(setting | {"compile": choice} for setting in BEST for choice in ("on", "off"))
+
+_STEPS = 1_000_000
+"""Of the schedule: no run gets that far."""
+
+
+class Records(NamedTuple):
+    """Tokenised records in memory, as `rlhf.data.dataset.Dataset` gives them: one sequence each, or two for a pair."""
+
+    records: list[list[list[int]]]
+
+    def lengths(self, record: int, max_length: int) -> list[int]:
+        """Tokens of each of the record's sequences."""
+        return [len(tokens) for tokens in self.records[record]]
+
+    def sequences(self, record: int, max_length: int) -> list[Any]:
+        """The record's sequences."""
+        return [TokenSequence(np.array(tokens), 1) for tokens in self.records[record]]
+
+
+def generate(
+    session: Session,
+    *,
+    model: str,
+    size: str,
+    device: str,
+    prompts: int,
+    batch: int,
+    stops: list[int],
+    precision: str,
+) -> None:
+    """Complete `prompts` prompts, `batch` at a time; arguments as the peer's."""
+    work, loaded = material.SIZES[size], load_language_model(Path(model))
+    program = functools.partial(_rollout, loaded.config, _dtype(precision), work.completion, tuple(stops))
+    lengths = material.fixed_lengths(prompts, work.prompt)
+    queue = [np.array(tokens) for tokens in material.sequences(lengths, work.shape.vocab_size)]
+    with _executor(program, Models({"policy": loaded.params}, {}), device) as executor:
+        session.ready(parameters=_count(loaded.params))
+        for number, _ in enumerate(session.rounds()):
+            completions = complete(executor, queue, split(key(number), len(queue)), rows=batch)
+            session.answer(tokens=int(completions.mask.sum()))
+
+
+def sft(
+    session: Session,
+    *,
+    model: str,
+    size: str,
+    device: str,
+    varied: bool,
+    precision: str,
+    compile: str,  # noqa: A002
+    micro_batch: int = 0,
+) -> None:
+    """Optimiser steps on demonstrations, loss on every token.
+
+    Args:
+        session: asks for the rounds.
+        model: folder.
+        size: of `material.SIZES`.
+        device: cpu or cuda.
+        varied: lengths that vary instead of full sequences.
+        precision: fp32 or bf16.
+        compile: on or off.
+        micro_batch: packed rows computed at once; 0 is the whole batch.
+    """
+    work, loaded = material.SIZES[size], load_language_model(Path(model))
+    count, longest = work.sft
+    rows = micro_batch or count
+    settings = SFTConfig(loss_on="all", micro_batch_size=rows, schedule="constant", warmup_fraction=0.0)
+    program = functools.partial(sft_stage.make_program, loaded.config, settings, *_computing(precision, compile))
+    data = Records([[tokens] for tokens in material.demonstrations(work, varied)])
+    with _executor(program, Models(loaded.params, {}), device) as executor:
+        session.ready(parameters=_count(loaded.params))
+        step = 0
+        for _ in session.rounds():
+            tokens = 0
+            for _ in range(work.steps):
+                records = [(step * count + place) % len(data.records) for place in range(count)]
+                batches = token_batches(data, records, max_length=longest, rows=rows, loss_on="all", key=key(step))
+                metrics = executor.step("main", batches)
+                tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
+                step += 1
+            session.answer(tokens=tokens, loss=metrics["loss/sft"] * sum(len(batch.targets) for batch in batches))
+
+
+def _rollout(config: GPT2Config, dtype: torch.dtype, longest: int, stops: tuple[int, ...]) -> Program:
+    return Program({}, {"rollout": make_rollout(config, dtype=dtype, max_new_tokens=longest, stop_tokens=stops)}, {})
+
+
+def _executor(make_program: Any, models: Models, device: str) -> Any:
+    return open_executor(make_program, models, DistConfig(), device=torch.device(device), tell=print)
+
+
+def _computing(precision: str, choice: str) -> tuple[int, torch.dtype, Path | None]:
+    """Steps of the schedule, dtype, and where the stages keep compiled code, as `make_program` takes them."""
+    return _STEPS, _dtype(precision), default_cache_dir() / "compiled" if choice == "on" else None
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _count(params: Any) -> int:
+    return sum(leaf.numel() for leaf in named_leaves(params).values())
+
+
+def make_material(folder: Path, size: str) -> Made:
+    """Write what every side loads: a language model and a reward model with random weights, and PPO's prompts."""
+    work = material.SIZES[size]
+    shape = work.shape
+    config = GPT2Config(**shape._asdict())
+    demonstrations = write_embedded(folder / "data").demonstrations
+    tokenizer = Tokenizer.train(texts(demonstrations, DEMONSTRATIONS), min(1024, shape.vocab_size))
+    model = LanguageModel(gpt2.init(config, key=key(0)), config, tokenizer)
+    save_language_model(folder / "model", model, facts={})
+    head = init_reward_head(config.n_embd, key=key(1))
+    params = {"trunk": gpt2.init(config, key=key(2)), "head": head}
+    save_reward_model(
+        folder / "reward", RewardModel(params, config, tokenizer, RewardStatistics(0.0, 1.0, 0)), facts={}
+    )
+    prompts = _prompts(demonstrations, tokenizer, work.prompt, 4 * work.ppo[0])
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    return Made(folder / "model", folder / "reward", folder / "prompts.json", demonstrations)
+
+
+def _prompts(source: Path, tokenizer: Tokenizer, length: int, count: int) -> list[dict[str, Any]]:
+    """Texts of exactly `length` tokens: stretches of the demonstrations, cut where the text gives the same tokens."""
+    (tokens,) = tokenizer.encode([" ".join(texts(source, DEMONSTRATIONS))[:100_000]])
+    found = []
+    for start in range(0, len(tokens) - length, length // 2):
+        text = tokenizer.decode(tokens[start : start + length])
+        (ids,) = tokenizer.encode([text])
+        if len(ids) == length:
+            found.append({"prompt": text, "ids": ids})
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"the demonstrations give {len(found)} prompts of {length} tokens, {count} are needed")
+
+
+def reward(session: Session, *, model: str, size: str, device: str, precision: str, compile: str) -> None:  # noqa: A002
+    """Optimiser steps on preference pairs; `model` is a reward model's folder."""
+    work, loaded = material.SIZES[size], load_reward_model(Path(model))
+    count, longest = work.pairs
+    settings = RewardConfig(micro_batch_size=2 * count, schedule="constant", warmup_fraction=0.0, learning_rate=1e-3)
+    program = functools.partial(reward_stage.make_program, loaded.config, settings, *_computing(precision, compile))
+    data = Records(material.preferences(work))
+    with _executor(program, Models(loaded.params, {}), device) as executor:
+        session.ready(parameters=_count(loaded.params))
+        step = 0
+        for _ in session.rounds():
+            tokens = 0
+            for _ in range(work.steps):
+                records = [(step * count + place) % len(data.records) for place in range(count)]
+                packs = pair_batches(data, records, max_length=longest, rows=2 * count)
+                metrics = executor.step("main", [pack.batch for pack in packs])
+                tokens += sum(int((pack.batch.rows.segments > 0).sum()) for pack in packs)
+                step += 1
+            session.answer(tokens=tokens, loss=metrics["loss/reward"])
+
+
+def ppo(
+    session: Session,
+    *,
+    model: str,
+    reward: str,
+    prompts_file: str,
+    size: str,
+    device: str,
+    critic: str,
+    precision: str,
+    compile: str,  # noqa: A002
+) -> None:
+    """Iterations of the whole stage, as `rlhf-train ppo` runs it.
+
+    A reward function of weight 0 is called once in each iteration: there the run is held between rounds, so that a
+    round is everything from there to the same place of the next iteration.
+    """
+    work = material.SIZES[size]
+    prompts, epochs, minibatch = work.ppo
+    with tempfile.TemporaryDirectory(prefix="rlhf-benchmark-") as folder:
+        config = PPORun(
+            output_dir=Path(folder) / "run",
+            prompt_data=Path(prompts_file),
+            device=device,
+            precision=precision,
+            compile=compile,
+            threads=torch.get_num_threads(),
+            log=LogConfig(samples=0, tensorboard=False),
+            checkpoint=CheckpointConfig(every=_STEPS),
+            ppo=PPOConfig(
+                model_path=Path(model),
+                reward=(reward, "0*benchmarks.ours:hold"),
+                critic=critic,
+                num_iterations=_STEPS,
+                batch_size=prompts,
+                num_epochs=epochs,
+                minibatch_size=minibatch,
+                micro_batch_size=minibatch,
+                rollout_batch_size=prompts,
+                max_new_tokens=work.completion,
+                stop_at_eos=False,
+                learning_rate=3e-6,
+            ),
+        )
+        _held.append(functools.partial(_hold, session, config.output_dir / "logs" / "metrics.jsonl", work))
+        try:
+            run_ppo(config)
+        except UserError:
+            if not session.over:
+                raise
+
+
+_held: list[Callable[[], None]] = []
+"""What the reward function calls."""
+
+
+def hold(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """The reward function that holds the run between rounds."""
+    _held[0]()
+    return [0.0] * len(prompts)
+
+
+def _hold(session: Session, log: Path, work: material.Size) -> None:
+    prompts, epochs, minibatch = work.ppo
+    last = json.loads(log.read_text().splitlines()[-1])
+    if "response_length/mean" in last:
+        if last["policy/updates"] != epochs * prompts // minibatch:
+            raise RuntimeError(f"{last['policy/updates']} updates in an iteration")
+        session.answer(tokens=round(prompts * (work.prompt + last["response_length/mean"])))
+    else:
+        session.ready(parameters=work.shape.parameters)
+    if not session.wait():
+        raise SystemExit

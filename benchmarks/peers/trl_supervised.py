@@ -1,0 +1,143 @@
+"""Optimiser steps of TRL's SFTTrainer and RewardTrainer.
+
+A round is a number of whole turns of the trainer's own loop: loading and collating a batch, forward, backward,
+clipping, update. The loop is held at the end of a step until the next round is asked for. Saving, evaluation and
+logging are off, checkpointed activations too.
+"""
+
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from benchmarks import material
+from benchmarks.session import Session
+
+
+class Hold(TrainerCallback):
+    """Answers after every so many steps and holds the loop until it may go on."""
+
+    def __init__(self, session: Session, steps: int) -> None:
+        """Rounds of `steps` steps."""
+        self._session, self._steps, self._done = session, steps, 0
+        self.tokens, self.loss = 0, torch.zeros(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        """Wait for the first round."""
+        self._session.ready(parameters=sum(parameter.numel() for parameter in model.parameters()))
+        self._go_on()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Answer when the round's last step is done."""
+        self._done += 1
+        if self._done % self._steps == 0:
+            self._session.answer(tokens=self.tokens, loss=float(self.loss))
+            self.tokens = 0
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if not self._session.wait():
+            raise SystemExit(0)
+
+
+def sft(
+    session: Session,
+    *,
+    model: str,
+    size: str,
+    device: str,
+    varied: bool,
+    precision: str = "fp32",
+    compiled: bool = False,
+    rows: int = 0,
+    **layout: Any,
+) -> None:
+    """Steps on demonstrations, loss on every token.
+
+    Args:
+        session: asks for the rounds.
+        model: folder.
+        size: of `material.SIZES`.
+        device: cpu or cuda.
+        varied: lengths that vary instead of full sequences.
+        precision: fp32, or bf16 under autocast with fp32 weights.
+        compiled: `torch_compile`.
+        rows: of a batch; 0 is the number of sequences in a step.
+        layout: further fields of `SFTConfig`, such as packing.
+    """
+    work = material.SIZES[size]
+    count, longest = work.sft
+    data = Dataset.from_dict({"input_ids": material.demonstrations(work, varied)})
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    hold = Hold(session, work.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _common(folder, device, precision, compiled, rows or count) | {"loss_type": "nll"} | layout
+        trainer = _counting(SFTTrainer, hold, lambda inputs: int((inputs["input_ids"] >= material.FIRST_TOKEN).sum()))(
+            model=network,
+            args=SFTConfig(max_length=longest, completion_only_loss=False, **arguments),
+            train_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(model),
+            callbacks=[hold],
+        )
+        trainer.train()
+
+
+def reward(
+    session: Session, *, model: str, size: str, device: str, precision: str = "fp32", compiled: bool = False
+) -> None:
+    """Steps on preference pairs; arguments as `sft`, `model` is a reward model's folder."""
+    work = material.SIZES[size]
+    count, longest = work.pairs
+    chosen, rejected = zip(*material.preferences(work), strict=True)
+    data = Dataset.from_dict({"chosen_ids": list(chosen), "rejected_ids": list(rejected)})
+    network = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
+    hold = Hold(session, work.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _common(folder, device, precision, compiled, count)
+        trainer = _counting(RewardTrainer, hold, lambda inputs: int(inputs["attention_mask"].sum()))(
+            model=network,
+            args=RewardConfig(max_length=longest, center_rewards_coefficient=0.01, **arguments),
+            train_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(model),
+            callbacks=[hold],
+        )
+        trainer.train()
+
+
+def _common(folder: str, device: str, precision: str, compiled: bool, rows: int) -> dict[str, Any]:
+    """What our side has too: AdamW at a constant rate, gradients clipped to 1, nothing written."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": rows,
+        "max_steps": 1_000_000,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "bf16": precision == "bf16",
+        "torch_compile": compiled,
+        "gradient_checkpointing": False,
+        "use_cpu": device == "cpu",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device == "cuda",
+    }
+
+
+def _counting(trainer: Any, hold: Hold, count: Any) -> Any:
+    """The trainer, counting useful tokens and keeping the last loss: a sum, where it divides by a number of tokens."""
+
+    class Counting(trainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            hold.tokens += count(inputs)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            hold.loss = loss.detach() * (1 if num_items_in_batch is None else num_items_in_batch)
+            return loss
+
+    return Counting

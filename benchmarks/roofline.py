@@ -1,0 +1,81 @@
+"""What the hardware allows: a memory copy and a large matrix product, and the least time that a piece of work needs.
+
+A phase needs at least its arithmetic at the product's rate and its traffic at the copy's, whichever is longer; phases
+follow each other. Counted is what the algorithm must do: no recomputation, no padding. Weights that stay in a cache can
+beat the copy's rate, so the share of a small model at small batches may come out too high.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.material import Shape
+
+_SIDE, _NUMBERS = 2048, 1 << 26
+PRODUCT_FLOPS = 2 * _SIDE**3
+COPY_BYTES = 2 * 4 * _NUMBERS
+
+
+class Phase(NamedTuple):
+    """Part of a piece of work."""
+
+    flops: float
+    """Floating-point operations in matrix products."""
+    bytes: float
+    """Read and written in main memory, at least."""
+
+
+def measures(device: str) -> dict[str, Callable[[], None]]:
+    """What is timed beside the two sides: the copy (256 MB) and the product (2048 wide) in both precisions."""
+    source = torch.ones(_NUMBERS, device=device)
+    copied = torch.empty_like(source)
+    factor = torch.ones(_SIDE, _SIDE, device=device) / _SIDE
+    half = factor.bfloat16()
+
+    def timed(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    return {
+        "copy": timed(lambda: copied.copy_(source)),
+        "product fp32": timed(lambda: factor @ factor),
+        "product bf16": timed(lambda: half @ half),
+    }
+
+
+def least_seconds(phases: list[Phase], *, flops: float, bandwidth: float) -> float:
+    """The roofline's time.
+
+    Args:
+        phases: of the work.
+        flops: per second, of the product.
+        bandwidth: bytes per second, of the copy.
+    """
+    return sum(max(phase.flops / flops, phase.bytes / bandwidth) for phase in phases)
+
+
+def forward_flops(shape: Shape, tokens: float, length: float, predicted: float) -> float:
+    """A pass over `tokens` tokens in sequences of `length`, with logits at `predicted` of them."""
+    attention = 4 * shape.n_layer * shape.n_embd * tokens * (length + 1) / 2
+    return 24 * shape.n_layer * shape.n_embd**2 * tokens + attention + 2 * shape.vocab_size * shape.n_embd * predicted
+
+
+def step(shape: Shape, tokens: float, length: float, predicted: float) -> list[Phase]:
+    """Forward, backward (twice the forward's products), and AdamW: four arrays read, three written."""
+    weights = 4 * shape.parameters
+    return [Phase(3 * forward_flops(shape, tokens, length, predicted), 3 * weights), Phase(0, 7 * weights)]
+
+
+def generation(shape: Shape, rows: int, prompt: int, completion: int, number_bytes: int) -> list[Phase]:
+    """Prefill, then a phase for every token: the weights once, and every row's keys and values so far."""
+    weights = number_bytes * shape.parameters
+    phases = [Phase(forward_flops(shape, rows * prompt, prompt, rows), weights)]
+    for context in range(prompt + 1, prompt + completion):
+        flops = rows * (forward_flops(shape, 1, 2 * context - 1, 1))  # attention over the whole context, not half
+        phases.append(Phase(flops, weights + rows * 2 * shape.n_layer * shape.n_embd * context * number_bytes))
+    return phases
