@@ -62,7 +62,7 @@ def _compare(names: list[str], asked: Benchmarks) -> None:
     from benchmarks.bench import Bench
     from benchmarks.ours import make_material
     from benchmarks.peers.environment import check
-    from rlhf.stages.run import available_cores
+    from rlhf.stages.compute import available_cores
 
     check(asked.peers)
     with tempfile.TemporaryDirectory(prefix="rlhf-benchmarks-") as folder:

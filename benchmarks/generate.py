@@ -38,7 +38,7 @@ def _full(bench: Bench, batch: int, kind: str) -> Work:
     return Work(
         f"generate, {bench.size}, {size.prompt}+{size.completion} tokens, batch {batch}, {kind}",
         "transformers generate",
-        bench.ours("generate", ours.FP32 if kind == "fp32" else ours.BEST, **settings),
+        bench.ours("generate", ours.COMPILED_FP32 if kind == "fp32" else ours.COMPILED_BEST, **settings),
         bench.theirs("transformers_generate:run", _FP32 if kind == "fp32" else _BEST, **settings),
         _TARGETS[bench.size, batch, kind],
         lambda number: roofline.generation(size.shape, batch, size.prompt, size.completion, number),
@@ -60,7 +60,9 @@ def _queue(bench: Bench) -> Work:
     return Work(
         f"generate, {bench.size}, {size.queue} prompts, lengths that vary up to {size.completion}, fp32",
         "transformers generate",
-        bench.ours("generate", tuple(ours.FP32[0] | variant for variant in variants), **settings),
+        bench.ours(
+            "generate", tuple(setting | variant for setting in ours.COMPILED_FP32 for variant in variants), **settings
+        ),
         bench.theirs("transformers_generate:run", variants, **settings),
         _TARGET_QUEUE,
         lambda number: roofline.generation(size.shape, size.queue, size.prompt, mean, number),

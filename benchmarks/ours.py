@@ -20,6 +20,7 @@ from rlhf.data.dataset import TokenSequence, default_cache_dir, texts
 from rlhf.data.embedded import write_embedded
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.distributed import open_executor
+from rlhf.distributed.compiled import compiled
 from rlhf.distributed.executor import Models, Program
 from rlhf.errors import UserError
 from rlhf.gpt2_config import GPT2Config
@@ -78,16 +79,17 @@ def generate(
     batch: int,
     stops: list[int],
     precision: str,
+    compile: str,  # noqa: A002
 ) -> None:
     """Complete `prompts` prompts, `batch` at a time; arguments as the peer's."""
     work, loaded = material.SIZES[size], load_language_model(Path(model))
-    program = functools.partial(_rollout, loaded.config, _dtype(precision), work.completion, tuple(stops))
+    program = functools.partial(_rollout, loaded.config, work.completion, tuple(stops), batch, precision, compile)
     lengths = material.fixed_lengths(prompts, work.prompt)
     queue = [np.array(tokens) for tokens in material.sequences(lengths, work.shape.vocab_size)]
     with _executor(program, Models({"policy": loaded.params}, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
         for number, _ in enumerate(session.rounds()):
-            completions = complete(executor, queue, split(key(number), len(queue)), rows=batch)
+            completions = complete(executor, queue, split(key(number), len(queue)), rows=len(queue))
             session.answer(tokens=int(completions.mask.sum()))
 
 
@@ -134,8 +136,20 @@ def sft(
             session.answer(tokens=tokens, loss=metrics["loss/sft"] * sum(len(batch.targets) for batch in batches))
 
 
-def _rollout(config: GPT2Config, dtype: torch.dtype, longest: int, stops: tuple[int, ...]) -> Program:
-    return Program({}, {"rollout": make_rollout(config, dtype=dtype, max_new_tokens=longest, stop_tokens=stops)}, {})
+def _rollout(
+    config: GPT2Config,
+    longest: int,
+    stops: tuple[int, ...],
+    slots: int,
+    precision: str,
+    compile: str,  # noqa: A002
+) -> Program:
+    _, dtype, folder = _computing(precision, compile)
+    compiling = None if folder is None else functools.partial(compiled, folder=folder)
+    rollout = make_rollout(
+        config, dtype=dtype, max_new_tokens=longest, stop_tokens=stops, slots=slots, compiled=compiling
+    )
+    return Program({}, {"rollout": rollout}, {})
 
 
 def _executor(make_program: Any, models: Models, device: str) -> Any:

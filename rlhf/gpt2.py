@@ -183,15 +183,14 @@ def compute_copy(params: Params, dtype: torch.dtype) -> Params:
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far. Written in place by `prefill` and `decode`."""
 
-    kv: Tensor
-    """[L, B, S, 2, N, H] in the blocks' dtype: a token's keys and values lie together, as they are computed."""
+    layers: tuple[Tensor, ...]
+    """Each [B, S, 2, N, H] in the blocks' dtype: a token's keys and values lie together, as they are computed."""
 
 
 def init_cache(params: Params, batch_size: int, slots: int, *, config: GPT2Config) -> KVCache:
     """A cache for `batch_size` sequences of up to `slots` tokens, in the dtype and on the device of the blocks."""
-    head_size = config.n_embd // config.n_head
-    shape = (config.n_layer, batch_size, slots, 2, config.n_head, head_size)
-    return KVCache(params["ln_f"]["weight"].new_zeros(shape))
+    shape = (batch_size, slots, 2, config.n_head, config.n_embd // config.n_head)
+    return KVCache(tuple(params["ln_f"]["weight"].new_zeros(shape) for _ in range(config.n_layer)))
 
 
 def prefill(
@@ -223,13 +222,13 @@ def prefill(
         ValueError: the prompts exceed the cache or n_positions.
     """
     count, width = tokens.shape
-    limit = min(cache.kv.shape[2], config.n_positions)
+    limit = min(cache.layers[0].shape[1], config.n_positions)
     check_value("prefill", width <= limit, f"at most {limit}", width=width)
     each = torch.arange(count, device=tokens.device)
     rows, source = each if rows is None else rows, each if source is None else source
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        cache.kv[layer, rows, :width] = qkv[source, :, 1:]
+        cache.layers[layer][rows, :width] = qkv[source, :, 1:]
         q, k, v = _heads_first(qkv)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -251,17 +250,15 @@ def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, c
     Returns:
         [B, D]: the hidden state that predicts the token after this one.
     """
-    n_layer, rows, slots = cache.kv.shape[:3]
-    flat = cache.kv.view(n_layer, rows * slots, -1)
-    place = torch.arange(0, rows * slots, slots, device=tokens.device) + lengths
+    rows = torch.arange(len(tokens), device=tokens.device)
     unseen = torch.arange(used, device=tokens.device) > lengths[:, None]
-    bias_B11S = torch.zeros(rows, used, dtype=flat.dtype, device=tokens.device).masked_fill_(unseen, -torch.inf)
-    bias_B11S = bias_B11S[:, None, None]
+    bias_BU = torch.where(unseen, -torch.inf, 0.0).to(cache.layers[0].dtype)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        flat[layer].index_copy_(0, place, qkv[:, 0, 1:].flatten(1))
-        k, v = cache.kv[layer, :, :used].permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), k, v, attn_mask=bias_B11S)
+        kv = cache.layers[layer]
+        kv[rows, lengths] = qkv[:, 0, 1:]
+        k, v = kv[:, :used].permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), k, v, attn_mask=bias_BU[:, None, None])
 
     return _run(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]
 

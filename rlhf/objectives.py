@@ -8,7 +8,7 @@ PPO trains `{"policy": GPT-2, "critic": {...}}`, or `{"policy": GPT-2, "value_he
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from rlhf.heads import apply_head
 from rlhf.kl import exact_kl, kl_estimate
 from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
 from rlhf.ops import entropy, gather_rows, masked_sum, token_log_probs
-from rlhf.sampling import Completions, generate
+from rlhf.sampling import Completions, draw_tokens, generate
 from rlhf.types import Metrics, Params
 
 Frozen = dict[str, Params]
@@ -142,8 +142,25 @@ def make_rollout(
     top_p: float = 1.0,
     stop_tokens: Sequence[int] = (),
     slots: int | None = None,
+    compiled: Callable[[Any], Any] | None = None,
 ) -> Callable[[Params, Frozen, PromptBatch], Completions]:
-    """(params, frozen, PromptBatch) -> completions of the policy, with values where the head is on its trunk."""
+    """(params, frozen, PromptBatch) -> completions of the policy, with values where the head is on its trunk.
+
+    Args:
+        config: shape of the policy.
+        dtype: of its passes.
+        max_new_tokens: of `rlhf.sampling.generate`, as all that follow but the last.
+        min_new_tokens: same.
+        temperature: same.
+        top_k: same.
+        top_p: same.
+        stop_tokens: same.
+        slots: same.
+        compiled: compiles `rlhf.sampling.draw_tokens`; then each call of it goes through 16 layers or more, beside
+            which the way into compiled code costs little.
+    """
+    draw = compiled(draw_tokens) if compiled else draw_tokens
+    draws_per_call = max(1, 16 // config.n_layer) if compiled else None
 
     def rollout(params: Params, frozen: Frozen, batch: PromptBatch) -> Completions:
         return generate(
@@ -161,6 +178,8 @@ def make_rollout(
             top_p=top_p,
             stop_tokens=stop_tokens,
             value_head=params.get("value_head"),
+            draw=draw,
+            draws_per_call=draws_per_call,
         )
 
     return rollout

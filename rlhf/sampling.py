@@ -1,6 +1,6 @@
 """Drawing tokens: filters, one draw by inverse CDF, and whole completions with a key-value cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,14 +12,13 @@ from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
 from rlhf.ops import entropy, scale_logits, token_log_probs
 from rlhf.random import uniform_at
+from rlhf.tree import tree_map
 from rlhf.types import Params
 
 _BLOCK = 32
 """Slots by which the part of the cache that attention reads grows."""
 _REFILLS = 8
 """Rows are refilled when one in so many is idle: reading one prompt at a time would cost more than it brings."""
-_LOOK_EVERY = 16
-"""Steps after which a GPU is asked which rows have ended; waiting for it at every step would leave it idle."""
 
 
 class Completions(NamedTuple):
@@ -85,6 +84,90 @@ def sample_token(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
+class Batch(NamedTuple):
+    """Completions in progress, one per row."""
+
+    cache: KVCache
+    hidden: Tensor
+    """[S, D]: the state that predicts the next token."""
+    completion: Tensor
+    """[S] int64: which completion a row writes; their number where it is idle."""
+    start: Tensor
+    """[S] int64: tokens of its prompt."""
+    step: Tensor
+    """[S] int64: place of its next token in the completion."""
+
+
+class Drawn(NamedTuple):
+    """Tokens that `draw_tokens` drew, K per row."""
+
+    completion: Tensor
+    """[K, S] int64: as in `Batch`, when the token was drawn."""
+    step: Tensor
+    """[K, S] int64: its place in the completion."""
+    token: Tensor
+    """[K, S] int64."""
+    figures: Tensor
+    """[K, S, 3] float32: log-prob, value, entropy."""
+
+
+def draw_tokens(
+    params: Params,
+    value_head: Params | None,
+    batch: Batch,
+    uniforms: Tensor,
+    stops: Tensor,
+    span: Tensor,
+    *,
+    config: GPT2Config,
+    count: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_new_tokens: int,
+    with_entropies: bool,
+) -> tuple[Batch, Drawn]:
+    """Draw `count` tokens in every row and read them: the part of `generate` that may be compiled.
+
+    Args:
+        params: GPT-2 parameters.
+        value_head: values are captured where given.
+        batch: its cache is written in place.
+        uniforms: [N + 1, max_new_tokens] float32: the draws of each of the N completions, and of idle rows.
+        stops: int64 ids of the tokens that end a completion.
+        span: [U] int64, 0..U-1: the slots of the cache that are looked at, past those of every row `count` tokens on.
+        config: the shape of `params`.
+        count: tokens drawn per row.
+        temperature: of `generate`, as all that follow.
+        top_k: same.
+        top_p: same.
+        min_new_tokens: same.
+        with_entropies: same.
+    """
+    idle, last = uniforms.shape[0] - 1, uniforms.shape[1] - 1
+    unembedding = params["wte"]["weight"].to(batch.hidden.dtype).T
+    drawn = []
+    for _ in range(count):
+        logits = allowed = scale_logits(batch.hidden @ unembedding, temperature)
+        if min_new_tokens:
+            early = (batch.step < min_new_tokens)[:, None]
+            allowed = torch.where(early, logits.index_fill(-1, stops, -torch.inf), logits)
+        filtered = filter_logits(allowed, top_k=top_k, top_p=top_p)
+        token = sample_token(filtered, uniforms[batch.completion, batch.step])
+        zeros = torch.zeros_like(logits[:, 0])
+        value = zeros if value_head is None else apply_head(value_head, batch.hidden)
+        spread = entropy(logits) if with_entropies else zeros
+        figures = torch.stack([token_log_probs(logits, token), value, spread], dim=1)
+        drawn.append(Drawn(batch.completion, batch.step, token, figures))
+        ended = (token[:, None] == stops).any(1) | (batch.step == last)
+        batch = batch._replace(
+            hidden=decode(params, token, batch.start + batch.step, batch.cache, config=config, used=len(span)),
+            completion=torch.where(ended, idle, batch.completion),
+            step=(batch.step + 1).clamp(max=last),
+        )
+    return batch, Drawn(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
+
+
 def generate(
     params: Params,
     prompts: Tensor,
@@ -102,6 +185,8 @@ def generate(
     stop_tokens: Sequence[int] = (),
     value_head: Params | None = None,
     with_entropies: bool = False,
+    draw: Callable[..., tuple[Batch, Drawn]] = draw_tokens,
+    draws_per_call: int | None = None,
 ) -> Completions:
     """Complete prompts, capturing log-probs and values on the way.
 
@@ -129,6 +214,9 @@ def generate(
         stop_tokens: token ids that end a completion; empty runs every one to max_new_tokens.
         value_head: values are captured where given.
         with_entropies: capture entropies, too.
+        draw: `draw_tokens`, or a compiled form of it.
+        draws_per_call: tokens drawn before it is asked which rows have ended; None is 1, and 16 on a GPU, which would
+            have nothing to do meanwhile.
 
     Raises:
         ValueError: shapes or numbers are out of range.
@@ -139,118 +227,75 @@ def generate(
     room, device, count = config.n_positions - prompts.shape[1], prompts.device, len(keys)
     check_value("generate", 1 <= max_new_tokens <= room, f"in [1, {room}]", max_new_tokens=max_new_tokens)
     check_value("generate", slots is None or slots >= 1, "at least 1", slots=slots)
+    per_call = draws_per_call or (1 if device.type == "cpu" else 16)
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    draws = uniform_at(keys[:, None], torch.arange(max_new_tokens, device=device))
-    draws = torch.cat([draws, draws[:1]])  # idle rows draw something, too, and write it behind the completions
-    unembedding = params["wte"]["weight"].to(params["ln_f"]["weight"].dtype).T
-
-    def draw(batch: _Batch) -> tuple[Tensor, Tensor]:
-        """Each row's next token [S], and log-prob, value and entropy [S, 3]."""
-        logits = scale_logits(batch.hidden @ unembedding, temperature)
-        allowed = logits
-        if min_new_tokens:
-            early = (batch.step < min_new_tokens)[:, None]
-            allowed = torch.where(early, logits.index_fill(-1, stops, -torch.inf), logits)
-        filtered = filter_logits(allowed, top_k=top_k, top_p=top_p)
-        token = sample_token(filtered, draws[batch.completion, batch.step])
-        zeros = logits.new_zeros(len(token))
-        value = zeros if value_head is None else apply_head(value_head, batch.hidden)
-        spread = entropy(logits) if with_entropies else zeros
-        return token, torch.stack([token_log_probs(logits, token), value, spread], dim=1)
-
-    size = min(slots or count, count)
-    cache = init_cache(params, size, prompts.shape[1] + max_new_tokens, config=config)
-    nothing = torch.zeros(size, dtype=torch.int64, device=device)
-    batch = _Batch(cache, unembedding.new_zeros(size, config.n_embd), nothing + count, nothing, nothing)
-    tokens = torch.full((count + 1, max_new_tokens), -1, device=device)
-    captured = torch.zeros(count + 1, max_new_tokens, 3, device=device)
-    sources = list(range(count)) if source is None else source.tolist()
-    lengths = prompt_lengths.tolist()
-    filled, left = [0] * size, [0] * size  # by row: tokens in the cache, tokens still to come; 0 is idle
-    begun = steps = 0
-    while begun < count or any(left):
-        idle = [row for row, n in enumerate(left) if not n]
-        if begun < count and len(idle) >= max(1, size // _REFILLS):
-            chosen = list(zip(idle, range(begun, count), strict=False))
-            batch = _fill(batch, params, config, prompts, prompt_lengths, lengths, sources, chosen)
-            begun += len(chosen)
-            for row, begins in chosen:
-                filled[row], left[row] = lengths[sources[begins]], max_new_tokens
-        elif begun == count and size > 1 and len(idle) >= size - size // 2:
-            size //= 2
-            kept = sorted(sorted(range(len(left)), key=lambda row: not left[row])[:size])
-            batch, filled, left = _keep(batch, kept), [filled[row] for row in kept], [left[row] for row in kept]
-        token, figures = draw(batch)
-        tokens[batch.completion, batch.step] = token
-        captured[batch.completion, batch.step] = figures
-        filled, left, steps = [n + 1 for n in filled], [max(n - 1, 0) for n in left], steps + 1
-        completion = batch.completion
-        if stop_tokens or not all(left):
-            ended = (token[:, None] == stops).any(1) | (batch.step == max_new_tokens - 1)
-            completion = torch.where(ended, count, completion)
-            if device.type == "cpu" or steps % _LOOK_EVERY == 0:
-                left = [0 if done else n for n, done in zip(left, (completion == count).tolist(), strict=True)]
-        hidden = batch.hidden
-        if any(left):
-            used = max(n for n, more in zip(filled, left, strict=True) if more)
-            used = min(-(-used // _BLOCK) * _BLOCK, cache.kv.shape[2])
-            hidden = decode(params, token, batch.start + batch.step, batch.cache, config=config, used=used)
-        batch = batch._replace(
-            hidden=hidden, completion=completion, step=(batch.step + 1).clamp(max=max_new_tokens - 1)
-        )
-    tokens, captured = tokens[:count], captured[:count]
+    uniforms = uniform_at(keys[:, None], torch.arange(max_new_tokens, device=device))
+    uniforms = torch.cat([uniforms, uniforms[:1]])
+    source = torch.arange(count, device=device) if source is None else source
+    starts = prompt_lengths[source].tolist()
+    tokens = torch.full((count + 1, max_new_tokens), -1, device=device)  # idle rows write into the last
+    figures = torch.zeros(count + 1, max_new_tokens, 3, device=device)
+    capacity = prompts.shape[1] + max_new_tokens
+    batch = _idle_rows(params, min(slots or count, count), capacity, count, config)
+    begun, used = 0, [0] * len(batch.step)  # by row: slots of the cache; 0 where it is idle
+    while begun < count or any(used):
+        idle = [row for row, n in enumerate(used) if not n]
+        if begun < count and len(idle) >= max(1, len(used) // _REFILLS):
+            rows = idle[: count - begun]
+            batch = _fill(params, batch, rows, begun, prompts, prompt_lengths, source, config)
+            for row in rows:
+                used[row], begun = starts[begun], begun + 1
+        elif begun == count and 2 < len(used) <= 2 * len(idle):
+            rows = sorted(sorted(range(len(used)), key=lambda row: not used[row])[: len(used) // 2])
+            batch, used = _keep(batch, rows), [used[row] for row in rows]
+        span = torch.arange(min(-(-(max(used) + per_call) // _BLOCK) * _BLOCK, capacity), device=device)
+        batch, drawn = draw(
+            params, value_head, batch, uniforms, stops, span, config=config, count=per_call, temperature=temperature,
+            top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens, with_entropies=with_entropies,
+        )  # fmt: skip
+        tokens[drawn.completion, drawn.step], figures[drawn.completion, drawn.step] = drawn.token, drawn.figures
+        used = [(n + per_call) * (number < count) for n, number in zip(used, batch.completion.tolist(), strict=True)]
+    tokens, figures = tokens[:count], figures[:count]
     mask = tokens >= 0
     ended = (mask & torch.isin(tokens, stops)).any(1)
-    log_probs, values, entropies = captured.unbind(dim=2)
+    log_probs, values, entropies = figures.unbind(dim=2)
     return Completions(tokens.clamp(min=0), mask, log_probs, values, ended, entropies)
 
 
-class _Batch(NamedTuple):
-    """The rows that are being written."""
-
-    cache: KVCache
-    hidden: Tensor
-    """[S, D]: the state that predicts the next token."""
-    completion: Tensor
-    """[S] int64: which completion a row writes; their number where it is idle."""
-    start: Tensor
-    """[S] int64: tokens of its prompt."""
-    step: Tensor
-    """[S] int64: place of its next token in the completion."""
+def _idle_rows(params: Params, rows: int, capacity: int, idle: int, config: GPT2Config) -> Batch:
+    """Rows with an empty cache."""
+    cache = init_cache(params, rows, capacity, config=config)
+    nothing = torch.zeros(rows, dtype=torch.int64, device=cache.layers[0].device)
+    return Batch(cache, cache.layers[0].new_zeros(rows, config.n_embd), nothing + idle, nothing, nothing)
 
 
 def _fill(
-    batch: _Batch,
     params: Params,
-    config: GPT2Config,
+    batch: Batch,
+    rows: list[int],
+    first: int,
     prompts: Tensor,
     prompt_lengths: Tensor,
-    lengths: list[int],
-    sources: list[int],
-    chosen: list[tuple[int, int]],
-) -> _Batch:
-    """Start completions in idle rows: `chosen` are pairs of row and completion."""
-    wanted = sorted({sources[completion] for _, completion in chosen})
-    place = {prompt: number for number, prompt in enumerate(wanted)}
-    width = max(lengths[prompt] for prompt in wanted)
-    unique, rows, completions, source = (
-        torch.tensor(numbers, device=prompts.device)
-        for numbers in (wanted, *zip(*((row, c, place[sources[c]]) for row, c in chosen), strict=True))
-    )
-    hidden = prefill(
-        params, prompts[unique, :width], prompt_lengths[unique], batch.cache, config=config, rows=rows, source=source
-    )
-    return _Batch(
+    source: Tensor,
+    config: GPT2Config,
+) -> Batch:
+    """Begin the completions from number `first` on in these rows."""
+    row = torch.tensor(rows, device=prompts.device)
+    number = torch.arange(first, first + len(rows), device=prompts.device)
+    unique, place = torch.unique(source[number], return_inverse=True)
+    lengths = prompt_lengths[unique]
+    read = prompts[unique, : int(lengths.max())]
+    hidden = prefill(params, read, lengths, batch.cache, config=config, rows=row, source=place)
+    return Batch(
         batch.cache,
-        batch.hidden.index_copy(0, rows, hidden),
-        batch.completion.index_copy(0, rows, completions),
-        batch.start.index_copy(0, rows, prompt_lengths[unique][source]),
-        batch.step.index_fill(0, rows, 0),
+        batch.hidden.index_copy(0, row, hidden),
+        batch.completion.index_copy(0, row, number),
+        batch.start.index_copy(0, row, lengths[place]),
+        batch.step.index_fill(0, row, 0),
     )
 
 
-def _keep(batch: _Batch, rows: list[int]) -> _Batch:
-    """The batch of some of its rows."""
+def _keep(batch: Batch, rows: list[int]) -> Batch:
+    """Some of the rows."""
     kept = torch.tensor(rows, device=batch.hidden.device)
-    rest = (leaf.index_select(0, kept) for leaf in batch[1:])
-    return _Batch(KVCache(batch.cache.kv.index_select(1, kept)), *rest)
+    return tree_map(lambda leaf: leaf.index_select(0, kept), batch)

@@ -37,7 +37,9 @@ def token_batches(
     batches = []
     for number, layout in enumerate(layouts):
         sequences = [dataset.sequences(records[unit], max_length)[0] for unit in layout.units]
-        packed = build_rows([sequence.tokens for sequence in sequences], [places[0] for places in layout.places])
+        packed = build_rows(
+            [sequence.tokens for sequence in sequences], [places[0] for places in layout.places], least=min(2, rows)
+        )
         firsts = [max(1, sequence.prompt if loss_on == "completion" else 1) for sequence in sequences]
         index = [
             np.arange(first - 1, len(s.tokens) - 1) + start
@@ -47,9 +49,8 @@ def token_batches(
             np.concatenate([s.tokens[first:] for first, s in zip(firsts, sequences, strict=True)])
         )
         mask = torch.ones_like(targets, dtype=torch.bool)
-        batches.append(
-            TokenBatch(packed.rows, torch.from_numpy(np.concatenate(index)), targets, mask, fold_in(key, number))
-        )
+        predictors, targets, mask = _two_at_least(torch.from_numpy(np.concatenate(index)), targets, mask)
+        batches.append(TokenBatch(packed.rows, predictors, targets, mask, fold_in(key, number)))
     return batches
 
 
@@ -71,11 +72,12 @@ def pair_batches(
     for layout in layouts:
         kept = [records[unit] for unit in layout.units]
         sequences = [s.tokens for record in kept for s in dataset.sequences(record, max_length)]
-        packed = build_rows(sequences, [place for places in layout.places for place in places])
+        packed = build_rows(sequences, [place for places in layout.places for place in places], least=2)
         last = torch.tensor([start + len(s) - 1 for s, start in zip(sequences, packed.starts, strict=True)])
         margin = torch.tensor([dataset.margin(record) if margins else 0.0 for record in kept])
         mask = torch.ones(len(kept), dtype=torch.bool)
-        batches.append(PackedPairs(PairBatch(packed.rows, last[0::2], last[1::2], margin, mask), kept))
+        pairs = _two_at_least(last[0::2], last[1::2], margin, mask)
+        batches.append(PackedPairs(PairBatch(packed.rows, *pairs), kept))
     return batches
 
 
@@ -132,7 +134,9 @@ def pack_completions(
     packs = []
     for layout in pack([[len(full[number])] for number in which], rows=rows, row_length=row_length):
         numbers = [which[unit] for unit in layout.units]
-        packed = build_rows([full[number] for number in numbers], [places[0] for places in layout.places])
+        packed = build_rows(
+            [full[number] for number in numbers], [places[0] for places in layout.places], least=min(2, rows)
+        )
         begins = [start + len(prompts[number]) for number, start in zip(numbers, packed.starts, strict=True)]
         step = torch.cat([torch.arange(counts[number]) for number in numbers])
         repeats = torch.tensor([counts[number] for number in numbers])
@@ -162,16 +166,12 @@ def ppo_batch(
     kl_coef: float,
 ) -> PPOBatch:
     """The packed tokens with what the update needs of them; all arrays [B, T] over the iteration's completions."""
+    arrays = (log_probs, ref_log_probs, values, experience.advantages, experience.returns)
+    gathered = [array[packed.sequence, packed.step] for array in arrays]
+    columns = [*_two_at_least(*packed.batch[1:4], *gathered), torch.tensor(kl_coef)]
+    return PPOBatch(packed.batch.rows, *columns)
 
-    def gather(array: Tensor) -> Tensor:
-        return array[packed.sequence, packed.step]
 
-    return PPOBatch(
-        *packed.batch[:4],
-        old_log_probs=gather(log_probs),
-        ref_log_probs=gather(ref_log_probs),
-        old_values=gather(values),
-        advantages=gather(experience.advantages),
-        returns=gather(experience.returns),
-        kl_coef=torch.tensor(kl_coef),
-    )
+def _two_at_least(*columns: Tensor) -> list[Tensor]:
+    """The columns of a micro-batch; a single entry is followed by filling, because compiled code takes 1 as fixed."""
+    return [torch.cat([c, torch.zeros_like(c)]) if len(c) == 1 else c for c in columns]

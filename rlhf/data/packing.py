@@ -88,14 +88,15 @@ class PackedRows(NamedTuple):
     """Index into the flattened rows of each sequence's first token, in the order given."""
 
 
-def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]]) -> PackedRows:
+def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]], *, least: int = 1) -> PackedRows:
     """Lay sequences out at their places, in rows just long enough (a multiple of 16 tokens).
 
     Args:
         sequences: int token ids, each [n].
         places: (row, first column) of each.
+        least: rows; what is missing is empty. 2 where there may be more, because compiled code takes 1 as fixed.
     """
-    height = max(row for row, _ in places) + 1
+    height = max(least, *(row + 1 for row, _ in places))
     end = max(start + len(sequence) for sequence, (_, start) in zip(sequences, places, strict=True))
     width = -(-end // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
     tokens, positions, segments = (np.zeros((height, width), dtype=np.int64) for _ in range(3))

@@ -1,5 +1,6 @@
-"""The one place where `torch.compile` is applied: to a whole function of (parameters, frozen models, micro-batch)."""
+"""The one place where `torch.compile` is applied: to whole functions of models and micro-batches."""
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable
@@ -13,14 +14,15 @@ from torch import Tensor
 from rlhf.tree import tree_map
 from rlhf.types import Params
 
-Function = Callable[[Params, dict[str, Params], Any], Any]
+_shapes: Any = importlib.import_module("torch.fx.experimental._config")
 
 
-def compiled(function: Function, folder: Path) -> Function:
+def compiled(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     """`function` as compiled code, made at its first call and kept in `folder` for later runs and other processes.
 
-    Rows, columns and tokens of a micro-batch are symbolic in it: one graph serves every micro-batch. The first call
-    holds a lock, so that of several processes one compiles and the others load what it made.
+    The first two arguments are models, whose shapes are constants. The dimensions of all others are symbolic: one
+    graph serves micro-batches of every shape, if none has the size 1, which the compiler takes as a constant. The
+    first call holds a lock, so that of several processes one compiles and the others load what it made.
 
     Args:
         function: pure; its whole graph must be traceable.
@@ -29,16 +31,16 @@ def compiled(function: Function, folder: Path) -> Function:
     graph = torch.compile(function, fullgraph=True)
     started = False
 
-    def call(params: Params, frozen: dict[str, Params], batch: Any) -> Any:
+    def call(params: Params, other: Any, *batch: Any, **options: Any) -> Any:
         nonlocal started
-        batch = tree_map(_symbolic, batch)
+        tree_map(_mark_symbolic, batch)
         if started:
-            return graph(params, frozen, batch)
+            return graph(params, other, *batch, **options)
         own = folder / f"threads-{torch.get_num_threads()}"
         own.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)  # read by torch at every compilation
-        with FileLock(own / "lock"):
-            result = graph(params, frozen, batch)
+        with FileLock(own / "lock"), _shapes.patch(use_duck_shape=False):  # equal sizes are a coincidence
+            result = graph(params, other, *batch, **options)
         started = True
         return result
 
@@ -50,15 +52,6 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def _symbolic(leaf: Tensor) -> Tensor:
-    """The leaf with its dimensions marked as symbolic; two elements at least, because the compiler takes 1 as fixed.
-
-    What is added is zeros: filling, for every kind of micro-batch.
-    """
-    if not leaf.ndim:
-        return leaf
-    if len(leaf) == 1 and leaf.ndim == 1:
-        leaf = torch.cat([leaf, torch.zeros_like(leaf)])
+def _mark_symbolic(leaf: Tensor) -> None:
     for dim in range(leaf.ndim):
         torch._dynamo.maybe_mark_dynamic(leaf, dim)
-    return leaf

@@ -152,7 +152,8 @@ def _score(
     packs = pair_batches(dataset, records, max_length=context, rows=rows)
     results = executor.map("scores", [pack.batch for pack in packs])
     order = np.argsort([record for pack in packs for record in pack.records], kind="stable")
-    scores = np.concatenate([torch.stack(result, dim=1).double().numpy() for result in results])[order]
+    pairs = [torch.stack(result, dim=1)[pack.batch.mask] for result, pack in zip(results, packs, strict=True)]
+    scores = torch.cat(pairs).double().numpy()[order]
     lengths = [dataset.answer_lengths(record) for record in records]
     return scores, np.array(lengths, dtype=np.float64)
 

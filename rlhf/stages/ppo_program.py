@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rlhf.config import PPOConfig
+from rlhf.distributed.compiled import compiled
 from rlhf.distributed.executor import Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_value_head, value_head_from_reward
@@ -107,6 +108,7 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
                 top_p=settings.top_p,
                 stop_tokens=(shapes.eos_id,) if settings.stop_at_eos else (),
                 slots=settings.rollout_slots,
+                compiled=None if compile_to is None else functools.partial(compiled, folder=compile_to),
             ),
             "score": make_scorer(
                 shapes.policy,

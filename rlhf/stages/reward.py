@@ -116,5 +116,5 @@ def make_program(
 def _score(executor: Executor, packs: Sequence[PackedPairs]) -> tuple[Tensor, Tensor]:
     """Scores [B] of chosen and rejected, in the order of the packs."""
     results = executor.map("scores", [pack.batch for pack in packs])
-    chosen, rejected = zip(*results, strict=True)
-    return torch.cat(chosen), torch.cat(rejected)
+    pairs = torch.cat([torch.stack(result)[:, pack.batch.mask] for result, pack in zip(results, packs, strict=True)], 1)
+    return pairs[0], pairs[1]
