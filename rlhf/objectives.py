@@ -156,11 +156,11 @@ def make_rollout(
         top_p: same.
         stop_tokens: same.
         slots: same.
-        compiled: compiles `rlhf.sampling.draw_tokens`; then each call of it goes through 16 layers or more, beside
-            which the way into compiled code costs little.
+        compiled: compiles `rlhf.sampling.draw_tokens`, of which each call then goes through 16 layers or more (32
+            with one row), beside which the way into compiled code costs little.
     """
     draw = compiled(draw_tokens) if compiled else draw_tokens
-    draws_per_call = max(1, 16 // config.n_layer) if compiled else None
+    draws_per_call = max(1, (32 if slots == 1 else 16) // config.n_layer) if compiled else None
 
     def rollout(params: Params, frozen: Frozen, batch: PromptBatch) -> Completions:
         return generate(

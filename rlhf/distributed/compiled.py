@@ -33,9 +33,9 @@ def compiled(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
 
     def call(params: Params, other: Any, *batch: Any, **options: Any) -> Any:
         nonlocal started
-        tree_map(_mark_symbolic, batch)
         if started:
             return graph(params, other, *batch, **options)
+        tree_map(_mark_symbolic, batch)
         own = folder / f"threads-{torch.get_num_threads()}"
         own.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)  # read by torch at every compilation
