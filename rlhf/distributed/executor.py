@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from rlhf.distributed.compiled import compiled
+from rlhf.distributed.memory import keep_freed_memory, peak_bytes, reset_peak
 from rlhf.distributed.server import apply, init_shard, square_sums, update_scale
 from rlhf.errors import NonFiniteError
 from rlhf.ops import mean_metrics
@@ -122,6 +123,9 @@ class Executor(Protocol):
             ValueError: the snapshot is of another program.
         """
 
+    def peak_bytes(self) -> int:
+        """The most memory that one of its processes ever held; 0 where the system does not tell."""
+
     def faults(self) -> list[Fault]:
         """What went wrong since the last call."""
 
@@ -131,6 +135,8 @@ class LocalExecutor:
 
     def __init__(self, program: Program, models: Models, device: torch.device) -> None:
         """Take over a program and its models; `device` is where all of it lives and runs."""
+        keep_freed_memory()
+        reset_peak(device)
         self._program, self._device = program, device
         self._frozen = to_device(models.frozen, device)
         self._layout = flat_layout(models.params)
@@ -198,6 +204,10 @@ class LocalExecutor:
             self._frozen[name] = tree_map(torch.clone, self._frozen[name])
         copy_state(self._state(), state)
         self._shard = self._shard._replace(version=version)
+
+    def peak_bytes(self) -> int:
+        """See `Executor.peak_bytes`."""
+        return peak_bytes(self._device)
 
     def faults(self) -> list[Fault]:
         """See `Executor.faults`: one process has none that it outlives."""

@@ -161,6 +161,11 @@ class RayExecutor:
         self._done, self._version = [], version
         self._lasting(self._load_snapshot)
 
+    def peak_bytes(self) -> int:
+        """See `Executor.peak_bytes`."""
+        peaks = self._lasting(lambda: self._call(self._members, "peak_bytes"))
+        return self._local.peak_bytes() if self._local else max(peaks)
+
     def faults(self) -> list[Fault]:
         """See `Executor.faults`."""
         faults, self._faults = self._faults, []

@@ -21,6 +21,7 @@ from torch import Tensor
 from rlhf.distributed.collectives import Exchange, Group, Seat, connect_store
 from rlhf.distributed.dealing import Span, join_sums, shard_ranges, subtrees
 from rlhf.distributed.executor import Models, Program, make_gradients
+from rlhf.distributed.memory import keep_freed_memory, peak_bytes
 from rlhf.distributed.server import Shard, apply, init_shard, square_sums
 from rlhf.optim import Optimizer
 from rlhf.tree import all_finite, flat_layout, flatten, leaves, to_device, tree_map, tree_sum, unflatten
@@ -57,6 +58,7 @@ class Worker:
     def __init__(self, *, device: str, threads: int, backend: str, timeout_s: float) -> None:
         """Args: the device that everything lives on; CPU threads; gloo or nccl, and the limit of its operations."""
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self._device, self._threads = torch.device(device), threads
         self._backend, self._timeout_s = backend, timeout_s
         self._store: Any = None
@@ -201,6 +203,10 @@ class Worker:
             self._use(self._spare)
             self._spare = spare
         self._version = version
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process ever held."""
+        return peak_bytes(self._device)
 
     def is_finite(self, name: str, batch: Any) -> bool:
         """Whether loss, metrics and gradient of a micro-batch are finite."""

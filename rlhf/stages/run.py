@@ -230,7 +230,10 @@ def train(
                 if run.stop_signal:
                     raise Interrupted(where, run.stop_signal)
                 raise WorkersLostError(f"{where}. The cause: lost {faults[-1].what}")
-        log.event("end", step=total)
+        peak = executor.peak_bytes()
+        log.event("end", step=total, peak_bytes=peak)
+    largest = " in the largest worker" if config.dist.num_workers else ""
+    run.note(f"at most {peak / 1e9:.2f} GB of memory{largest}")
     return facts
 
 
