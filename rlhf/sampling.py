@@ -204,8 +204,7 @@ def generate(
         keys: [B, 2] int32, one key per completion.
         config: the shape of `params`.
         max_new_tokens: at least 1; P + max_new_tokens must fit in n_positions.
-        source: [B] int64, the prompt of each completion; completions that start together read a common prompt once.
-            None completes every prompt once.
+        source: [B] int64, the prompt of each completion, read once for all that start together; None is 0..U-1.
         slots: rows of the cache: completions made at a time; None is all of them.
         temperature: above 0.
         top_k: 0 keeps all tokens, 1 is greedy.
@@ -215,8 +214,7 @@ def generate(
         value_head: values are captured where given.
         with_entropies: capture entropies, too.
         draw: `draw_tokens`, or a compiled form of it.
-        draws_per_call: tokens drawn before it is asked which rows have ended; None is 1, and 16 on a GPU, which would
-            have nothing to do meanwhile.
+        draws_per_call: tokens drawn before it is asked which rows have ended; None is 1, and 16 on a GPU.
 
     Raises:
         ValueError: shapes or numbers are out of range.

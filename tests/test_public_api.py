@@ -25,8 +25,8 @@ SIGNATURES = {
     "filter_logits": "logits, top_k, top_p",
     "gae": "rewards, values, mask, gamma, lam",
     "gae_loop": "rewards, values, mask, gamma, lam",
-    "generate": "params, prompts, prompt_lengths, keys, config, max_new_tokens, temperature, top_k, top_p, "
-    "min_new_tokens, stop_tokens, value_head",
+    "generate": "params, prompts, prompt_lengths, keys, config, max_new_tokens, source, slots, temperature, top_k, "
+    "top_p, min_new_tokens, stop_tokens, value_head, with_entropies, draw, draws_per_call",
     "init_reward_head": "n_embd, key",
     "init_value_head": "n_embd",
     "kl_estimate": "log_probs, ref_log_probs, estimator",

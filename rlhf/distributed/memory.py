@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that was held since the process began or `reset_peak`: a GPU's, or the process's; 0 if unknown."""
+    """The most memory held since the start or `reset_peak`: a GPU's, or the process's; 0 if it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
