@@ -173,5 +173,8 @@ def ppo_batch(
 
 
 def _two_at_least(*columns: Tensor) -> list[Tensor]:
-    """The columns of a micro-batch; a single entry is followed by filling, because compiled code takes 1 as fixed."""
-    return [torch.cat([c, torch.zeros_like(c)]) if len(c) == 1 else c for c in columns]
+    """The columns of a micro-batch, laid out alike; a single entry is followed by filling.
+
+    Compiled code takes strides, and a size of 1, as fixed.
+    """
+    return [torch.cat([c, torch.zeros_like(c)]) if len(c) == 1 else c.contiguous() for c in columns]

@@ -1,10 +1,12 @@
 """The one place where `torch.compile` is applied: to whole functions of models and micro-batches."""
 
 import importlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from rlhf.tree import tree_map
 from rlhf.types import Params
 
 _shapes: Any = importlib.import_module("torch.fx.experimental._config")
+_numbers = itertools.count()
 
 
 def compiled(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
@@ -28,7 +31,7 @@ def compiled(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
         function: pure; its whole graph must be traceable.
         folder: made if missing. Code depends on the number of threads, so each number has a folder of its own.
     """
-    graph = torch.compile(function, fullgraph=True)
+    graph = torch.compile(_with_own_code(function), fullgraph=True)
     started = False
 
     def call(params: Params, other: Any, *batch: Any, **options: Any) -> Any:
@@ -50,6 +53,18 @@ def compiled(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
 def has_compiler() -> bool:
     """Whether this machine has what compiled code for the CPU needs."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy whose code object is no other's.
+
+    The compiler keeps what it made and learnt by code object, and several stages compile the same code: it would take
+    constants that differ between them, such as the layout of their parameters, for variables.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _mark_symbolic(leaf: Tensor) -> None:

@@ -92,13 +92,17 @@ class Run:
             open_executor(make_program, models, dist, device=self.device, tell=self.note)
         )
 
-    def compile_to(self, models: Models, tokens: float) -> Path | None:
-        """Where compiled code is kept; None where the training step is not to be compiled, or not worth it.
+    def compile_to(self, models: Models, tokens: float, *, obstacle: str = "") -> Path | None:
+        """Where compiled code is kept; None where the stage is not to be compiled, or not worth it.
 
         Args:
             models: what is trained.
             tokens: that gradients are taken of in the whole run; never what a resumed run has left, nor anything that
                 depends on workers or threads, because the choice is part of the result's bits.
+            obstacle: why this stage cannot be compiled.
+
+        Raises:
+            UserError: `--compile on` asks for what is not possible here.
         """
         config = self.config
         sizes = [leaf.numel() for leaf in leaves(models.params)]
@@ -107,12 +111,14 @@ class Run:
         if config.compile == "off" or (config.compile == "auto" and saved_s < 2 * cost_s):
             return None
         if self.device.type == "cpu" and not has_compiler():
+            obstacle = "no C++ compiler is on the PATH: install g++"
+        if obstacle:
             if config.compile == "on":
-                raise UserError("--compile on: no C++ compiler is on the PATH; install g++, or use --compile off")
-            self.note("not compiled: no C++ compiler is on the PATH (g++ would make the steps faster)")
+                raise UserError(f"--compile on: {obstacle}; or use --compile off")
+            self.note(f"not compiled, though it would be faster: {obstacle}")
             return None
         folder = (config.cache_dir or default_cache_dir()) / "compiled"
-        self.note(f"compiling the training step: about {cost_s:.0f} s the first time; the code is kept in {folder}")
+        self.note(f"compiling: about {cost_s:.0f} s the first time; the code is kept in {folder}")
         return folder
 
     @property

@@ -48,7 +48,11 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         return token_batches(source, records, max_length=max_length, rows=rows, loss_on=settings.loss_on, key=key)
 
     models = Models(model.params, {})
-    compile_to = run.compile_to(models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
+    compile_to = run.compile_to(
+        models,
+        plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length),
+        obstacle="dropout's code would be another for every shape: set --sft.dropout 0" if settings.dropout else "",
+    )
     executor = run.open_executor(
         functools.partial(make_program, model.config, settings, plan.steps, run.dtype, compile_to), models
     )

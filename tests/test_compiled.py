@@ -1,0 +1,223 @@
+"""Compiled code against the plain functions it was made from: the same numbers, one graph for all shapes."""
+
+import dataclasses
+import functools
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from laws import assert_close
+from torch._dynamo.utils import counters
+
+from rlhf import random
+from rlhf.config import (
+    CheckpointConfig,
+    DistConfig,
+    LogConfig,
+    ModelConfig,
+    PipelineRun,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
+from rlhf.data.batching import pack_completions, pair_batches, ppo_batch, token_batches
+from rlhf.data.dataset import TokenSequence
+from rlhf.distributed.compiled import compiled, has_compiler
+from rlhf.distributed.executor import Program, StepSpec, make_gradients
+from rlhf.experience import Experience
+from rlhf.heads import init_reward_head, init_value_head
+from rlhf.objectives import make_ppo_objective, make_reward_objective, make_sft_objective
+from rlhf.optim import adamw
+from rlhf.sampling import draw_tokens, generate
+from rlhf.schedules import constant
+from rlhf.stages.pipeline import run_pipeline
+from rlhf.tree import flat_layout
+
+pytestmark = [
+    pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on the PATH"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),  # the compiler's own
+]
+
+LENGTHS = [3, 9, 14, 5, 2, 11, 7, 16, 4, 6, 13, 8]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+class Records(NamedTuple):
+    """Sequences as a `Dataset` gives them; one, or two for a pair."""
+
+    records: list[list[np.ndarray]]
+
+    def lengths(self, record, max_length):
+        return [len(tokens) for tokens in self.records[record]]
+
+    def sequences(self, record, max_length):
+        return [TokenSequence(tokens, 1) for tokens in self.records[record]]
+
+
+def sequence(seed, length, config):
+    return (random.uniform(random.key(seed), (length,)) * config.vocab_size).long().numpy()
+
+
+def sft_batches(config):
+    """Of many rows, of two, and of a single sequence, in rows of different lengths."""
+    data = Records([[sequence(seed, length, config)] for seed, length in enumerate(LENGTHS)])
+    options = {"max_length": 16, "loss_on": "all", "key": random.key(1)}
+    return [
+        token_batches(data, records, rows=rows, **options)[0]
+        for records, rows in ((range(12), 8), (range(5), 2), ([4], 8), ([7], 8))
+    ]
+
+
+def reward_batches(config):
+    """Of many pairs and of one."""
+    pairs = [
+        [sequence(2 * n, a, config), sequence(2 * n + 1, b, config)] for n, (a, b) in enumerate(pairwise_lengths())
+    ]
+    return [
+        pair_batches(Records(pairs), records, max_length=16, rows=8)[0].batch
+        for records in (range(6), [1], range(2, 5))
+    ]
+
+
+def pairwise_lengths():
+    return list(zip(LENGTHS[::2], LENGTHS[1::2], strict=True))
+
+
+def ppo_batches(config):
+    """Of several completions and of one."""
+    prompts = [sequence(seed, 4, config) for seed in range(6)]
+    tokens = torch.from_numpy(np.stack([sequence(seed, 12, config) for seed in range(10, 16)]))
+    lengths = torch.tensor([12, 3, 7, 1, 9, 5])
+    arrays = [random.normal(random.key(seed), (6, 12)) for seed in range(20, 25)]
+    experience = Experience(arrays[3], arrays[4], arrays[0], {})
+    return [
+        ppo_batch(packed, *arrays[:3], experience, 0.1)
+        for which in (range(6), [1], range(2, 6))
+        for packed in pack_completions(prompts, tokens, lengths, which, rows=8, row_length=32)
+    ]
+
+
+def models(kind, params, config):
+    """(trained parameters, frozen models) of a stage."""
+    head = init_value_head(config.n_embd)
+    if kind == "sft":
+        return params, {}
+    if kind == "reward":
+        return {"trunk": params, "head": init_reward_head(config.n_embd, key=random.key(4))}, {}
+    value = {"critic": {"trunk": params, "head": head}} if kind == "ppo" else {"value_head": head}
+    return {"policy": params} | value, {"reference": params}
+
+
+OBJECTIVES = {
+    "sft": (make_sft_objective, sft_batches),
+    "reward": (make_reward_objective, reward_batches),
+    "ppo": (lambda config, **options: make_ppo_objective(config, config, loss_kl="exact", **options), ppo_batches),
+    "ppo_shared": (lambda config, **options: make_ppo_objective(config, None, **options), ppo_batches),
+}
+PRECISIONS = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 3e-2)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        ("sft", "fp32"),
+        *(
+            pytest.param(kind, precision, marks=pytest.mark.slow)
+            for kind in OBJECTIVES
+            for precision in PRECISIONS
+            if (kind, precision) != ("sft", "fp32")
+        ),
+    ],
+)
+def test_gradients_are_those_of_the_plain_function_and_one_graph_serves_all_shapes(
+    kind, precision, params, config, folder
+):
+    make, batches = OBJECTIVES[kind]
+    dtype, tolerance = PRECISIONS[precision]
+    trained, frozen = models(kind, params, config)
+    program = Program({"main": StepSpec(make(config, dtype=dtype), adamw(constant(1e-3)), 1.0)}, {}, {})
+    layout = flat_layout(trained)
+    plain = make_gradients(program, layout)["main"]
+    fast = make_gradients(program._replace(compile_to=folder), layout)["main"]
+    before = counters["stats"]["unique_graphs"]
+    shapes = set()
+    for batch in batches(config):
+        shapes.add((batch.rows.tokens.shape, len(batch.mask)))
+        expected, found = plain(trained, frozen, batch), fast(trained, frozen, batch)
+        assert_close(found[1], expected[1], tolerance)
+        scale = expected[0].abs().max().item()
+        assert_close(found[0] / scale, expected[0] / scale, tolerance)
+    assert len(shapes) > 2
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "min_new_tokens": 2, "temperature": 0.7}])
+def test_compiled_draws_make_the_same_completions(params, config, folder, options):
+    """Rows are refilled, and dropped when none is waiting: their number and the filled part of the cache change."""
+    draw = compiled(draw_tokens, folder)
+    prompts = torch.from_numpy(np.stack([sequence(seed, 6, config) for seed in range(11)]))
+    lengths = torch.tensor([6, 2, 3, 1, 5, 4, 6, 6, 2, 3, 4])
+    settings = {"config": config, "max_new_tokens": 14, "stop_tokens": [1, 2, 3], "with_entropies": True} | options
+    settings["value_head"] = init_value_head(config.n_embd) | {
+        "weight": random.normal(random.key(5), (1, config.n_embd))
+    }
+    graphs = []
+    for seed, slots in ((1, 8), (2, 8), (3, 5), (4, 11)):
+        keys = random.split(random.key(seed), 11)
+        expected = generate(params, prompts, lengths, keys, slots=slots, **settings)
+        found = generate(params, prompts, lengths, keys, slots=slots, draw=draw, draws_per_call=3, **settings)
+        for name in ("tokens", "mask", "ended"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        for name in ("log_probs", "values", "entropies"):
+            assert_close(getattr(found, name), getattr(expected, name), 1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1, "compiled again after the first iteration"
+
+
+def pipeline(folder, cache, **changes):
+    config = PipelineRun(
+        output_dir=folder,
+        cache_dir=cache,
+        threads=1,
+        model=ModelConfig(preset="tiny"),
+        log=LogConfig(tensorboard=False),
+        checkpoint=CheckpointConfig(every=100),
+        sft=SFTConfig(max_steps=4, batch_size=16, micro_batch_size=4, eval_every=4),
+        reward=RewardConfig(max_steps=4, batch_size=8, micro_batch_size=4, eval_every=4),
+        ppo=PPOConfig(num_iterations=3, batch_size=16, minibatch_size=8, num_epochs=2, rollout_batch_size=8,
+                      rollout_slots=4, micro_batch_size=4, max_new_tokens=12),
+    )  # fmt: skip
+    run_pipeline(dataclasses.replace(config, **changes))
+    lines = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    left_out = ("time", "timing_s/", "perf/", "fault/", "peak_bytes", "notes")
+    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines if "event" not in line]
+
+
+@pytest.mark.slow
+def test_stages_run_compiled_as_they_do_plain_and_never_compile_again(tmp_path, folder):
+    run = functools.partial(pipeline, cache=folder)
+    plain, fast = (run(tmp_path / choice, compile=choice) for choice in ("off", "on"))
+    assert [line["step"] for line in plain] == [line["step"] for line in fast]
+    for expected, found in zip(plain, fast, strict=True):
+        for name, value in expected.items():
+            assert found[name] == (pytest.approx(value, rel=2e-3, abs=2e-4) if isinstance(value, float) else value), (
+                name
+            )
+
+
+@pytest.mark.slow
+def test_compiled_stages_have_the_same_bytes_on_ray_workers(tmp_path, folder):
+    """One process compiles, the others wait for its code and load it."""
+    alone = pipeline(tmp_path / "alone", folder / "shared", compile="on")
+    together = pipeline(tmp_path / "together", folder / "shared", compile="on", dist=DistConfig(num_workers=2))
+    assert together == alone
+    for name in ("sft", "reward", "policy"):
+        mine, theirs = (next((tmp_path / run / name).rglob("*.safetensors")) for run in ("together", "alone"))
+        assert mine.read_bytes() == theirs.read_bytes()
