@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf.monitor.log import LogReader, Series
-from rlhf.monitor.text import visible
+from rlhf.io.terminal import visible
 from rlhf.monitor.view import thin
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from rich.text import Text
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import LogReader, Progress, Series
 from rlhf.monitor.panel import finding_line, verdict
-from rlhf.monitor.text import visible
+from rlhf.io.terminal import visible
 
 SHOWN = {
     "sft": {"loss/sft": "loss", "eval/loss": "held-out loss", "sft/accuracy": "accuracy", "grad_norm": "grad norm"},

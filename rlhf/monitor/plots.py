@@ -20,9 +20,10 @@ from rlhf.monitor.figures import (
     new_figure,
     on_one_grid,
 )
-from rlhf.monitor.log import LogReader, Series
+from rlhf.monitor.log import LogReader, Series, read_logs
 from rlhf.monitor.samples_plot import draw_samples
-from rlhf.monitor.text import shorten, visible
+from rlhf.io.progress import tell
+from rlhf.io.terminal import shorten, visible
 from rlhf.monitor.view import run_names, thin
 
 if TYPE_CHECKING:
@@ -125,9 +126,10 @@ def write_plots(log_dirs: Sequence[Path], kind: PlotType, folder: Path | None = 
     """
     import matplotlib as mpl
 
-    readers = [LogReader(path) for path in log_dirs]
+    readers = read_logs(log_dirs)
     for reader in readers:
-        reader.poll()
+        for problem in reader.problems:
+            tell(f"{reader.folder}: {visible(problem)}")
     folder = folder or readers[0].folder.absolute().parent / "report"
     with mpl.rc_context(STYLE):
         figures = {name: figure for name, figure in _figures(readers, kind) if figure is not None}

@@ -25,10 +25,10 @@ _TITLES = {
     "eval/reward/mean": "mean reward",
     "eval/reward/calibration_error": "expected calibration error",
     "eval/reward/length_correlation": "correlation with length",
-    "eval/objective/kl_exact": "KL, exact",
-    "eval/objective/kl": "KL, k1 estimate",
-    "eval/objective/kl_k2": "KL, k2 estimate",
-    "eval/objective/kl_k3": "KL, k3 estimate",
+    "eval/objective/kl_exact": "KL, exact, nats",
+    "eval/objective/kl": "KL by k1, nats",
+    "eval/objective/kl_k2": "KL by k2, nats",
+    "eval/objective/kl_k3": "KL by k3, nats",
     "eval/policy/entropy_avg": "entropy, nats per token",
     "eval/response_length/mean": "response length, tokens",
     "eval/ended": "ended by itself",
@@ -123,9 +123,10 @@ _SHOWN: dict[str, Callable[[Evaluation, int], RenderableType]] = {"sft": _sft, "
 
 def _figures(evaluation: Evaluation, columns: list[str], width: int) -> Table:
     table, between = Table(), "\n" if len(columns) > 2 and width < _WIDE else " "
-    table.add_column("figure", no_wrap=True)
+    table.add_column("figure")
     for column in columns:
-        table.add_column({"model": "value", "against": _other(evaluation)}.get(column, column), justify="right")
+        heading = {"model": "value", "against": _other(evaluation)}.get(column, column)
+        table.add_column(heading, justify="right", no_wrap=True)
     for name in sorted(evaluation.figures[columns[0]], key=_order):
         signed = "+" if any(word in name for word in ("margin", "gain", "reward/", "judge/", "correlation")) else ""
         cells: list[str] = []

@@ -81,10 +81,13 @@ def show_comparison(comparison: Comparison, output_dir: Path) -> None:
     console.print(figures)
     console.print(replies)
     console.print(
-        f"Written to {output_dir}: models in sft/, reward/ and policy/ (transformers loads them); metrics.jsonl,\n"
-        "samples.jsonl and TensorBoard files in logs/; all replies in report/comparison.json; the data in data/.\n"
-        f"See the run in a browser: {output_dir / 'report' / 'report.html'}",
+        f"Written to {output_dir}: data/, logs/, report/, and the models sft/, reward/ and policy/. To go on:\n"
+        f"  open     {output_dir / 'report' / 'report.html'}\n"
+        f"  judge    rlhf-evaluate --model-dir {output_dir}\n"
+        f"  try      rlhf-generate --model-dir {output_dir / 'policy'} --template 'Customer: {{prompt}}\\nAgent:'\n"
+        f"  plot     rlhf-monitor --log-dir {output_dir / 'logs'} --plot-type all",
         markup=False,
+        soft_wrap=True,
     )
 
 
