@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rlhf.monitor.log import LogReader, Series
 from rlhf.io.terminal import visible
+from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.view import thin
 
 if TYPE_CHECKING:

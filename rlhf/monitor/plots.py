@@ -9,6 +9,8 @@ import numpy as np
 
 from rlhf.errors import UserError
 from rlhf.io.files import clear_write_errors, write_bytes
+from rlhf.io.progress import tell
+from rlhf.io.terminal import shorten, visible
 from rlhf.monitor.figures import (
     COLOURS,
     SMOOTHED,
@@ -22,8 +24,6 @@ from rlhf.monitor.figures import (
 )
 from rlhf.monitor.log import LogReader, Series, read_logs
 from rlhf.monitor.samples_plot import draw_samples
-from rlhf.io.progress import tell
-from rlhf.io.terminal import shorten, visible
 from rlhf.monitor.view import run_names, thin
 
 if TYPE_CHECKING:

@@ -20,10 +20,11 @@ def constant_rewards(reader: LogReader, stage: str) -> Reading:
     samples = _samples(reader, stage)
     scores = Counter(sample.get("score") for sample in samples)
     score, count = scores.most_common(1)[0]
+    shown = f"{score:.4g}" if isinstance(score, float) else score
     return Reading(
         THRESHOLDS["constant-rewards"].level(count / len(samples)),
         f"{len(scores)} different scores in {len(samples)} completions",
-        f"the score {f'{score:.4g}' if isinstance(score, float) else score} is that of {count} of the newest {len(samples)} completions",
+        f"the score {shown} is that of {count} of the newest {len(samples)} completions",
         _of_samples(samples),
     )
 

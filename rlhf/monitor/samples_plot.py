@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf.monitor.log import LogReader
 from rlhf.io.terminal import shorten, visible
+from rlhf.monitor.log import LogReader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
