@@ -57,7 +57,7 @@ def show_report(report: Report, console: Console) -> None:
         console.print()
     for kind, reason in report.skipped.items():
         console.print(f"{kind} left out: {reason}", markup=False, soft_wrap=True)
-    console.print("In brackets: 95% bootstrap intervals; none where all samples agree.", markup=False)
+    console.print("In brackets: 95% bootstrap intervals; none where all samples agree to the digits shown.", markup=False)
     names = [
         name for name in ("evaluation.json", "completions.jsonl", "pairs.jsonl") if (report.folder / name).exists()
     ]
@@ -191,7 +191,7 @@ def _cell(figure: Figure, form: str, between: str = " ") -> str:
     if math.isnan(figure.value):
         return "undefined"
     value, low, high = (_number(number, form) for number in figure[:3])
-    if math.isnan(figure.low) or math.isnan(figure.high) or figure.low == figure.high:
+    if math.isnan(figure.low) or math.isnan(figure.high) or low == high:
         return value
     return f"{value}{between}\\[{low}, {high}]"
 
