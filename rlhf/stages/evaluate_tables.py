@@ -41,7 +41,7 @@ _SHARES = (
     "accuracy", "baseline", "ended", "repeated", "distinct", "win_rate", "wins", "ties", "losses", "first_place",
     "calibration",
 )  # fmt: skip
-_PARTS = {"against": "compared with", "reference": "KL from"}
+_PARTS = {"against": "compared with", "reference": "KL to"}
 _ENDS = ("value", "low", "high")
 _NARROW = 0.05
 """Interval that two decimals would not show."""
@@ -57,7 +57,7 @@ def show_report(report: Report, console: Console) -> None:
         console.print()
     for kind, reason in report.skipped.items():
         console.print(f"{kind} left out: {reason}", markup=False, soft_wrap=True)
-    console.print("In brackets: 95% bootstrap intervals; none where all samples agree to the digits shown.", markup=False)
+    console.print("In brackets: 95% bootstrap intervals; none where all samples agree as far as shown.", markup=False)
     names = [
         name for name in ("evaluation.json", "completions.jsonl", "pairs.jsonl") if (report.folder / name).exists()
     ]

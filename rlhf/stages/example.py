@@ -67,7 +67,7 @@ def show_comparison(comparison: Comparison, output_dir: Path) -> None:
     """Print what the demo came to."""
     before, after = comparison.before, comparison.after
     figures = Table(title=f"Gold score on {len(comparison.prompts)} held-out prompts (a judge that training never saw)")
-    for heading in ("model", "mean gold score, 95% interval", "KL from SFT"):
+    for heading in ("model", "mean gold score, 95% interval", "KL to SFT"):
         figures.add_column(heading)
     figures.add_row("SFT", f"{before.mean:+.2f} ± {before.interval:.2f}", "0")
     figures.add_row("PPO", f"{after.mean:+.2f} ± {after.interval:.2f}", f"{comparison.kl:.1f} nats per reply")
