@@ -444,6 +444,9 @@ WRONG = {  # flags, and what the message says
     "against a reward model": (
         [*PROMPTS_FILE, "--against", "{shelf}/run/reward"], "expected a GPT2LMHeadModel",
     ),
+    "reward model that writes": (
+        [*PROMPTS_FILE, "--reward-model", "{shelf}/run/sft"], "expected a GPT2ForSequenceClassification",
+    ),
     "judge": ([*PROMPTS_FILE, "--judge", "nothing"], "--judge nothing: it is not module:function"),
     "judge without policy": (
         [*PAIRS_FILE, "--eval-type", "reward", "--judge", "{shelf}/judges.py:length"],
@@ -476,6 +479,13 @@ def test_bad_input_is_refused_with_its_remedy_and_nothing_is_written(name, shelf
     assert "Traceback" not in err
     assert out == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--against", "--reward-model"])
+def test_another_model_that_is_none_is_refused_before_anything_is_evaluated(flag, shelf, tmp_path, capfd):
+    assert main(["--model-dir", shelf / "run", flag, tmp_path]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", f"error: {tmp_path}/config.json: no such file; {tmp_path} is no model folder\n")
 
 
 def test_a_judge_that_gives_nan_is_told(shelf, tmp_path, capfd):

@@ -176,7 +176,7 @@ def test_a_spike_that_passed_is_told_and_no_fault(tmp_path):
         write_log(tmp_path, figures={"objective/kl": lambda step: 64.0 if step == 2 else usual(step)}), "kl-explosion"
     )
     assert found.level == "ok"
-    assert "64 at 2" in found.summary
+    assert "64 at step 2" in found.summary
 
 
 @pytest.mark.parametrize("name", ["gold/judge", "val/ratio_first", "objective/kl", "policy/entropy_avg"])
@@ -289,10 +289,12 @@ def test_the_program_prints_findings_and_ends_with_1_for_a_problem(tmp_path, cap
 
 
 @pytest.mark.parametrize("content", ["", "Traceback\n", '{"stage": 1}\n'])
-def test_the_program_refuses_a_log_without_a_line_of_ours(tmp_path, capsys, content):
+@pytest.mark.parametrize("action", [["--check"], ["--report"], ["--plot-type", "all"]])
+def test_the_program_refuses_a_log_without_a_line_of_ours(tmp_path, capsys, content, action):
     (tmp_path / "metrics.jsonl").write_text(content)
-    assert cli("--log-dir", str(tmp_path), "--check") == 2
-    assert "nothing to check yet" in capsys.readouterr().err
+    assert cli("--log-dir", str(tmp_path), *action) == 2
+    assert "nothing to show yet" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_program_refuses_folders_and_flags_that_do_not_fit(tmp_path, capsys):

@@ -252,6 +252,21 @@ def test_it_compares_runs_with_smoothing_and_zoom(opened, browser, tmp_path):
     until(browser, f"{chart}.querySelector('.legend').innerText === ''")
 
 
+def test_the_score_against_kl_is_shaded_by_time_not_by_kl(opened, browser, tmp_path):
+    opened(write_log(tmp_path, count=60, figures={"gold/judge": float}))
+    open_tab(browser, "charts")
+    until(browser, DRAWN)
+    card = "[...document.querySelectorAll('.card')].find((card) => card.innerText.startsWith('Score against'))"
+    assert browser.execute_script(f"return {card}.querySelector('.legend').innerText").split() == [
+        "score", "gold:", "judge",
+    ]  # fmt: skip
+    assert "the paler, the earlier" in browser.execute_script(f"return {card}.querySelector('.readout').innerText")
+    steps = list(range(1, 13))
+    kl = {"x": steps, "mean": [144 - step**2 for step in steps]}  # ever nearer to the reference
+    found = browser.execute_script("return parts(pair(...arguments))", kl, {"x": steps, "mean": steps})
+    assert [[step for _, step in part] for part in found] == [[n + 1, n] for n in range(1, 13, 2)]
+
+
 def test_it_follows_a_run_that_has_not_begun_and_then_grows(browser, tmp_path, serve):
     logs = tmp_path / "run" / "logs"
     logs.mkdir(parents=True)

@@ -124,11 +124,26 @@ def test_a_band_goes_from_the_lowest_run_to_the_highest_around_their_mean(tmp_pa
     assert {(1.0, 1.0), (4.0, 4.0), (1.0, 6.0), (4.0, 9.0)} <= corners
 
 
-def test_runs_of_different_lengths_share_what_they_have():
+def test_a_mean_reaches_as_far_as_all_its_runs():
     runs = [Series(np.array([1, 2, 3]), np.array([1.0, 2.0, 3.0])), Series(np.array([2, 4]), np.array([10.0, 30.0]))]
     steps, table = on_one_grid(runs)
-    assert steps.tolist() == [1, 2, 3, 4]
-    np.testing.assert_array_equal(table, [[1, 2, 3, np.nan], [np.nan, 10, 20, 30]])
+    assert steps.tolist() == [2, 3]
+    np.testing.assert_array_equal(table, [[2, 3], [10, 20]])
+
+
+def test_what_a_log_is_not_is_told_with_its_plots(tmp_path, capsys):
+    logs = write_log(tmp_path, count=4)
+    (logs / "metrics.jsonl").write_text((logs / "metrics.jsonl").read_text() * 2 + "Traceback")
+    write_plots([logs], "kl")
+    told = capsys.readouterr().err
+    assert "holds more than one run of ppo" in told
+
+
+def test_runs_without_a_common_step_are_all_drawn():
+    runs = [Series(np.array([1, 2]), np.array([1.0, 2.0])), Series(np.array([4]), np.array([30.0]))]
+    steps, table = on_one_grid(runs)
+    assert steps.tolist() == [1, 2, 4]
+    np.testing.assert_array_equal(table, [[1, 2, np.nan], [np.nan, np.nan, 30]])
 
 
 @pytest.mark.parametrize("count", [1, 79, 80, 200, 1001])

@@ -143,6 +143,18 @@ def is_reward_model(folder: Path) -> bool:
     return "GPT2ForSequenceClassification" in _read_config(folder).get("architectures", [])
 
 
+def check_model_folder(folder: Path, architecture: str) -> dict[str, Any]:
+    """The settings in config.json, which may not say that the folder holds a model of another architecture.
+
+    Raises:
+        UserError: it does, there is no such folder, or it has no config.json that can be read.
+    """
+    settings = _read_config(folder)
+    if architecture not in (found := settings.get("architectures") or [architecture]):
+        raise UserError(f"{folder}: holds a {found[0]}, expected a {architecture}")
+    return settings
+
+
 def _write_model(
     folder: Path, state: dict[str, Tensor], config: GPT2Config, tokenizer: Tokenizer, architecture: str
 ) -> None:
@@ -182,10 +194,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_model(folder: Path, architecture: str) -> tuple[GPT2Config, dict[str, Tensor]]:
     """Shape and raw state dict, after all checks that need no parameters."""
-    settings = _read_config(folder)
-    if architecture not in (found := settings.get("architectures") or [architecture]):
-        raise UserError(f"{folder}: holds a {found[0]}, expected a {architecture}")
-    config = _shape(folder, settings)
+    config = _shape(folder, check_model_folder(folder, architecture))
     if has_manifest(folder):
         read_manifest(folder)
     return config, _read_tensors(folder)

@@ -81,13 +81,13 @@ def kl_explosion(reader: LogReader, stage: str) -> Reading:
     growth = _median(now) / max(float(np.median(middle)), 1e-9) if len(kl.values) >= 20 else 1.0
     grows: Level = THRESHOLDS["kl-growth"].level(growth) if per_token > 0.1 else "ok"
     peak = int(np.argmax(kl.values))
+    highest = f"{kl.values[peak]:.3g} at step {kl.steps[peak]}"
     return Reading(
         worst(THRESHOLDS["kl-level"].level(per_token), grows),
         f"KL is {_median(now):.3g} nats per completion, {per_token:.2g} per token"
         + (f", and {growth:.1f} times that of the middle of the run" if grows != "ok" else "")
-        + (f"; it was {kl.values[peak]:.3g} at {kl.steps[peak]}" if kl.values[peak] > 5 * _median(now) > 0 else ""),
-        f"median objective/kl {_median(now):.3g} nats over {_median(recent(lengths)):.3g} tokens; "
-        f"highest {kl.values[peak]:.3g} at {kl.steps[peak]}",
+        + (f"; it was {highest}" if kl.values[peak] > 5 * _median(now) > 0 else ""),
+        f"median objective/kl {_median(now):.3g} nats over {_median(recent(lengths)):.3g} tokens; highest {highest}",
         _span(now),
     )
 
@@ -103,7 +103,8 @@ def first_ratio(reader: LogReader, stage: str) -> Reading:
     return Reading(
         THRESHOLDS["first-ratio"].level(off),
         f"ratio at the first minibatch is {'1' if off < 5e-4 else f'off by up to {off:.2g}'}",
-        f"{name} {ratio.values[place]:.6g} at {ratio.steps[place]}, the farthest from 1 of {len(ratio.values)} lines",
+        f"{name} {ratio.values[place]:.6g} at step {ratio.steps[place]}, the farthest from 1 of "
+        f"{len(ratio.values)} lines",
         _span(ratio),
     )
 
@@ -193,8 +194,8 @@ def _falls_from_its_best(reader: LogReader, stage: str, name: str) -> Reading:
         f"{name} has fallen by {fall:.3g} from its best, while the optimised score rose"
         if rises and fall > 4 * error
         else f"{name} is {'at' if best == len(means) - 1 else f'{fall:.2g} below'} its best",
-        f"{name} {means[best]:.3g} around {peak[len(peak) // 2]}, {means[-1]:.3g} now (standard error {error:.2g}); "
-        f"objective/scores {at_peak:.3g} then, {now:.3g} now",
+        f"{name} {means[best]:.3g} around step {peak[len(peak) // 2]}, {means[-1]:.3g} now "
+        f"(standard error {error:.2g}); objective/scores {at_peak:.3g} then, {now:.3g} now",
         (int(peak[0]), int(gold.steps[-1])),
     )
 
@@ -251,7 +252,7 @@ def recoveries(reader: LogReader, stage: str) -> Reading:
         "problem" if final else "warning",
         f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}, made good in {seconds:.1f} s"
         + (", then no more were allowed" if final else ""),
-        "; ".join(f"{fault.get('step', '?')}: lost {fault.get('what', '?')}" for fault in faults[-3:]),
+        "; ".join(f"step {fault.get('step', '?')}: lost {fault.get('what', '?')}" for fault in faults[-3:]),
         (min(steps), max(steps)),
     )
 
@@ -261,7 +262,8 @@ def not_finite(reader: LogReader, stage: str) -> Reading:
     refused = [event for event in reader.events if event["stage"] == stage and event["event"] == "nonfinite"]
     if refused:
         step = refused[-1].get("step", 0) + 1
-        return Reading("problem", f"an update was refused at {step}", str(refused[-1].get("message", "")), (step, step))
+        message = str(refused[-1].get("message", ""))
+        return Reading("problem", f"an update was refused at step {step}", message, (step, step))
     empty = {name: int(np.isnan(reader.series(stage, name).values[-_FEWEST:]).sum()) for name in reader.names(stage)}
     found = [name for name, count in empty.items() if count]
     if not found:
@@ -280,6 +282,6 @@ def overfitting(reader: LogReader, stage: str) -> Reading:
         THRESHOLDS["overfitting"].level(ratio),
         f"held-out loss is {loss.values[-1]:.3g}, "
         + ("its lowest" if ratio <= 1 else f"{ratio - 1:.1%} above its lowest"),
-        f"eval/loss {loss.values[best]:.3g} at {loss.steps[best]}, {loss.values[-1]:.3g} at {loss.steps[-1]}",
+        f"eval/loss {loss.values[best]:.3g} at step {loss.steps[best]}, {loss.values[-1]:.3g} at step {loss.steps[-1]}",
         (int(loss.steps[best]), int(loss.steps[-1])),
     )

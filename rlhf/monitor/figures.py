@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rlhf.io.terminal import visible
 from rlhf.monitor.log import LogReader, Series
-from rlhf.monitor.text import visible
 from rlhf.monitor.view import thin
 
 if TYPE_CHECKING:
@@ -129,8 +129,14 @@ def running_mean(series: Series) -> Series:
 
 
 def on_one_grid(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
-    """(steps [n] of any run, values [runs, n]): interpolated within each run, NaN beyond its ends."""
+    """(steps [n] of any run, values [runs, n]): interpolated, and NaN beyond a run's ends.
+
+    Only as far as all runs go, so that their mean does not jump where one has ended; where no step is in all of them,
+    all steps.
+    """
     steps = np.unique(np.concatenate([series.steps for series in runs]))
+    first, last = max(series.steps[0] for series in runs), min(series.steps[-1] for series in runs)
+    steps = shared if (shared := steps[(steps >= first) & (steps <= last)]).size else steps
     table = [np.interp(steps, series.steps, series.values, left=np.nan, right=np.nan) for series in runs]
     return steps, np.array(table)
 

@@ -16,10 +16,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from rlhf.io.terminal import visible
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import LogReader, Progress, Series
 from rlhf.monitor.panel import finding_line, verdict
-from rlhf.monitor.text import visible
 
 SHOWN = {
     "sft": {"loss/sft": "loss", "eval/loss": "held-out loss", "sft/accuracy": "accuracy", "grad_norm": "grad norm"},

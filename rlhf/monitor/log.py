@@ -7,6 +7,7 @@ output, is passed over and told of in `problems`.
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -216,6 +217,20 @@ class LogReader:
         if self.samples.add(Place(stage, step, place, len(line))):
             self.generation += 1
             self._notes.append(f"samples.jsonl: holds more than one run of {stage}; the last one is shown")
+
+
+def read_logs(folders: Sequence[Path]) -> list[LogReader]:
+    """What runs have logged by now.
+
+    Raises:
+        UserError: a folder is no run's, or its log has no line that can be read.
+    """
+    readers = [LogReader(folder) for folder in folders]
+    for reader in readers:
+        reader.poll()
+        if not reader.stages:
+            raise UserError(f"{reader.folder}: there is nothing to show yet: no line of metrics.jsonl can be read")
+    return readers
 
 
 def _pace(times: Series) -> float:

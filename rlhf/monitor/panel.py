@@ -7,10 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from rlhf.errors import UserError
+from rlhf.io.terminal import visible
 from rlhf.monitor.health import Finding, findings
-from rlhf.monitor.log import LogReader
-from rlhf.monitor.text import visible
+from rlhf.monitor.log import read_logs
 from rlhf.monitor.thresholds import Level
 from rlhf.monitor.view import run_names
 
@@ -49,11 +48,7 @@ def print_findings(log_dirs: Sequence[Path], console: Console) -> bool:
     Raises:
         UserError: a folder is no run's, or its log has nothing to check.
     """
-    readers = [LogReader(folder) for folder in log_dirs]
-    for reader in readers:
-        reader.poll()
-        if not reader.stages:
-            raise UserError(f"{reader.folder}: there is nothing to check yet: no line of metrics.jsonl can be read")
+    readers = read_logs(log_dirs)
     every = []
     for reader, name in zip(readers, run_names(readers), strict=True):
         found = findings(reader)

@@ -9,6 +9,8 @@ import numpy as np
 
 from rlhf.errors import UserError
 from rlhf.io.files import clear_write_errors, write_bytes
+from rlhf.io.progress import tell
+from rlhf.io.terminal import shorten, visible
 from rlhf.monitor.figures import (
     COLOURS,
     SMOOTHED,
@@ -20,9 +22,8 @@ from rlhf.monitor.figures import (
     new_figure,
     on_one_grid,
 )
-from rlhf.monitor.log import LogReader, Series
+from rlhf.monitor.log import LogReader, Series, read_logs
 from rlhf.monitor.samples_plot import draw_samples
-from rlhf.monitor.text import shorten, visible
 from rlhf.monitor.view import run_names, thin
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ LINE_PLOTS = (
     LinePlot(
         "kl", "kl", "ppo", "How far is the policy from the reference?",
         (
-            Panel("KL from the reference (nats per completion)", {"objective/kl": "KL"}),
+            Panel("KL to the reference (nats per completion)", {"objective/kl": "KL"}),
             Panel("entropy of the policy (nats per token)", {"policy/entropy_avg": "entropy"}, limits=(0.0, None)),
         ),
     ),
@@ -125,9 +126,10 @@ def write_plots(log_dirs: Sequence[Path], kind: PlotType, folder: Path | None = 
     """
     import matplotlib as mpl
 
-    readers = [LogReader(path) for path in log_dirs]
+    readers = read_logs(log_dirs)
     for reader in readers:
-        reader.poll()
+        for problem in reader.problems:
+            tell(f"{reader.folder}: {visible(problem)}")
     folder = folder or readers[0].folder.absolute().parent / "report"
     with mpl.rc_context(STYLE):
         figures = {name: figure for name, figure in _figures(readers, kind) if figure is not None}
@@ -154,11 +156,15 @@ def _figures(readers: Sequence[LogReader], kind: str) -> "list[tuple[str, Figure
 def _write(figure: "Figure", path: Path, readers: Sequence[LogReader]) -> Path:
     """Save a figure that says which runs it is of, and what its lines are."""
     names = [visible(name) for name in run_names(readers)]
-    runs = names[0] if len(names) == 1 else f"mean of {len(names)} runs, lowest to highest behind: {', '.join(names)}"
+    if path.stem == "samples":
+        names = names[:1]
+    notes = [shorten(", ".join(names), 90)]
+    if len(names) > 1 and path.stem != "over_optimisation":
+        notes.insert(0, f"mean of {len(names)} runs as far as all go, lowest to highest behind")
     lines = [line for axes in figure.axes for line in axes.get_lines()]
     if any(len(np.asarray(line.get_xdata())) >= 2 * SMOOTHED for line in lines):
-        runs = f"lines are running means; {runs}"
-    figure.supxlabel(shorten(runs, 90), fontsize=8, color="#555555", x=0.99, ha="right")
+        notes.insert(0, "lines are running means")
+    figure.supxlabel("\n".join(notes), fontsize=8, color="#555555", x=0.99, ha="right")
     image = io.BytesIO()
     figure.savefig(image, format="png")
     with clear_write_errors(path.parent):
@@ -214,7 +220,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
         )
         ax.set_ylabel(shown[name])
     axes[-1].xaxis.set_major_locator(AutoLocator())
-    axes[-1].set_xlabel("√KL from the reference (√nats per completion)")
+    axes[-1].set_xlabel("√KL to the reference (√nats per completion)")
     figure.colorbar(dots, ax=axes, label="PPO iteration", aspect=30).locator = MaxNLocator(integer=True)
     return figure
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf.io.files import clear_write_errors, write_text
 from rlhf.io.run_log import finite
-from rlhf.monitor.log import LogReader
+from rlhf.monitor.log import LogReader, read_logs
 from rlhf.monitor.samples import report_samples
 from rlhf.monitor.view import POINTS, run_names, run_state, stage_curves
 
@@ -33,11 +33,9 @@ def write_report(log_dirs: Sequence[Path], path: Path) -> None:
         path: the HTML file; its folder is made.
 
     Raises:
-        UserError: a folder is no run's, or the file cannot be written.
+        UserError: a folder is no run's, its log is empty, or the file cannot be written.
     """
-    readers = [LogReader(folder) for folder in log_dirs]
-    for reader in readers:
-        reader.poll()
+    readers = read_logs(log_dirs)
     with clear_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, document(_content(readers)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.io.terminal import shorten
 from rlhf.monitor.checks import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import THRESHOLDS, worst
@@ -19,10 +20,11 @@ def constant_rewards(reader: LogReader, stage: str) -> Reading:
     samples = _samples(reader, stage)
     scores = Counter(sample.get("score") for sample in samples)
     score, count = scores.most_common(1)[0]
+    shown = f"{score:.4g}" if isinstance(score, float) else score
     return Reading(
         THRESHOLDS["constant-rewards"].level(count / len(samples)),
         f"{len(scores)} different scores in {len(samples)} completions",
-        f"the score {score} is that of {count} of the newest {len(samples)} completions",
+        f"the score {shown} is that of {count} of the newest {len(samples)} completions",
         _of_samples(samples),
     )
 
@@ -39,7 +41,7 @@ def repeated_text(reader: LogReader, stage: str) -> Reading:
         worst(THRESHOLDS["repeated-text"].level(repeated), THRESHOLDS["same-text"].level(same)),
         f"{repeated:.0%} of 4-grams repeat within a completion"
         + (f"; the commonest completion has a share of {same:.0%}" if several else ""),
-        f"of the newest {len(samples)} completions of {len(prompts)} prompts, {count} are {_shortened(text)!r}",
+        f"of the newest {len(samples)} completions of {len(prompts)} prompts, {count} are {shorten(text, 60)!r}",
         _of_samples(samples),
     )
 
@@ -53,10 +55,6 @@ def repetition(text: str) -> float:
     parts = words if len(text) < 20 * max(len(words), 1) else list(text)
     grams = list(zip(*(parts[n:] for n in range(4)), strict=False))
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _samples(reader: LogReader, stage: str) -> list[dict[str, Any]]:

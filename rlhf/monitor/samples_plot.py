@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf.io.terminal import shorten, visible
 from rlhf.monitor.log import LogReader
-from rlhf.monitor.text import shorten, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.records import read_records
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.errors import UserError
-from rlhf.io.model_folder import is_reward_model
+from rlhf.io.model_folder import check_model_folder, is_reward_model
 from rlhf.io.presets import load_config
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.random import Purpose, fold_in, key
@@ -47,9 +47,14 @@ def find_folders(config: EvaluateConfig) -> Folders:
     """The models of a run's output folder, or of a single model folder.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one that is given beside them is no model.
     """
     folder = config.model_dir
+    for given, architecture in (
+        (config.against, "GPT2LMHeadModel"), (config.reward_model, "GPT2ForSequenceClassification")
+    ):  # fmt: skip
+        if given is not None:
+            check_model_folder(given, architecture)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a run's output folder or a model folder as --model-dir")
     if (folder / "config.json").is_file():

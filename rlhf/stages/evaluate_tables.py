@@ -25,10 +25,10 @@ _TITLES = {
     "eval/reward/mean": "mean reward",
     "eval/reward/calibration_error": "expected calibration error",
     "eval/reward/length_correlation": "correlation with length",
-    "eval/objective/kl_exact": "KL, exact",
-    "eval/objective/kl": "KL, k1 estimate",
-    "eval/objective/kl_k2": "KL, k2 estimate",
-    "eval/objective/kl_k3": "KL, k3 estimate",
+    "eval/objective/kl_exact": "KL, exact, nats",
+    "eval/objective/kl": "KL by k1, nats",
+    "eval/objective/kl_k2": "KL by k2, nats",
+    "eval/objective/kl_k3": "KL by k3, nats",
     "eval/policy/entropy_avg": "entropy, nats per token",
     "eval/response_length/mean": "response length, tokens",
     "eval/ended": "ended by itself",
@@ -41,7 +41,7 @@ _SHARES = (
     "accuracy", "baseline", "ended", "repeated", "distinct", "win_rate", "wins", "ties", "losses", "first_place",
     "calibration",
 )  # fmt: skip
-_PARTS = {"against": "compared with", "reference": "KL from"}
+_PARTS = {"against": "compared with", "reference": "KL to"}
 _ENDS = ("value", "low", "high")
 _NARROW = 0.05
 """Interval that two decimals would not show."""
@@ -57,7 +57,7 @@ def show_report(report: Report, console: Console) -> None:
         console.print()
     for kind, reason in report.skipped.items():
         console.print(f"{kind} left out: {reason}", markup=False, soft_wrap=True)
-    console.print("In brackets: 95% bootstrap intervals; none where all samples agree.", markup=False)
+    console.print("In brackets: 95% bootstrap intervals; none where all samples agree as far as shown.", markup=False)
     names = [
         name for name in ("evaluation.json", "completions.jsonl", "pairs.jsonl") if (report.folder / name).exists()
     ]
@@ -123,9 +123,10 @@ _SHOWN: dict[str, Callable[[Evaluation, int], RenderableType]] = {"sft": _sft, "
 
 def _figures(evaluation: Evaluation, columns: list[str], width: int) -> Table:
     table, between = Table(), "\n" if len(columns) > 2 and width < _WIDE else " "
-    table.add_column("figure", no_wrap=True)
+    table.add_column("figure")
     for column in columns:
-        table.add_column({"model": "value", "against": _other(evaluation)}.get(column, column), justify="right")
+        heading = {"model": "value", "against": _other(evaluation)}.get(column, column)
+        table.add_column(heading, justify="right", no_wrap=True)
     for name in sorted(evaluation.figures[columns[0]], key=_order):
         signed = "+" if any(word in name for word in ("margin", "gain", "reward/", "judge/", "correlation")) else ""
         cells: list[str] = []
@@ -190,7 +191,7 @@ def _cell(figure: Figure, form: str, between: str = " ") -> str:
     if math.isnan(figure.value):
         return "undefined"
     value, low, high = (_number(number, form) for number in figure[:3])
-    if math.isnan(figure.low) or math.isnan(figure.high) or figure.low == figure.high:
+    if math.isnan(figure.low) or math.isnan(figure.high) or low == high:
         return value
     return f"{value}{between}\\[{low}, {high}]"
 

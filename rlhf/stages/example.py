@@ -67,7 +67,7 @@ def show_comparison(comparison: Comparison, output_dir: Path) -> None:
     """Print what the demo came to."""
     before, after = comparison.before, comparison.after
     figures = Table(title=f"Gold score on {len(comparison.prompts)} held-out prompts (a judge that training never saw)")
-    for heading in ("model", "mean gold score, 95% interval", "KL from SFT"):
+    for heading in ("model", "mean gold score, 95% interval", "KL to SFT"):
         figures.add_column(heading)
     figures.add_row("SFT", f"{before.mean:+.2f} ± {before.interval:.2f}", "0")
     figures.add_row("PPO", f"{after.mean:+.2f} ± {after.interval:.2f}", f"{comparison.kl:.1f} nats per reply")
@@ -81,10 +81,13 @@ def show_comparison(comparison: Comparison, output_dir: Path) -> None:
     console.print(figures)
     console.print(replies)
     console.print(
-        f"Written to {output_dir}: models in sft/, reward/ and policy/ (transformers loads them); metrics.jsonl,\n"
-        "samples.jsonl and TensorBoard files in logs/; all replies in report/comparison.json; the data in data/.\n"
-        f"See the run in a browser: {output_dir / 'report' / 'report.html'}",
+        f"Written to {output_dir}: data/, logs/, report/, and the models sft/, reward/ and policy/. To go on:\n"
+        f"  open     {output_dir / 'report' / 'report.html'}\n"
+        f"  judge    rlhf-evaluate --model-dir {output_dir}\n"
+        f"  try      rlhf-generate --model-dir {output_dir / 'policy'} --template 'Customer: {{prompt}}\\nAgent:'\n"
+        f"  plot     rlhf-monitor --log-dir {output_dir / 'logs'} --plot-type all",
         markup=False,
+        soft_wrap=True,
     )
 
 
