@@ -31,7 +31,7 @@ def work(bench: Bench, critic: str, kind: str, target: float) -> Work:
         target: the ratio to reach.
     """
     size = material.SIZES[bench.size]
-    prompts, epochs, minibatch = size.ppo
+    _, epochs, minibatch = size.ppo
     settings = files(bench)
     return Work(
         f"{iteration(bench)}, {epochs} epochs of {minibatch}, {critic} critic, {kind}",

@@ -358,13 +358,12 @@ def _nothing_is_left_running():
 def test_a_side_that_dies_is_reported_with_the_end_of_its_log(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_PEER", "round 1")
     log = tmp_path / "logs" / "side.log"
-    with pytest.raises(sides.SideError, match=r"fake_peer:run \(fake\) ended: .*in the middle of a round") as caught:
-        with sides.Side(fake(), log) as side:
-            side.round()
-            assert side.rounds[0]["tokens"] == 5
+    with sides.Side(fake(), log) as side:
+        side.round()
+        assert side.rounds[0]["tokens"] == 5
+        with pytest.raises(sides.SideError, match=r"fake_peer:run \(fake\) ended: .*in the middle of a round"):
             side.round()
     assert "out of luck" in log.read_text()  # what a library prints is no answer
-    assert "Traceback" not in str(caught.value) or len(str(caught.value)) < 2000
     with pytest.raises(sides.SideError, match="No module named 'no_peer'"):
         sides.Side(replace(fake(), target="no_peer:run"), log)
 
@@ -426,7 +425,7 @@ def test_a_peer_that_does_not_start_ends_the_program(bench, monkeypatch, capsys)
 
 def test_peers_that_are_not_installed_are_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "sft", "--peers", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="python -m benchmarks peers --peers .*none"):
+    with pytest.raises(SystemExit, match=r"python -m benchmarks peers --peers .*none"):
         program.command()
 
 
@@ -492,4 +491,4 @@ def test_a_peer_that_breaks_off_ends_the_program_with_an_exit_code(bench):
     done = run_program(bench, "memory", "--only", "shared critic, fp32", FAKE_PEER="round 1")
     assert done.returncode == 1
     assert "in the middle of a round" in done.stderr
-    assert "Traceback (most recent call last)\n" not in done.stderr
+    assert done.stderr.startswith("python -m benchmarks: benchmarks.peers.trl_ppo:run")
