@@ -4,17 +4,20 @@ import io
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from test_layers import imports_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -429,6 +432,19 @@ def test_peers_that_are_not_installed_are_named_with_the_remedy(tmp_path, monkey
         program.command()
 
 
+def test_the_readmes_commands_parse_and_leave_none_out():
+    lines = (ROOT / "benchmarks" / "README.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m benchmarks")]
+    asked = [tyro.cli(program.Benchmarks, args=command) for command in commands]
+    (choices,) = [field.type for field in fields(program.Benchmarks) if field.name == "which"]
+    assert {one.which for one in asked} == set(get_args(get_args(choices)[0]))
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, benchmarks.__main__; assert {'torch', 'ray', 'numpy', 'rich'}.isdisjoint(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 # ---- the peers' environment
 
 
@@ -484,6 +500,9 @@ def test_every_comparison_runs_to_its_end(bench, which):
     expected = {"startup": 1, "generate": 2, "sft": 3, "reward": 1, "ppo": 3, "memory": 4}
     assert len(rows) == expected[which]
     assert all(row["ratio"] > 0 for row in rows)
+    if which == "memory":
+        assert [(row["peer"], row["peer, MB"]) for row in rows[:2]] == [("a limit", 6000)] * 2
+        assert all(100 < row["ours, MB"] == pytest.approx(row["ratio"] * row["peer, MB"]) for row in rows)
 
 
 @pytest.mark.slow
