@@ -288,8 +288,6 @@ def ppo(
         except UserError:
             if not session.over:
                 raise
-        finally:
-            _held.pop()
 
 
 _held: list[Callable[[], None]] = []
