@@ -465,7 +465,8 @@ def test_one_command_makes_the_environment_with_our_torch(tmp_path, monkeypatch,
     assert venv == f"-m venv {tmp_path}/peers"
     assert all(line.startswith("-m pip install") for line in (torch_line, peers, trl))
     assert torch_line.endswith(f" torch=={torch_version}")
-    assert ("--extra-index-url https://download.pytorch.org/whl/cpu" in torch_line) == ("+" in torch_version)
+    assert (" --extra-index-url https://download.pytorch.org/whl/cpu " in torch_line) == ("+" in torch_version)
+    assert ("index" in torch_line) == ("+" in torch_version)
     assert f"torch=={torch_version} --requirement {ROOT}/benchmarks/peers/requirements.txt" in peers
     assert f"--no-deps --upgrade --target {tmp_path}/peers/trl-with-ppo" in trl
     environment.check(tmp_path / "peers")
@@ -483,10 +484,15 @@ def test_peers_are_pinned():
 
 
 def run_program(bench, *arguments, **environment):
-    """`python -m benchmarks` in a process of its own; what is called compiled is not, which takes minutes."""
-    command = [sys.executable, "-m", "benchmarks", *arguments, "--size", "tiny", "--rounds", "2", "--threads", "1"]
+    """`python -m benchmarks` in a process of its own; of our settings, one without compilation is tried."""
+    code = f"""
+from benchmarks import ours, __main__ as program
+ours.COMPILED_FP32 = ours.COMPILED_BEST = ({EAGER},)
+program.command()
+"""
+    command = [sys.executable, "-c", code, *arguments, "--size", "tiny", "--rounds", "2", "--threads", "1"]
     command += ["--peers", str(bench.peers), "--output", str(bench.output)]
-    environment = os.environ | environment | {"TORCH_COMPILE_DISABLE": "1"}
+    environment = os.environ | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
