@@ -8,6 +8,8 @@ from typing import Literal
 
 import tyro
 
+from benchmarks.sides import SideError
+
 COMPARISONS = ("startup", "generate", "sft", "reward", "ppo", "memory")
 """Programs that need the peers; each is a module with `run`."""
 
@@ -81,5 +83,13 @@ def _compare(names: list[str], asked: Benchmarks) -> None:
             importlib.import_module(f"benchmarks.{name}").run(bench)
 
 
+def command() -> None:
+    """The command line; a side that fails is one message and exit code 1."""
+    try:
+        main(tyro.cli(Benchmarks, prog="python -m benchmarks"))
+    except SideError as error:
+        raise SystemExit(f"python -m benchmarks: {error}") from None
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Benchmarks, prog="python -m benchmarks"))
+    command()

@@ -70,7 +70,7 @@ def compare(work: Work, *, rounds: int, device: str, logs: Path) -> dict[str, An
         }
         limits = roofline.measures(device)
         times = interleave({name: side.round for name, side in sides.items()} | limits, rounds, warmup=_WARMUP)
-    _check_alike(work, sides["ours"], sides["peer"])
+    check_alike(work, sides["ours"], sides["peer"])
     tokens = {name: [facts["tokens"] for facts in side.rounds[-rounds:]] for name, side in sides.items()}
     rates = {name: [n / s for n, s in zip(tokens[name], times[name], strict=True)] for name in sides}
     narrow = ours.settings.get("precision") == "bf16"
@@ -128,8 +128,12 @@ def _best_rate(side: Side) -> float:
     return max(rates)
 
 
-def _check_alike(work: Work, ours: Side, peer: Side) -> None:
-    """Raise SideError unless both sides worked under the same conditions, on as many parameters and tokens."""
+def check_alike(work: Work, ours: Side, peer: Side) -> None:
+    """See that both sides worked under the same conditions, on as many parameters and tokens.
+
+    Raises:
+        SideError: they did not.
+    """
     for name in ("parameters", "threads", "torch"):
         if ours.facts[name] != peer.facts[name]:
             raise SideError(f"{work.what}: {name} differ: ours {ours.facts[name]}, the peer's {peer.facts[name]}")

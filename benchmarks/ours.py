@@ -234,11 +234,26 @@ def ppo(
     critic: str,
     precision: str,
     compile: str,  # noqa: A002
+    micro_batch: int = 0,
+    rollout_batch: int = 0,
 ) -> None:
     """Iterations of the whole stage, as `rlhf-train ppo` runs it.
 
     A reward function of weight 0 is called once in each iteration: there the run is held between rounds, so that a
     round is everything from there to the same place of the next iteration.
+
+    Args:
+        session: asks for the rounds.
+        model: folder of policy and reference.
+        reward: folder of the reward model.
+        prompts_file: records with `prompt`.
+        size: of `material.SIZES`.
+        device: cpu or cuda.
+        critic: separate or shared.
+        precision: fp32 or bf16.
+        compile: on or off.
+        micro_batch: completions scored or updated on at once; 0 is a whole minibatch.
+        rollout_batch: completions generated at once; 0 is all of an iteration.
     """
     work = material.SIZES[size]
     prompts, epochs, minibatch = work.ppo
@@ -260,8 +275,8 @@ def ppo(
                 batch_size=prompts,
                 num_epochs=epochs,
                 minibatch_size=minibatch,
-                micro_batch_size=minibatch,
-                rollout_batch_size=prompts,
+                micro_batch_size=micro_batch or minibatch,
+                rollout_batch_size=rollout_batch or prompts,
                 max_new_tokens=work.completion,
                 stop_at_eos=False,
                 learning_rate=3e-6,
@@ -281,7 +296,7 @@ _held: list[Callable[[], None]] = []
 
 def hold(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """The reward function that holds the run between rounds."""
-    _held[0]()
+    _held[-1]()
     return [0.0] * len(prompts)
 
 

@@ -31,16 +31,10 @@ def work(bench: Bench, critic: str, kind: str, target: float) -> Work:
         target: the ratio to reach.
     """
     size = material.SIZES[bench.size]
-    prompts, epochs, minibatch = size.ppo
-    settings: dict[str, Any] = {
-        "model": str(bench.made.model),
-        "reward": str(bench.made.reward),
-        "prompts_file": str(bench.made.prompts),
-    }
-    lengths = f"{size.prompt}+{size.completion} tokens"
+    _, epochs, minibatch = size.ppo
+    settings = files(bench)
     return Work(
-        f"PPO iteration, {bench.size}, {prompts} prompts, {lengths}, {epochs} epochs of {minibatch}, "
-        f"{critic} critic, {kind}",
+        f"{iteration(bench)}, {epochs} epochs of {minibatch}, {critic} critic, {kind}",
         "TRL 1.12 PPOTrainer",
         bench.ours("ppo", ours.COMPILED_FP32 if kind == "fp32" else ours.COMPILED_BEST, critic=critic, **settings),
         bench.theirs("trl_ppo:run", _FP32 if kind == "fp32" else _BEST, **settings),
@@ -48,6 +42,18 @@ def work(bench: Bench, critic: str, kind: str, target: float) -> Work:
         lambda number: _least(size, critic, number),
         exact=kind == "fp32",
     )
+
+
+def files(bench: Bench) -> dict[str, Any]:
+    """What an iteration loads, as both sides' settings."""
+    made = bench.made
+    return {"model": str(made.model), "reward": str(made.reward), "prompts_file": str(made.prompts)}
+
+
+def iteration(bench: Bench) -> str:
+    """What is rolled out in an iteration, in words."""
+    size = material.SIZES[bench.size]
+    return f"PPO iteration, {bench.size}, {size.ppo[0]} prompts, {size.prompt}+{size.completion} tokens"
 
 
 def _least(size: material.Size, critic: str, number_bytes: int) -> list[roofline.Phase]:

@@ -19,7 +19,11 @@ from rlhf.distributed.executor import Executor, Models
 from rlhf.gpt2_config import PRESETS, GPT2Config
 from rlhf.stages.sft import make_program
 
-SIZES = {"small": (dataclasses.replace(PRESETS["small"], vocab_size=1024), 8, 128), "gpt2": (PRESETS["gpt2"], 1, 64)}
+SIZES = {
+    "tiny": (GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2), 2, 16),
+    "small": (dataclasses.replace(PRESETS["small"], vocab_size=1024), 8, 128),
+    "gpt2": (PRESETS["gpt2"], 1, 64),
+}
 """Model, rows of each of a step's four micro-batches, tokens of a row."""
 
 NOTHING = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)

@@ -1,5 +1,6 @@
 """The other end of `benchmarks.session`: processes that make one round of work when asked."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -41,15 +42,16 @@ class Side:
         """The facts of every round, warm-up included."""
         log.parent.mkdir(parents=True, exist_ok=True)
         paths = [setting.path, str(ROOT)] if setting.path else [str(ROOT)]
-        self._process = subprocess.Popen(
-            [str(setting.python), "-m", "benchmarks.session", setting.target, json.dumps(setting.settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
-        )
+        with log.open("w") as stream:
+            self._process = subprocess.Popen(
+                [str(setting.python), "-m", "benchmarks.session", setting.target, json.dumps(setting.settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
+            )
         self.facts = self._receive()
         """What it said when it was ready."""
 
@@ -57,13 +59,7 @@ class Side:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+        self._end(patience=30)
 
     def round(self) -> None:
         """Have one round made, and keep what it says of it."""
@@ -77,11 +73,22 @@ class Side:
     def _receive(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            self._process.kill()
             raise self._lost()
         return json.loads(line)
 
+    def _end(self, patience: float) -> None:
+        """Ask for no more rounds, and end the process where it has not ended by itself after `patience` seconds."""
+        with contextlib.suppress(BrokenPipeError):  # a request that it never read is still in the buffer
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
     def _lost(self) -> SideError:
+        self._end(patience=5)  # its last words are in the log when it has ended
         tail = self._log.read_text(errors="replace").strip().splitlines()[-6:]
         return SideError(f"{self.setting.target} ({self.setting.label}) ended: " + " | ".join(tail))
 

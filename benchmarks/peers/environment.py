@@ -3,20 +3,33 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
 TRL_WITH_PPO = "trl-with-ppo"
 """Folder in the environment."""
+_TORCH_INDEX = "https://download.pytorch.org/whl/"
+"""Has the builds of torch whose version ends in +cpu or +cu130, which PyPI has not."""
 
 
 def make(folder: Path) -> None:
-    """Install what the requirements files pin; a few minutes and about 2 GB."""
+    """Install the torch that runs here, and what the requirements files pin; a few minutes and about 2 GB."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(python_of(folder)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--requirement", str(HERE / "requirements.txt")], check=True)
-    target = ["--no-deps", "--upgrade", "--target", str(folder / TRL_WITH_PPO)]
-    subprocess.run([*pip, *target, "--requirement", str(HERE / "requirements-ppo.txt")], check=True)
+    for arguments in _installs(folder, version("torch")):
+        subprocess.run([str(python_of(folder)), "-m", "pip", "install", "--quiet", *arguments], check=True)
+
+
+def _installs(folder: Path, torch: str) -> list[list[str]]:
+    """Arguments of pip, one call after the other; torch comes first, and stays since nothing else asks for another."""
+    build = torch.partition("+")[2]
+    index = ["--extra-index-url", _TORCH_INDEX + build] if build else []
+    beside = ["--no-deps", "--upgrade", "--target", str(folder / TRL_WITH_PPO)]
+    return [
+        [*index, f"torch=={torch}"],
+        [f"torch=={torch}", "--requirement", str(HERE / "requirements.txt")],
+        [*beside, "--requirement", str(HERE / "requirements-ppo.txt")],
+    ]
 
 
 def python_of(folder: Path) -> Path:
