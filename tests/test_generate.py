@@ -243,6 +243,7 @@ class Terminal:
         self.shown, self.seen = "", 0
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:  # the program
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background would hand on that it is ignored
             name = Path(sys.executable).with_name("rlhf-generate")
             os.execve(name, [str(name), "--threads", "1", *map(str, flags)], os.environ | {"TERM": "xterm"})
 

@@ -181,7 +181,11 @@ def started(folder, **environment: str) -> tuple[subprocess.Popen, int]:
 
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))
-    code = f"import sys; from rlhf.cli.monitor import main; sys.exit(main(['--log-dir', {str(folder)!r}, '--live']))"
+    code = (
+        "import signal, sys; from rlhf.cli.monitor import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job hands on that it is ignored
+        f"sys.exit(main(['--log-dir', {str(folder)!r}, '--live']))"
+    )
     inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
     process = subprocess.Popen(
         [sys.executable, "-c", code],
