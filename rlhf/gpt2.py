@@ -153,11 +153,11 @@ def trunk(
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)
     check_value("trunk", 0 <= dropout < 1, "in [0, 1)", dropout=dropout)
     check_value("trunk", dropout == 0 or key is not None, "given when dropout is not 0", key=key)
-    mask_BTT = None if segments is None else _segment_mask(segments)
+    bias_BTT = None if segments is None else _segment_bias(segments)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         q, k, v = _heads_first(qkv)
-        return _attention(q, k, v, mask_BTT)
+        return _attention(q, k, v, bias_BTT)
 
     def drop(x: Tensor, place: int) -> Tensor:
         return x if key is None or dropout == 0 else _dropout(x, dropout, fold_in(key, place))
@@ -324,20 +324,23 @@ def _gelu(x: Tensor) -> Tensor:
     return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide * wide))).to(x.dtype)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt(H)) v over [B, N, T, H], for each query over the keys its mask allows; None is causal."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k' / sqrt(H) + bias) v over [B, N, T, H]; None is the causal bias."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch's fused backward pass is slow there
         length = q.shape[2]
         if length > _PLAIN_ATTENTION:
-            return _attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
-        if mask is None:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+            return _attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
+        bias = _causal(length, q.device).float().log() if bias is None else bias
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        return torch.where(mask, scores, -torch.inf).softmax(-1).to(q.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return (scores + bias).softmax(-1).to(q.dtype) @ v
+    bias = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
 def _affine(x: Tensor, p: Params) -> Tensor:
+    if torch.compiler.is_compiling():  # there the sum costs nothing: it is part of whatever comes next
+        product: Tensor = x @ p["weight"] + p["bias"]
+        return product
     flat = torch.addmm(p["bias"], x.reshape(-1, x.shape[-1]), p["weight"])
     return flat.view(*x.shape[:-1], -1)
 
@@ -351,11 +354,18 @@ def _heads_first(qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
-def _segment_mask(segments: Tensor) -> Tensor:
-    """[B, 1, T, T] bool: query t may see key s when s <= t in the same segment."""
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    return (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
+def _causal(length: int, device: torch.device) -> Tensor:
+    """[T, T] bool: query t may see key s when s <= t."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def _segment_bias(segments: Tensor) -> Tensor:
+    """[B, 1, T, T] float32, what to add to scores: 0 where query t may see key s, s <= t in the same segment, else -inf.
+
+    As the logarithm of the mask: compiled code keeps what took a logarithm, and would make a cheaper form in each layer.
+    """
+    allowed = _causal(segments.shape[1], segments.device) & (segments[:, :, None] == segments[:, None, :])
+    return allowed[:, None].float().log()
 
 
 def _dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:

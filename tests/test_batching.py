@@ -1,6 +1,7 @@
 """From records to micro-batches: every index checked by a loop over rows and columns that knows nothing of packing."""
 
 import itertools
+import math
 import json
 from collections import Counter
 
@@ -18,6 +19,7 @@ from rlhf.data.batching import (
     ppo_batch,
     prompt_batches,
     token_batches,
+    unpack_sequences,
     unpack_tokens,
 )
 from rlhf.data.dataset import load_dataset
@@ -189,8 +191,10 @@ def test_pack_completions_predicts_every_completion_token(which, rows):
     for pack in packs:
         batch, wanted = pack.batch, {}
         assert batch.rows.tokens.shape[0] <= rows
-        assert batch.mask.all()
-        assert len(batch.mask) == len(batch.targets) == len(pack.sequence) == len(pack.step)
+        tokens, sequences = len(pack.step), len(pack.sequences)
+        assert batch.mask.tolist() == [True] * tokens + [False] * (len(batch.mask) - tokens)
+        assert len(batch.predictors) == len(batch.targets) == len(batch.mask) == max(2, tokens)
+        assert len(batch.last) == max(2, sequences)
         ends = []
         for begin, tokens in sequences_in(batch.rows).items():
             number = tokens[0] // 100 - 1
@@ -199,12 +203,12 @@ def test_pack_completions_predicts_every_completion_token(which, rows):
             assert tokens == PROMPTS[number].tolist() + answer
             for step, token in enumerate(answer):
                 wanted[begin + PROMPT_LENGTHS[number] + step - 1] = (token, number, step)
-        listed = zip(
-            batch.predictors.tolist(), batch.targets.tolist(), pack.sequence.tolist(), pack.step.tolist(), strict=True
-        )
+        predictors, targets = batch.predictors[batch.mask].tolist(), batch.targets[batch.mask].tolist()
+        listed = zip(predictors, targets, pack.sequence.tolist(), pack.step.tolist(), strict=True)
         assert {predictor: tuple(rest) for predictor, *rest in listed} == wanted
-        assert len(batch.predictors) == len(wanted)
-        assert sorted(zip(batch.last.tolist(), pack.sequences.tolist(), strict=True)) == sorted(ends)
+        assert len(predictors) == len(wanted)
+        last = batch.last[:sequences].tolist()
+        assert sorted(zip(last, pack.sequences.tolist(), strict=True)) == sorted(ends)
 
 
 def test_unpack_tokens_puts_every_token_back():
@@ -224,6 +228,16 @@ def test_unpack_tokens_leaves_what_was_not_packed_at_zero():
     packed = torch.zeros(COUNT, dtype=torch.bool)
     packed[which] = True
     assert torch.equal(whole, (REAL & packed[:, None]).float())
+
+
+@pytest.mark.parametrize("shape", [(COUNT,), (COUNT, 3)])
+def test_unpack_sequences_puts_every_sequence_back(shape):
+    values = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+    packs = packs_of(range(COUNT), rows=1)
+    assert {len(pack.sequences) for pack in packs} >= {1, 2}  # a micro-batch of a single one is filled up
+    filling = torch.full((1, *shape[1:]), torch.nan)
+    parts = [torch.cat([values[pack.sequences], filling])[: len(pack.batch.last)] for pack in packs]
+    assert torch.equal(unpack_sequences(packs, parts), values)
 
 
 def test_ppo_batch_gathers_each_tokens_own_numbers():

@@ -144,7 +144,8 @@ def pack_completions(
         index = torch.tensor(begins).repeat_interleave(repeats) + step - 1
         last = torch.tensor(begins) + repeats - 1
         mask = torch.ones_like(index, dtype=torch.bool)
-        batch = ScoreBatch(packed.rows, index, tokens[sequence, step], mask, last)
+        columns = _two_at_least(index, tokens[sequence, step], mask)
+        batch = ScoreBatch(packed.rows, *columns, *_two_at_least(last))
         packs.append(PackedCompletions(batch, torch.tensor(numbers), sequence, step))
     return packs
 
@@ -153,8 +154,14 @@ def unpack_tokens(packs: Sequence[PackedCompletions], parts: Sequence[Tensor], s
     """[B, T] from per-token results [C] of each pack; 0 where no completion has a token."""
     whole = torch.zeros(tuple(shape), dtype=parts[0].dtype)
     for packed, part in zip(packs, parts, strict=True):
-        whole[packed.sequence, packed.step] = part
+        whole[packed.sequence, packed.step] = part[: len(packed.step)]
     return whole
+
+
+def unpack_sequences(packs: Sequence[PackedCompletions], parts: Sequence[Tensor]) -> Tensor:
+    """[B, ...] from per-sequence results [b, ...] of each pack, which together hold the sequences 0..B-1."""
+    real = [part[: len(packed.sequences)] for packed, part in zip(packs, parts, strict=True)]
+    return torch.cat(real)[torch.argsort(torch.cat([packed.sequences for packed in packs]))]
 
 
 def ppo_batch(
@@ -168,8 +175,7 @@ def ppo_batch(
     """The packed tokens with what the update needs of them; all arrays [B, T] over the iteration's completions."""
     arrays = (log_probs, ref_log_probs, values, experience.advantages, experience.returns)
     gathered = [array[packed.sequence, packed.step] for array in arrays]
-    columns = [*_two_at_least(*packed.batch[1:4], *gathered), torch.tensor(kl_coef)]
-    return PPOBatch(packed.batch.rows, *columns)
+    return PPOBatch(*packed.batch[:4], *_two_at_least(*gathered), torch.tensor(kl_coef))
 
 
 def _two_at_least(*columns: Tensor) -> list[Tensor]:

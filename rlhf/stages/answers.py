@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.batching import pack_completions, unpack_tokens
+from rlhf.data.batching import pack_completions, unpack_sequences, unpack_tokens
 from rlhf.data.dataset import Dataset
 from rlhf.distributed.executor import Executor, Models, Program
 from rlhf.errors import UserError
@@ -197,8 +197,7 @@ def answer(
         return unpack_tokens(packs, [result[field] for result in results], completions.mask.shape).double()
 
     log_probs, entropy, ref_log_probs, exact = map(tokens_of, (0, 2, 3, 4))
-    back = torch.argsort(torch.cat([pack.sequences for pack in packs]))
-    scores = torch.cat([result.scores for result in results])[back].double().numpy()
+    scores = unpack_sequences(packs, [result.scores for result in results]).double().numpy()
     kl = {} if panel.reference is None else {"exact": exact} | _estimated_kl(log_probs, ref_log_probs)
     tokenizer = panel.writers[part].tokenizer
     return Answers(

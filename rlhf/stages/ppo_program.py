@@ -89,6 +89,15 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
         entropy_coef=settings.entropy_coef,
         loss_kl=settings.kl_estimator if settings.kl_in_loss else "none",
     )
+    score = make_scorer(
+        shapes.policy,
+        shapes.critic,
+        shapes.reward_models,
+        dtype=dtype,
+        temperature=settings.temperature,
+        log_probs=recomputes_log_probs(settings, dtype),
+    )
+    compiling = None if compile_to is None else functools.partial(compiled, folder=compile_to)
     warmup_adamw = make_adamw(
         settings, lambda step: schedule(step * 0), lambda name: float(not name.startswith("policy."))
     )
@@ -108,16 +117,9 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
                 top_p=settings.top_p,
                 stop_tokens=(shapes.eos_id,) if settings.stop_at_eos else (),
                 slots=settings.rollout_slots,
-                compiled=None if compile_to is None else functools.partial(compiled, folder=compile_to),
+                compiled=compiling,
             ),
-            "score": make_scorer(
-                shapes.policy,
-                shapes.critic,
-                shapes.reward_models,
-                dtype=dtype,
-                temperature=settings.temperature,
-                log_probs=recomputes_log_probs(settings, dtype),
-            ),
+            "score": compiling(score) if compiling else score,
         },
         blends={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
         compile_to=compile_to,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOConfig
-from rlhf.data.batching import PackedCompletions, pack_completions, unpack_tokens
+from rlhf.data.batching import PackedCompletions, pack_completions, unpack_sequences, unpack_tokens
 from rlhf.data.dataset import Dataset
 from rlhf.distributed.executor import Executor
 from rlhf.errors import NonFiniteError
@@ -109,10 +109,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     ref_log_probs, log_probs, values = (
         unpack_tokens(packs, [result[field] for result in results], completions.mask.shape) for field in range(3)
     )
-    by_model = torch.cat([result.scores for result in results])[
-        torch.argsort(torch.cat([pack.sequences for pack in packs]))
-    ]
-    raw, total = _sum_sources(ppo, rollout, by_model)
+    raw, total = _sum_sources(ppo, rollout, unpack_sequences(packs, [result.scores for result in results]))
     if not recomputes_log_probs(settings, ppo.run.dtype):
         log_probs = completions.log_probs
         values = completions.values if ppo.shapes.critic is None else values
