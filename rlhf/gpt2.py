@@ -360,9 +360,9 @@ def _causal(length: int, device: torch.device) -> Tensor:
 
 
 def _segment_bias(segments: Tensor) -> Tensor:
-    """[B, 1, T, T] float32, what to add to scores: 0 where query t may see key s, s <= t in the same segment, else -inf.
+    """[B, 1, T, T] float32 to add to scores: 0 where query t may see key s (s <= t in the same segment), else -inf.
 
-    As the logarithm of the mask: compiled code keeps what took a logarithm, and would make a cheaper form in each layer.
+    The mask's logarithm, because compiled code keeps what took one; anything cheaper it makes again in every layer.
     """
     allowed = _causal(segments.shape[1], segments.device) & (segments[:, :, None] == segments[:, None, :])
     return allowed[:, None].float().log()

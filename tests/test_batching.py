@@ -1,8 +1,8 @@
 """From records to micro-batches: every index checked by a loop over rows and columns that knows nothing of packing."""
 
 import itertools
-import math
 import json
+import math
 from collections import Counter
 
 import numpy as np

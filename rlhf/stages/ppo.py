@@ -90,7 +90,7 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     models = start_models(settings, policy, reward_models)
     completions = settings.num_iterations * settings.batch_size * settings.samples_per_prompt
     tokens = settings.num_epochs * completions * (prompts.mean_tokens(context) + settings.max_new_tokens)
-    compile_to = run.compile_to(models, tokens)
+    compile_to = run.compile_to(models, tokens, evaluated=[models.params, *models.frozen.values()])
     executor = run.open_executor(functools.partial(make_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
     return ppo, {"data": sha256(path), "model": sha256(folder / "model.safetensors")}

@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from rlhf.random import Purpose, fold_in, key
 from rlhf.stages.compute import compute_threads, describe_workers, find_device, limit_threads
 from rlhf.stages.sink import open_sink
 from rlhf.tree import leaves, named_leaves
+from rlhf.types import Params
 
 Facts = dict[str, Any]
 """Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
@@ -39,9 +40,9 @@ _FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "c
 """Settings that may differ when a run is resumed: but for the threads they do not change a bit of its results."""
 
 
-_COMPILED_GAIN, _FLOPS, _COMPILE_S = 0.25, 1e11, 0.7
+_COMPILED_GAIN, _FLOPS, _COMPILE_S, _COMPILE_FORWARD_S = 0.25, 1e11, 0.45, 0.25
 """Measured on two cores: what compilation takes off a step, floating-point operations per second of an eager one, and
-seconds of compilation per parameter tensor."""
+seconds of compilation per parameter tensor of gradients, and of what is only evaluated."""
 
 
 class StageResult(NamedTuple):
@@ -92,11 +93,14 @@ class Run:
             open_executor(make_program, models, dist, device=self.device, tell=self.note)
         )
 
-    def compile_to(self, models: Models, tokens: float, *, obstacle: str = "") -> Path | None:
+    def compile_to(
+        self, models: Models, tokens: float, *, evaluated: Sequence[Params] = (), obstacle: str = ""
+    ) -> Path | None:
         """Where compiled code is kept; None where the stage is not to be compiled, or not worth it.
 
         Args:
             models: what is trained.
+            evaluated: models that compiled code also runs without gradients.
             tokens: that gradients are taken of in the whole run; never what a resumed run has left, nor anything that
                 depends on workers or threads, because the choice is part of the result's bits.
             obstacle: why this stage cannot be compiled.
@@ -107,7 +111,7 @@ class Run:
         config = self.config
         sizes = [leaf.numel() for leaf in leaves(models.params)]
         saved_s = _COMPILED_GAIN * 6 * sum(sizes) * tokens / _FLOPS
-        cost_s = _COMPILE_S * len(sizes)
+        cost_s = _COMPILE_S * len(sizes) + _COMPILE_FORWARD_S * len(leaves(evaluated))
         if config.compile == "off" or (config.compile == "auto" and saved_s < 2 * cost_s):
             return None
         if self.device.type == "cpu" and not has_compiler():
