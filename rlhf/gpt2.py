@@ -15,6 +15,7 @@ Sequences in a row are told apart by `segments`: a token attends to earlier toke
 rule serves left padding, right padding (padding is a segment of its own) and several sequences packed in a row.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,12 +28,15 @@ from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
 from rlhf.gpt2_config import GPT2Config
 from rlhf.ops import gather_rows
 from rlhf.random import fold_in, normal, uniform
+from rlhf.remat import remat
 from rlhf.tree import cast, named_leaves, tree_map_named, with_leaves
 from rlhf.types import Params
 
 _INIT_STD = 0.02
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
+_CHUNK = 1 << 26
+"""Logits that are there at once. Each chunk adds a whole gradient of the embedding: smaller ones would cost time."""
 _PLAIN_ATTENTION = 512
 """Up to this length the plain form of attention is faster in bf16 on a CPU."""
 
@@ -125,6 +129,7 @@ def trunk(
     segments: Tensor | None = None,
     dropout: float = 0.0,
     key: Tensor | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Tensor:
     """Hidden states after the final layer norm.
 
@@ -137,6 +142,7 @@ def trunk(
         dropout: share dropped after the embedding, each attention and each MLP, as GPT-2's `resid_pdrop` and
             `embd_pdrop` (attention weights are not dropped); 0 outside of SFT.
         key: [2] int32, consumed; needed where dropout is not 0.
+        gradient_checkpointing: the backward pass computes each block again from its input (`rlhf.remat.remat`).
 
     Returns:
         [B, T, D] in the parameters' dtype.
@@ -162,13 +168,19 @@ def trunk(
     def drop(x: Tensor, place: int) -> Tensor:
         return x if key is None or dropout == 0 else _dropout(x, dropout, fold_in(key, place))
 
-    return _run(params, _embed(params, tokens, positions), config, attend, drop)
+    around = remat if gradient_checkpointing else lambda block: block
+    return _run(params, _embed(params, tokens, positions), config, attend, drop, around)
 
 
 def unembed(params: Params, hidden: Tensor) -> Tensor:
     """Logits [..., V] of hidden states [..., D] in their dtype, through the embedding (tied weights)."""
     weight: Tensor = params["wte"]["weight"].to(hidden.dtype)
     return hidden @ weight.T
+
+
+def chunk_size(config: GPT2Config) -> int:
+    """Tokens whose float32 logits take at most 256 MB, for `rlhf.remat.in_chunks`."""
+    return max(1, _CHUNK // config.vocab_size)
 
 
 def compute_copy(params: Params, dtype: torch.dtype) -> Params:
@@ -302,17 +314,29 @@ def _run(
     config: GPT2Config,
     attend: Callable[[int, Tensor], Tensor],
     drop: Callable[[Tensor, int], Tensor] = lambda x, place: x,
+    around: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda block: block,
 ) -> Tensor:
-    """All blocks and the final norm over embedded [B, T, D]; `attend`: layer, [B, T, 3, N, H] -> [B, N, T, H]."""
-    x = drop(x, 0)
-    for layer, block in enumerate(params["h"]):
-        normed = _layer_norm(x, block["ln_1"], config)
-        qkv = _affine(normed, block["attn"]["c_attn"]).view(*x.shape[:2], 3, config.n_head, -1)
+    """All blocks and the final norm over embedded [B, T, D].
+
+    Args:
+        params: GPT-2 parameters.
+        x: embedded tokens.
+        config: the shape of `params`.
+        attend: (layer, [B, T, 3, N, H]) -> [B, N, T, H].
+        drop: of what is added to the residual stream, by place.
+        around: put around each block.
+    """
+
+    def block(x: Tensor, p: Params, *, layer: int) -> Tensor:
+        qkv = _affine(_layer_norm(x, p["ln_1"], config), p["attn"]["c_attn"]).view(*x.shape[:2], 3, config.n_head, -1)
         attended_BTD = attend(layer, qkv).transpose(1, 2).reshape(x.shape)
-        x = x + drop(_affine(attended_BTD, block["attn"]["c_proj"]), 2 * layer + 1)
-        normed = _layer_norm(x, block["ln_2"], config)
-        expanded = _gelu(_affine(normed, block["mlp"]["c_fc"]))
-        x = x + drop(_affine(expanded, block["mlp"]["c_proj"]), 2 * layer + 2)
+        x = x + drop(_affine(attended_BTD, p["attn"]["c_proj"]), 2 * layer + 1)
+        expanded = _gelu(_affine(_layer_norm(x, p["ln_2"], config), p["mlp"]["c_fc"]))
+        return x + drop(_affine(expanded, p["mlp"]["c_proj"]), 2 * layer + 2)
+
+    x = drop(x, 0)
+    for layer, p in enumerate(params["h"]):
+        x = around(functools.partial(block, layer=layer))(x, p)
     return _layer_norm(x, params["ln_f"], config)
 
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import Rows, ScoreBatch
-from rlhf.gpt2 import compute_copy, trunk, unembed
+from rlhf.gpt2 import chunk_size, compute_copy, trunk, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
 from rlhf.kl import exact_kl
 from rlhf.ops import entropy, token_log_probs
+from rlhf.remat import in_chunks
 from rlhf.types import Params
 
 
@@ -50,27 +51,29 @@ def make_measure(
         temperature: of model and reference.
     """
 
-    def measure(params: Params, frozen: dict[str, Params], batch: ScoreBatch) -> Measures:
-        logits = _logits(compute_copy(params, dtype), batch, config)
-        log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
+    def per_token(models: Params, targets: Tensor, hidden: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
+        logits = unembed(models["model"], hidden)
+        log_probs = token_log_probs(logits, targets, temperature=temperature)
         ref_log_probs = kl = torch.zeros_like(log_probs)
-        if reference is not None:
-            ref_logits = _logits(compute_copy(frozen["reference"], dtype), batch, reference)
-            ref_log_probs = token_log_probs(ref_logits, batch.targets, temperature=temperature)
+        for of_reference in ref_hidden:
+            ref_logits = unembed(models["reference"], of_reference)
+            ref_log_probs = token_log_probs(ref_logits, targets, temperature=temperature)
             kl = exact_kl(logits, ref_logits, temperature=temperature)
+        return log_probs, logits.argmax(-1) == targets, entropy(logits, temperature=temperature), ref_log_probs, kl
+
+    def measure(params: Params, frozen: dict[str, Params], batch: ScoreBatch) -> Measures:
+        shapes = {"model": config} if reference is None else {"model": config, "reference": reference}
+        models = {"model": compute_copy(params, dtype)}
+        if reference is not None:
+            models["reference"] = compute_copy(frozen["reference"], dtype)
+        hidden = [_hidden(models[name], batch.rows, shape)[batch.predictors] for name, shape in shapes.items()]
         scores = [
             apply_head(model["head"], _hidden(compute_copy(model["trunk"], dtype), batch.rows, shape)[batch.last])
             for model, shape in ((frozen[f"reward_model_{k}"], shape) for k, shape in enumerate(reward_models))
         ]
         nothing = torch.zeros(len(batch.last), 0, device=batch.last.device)
-        return Measures(
-            log_probs,
-            logits.argmax(-1) == batch.targets,
-            entropy(logits, temperature=temperature),
-            ref_log_probs,
-            kl,
-            torch.stack(scores, dim=1) if scores else nothing,
-        )
+        of_tokens = in_chunks(per_token, chunk_size(config))(models, batch.targets, *hidden)
+        return Measures._make([*of_tokens, torch.stack(scores, dim=1) if scores else nothing])
 
     return measure
 
@@ -79,7 +82,3 @@ def _hidden(params: Params, rows: Rows, config: GPT2Config) -> Tensor:
     """[R * T, D] hidden states of packed rows."""
     hidden = trunk(params, rows.tokens, config=config, positions=rows.positions, segments=rows.segments)
     return hidden.flatten(0, 1)
-
-
-def _logits(params: Params, batch: ScoreBatch, config: GPT2Config) -> Tensor:
-    return unembed(params, _hidden(params, batch.rows, config)[batch.predictors])

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import PairBatch, PPOBatch, PromptBatch, Rows, ScoreBatch, TokenBatch
-from rlhf.gpt2 import compute_copy, trunk, unembed
+from rlhf.gpt2 import chunk_size, compute_copy, trunk, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
 from rlhf.kl import exact_kl, kl_estimate
 from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
 from rlhf.ops import entropy, gather_rows, masked_sum, token_log_probs
+from rlhf.remat import in_chunks
 from rlhf.sampling import Completions, draw_tokens, generate
 from rlhf.types import Metrics, Params
 
@@ -27,29 +28,46 @@ Frozen = dict[str, Params]
 
 
 def make_sft_objective(
-    config: GPT2Config, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0
+    config: GPT2Config,
+    *,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    gradient_checkpointing: bool = False,
 ) -> Callable[[Params, Frozen, TokenBatch], tuple[Tensor, Metrics]]:
     """(GPT-2, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
 
+    def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = unembed(params, hidden)
+        seen = logits.detach()
+        correct = seen.gather(-1, targets.unsqueeze(-1)).squeeze(-1) >= seen.amax(-1)
+        return token_log_probs(logits, targets), correct.float()
+
     def objective(params: Params, frozen: Frozen, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         params = compute_copy(params, dtype)
-        hidden = _hidden(params, batch.rows, config, dropout=dropout, key=batch.key)
-        logits = unembed(params, gather_rows(hidden, batch.predictors))
-        loss, metrics = sft_loss(token_log_probs(logits, batch.targets), batch.mask)
-        seen = logits.detach()
-        correct = (seen.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1) >= seen.amax(-1)).float()
+        hidden = _hidden(
+            params, batch.rows, config, dropout=dropout, key=batch.key, gradient_checkpointing=gradient_checkpointing
+        )
+        log_probs, correct = in_chunks(per_token, chunk_size(config))(
+            _tied(params), gather_rows(hidden, batch.predictors), batch.targets
+        )
+        loss, metrics = sft_loss(log_probs, batch.mask)
         return loss, metrics | {"sft/accuracy": masked_sum(correct, batch.mask)}
 
     return objective
 
 
 def make_reward_objective(
-    config: GPT2Config, *, dtype: torch.dtype = torch.float32, centre_coef: float = 0.0
+    config: GPT2Config,
+    *,
+    dtype: torch.dtype = torch.float32,
+    centre_coef: float = 0.0,
+    gradient_checkpointing: bool = False,
 ) -> Callable[[Params, Frozen, PairBatch], tuple[Tensor, Metrics]]:
     """(reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
 
     def objective(params: Params, frozen: Frozen, batch: PairBatch) -> tuple[Tensor, Metrics]:
-        hidden = _hidden(compute_copy(params["trunk"], dtype), batch.rows, config)
+        trunk_params = compute_copy(params["trunk"], dtype)
+        hidden = _hidden(trunk_params, batch.rows, config, gradient_checkpointing=gradient_checkpointing)
         chosen, rejected = (
             apply_head(params["head"], gather_rows(hidden, last)) for last in (batch.chosen, batch.rejected)
         )
@@ -85,6 +103,7 @@ def make_ppo_objective(
     entropy_coef: float = 0.0,
     loss_kl: Literal["none", "k1", "k2", "k3", "exact"] = "none",
     policy_coef: float = 1.0,
+    gradient_checkpointing: bool = False,
 ) -> Callable[[Params, Frozen, PPOBatch], tuple[Tensor, Metrics]]:
     """(params, frozen, PPOBatch) -> policy loss + value_coef * value loss - entropy_coef * entropy [+ kl_coef * KL].
 
@@ -103,27 +122,44 @@ def make_ppo_objective(
         entropy_coef: weight of the entropy bonus.
         loss_kl: KL to the reference in the loss, weighted by the batch's kl_coef; "exact" reads frozen["reference"].
         policy_coef: 0 leaves the value loss alone (critic warm-up).
+        gradient_checkpointing: of `rlhf.gpt2.trunk`, in policy and critic.
     """
+
+    def per_token(models: Frozen, hidden: Tensor, targets: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
+        logits = unembed(models["policy"], hidden)
+        log_probs = token_log_probs(logits, targets, temperature=temperature)
+        entropies = entropy(logits if entropy_coef else logits.detach(), temperature=temperature)
+        ref_logits = [unembed(models["reference"], of_reference) for of_reference in ref_hidden]
+        return log_probs, entropies, *(exact_kl(logits, of, temperature=temperature) for of in ref_logits)
 
     def objective(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics]:
         policy = compute_copy(params["policy"], dtype)
-        hidden = gather_rows(_hidden(policy, batch.rows, config), batch.predictors)
-        logits = unembed(policy, hidden)
-        log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
-        values = _values(params, hidden, batch, critic_config, dtype)
+        hidden = _at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
+        models, columns = {"policy": _tied(policy)}, [hidden, batch.targets]
+        if loss_kl == "exact":
+            reference = compute_copy(frozen["reference"], dtype)
+            models["reference"] = _tied(reference)
+            columns.append(_at_predictors(reference, batch, config))
+        log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config))(models, *columns)
+        if critic_config is None:
+            values = apply_head(params["value_head"], hidden)
+        else:
+            values = _critic(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
         policy_loss, metrics = ppo_policy_loss(
             log_probs, batch.old_log_probs, batch.advantages, batch.mask, clip_eps=clip_eps, dual_clip=dual_clip
         )
         value_loss, value_metrics = ppo_value_loss(
             values, batch.old_values, batch.returns, batch.mask, value_clip_eps=value_clip_eps
         )
-        token_entropy = masked_sum(
-            entropy(logits if entropy_coef else logits.detach(), temperature=temperature), batch.mask
-        )
+        token_entropy = masked_sum(entropies, batch.mask)
         policy_total = policy_loss - entropy_coef * token_entropy
         metrics |= value_metrics | {"policy/entropy_avg": token_entropy.detach()}
         if loss_kl != "none":
-            kl = _loss_kl(loss_kl, log_probs, logits, frozen, batch, config, dtype, temperature)
+            if loss_kl == "exact":
+                (of_tokens,) = exact
+            else:
+                of_tokens = kl_estimate(log_probs, batch.ref_log_probs, estimator=loss_kl)
+            kl = masked_sum(of_tokens, batch.mask)
             policy_total = policy_total + batch.kl_coef * kl
             metrics["loss/kl_avg"] = kl.detach()
         return policy_coef * policy_total + value_coef * value_loss, metrics
@@ -218,68 +254,53 @@ def make_scorer(
         log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
     """
 
+    def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor]:
+        return (token_log_probs(unembed(params, hidden), targets, temperature=temperature),)
+
+    def look(params: Params, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states and log-probs of a GPT-2."""
+        params = compute_copy(params, dtype)
+        hidden = _at_predictors(params, batch, config)
+        return hidden, in_chunks(per_token, chunk_size(config))(_tied(params), hidden, batch.targets)[0]
+
     def score(params: Params, frozen: Frozen, batch: ScoreBatch) -> Scores:
-        zeros = torch.zeros(batch.predictors.shape, device=batch.predictors.device)
-        ref_logits = _logits(compute_copy(frozen["reference"], dtype), batch, config)
-        policy_log_probs = values = zeros
+        _, ref_log_probs = look(frozen["reference"], batch)
+        policy_log_probs = values = torch.zeros_like(ref_log_probs)
         if log_probs:
-            policy = compute_copy(params["policy"], dtype)
-            hidden = gather_rows(_hidden(policy, batch.rows, config), batch.predictors)
-            logits = unembed(policy, hidden)
-            policy_log_probs = token_log_probs(logits, batch.targets, temperature=temperature)
-            values = apply_head(params["value_head"], hidden) if "value_head" in params else zeros
+            hidden, policy_log_probs = look(params["policy"], batch)
+            if "value_head" in params:
+                values = apply_head(params["value_head"], hidden)
         if critic_config is not None:
-            values = _critic(params, batch.rows, batch.predictors, critic_config, dtype)
+            values = _critic(params, batch, critic_config, dtype)
         scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
         for number, reward_config in enumerate(reward_configs):
             reward_model = frozen[f"reward_model_{number}"]
             hidden = _hidden(compute_copy(reward_model["trunk"], dtype), batch.rows, reward_config)
             scores.append(apply_head(reward_model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
-        ref_log_probs = token_log_probs(ref_logits, batch.targets, temperature=temperature)
         return Scores(ref_log_probs, policy_log_probs, values, torch.cat(scores, dim=1))
 
     return score
 
 
-def _hidden(
-    params: Params, rows: Rows, config: GPT2Config, *, dropout: float = 0.0, key: Tensor | None = None
+def _hidden(params: Params, rows: Rows, config: GPT2Config, **options: Any) -> Tensor:
+    """[R * T, D] hidden states of packed rows; options as `rlhf.gpt2.trunk`'s."""
+    return trunk(
+        params, rows.tokens, config=config, positions=rows.positions, segments=rows.segments, **options
+    ).flatten(0, 1)
+
+
+def _at_predictors(params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config, **options: Any) -> Tensor:
+    """[C, D] at the positions that predict a completion token; no other logits are ever computed."""
+    return gather_rows(_hidden(params, batch.rows, config, **options), batch.predictors)
+
+
+def _tied(params: Params) -> Params:
+    """What `unembed` reads."""
+    return {"wte": params["wte"]}
+
+
+def _critic(
+    params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    """[R * T, D] hidden states of packed rows."""
-    hidden = trunk(
-        params, rows.tokens, config=config, positions=rows.positions, segments=rows.segments, dropout=dropout, key=key
-    )
-    return hidden.flatten(0, 1)
-
-
-def _logits(params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config) -> Tensor:
-    """[C, V] at the positions that predict a completion token; no other logits are ever computed."""
-    return unembed(params, gather_rows(_hidden(params, batch.rows, config), batch.predictors))
-
-
-def _critic(params: Params, rows: Rows, index: Tensor, config: GPT2Config, dtype: torch.dtype) -> Tensor:
-    hidden = _hidden(compute_copy(params["critic"]["trunk"], dtype), rows, config)
-    return apply_head(params["critic"]["head"], gather_rows(hidden, index))
-
-
-def _values(
-    params: Params, hidden: Tensor, batch: PPOBatch, critic_config: GPT2Config | None, dtype: torch.dtype
-) -> Tensor:
-    if critic_config is None:
-        return apply_head(params["value_head"], hidden)
-    return _critic(params, batch.rows, batch.predictors, critic_config, dtype)
-
-
-def _loss_kl(
-    kind: Literal["k1", "k2", "k3", "exact"],
-    log_probs: Tensor,
-    logits: Tensor,
-    frozen: Frozen,
-    batch: PPOBatch,
-    config: GPT2Config,
-    dtype: torch.dtype,
-    temperature: float,
-) -> Tensor:
-    if kind == "exact":
-        ref_logits = _logits(compute_copy(frozen["reference"], dtype), batch, config)
-        return masked_sum(exact_kl(logits, ref_logits, temperature=temperature), batch.mask)
-    return masked_sum(kl_estimate(log_probs, batch.ref_log_probs, estimator=kind), batch.mask)
+    hidden = _at_predictors(compute_copy(params["critic"]["trunk"], dtype), batch, config, **options)
+    return apply_head(params["critic"]["head"], hidden)

@@ -237,6 +237,7 @@ def test_pairs_without_a_difference_are_refused_when_nothing_else_is_left(refuse
 def test_what_cannot_be_compiled_is_refused_when_it_is_asked_for(refused, shelf, monkeypatch):
     flags = ["sft", "--sft-data", shelf / "sft.json", *TINY, *ONE_STEP[:4], "--compile", "on"]
     refused(*flags, "--sft.dropout", "0.1", pieces=("--compile on: dropout", "--sft.dropout 0", "--compile off"))
+    refused(*flags, "--sft.gradient-checkpointing", pieces=("--sft.gradient-checkpointing computes", "--compile off"))
     monkeypatch.setattr("rlhf.stages.run.has_compiler", lambda: False)
     refused(*flags, "--device", "cpu", pieces=("--compile on: no C++ compiler", "install g++", "--compile off"))
 

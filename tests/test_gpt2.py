@@ -179,6 +179,38 @@ def test_dropout_drops_the_share_asked_for_and_keeps_the_mean(key):
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_no_bit(params, config, tokens, key, dtype, dropout):
+    segments = torch.tensor([[1] * 5 + [2] * 7, [1] * 12, [3] * 9 + [0] * 3])
+
+    def loss(params, gradient_checkpointing):
+        hidden = gpt2.trunk(
+            gpt2.compute_copy(params, dtype),
+            tokens,
+            config=config,
+            segments=segments,
+            dropout=dropout,
+            key=key,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        return hidden.float().sin().sum()
+
+    plain, again = (torch.func.grad_and_value(loss)(params, checkpointing) for checkpointing in (False, True))
+    torch.testing.assert_close(again, plain, atol=0, rtol=0)
+
+
+def test_gradient_checkpointing_runs_every_block_again(params, config, tokens, monkeypatch):
+    blocks, norm = [], gpt2._layer_norm
+    monkeypatch.setattr(gpt2, "_layer_norm", lambda *arguments: blocks.append(0) or norm(*arguments))
+    for checkpointing, norms in ((False, 2 * config.n_layer + 1), (True, 4 * config.n_layer + 1)):
+        blocks.clear()
+        torch.func.grad(
+            lambda params, on=checkpointing: gpt2.trunk(params, tokens, config=config, gradient_checkpointing=on).sum()
+        )(params)
+        assert len(blocks) == norms
+
+
 def test_dropout_follows_its_key(params, config, tokens, key):
     def run(**arguments):
         return gpt2.trunk(params, tokens, config=config, **arguments)

@@ -118,6 +118,46 @@ def test_filling_changes_nothing(params, config, sequences):
         torch.testing.assert_close(named_leaves(with_filling)[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.1}, {"loss_kl": "k3"}, {"loss_kl": "exact"}], ids=str)
+@pytest.mark.parametrize("tokens_at_once", [1, 4])
+def test_logits_in_chunks_and_checkpointed_blocks_change_nothing(
+    model, config, sequences, options, tokens_at_once, monkeypatch
+):
+    params, frozen = model
+    batch = ppo_batch(sequences, LAYOUTS["packed"])
+    sft, ppo = make_sft_objective(config), make_ppo_objective(config, config, **options)
+    of_sft = grad_and_value(sft, has_aux=True)(params["policy"], {}, token_batch(sequences, LAYOUTS["packed"]))
+    of_ppo = grad_and_value(ppo, has_aux=True)(params, frozen, batch)
+    monkeypatch.setattr(gpt2, "_CHUNK", tokens_at_once * config.vocab_size)
+    largest, unembed = [], gpt2.unembed
+
+    def watched(params, hidden):
+        largest.append(len(hidden))
+        return unembed(params, hidden)
+
+    monkeypatch.setattr("rlhf.objectives.unembed", watched)
+    sft = make_sft_objective(config, gradient_checkpointing=True)
+    ppo = make_ppo_objective(config, config, gradient_checkpointing=True, **options)
+    chunked = grad_and_value(sft, has_aux=True)(params["policy"], {}, token_batch(sequences, LAYOUTS["packed"]))
+    torch.testing.assert_close(chunked, of_sft, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(grad_and_value(ppo, has_aux=True)(params, frozen, batch), of_ppo, atol=2e-5, rtol=1e-5)
+    assert max(largest) == tokens_at_once
+
+
+def test_a_reward_models_gradient_with_checkpointed_blocks(model, config, sequences):
+    batch, packed = token_batch(sequences, LAYOUTS["packed"]), LAYOUTS["packed"]
+    starts = build_rows([s.numpy() for s in sequences], packed).starts
+    last = torch.tensor([start + len(s) - 1 for start, s in zip(starts, sequences, strict=True)])
+    pairs = PairBatch(batch.rows, last[:2], last[2:], torch.zeros(2), torch.ones(2, dtype=torch.bool))
+    plain, again = (
+        grad_and_value(make_reward_objective(config, gradient_checkpointing=on), has_aux=True)(
+            model[0]["critic"], {}, pairs
+        )
+        for on in (False, True)
+    )
+    torch.testing.assert_close(again, plain, atol=0, rtol=0)
+
+
 def test_invariant_3_micro_batches_add_up(params, config, sequences):
     objective = grad_and_value(make_sft_objective(config), has_aux=True)
 

@@ -128,6 +128,17 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(base, tmp_path, 
     assert metrics_of(runs[0], stage) == metrics_of(runs[1], stage)
 
 
+@pytest.mark.parametrize("stage", RUNS)
+def test_gradient_checkpointing_changes_no_bit(base, tmp_path, stage):
+    runs = []
+    for on in (False, True):
+        settings = dataclasses.replace(getattr(base, stage), gradient_checkpointing=on)
+        runs.append(copy_run(base, tmp_path / str(on), stage, **{stage: settings}))
+        RUNS[stage](runs[-1])
+    assert weights_of(runs[0], stage) == weights_of(runs[1], stage)
+    assert metrics_of(runs[0], stage) == metrics_of(runs[1], stage)
+
+
 def test_resume_of_a_finished_run_changes_nothing(base, tmp_path):
     run = copy_run(base, tmp_path, "ppo")
     run_ppo(run)

@@ -175,7 +175,8 @@ def ppo_batch(
     """The packed tokens with what the update needs of them; all arrays [B, T] over the iteration's completions."""
     arrays = (log_probs, ref_log_probs, values, experience.advantages, experience.returns)
     gathered = [array[packed.sequence, packed.step] for array in arrays]
-    return PPOBatch(*packed.batch[:4], *_two_at_least(*gathered), torch.tensor(kl_coef))
+    columns = [*packed.batch[1:4], *_two_at_least(*gathered), torch.tensor(kl_coef)]
+    return PPOBatch(packed.batch.rows, *columns)
 
 
 def _two_at_least(*columns: Tensor) -> list[Tensor]:

@@ -88,6 +88,7 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
         value_coef=settings.value_coef,
         entropy_coef=settings.entropy_coef,
         loss_kl=settings.kl_estimator if settings.kl_in_loss else "none",
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
     score = make_scorer(
         shapes.policy,

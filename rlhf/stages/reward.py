@@ -103,7 +103,9 @@ def make_program(
     config: GPT2Config, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
     """The reward model's work: `main` steps, and `scores` of pairs; arguments as `rlhf.stages.sft.make_program`."""
-    objective = make_reward_objective(config, dtype=dtype, centre_coef=settings.centre_coef)
+    objective = make_reward_objective(
+        config, dtype=dtype, centre_coef=settings.centre_coef, gradient_checkpointing=settings.gradient_checkpointing
+    )
     optimizer = make_adamw(settings, make_schedule(settings, steps))
     return Program(
         steps={"main": StepSpec(objective, optimizer, settings.max_grad_norm)},

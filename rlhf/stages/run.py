@@ -116,6 +116,8 @@ class Run:
             return None
         if self.device.type == "cpu" and not has_compiler():
             obstacle = "no C++ compiler is on the PATH: install g++"
+        if getattr(config, self.stage).gradient_checkpointing:
+            obstacle = f"compiled code would keep what --{self.stage}.gradient-checkpointing computes again"
         if obstacle:
             if config.compile == "on":
                 raise UserError(f"--compile on: {obstacle}; or use --compile off")

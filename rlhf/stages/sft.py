@@ -98,7 +98,9 @@ def make_program(
         dtype: of the model's passes.
         compile_to: see `Program`.
     """
-    objective = make_sft_objective(config, dtype=dtype, dropout=settings.dropout)
+    objective = make_sft_objective(
+        config, dtype=dtype, dropout=settings.dropout, gradient_checkpointing=settings.gradient_checkpointing
+    )
     measure = make_sft_objective(config, dtype=dtype)
     optimizer = make_adamw(settings, make_schedule(settings, steps))
     return Program(
