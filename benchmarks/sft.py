@@ -14,7 +14,6 @@ _TARGETS = {
     ("tiny", "fp32"): 0.0,
 }
 _MODULE_TARGETS = {("gpt2", "fp32"): 1.0, ("gpt2", "best"): 1.1, ("tiny", "fp32"): 0.0}
-_TARGET_VARIED = 4.0
 FP32: tuple[dict[str, Any], ...] = ({}, {"compiled": True})
 """The trainers' settings in IEEE fp32."""
 BEST: tuple[dict[str, Any], ...] = (
@@ -24,12 +23,11 @@ BEST: tuple[dict[str, Any], ...] = (
     {"precision": "bf16", "compiled": True},
 )
 """All their settings."""
-_LAYOUTS: tuple[dict[str, Any], ...] = (
-    {},
-    {"train_sampling_strategy": "group_by_length"},
-    {"packing": True},
-    {"packing": True, "packing_strategy": "wrapped"},
-)
+_LAYOUTS: dict[str, tuple[float, tuple[dict[str, Any], ...]]] = {
+    "padded or packed": (4.0, ({}, {"packing": True}, {"packing": True, "packing_strategy": "wrapped"})),
+    "grouped by length": (0.0, ({"train_sampling_strategy": "group_by_length"},)),
+}
+"""Ways to lay out lengths that vary: in random order, or, where that may be given up, by length; with targets."""
 
 
 def run(bench: Bench) -> None:
@@ -41,7 +39,7 @@ def works(bench: Bench) -> list[Work]:
     """Full sequences in fp32 and at best, then lengths that vary."""
     full = [_full(bench, kind) for size, kind in _TARGETS if size == bench.size]
     modules = [_module(bench, kind) for size, kind in _MODULE_TARGETS if size == bench.size]
-    return [*full, *modules, _varied(bench)]
+    return [*full, *modules, *(_varied(bench, way) for way in _LAYOUTS)]
 
 
 def _full(bench: Bench, kind: str) -> Work:
@@ -71,20 +69,21 @@ def _module(bench: Bench, kind: str) -> Work:
     )
 
 
-def _varied(bench: Bench) -> Work:
-    """Sequences of many lengths: TRL padded, padded in groups of similar length, or packed, as is fastest for it."""
+def _varied(bench: Bench, way: str) -> Work:
+    """Sequences of many lengths; ours are packed in random order."""
+    target, layouts = _LAYOUTS[way]
     size = material.SIZES[bench.size]
     count, longest = size.sft
     mean = sum(material.varied_lengths(64 * count, longest)) / (64 * count)
     rows = max(1, round(count * mean / longest))
-    layouts = tuple(layout | ({"rows": rows} if "packing" in layout else {}) for layout in _LAYOUTS)
+    layouts = tuple(layout | ({"rows": rows} if "packing" in layout else {}) for layout in layouts)
     settings: dict[str, Any] = {"model": str(bench.made.model), "varied": True}
     return Work(
         f"SFT, {bench.size}, {count} sequences of up to {longest} tokens, {mean:.0f} on average, fp32",
-        "TRL SFTTrainer",
+        f"TRL SFTTrainer, {way}",
         bench.ours("sft", ours.COMPILED_FP32, **settings),
         bench.theirs("trl_supervised:sft", layouts, **settings),
-        _TARGET_VARIED,
+        target,
         lambda number: size.steps * roofline.step(size.shape, count * mean, mean, count * mean),
         same_tokens=False,
     )
