@@ -193,16 +193,22 @@ def compute_copy(params: Params, dtype: torch.dtype) -> Params:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far. Written in place by `prefill` and `decode`."""
+    """Keys and values of the tokens seen so far, a tensor per layer. Written in place by `prefill` and `decode`.
 
-    layers: tuple[Tensor, ...]
-    """Each [B, S, 2, N, H] in the blocks' dtype: a token's keys and values lie together, as they are computed."""
+    Slots lie together in the keys, components in the values: so both products with a query run along memory.
+    """
+
+    keys: tuple[Tensor, ...]
+    """Each [B, N, H, S]."""
+    values: tuple[Tensor, ...]
+    """Each [B, N, S, H]."""
 
 
 def init_cache(params: Params, batch_size: int, slots: int, *, config: GPT2Config) -> KVCache:
     """A cache for `batch_size` sequences of up to `slots` tokens, in the dtype and on the device of the blocks."""
-    shape = (batch_size, slots, 2, config.n_head, config.n_embd // config.n_head)
-    return KVCache(tuple(params["ln_f"]["weight"].new_zeros(shape) for _ in range(config.n_layer)))
+    shape, like = (batch_size, config.n_head, slots, config.n_embd // config.n_head), params["ln_f"]["weight"]
+    values = tuple(like.new_zeros(shape) for _ in range(config.n_layer))
+    return KVCache(tuple(like.new_zeros(shape).reshape(*shape[:2], shape[3], shape[2]) for _ in values), values)
 
 
 def prefill(
@@ -234,14 +240,15 @@ def prefill(
         ValueError: the prompts exceed the cache or n_positions.
     """
     count, width = tokens.shape
-    limit = min(cache.layers[0].shape[1], config.n_positions)
+    limit = min(cache.values[0].shape[2], config.n_positions)
     check_value("prefill", width <= limit, f"at most {limit}", width=width)
     each = torch.arange(count, device=tokens.device)
     rows, source = each if rows is None else rows, each if source is None else source
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        cache.layers[layer][rows, :width] = qkv[source, :, 1:]
         q, k, v = _heads_first(qkv)
+        cache.keys[layer][rows, ..., :width] = k[source].transpose(-1, -2)
+        cache.values[layer][rows, :, :width] = v[source]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     hidden_UTD = _run(params, _embed(params, tokens, torch.arange(width, device=tokens.device)), config, attend)
@@ -264,13 +271,14 @@ def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, c
     """
     rows = torch.arange(len(tokens), device=tokens.device)
     unseen = torch.arange(used, device=tokens.device) > lengths[:, None]
-    bias_BU = torch.where(unseen, -torch.inf, 0.0).to(cache.layers[0].dtype)
+    bias_BU = torch.where(unseen, -torch.inf, 0.0)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        kv = cache.layers[layer]
-        kv[rows, lengths] = qkv[:, 0, 1:]
-        k, v = kv[:, :used].permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), k, v, attn_mask=bias_BU[:, None, None])
+        q, k, v = qkv[:, 0].unbind(1)
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys[rows, :, :, lengths] = k
+        values[rows, :, lengths] = v
+        return _attend_once(q, keys[..., :used], values[:, :, :used], bias_BU)[:, :, None]
 
     return _run(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]
 
@@ -359,6 +367,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return (scores + bias).softmax(-1).to(q.dtype) @ v
     bias = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+
+
+def _attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q K / sqrt(H) + bias) V of one query per row: [B, N, H] over [B, N, H, U], [B, N, U, H], and [B, U]."""
+    scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # sums of products become vector code; products of so small matrices cost calls
+        scores = (q.to(wide)[..., None] * keys.to(wide)).sum(-2)
+        weights = (scores * scale + bias[:, None]).softmax(-1)
+        return (weights[..., None] * values.to(wide)).sum(-2).to(q.dtype)
+    multiplied = q.dtype if q.is_cuda else wide  # on a CPU bf16 is slow here
+    scores = (q[:, :, None].to(multiplied) @ keys.to(multiplied)).to(wide)
+    weights = (scores * scale + bias[:, None, None]).softmax(-1)
+    return (weights.to(multiplied) @ values.to(multiplied))[:, :, 0].to(q.dtype)
 
 
 def _affine(x: Tensor, p: Params) -> Tensor:

@@ -263,8 +263,9 @@ def generate(
 def _idle_rows(params: Params, rows: int, capacity: int, idle: int, config: GPT2Config) -> Batch:
     """Rows with an empty cache."""
     cache = init_cache(params, rows, capacity + 1, config=config)  # all of it is a case of its own for the compiler
-    nothing = torch.zeros(rows, dtype=torch.int64, device=cache.layers[0].device)
-    return Batch(cache, cache.layers[0].new_zeros(rows, config.n_embd), nothing + idle, nothing, nothing)
+    like = params["ln_f"]["weight"]
+    nothing = torch.zeros(rows, dtype=torch.int64, device=like.device)
+    return Batch(cache, like.new_zeros(rows, config.n_embd), nothing + idle, nothing, nothing)
 
 
 def _fill(

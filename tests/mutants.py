@@ -484,14 +484,21 @@ MUTANTS = [
         ("no positions", ' + gather_rows(params["wpe"]["weight"], positions)', ""),
         ("left padding counted", "(real.cumsum(dim=1) - 1)", "real.cumsum(dim=1)"),
         ("prefill: state of the padding", "hidden_UTD[each, lengths - 1]", "hidden_UTD[each, -1]"),
-        ("prefill: into other rows", "cache.layers[layer][rows, :width]", "cache.layers[layer][rows.flip(0), :width]"),
+        ("prefill: keys into other rows", "cache.keys[layer][rows,", "cache.keys[layer][rows.flip(0),"),
+        ("prefill: values of another prompt", "= v[source]", "= v[source.flip(0)]"),
+        (
+            "decode: no scale",
+            "weights = (scores * scale + bias[:, None, None])",
+            "weights = (scores + bias[:, None, None])",
+        ),
+        ("decode: no mask", "(scores * scale + bias[:, None, None])", "(scores * scale)"),
         (
             "decode: sees one slot more",
             "device=tokens.device) > lengths[:, None]",
             "device=tokens.device) > lengths[:, None] + 1",
         ),
         ("decode: not itself", "device=tokens.device) > lengths[:, None]", "device=tokens.device) >= lengths[:, None]"),
-        ("decode: written one further", "kv[rows, lengths] =", "kv[rows, lengths + 1] ="),
+        ("decode: written one further", "values[rows, :, lengths] =", "values[rows, :, lengths + 1] ="),
         (
             "decode: position of another",
             "lengths[:, None]), config, attend)[:, 0]",
