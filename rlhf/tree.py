@@ -19,6 +19,8 @@ ALIGNMENT = 64
 CHUNK = 4096
 """Elements to which a flat buffer is padded, where shards are cut, and over which square sums are taken."""
 
+_CHUNKS_AT_ONCE = 256
+
 
 def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply `function` to every leaf (and to the leaves at the same places of `rest`); returns a new tree."""
@@ -83,7 +85,7 @@ def all_finite(tree: Tree) -> bool:
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree) if leaf.is_floating_point())
 
 
-def tree_sum(trees: Iterable[Tree]) -> Tree:
+def tree_sum(trees: Iterable[Tree], *, donated: bool = False) -> Tree:
     """Add trees along one fixed binary tree over 0..M-1.
 
         sum(0..M) = sum(0..P) + sum(P..M),   P the largest power of two below M
@@ -91,22 +93,27 @@ def tree_sum(trees: Iterable[Tree]) -> Tree:
     The order of additions depends on M alone, so any split of the work into aligned subtrees gives the same bits.
     At most log2(M) + 1 partial sums are alive at once: hand over a generator to keep memory low.
 
+    Args:
+        trees: to add.
+        donated: they are not needed afterwards; sums are written into them.
+
     Raises:
         ValueError: there is nothing to add.
     """
+    add = Tensor.add_ if donated else torch.add
     partial: list[tuple[int, Tree]] = []  # (how many were added, their sum), sizes falling: a binary counter
     for tree in trees:
         total, size = tree, 1
         while partial and partial[-1][0] == size:
             _, left = partial.pop()
-            total, size = tree_map(torch.add, left, total), 2 * size
+            total, size = tree_map(add, left, total), 2 * size
         partial.append((size, total))
     if not partial:
         raise ValueError("tree_sum: got no trees, expected at least one")
     _, total = partial.pop()
     while partial:
         _, left = partial.pop()
-        total = tree_map(torch.add, left, total)
+        total = tree_map(add, left, total)
     return total
 
 
@@ -177,7 +184,8 @@ def chunk_square_sums(flat: Tensor) -> Tensor:
 
     A shard's chunks are the buffer's, so a norm put together from them has the same bits for any number of shards.
     """
-    return torch.linalg.vector_norm(flat.view(-1, CHUNK), dim=1, dtype=torch.float64).square()
+    groups = flat.view(-1, CHUNK).split(_CHUNKS_AT_ONCE)  # their float64 copies are small
+    return torch.cat([torch.linalg.vector_norm(group, dim=1, dtype=torch.float64).square() for group in groups])
 
 
 def global_norm(tree: Tree) -> Tensor:

@@ -171,6 +171,14 @@ def test_tree_sum_is_the_documented_binary_tree(count):
     np.testing.assert_array_equal(found["g"][0].numpy(), oracles.tree_sum([term.numpy() for term in terms]))
 
 
+def test_tree_sum_of_donated_trees_has_the_same_bits_and_needs_no_memory():
+    terms = [torch.linspace(-1, 1, 7) / (n + 1) ** 3 for n in range(6)]
+    buffers = [term.clone() for term in terms]
+    found = tree_sum((buffer for buffer in buffers), donated=True)
+    assert torch.equal(found, tree_sum(terms))
+    assert any(found is buffer for buffer in buffers)
+
+
 def test_tree_sum_terms_tell_orders_apart():
     """The terms of the test above would not pass a plain running sum."""
     terms = [(floats(number, 40, dtype=torch.float32) * 10.0 ** (number % 7)).numpy() for number in range(33)]

@@ -175,7 +175,7 @@ class LocalExecutor:
             results.append(result)
             return flat
 
-        gradient_sum = tree_sum(keep_result(*gradient(batch)) for batch in batches)
+        gradient_sum = tree_sum((keep_result(*gradient(batch)) for batch in batches), donated=True)
         scale, metrics = plan_update(results, square_sums(gradient_sum), spec.max_grad_norm)
         check_update(name, batches, results, metrics["grad_norm"], lambda batch: all_finite(gradient(batch)))
         self._shard = apply(self._shard, self.version, gradient_sum, scale, spec.optimizer, self._layout)

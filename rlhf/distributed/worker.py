@@ -139,7 +139,7 @@ class Worker:
 
         first = share[0]
         self._sums = {
-            (start, stop): tree_sum(gradient(batch) for batch in batches[start - first : stop - first])
+            (start, stop): tree_sum(map(gradient, batches[start - first : stop - first]), donated=True)
             for start, stop in subtrees(*share, total)
         }
         return results
@@ -290,7 +290,7 @@ class Worker:
 
     def _reduce_ring(self) -> None:
         own = list(self._sums.values())
-        total = tree_sum(own) if own else torch.zeros(self._layout.size, device=self._device)
+        total = tree_sum(own, donated=True) if own else torch.zeros(self._layout.size, device=self._device)
         self._group_now().all_reduce(total)
         if self._own is not None:
             self._gradient.copy_(total[slice(*self._own)])
