@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf.attention import attend_once, attention, segment_bias
 from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
 from rlhf.gpt2_config import GPT2Config
 from rlhf.ops import gather_rows
@@ -37,8 +38,6 @@ _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
 _CHUNK = 1 << 26
 """Logits that are there at once. Each chunk adds a whole gradient of the embedding: smaller ones would cost time."""
-_PLAIN_ATTENTION = 512
-"""Up to this length the plain form of attention is faster in bf16 on a CPU."""
 
 
 def init(config: GPT2Config, *, key: Tensor) -> Params:
@@ -159,11 +158,11 @@ def trunk(
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)
     check_value("trunk", 0 <= dropout < 1, "in [0, 1)", dropout=dropout)
     check_value("trunk", dropout == 0 or key is not None, "given when dropout is not 0", key=key)
-    bias_BTT = None if segments is None else _segment_bias(segments)
+    bias_BTT = None if segments is None else segment_bias(segments)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         q, k, v = _heads_first(qkv)
-        return _attention(q, k, v, bias_BTT)
+        return attention(q, k, v, bias_BTT)
 
     def drop(x: Tensor, place: int) -> Tensor:
         return x if key is None or dropout == 0 else _dropout(x, dropout, fold_in(key, place))
@@ -278,7 +277,7 @@ def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, c
         keys, values = cache.keys[layer], cache.values[layer]
         keys[rows, :, :, lengths] = k
         values[rows, :, lengths] = v
-        return _attend_once(q, keys[..., :used], values[:, :, :used], bias_BU)[:, :, None]
+        return attend_once(q, keys[..., :used], values[:, :, :used], bias_BU)[:, :, None]
 
     return _run(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]
 
@@ -356,32 +355,6 @@ def _gelu(x: Tensor) -> Tensor:
     return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide * wide))).to(x.dtype)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt(H) + bias) v over [B, N, T, H]; None is the causal bias."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch's fused backward pass is slow there
-        length = q.shape[2]
-        if length > _PLAIN_ATTENTION:
-            return _attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
-        bias = _causal(length, q.device).float().log() if bias is None else bias
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        return (scores + bias).softmax(-1).to(q.dtype) @ v
-    bias = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
-
-
-def _attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q K / sqrt(H) + bias) V of one query per row: [B, N, H] over [B, N, H, U], [B, N, U, H], and [B, U]."""
-    scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
-    if torch.compiler.is_compiling():  # sums of products become vector code; products of so small matrices cost calls
-        scores = (q.to(wide)[..., None] * keys.to(wide)).sum(-2)
-        weights = (scores * scale + bias[:, None]).softmax(-1)
-        return (weights[..., None] * values.to(wide)).sum(-2).to(q.dtype)
-    multiplied = q.dtype if q.is_cuda else wide  # on a CPU bf16 is slow here
-    scores = (q[:, :, None].to(multiplied) @ keys.to(multiplied)).to(wide)
-    weights = (scores * scale + bias[:, None, None]).softmax(-1)
-    return (weights.to(multiplied) @ values.to(multiplied))[:, :, 0].to(q.dtype)
-
-
 def _affine(x: Tensor, p: Params) -> Tensor:
     if torch.compiler.is_compiling():  # there the sum costs nothing: it is part of whatever comes next
         product: Tensor = x @ p["weight"] + p["bias"]
@@ -397,20 +370,6 @@ def _layer_norm(x: Tensor, p: Params, config: GPT2Config) -> Tensor:
 def _heads_first(qkv: Tensor) -> tuple[Tensor, ...]:
     """[B, T, 3, N, H] -> queries, keys and values, each [B, N, T, H]."""
     return qkv.permute(2, 0, 3, 1, 4).unbind()
-
-
-def _causal(length: int, device: torch.device) -> Tensor:
-    """[T, T] bool: query t may see key s when s <= t."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
-
-
-def _segment_bias(segments: Tensor) -> Tensor:
-    """[B, 1, T, T] float32 to add to scores: 0 where query t may see key s (s <= t in the same segment), else -inf.
-
-    The mask's logarithm, because compiled code keeps what took one; anything cheaper it makes again in every layer.
-    """
-    allowed = _causal(segments.shape[1], segments.device) & (segments[:, :, None] == segments[:, None, :])
-    return allowed[:, None].float().log()
 
 
 def _dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:

@@ -461,7 +461,7 @@ MUTANTS = [
         ("chunks: kept", "again = remat(function)", "again = function"),
     ),
     *mutants(
-        "gpt2",
+        "attention",
         ("attention sees what comes", "device=device).tril()", "device=device).tril(1)"),
         ("attention misses itself", "device=device).tril()", "device=device).tril(-1)"),
         ("segments: later ones too", "segments[:, :, None] == segments", "segments[:, :, None] >= segments"),
@@ -477,6 +477,21 @@ MUTANTS = [
             "if bias is None else bias\n        scores",
             "if True else bias\n        scores",
         ),
+        (
+            "decode: no scale",
+            "weights = (scores * scale + bias[:, None, None])",
+            "weights = (scores + bias[:, None, None])",
+        ),
+        ("decode: no mask", "(scores * scale + bias[:, None, None])", "(scores * scale)"),
+        (
+            "compiled, one query: no scale",
+            "weights = (scores * scale + bias[:, None])",
+            "weights = (scores + bias[:, None])",
+        ),
+        ("compiled, one query: sum over slots", "keys.to(wide)).sum(-2)", "keys.to(wide)).sum(-2).flip(-1)"),
+    ),
+    *mutants(
+        "gpt2",
         ("gelu: exact form", 'approximate="tanh"', 'approximate="none"'),
         ("norms swapped", '_layer_norm(x, p["ln_2"], config)', '_layer_norm(x, p["ln_1"], config)'),
         ("attention: no residual", "x = x + drop(_affine(attended_BTD", "x = drop(_affine(attended_BTD"),
@@ -486,12 +501,6 @@ MUTANTS = [
         ("prefill: state of the padding", "hidden_UTD[each, lengths - 1]", "hidden_UTD[each, -1]"),
         ("prefill: keys into other rows", "cache.keys[layer][rows,", "cache.keys[layer][rows.flip(0),"),
         ("prefill: values of another prompt", "= v[source]", "= v[source.flip(0)]"),
-        (
-            "decode: no scale",
-            "weights = (scores * scale + bias[:, None, None])",
-            "weights = (scores + bias[:, None, None])",
-        ),
-        ("decode: no mask", "(scores * scale + bias[:, None, None])", "(scores * scale)"),
         (
             "decode: sees one slot more",
             "device=tokens.device) > lengths[:, None]",

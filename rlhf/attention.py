@@ -1,0 +1,73 @@
+"""Attention in the forms that are fast: over whole sequences, and of one query over a cache.
+
+Scores get a bias: 0 where a query may see a key, -inf where not.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PLAIN = 512
+"""Up to this length the plain form is faster in bf16 on a CPU."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k' / sqrt(H) + bias) v.
+
+    Source: Vaswani et al. 2017, eq. 1, https://arxiv.org/abs/1706.03762.
+
+    Args:
+        q: [B, N, T, H]; differentiated, as `k` and `v`.
+        k: same.
+        v: same.
+        bias: [B, 1, T, T] or what broadcasts to it; every query sees a key. None is causal.
+
+    Returns:
+        [B, N, T, H] in the dtype of q.
+    """
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch's fused backward pass is slow there
+        length = q.shape[2]
+        if length > _PLAIN:
+            return attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
+        bias = _causal(length, q.device).float().log() if bias is None else bias
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        return (scores + bias).softmax(-1).to(q.dtype) @ v
+    bias = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+
+
+def attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q K / sqrt(H) + bias) V of one query per row.
+
+    Args:
+        q: [B, N, H].
+        keys: [B, N, H, U].
+        values: [B, N, U, H].
+        bias: [B, U]; every row sees a slot.
+
+    Returns:
+        [B, N, H] in the dtype of q.
+    """
+    scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # sums of products become vector code; products of so small matrices cost calls
+        scores = (q.to(wide)[..., None] * keys.to(wide)).sum(-2)
+        weights = (scores * scale + bias[:, None]).softmax(-1)
+        return (weights[..., None] * values.to(wide)).sum(-2).to(q.dtype)
+    multiplied = q.dtype if q.is_cuda else wide  # on a CPU bf16 is slow here
+    scores = (q[:, :, None].to(multiplied) @ keys.to(multiplied)).to(wide)
+    weights = (scores * scale + bias[:, None, None]).softmax(-1)
+    return (weights.to(multiplied) @ values.to(multiplied))[:, :, 0].to(q.dtype)
+
+
+def segment_bias(segments: Tensor) -> Tensor:
+    """[B, 1, T, T] float32: 0 where query t may see key s (s <= t in the same segment of [B, T]), else -inf.
+
+    The mask's logarithm, because compiled code keeps what took one; anything cheaper it makes again in every layer.
+    """
+    allowed = _causal(segments.shape[1], segments.device) & (segments[:, :, None] == segments[:, None, :])
+    return allowed[:, None].float().log()
+
+
+def _causal(length: int, device: torch.device) -> Tensor:
+    """[T, T] bool: query t may see key s when s <= t."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()

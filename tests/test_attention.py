@@ -1,0 +1,83 @@
+"""Attention against loops over queries and keys, in every form, dtype and case."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf import attention, random
+
+B, N, T, H = 2, 3, 7, 4
+SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 2, 2], [3, 3, 0, 0, 3, 3, 3]])
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def draws(number: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
+    return random.normal(random.fold_in(random.key(9), number), shape).to(dtype)
+
+
+def oracle(q, keys, values, seen):
+    """Of one query [H] over keys and values [n][H]: those whose number is in `seen`."""
+    scores = [math.exp(sum(float(a) * float(b) for a, b in zip(q, keys[s], strict=True)) / math.sqrt(H)) for s in seen]
+    weights = [score / sum(scores) for score in scores]
+    return [sum(w * float(values[s][h]) for w, s in zip(weights, seen, strict=True)) for h in range(H)]
+
+
+def expected(q, k, v, segments):
+    """[B, N, T, H] float64: each query over earlier keys, of its segment where there are any."""
+    return torch.tensor(
+        [
+            [
+                [
+                    oracle(
+                        q[b, n, t],
+                        k[b, n],
+                        v[b, n],
+                        [s for s in range(t + 1) if segments is None or segments[b, s] == segments[b, t]],
+                    )
+                    for t in range(T)
+                ]
+                for n in range(N)
+            ]
+            for b in range(B)
+        ],
+        dtype=torch.float64,
+    )
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["causal", "segments"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("plain", [0, 512], ids=["torch's kernel", "plain"])
+def test_attention_value(dtype, segments, plain, monkeypatch):
+    monkeypatch.setattr(attention, "_PLAIN", plain)  # of consequence in bf16
+    q, k, v = (draws(number, B, N, T, H, dtype=dtype) for number in range(3))
+    bias = None if segments is None else attention.segment_bias(segments)
+    found = attention.attention(q, k, v, bias)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected(q, k, v, segments), atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_segment_bias_value():
+    bias = attention.segment_bias(SEGMENTS)
+    assert (bias.shape, bias.dtype) == ((B, 1, T, T), torch.float32)
+    for b in range(B):
+        for t in range(T):
+            seen = [s for s in range(T) if bias[b, 0, t, s] == 0]
+            assert seen == [s for s in range(t + 1) if SEGMENTS[b, s] == SEGMENTS[b, t]]
+            assert (bias[b, 0, t] == -torch.inf).sum() == T - len(seen)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_attend_once_value(dtype, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    q = draws(3, B, N, H, dtype=dtype)
+    keys, values = draws(4, B, N, H, T, dtype=dtype), draws(5, B, N, T, H, dtype=dtype)
+    seen = [[0, 1, 2, 3, 4], [0, 2]]
+    bias = torch.full((B, T), -torch.inf)
+    for row, slots in zip(bias, seen, strict=True):
+        row[slots] = 0.0
+    wanted = [[oracle(q[b, n], keys[b, n].T, values[b, n], seen[b]) for n in range(N)] for b in range(B)]
+    found = attention.attend_once(q, keys, values, bias)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), atol=TOLERANCE[dtype], rtol=0)
