@@ -131,7 +131,7 @@ class OptimizerConfig(Section):
     micro_batch_size: Count = 8
     """Packed rows computed at once. Bounds memory; changes results only by rounding."""
     gradient_checkpointing: bool = False
-    """Compute what lies within a block again in the backward pass: less memory, a third more time, the same bits."""
+    """Compute what lies within a block again in the backward pass: fewer activations are kept; the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
