@@ -167,8 +167,8 @@ def trunk(
     def drop(x: Tensor, place: int) -> Tensor:
         return x if key is None or dropout == 0 else _dropout(x, dropout, fold_in(key, place))
 
-    around = remat if gradient_checkpointing else lambda block: block
-    return _run(params, _embed(params, tokens, positions), config, attend, drop, around)
+    embedded = _embed(params, tokens, positions)
+    return _run(params, embedded, config, attend, drop, gradient_checkpointing=gradient_checkpointing)
 
 
 def unembed(params: Params, hidden: Tensor) -> Tensor:
@@ -205,9 +205,9 @@ class KVCache(NamedTuple):
 
 def init_cache(params: Params, batch_size: int, slots: int, *, config: GPT2Config) -> KVCache:
     """A cache for `batch_size` sequences of up to `slots` tokens, in the dtype and on the device of the blocks."""
-    shape, like = (batch_size, config.n_head, slots, config.n_embd // config.n_head), params["ln_f"]["weight"]
-    values = tuple(like.new_zeros(shape) for _ in range(config.n_layer))
-    return KVCache(tuple(like.new_zeros(shape).reshape(*shape[:2], shape[3], shape[2]) for _ in values), values)
+    heads, width, like = (batch_size, config.n_head), config.n_embd // config.n_head, params["ln_f"]["weight"]
+    keys = tuple(like.new_zeros(*heads, width, slots) for _ in range(config.n_layer))
+    return KVCache(keys, tuple(like.new_zeros(*heads, slots, width) for _ in keys))
 
 
 def prefill(
@@ -321,7 +321,8 @@ def _run(
     config: GPT2Config,
     attend: Callable[[int, Tensor], Tensor],
     drop: Callable[[Tensor, int], Tensor] = lambda x, place: x,
-    around: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda block: block,
+    *,
+    gradient_checkpointing: bool = False,
 ) -> Tensor:
     """All blocks and the final norm over embedded [B, T, D].
 
@@ -331,7 +332,7 @@ def _run(
         config: the shape of `params`.
         attend: (layer, [B, T, 3, N, H]) -> [B, N, T, H].
         drop: of what is added to the residual stream, by place.
-        around: put around each block.
+        gradient_checkpointing: of `trunk`.
     """
 
     def block(x: Tensor, p: Params, *, layer: int) -> Tensor:
@@ -343,7 +344,8 @@ def _run(
 
     x = drop(x, 0)
     for layer, p in enumerate(params["h"]):
-        x = around(functools.partial(block, layer=layer))(x, p)
+        step = functools.partial(block, layer=layer)
+        x = (remat(step) if gradient_checkpointing else step)(x, p)
     return _layer_norm(x, params["ln_f"], config)
 
 

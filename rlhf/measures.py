@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.batches import Rows, ScoreBatch
-from rlhf.gpt2 import chunk_size, compute_copy, trunk, unembed
+from rlhf.batches import ScoreBatch
+from rlhf.gpt2 import chunk_size, compute_copy, unembed
 from rlhf.gpt2_config import GPT2Config
-from rlhf.heads import apply_head
 from rlhf.kl import exact_kl
+from rlhf.objectives import at_predictors, reward_scores
 from rlhf.ops import entropy, token_log_probs
 from rlhf.remat import in_chunks
 from rlhf.types import Params
@@ -55,8 +55,8 @@ def make_measure(
         logits = unembed(models["model"], hidden)
         log_probs = token_log_probs(logits, targets, temperature=temperature)
         ref_log_probs = kl = torch.zeros_like(log_probs)
-        for of_reference in ref_hidden:
-            ref_logits = unembed(models["reference"], of_reference)
+        if ref_hidden:
+            ref_logits = unembed(models["reference"], *ref_hidden)
             ref_log_probs = token_log_probs(ref_logits, targets, temperature=temperature)
             kl = exact_kl(logits, ref_logits, temperature=temperature)
         return log_probs, logits.argmax(-1) == targets, entropy(logits, temperature=temperature), ref_log_probs, kl
@@ -66,19 +66,8 @@ def make_measure(
         models = {"model": compute_copy(params, dtype)}
         if reference is not None:
             models["reference"] = compute_copy(frozen["reference"], dtype)
-        hidden = [_hidden(models[name], batch.rows, shape)[batch.predictors] for name, shape in shapes.items()]
-        scores = [
-            apply_head(model["head"], _hidden(compute_copy(model["trunk"], dtype), batch.rows, shape)[batch.last])
-            for model, shape in ((frozen[f"reward_model_{k}"], shape) for k, shape in enumerate(reward_models))
-        ]
-        nothing = torch.zeros(len(batch.last), 0, device=batch.last.device)
+        hidden = [at_predictors(models[name], batch, shape) for name, shape in shapes.items()]
         of_tokens = in_chunks(per_token, chunk_size(config))(models, batch.targets, *hidden)
-        return Measures._make([*of_tokens, torch.stack(scores, dim=1) if scores else nothing])
+        return Measures._make([*of_tokens, reward_scores(frozen, batch, reward_models, dtype)])
 
     return measure
-
-
-def _hidden(params: Params, rows: Rows, config: GPT2Config) -> Tensor:
-    """[R * T, D] hidden states of packed rows."""
-    hidden = trunk(params, rows.tokens, config=config, positions=rows.positions, segments=rows.segments)
-    return hidden.flatten(0, 1)

@@ -134,12 +134,12 @@ def make_ppo_objective(
 
     def objective(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics]:
         policy = compute_copy(params["policy"], dtype)
-        hidden = _at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
+        hidden = at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
         models, columns = {"policy": _tied(policy)}, [hidden, batch.targets]
         if loss_kl == "exact":
             reference = compute_copy(frozen["reference"], dtype)
             models["reference"] = _tied(reference)
-            columns.append(_at_predictors(reference, batch, config))
+            columns.append(at_predictors(reference, batch, config))
         log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config))(models, *columns)
         if critic_config is None:
             values = apply_head(params["value_head"], hidden)
@@ -260,7 +260,7 @@ def make_scorer(
     def look(params: Params, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
         """Hidden states and log-probs of a GPT-2."""
         params = compute_copy(params, dtype)
-        hidden = _at_predictors(params, batch, config)
+        hidden = at_predictors(params, batch, config)
         return hidden, in_chunks(per_token, chunk_size(config))(_tied(params), hidden, batch.targets)[0]
 
     def score(params: Params, frozen: Frozen, batch: ScoreBatch) -> Scores:
@@ -272,14 +272,38 @@ def make_scorer(
                 values = apply_head(params["value_head"], hidden)
         if critic_config is not None:
             values = _critic(params, batch, critic_config, dtype)
-        scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
-        for number, reward_config in enumerate(reward_configs):
-            reward_model = frozen[f"reward_model_{number}"]
-            hidden = _hidden(compute_copy(reward_model["trunk"], dtype), batch.rows, reward_config)
-            scores.append(apply_head(reward_model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
-        return Scores(ref_log_probs, policy_log_probs, values, torch.cat(scores, dim=1))
+        return Scores(ref_log_probs, policy_log_probs, values, reward_scores(frozen, batch, reward_configs, dtype))
 
     return score
+
+
+def reward_scores(frozen: Frozen, batch: ScoreBatch, configs: Sequence[GPT2Config], dtype: torch.dtype) -> Tensor:
+    """[B, K] float32, reward units: what frozen["reward_model_0"], … give the last token of each sequence.
+
+    Args:
+        frozen: holds the K reward models.
+        batch: finished texts.
+        configs: their shapes.
+        dtype: of their forward pass.
+    """
+    scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
+    for number, config in enumerate(configs):
+        model = frozen[f"reward_model_{number}"]
+        hidden = _hidden(compute_copy(model["trunk"], dtype), batch.rows, config)
+        scores.append(apply_head(model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
+    return torch.cat(scores, dim=1)
+
+
+def at_predictors(params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config, **options: Any) -> Tensor:
+    """[C, D] hidden states that predict the completion tokens; no other logits are ever computed.
+
+    Args:
+        params: GPT-2 parameters.
+        batch: finished texts.
+        config: the shape of `params`.
+        **options: of `rlhf.gpt2.trunk`.
+    """
+    return gather_rows(_hidden(params, batch.rows, config, **options), batch.predictors)
 
 
 def _hidden(params: Params, rows: Rows, config: GPT2Config, **options: Any) -> Tensor:
@@ -287,11 +311,6 @@ def _hidden(params: Params, rows: Rows, config: GPT2Config, **options: Any) -> T
     return trunk(
         params, rows.tokens, config=config, positions=rows.positions, segments=rows.segments, **options
     ).flatten(0, 1)
-
-
-def _at_predictors(params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config, **options: Any) -> Tensor:
-    """[C, D] at the positions that predict a completion token; no other logits are ever computed."""
-    return gather_rows(_hidden(params, batch.rows, config, **options), batch.predictors)
 
 
 def _tied(params: Params) -> Params:
@@ -302,5 +321,5 @@ def _tied(params: Params) -> Params:
 def _critic(
     params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    hidden = _at_predictors(compute_copy(params["critic"]["trunk"], dtype), batch, config, **options)
+    hidden = at_predictors(compute_copy(params["critic"]["trunk"], dtype), batch, config, **options)
     return apply_head(params["critic"]["head"], hidden)

@@ -443,7 +443,8 @@ MUTANTS = [
         ("entropy at temperature 1", "entropy(logits, temperature=temperature)", "entropy(logits)"),
         ("KL turned around", "exact_kl(logits, ref_logits,", "exact_kl(ref_logits, logits,"),
         ("reference in the model's shape", '"reference": reference}', '"reference": config}'),
-        ("reward at the first token", "shape)[batch.last]", "shape)[batch.last * 0]"),
+        ("predictors of another model", "at_predictors(models[name]", 'at_predictors(models["model"]'),
+        ("reward models left out", "reward_scores(frozen, batch, reward_models,", "reward_scores(frozen, batch, (),"),
         ("correct: least likely", "logits.argmax(-1)", "logits.argmin(-1)"),
     ),
     *mutants(
@@ -551,8 +552,8 @@ MUTANTS = [
         ("ppo: exact KL turned around", "exact_kl(logits, of, temperature", "exact_kl(of, logits, temperature"),
         (
             "ppo: reference's hidden from the policy",
-            "columns.append(_at_predictors(reference,",
-            "columns.append(_at_predictors(policy,",
+            "columns.append(at_predictors(reference,",
+            "columns.append(at_predictors(policy,",
         ),
         ("score: reference is the policy", 'look(frozen["reference"], batch)', 'look(params["policy"], batch)'),
         (
@@ -563,8 +564,8 @@ MUTANTS = [
         ("score: reward at the first", "gather_rows(hidden, batch.last)", "gather_rows(hidden, batch.last * 0)"),
         (
             "score: critic's values dropped",
-            "values = _critic(params, batch, critic_config, dtype)\n        scores",
-            "_critic(params, batch, critic_config, dtype)\n        scores",
+            "values = _critic(params, batch, critic_config, dtype)\n        return Scores",
+            "_critic(params, batch, critic_config, dtype)\n        return Scores",
         ),
     ),
     *mutants(
@@ -700,6 +701,7 @@ def load(mutant: Mutant) -> None:
     assert spec.origin == str(ROOT / "rlhf" / f"{mutant.module}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    setattr(importlib.import_module("rlhf"), mutant.module, module)  # as the import of a submodule does
     text = source(mutant)
     exec(compile(text.replace(mutant.old, mutant.new) if mutant.old else text, spec.origin, "exec"), module.__dict__)
 

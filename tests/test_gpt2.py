@@ -226,6 +226,12 @@ def test_trunk_runs_in_the_dtype_of_its_parameters(params, config, tokens):
     torch.testing.assert_close(low.float(), gpt2.forward(params, tokens, config=config), atol=0.15, rtol=0.1)
 
 
+def test_compute_copy_leaves_the_embeddings_in_the_dtype_of_the_master_weights(params):
+    low = gpt2.compute_copy(params, torch.bfloat16)
+    master = {name for name, leaf in gpt2.named_leaves(low).items() if leaf.dtype == torch.float32}
+    assert master == {"wte.weight", "wpe.weight"}
+
+
 def test_trunk_compiles_to_one_graph(params, config, tokens):
     compiled = torch.compile(gpt2.forward, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(

@@ -82,14 +82,26 @@ def alone(params, config, sequence, prompt):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sft_objective_equals_transformers_loss_in_any_layout(params, config, sequences, layout, hugging_face):
     loss, metrics = make_sft_objective(config)(params, {}, token_batch(sequences, LAYOUTS[layout]))
-    oracle, total = hugging_face(params, config), 0.0
+    oracle, total, correct = hugging_face(params, config), 0.0, 0
     for sequence, prompt, count in zip(sequences, PROMPTS, LENGTHS, strict=True):
         labels = sequence.clone()
         labels[:prompt] = -100
-        total += oracle(sequence[None], labels=labels[None]).loss.item() * count
+        out = oracle(sequence[None], labels=labels[None])
+        total += out.loss.item() * count
+        correct += int((out.logits[0, prompt - 1 : -1].argmax(-1) == sequence[prompt:]).sum())
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert metrics["loss/sft"].item() == pytest.approx(total, rel=1e-5)
     assert metrics["count"].item() == sum(LENGTHS)
+    assert metrics["sft/accuracy"].item() == correct
+
+
+def test_sft_accuracy_counts_the_tokens_that_are_most_likely(params, config, sequences):
+    batch = token_batch(sequences, LAYOUTS["one per row"])
+    hidden = gpt2.trunk(params, batch.rows.tokens, config=config).flatten(0, 1)[batch.predictors]
+    best = gpt2.unembed(params, hidden).argmax(-1)
+    some = torch.where(torch.arange(len(best)) < 5, best, (best + 1) % config.vocab_size)
+    _, metrics = make_sft_objective(config)(params, {}, batch._replace(targets=some))
+    assert metrics["sft/accuracy"].item() == 5
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
@@ -229,6 +241,26 @@ def test_ppo_objective_exact_kl_in_the_loss(model, config, sequences):
     torch.testing.assert_close(with_kl - without, 0.7 * expected, atol=1e-3, rtol=1e-4)
 
 
+def test_ppo_objective_entropy_bonus_reaches_the_gradient(model, config, sequences):
+    params, frozen = model
+    batch = ppo_batch(sequences, LAYOUTS["packed"])
+
+    def entropies(policy):
+        logits = (
+            gpt2.unembed(policy, alone(policy, config, s, prompt)) for s, prompt in zip(sequences, PROMPTS, strict=True)
+        )
+        return sum(entropy(of_sequence).sum() for of_sequence in logits)
+
+    without, bonus = (
+        grad_and_value(make_ppo_objective(config, config, entropy_coef=coef), has_aux=True)(params, frozen, batch)[0]
+        for coef in (0.0, 0.5)
+    )
+    expected = named_leaves(torch.func.grad(entropies)(params["policy"]))
+    for name, gradient in named_leaves(bonus["policy"]).items():
+        change = gradient - named_leaves(without["policy"])[name]
+        torch.testing.assert_close(change, -0.5 * expected[name], atol=1e-3, rtol=1e-3, msg=name)
+
+
 def test_ppo_objective_critic_warmup_gives_the_policy_no_gradient(model, config, sequences):
     params, frozen = model
     objective = make_ppo_objective(config, config, policy_coef=0.0, entropy_coef=0.1)
@@ -337,6 +369,11 @@ def test_reward_objective_and_scores_read_the_last_tokens(params, config, sequen
     by_hand = (-torch.log(torch.sigmoid(c - r - margin)) + 0.1 * (c + r) ** 2).sum()
     torch.testing.assert_close(loss, by_hand, atol=1e-5, rtol=1e-5)
     assert metrics["count"].item() == 2
+    first = batch._replace(mask=torch.tensor([True, False]))
+    loss, metrics = make_reward_objective(config, centre_coef=0.1)(model, {}, first)
+    by_hand = -torch.log(torch.sigmoid(c - r - margin))[0] + 0.1 * (c + r)[0] ** 2
+    torch.testing.assert_close(loss, by_hand, atol=1e-5, rtol=1e-5)
+    assert metrics["count"].item() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

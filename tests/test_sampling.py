@@ -1,5 +1,7 @@
 """Drawing tokens: against brute force, transformers' own filters, and the full forward pass."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,6 +133,21 @@ def test_generate_slots_and_shared_prompts_change_nothing(params, config, tokens
         assert alone.ended[0] == out.ended[row]
         for field in ("log_probs", "values", "entropies"):
             torch.testing.assert_close(getattr(alone, field)[0], getattr(out, field)[row], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 5])
+def test_generate_looks_at_all_that_a_row_has_read_after_others_were_dropped(params, config, seed):
+    """The rows fill one block of the cache or two: a length held for another row would hide keys."""
+    config = dataclasses.replace(config, n_positions=64)
+    params = params | {"wpe": gpt2.init(config, key=random.key(1))["wpe"]}
+    prompts = (random.uniform(random.key(4), (8, 40)) * config.vocab_size).long()
+    lengths, keys = torch.tensor([1, 40] * 4), random.split(random.key(seed), 8)
+    settings = {"config": config, "max_new_tokens": 20, "stop_tokens": ENDS["ends"]}
+    out = generate(params, prompts, lengths, keys, **settings)
+    for row in range(8):
+        alone = generate(params, prompts[row : row + 1], lengths[row : row + 1], keys[row : row + 1], **settings)
+        assert torch.equal(alone.tokens[0], out.tokens[row])
+        torch.testing.assert_close(alone.log_probs[0], out.log_probs[row], atol=1e-5, rtol=1e-5)
 
 
 def test_generate_entropies_are_those_of_the_distribution_drawn_from(params, config, tokens, keys):
