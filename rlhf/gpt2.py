@@ -36,6 +36,8 @@ from rlhf.types import Params
 _INIT_STD = 0.02
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
+_SMALL = 1 << 18
+"""Elements of a weight up to which `product` leaves it to the compiler; beyond, the library is faster."""
 _CHUNK = 1 << 26
 """Logits that are there at once. Each chunk adds a whole gradient of the embedding: smaller ones would cost time."""
 
@@ -189,6 +191,18 @@ def compute_copy(params: Params, dtype: torch.dtype) -> Params:
     lose most of its gradient in bfloat16.
     """
     return cast(params, dtype) | {"wte": params["wte"], "wpe": params["wpe"]}
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, T, N] = x @ weight, of [B, T, K] and [K, N].
+
+    In compiled bfloat16 code, single tokens times a small weight are a batch of one, whose product the compiler may
+    write itself (`own_products` of `rlhf.distributed.compiled`).
+    """
+    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16 and x.shape[1] == 1 and weight.numel() <= _SMALL:
+        return torch.bmm(x.transpose(0, 1), weight.unsqueeze(0)).transpose(0, 1)
+    whole: Tensor = x @ weight
+    return whole
 
 
 class KVCache(NamedTuple):
@@ -359,8 +373,7 @@ def _gelu(x: Tensor) -> Tensor:
 
 def _affine(x: Tensor, p: Params) -> Tensor:
     if torch.compiler.is_compiling():  # there the sum costs nothing: it is part of whatever comes next
-        product: Tensor = x @ p["weight"] + p["bias"]
-        return product
+        return product(x, p["weight"]) + p["bias"]
     flat = torch.addmm(p["bias"], x.reshape(-1, x.shape[-1]), p["weight"])
     return flat.view(*x.shape[:-1], -1)
 

@@ -178,7 +178,7 @@ def make_rollout(
     top_p: float = 1.0,
     stop_tokens: Sequence[int] = (),
     slots: int | None = None,
-    compiled: Callable[[Any], Any] | None = None,
+    compiled: Callable[..., Any] | None = None,
 ) -> Callable[[Params, Frozen, PromptBatch], Completions]:
     """(params, frozen, PromptBatch) -> completions of the policy, with values where the head is on its trunk.
 
@@ -192,10 +192,10 @@ def make_rollout(
         top_p: same.
         stop_tokens: same.
         slots: same.
-        compiled: compiles `rlhf.sampling.draw_tokens`, of which each call then goes through 16 layers or more (32
-            with one row), beside which the way into compiled code costs little.
+        compiled: compiles `rlhf.sampling.draw_tokens`, as `rlhf.distributed.compiled`. Each call then goes through 16
+            layers or more (32 with one row), beside which the way into compiled code costs little.
     """
-    draw = compiled(draw_tokens) if compiled else draw_tokens
+    draw = compiled(draw_tokens, own_products=True) if compiled else draw_tokens
     draws_per_call = max(1, (32 if slots == 1 else 16) // config.n_layer) if compiled else None
 
     def rollout(params: Params, frozen: Frozen, batch: PromptBatch) -> Completions:

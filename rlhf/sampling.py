@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import check_integer, check_rank, check_value
-from rlhf.gpt2 import KVCache, decode, init_cache, prefill
+from rlhf.gpt2 import KVCache, decode, init_cache, prefill, product
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
 from rlhf.ops import entropy, scale_logits, token_log_probs
@@ -148,7 +148,7 @@ def draw_tokens(
     unembedding = params["wte"]["weight"].to(batch.hidden.dtype).T
     drawn = []
     for _ in range(count):
-        logits = allowed = scale_logits(batch.hidden @ unembedding, temperature)
+        logits = allowed = scale_logits(product(batch.hidden[:, None], unembedding)[:, 0], temperature)
         if min_new_tokens:
             early = (batch.step < min_new_tokens)[:, None]
             allowed = torch.where(early, logits.index_fill(-1, stops, -torch.inf), logits)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from laws import assert_close
+from laws import assert_close, assert_same_bits
 from torch._dynamo.utils import counters
 
-from rlhf import random
+from rlhf import gpt2, random
 from rlhf.config import (
     CheckpointConfig,
     DistConfig,
@@ -27,8 +27,10 @@ from rlhf.data.dataset import TokenSequence
 from rlhf.distributed.compiled import compiled, has_compiler
 from rlhf.distributed.executor import Program, StepSpec, make_gradients
 from rlhf.experience import Experience
+from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head, init_value_head
 from rlhf.objectives import make_ppo_objective, make_reward_objective, make_sft_objective
+from rlhf.ops import token_log_probs
 from rlhf.optim import adamw
 from rlhf.sampling import draw_tokens, generate
 from rlhf.schedules import constant
@@ -161,7 +163,7 @@ def test_gradients_are_those_of_the_plain_function_and_one_graph_serves_all_shap
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "min_new_tokens": 2, "temperature": 0.7}])
 def test_compiled_draws_make_the_same_completions(params, config, folder, options):
     """Rows are refilled, and dropped when none is waiting: their number and the filled part of the cache change."""
-    draw = compiled(draw_tokens, folder)
+    draw = compiled(draw_tokens, folder, own_products=True)
     prompts = torch.from_numpy(np.stack([sequence(seed, 6, config) for seed in range(11)]))
     lengths = torch.tensor([6, 2, 3, 1, 5, 4, 6, 6, 2, 3, 4])
     settings = {"config": config, "max_new_tokens": 14, "stop_tokens": [1, 2, 3], "with_entropies": True} | options
@@ -179,6 +181,28 @@ def test_compiled_draws_make_the_same_completions(params, config, folder, option
             assert_close(getattr(found, name), getattr(expected, name), 1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1, "compiled again after the first iteration"
+
+
+@pytest.mark.slow
+def test_compiled_draws_in_bfloat16_have_the_log_probs_of_the_full_forward(folder):
+    """Wide enough for the compiler's own products; what one row says depends neither on its slot nor on the others."""
+    config = GPT2Config(vocab_size=96, n_positions=48, n_embd=64, n_layer=2, n_head=2)
+    params = gpt2.compute_copy(gpt2.init(config, key=random.key(1)), torch.bfloat16)
+    draw = compiled(draw_tokens, folder, own_products=True)
+    prompts = torch.from_numpy(np.stack([sequence(seed, 6, config) for seed in range(9)]))
+    lengths, keys = torch.tensor([6, 2, 3, 1, 5, 4, 6, 6, 2]), random.split(random.key(3), 9)
+
+    def run(rows):
+        settings = {"config": config, "max_new_tokens": 14, "draw": draw, "draws_per_call": 2}
+        return generate(params, prompts[rows], lengths[rows], keys[rows], **settings)
+
+    out, turned = run(torch.arange(9)), run(torch.arange(9).flip(0))
+    assert_same_bits(turned.tokens.flip(0), out.tokens)
+    assert_same_bits(turned.log_probs.flip(0), out.log_probs)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
+        text = torch.cat([prompt[:length], out.tokens[row]])
+        logits = gpt2.forward(params, text[None], config=config)[0, length - 1 : -1]
+        assert_close(out.log_probs[row], token_log_probs(logits, out.tokens[row]), 0.02)
 
 
 def pipeline(folder, cache, **changes):
