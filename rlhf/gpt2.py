@@ -196,10 +196,11 @@ def compute_copy(params: Params, dtype: torch.dtype) -> Params:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """[B, T, N] = x @ weight, of [B, T, K] and [K, N].
 
-    In compiled bfloat16 code, single tokens times a small weight are a batch of one, whose product the compiler may
-    write itself (`own_products` of `rlhf.distributed.compiled`).
+    In compiled bfloat16 code for CPUs, single tokens times a small weight are a batch of one, whose product the
+    compiler may write itself (`own_products` of `rlhf.distributed.compiled`).
     """
-    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16 and x.shape[1] == 1 and weight.numel() <= _SMALL:
+    small = x.dtype == torch.bfloat16 and x.is_cpu and x.shape[1] == 1 and weight.numel() <= _SMALL
+    if small and torch.compiler.is_compiling():
         return torch.bmm(x.transpose(0, 1), weight.unsqueeze(0)).transpose(0, 1)
     whole: Tensor = x @ weight
     return whole

@@ -582,8 +582,8 @@ MUTANTS = [
         ("min_new_tokens: one fewer", "batch.step < min_new_tokens", "batch.step + 1 < min_new_tokens"),
         (
             "temperature ignored",
-            "scale_logits(batch.hidden @ unembedding, temperature)",
-            "scale_logits(batch.hidden @ unembedding, 1.0)",
+            "unembedding)[:, 0], temperature)",
+            "unembedding)[:, 0], 1.0)",
         ),
         (
             "uniforms of another step",
