@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 from torch import multiprocessing
+from torch.distributed import PrefixStore
 
 from benchmarks.timing import interleave, ratio, report, summary
-from rlhf.distributed.collectives import Seat, serve_store
-from rlhf.distributed.executor import Models, Program, StepSpec
-from rlhf.distributed.worker import Place, ShardState, Worker, to_numpy
+from rlhf.distributed.collectives import Place, serve_store
+from rlhf.distributed.messages import ShardState
+from rlhf.distributed.worker import Worker
+from rlhf.execution.executor import Program, StepSpec
 from rlhf.optim import Optimizer
+from rlhf.tree import flat_layout, flatten
 
 MEGABYTES = (1, 64, 500)
 
@@ -45,22 +48,24 @@ def run(output: Path, *, rounds: int = 9) -> None:
 def _rank(rank: int, ranks: int, port: int, megabytes: int, rounds: int, result: str) -> None:
     worker = Worker(device="cpu", threads=1, backend="gloo", timeout_s=60)
     params = {"x": torch.ones(megabytes * 250_000)}
-    worker.load(_program, Models(to_numpy(params), {}))
-    worker.join(Place(Seat(0, rank, ranks), ranks, tuple(range(ranks))), "127.0.0.1", port)
-    worker.restore(0, {}, ShardState(0, worker.params(), None))
+    layout = flat_layout(params)
+    worker.load(_program, layout, {})
+    worker.join(Place(0, rank, ranks, 0), "127.0.0.1", port)
+    worker.restore(0, {}, ShardState(0, flatten(params, layout).numpy(), None))
     gradient, buffer = worker._flat.clone(), worker._flat.clone()
     shares = [(number, number + 1) for number in range(ranks)]
 
     def ours() -> None:
         worker._sums = {(rank, rank + 1): gradient}
-        worker._reduce_tree(shares)
-        worker._shard = worker._shard._replace(params=worker._spare[slice(*worker._own)])  # where `apply` leaves them
-        worker.publish(0)
+        worker.reduce(shares, "tree")
+        worker.publish()
 
     def bare() -> None:
         torch_dist.all_reduce(buffer)
 
+    torch_dist.init_process_group("gloo", store=PrefixStore("bare", worker._store), rank=rank, world_size=ranks)
     times = interleave({"ours": ours, "bare": bare}, rounds, warmup=2, before=torch_dist.barrier)
+    torch_dist.destroy_process_group()
     if rank == 0:
         Path(result).write_text(json.dumps(times))
     worker.leave()

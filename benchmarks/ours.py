@@ -20,9 +20,9 @@ from rlhf.data.dataset import TokenSequence, default_cache_dir, texts
 from rlhf.data.embedded import write_embedded
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.distributed import open_executor
-from rlhf.distributed.compiled import compiled
-from rlhf.distributed.executor import Models, Program
 from rlhf.errors import UserError
+from rlhf.execution.compiled import compiled
+from rlhf.execution.executor import Models, Program
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head
 from rlhf.io.model_folder import (

@@ -15,7 +15,7 @@ from rlhf import gpt2, random
 from rlhf.batches import Rows, TokenBatch
 from rlhf.config import DistConfig, SFTConfig
 from rlhf.distributed import connected, open_executor
-from rlhf.distributed.executor import Executor, Models
+from rlhf.execution.executor import Executor, Models
 from rlhf.gpt2_config import PRESETS, GPT2Config
 from rlhf.stages.sft import make_program
 

@@ -1,6 +1,6 @@
 """Argument checks for pure functions: shapes and dtypes only, so that they cost nothing under `torch.compile`.
 
-Values (finite, in range) are checked on the host before a batch is handed over; see `rlhf.distributed.executor`.
+Values (finite, in range) are checked on the host before a batch is handed over; see `rlhf.execution.executor`.
 Every message reads `<function>: <argument> <what it is>, expected <rule>`.
 """
 

@@ -197,7 +197,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """[B, T, N] = x @ weight, of [B, T, K] and [K, N].
 
     In compiled bfloat16 code for CPUs, single tokens times a small weight are a batch of one, whose product the
-    compiler may write itself (`own_products` of `rlhf.distributed.compiled`).
+    compiler may write itself (`own_products` of `rlhf.execution.compiled`).
     """
     small = x.dtype == torch.bfloat16 and x.is_cpu and x.shape[1] == 1 and weight.numel() <= _SMALL
     if small and torch.compiler.is_compiling():

@@ -192,7 +192,7 @@ def make_rollout(
         top_p: same.
         stop_tokens: same.
         slots: same.
-        compiled: compiles `rlhf.sampling.draw_tokens`, as `rlhf.distributed.compiled`. Each call then goes through 16
+        compiled: compiles `rlhf.sampling.draw_tokens`, as `rlhf.execution.compiled`. Each call then goes through 16
             layers or more (32 with one row), beside which the way into compiled code costs little.
     """
     draw = compiled(draw_tokens, own_products=True) if compiled else draw_tokens

@@ -24,8 +24,8 @@ from rlhf.config import (
 )
 from rlhf.data.batching import pack_completions, pair_batches, ppo_batch, token_batches
 from rlhf.data.dataset import TokenSequence
-from rlhf.distributed.compiled import compiled, has_compiler
-from rlhf.distributed.executor import Program, StepSpec, make_gradients
+from rlhf.execution.compiled import compiled, has_compiler
+from rlhf.execution.executor import Program, StepSpec, make_gradients
 from rlhf.experience import Experience
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head, init_value_head

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rlhf import random
-from rlhf.distributed.executor import LocalExecutor, Models, Program, StepSpec
 from rlhf.errors import NonFiniteError
+from rlhf.execution.executor import LocalExecutor, Models, Program, StepSpec
 from rlhf.optim import adamw, clip_by_global_norm
 from rlhf.schedules import constant
 from rlhf.tree import named_leaves, tree_map

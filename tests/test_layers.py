@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for top in ("rlhf", "cli") for path in (ROOT / top).rglob("*.py"))
 CORE = sorted(path for path in (ROOT / "rlhf").glob("*.py") if path.name not in ("__init__.py", "config.py"))
-LAYERS = ["core", "config", "io", "data", "monitor", "distributed", "stages", "cli"]
+LAYERS = ["core", "config", "io", "data", "monitor", "execution", "distributed", "stages", "cli"]
 """From the bottom up; io and data are one layer, in which data may use io."""
 
 

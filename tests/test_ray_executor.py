@@ -12,8 +12,8 @@ import toy
 
 from rlhf.config import DistConfig
 from rlhf.distributed import cluster, connected, open_executor
-from rlhf.distributed.executor import LocalExecutor
 from rlhf.errors import NonFiniteError
+from rlhf.execution.executor import LocalExecutor
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -38,15 +38,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def run(dist, make_program=toy.make_program, steps=STEPS):
+def run(dist, steps=STEPS):
     """(what the calls returned, state, faults, lines told)."""
     told = []
-    with open_executor(make_program, toy.models(), dist, device=CPU, tell=told.append) as executor:
+    with open_executor(toy.make_program, toy.models(), dist, device=CPU, tell=told.append) as executor:
         seen, state = toy.drive(executor, steps)
-        if "offset" in executor._program.blends:
-            executor.blend("offset")
-            more, state = toy.drive(executor, 2)
-            seen += more
+        executor.blend("offset")
+        more, state = toy.drive(executor, 2)
+        seen += more
         params = executor.params()
         assert all(torch.equal(params[name], state[f"params.{name}"]) for name in params)
         return seen, state, executor.faults(), told
@@ -124,7 +123,7 @@ def test_an_error_of_the_users_function_is_the_users_and_no_fault(one_ray):
         assert executor.faults() == []
 
 
-MOMENTS = ("map", "gradient", "reduce", "exchange", "apply", "publish", "snapshot")
+MOMENTS = ("map", "sum_gradients", "reduce", "add_up", "decide", "publish", "snapshot")
 TOPOLOGIES = {"colocated": (2, 0), "one server": (2, 1), "two servers": (2, 2)}
 
 
@@ -133,7 +132,7 @@ def fault_cases():
     cases = []
     for moment, (name, (workers, servers)) in itertools.product(MOMENTS, TOPOLOGIES.items()):
         owners = range(workers, workers + servers) if servers else range(workers)
-        ranks = {"map": range(workers), "gradient": range(workers), "exchange": owners, "snapshot": owners}
+        ranks = {"map": range(workers), "add_up": owners, "snapshot": owners}
         for number, rank in enumerate(ranks.get(moment, range(workers + servers))):
             signal = "SIGKILL" if (number + len(moment)) % 2 else "SIGSTOP"
             on_failure = "shrink" if (number + len(name)) % 2 else "replace"
@@ -143,7 +142,7 @@ def fault_cases():
 
 FAST = [
     ("map", "colocated", 1, "SIGKILL", "replace"),
-    ("exchange", "colocated", 0, "SIGKILL", "replace"),
+    ("add_up", "colocated", 0, "SIGKILL", "replace"),
     ("publish", "one server", 0, "SIGSTOP", "shrink"),
     ("publish", "two servers", 3, "SIGKILL", "replace"),
 ]
@@ -151,15 +150,14 @@ FAST = [
 
 def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure):
     workers, servers = TOPOLOGIES[topology]
-    version = 4 if moment == "snapshot" else 3  # of the program's steps; the last snapshot was taken at 2
+    version = 5 if moment == "snapshot" else 4  # of the program's steps; the last snapshot was taken at 3
     fault.write_text(json.dumps({"moment": moment, "rank": rank, "version": version, "signal": signal}))
     monkeypatch.setattr(cluster, "Worker", toy.FaultyWorker)
     dist = DistConfig(
         num_workers=workers, num_servers=servers, snapshot_every=2, on_failure=on_failure, heartbeat_s=2, timeout_s=20
     )
     begun = time.monotonic()
-    got = run(dist, toy.make_program_without_blends)
-    expected = run(DistConfig(), toy.make_program_without_blends)
+    got, expected = run(dist), run(DistConfig())
     assert not fault.exists(), "the fault happened"
     assert_same(got, expected)
     assert len(got[2]) == len(got[3]) == 1

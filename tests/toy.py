@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from rlhf import random
-from rlhf.distributed.executor import Models, Program, StepSpec
 from rlhf.distributed.worker import Worker
+from rlhf.execution.executor import Models, Program, StepSpec
 from rlhf.optim import adamw
 from rlhf.schedules import linear
 from rlhf.tree import tree_map
@@ -40,11 +40,6 @@ def make_program():
         {"predict": predict},
         {"offset": follow},
     )
-
-
-def make_program_without_blends():
-    """Its shards need not be restored when a worker is lost that owns none."""
-    return make_program()._replace(blends={})
 
 
 def models():
@@ -79,7 +74,7 @@ class FaultyWorker(Worker):
             fault = json.loads(path.read_text())
         except (OSError, ValueError):
             return
-        if (moment, self._place.seat.rank, self._version) == (fault["moment"], fault["rank"], fault["version"]):
+        if (moment, self._place.rank, self._version) == (fault["moment"], fault["rank"], fault["version"]):
             path.unlink(missing_ok=True)
             os.kill(os.getpid(), getattr(signal, fault["signal"]))
 
@@ -87,25 +82,25 @@ class FaultyWorker(Worker):
         self._at("map")
         return super().map(*arguments)
 
-    def gradient(self, *arguments):
-        self._at("gradient")
-        return super().gradient(*arguments)
+    def sum_gradients(self, *arguments):
+        self._at("sum_gradients")
+        return super().sum_gradients(*arguments)
 
     def reduce(self, *arguments):
         self._at("reduce")
         return super().reduce(*arguments)
 
-    def _add_up(self, *arguments):  # the exchange has begun
-        self._at("exchange")
-        return super()._add_up(*arguments)
+    def add_up(self, *arguments):  # the exchange has begun
+        self._at("add_up")
+        return super().add_up(*arguments)
 
-    def apply(self, *arguments):
-        self._at("apply")
-        return super().apply(*arguments)
+    def decide(self, *arguments):
+        self._at("decide")
+        return super().decide(*arguments)
 
-    def publish(self, *arguments):  # the shard has applied the step
+    def publish(self):  # the shard has applied the step
         self._at("publish")
-        return super().publish(*arguments)
+        return super().publish()
 
     def snapshot(self):
         self._at("snapshot")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from rlhf.config import DistConfig
-from rlhf.distributed.executor import Executor, LocalExecutor, Models, Program
+from rlhf.execution.executor import Executor, LocalExecutor, Models, Program
 
 
 @contextlib.contextmanager

@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.config import DistConfig
@@ -22,8 +20,14 @@ _LOOK_S = 0.5
 _SETUP_S = 30.0
 """Within this a new process answers."""
 
-_PATIENCE_S = 3.0
-"""Left to the members of a group in which one was lost, before they are ended too."""
+
+class LostError(Exception):
+    """Processes died or fell silent, or their group failed."""
+
+    def __init__(self, members: "Sequence[Member]") -> None:
+        """Takes who was lost: none where only the group has failed."""
+        super().__init__(", ".join(member.name for member in members) or "a collective timed out")
+        self.members = members
 
 
 class Member(NamedTuple):
@@ -34,18 +38,12 @@ class Member(NamedTuple):
     """As users know it: worker 1, server 0."""
     bundle: int
     """Of the placement group; a replacement takes it over."""
+    loaded: Any
+    """Reference that is there once the process has loaded its program."""
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the process's `Worker`; a reference to what it will return."""
         return self.actor.call.remote(method, *arguments)
-
-
-class End(Enum):
-    """How a call has ended."""
-
-    DONE = "it returned"
-    LOST = "its process has died"
-    GROUP_FAILED = "its process lives, but another one has failed it"
 
 
 class Cluster:
@@ -58,89 +56,69 @@ class Cluster:
         self.dist, self._ray = dist, ray
         self.host: str = ray.util.get_node_ip_address()
         self.store = serve_store(self.host)
-        self.generation = 0  # of the last group formed; never used twice on one store
         self._group = self._reserve()
         self._pings: dict[Any, tuple[Any, float]] = {}
         self._pids: dict[Any, int] = {}
 
-    def start(self, names: Sequence[str], bundles: Sequence[int]) -> list[Member]:
-        """Start processes; they have loaded nothing yet."""
+    def start(self, name: str, bundle: int, *arguments: Any) -> Member:
+        """Start a process that makes its `Worker` and calls the worker's `load`.
+
+        Args:
+            name: as users know it.
+            bundle: of the placement group.
+            arguments: of `load`.
+        """
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        actor, members = _actor_class(), []
-        for name, bundle in zip(names, bundles, strict=True):
-            options = actor.options(
-                num_cpus=self.dist.threads_per_worker,
-                num_gpus=self.dist.gpus_per_worker,
+        dist = self.dist
+        actor = (
+            _actor_class()
+            .options(
+                num_cpus=dist.threads_per_worker,
+                num_gpus=dist.gpus_per_worker,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
             )
-            members.append(Member(options.remote(), name, bundle))
-        for member in members:
-            self._pings[member.actor] = (member.actor.ping.remote(), time.monotonic())
-        return members
-
-    def load(self, member: Member, *arguments: Any) -> Any:
-        """Let a new process make its `Worker`, and call the worker's `load`."""
-        dist, device = self.dist, "cuda" if self.dist.gpus_per_worker else "cpu"
+            .remote()
+        )
         alone = dist.gpus_per_worker == 1  # NCCL refuses two processes on one GPU
         backend = dist.backend if dist.backend != "auto" else ("nccl" if alone else "gloo")
+        device = "cuda" if dist.gpus_per_worker else "cpu"
         make_worker = functools.partial(
             Worker, device=device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s
         )
-        return member.actor.load.remote(make_worker, *arguments)
+        self._pings[actor] = (actor.ping.remote(), time.monotonic())
+        return Member(actor, name, bundle, actor.load.remote(make_worker, *arguments))
 
-    def next_ended(self, calls: Mapping[Any, Member], until: float = math.inf) -> tuple[Any, End, Any]:
-        """Wait for the call that ends first, and end processes that are silent meanwhile.
+    def results(self, calls: dict[Any, Member]) -> Iterator[tuple[Any, Any]]:
+        """Yield (reference, result) of calls in the order in which they end; processes that fall silent are ended.
 
         Args:
-            calls: whose method returned which reference.
-            until: a time (`time.monotonic`) after which whoever has not ended is ended.
-
-        Returns:
-            (the reference, how the call ended, its result).
+            calls: whose method returned which reference. Emptied on the way; the caller may add to it between yields.
 
         Raises:
+            LostError: at the end, if a process was lost or a group has failed.
             Exception: what a member's own code raised.
         """
-        while True:
+        lost: list[Member] = []
+        failed = False
+        while calls:
             done, _ = self._ray.wait(list(calls), num_returns=1, timeout=_LOOK_S)
             for call in done:
+                member = calls.pop(call)
                 try:
-                    return call, End.DONE, self._ray.get(call)
+                    result = self._ray.get(call)
                 except self._ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, GroupError):
-                        return call, End.GROUP_FAILED, None
-                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                    if not isinstance(error.cause, GroupError):
+                        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                    failed = True
                 except self._ray.exceptions.RayError:  # the process has died, or its machine
-                    return call, End.LOST, None
-            hopeless = time.monotonic() > until
-            self.kill([member for member in set(calls.values()) if hopeless or self._is_silent(member)])
-
-    def collect(self, calls: Sequence[tuple[Member, Any]], *, together: bool) -> tuple[list[Any], list[Member], bool]:
-        """Wait until every call has ended, however it does.
-
-        Args:
-            calls: (member, what its method returned).
-            together: the members wait for one another, so that after a loss nothing good can come of the other calls.
-
-        Returns:
-            (results, None where a call failed; members that were lost; whether the group of some member failed).
-
-        Raises:
-            Exception: see `next_ended`.
-        """
-        results: dict[Any, Any] = {}
-        lost: list[Member] = []
-        failed, until = False, math.inf
-        waiting = {call: member for member, call in calls}
-        while waiting:
-            call, end, results[call] = self.next_ended(waiting, until)
-            member = waiting.pop(call)
-            failed |= end is End.GROUP_FAILED
-            lost += [member] if end is End.LOST and member not in lost else []
-            if together and end is not End.DONE:
-                until = min(until, time.monotonic() + _PATIENCE_S)
-        return [results[call] for _, call in calls], lost, failed
+                    lost += [member] if member not in lost else []
+                else:
+                    yield call, result
+            if not done:
+                self.kill([member for member in set(calls.values()) if self._is_silent(member)])
+        if lost or failed:
+            raise LostError(lost)
 
     def put(self, value: Any) -> Any:
         """Place arrays in shared memory, where every process of this machine reads them without a copy."""

@@ -1,14 +1,18 @@
 """A group of processes that exchange tensors: torch.distributed, numbered by generation, with a time-out everywhere.
 
+Everything is made of one operation, `Group.exchange`: a reduce-scatter is an all-to-all whose receiver adds in an order
+of its own, a broadcast and an all-gather are exchanges of the same tensor with many. Only the ring, the backend's own
+allreduce, is not.
+
 A group that has failed once is closed at once, which closes its connections, so that its other members fail too
 instead of waiting. It is never used again: whoever is left forms the next generation.
 """
 
+import collections
 import datetime
-import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,80 +20,111 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+SEGMENT = 1 << 24
+"""Elements sent at once (64 MB of float32): while one segment is added up, the next ones are on their way."""
+
 
 class GroupError(Exception):
     """A member of the group died, stopped or was too slow. The group is closed; nothing it was about to give counts."""
 
 
-class Seat(NamedTuple):
-    """A process's place in a group."""
+class Place(NamedTuple):
+    """A process's place in a group, whose first ranks are the workers."""
 
     generation: int
     """Of the group; each is formed once."""
     rank: int
-    size: int
-    """Processes in the group."""
+    workers: int
+    """Ranks 0..workers-1 compute."""
+    servers: int
+    """Ranks from `workers` on own the shards; where there are none, the workers do."""
+
+    @property
+    def size(self) -> int:
+        """Processes in the group."""
+        return self.workers + self.servers
+
+    @property
+    def owners(self) -> range:
+        """Rank of each shard's owner."""
+        return range(self.workers if self.servers else 0, self.size)
 
 
 class Group:
     """One generation of processes; each method but `close` raises GroupError when the group has failed."""
 
-    def __init__(self, store: Store, seat: Seat, *, backend: str, timeout_s: float) -> None:
+    def __init__(self, store: Store, place: Place, *, backend: str, timeout_s: float) -> None:
         """Wait for all members.
 
         Args:
             store: reached by all of them.
-            seat: this process's place.
+            place: this process's.
             backend: gloo or nccl.
             timeout_s: of every operation, in seconds.
         """
-        self.seat, self._staged = seat, backend == "gloo"
-        self._guard(
-            lambda: torch_dist.init_process_group(
-                backend,
-                store=PrefixStore(f"generation-{seat.generation}", store),
-                rank=seat.rank,
-                world_size=seat.size,
-                timeout=datetime.timedelta(seconds=timeout_s),
-            )
-        )
+        self.place, self._staged = place, backend == "gloo"
+        own = PrefixStore(f"generation-{place.generation}", store)
+        make = _gloo if backend == "gloo" else _nccl
+        self._backend: Any = None
+        self._backend = self._guard(lambda: make(own, place.rank, place.size, datetime.timedelta(seconds=timeout_s)))
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> "Exchange":
         """Begin to send and receive; between two ranks, tensors arrive in the order in which they were sent.
 
         Args:
-            sends: (rank, tensor), contiguous, not to be changed before the exchange has ended.
-            receives: (rank, tensor that is written into), contiguous.
+            sends: (rank, tensor), contiguous and flat, not to be changed before the exchange has ended.
+            receives: (rank, tensor that is written into), contiguous and flat.
         """
-        buffers = [self._host(tensor, copy=False) for _, tensor in receives]
-        outgoing = [torch_dist.P2POp(torch_dist.isend, self._host(tensor), rank) for rank, tensor in sends]
-        incoming = [
-            torch_dist.P2POp(torch_dist.irecv, buffer, rank)
-            for (rank, _), buffer in zip(receives, buffers, strict=True)
-        ]
-        both = [op for pair in itertools.zip_longest(incoming, outgoing) for op in pair if op is not None]
-        works = self._guard(lambda: torch_dist.batch_isend_irecv(both)) if both else []
-        if len(works) < len(both):  # NCCL: one work for all
-            works = works * len(both)
-        by_op = dict(zip(map(id, both), works, strict=True))
-        arriving = [
-            (by_op[id(op)], target, buffer) for op, (_, target), buffer in zip(incoming, receives, buffers, strict=True)
-        ]
-        return Exchange(self, arriving, [by_op[id(op)] for op in outgoing])
+        me, size = self.place.rank, self.place.size
+        outgoing = _in_segments(sorted(sends, key=lambda send: (send[0] - me) % size))  # not all to the same at once
+        incoming = _in_segments(sorted(receives, key=lambda receive: (me - receive[0]) % size))
+        buffers = [self._host(piece.tensor, copy=False) for piece in incoming]
+        arriving, leaving = self._guard(lambda: self._post(incoming, buffers, outgoing))
+        arrivals = [Arrival(*found) for found in zip(incoming, buffers, arriving, strict=True)]
+        return Exchange(arrivals, leaving, self._guard)
+
+    def all_gather(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Every member's vector, by rank.
+
+        Args:
+            own: [n], this member's.
+            sizes: n of each.
+        """
+        parts = [own if rank == self.place.rank else own.new_empty(size) for rank, size in enumerate(sizes)]
+        others = [rank for rank in range(len(sizes)) if rank != self.place.rank]
+        self.exchange([(rank, own) for rank in others], [(rank, parts[rank]) for rank in others]).finish()
+        return parts
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all members, in the backend's own order."""
         buffer = self._host(tensor)
-        self._guard(lambda: torch_dist.all_reduce(buffer))
+        self._guard(lambda: self._backend.allreduce([buffer]).wait())
         if buffer is not tensor:
             tensor.copy_(buffer)
 
     def close(self) -> None:
         """Close all connections; may be called twice."""
-        if torch_dist.is_initialized():
-            torch_dist.destroy_process_group()
-        else:  # a formation that failed has counted itself, and the count is part of the keys of the next one
-            torch_dist.distributed_c10d._world.group_count = 0
+        if self._backend is not None and not self._staged:
+            self._backend.abort()
+        self._backend = None  # gloo's connections end with it
+
+    def _post(
+        self, incoming: "Sequence[Piece]", buffers: Sequence[Tensor], outgoing: "Sequence[Piece]"
+    ) -> tuple[list[Any], list[Any]]:
+        """Begin; the works of the receives and of the sends."""
+        arriving: list[Any] = []
+        leaving: list[Any] = []
+        if not self._staged:
+            self._backend._start_coalescing()
+        for place in range(max(len(incoming), len(outgoing))):
+            if place < len(incoming):
+                arriving.append(self._backend.recv([buffers[place]], incoming[place].rank, 0))
+            if place < len(outgoing):
+                leaving.append(self._backend.send([self._host(outgoing[place].tensor)], outgoing[place].rank, 0))
+        if not self._staged:  # one work for all
+            together = self._backend._end_coalescing()
+            return [together] * len(arriving), [together]
+        return arriving, leaving
 
     def _host(self, tensor: Tensor, *, copy: bool = True) -> Tensor:
         """The tensor, or where gloo has to carry one of a GPU, a buffer on the host."""
@@ -100,29 +135,81 @@ class Group:
     def _guard(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except (RuntimeError, ValueError) as error:  # torch_dist.DistBackendError is a RuntimeError
+        except (RuntimeError, ValueError) as error:  # DistBackendError of torch.distributed is a RuntimeError
             self.close()
-            raise GroupError(f"generation {self.seat.generation}, rank {self.seat.rank}: {error}") from error
+            raise GroupError(f"generation {self.place.generation}, rank {self.place.rank}: {error}") from error
+
+
+class Piece(NamedTuple):
+    """A segment of a tensor on its way."""
+
+    rank: int
+    tensor: Tensor
+    start: int
+    """Its first element's place in the tensor."""
+
+
+class Arrival(NamedTuple):
+    """A piece to be received."""
+
+    piece: Piece
+    buffer: Tensor
+    """Where it arrives: the piece, or on the host for a GPU."""
+    work: Any
 
 
 class Exchange:
     """Tensors on their way."""
 
-    def __init__(self, group: Group, arriving: list[tuple[Any, Tensor, Tensor]], leaving: list[Any]) -> None:
-        """Made by `Group.exchange`: (work, tensor, buffer it arrives in) of each receive, works of the sends."""
-        self._group, self._arriving, self._leaving = group, arriving, leaving
+    def __init__(self, arrivals: list[Arrival], leaving: list[Any], guard: Callable[[Callable[[], Any]], Any]) -> None:
+        """Made by `Group.exchange`: what is to be received, works of the sends, and how to wait for a work."""
+        self._arrivals, self._leaving, self._guard = collections.deque(arrivals), leaving, guard
 
-    def received(self, number: int) -> None:
-        """Wait for the tensor of that number among those to be received."""
-        work, target, buffer = self._arriving[number]
-        self._group._guard(work.wait)
-        if buffer is not target:
-            target.copy_(buffer)
+    def segments(self, size: int) -> Iterator[slice]:
+        """Cut 0..size-1 into segments, each yielded once that part of all tensors to be received has arrived.
+
+        Args:
+            size: elements of each of them.
+        """
+        for start in range(0, size, SEGMENT):
+            while self._arrivals and self._arrivals[0].piece.start <= start:
+                self._receive()
+            yield slice(start, min(start + SEGMENT, size))
 
     def finish(self) -> None:
-        """Wait until everything has been sent; `received` must have been called for each tensor."""
+        """Wait until everything has been received and sent."""
+        while self._arrivals:
+            self._receive()
         for work in self._leaving:
-            self._group._guard(work.wait)
+            self._guard(work.wait)
+
+    def _receive(self) -> None:
+        piece, buffer, work = self._arrivals.popleft()
+        self._guard(work.wait)
+        if buffer is not piece.tensor:
+            piece.tensor.copy_(buffer)
+
+
+def _in_segments(tensors: Sequence[tuple[int, Tensor]]) -> list[Piece]:
+    """First segments of all tensors, then the second ones, and so on."""
+    longest = max((tensor.numel() for _, tensor in tensors), default=0)
+    return [
+        Piece(rank, tensor[start : start + SEGMENT], start)
+        for start in range(0, longest, SEGMENT)
+        for rank, tensor in tensors
+        if start < tensor.numel()
+    ]
+
+
+def _gloo(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    return torch_dist.ProcessGroupGloo(store, rank, size, timeout)
+
+
+def _nccl(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an operation that takes too long raises, and ends no process
+    options = torch_dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return torch_dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 def serve_store(host: str) -> TCPStore:

@@ -7,15 +7,15 @@ additions, and with it every bit of the sum, is the same for any number of worke
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 from rlhf.tree import CHUNK
 
 Span = tuple[int, int]
 """(first, end) of consecutive micro-batches, or of consecutive elements."""
-
-_Sum = TypeVar("_Sum")
 
 _SUBTREES = 2
 """Subtrees of a share, at most: what a worker sends is so many times the gradient."""
@@ -54,16 +54,23 @@ def subtrees(start: int, stop: int, total: int) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def join_sums(sums: Mapping[Span, _Sum], total: int, add: Callable[[_Sum, _Sum], _Sum]) -> _Sum:
-    """Add the sums of subtrees that make up 0..total-1, in the order of `rlhf.tree.tree_sum`."""
+def join_sums(sums: Mapping[Span, Tensor], total: int, *, out: Tensor) -> None:
+    """Write the sum of subtrees that make up 0..total-1 to `out`, added in the order of `rlhf.tree.tree_sum`.
 
-    def node(start: int, stop: int) -> _Sum:
+    Args:
+        sums: of subtrees; sums of larger ones are written into them.
+        total: micro-batches.
+        out: none of the sums.
+    """
+
+    def node(start: int, stop: int, out: Tensor | None = None) -> Tensor:
         if (start, stop) in sums:
-            return sums[start, stop]
+            return sums[start, stop] if out is None else out.copy_(sums[start, stop])
         middle = start + (1 << (stop - start - 1).bit_length() - 1)
-        return add(node(start, middle), node(middle, stop))
+        left, right = node(start, middle), node(middle, stop)
+        return torch.add(left, right, out=left if out is None else out)
 
-    return node(0, total)
+    node(0, total, out)
 
 
 def shard_ranges(size: int, shards: int) -> tuple[Span, ...]:

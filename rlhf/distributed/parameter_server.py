@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.config import DistConfig
 from rlhf.distributed import open_executor
-from rlhf.distributed.executor import Fault, Models, Program, StepSpec
+from rlhf.execution.executor import Fault, Models, Program, StepSpec
 from rlhf.optim import Optimizer
 from rlhf.types import Metrics, Params
 

@@ -3,53 +3,30 @@
 Plain Python around pure functions: it does not know who calls its methods (`rlhf.distributed.cluster` makes a Ray
 actor of it), and can be driven by hand. What goes in and out is NumPy arrays and plain values.
 
-One optimiser step is three calls on every member, each a phase that all of them finish before the next begins:
+An optimiser step is one call on every member, in which they go together through
 
-    gradient   each worker sums the gradients of its micro-batches, subtree by subtree
-    reduce     every shard's owner receives its range of all subtrees' sums and adds them up in the tree's order
-    apply      every owner updates its shard, exactly once, and sends it to all workers, which swap it in at the end
+    sum_gradients   each worker sums the gradients of its micro-batches, subtree by subtree
+    reduce          every shard's owner receives its range of all subtrees' sums and adds them up in the tree's order
+    decide          all learn losses, counts and square sums, and come to the same decision about the update
+    publish         every owner, having updated its shard, sends its parameters to all workers
 """
 
-import warnings
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.distributed.collectives import Exchange, Group, Seat, connect_store
+from rlhf.distributed.collectives import Exchange, Group, GroupError, Place, connect_store
 from rlhf.distributed.dealing import Span, join_sums, shard_ranges, subtrees
-from rlhf.distributed.executor import Models, Program, make_gradients
-from rlhf.distributed.memory import keep_freed_memory, peak_bytes
-from rlhf.distributed.server import Shard, apply, init_shard, square_sums
-from rlhf.optim import Optimizer
-from rlhf.tree import all_finite, flat_layout, flatten, leaves, to_device, tree_map, tree_sum, unflatten
+from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
+from rlhf.execution.executor import Program, Update, losses_and_counts, make_gradients, plan_update
+from rlhf.execution.memory import keep_freed_memory, peak_bytes
+from rlhf.execution.shard import Shard, apply
+from rlhf.tree import CHUNK, FlatLayout, all_finite, chunk_square_sums, to_device, tree_sum, unflatten
 from rlhf.types import Tree
-
-_SEGMENT = 1 << 20
-"""Elements sent at once (4 MB): while one segment is added up, the next ones are on their way."""
-
-
-class Place(NamedTuple):
-    """What a process does in a group."""
-
-    seat: Seat
-    workers: int
-    """Ranks 0..workers-1 compute."""
-    owners: tuple[int, ...]
-    """Rank of each shard's owner."""
-
-
-class ShardState(NamedTuple):
-    """A copy of a shard, as arrays."""
-
-    start: int
-    """First element."""
-    params: np.ndarray
-    """[n] float32."""
-    opt_state: list[np.ndarray] | None
-    """Leaves [n], or [] for counters; None is the optimiser's first state."""
 
 
 class Worker:
@@ -63,19 +40,20 @@ class Worker:
         self._backend, self._timeout_s = backend, timeout_s
         self._store: Any = None
         self._group: Group | None = None
-
-    def load(self, make_program: Callable[[], Program], models: Models) -> None:
-        """Take up a program; its models' arrays are read where they lie, on the CPU."""
-        torch.set_num_threads(self._threads)
-        self._program = make_program()
-        params: Tree = from_numpy(models.params, self._device)
-        self._frozen: dict[str, Tree] = from_numpy(models.frozen, self._device)
-        self._layout = flat_layout(params)
-        self._use(flatten(params, self._layout))
-        self._spare = torch.zeros_like(self._flat)
-        self._gradients = make_gradients(self._program, self._layout)
         self._shard: Shard | None = None
-        self._version = 0
+
+    def load(self, make_program: Callable[[], Program], layout: FlatLayout, frozen: dict[str, Tree]) -> None:
+        """Take up a program; its models' arrays are read where they lie, on the CPU. `restore` brings the parameters.
+
+        Args:
+            make_program: of the program.
+            layout: of the parameters.
+            frozen: models by name, as arrays.
+        """
+        torch.set_num_threads(self._threads)
+        self._program, self._layout = make_program(), layout
+        self._frozen: dict[str, Tree] = from_numpy(frozen, self._device)
+        self._gradients = make_gradients(self._program, layout)
 
     def join(self, place: Place, host: str, port: int) -> None:
         """Form a new generation with the other members.
@@ -85,13 +63,11 @@ class Worker:
         """
         self.leave()
         self._store = self._store or connect_store(host, port, self._timeout_s)
-        self._group = Group(self._store, place.seat, backend=self._backend, timeout_s=self._timeout_s)
-        self._place = place
-        self._computes = place.seat.rank < place.workers
-        self._ranges = shard_ranges(self._layout.size, len(place.owners))
-        self._own = self._ranges[place.owners.index(place.seat.rank)] if place.seat.rank in place.owners else None
+        self._group = Group(self._store, place, backend=self._backend, timeout_s=self._timeout_s)
+        self._place, self._computes = place, place.rank < place.workers
+        self._ranges = dict(zip(place.owners, shard_ranges(self._layout.size, len(place.owners)), strict=True))
         self._sums: dict[Span, Tensor] = {}
-        self._inbox: dict[tuple[int, Span], Tensor] = {}
+        self._boxes: list[Tensor] = []
 
     def leave(self) -> None:
         """Close the connections to the other members."""
@@ -107,14 +83,16 @@ class Worker:
             blended: frozen models that have changed since the beginning.
             *state: shards in order that make up the whole buffer, cut in any way.
         """
-        self._version = version
-        self._use(_elements([part.params for part in state], slice(None)).to(self._device))
+        self._version, self._shard = version, None
         self._frozen |= from_numpy(blended, self._device)
-        if self._own is not None:
-            self._shard = read_shard(state, self._program.optimizer, self._own, version, self._device)
-            self._gradient = torch.empty_like(self._shard.params)
-            if self._computes:  # its parameters are part of the worker's own
-                self._shard = self._shard._replace(params=self._flat[slice(*self._own)])
+        if self._computes:
+            self._flat = read_params(state, (0, self._layout.size)).to(self._device)
+            self._params = unflatten(self._flat, self._layout)  # views: every update shows in them
+        if self._place.rank in self._ranges:
+            own = self._ranges[self._place.rank]
+            shard = read_shard(state, self._program.optimizer, own, version, self._device)
+            self._shard = shard._replace(params=self._flat[slice(*own)]) if self._computes else shard
+            self._gradient = torch.empty_like(shard.params)
 
     def map(self, name: str, version: int, batch: Any) -> Any:
         """`program.maps[name]` of one micro-batch, at the parameters of that version."""
@@ -123,90 +101,83 @@ class Worker:
             result = self._program.maps[name](self._params, self._frozen, self._batch(batch))
         return to_numpy(result)
 
-    def gradient(self, name: str, version: int, share: Span, total: int, batches: Sequence[Any]) -> list[Any]:
-        """Sum the gradients of a share of the micro-batches, subtree by subtree, for `reduce`.
+    def step(
+        self, name: str, version: int, shares: Sequence[Span], mode: str, batches: Sequence[Any]
+    ) -> tuple[list[Any], Update]:
+        """One optimiser step, together with all other members; nothing is applied where it is refused.
+
+        Args:
+            name: of the program's step.
+            version: of the parameters, before it.
+            shares: the micro-batches of every member, by rank.
+            mode: tree, or ring for the backend's own allreduce.
+            batches: the own share.
 
         Returns:
-            (loss sum, metric sums) of each micro-batch.
+            (loss sum, metric sums) of each own micro-batch, and the decision that all have come to.
+
+        Raises:
+            GroupError: a member has failed; the state is that of no version until `restore`.
         """
         self._check(version)
-        results: list[Any] = []
+        spec = self._program.steps[name]
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.leave)  # so that nobody waits for this process
+            results = self.sum_gradients(name, shares, batches)
+            self.reduce(shares, mode)
+            update = self.decide(results, shares, spec.max_grad_norm)
+            if update.finite:
+                if self._shard is not None:
+                    gradient, scale = self._gradient, update.scale
+                    self._shard = apply(self._shard, version, gradient, scale, spec.optimizer, self._layout)
+                self.publish()
+                self._version += 1
+            on_error.pop_all()
+        return [to_numpy(result) for result in results], update
+
+    def sum_gradients(self, name: str, shares: Sequence[Span], batches: Sequence[Any]) -> list[Any]:
+        """Sum the gradients of the own micro-batches, subtree by subtree; arguments and result as `step`'s."""
+        (first, stop), results = shares[self._place.rank], []
 
         def gradient(batch: Any) -> Tensor:
             flat, result = self._gradients[name](self._params, self._frozen, self._batch(batch))
-            results.append(to_numpy(result))
+            results.append(result)
             return flat
 
-        first = share[0]
         self._sums = {
-            (start, stop): tree_sum(map(gradient, batches[start - first : stop - first]), donated=True)
-            for start, stop in subtrees(*share, total)
+            (start, end): tree_sum(map(gradient, batches[start - first : end - first]), donated=True)
+            for start, end in subtrees(first, stop, _total(shares))
         }
         return results
 
-    def reduce(self, shares: Sequence[Span], mode: str) -> np.ndarray | None:
-        """Add up the gradient of all micro-batches, each owner its range.
-
-        Args:
-            shares: of the workers, in the order of their ranks.
-            mode: tree, or ring for the backend's own allreduce.
-
-        Returns:
-            The owner's square sums per chunk (`rlhf.distributed.server.square_sums`); None of who owns nothing.
-
-        Raises:
-            GroupError: a member has failed; the parameters are as they were.
-        """
+    def reduce(self, shares: Sequence[Span], mode: str) -> None:
+        """Add up the gradient of all micro-batches, each owner its range; arguments as `step`'s."""
         if mode == "ring":
             self._reduce_ring()
         else:
             self._reduce_tree(shares)
         self._sums = {}
-        return None if self._own is None else square_sums(self._gradient).cpu().numpy()
 
-    def apply(self, name: str, step: int, scale: float) -> None:
-        """Update the own shard with what `reduce` left there, and send it to all workers; `publish` follows.
+    def decide(self, results: Sequence[Any], shares: Sequence[Span], max_grad_norm: float) -> Update:
+        """Tell all members what one knows of the update, and come to the same decision."""
+        squares = chunk_square_sums(self._gradient).cpu() if self._shard is not None else torch.zeros(0).double()
+        own = torch.cat([losses_and_counts(results).flatten(), squares]).to(self._device)
+        rows = [2 * (stop - start) for start, stop in shares]
+        ranges = [self._ranges.get(rank, (0, 0)) for rank in range(self._place.size)]
+        sizes = [count + (high - low) // CHUNK for count, (low, high) in zip(rows, ranges, strict=True)]
+        parts = [part.cpu() for part in self._group_now().all_gather(own, sizes)]
+        table = torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)]).reshape(-1, 2)
+        squares = torch.cat([part[count:] for part, count in zip(parts, rows, strict=True)])
+        return plan_update(table, squares, max_grad_norm)
 
-        A shard that has applied the step already keeps it as it is.
-
-        Raises:
-            GroupError: see `publish`.
-        """
+    def publish(self) -> None:
+        """Every owner sends its range of the parameters to all workers."""
+        me, sends, receives = self._place.rank, [], []
         if self._shard is not None:
-            optimizer = self._program.steps[name].optimizer
-            out = self._spare[slice(*self._own)] if self._computes and self._own else None
-            self._shard = apply(self._shard, step, self._gradient, scale, optimizer, self._layout, out=out)
-        self.publish(step + 1)
-
-    def publish(self, version: int) -> None:
-        """Every owner sends its range of the parameters to all workers, which use them once they have all.
-
-        Raises:
-            GroupError: a member has failed; the worker's parameters are as they were.
-        """
-        me, sends, receives = self._group_now().seat.rank, [], []
-        if self._computes and self._shard is not None and self._own is not None:
-            spare = self._spare[slice(*self._own)]
-            if self._shard.params.data_ptr() != spare.data_ptr():  # published again without a step between
-                self._shard = self._shard._replace(params=spare.copy_(self._shard.params))
-        for owner, (low, high) in zip(self._place.owners, self._ranges, strict=True):
-            if owner == me and self._shard is not None:
-                sends += [(rank, self._shard.params) for rank in range(self._place.workers) if rank != me]
-            elif self._computes:
-                receives.append((owner, self._spare[low:high]))
-        exchange = self._group_now().exchange(sends, receives)
-        for number in range(len(receives)):
-            exchange.received(number)
-        exchange.finish()
+            sends = [(rank, self._shard.params) for rank in range(self._place.workers) if rank != me]
         if self._computes:
-            spare = self._flat
-            self._use(self._spare)
-            self._spare = spare
-        self._version = version
-
-    def peak_bytes(self) -> int:
-        """The most memory that this process ever held."""
-        return peak_bytes(self._device)
+            receives = [(owner, self._flat[slice(*part)]) for owner, part in self._ranges.items() if owner != me]
+        self._group_now().exchange(sends, receives).finish()
 
     def is_finite(self, name: str, batch: Any) -> bool:
         """Whether loss, metrics and gradient of a micro-batch are finite."""
@@ -223,11 +194,7 @@ class Worker:
 
     def snapshot(self) -> ShardState | None:
         """A copy of the own shard."""
-        if self._shard is None:
-            return None
-        return ShardState(
-            self._shard.start, to_numpy(self._shard.params), [to_numpy(leaf) for leaf in leaves(self._shard.opt_state)]
-        )
+        return None if self._shard is None else write_shard(self._shard)
 
     def blended(self) -> dict[str, Any]:
         """The frozen models that change."""
@@ -237,8 +204,9 @@ class Worker:
         """[n] float32: all parameters, flat."""
         return to_numpy(self._flat)
 
-    def _use(self, flat: Tensor) -> None:
-        self._flat, self._params = flat, unflatten(flat, self._layout)
+    def peak_bytes(self) -> int:
+        """The most memory that this process ever held."""
+        return peak_bytes(self._device)
 
     def _check(self, version: int) -> None:
         if version != self._version:
@@ -248,111 +216,47 @@ class Worker:
         return to_device(from_numpy(batch, torch.device("cpu"), copy=True), self._device)
 
     def _group_now(self) -> Group:
-        assert self._group is not None, "join comes first"
+        if self._group is None:
+            raise GroupError("the group was left after an error")
         return self._group
 
     def _reduce_tree(self, shares: Sequence[Span]) -> None:
-        me, total = self._group_now().seat.rank, max(stop for _, stop in shares)
-        spans = [subtrees(*share, total) for share in shares]
-        if self._own is not None:
-            buffers = list(self._inbox.values())
-            self._inbox = {
-                (rank, span): buffers.pop() if buffers else torch.empty_like(self._gradient)
-                for rank, of_rank in enumerate(spans)
-                for span in of_rank
-                if rank != me
-            }
-        sends: list[tuple[int, Tensor]] = []
-        receives: list[tuple[int, Tensor]] = []
-        shards = list(zip(self._place.owners, self._ranges, strict=True))
-        after_me = sorted(shards, key=lambda shard: (shard[0] <= me, shard[0]))  # not all to the same owner at once
-        for offset in range(0, max(high - low for low, high in self._ranges), _SEGMENT):
-            for owner, (low, high) in after_me:
-                begin, end = low + offset, min(low + offset + _SEGMENT, high)
-                if begin < end and owner != me:
-                    sends += [(owner, self._sums[span][begin:end]) for span in self._sums]
-                elif begin < end:
-                    receives += [(rank, box[begin - low : end - low]) for (rank, _), box in self._inbox.items()]
-        exchange = self._group_now().exchange(sends, receives)
-        if self._own is not None:
-            self._add_up(exchange, total, *self._own)
+        """An all-to-all, in which every owner adds up what arrives."""
+        me, total = self._place.rank, _total(shares)
+        parts = [(owner, slice(*part)) for owner, part in self._ranges.items() if owner != me]
+        sends = [(owner, own[part]) for owner, part in parts for own in self._sums.values()]
+        boxes: dict[tuple[int, Span], Tensor] = {}  # by whose subtree it is
+        if self._shard is not None:
+            spans = [(rank, span) for rank, share in enumerate(shares) for span in subtrees(*share, total)]
+            theirs = [(rank, span) for rank, span in spans if rank != me]
+            self._boxes += [torch.empty_like(self._gradient) for _ in range(len(theirs) - len(self._boxes))]
+            boxes = dict(zip(theirs, self._boxes, strict=False))
+        exchange = self._group_now().exchange(sends, [(rank, box) for (rank, _), box in boxes.items()])
+        if self._shard is not None:
+            own_part = slice(*self._ranges[me])
+            addends = {span: own[own_part] for span, own in self._sums.items()}
+            self.add_up(exchange, addends | {span: box for (_, span), box in boxes.items()}, total)
         exchange.finish()
 
-    def _add_up(self, exchange: Exchange, total: int, low: int, high: int) -> None:
-        """Sum the own range segment by segment, as the subtrees arrive."""
-        sums = {span: self._sums[span][low:high] for span in self._sums}
-        sums |= {span: box for (_, span), box in self._inbox.items()}
-        for segment, offset in enumerate(range(0, high - low, _SEGMENT)):
-            for number in range(len(self._inbox)):
-                exchange.received(segment * len(self._inbox) + number)
-            parts = {span: addend[offset : offset + _SEGMENT] for span, addend in sums.items()}
-            _join_into(self._gradient[offset : offset + _SEGMENT], parts, total)
+    def add_up(self, exchange: Exchange, addends: dict[Span, Tensor], total: int) -> None:
+        """Sum the own range, segment by segment as they arrive.
+
+        Args:
+            exchange: on which they do.
+            addends: sums of subtrees.
+            total: micro-batches.
+        """
+        for segment in exchange.segments(len(self._gradient)):
+            parts = {span: addend[segment] for span, addend in addends.items()}
+            join_sums(parts, total, out=self._gradient[segment])
 
     def _reduce_ring(self) -> None:
         own = list(self._sums.values())
         total = tree_sum(own, donated=True) if own else torch.zeros(self._layout.size, device=self._device)
         self._group_now().all_reduce(total)
-        if self._own is not None:
-            self._gradient.copy_(total[slice(*self._own)])
+        if self._shard is not None:
+            self._gradient.copy_(total[slice(*self._ranges[self._place.rank])])
 
 
-def _join_into(out: Tensor, parts: dict[Span, Tensor], total: int) -> None:
-    """`join_sums` of tensors that are no longer needed, without memory of its own."""
-    left_to_do = len(parts) - 1
-
-    def add(left: Tensor, right: Tensor) -> Tensor:
-        nonlocal left_to_do
-        left_to_do -= 1
-        return torch.add(left, right, out=left if left_to_do else out)
-
-    whole = join_sums(parts, total, add)
-    if whole is not out:
-        out.copy_(whole)
-
-
-def to_numpy(tree: Tree) -> Any:
-    """Every leaf as an array on the CPU (no copy where it is there); equal tensors of a tree share one array."""
-    seen: dict[Any, np.ndarray] = {}
-
-    def convert(leaf: Tensor) -> np.ndarray:
-        key = (leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-        if key not in seen:
-            seen[key] = leaf.detach().cpu().numpy()
-        return seen[key]
-
-    return tree_map(convert, tree)
-
-
-def from_numpy(tree: Any, device: torch.device, *, copy: bool = False) -> Tree:
-    """Every array as a tensor; on the CPU a view of it unless `copy`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # we do not write
-        return tree_map(
-            lambda array: (torch.tensor(array) if copy else torch.from_numpy(np.asarray(array))).to(device), tree
-        )
-
-
-def read_shard(
-    state: Sequence[ShardState], optimizer: Optimizer, part: Span, version: int, device: torch.device
-) -> Shard:
-    """A shard from copies of shards that were cut in any way.
-
-    Args:
-        state: in order; together the whole buffer.
-        optimizer: whose state it is.
-        part: elements wanted.
-        version: of the state.
-        device: of the result.
-    """
-    low, high = part
-    shard = init_shard(_elements([copy.params for copy in state], slice(low, high)).to(device), optimizer)
-    for number, leaf in enumerate(leaves(shard.opt_state)):
-        parts = [copy.opt_state[number] for copy in state if copy.opt_state is not None]
-        if parts:
-            leaf.copy_(_elements(parts, slice(low, high)) if leaf.ndim else torch.tensor(parts[0]))
-    return shard._replace(start=low, version=version)
-
-
-def _elements(parts: Sequence[np.ndarray], wanted: slice) -> Tensor:
-    """A new tensor of some of the elements of arrays that lie behind one another."""
-    return torch.from_numpy(np.concatenate(parts)[wanted] if len(parts) > 1 else parts[0][wanted].copy())
+def _total(shares: Sequence[Span]) -> int:
+    return max(stop for _, stop in shares)

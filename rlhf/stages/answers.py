@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlhf.data.batching import pack_completions, unpack_sequences, unpack_tokens
 from rlhf.data.dataset import Dataset
-from rlhf.distributed.executor import Executor, Models, Program
 from rlhf.errors import UserError
+from rlhf.execution.executor import Executor, Models, Program
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, RewardModel, load_language_model, load_reward_model
 from rlhf.kl import KLEstimator, kl_estimate

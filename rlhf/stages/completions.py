@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf.data.batching import prompt_batches
-from rlhf.distributed.executor import Executor
+from rlhf.execution.executor import Executor
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.sampling import Completions
 

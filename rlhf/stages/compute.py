@@ -9,8 +9,8 @@ import torch
 
 from rlhf.config import ComputeConfig, DistConfig
 from rlhf.distributed import connected, open_executor
-from rlhf.distributed.executor import Executor, Models, Program
 from rlhf.errors import UserError
+from rlhf.execution.executor import Executor, Models, Program
 from rlhf.io.progress import tell
 
 

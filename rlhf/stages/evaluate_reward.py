@@ -10,8 +10,8 @@ import torch
 
 from rlhf.data.batching import pair_batches
 from rlhf.data.dataset import Dataset
-from rlhf.distributed.executor import Executor, Models, Program
 from rlhf.evaluation import reliability
+from rlhf.execution.executor import Executor, Models, Program
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import load_reward_model
 from rlhf.objectives import make_pair_scores

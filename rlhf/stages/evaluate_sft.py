@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.data.batching import pack_completions, unpack_tokens
 from rlhf.data.dataset import TokenSequence
-from rlhf.distributed.executor import Executor, Models, Program
+from rlhf.execution.executor import Executor, Models, Program
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import load_language_model
 from rlhf.measures import make_measure

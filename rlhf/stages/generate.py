@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.distributed.executor import LocalExecutor, Models, Program
 from rlhf.errors import UserError
+from rlhf.execution.executor import LocalExecutor, Models, Program
 from rlhf.gpt2 import compute_copy, decode, init_cache, prefill, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import load_language_model

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from rlhf.config import PPOConfig
-from rlhf.distributed.compiled import compiled
-from rlhf.distributed.executor import Models, Program, StepSpec
+from rlhf.execution.compiled import compiled
+from rlhf.execution.executor import Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_value_head, value_head_from_reward
 from rlhf.io.model_folder import LanguageModel, RewardModel

@@ -10,8 +10,8 @@ from torch import Tensor
 from rlhf.config import PPOConfig
 from rlhf.data.batching import PackedCompletions, pack_completions, unpack_sequences, unpack_tokens
 from rlhf.data.dataset import Dataset
-from rlhf.distributed.executor import Executor
 from rlhf.errors import NonFiniteError
+from rlhf.execution.executor import Executor
 from rlhf.experience import Experience, shape_scores
 from rlhf.io.model_folder import LanguageModel
 from rlhf.random import Purpose, fold_in

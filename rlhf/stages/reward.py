@@ -11,9 +11,9 @@ from rlhf.config import RewardConfig, RewardRun
 from rlhf.data.batching import PackedPairs, pair_batches
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import PREFERENCES
-from rlhf.distributed.executor import Executor, Models, Program, StepSpec
 from rlhf.errors import UserError
 from rlhf.evaluation import preference_metrics
+from rlhf.execution.executor import Executor, Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head
 from rlhf.io.files import sha256

@@ -17,9 +17,9 @@ from torch import Tensor
 from rlhf.config import PipelineRun, RunConfig, flat_fields
 from rlhf.data.dataset import default_cache_dir
 from rlhf.distributed import open_executor
-from rlhf.distributed.compiled import has_compiler
-from rlhf.distributed.executor import Executor, Models, Program
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
+from rlhf.execution.compiled import has_compiler
+from rlhf.execution.executor import Executor, Models, Program
 from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint
 from rlhf.io.files import atomic_folder, check_free_space, lock_folder, write_text
 from rlhf.io.manifest import write_manifest

@@ -14,7 +14,7 @@ from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.batching import token_batches
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import DEMONSTRATIONS
-from rlhf.distributed.executor import Models, Program, StepSpec
+from rlhf.execution.executor import Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.files import sha256
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.config import SupervisedConfig
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import Schema
-from rlhf.distributed.executor import Executor
+from rlhf.execution.executor import Executor
 from rlhf.io.model_folder import LanguageModel
 from rlhf.io.run_log import RunLog
 from rlhf.optim import Optimizer, adamw

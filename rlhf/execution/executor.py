@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from rlhf.distributed.compiled import compiled
-from rlhf.distributed.memory import keep_freed_memory, peak_bytes, reset_peak
-from rlhf.distributed.server import apply, init_shard, square_sums, update_scale
 from rlhf.errors import NonFiniteError
+from rlhf.execution.compiled import compiled
+from rlhf.execution.memory import keep_freed_memory, peak_bytes, reset_peak
+from rlhf.execution.shard import apply, init_shard, update_scale
 from rlhf.ops import mean_metrics
 from rlhf.optim import Optimizer
 from rlhf.tree import (
     FlatLayout,
     all_finite,
+    chunk_square_sums,
     flat_layout,
     flatten,
     named_leaves,
@@ -171,15 +172,17 @@ class LocalExecutor:
         def gradient(batch: Any) -> tuple[Tensor, Any]:
             return self._gradients[name](self._params, self._frozen, to_device(batch, self._device))
 
-        def keep_result(flat: Tensor, result: Any) -> Tensor:
+        def flat_gradient(batch: Any) -> Tensor:
+            flat, result = gradient(batch)
             results.append(result)
             return flat
 
-        gradient_sum = tree_sum((keep_result(*gradient(batch)) for batch in batches), donated=True)
-        scale, metrics = plan_update(results, square_sums(gradient_sum), spec.max_grad_norm)
-        check_update(name, batches, results, metrics["grad_norm"], lambda batch: all_finite(gradient(batch)))
-        self._shard = apply(self._shard, self.version, gradient_sum, scale, spec.optimizer, self._layout)
-        return metrics
+        gradient_sum = tree_sum(map(flat_gradient, batches), donated=True)
+        update = plan_update(losses_and_counts(results), chunk_square_sums(gradient_sum), spec.max_grad_norm)
+        if not update.finite:
+            raise not_finite(name, batches, results, update, lambda batch: all_finite(gradient(batch)))
+        self._shard = apply(self._shard, self.version, gradient_sum, update.scale, spec.optimizer, self._layout)
+        return step_metrics(results, update)
 
     def blend(self, name: str) -> None:
         """See `Executor.blend`."""
@@ -235,37 +238,62 @@ def make_gradients(
     return {name: make(spec) for name, spec in program.steps.items()}
 
 
-def plan_update(results: Sequence[Any], squares: Tensor, max_grad_norm: float) -> tuple[float, dict[str, float]]:
-    """(factor for the summed gradient, the step's metrics with `grad_norm`).
+class Update(NamedTuple):
+    """What is done with the summed gradient of a step's micro-batches."""
+
+    scale: float
+    """Turns it into the clipped mean gradient."""
+    grad_norm: float
+    """Of the mean gradient, before clipping."""
+    finite: bool
+    """Whether every loss and the gradient are; otherwise the step is refused."""
+
+
+def losses_and_counts(results: Sequence[Any]) -> Tensor:
+    """[M, 2] float64 on the CPU: of each micro-batch the loss sum, and what it is a sum of.
 
     Args:
-        results: (loss sum, metric sums with `count`) of every micro-batch, in order.
-        squares: [chunks] float64, the summed gradient's square sums.
+        results: (loss sum, metric sums with `count`) of each.
+    """
+    rows = [[float(loss), float(metrics["count"])] for loss, metrics in results]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
+
+
+def plan_update(table: Tensor, squares: Tensor, max_grad_norm: float) -> Update:
+    """Decide about a step. All who own a part of the parameters decide alike, from the same numbers.
+
+    Args:
+        table: [M, 2], `losses_and_counts` of all micro-batches.
+        squares: [chunks] float64, `rlhf.tree.chunk_square_sums` of the summed gradient.
         max_grad_norm: of the mean gradient.
     """
+    _, count = tree_sum(table).tolist()
+    scale, norm = update_scale(squares, count, max_grad_norm)
+    return Update(scale, norm, math.isfinite(norm) and all_finite(table))
+
+
+def step_metrics(results: Sequence[Any], update: Update) -> dict[str, float]:
+    """Means of the micro-batches' metric sums, and `grad_norm`."""
     _, sums = tree_sum(results)
-    scale, norm = update_scale(squares, float(sums["count"]), max_grad_norm)
-    return scale, {key: float(value) for key, value in mean_metrics(sums).items()} | {"grad_norm": norm}
+    return {name: float(mean) for name, mean in mean_metrics(sums).items()} | {"grad_norm": update.grad_norm}
 
 
-def check_update(
-    name: str, batches: Sequence[Any], results: Sequence[Any], norm: float, is_finite: Callable[[Any], bool]
-) -> None:
-    """Raise NonFiniteError, with the offending micro-batch, unless loss and gradient norm are finite.
+def not_finite(
+    name: str, batches: Sequence[Any], results: Sequence[Any], update: Update, is_finite: Callable[[Any], bool]
+) -> NonFiniteError:
+    """The error of a refused step, with the offending micro-batch.
 
     Args:
         name: of the step.
         batches: its micro-batches.
-        results: as in `plan_update`.
-        norm: of the gradient.
-        is_finite: whether loss, metrics and gradient of one micro-batch are; asked only where something is not.
+        results: of each, as in `losses_and_counts`.
+        update: what was decided.
+        is_finite: whether loss, metrics and gradient of one micro-batch are.
     """
     loss, _ = tree_sum(results)
-    if not (math.isfinite(norm) and all_finite(loss)):
-        offender = next((number for number, batch in enumerate(batches) if not is_finite(batch)), 0)
-        raise NonFiniteError(
-            f"{name}: loss {float(loss):g}, gradient norm {norm:g} in micro-batch {offender}", batches[offender]
-        )
+    offender = next((number for number, batch in enumerate(batches) if not is_finite(batch)), 0)
+    message = f"{name}: loss {float(loss):g}, gradient norm {update.grad_norm:g} in micro-batch {offender}"
+    return NonFiniteError(message, batches[offender])
 
 
 def named_state(params: Tensor, opt_state: Any, blended: dict[str, Params], layout: FlatLayout) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rlhf.optim import Optimizer
-from rlhf.tree import ALIGNMENT, CHUNK, FlatLayout, chunk_square_sums, leaves, tree_map
+from rlhf.tree import ALIGNMENT, CHUNK, FlatLayout, leaves, tree_map
 from rlhf.types import Tree
 
 _GROUP = 1 << 18
@@ -42,44 +42,31 @@ def init_shard(flat: Tensor, optimizer: Optimizer, *, start: int = 0, stop: int 
     return Shard(start, params, optimizer.init(params), 0)
 
 
-def square_sums(gradient_sum: Tensor) -> Tensor:
-    """[n / CHUNK] float64: what a shard contributes to the global norm of the gradient."""
-    return chunk_square_sums(gradient_sum)
-
-
 def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float, float]:
     """(factor that turns a summed gradient into the clipped mean gradient, norm of the mean gradient before clipping).
 
     Args:
         squares: [chunks] float64, the square sums of all shards in the order of the buffer.
-        count: what the sum is divided by: the tokens or pairs of the global batch.
+        count: what the sum is divided by: the tokens or pairs of the global batch; 0 divides by 1.
         max_norm: global-norm clipping; inf is off.
     """
-    norm = float(squares.sum().sqrt()) / count
-    return min(1.0, max_norm / (norm + 1e-6)) / count, norm
+    norm = float(squares.sum().sqrt()) / (count or 1.0)
+    return min(1.0, max_norm / (norm + 1e-6)) / (count or 1.0), norm
 
 
 def apply(
-    shard: Shard,
-    step: int,
-    gradient_sum: Tensor,
-    scale: float,
-    optimizer: Optimizer,
-    layout: FlatLayout,
-    *,
-    out: Tensor | None = None,
+    shard: Shard, step: int, gradient_sum: Tensor, scale: float, optimizer: Optimizer, layout: FlatLayout
 ) -> Shard:
     """Apply one step exactly once.
 
     Args:
-        shard: its buffers are updated in place (the parameters', unless `out` is given) and belong to the result.
+        shard: its buffers are updated in place and belong to the result.
         step: the step that this is; must be the shard's version. The step before it was applied already, and is
             answered with the shard as it is.
         gradient_sum: [n] float32, this range of the summed gradient.
         scale: from `update_scale`.
         optimizer: element-wise, as `rlhf.optim.adamw`.
         layout: of the whole buffer.
-        out: [n] float32, where the new parameters are written; the gaps between leaves are left as they are.
 
     Returns:
         The shard at version step + 1.
@@ -91,22 +78,18 @@ def apply(
         return shard
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
-    if out is None:
-        out = shard.params
     updated: Any = shard.opt_state
     for blocks in _groups(shard, layout):
         gradient = tree_map(lambda g: g * scale, _cut(gradient_sum, blocks))
         state = tree_map(lambda leaf, cut=blocks: _cut(leaf, cut) if leaf.ndim else leaf, shard.opt_state)
-        params = _cut(out, blocks)
-        if out is not shard.params:
-            _write(params, _cut(shard.params, blocks))
+        params = _cut(shard.params, blocks)
         if optimizer.update_ is not None:
             updated = optimizer.update_(gradient, state, params)
         else:
             new_params, updated = optimizer.update(gradient, state, params)
             _write((params, _leaves_of(state)), (new_params, _leaves_of(updated)))
     _write(_leaves_of(shard.opt_state, counters=True), _leaves_of(updated, counters=True))  # after all groups
-    return shard._replace(params=out, version=shard.version + 1)
+    return shard._replace(version=shard.version + 1)
 
 
 Blocks = dict[str, tuple[int, int]]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from rlhf import random
-from rlhf.distributed.server import apply, init_shard, square_sums, update_scale
+from rlhf.execution.shard import apply, init_shard, update_scale
 from rlhf.optim import adamw
 from rlhf.schedules import linear
-from rlhf.tree import CHUNK, flat_layout, flatten, leaves, tree_map, unflatten
+from rlhf.tree import CHUNK, chunk_square_sums, flat_layout, flatten, leaves, tree_map, unflatten
 
 OPTIMIZER = adamw(linear(1e-2, 50), weight_decay=0.1)
 
@@ -34,7 +34,7 @@ def run(cuts: list[int], steps: int = 5) -> tuple[torch.Tensor, list[torch.Tenso
     shards = [init_shard(flat, OPTIMIZER, start=a, stop=b) for a, b in itertools.pairwise(bounds)]
     for step in range(steps):
         gradient = flatten(normals(10 + step), LAYOUT)
-        squares = torch.cat([square_sums(gradient[a:b]) for a, b in itertools.pairwise(bounds)])
+        squares = torch.cat([chunk_square_sums(gradient[a:b]) for a, b in itertools.pairwise(bounds)])
         scale, _ = update_scale(squares, 3.0, 0.5)
         shards = [
             apply(shard, step, gradient[shard.start : shard.start + len(shard.params)], scale, OPTIMIZER, LAYOUT)
@@ -71,7 +71,7 @@ def test_invariant_14_apply_equals_the_optimiser_on_the_tree():
 @pytest.mark.parametrize("group", [CHUNK // 8, 3 * CHUNK])
 def test_apply_gives_the_same_bits_for_any_group_size(group, monkeypatch):
     params, _ = run([])
-    monkeypatch.setattr("rlhf.distributed.server._GROUP", group)
+    monkeypatch.setattr("rlhf.execution.shard._GROUP", group)
     assert torch.equal(run([])[0], params)
 
 
@@ -102,3 +102,7 @@ def test_update_scale_is_mean_and_clip():
     scale, norm = update_scale(squares, 2.0, 1.0)
     assert norm == 2.5
     assert scale == pytest.approx(1 / 2.5 / 2, rel=1e-5)
+
+
+def test_update_scale_of_nothing_is_finite():
+    assert update_scale(torch.zeros(2, dtype=torch.float64), 0.0, 1.0) == (1.0, 0.0)
