@@ -116,11 +116,21 @@ def test_what_is_not_finite_is_refused_and_named(one_ray):
         assert executor.step("main", batches) == local.step("main", batches)
 
 
-def test_an_error_of_the_users_function_is_the_users_and_no_fault(one_ray):
+def test_an_error_of_the_users_function_is_the_users(one_ray):
+    """In a map it harms nobody; in a step the others, who wait for the one that failed, are released at once."""
+    local = LocalExecutor(toy.make_program(), toy.models(), CPU)
+    good, bad = [toy.batch(4, number) for number in range(4)], (torch.ones(2, 3), torch.ones(2))
     with open_executor(toy.make_program, toy.models(), DistConfig(num_workers=2), device=CPU, tell=print) as executor:
         with pytest.raises(RuntimeError, match=r"size of tensor|mat1 and mat2"):
-            executor.map("predict", [(torch.ones(2, 3), torch.ones(2))])
+            executor.map("predict", [bad])
+        assert executor.step("main", good) == local.step("main", good)
         assert executor.faults() == []
+        begun = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"size of tensor|mat1 and mat2"):
+            executor.step("main", [*good[:3], bad])
+        assert executor.step("main", good) == local.step("main", good)
+        assert time.monotonic() - begun < 15
+        assert [fault.what for fault in executor.faults()] == ["a collective failed"]
 
 
 MOMENTS = ("map", "sum_gradients", "reduce", "add_up", "decide", "publish", "snapshot")

@@ -159,7 +159,7 @@ def test_signals_at_random_moments_change_no_byte(one_ray, expected, tmp_path, s
 
 @pytest.mark.slow
 def test_when_no_restart_is_left_the_step_is_finished_saved_and_the_run_ends(one_ray, expected, tmp_path):
-    chaos = Chaos(0, 2)
+    chaos = Chaos(0, 1000)  # until one of them meets a stage at work
     chaos.start()
     try:
         with pytest.raises(WorkersLostError, match=r"stopped after .* and saved; continue with --resume.* lost worker"):

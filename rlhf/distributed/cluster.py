@@ -26,7 +26,7 @@ class LostError(Exception):
 
     def __init__(self, members: "Sequence[Member]") -> None:
         """Takes who was lost: none where only the group has failed."""
-        super().__init__(", ".join(member.name for member in members) or "a collective timed out")
+        super().__init__(", ".join(member.name for member in members) or "a collective failed")
         self.members = members
 
 
