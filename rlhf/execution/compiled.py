@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from rlhf.tree import tree_map
+from rlhf.tree import leaves, tree_map
 from rlhf.types import Params
 
 _shapes: Any = importlib.import_module("torch.fx.experimental._config")
@@ -34,20 +34,22 @@ def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool =
         own_products: let the compiler write bfloat16 products of batches of matrices where the CPU has matrix tiles
             (AMX); those that `rlhf.gpt2.product` makes take half to a third of the library's time.
     """
-    graph = torch.compile(_with_own_code(function), fullgraph=True, options=_own_products() if own_products else None)
-    started = False
+    graph: Callable[..., Any] | None = None
 
     def call(params: Params, other: Any, *batch: Any, **options: Any) -> Any:
-        nonlocal started
-        if started:
+        nonlocal graph
+        if graph is not None:
             return graph(params, other, *batch, **options)
+        on_cpu = leaves(params)[0].is_cpu
+        settings = (_own_products() if own_products else {}) | {"cpp_wrapper": on_cpu}  # Python between kernels costs
+        made = torch.compile(_with_own_code(function), fullgraph=True, options=settings)
         tree_map(_mark_symbolic, batch)
         own = folder / f"threads-{torch.get_num_threads()}"
         own.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)  # read by torch at every compilation
         with FileLock(own / "lock"), _shapes.patch(use_duck_shape=False):  # equal sizes are a coincidence
-            result = graph(params, other, *batch, **options)
-        started = True
+            result = made(params, other, *batch, **options)
+        graph = made
         return result
 
     return call
