@@ -5,16 +5,15 @@ parameter server's buffer.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw as functional_adamw
 
 from rlhf.checks import check_value
 from rlhf.schedules import Schedule
-from rlhf.tree import global_norm, leaves, tree_map, tree_map_named
+from rlhf.tree import global_norm, leaf_names, leaves, tree_map, tree_map_named
 from rlhf.types import Tree
 
 
@@ -28,6 +27,9 @@ class Optimizer(NamedTuple):
     update_: Callable[[Tree, Any, Tree], Any] | None = None
     """(grads, state, params) -> state: the same step written into the buffers of params and state, for their owner;
     counters (leaves []) are not written, so that a buffer can be updated in parts. None where there is no such form."""
+    alike: Callable[[str], Hashable] = str
+    """Dotted name -> what is equal for leaves that are treated alike: laid behind one another, they may be updated as
+    one leaf with the name of any of them."""
 
 
 class AdamState(NamedTuple):
@@ -84,6 +86,10 @@ def adamw(
     check_value("adamw", weight_decay >= 0, "at least 0", weight_decay=weight_decay)
     decays = decays or is_matrix
 
+    def alike(name: str) -> tuple[float, float]:
+        """Factor on the rate, and weight decay."""
+        return rate_scale(name) if rate_scale else 1.0, weight_decay if decays(name) else 0.0
+
     def init(params: Tree) -> AdamState:
         step = torch.zeros((), dtype=torch.int64, device=leaves(params)[0].device)
         return AdamState(step, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
@@ -96,35 +102,30 @@ def adamw(
         nu = tree_map(lambda v, g: v * b2 + g * g * (1.0 - b2), state.nu, grads)
 
         def leaf(name: str, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            scale = rate_scale(name) if rate_scale else 1.0
+            scale, decay = alike(name)
             if scale == 0:
                 return p
-            decayed = p * (1.0 - rate * (weight_decay * scale)) if weight_decay and decays(name) else p
+            decayed = p * (1.0 - rate * (decay * scale)) if decay else p
             return (decayed - m / (v.sqrt() / root_scale + eps) * (step_size * scale)).to(p.dtype)
 
         return tree_map_named(leaf, params, mu, nu), AdamState(step, mu, nu)
 
     def update_(grads: Tree, state: AdamState, params: Tree) -> AdamState:
-        rate, steps = float(learning_rate(state.step)), float(state.step)
-        alike: defaultdict[tuple[float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
-
-        def sort(name: str, *parts: Tensor) -> None:
-            scale = rate_scale(name) if rate_scale else 1.0
-            alike[scale, weight_decay if decays(name) else 0.0].append(parts)
-
-        tree_map_named(sort, params, grads, state.mu, state.nu)
-        for (scale, decay), group in alike.items():
+        rate, step = float(learning_rate(state.step)), state.step + 1
+        groups: defaultdict[tuple[float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
+        for name, *parts in zip(leaf_names(params), *map(leaves, (params, grads, state.mu, state.nu)), strict=True):
+            groups[alike(name)].append(tuple(parts))
+        for (scale, decay), group in groups.items():
             p, g, m, v = map(list, zip(*group, strict=True))
             if scale == 0:  # subtracting 0.0 turns -0.0 into 0.0
                 p = [leaf.clone() for leaf in p]
-            made = [torch.tensor(steps, device=leaf.device) for leaf in p]  # counted up by torch, each on its own
-            functional_adamw(
-                p, g, m, v, [], made, lr=rate * scale, beta1=b1, beta2=b2, weight_decay=decay, eps=eps,
-                amsgrad=False, maximize=False, fused=True,
+            torch._fused_adamw_(
+                p, g, m, v, [], [step.float()] * len(p), lr=rate * scale, beta1=b1, beta2=b2, weight_decay=decay,
+                eps=eps, amsgrad=False, maximize=False,
             )  # fmt: skip
-        return state._replace(step=state.step + 1)
+        return state._replace(step=step)
 
-    return Optimizer(init, update, update_)
+    return Optimizer(init, update, update_, alike)
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = None) -> tuple[Tree, Tensor]:

@@ -4,16 +4,17 @@ The flat buffer of all parameters is cut into contiguous ranges at multiples of 
 `Shard` with a version. One process holds one shard; nothing here knows who hosts it.
 """
 
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from rlhf.optim import Optimizer
-from rlhf.tree import ALIGNMENT, CHUNK, FlatLayout, leaves, tree_map
+from rlhf.tree import CHUNK, FlatLayout, leaves, tree_map
 from rlhf.types import Tree
 
-_GROUP = 1 << 18
-"""Elements updated at once: what the update allocates stays small, and in cache."""
+_GROUP = 1 << 22
+"""Elements updated at once: what the update allocates stays small (16 MB), and its calls cost little."""
 
 
 class Shard(NamedTuple):
@@ -79,10 +80,11 @@ def apply(
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
     updated: Any = shard.opt_state
-    for blocks in _groups(shard, layout):
-        gradient = tree_map(lambda g: g * scale, _cut(gradient_sum, blocks))
-        state = tree_map(lambda leaf, cut=blocks: _cut(leaf, cut) if leaf.ndim else leaf, shard.opt_state)
-        params = _cut(shard.params, blocks)
+    for group in _groups(shard, layout, optimizer.alike):
+        low, high = group.start, group.stop
+        gradient = _cut(gradient_sum[low:high] * scale, group)
+        state = tree_map(lambda leaf, g=group: _cut(leaf[g.start : g.stop], g) if leaf.ndim else leaf, shard.opt_state)
+        params = _cut(shard.params[low:high], group)
         if optimizer.update_ is not None:
             updated = optimizer.update_(gradient, state, params)
         else:
@@ -92,29 +94,41 @@ def apply(
     return shard._replace(version=shard.version + 1)
 
 
-Blocks = dict[str, tuple[int, int]]
-"""(first element, end) within a shard, by leaf name."""
+class _Group(NamedTuple):
+    """Elements [start, stop) of a shard that are updated at once, in blocks."""
+
+    start: int
+    stop: int
+    blocks: dict[str, tuple[int, int]]
+    """(first element, end) within the group, by leaf name."""
 
 
-def _groups(shard: Shard, layout: FlatLayout) -> list[Blocks]:
-    """Cut a shard into groups of blocks, at most _GROUP elements each; the gaps between leaves are left out.
+def _groups(shard: Shard, layout: FlatLayout, alike: Callable[[str], Hashable]) -> list[_Group]:
+    """Cut a shard into groups of at most _GROUP elements, and these into blocks that an optimiser treats alike.
 
-    Blocks begin at multiples of ALIGNMENT, as `rlhf.optim.adamw` asks for.
-    There is at least one group, if an empty one: a shard without elements counts its steps too.
+    A block is a leaf, or several with the gaps between them, in which all is zero; it begins at a multiple of
+    ALIGNMENT, as `rlhf.optim.adamw` asks for. There is at least one group, if an empty one: a shard without elements
+    counts its steps too.
     """
     end = shard.start + shard.params.numel()
-    groups: list[Blocks] = [{}]
-    size = 0
+    blocks: list[tuple[str, int, int]] = []
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
         low, high = max(offset, shard.start), min(offset + shape.numel(), end)
-        while low < high:
-            if _GROUP - size < ALIGNMENT:
-                groups.append({})
-                size = 0
-            stop = min(high, low + (_GROUP - size) // ALIGNMENT * ALIGNMENT)
-            groups[-1][name] = (low - shard.start, stop - shard.start)
-            low, size = stop, size + stop - low
-    return groups
+        if low < high and blocks and alike(blocks[-1][0]) == alike(name):
+            blocks[-1] = (*blocks[-1][:2], high - shard.start)
+        elif low < high:
+            blocks.append((name, low - shard.start, high - shard.start))
+    groups = [
+        _Group(start, min(start + _GROUP, shard.params.numel()), {}) for start in range(0, shard.params.numel(), _GROUP)
+    ]
+    for name, low, high in blocks:
+        for group in groups[low // _GROUP : -(-high // _GROUP)]:
+            group.blocks[name] = (max(low, group.start) - group.start, min(high, group.stop) - group.start)
+    return groups or [_Group(0, 0, {})]
+
+
+def _cut(leaf: Tensor, group: _Group) -> dict[str, Tensor]:
+    return {name: leaf[low:high] for name, (low, high) in group.blocks.items()}
 
 
 def _leaves_of(state: Any, *, counters: bool = False) -> list[Tensor]:
@@ -124,7 +138,3 @@ def _leaves_of(state: Any, *, counters: bool = False) -> list[Tensor]:
 def _write(buffers: Tree, values: Tree) -> None:
     for buffer, value in zip(leaves(buffers), leaves(values), strict=True):
         buffer.copy_(value)
-
-
-def _cut(leaf: Tensor, blocks: Blocks) -> dict[str, Tensor]:
-    return {name: leaf[low:high] for name, (low, high) in blocks.items()}
