@@ -25,10 +25,10 @@ def run(output: Path, *, rounds: int = 9) -> None:
     rows = []
     for ranks in (2, 4):
         for size in MEGABYTES:
-            store = serve_store("127.0.0.1")
+            store, turns = serve_store("127.0.0.1"), rounds * max(1, 128 // size)  # short ones vary more
             with tempfile.TemporaryDirectory() as folder:
                 result = Path(folder) / "times.json"
-                multiprocessing.spawn(_rank, (ranks, store.port, size, rounds, str(result)), nprocs=ranks)
+                multiprocessing.spawn(_rank, (ranks, store.port, size, turns, str(result)), nprocs=ranks)
                 times = json.loads(result.read_text())
             ours, bare = summary(times["ours"]), summary(times["bare"])
             rows.append(

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import material, ours, ppo
 from benchmarks.bench import Bench
-from benchmarks.compare import check_alike
+from benchmarks.compare import Work, check_alike
 from benchmarks.sides import Setting, Side
 from benchmarks.timing import console, report
 
@@ -25,7 +25,10 @@ _MICRO_BATCH, _ROLLOUT_BATCH = 4, 16
 def run(bench: Bench) -> None:
     """Measure every row; each process has the machine's memory to itself, so they run one after the other."""
     fitting = [critic for critic in _CRITICS if bench.size in _LIMITS and bench.device == "cpu"]
-    measured = [_fit(bench, critic) for critic in fitting] + [_against(bench, critic) for critic in _CRITICS]
+    measured = [_fit(bench, critic) for critic in fitting]
+    for critic in _CRITICS:
+        work = ppo.work(bench, critic, "fp32", _TARGET)
+        measured += [_against(bench, work, setting) for setting in work.ours]
     rows = [row for row in measured if row]
     if rows:
         report(f"memory-{bench.size}-{bench.device}", rows, bench.output)
@@ -44,15 +47,15 @@ def _fit(bench: Bench, critic: str) -> dict[str, Any]:
     return _row(what, "a limit", side.rounds[-1]["peak_bytes"], limit, 1.0, {"ours": side})
 
 
-def _against(bench: Bench, critic: str) -> dict[str, Any]:
-    """Both sides with the settings of the timed iteration in fp32."""
-    work = ppo.work(bench, critic, "fp32", _TARGET)
-    if bench.only not in work.what:
+def _against(bench: Bench, work: Work, setting: Setting) -> dict[str, Any]:
+    """One of our settings of the timed iteration, and the peer's first."""
+    what = f"{work.what}, compile {setting.settings['compile']}"
+    if bench.only not in what:
         return {}
-    sides = {name: _iterate(bench, name, of[0]) for name, of in (("ours", work.ours), ("peer", work.peers))}
+    sides = {name: _iterate(bench, name, of) for name, of in (("ours", setting), ("peer", work.peers[0]))}
     check_alike(work, sides["ours"], sides["peer"])
     peaks = [side.rounds[-1]["peak_bytes"] for side in sides.values()]
-    return _row(work.what, work.peer, peaks[0], peaks[1], _TARGET, sides)
+    return _row(what, work.peer, peaks[0], peaks[1], _TARGET, sides)
 
 
 def _iterate(bench: Bench, name: str, setting: Setting) -> Side:

@@ -236,6 +236,7 @@ def ppo(
     compile: str,  # noqa: A002
     micro_batch: int = 0,
     rollout_batch: int = 0,
+    workers: int = 0,
 ) -> None:
     """Iterations of the whole stage, as `rlhf-train ppo` runs it.
 
@@ -254,6 +255,7 @@ def ppo(
         compile: on or off.
         micro_batch: completions scored or updated on at once; 0 is a whole minibatch.
         rollout_batch: completions generated at once; 0 is all of an iteration.
+        workers: on Ray, with this process's number of threads each; 0 computes in this process.
     """
     work = material.SIZES[size]
     prompts, epochs, minibatch = work.ppo
@@ -265,6 +267,7 @@ def ppo(
             precision=precision,
             compile=compile,
             threads=torch.get_num_threads(),
+            dist=DistConfig(num_workers=workers, threads_per_worker=torch.get_num_threads()),
             log=LogConfig(samples=0, tensorboard=False),
             checkpoint=CheckpointConfig(every=_STEPS),
             ppo=PPOConfig(

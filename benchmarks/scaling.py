@@ -3,18 +3,25 @@
 import contextlib
 import dataclasses
 import functools
+import io
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from benchmarks import ours
+from benchmarks.session import Session
 from benchmarks.timing import interleave, ratio, report, summary
 from rlhf import gpt2, random
 from rlhf.batches import Rows, TokenBatch
 from rlhf.config import DistConfig, SFTConfig
 from rlhf.distributed import connected, open_executor
+from rlhf.distributed.ray_executor import RayExecutor
+from rlhf.distributed.worker import Worker
 from rlhf.execution.executor import Executor, Models
 from rlhf.gpt2_config import PRESETS, GPT2Config
 from rlhf.stages.sft import make_program
@@ -40,6 +47,7 @@ def run(output: Path, *, size: str = "small", rounds: int = 9) -> None:
         rows += _modes(size, rounds)
         rows += _traffic(size)
         rows += _workers(size, rounds)
+        rows += _iteration(size)
     report(f"scaling-{size}", rows, output)
 
 
@@ -151,3 +159,95 @@ def _workers(size: str, rounds: int) -> list[dict[str, Any]]:
         _row(f"step of {size}, {name}, one thread each", values, times["1 workers"] if name != "1 workers" else None)
         for name, values in times.items()
     ]
+
+
+def _iteration(size: str) -> list[dict[str, Any]]:
+    """What of the second PPO iteration on one worker its calls take beyond the worker's work in them."""
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory(prefix="rlhf-benchmarks-") as folder, _timed_calls() as calls:
+        made = ours.make_material(Path(folder), size)
+        watch = _Watch(calls, rounds=2)
+        files = {"model": str(made.model), "reward": str(made.reward), "prompts_file": str(made.prompts)}
+        how = {"critic": "separate", "precision": "bf16", "compile": "on", "workers": 1}
+        ours.ppo(watch, size=size, device="cpu", **files, **how)
+    torch.set_num_threads(1)
+    (begun, asked, busy), (ended, asked_then, busy_then) = watch.marks[-2:]
+    orchestration = asked_then - asked - (busy_then - busy)
+    return [
+        {
+            "what": f"PPO iteration of {size}, bf16, 1 worker of 2 threads: in calls, beyond the worker's work",
+            "ms": 1e3 * orchestration,
+            "quartiles": f"of {1e3 * (ended - begun):.4g} ms",
+            "ratio": orchestration / (ended - begun),
+        }
+    ]
+
+
+class _TimedWorker(Worker):
+    """Adds up the seconds that it works."""
+
+    busy_s = 0.0
+
+    def map(self, *arguments: Any) -> Any:
+        return self._timed(super().map, *arguments)
+
+    def step(self, *arguments: Any) -> Any:
+        return self._timed(super().step, *arguments)
+
+    def busy(self) -> float:
+        return self.busy_s
+
+    def _timed(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        begun = time.perf_counter()
+        result = work(*arguments)
+        self.busy_s += time.perf_counter() - begun
+        return result
+
+
+class _Calls:
+    """The calls of an executor: what they took, and what its worker worked."""
+
+    def __init__(self) -> None:
+        self.seconds, self._executor = 0.0, None
+
+    def timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method, adding up the seconds that it takes."""
+
+        def call(executor: RayExecutor, *arguments: Any) -> Any:
+            self._executor, begun = executor, time.perf_counter()
+            result = method(executor, *arguments)
+            self.seconds += time.perf_counter() - begun
+            return result
+
+        return call
+
+    def busy_s(self) -> float:
+        """Seconds that the worker has worked."""
+        return self._executor._call(self._executor._workers, "busy")[0]
+
+
+@contextlib.contextmanager
+def _timed_calls() -> Iterator[_Calls]:
+    """Let executors opened in this block measure themselves."""
+    calls = _Calls()
+    with contextlib.ExitStack() as stack:
+        for method in ("map", "step"):
+            timed = calls.timed(getattr(RayExecutor, method))
+            stack.enter_context(mock.patch.object(RayExecutor, method, timed))
+        stack.enter_context(mock.patch("rlhf.distributed.cluster.Worker", _TimedWorker))
+        yield calls
+
+
+class _Watch(Session):
+    """Asks for so many rounds, and marks when each begins and the last ends."""
+
+    def __init__(self, calls: _Calls, rounds: int) -> None:
+        super().__init__(io.StringIO("round\n" * rounds), io.StringIO())
+        self._calls = calls
+        self.marks: list[tuple[float, float, float]] = []
+        """(now, seconds in calls, seconds that the worker has worked)."""
+
+    def wait(self) -> bool:
+        """Mark the time; whether there is a further round."""
+        self.marks.append((time.perf_counter(), self._calls.seconds, self._calls.busy_s()))
+        return super().wait()

@@ -23,11 +23,14 @@ BEST: tuple[dict[str, Any], ...] = (
     {"precision": "bf16", "compiled": True},
 )
 """All their settings."""
+_PACKED = {"packing": True}
 _LAYOUTS: dict[str, tuple[float, tuple[dict[str, Any], ...]]] = {
-    "padded or packed": (4.0, ({}, {"packing": True}, {"packing": True, "packing_strategy": "wrapped"})),
+    "padded": (4.0, ({},)),
+    "packed": (4.0, (_PACKED, _PACKED | {"parts": 3})),
+    "packed, attention across sequences": (4.0, (_PACKED | {"packing_strategy": "wrapped"},)),
     "grouped by length": (0.0, ({"train_sampling_strategy": "group_by_length"},)),
 }
-"""Ways to lay out lengths that vary: in random order, or, where that may be given up, by length; with targets."""
+"""Ways to lay out lengths that vary, with targets: in random order, or, where that may be given up, by length."""
 
 
 def run(bench: Bench) -> None:

@@ -504,7 +504,7 @@ def test_every_comparison_runs_to_its_end(bench, which):
     title = f"{which}-tiny-cpu"
     assert title in done.stdout
     rows = json.loads((bench.output / f"{title}.json").read_text())["rows"]
-    expected = {"startup": 1, "generate": 2, "sft": 3, "reward": 1, "ppo": 3, "memory": 4}
+    expected = {"startup": 1, "generate": 2, "sft": 6, "reward": 1, "ppo": 3, "memory": 4}
     assert len(rows) == expected[which]
     assert all(row["ratio"] > 0 for row in rows)
     if which == "memory":

@@ -53,6 +53,7 @@ def sft(
     precision: str = "fp32",
     compiled: bool = False,
     rows: int = 0,
+    parts: int = 1,
     **layout: Any,
 ) -> None:
     """Steps on demonstrations, loss on every token.
@@ -66,6 +67,7 @@ def sft(
         precision: fp32, or bf16 under autocast with fp32 weights.
         compiled: `torch_compile`.
         rows: of a batch; 0 is the number of sequences in a step.
+        parts: forward and backward passes that a batch is cut into, as evenly as that goes.
         layout: further fields of `SFTConfig`, such as packing.
     """
     work = material.SIZES[size]
@@ -74,7 +76,10 @@ def sft(
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     hold = Hold(session, work.steps)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = _common(folder, device, precision, compiled, rows or count) | {"loss_type": "nll"} | layout
+        rows = rows or count
+        parts = min(parts, rows)
+        arguments = _common(folder, device, precision, compiled, round(rows / parts)) | {"loss_type": "nll"} | layout
+        arguments |= {"gradient_accumulation_steps": parts}
         trainer = _counting(SFTTrainer, hold, lambda inputs: int((inputs["input_ids"] >= material.FIRST_TOKEN).sum()))(
             model=network,
             args=SFTConfig(max_length=longest, completion_only_loss=False, **arguments),
