@@ -148,7 +148,8 @@ def draw_tokens(
     unembedding = params["wte"]["weight"].to(batch.hidden.dtype).T
     drawn = []
     for _ in range(count):
-        logits = allowed = scale_logits(product(batch.hidden[:, None], unembedding)[:, 0], temperature)
+        raw = product(batch.hidden[:, None], unembedding)[:, 0].contiguous()
+        logits = allowed = scale_logits(raw, temperature)
         if min_new_tokens:
             early = (batch.step < min_new_tokens)[:, None]
             allowed = torch.where(early, logits.index_fill(-1, stops, -torch.inf), logits)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.execution.executor import LocalExecutor, Models, Program
-from rlhf.gpt2 import compute_copy, decode, init_cache, prefill, unembed
+from rlhf.gpt2 import decode, decoding_copy, init_cache, prefill, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import load_language_model
 from rlhf.io.tokenizer import Tokenizer
@@ -119,7 +119,7 @@ class Writer:
             )
         self.folder, self.model, self._config, self._device = folder, model, config, device
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self._params: Params = to_device(compute_copy(model.params, self._dtype), device)
+        self._params: Params = to_device(decoding_copy(model.params, self._dtype), device)
 
     def encode(self, prompt: str) -> np.ndarray:
         """[n] int64: the prompt's last tokens that leave room for the completion."""
