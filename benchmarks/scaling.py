@@ -47,7 +47,7 @@ def run(output: Path, *, size: str = "small", rounds: int = 9) -> None:
         rows += _modes(size, rounds)
         rows += _traffic(size)
         rows += _workers(size, rounds)
-        rows += _iteration(size)
+    rows += _iteration(size)
     report(f"scaling-{size}", rows, output)
 
 
