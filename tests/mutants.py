@@ -581,11 +581,7 @@ MUTANTS = [
         ("log-probs of the filtered", "token_log_probs(logits, token)", "token_log_probs(filtered, token)"),
         ("stop tokens ignored", "(token[:, None] == stops).any(1) | (batch.step == last)", "batch.step == last"),
         ("min_new_tokens: one fewer", "batch.step < min_new_tokens", "batch.step + 1 < min_new_tokens"),
-        (
-            "temperature ignored",
-            "unembedding)[:, 0], temperature)",
-            "unembedding)[:, 0], 1.0)",
-        ),
+        ("temperature ignored", "scale_logits(raw, temperature)", "scale_logits(raw, 1.0)"),
         (
             "uniforms of another step",
             "uniforms[batch.completion, batch.step]",
