@@ -20,6 +20,10 @@ from rlhf.types import Params
 _shapes: Any = importlib.import_module("torch.fx.experimental._config")
 _numbers = itertools.count()
 
+_SMALL = 1 << 24
+"""Parameters below which kernels are called from C++: Python between them costs 3 to 5% of a step there, and 9 to 24%
+of a decoded token. All of it is one file for the C++ compiler, which takes minutes where layers are many."""
+
 
 def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool = False) -> Callable[..., Any]:
     """`function` as compiled code, made at its first call and kept in `folder` for later runs and other processes.
@@ -40,8 +44,9 @@ def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool =
         nonlocal graph
         if graph is not None:
             return graph(params, other, *batch, **options)
-        on_cpu = leaves(params)[0].is_cpu
-        settings = (_own_products() if own_products else {}) | {"cpp_wrapper": on_cpu}  # Python between kernels costs
+        small = own_products or sum(leaf.numel() for leaf in leaves(params)) < _SMALL
+        settings = _own_products() if own_products else {}
+        settings |= {"cpp_wrapper": small and leaves(params)[0].is_cpu}
         made = torch.compile(_with_own_code(function), fullgraph=True, options=settings)
         tree_map(_mark_symbolic, batch)
         own = folder / f"threads-{torch.get_num_threads()}"
