@@ -26,18 +26,17 @@ from torch import Tensor
 
 from rlhf.attention import attend_once, attention, segment_bias
 from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
+from rlhf.decoding import product
 from rlhf.gpt2_config import GPT2Config
 from rlhf.ops import gather_rows
 from rlhf.random import fold_in, normal, uniform
 from rlhf.remat import remat
-from rlhf.tree import cast, named_leaves, tree_map, tree_map_named, with_leaves
+from rlhf.tree import cast, named_leaves, tree_map_named, with_leaves
 from rlhf.types import Params
 
 _INIT_STD = 0.02
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
-_SMALL = 1 << 18
-"""Elements of a weight up to which `product` leaves it to the compiler; beyond, the library is faster."""
 _CHUNK = 1 << 26
 """Logits that are there at once. Each chunk adds a whole gradient of the embedding: smaller ones would cost time."""
 
@@ -191,40 +190,6 @@ def compute_copy(params: Params, dtype: torch.dtype) -> Params:
     lose most of its gradient in bfloat16.
     """
     return cast(params, dtype) | {"wte": params["wte"], "wpe": params["wpe"]}
-
-
-def decoding_copy(params: Params, dtype: torch.dtype) -> Params:
-    """Parameters to read single tokens with, in `dtype` altogether: without gradients, the embeddings may be rounded.
-
-    On CPUs large bfloat16 matrices lie transposed (only their strides differ): see `product`.
-    """
-
-    def turned(leaf: Tensor) -> Tensor:
-        if dtype != torch.bfloat16 or not leaf.is_cpu or leaf.ndim < 2 or leaf.numel() <= _SMALL:
-            return leaf.to(dtype)
-        parts = torch.split(leaf, 64)  # small enough to be in the cache while they are turned
-        return torch.cat([part.to(dtype).T for part in parts], dim=1).T
-
-    blocks = tree_map(turned, params["h"])
-    copy: Params = cast(params | {"h": []}, dtype) | {"h": blocks}
-    return copy
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """[B, T, N] = x @ weight, of [B, T, K] and [K, N].
-
-    Two forms are faster for single tokens on CPUs. In compiled bfloat16 code, times a small weight: a batch of one,
-    whose product the compiler may write itself (`own_products` of `rlhf.execution.compiled`). Times a large weight
-    that lies transposed: the product the other way round, in two thirds of the time.
-    """
-    if x.is_cpu and x.shape[1] == 1:
-        if weight.numel() > _SMALL and weight.T.is_contiguous():
-            turned: Tensor = (weight.T @ x[:, 0].T).T
-            return turned[:, None]
-        if weight.numel() <= _SMALL and x.dtype == torch.bfloat16 and torch.compiler.is_compiling():
-            return torch.bmm(x.transpose(0, 1), weight.unsqueeze(0)).transpose(0, 1)
-    whole: Tensor = x @ weight
-    return whole
 
 
 class KVCache(NamedTuple):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import PairBatch, PPOBatch, PromptBatch, Rows, ScoreBatch, TokenBatch
-from rlhf.gpt2 import chunk_size, compute_copy, decoding_copy, trunk, unembed
+from rlhf.decoding import decoding_copy
+from rlhf.gpt2 import chunk_size, compute_copy, trunk, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
 from rlhf.kl import exact_kl, kl_estimate

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import check_integer, check_rank, check_value
-from rlhf.gpt2 import KVCache, decode, init_cache, prefill, product
+from rlhf.decoding import product
+from rlhf.gpt2 import KVCache, decode, init_cache, prefill
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
 from rlhf.ops import entropy, scale_logits, token_log_probs

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.decoding import decoding_copy
 from rlhf.errors import UserError
 from rlhf.execution.executor import LocalExecutor, Models, Program
-from rlhf.gpt2 import decode, decoding_copy, init_cache, prefill, unembed
+from rlhf.gpt2 import decode, init_cache, prefill, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import load_language_model
 from rlhf.io.tokenizer import Tokenizer

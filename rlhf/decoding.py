@@ -1,0 +1,44 @@
+"""What makes reading one token at a time fast on CPUs: how weights lie, and the forms of their products."""
+
+import torch
+from torch import Tensor
+
+from rlhf.tree import cast, tree_map
+from rlhf.types import Params
+
+_SMALL = 1 << 18
+"""Elements of a weight up to which a product is left to the compiler; beyond, the library is faster."""
+
+
+def decoding_copy(params: Params, dtype: torch.dtype) -> Params:
+    """GPT-2's parameters to read single tokens with, all in `dtype`: without gradients, embeddings may be rounded too.
+
+    On CPUs large bfloat16 matrices lie transposed (only their strides differ): see `product`.
+    """
+
+    def turned(leaf: Tensor) -> Tensor:
+        if dtype != torch.bfloat16 or not leaf.is_cpu or leaf.ndim < 2 or leaf.numel() <= _SMALL:
+            return leaf.to(dtype)
+        parts = torch.split(leaf, 64)  # small enough to be in the cache while they are turned
+        return torch.cat([part.to(dtype).T for part in parts], dim=1).T
+
+    blocks = tree_map(turned, params["h"])
+    copy: Params = cast(params | {"h": []}, dtype) | {"h": blocks}
+    return copy
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, T, N] = x @ weight, of [B, T, K] and [K, N].
+
+    Two forms are faster for single tokens on CPUs. In compiled bfloat16 code, times a small weight: a batch of one,
+    whose product the compiler may write itself (`own_products` of `rlhf.execution.compiled`). Times a large weight
+    that lies transposed: the product the other way round, in two thirds of the time.
+    """
+    if x.is_cpu and x.shape[1] == 1:
+        if weight.numel() > _SMALL and weight.T.is_contiguous():
+            turned: Tensor = (weight.T @ x[:, 0].T).T
+            return turned[:, None]
+        if weight.numel() <= _SMALL and x.dtype == torch.bfloat16 and torch.compiler.is_compiling():
+            return torch.bmm(x.transpose(0, 1), weight.unsqueeze(0)).transpose(0, 1)
+    whole: Tensor = x @ weight
+    return whole

@@ -1,0 +1,38 @@
+"""Single tokens: weights may lie either way, and products come out the same."""
+
+import pytest
+import torch
+
+from rlhf import decoding, random
+from rlhf.tree import cast, named_leaves
+
+
+def test_decoding_copy_is_a_cast_whose_large_matrices_lie_transposed_in_bfloat16(params, monkeypatch):
+    monkeypatch.setattr(decoding, "_SMALL", params["h"][0]["attn"]["c_proj"]["weight"].numel())
+    expected, copy = (
+        named_leaves(cast(params, torch.bfloat16)),
+        named_leaves(decoding.decoding_copy(params, torch.bfloat16)),
+    )
+    assert copy.keys() == expected.keys()
+    assert all(torch.equal(leaf, expected[name]) and leaf.dtype == torch.bfloat16 for name, leaf in copy.items())
+    transposed = {name.split(".", 2)[2] for name, leaf in copy.items() if not leaf.is_contiguous()}
+    assert transposed == {"attn.c_attn.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+    assert all(leaf.T.is_contiguous() for leaf in copy.values() if not leaf.is_contiguous())
+    master = named_leaves(params)
+    assert all(
+        leaf is master[name] for name, leaf in named_leaves(decoding.decoding_copy(params, torch.float32)).items()
+    )
+
+
+@pytest.mark.parametrize("small", [0, 10**9], ids=["large", "small"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("length", [1, 3])
+def test_product_is_the_same_whichever_way_the_weight_lies(dtype, tolerance, length, small, monkeypatch, key):
+    monkeypatch.setattr(decoding, "_SMALL", small)
+    x = random.normal(key, (5, length, 16)).to(dtype)
+    weight = random.normal(random.fold_in(key, 1), (16, 24)).to(dtype)
+    expected = torch.einsum("btk,kn->btn", x.double(), weight.double())
+    for lies in (weight, weight.T.contiguous().T):
+        result = decoding.product(x, lies)
+        assert (result.shape, result.dtype) == (expected.shape, dtype)
+        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=10 * tolerance)
