@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.checks import check_value
 from rlhf.schedules import Schedule
-from rlhf.tree import global_norm, leaf_names, leaves, tree_map, tree_map_named
+from rlhf.tree import global_norm, leaves, tree_map, tree_map_named
 from rlhf.types import Tree
 
 
@@ -113,8 +113,11 @@ def adamw(
     def update_(grads: Tree, state: AdamState, params: Tree) -> AdamState:
         rate, step = float(learning_rate(state.step)), state.step + 1
         groups: defaultdict[tuple[float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
-        for name, *parts in zip(leaf_names(params), *map(leaves, (params, grads, state.mu, state.nu)), strict=True):
-            groups[alike(name)].append(tuple(parts))
+
+        def sort(name: str, *parts: Tensor) -> None:
+            groups[alike(name)].append(parts)
+
+        tree_map_named(sort, params, grads, state.mu, state.nu)
         for (scale, decay), group in groups.items():
             p, g, m, v = map(list, zip(*group, strict=True))
             if scale == 0:  # subtracting 0.0 turns -0.0 into 0.0

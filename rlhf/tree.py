@@ -37,11 +37,6 @@ def leaves(tree: Tree) -> list[Tensor]:
     return pytree.tree_leaves(tree)
 
 
-def leaf_names(tree: Tree) -> list[str]:
-    """Dotted names of the leaves, in the order of `leaves`."""
-    return [_dotted(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-
-
 def named_leaves(tree: Tree) -> dict[str, Tensor]:
     """The leaves by dotted name, sorted by it.
 

@@ -182,6 +182,17 @@ def test_adamw_in_place_writes_into_the_buffers_of_params_and_state():
     assert (int(state.step), int(found.step)) == (0, 1)  # a buffer may be updated in parts with one counter
 
 
+def test_update_in_place_pairs_leaves_by_name_whatever_the_order_of_keys():
+    params = {"a": torch.zeros(4), "b": torch.zeros(4)}
+    grads = {"b": torch.full((4,), -1.0), "a": torch.ones(4)}
+    optimizer = adamw(constant(0.1))
+    expected, _ = optimizer.update(grads, optimizer.init(params), params)
+    optimizer.update_(grads, optimizer.init(params), params)
+    assert (expected["a"] < 0).all()
+    assert (expected["b"] > 0).all()
+    assert_close(params, expected)
+
+
 @given(cuts=st.sets(st.integers(1, 312), max_size=6))
 def test_adamw_in_place_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
     """As the parameter server cuts it: at multiples of a cache line."""
