@@ -171,7 +171,6 @@ def _iteration(size: str) -> list[dict[str, Any]]:
         files = {"model": str(made.model), "reward": str(made.reward), "prompts_file": str(made.prompts)}
         how = {"critic": "separate", "precision": "bf16", "compile": "on" if compiling else "off", "workers": 1}
         ours.ppo(watch, size=size, device="cpu", **files, **how)
-    torch.set_num_threads(1)
     (begun, asked, busy), (ended, asked_then, busy_then) = watch.marks[-2:]
     orchestration = asked_then - asked - (busy_then - busy)
     return [

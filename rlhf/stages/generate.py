@@ -120,7 +120,7 @@ class Writer:
             )
         self.folder, self.model, self._config, self._device = folder, model, config, device
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self._params: Params = to_device(decoding_copy(model.params, self._dtype), device)
+        self._params: Params = decoding_copy(to_device(model.params, device), self._dtype)
 
     def encode(self, prompt: str) -> np.ndarray:
         """[n] int64: the prompt's last tokens that leave room for the completion."""
