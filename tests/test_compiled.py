@@ -25,15 +25,13 @@ from rlhf.config import (
 from rlhf.data.batching import pack_completions, pair_batches, ppo_batch, token_batches
 from rlhf.data.dataset import TokenSequence
 from rlhf.execution.compiled import compiled, has_compiler
-from rlhf.execution.executor import Program, StepSpec, make_gradients
+from rlhf.execution.gradients import make_gradient
 from rlhf.experience import Experience
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head, init_value_head
 from rlhf.objectives import make_ppo_objective, make_reward_objective, make_sft_objective
 from rlhf.ops import token_log_probs
-from rlhf.optim import adamw
 from rlhf.sampling import draw_tokens, generate
-from rlhf.schedules import constant
 from rlhf.stages.pipeline import run_pipeline
 from rlhf.tree import flat_layout
 
@@ -143,10 +141,8 @@ def test_gradients_are_those_of_the_plain_function_and_one_graph_serves_all_shap
     make, batches = OBJECTIVES[kind]
     dtype, tolerance = PRECISIONS[precision]
     trained, frozen = models(kind, params, config)
-    program = Program({"main": StepSpec(make(config, dtype=dtype), adamw(constant(1e-3)), 1.0)}, {}, {})
-    layout = flat_layout(trained)
-    plain = make_gradients(program, layout)["main"]
-    fast = make_gradients(program._replace(compile_to=folder), layout)["main"]
+    objective, layout = make(config, dtype=dtype), flat_layout(trained)
+    plain, fast = (make_gradient(objective, layout, compile_to) for compile_to in (None, folder))
     before = counters["stats"]["unique_graphs"]
     shapes = set()
     for batch in batches(config):

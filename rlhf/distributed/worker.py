@@ -22,7 +22,7 @@ from torch import Tensor
 from rlhf.distributed.collectives import Exchange, Group, GroupError, Place, connect_store
 from rlhf.distributed.dealing import Span, join_sums, shard_ranges, subtrees
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
-from rlhf.execution.executor import Program, Update, losses_and_counts, make_gradients, plan_update
+from rlhf.execution.executor import Program, Update, losses_and_counts, plan_update
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
 from rlhf.execution.shard import Shard, apply
 from rlhf.tree import CHUNK, FlatLayout, all_finite, chunk_square_sums, to_device, tree_sum, unflatten
@@ -53,7 +53,7 @@ class Worker:
         torch.set_num_threads(self._threads)
         self._program, self._layout = make_program(), layout
         self._frozen: dict[str, Tree] = from_numpy(frozen, self._device)
-        self._gradients = make_gradients(self._program, layout)
+        self._gradients = self._program.gradients(layout)
 
     def join(self, place: Place, host: str, port: int) -> None:
         """Form a new generation with the other members.

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
 
 from rlhf.errors import NonFiniteError
-from rlhf.execution.compiled import compiled
+from rlhf.execution.gradients import Gradient, Objective, make_gradient
 from rlhf.execution.memory import keep_freed_memory, peak_bytes, reset_peak
 from rlhf.execution.shard import apply, init_shard, update_scale
 from rlhf.ops import mean_metrics
@@ -31,14 +30,14 @@ from rlhf.tree import (
     tree_sum,
     unflatten,
 )
-from rlhf.types import Metrics, Params, Tree
+from rlhf.types import Params, Tree
 
 
 class StepSpec(NamedTuple):
     """How one kind of optimiser step is made."""
 
-    objective: Callable[[Params, dict[str, Params], Any], tuple[Tensor, Metrics]]
-    """(params, frozen, micro-batch) -> (loss sum, metric sums with `count`)."""
+    objective: Objective
+    """Its gradient is summed over the micro-batches."""
     optimizer: Optimizer
     """Element-wise; all steps of a program share its state."""
     max_grad_norm: float
@@ -63,6 +62,10 @@ class Program(NamedTuple):
         for spec in self.steps.values():
             return spec.optimizer
         return Optimizer(lambda params: (), lambda grads, state, params: (params, state))
+
+    def gradients(self, layout: FlatLayout) -> dict[str, Gradient]:
+        """Of each step's objective, with the parameters laid out as `layout`."""
+        return {name: make_gradient(spec.objective, layout, self.compile_to) for name, spec in self.steps.items()}
 
 
 class Models(NamedTuple):
@@ -144,7 +147,7 @@ class LocalExecutor:
         flat = flatten(to_device(models.params, device), self._layout)
         self._shard = init_shard(flat, program.optimizer)
         self._params = unflatten(self._shard.params, self._layout)  # views: every update shows in them
-        self._gradients = make_gradients(program, self._layout)
+        self._gradients = program.gradients(self._layout)
 
     @property
     def version(self) -> int:
@@ -219,23 +222,6 @@ class LocalExecutor:
     def _state(self) -> dict[str, Tensor]:
         blended = {name: self._frozen[name] for name in self._program.blends}
         return named_state(self._shard.params, self._shard.opt_state, blended, self._layout)
-
-
-def make_gradients(
-    program: Program, layout: FlatLayout
-) -> dict[str, Callable[[Params, dict[str, Params], Any], tuple[Tensor, Any]]]:
-    """For each step (params, frozen, micro-batch) -> (flat gradient [layout.size], (loss sum, metric sums))."""
-
-    def make(spec: StepSpec) -> Callable[[Params, dict[str, Params], Any], tuple[Tensor, Any]]:
-        differentiate = grad_and_value(spec.objective, has_aux=True)
-
-        def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, Any]:
-            gradients, result = differentiate(params, frozen, batch)
-            return flatten(gradients, layout), result
-
-        return gradient if program.compile_to is None else compiled(gradient, program.compile_to)
-
-    return {name: make(spec) for name, spec in program.steps.items()}
 
 
 class Update(NamedTuple):

@@ -1,0 +1,70 @@
+"""How the gradient of a step's loss comes about: compiled, or by a backward pass that frees what it has used."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+
+from rlhf.execution.compiled import compiled
+from rlhf.tree import FlatLayout, flatten, leaves, tree_map, unflatten
+from rlhf.types import Metrics, Params
+
+Objective = Callable[[Params, dict[str, Params], Any], tuple[Tensor, Metrics]]
+"""(params, frozen, micro-batch) -> (loss sum, metric sums with `count`)."""
+
+Gradient = Callable[[Params, dict[str, Params], Any], tuple[Tensor, tuple[Tensor, Metrics]]]
+"""(params, frozen, micro-batch) -> (flat gradient [layout.size] float32, (loss sum, metric sums))."""
+
+
+def make_gradient(objective: Objective, layout: FlatLayout, compile_to: Path | None) -> Gradient:
+    """The gradient of `objective` with respect to its first argument.
+
+    Args:
+        objective: pure.
+        layout: of the parameters, and of the gradient.
+        compile_to: where compiled code is kept; None runs the functions as they are.
+    """
+    return _eager(objective, layout) if compile_to is None else compiled(_traceable(objective, layout), compile_to)
+
+
+def _traceable(objective: Objective, layout: FlatLayout) -> Gradient:
+    differentiate = grad_and_value(objective, has_aux=True)
+
+    def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, Metrics]]:
+        gradients, result = differentiate(params, frozen, batch)
+        return flatten(gradients, layout), result
+
+    return gradient
+
+
+def _eager(objective: Objective, layout: FlatLayout) -> Gradient:
+    """The same bits without `torch.func`, which keeps all that a second derivative would need: twice the memory.
+
+    Each leaf's gradient is laid into the flat buffer, and freed, as soon as it is complete.
+    """
+
+    def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, Metrics]]:
+        own = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
+        flat = torch.zeros(layout.size, device=leaves(params)[0].device)
+        tree_map(_lay_into, own, unflatten(flat, layout))
+        with torch.enable_grad():
+            loss, metrics = objective(own, frozen, batch)
+            if loss.requires_grad:
+                loss.backward(inputs=leaves(own))  # type: ignore[no-untyped-call]
+        return flat, tree_map(Tensor.detach, (loss, metrics))
+
+    return gradient
+
+
+def _lay_into(leaf: Tensor, place: Tensor) -> None:
+    """Let the backward pass put the leaf's gradient there."""
+
+    def lay(leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            place.copy_(leaf.grad)
+            leaf.grad = None
+
+    leaf.register_post_accumulate_grad_hook(lay)  # type: ignore[no-untyped-call]
