@@ -32,11 +32,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
     Two forms are faster for single tokens on CPUs. In compiled bfloat16 code, times a small weight: a batch of one,
     whose product the compiler may write itself (`own_products` of `rlhf.execution.compiled`). Times a large weight
-    that lies transposed: the product the other way round, in two thirds of the time.
+    that lies transposed: the product the other way round, in two thirds of the time, and turned back, because whatever
+    reads it works along memory.
     """
     if x.is_cpu and x.shape[1] == 1:
         if weight.numel() > _SMALL and weight.T.is_contiguous():
-            turned: Tensor = (weight.T @ x[:, 0].T).T
+            turned: Tensor = (weight.T @ x[:, 0].T).T.contiguous()
+            turned = turned.as_strided(turned.shape, (turned.shape[1], 1))  # else compiled code would not turn it back
             return turned[:, None]
         if weight.numel() <= _SMALL and x.dtype == torch.bfloat16 and torch.compiler.is_compiling():
             return torch.bmm(x.transpose(0, 1), weight.unsqueeze(0)).transpose(0, 1)

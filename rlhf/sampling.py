@@ -149,7 +149,7 @@ def draw_tokens(
     unembedding = params["wte"]["weight"].to(batch.hidden.dtype).T
     drawn = []
     for _ in range(count):
-        raw = product(batch.hidden[:, None], unembedding)[:, 0].contiguous()
+        raw = product(batch.hidden[:, None], unembedding)[:, 0]
         logits = allowed = scale_logits(raw, temperature)
         if min_new_tokens:
             early = (batch.step < min_new_tokens)[:, None]

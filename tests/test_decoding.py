@@ -34,5 +34,5 @@ def test_product_is_the_same_whichever_way_the_weight_lies(dtype, tolerance, len
     expected = torch.einsum("btk,kn->btn", x.double(), weight.double())
     for lies in (weight, weight.T.contiguous().T):
         result = decoding.product(x, lies)
-        assert (result.shape, result.dtype) == (expected.shape, dtype)
+        assert (result.shape, result.dtype, result.is_contiguous()) == (expected.shape, dtype, True)
         torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=10 * tolerance)

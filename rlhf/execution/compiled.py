@@ -5,7 +5,7 @@ import importlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -28,9 +28,10 @@ of a decoded token. All of it is one file for the C++ compiler, which takes minu
 def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool = False) -> Callable[..., Any]:
     """`function` as compiled code, made at its first call and kept in `folder` for later runs and other processes.
 
-    The first two arguments are models, whose shapes are constants. The dimensions of all others are symbolic: one
-    graph serves micro-batches of every shape, if none has the size 1, which the compiler takes as a constant. The
-    first call holds a lock, so that of several processes one compiles and the others load what it made.
+    The first two arguments are models: shapes, strides and types are those of the first call and are not looked at
+    again. The dimensions of all others are symbolic: one graph serves micro-batches of every shape, if none has the
+    size 1, which the compiler takes as a constant. The first call holds a lock, so that of several processes one
+    compiles and the others load what it made.
 
     Args:
         function: pure; its whole graph must be traceable.
@@ -47,6 +48,7 @@ def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool =
         small = own_products or sum(leaf.numel() for leaf in leaves(params)) < _SMALL
         settings = _own_products() if own_products else {}
         settings |= {"cpp_wrapper": small and leaves(params)[0].is_cpu}
+        settings |= {"guard_filter_fn": functools.partial(_of_batch, models=function.__code__.co_varnames[:2])}
         made = torch.compile(_with_own_code(function), fullgraph=True, options=settings)
         tree_map(_mark_symbolic, batch)
         own = folder / f"threads-{torch.get_num_threads()}"
@@ -76,6 +78,11 @@ def _own_products() -> dict[str, Any]:
 
     select_algorithm.add_preprocessing_fn(prefer_tiles)
     return {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,CPP", "deterministic": True}
+
+
+def _of_batch(guards: Sequence[Any], models: tuple[str, ...]) -> list[bool]:
+    """Which of the compiler's conditions are tested at every call: none on models, whose leaves are many."""
+    return [not guard.name.startswith(models) for guard in guards]
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
