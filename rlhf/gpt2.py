@@ -366,7 +366,11 @@ def _affine(x: Tensor, p: Params) -> Tensor:
 
 
 def _layer_norm(x: Tensor, p: Params, config: GPT2Config) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), p["weight"], p["bias"], config.layer_norm_epsilon)
+    shape, epsilon = (x.shape[-1],), config.layer_norm_epsilon
+    if x.dtype == torch.float32 or not torch.compiler.is_compiling():
+        return F.layer_norm(x, shape, p["weight"], p["bias"], epsilon)
+    weight, bias = (p[name].expand(len(x), 1, -1) for name in ("weight", "bias"))  # gradients add up by row first
+    return F.layer_norm(x, shape, eps=epsilon) * weight + bias
 
 
 def _heads_first(qkv: Tensor) -> tuple[Tensor, ...]:

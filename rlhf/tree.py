@@ -185,7 +185,7 @@ def chunk_square_sums(flat: Tensor) -> Tensor:
     A shard's chunks are the buffer's, so a norm put together from them has the same bits for any number of shards.
     """
     groups = torch.split(flat.view(-1, CHUNK), _CHUNKS_AT_ONCE)  # their float64 copies are small
-    return torch.cat([torch.linalg.vector_norm(group, dim=1, dtype=torch.float64).square() for group in groups])
+    return torch.cat([torch.linalg.vector_norm(group.double(), dim=1).square() for group in groups])
 
 
 def global_norm(tree: Tree) -> Tensor:
