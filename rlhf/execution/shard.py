@@ -64,7 +64,7 @@ def apply(
         shard: its buffers are updated in place and belong to the result.
         step: the step that this is; must be the shard's version. The step before it was applied already, and is
             answered with the shard as it is.
-        gradient_sum: [n] float32, this range of the summed gradient.
+        gradient_sum: [n] float32, this range of the summed gradient; scaled in place (a donated buffer).
         scale: from `update_scale`.
         optimizer: element-wise, as `rlhf.optim.adamw`.
         layout: of the whole buffer.
@@ -82,7 +82,7 @@ def apply(
     updated: Any = shard.opt_state
     for group in _groups(shard, layout, optimizer.alike):
         low, high = group.start, group.stop
-        gradient = _cut(gradient_sum[low:high] * scale, group)
+        gradient = _cut(gradient_sum[low:high].mul_(scale), group)
         state = tree_map(lambda leaf, g=group: _cut(leaf[g.start : g.stop], g) if leaf.ndim else leaf, shard.opt_state)
         params = _cut(shard.params[low:high], group)
         if optimizer.update_ is not None:
