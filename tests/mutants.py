@@ -371,7 +371,7 @@ MUTANTS = [
         ("flatten: gaps not zero", "part.new_zeros(end", "part.new_ones(end"),
         ("unflatten: copies", ".view(shape)", ".view(shape).clone()"),
         ("unflatten: in sorted order", "[views[at] for at in layout.order]", "views"),
-        ("chunk_square_sums: in float32", "dim=1, dtype=torch.float64)", "dim=1).double()"),
+        ("chunk_square_sums: in float32", "vector_norm(group.double(), dim=1)", "vector_norm(group, dim=1).double()"),
         ("global_norm: squared", ".sum().sqrt()", ".sum()"),
     ),
     *mutants(
