@@ -37,9 +37,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.is_cpu and x.shape[1] == 1:
         if weight.numel() > _SMALL and weight.T.is_contiguous():
-            turned: Tensor = (weight.T @ x[:, 0].T).T.contiguous()
-            turned = turned.as_strided(turned.shape, (turned.shape[1], 1))  # else compiled code would not turn it back
-            return turned[:, None]
+            rows: Tensor = (weight.T @ x[:, 0].T).T.contiguous()
+            return rows.as_strided(rows.shape, (rows.shape[1], 1))[:, None]  # else compiled code does not turn it back
         if weight.numel() <= _SMALL and x.dtype == torch.bfloat16 and torch.compiler.is_compiling():
             return torch.bmm(x.transpose(0, 1), weight.unsqueeze(0)).transpose(0, 1)
     whole: Tensor = x @ weight

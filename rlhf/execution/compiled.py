@@ -46,9 +46,11 @@ def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool =
         if graph is not None:
             return graph(params, other, *batch, **options)
         small = own_products or sum(leaf.numel() for leaf in leaves(params)) < _SMALL
-        settings = _own_products() if own_products else {}
-        settings |= {"cpp_wrapper": small and leaves(params)[0].is_cpu}
-        settings |= {"guard_filter_fn": functools.partial(_of_batch, models=function.__code__.co_varnames[:2])}
+        settings = {
+            "cpp_wrapper": small and leaves(params)[0].is_cpu,
+            "guard_filter_fn": functools.partial(_of_batch, models=function.__code__.co_varnames[:2]),
+            **(_own_products() if own_products else {}),
+        }
         made = torch.compile(_with_own_code(function), fullgraph=True, options=settings)
         tree_map(_mark_symbolic, batch)
         own = folder / f"threads-{torch.get_num_threads()}"

@@ -63,8 +63,7 @@ def _lay_into(leaf: Tensor, place: Tensor) -> None:
     """Let the backward pass put the leaf's gradient there."""
 
     def lay(leaf: Tensor) -> None:
-        if leaf.grad is not None:
-            place.copy_(leaf.grad)
-            leaf.grad = None
+        place.copy_(leaf.grad)  # type: ignore[arg-type]  # it has just been made
+        leaf.grad = None
 
     leaf.register_post_accumulate_grad_hook(lay)  # type: ignore[no-untyped-call]
