@@ -42,6 +42,20 @@ def test_too_few_resources_are_named(monkeypatch):
         pass
 
 
+def test_a_ray_that_does_not_start_is_one_message(monkeypatch):
+    def fail(**settings):
+        raise Exception("The current node timed out during startup")
+
+    monkeypatch.setattr("ray.init", fail)
+    with (
+        pytest.raises(
+            UserError, match=r"does not start on this machine \(The current node timed.*--dist.num-workers 0"
+        ),
+        cluster.open_cluster(DistConfig(num_workers=1)),
+    ):
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "times", "code", "said"),

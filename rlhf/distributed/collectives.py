@@ -114,6 +114,8 @@ class Group:
         """Begin; the works of the receives and of the sends."""
         arriving: list[Any] = []
         leaving: list[Any] = []
+        if not (incoming or outgoing):
+            return arriving, leaving
         if not self._staged:
             self._backend._start_coalescing()
         for place in range(max(len(incoming), len(outgoing))):

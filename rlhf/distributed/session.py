@@ -42,7 +42,7 @@ def connected(dist: DistConfig) -> Iterator[None]:
     """Connect to `dist.address`, or run a cluster on this machine; nested, and where Ray is up already, take that.
 
     Raises:
-        UserError: the cluster cannot be reached.
+        UserError: the cluster cannot be reached, or Ray does not start here.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
@@ -61,15 +61,21 @@ def _own_cluster(dist: DistConfig) -> Iterator[None]:
             import ray
 
             cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers)
-            with _signals_kept():
-                ray.init(
-                    address="local",
-                    num_cpus=max(cores, os.cpu_count() or 1),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=folder,
-                )
+            try:
+                with _signals_kept():
+                    ray.init(
+                        address="local",
+                        num_cpus=max(cores, os.cpu_count() or 1),
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        _temp_dir=folder,
+                    )
+            except Exception as error:  # what Ray raises has no class of its own
+                raise UserError(
+                    f"Ray does not start on this machine ({error}): start one with `ray start --head` and name it with "
+                    "--dist.address auto, or use --dist.num-workers 0"
+                ) from error
             try:
                 yield
             finally:
