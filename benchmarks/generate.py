@@ -14,11 +14,15 @@ _TARGETS = {
     ("gpt2", 8, "best"): 2.0,
     ("gpt2", 64, "fp32"): 1.3,
     ("gpt2", 64, "best"): 2.2,
+    ("gpt2-gpu", 8, "bf16"): 0.0,
+    ("gpt2-gpu", 512, "bf16"): 10.0,
     ("tiny", 2, "fp32"): 0.0,
 }
 _TARGET_QUEUE = 5.0
 _FP32: tuple[dict[str, Any], ...] = ({"cache": "dynamic"}, {"cache": "static"})
 _BEST: tuple[dict[str, Any], ...] = (*_FP32, {"matmul": "medium"}, {"precision": "bf16"})
+_GPU: tuple[dict[str, Any], ...] = ({"precision": "bf16"},)
+"""The peer's static cache would be compiled for minutes."""
 _QUEUE_BATCHES = (32, 64, 128, 256)
 
 
@@ -35,11 +39,14 @@ def works(bench: Bench) -> list[Work]:
 def _full(bench: Bench, batch: int, kind: str) -> Work:
     size = material.SIZES[bench.size]
     settings: dict[str, Any] = {"model": str(bench.made.model), "prompts": batch, "batch": batch, "stops": []}
+    mine, theirs = (ours.COMPILED_FP32, _FP32) if kind == "fp32" else (ours.COMPILED_BEST, _BEST)
+    if kind == "bf16":
+        mine, theirs = ours.COMPILED_BF16, _GPU
     return Work(
         f"generate, {bench.size}, {size.prompt}+{size.completion} tokens, batch {batch}, {kind}",
         "transformers generate",
-        bench.ours("generate", ours.COMPILED_FP32 if kind == "fp32" else ours.COMPILED_BEST, **settings),
-        bench.theirs("transformers_generate:run", _FP32 if kind == "fp32" else _BEST, **settings),
+        bench.ours("generate", mine, **settings),
+        bench.theirs("transformers_generate:run", theirs, **settings),
         _TARGETS[bench.size, batch, kind],
         lambda number: roofline.generation(size.shape, batch, size.prompt, size.completion, number),
         exact=kind == "fp32",

@@ -24,6 +24,19 @@ class Shape(NamedTuple):
         return self.n_layer * block + (self.vocab_size + self.n_positions + 2) * self.n_embd
 
 
+class Iteration(NamedTuple):
+    """An iteration of PPO."""
+
+    prompts: int
+    epochs: int
+    minibatch: int
+    """Completions of an update."""
+    prompt: int
+    """Tokens before each completion."""
+    completion: int
+    """Tokens of each completion."""
+
+
 class Size(NamedTuple):
     """A model and the work it is measured by."""
 
@@ -40,18 +53,20 @@ class Size(NamedTuple):
     """Completions generated together."""
     queue: int
     """Prompts of the row in which completions end by themselves."""
-    ppo: tuple[int, int, int]
-    """Prompts of an iteration, epochs over them, completions of an update."""
+    ppo: Iteration
     steps: int
     """Optimiser steps in a round, so that a round is long enough to be timed."""
 
 
+_SMALL, _GPT2 = Shape(4, 4, 128, 1024, 128), Shape(12, 12, 768, 50257, 1024)
+
 SIZES = {
-    "tiny": Size(Shape(1, 2, 16, 300, 32), (4, 16), (2, 16), 6, 10, (2,), 8, (4, 2, 2), 1),
-    "small": Size(Shape(4, 4, 128, 1024, 128), (32, 128), (16, 128), 32, 96, (1, 8, 64), 512, (64, 4, 16), 4),
-    "gpt2": Size(Shape(12, 12, 768, 50257, 1024), (2, 256), (2, 128), 64, 64, (8, 64), 128, (64, 4, 16), 1),
+    "tiny": Size(Shape(1, 2, 16, 300, 32), (4, 16), (2, 16), 6, 10, (2,), 8, Iteration(4, 2, 2, 6, 10), 1),
+    "small": Size(_SMALL, (32, 128), (16, 128), 32, 96, (1, 8, 64), 512, Iteration(64, 4, 16, 32, 96), 4),
+    "gpt2": Size(_GPT2, (2, 256), (2, 128), 64, 64, (8, 64), 128, Iteration(64, 4, 16, 64, 64), 1),
+    "gpt2-gpu": Size(_GPT2, (32, 1024), (64, 256), 32, 96, (8, 512), 2048, Iteration(512, 4, 128, 64, 24), 4),
 }
-"""`tiny` is for the tests; the other two are the library's presets."""
+"""`tiny` is for the tests; the others are the library's presets, GPT-2 also with the work of a large GPU."""
 
 
 def fixed_lengths(count: int, length: int) -> list[int]:

@@ -36,7 +36,7 @@ def run(bench: Bench) -> None:
 
 def _fit(bench: Bench, critic: str) -> dict[str, Any]:
     """Ours against a limit, in micro-batches small enough for it."""
-    prompts, _, minibatch = material.SIZES[bench.size].ppo
+    prompts, _, minibatch, *_ = material.SIZES[bench.size].ppo
     micro, rollout = min(_MICRO_BATCH, minibatch), min(_ROLLOUT_BATCH, prompts)
     what = f"{ppo.iteration(bench)}, {critic} critic, fp32, micro-batches of {micro}, {rollout} generated at once"
     if bench.only not in what:

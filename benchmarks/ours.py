@@ -21,7 +21,7 @@ from rlhf.data.embedded import write_embedded
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.distributed import open_executor
 from rlhf.errors import UserError
-from rlhf.execution.compiled import compiled
+from rlhf.execution.draws import compiled_draw
 from rlhf.execution.executor import Models, Program
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head
@@ -37,6 +37,7 @@ from rlhf.io.model_folder import (
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.objectives import make_rollout
 from rlhf.random import key, split
+from rlhf.sampling import draw_tokens
 from rlhf.stages import reward as reward_stage
 from rlhf.stages import sft as sft_stage
 from rlhf.stages.completions import complete
@@ -50,6 +51,11 @@ BEST: tuple[dict[str, Any], ...] = (*FP32, {"precision": "bf16"})
 COMPILED_FP32 = tuple(setting | {"compile": choice} for setting in FP32 for choice in ("on", "off"))
 """The same where steps are made, which may be compiled."""
 COMPILED_BEST = tuple(setting | {"compile": choice} for setting in BEST for choice in ("on", "off"))
+COMPILED_BF16: tuple[dict[str, Any], ...] = ({"precision": "bf16", "compile": "on"},)
+"""What is fastest on a GPU, where compilation takes too long for trials."""
+
+PHASES = ("generate", "score", "update")
+"""Of a PPO iteration, as its log names their seconds."""
 
 _STEPS = 1_000_000
 """Of the schedule: no run gets that far."""
@@ -145,10 +151,8 @@ def _rollout(
     compile: str,  # noqa: A002
 ) -> Program:
     _, dtype, folder = _computing(precision, compile)
-    compiling = None if folder is None else functools.partial(compiled, folder=folder)
-    rollout = make_rollout(
-        config, dtype=dtype, max_new_tokens=longest, stop_tokens=stops, slots=slots, compiled=compiling
-    )
+    draw = draw_tokens if folder is None else compiled_draw(folder)
+    rollout = make_rollout(config, dtype=dtype, max_new_tokens=longest, stop_tokens=stops, slots=slots, draw=draw)
     return Program({}, {"rollout": rollout}, {})
 
 
@@ -183,7 +187,9 @@ def make_material(folder: Path, size: str) -> Made:
     save_reward_model(
         folder / "reward", RewardModel(params, config, tokenizer, RewardStatistics(0.0, 1.0, 0)), facts={}
     )
-    prompts = _prompts(demonstrations, tokenizer, work.prompt, 4 * work.ppo[0])
+    prompts = _prompts(
+        demonstrations, tokenizer, work.ppo.prompt, min(4 * work.ppo.prompts, max(256, work.ppo.prompts))
+    )
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return Made(folder / "model", folder / "reward", folder / "prompts.json", demonstrations)
 
@@ -258,7 +264,7 @@ def ppo(
         workers: on Ray, with this process's number of threads each; 0 computes in this process.
     """
     work = material.SIZES[size]
-    prompts, epochs, minibatch = work.ppo
+    prompts, epochs, minibatch = work.ppo[:3]
     with tempfile.TemporaryDirectory(prefix="rlhf-benchmark-") as folder:
         config = PPORun(
             output_dir=Path(folder) / "run",
@@ -280,7 +286,7 @@ def ppo(
                 minibatch_size=minibatch,
                 micro_batch_size=micro_batch or minibatch,
                 rollout_batch_size=rollout_batch or prompts,
-                max_new_tokens=work.completion,
+                max_new_tokens=work.ppo.completion,
                 stop_at_eos=False,
                 learning_rate=3e-6,
             ),
@@ -304,12 +310,13 @@ def hold(prompts: list[str], completions: list[str], **columns: Any) -> list[flo
 
 
 def _hold(session: Session, log: Path, work: material.Size) -> None:
-    prompts, epochs, minibatch = work.ppo
+    prompts, epochs, minibatch = work.ppo[:3]
     last = json.loads(log.read_text().splitlines()[-1])
     if "response_length/mean" in last:
         if last["policy/updates"] != epochs * prompts // minibatch:
             raise RuntimeError(f"{last['policy/updates']} updates in an iteration")
-        session.answer(tokens=round(prompts * (work.prompt + last["response_length/mean"])))
+        tokens = round(prompts * (work.ppo.prompt + last["response_length/mean"]))
+        session.answer(tokens=tokens, **{name: last[f"timing_s/{name}"] for name in PHASES})
     else:
         session.ready(parameters=work.shape.parameters)
     if not session.wait():

@@ -31,7 +31,7 @@ def work(bench: Bench, critic: str, kind: str, target: float) -> Work:
         target: the ratio to reach.
     """
     size = material.SIZES[bench.size]
-    _, epochs, minibatch = size.ppo
+    _, epochs, minibatch, *_ = size.ppo
     settings = files(bench)
     return Work(
         f"{iteration(bench)}, {epochs} epochs of {minibatch}, {critic} critic, {kind}",
@@ -53,14 +53,14 @@ def files(bench: Bench) -> dict[str, Any]:
 def iteration(bench: Bench) -> str:
     """What is rolled out in an iteration, in words."""
     size = material.SIZES[bench.size]
-    return f"PPO iteration, {bench.size}, {size.ppo[0]} prompts, {size.prompt}+{size.completion} tokens"
+    return f"PPO iteration, {bench.size}, {size.ppo.prompts} prompts, {size.ppo.prompt}+{size.ppo.completion} tokens"
 
 
 def _least(size: material.Size, critic: str, number_bytes: int) -> list[roofline.Phase]:
     """Reference, critic and reward model read every sequence once; policy and critic are updated in every epoch."""
-    prompts, epochs, minibatch = size.ppo
-    length = size.prompt + size.completion
-    tokens, predicted = prompts * length, prompts * size.completion
+    prompts, epochs, minibatch, prompt, completion = size.ppo
+    length = prompt + completion
+    tokens, predicted = prompts * length, prompts * completion
     weights = number_bytes * size.shape.parameters
     separate = critic == "separate"
     scored = [
@@ -72,7 +72,7 @@ def _least(size: material.Size, critic: str, number_bytes: int) -> list[roofline
     if separate:
         update += roofline.step(size.shape, tokens / updates, length, 0)
     return [
-        *roofline.generation(size.shape, prompts, size.prompt, size.completion, number_bytes),
+        *roofline.generation(size.shape, prompts, prompt, completion, number_bytes),
         *scored,
         *(epochs * updates * update),
     ]

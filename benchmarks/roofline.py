@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.material import Shape
 
-_SIDE, _NUMBERS = 2048, 1 << 26
-PRODUCT_FLOPS = 2 * _SIDE**3
-COPY_BYTES = 2 * 4 * _NUMBERS
+_SIDE = {"cpu": 2048, "cuda": 8192}
+_NUMBERS = {"cpu": 1 << 26, "cuda": 1 << 30}
+"""Large enough for each device to reach its rate."""
 
 
 class Phase(NamedTuple):
@@ -26,11 +26,21 @@ class Phase(NamedTuple):
     """Read and written in main memory, at least."""
 
 
+def product_flops(device: str) -> int:
+    """Operations of the product."""
+    return 2 * _SIDE[device] ** 3
+
+
+def copy_bytes(device: str) -> int:
+    """Read and written by the copy."""
+    return 2 * 4 * _NUMBERS[device]
+
+
 def measures(device: str) -> dict[str, Callable[[], None]]:
-    """What is timed beside the two sides: the copy (256 MB) and the product (2048 wide) in both precisions."""
-    source = torch.ones(_NUMBERS, device=device)
+    """What is timed beside the two sides: the copy (256 MB; on a GPU 4 GB) and the product (2048 or 8192 wide)."""
+    source = torch.ones(_NUMBERS[device], device=device)
     copied = torch.empty_like(source)
-    factor = torch.ones(_SIDE, _SIDE, device=device) / _SIDE
+    factor = torch.linspace(-1, 1, _SIDE[device] ** 2, device=device).view(_SIDE[device], -1)
     half = factor.bfloat16()
 
     def timed(work: Callable[[], object]) -> Callable[[], None]:

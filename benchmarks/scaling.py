@@ -72,7 +72,8 @@ def _executor(config: GPT2Config, **dist: Any) -> Iterator[Any]:
 
 def _batches(config: GPT2Config, rows: int, count: int, length: int) -> list[TokenBatch]:
     tokens = torch.arange(rows * length).reshape(rows, length) % config.vocab_size
-    packed = Rows(tokens, torch.arange(length).expand(rows, length), torch.ones_like(tokens))
+    bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+    packed = Rows(tokens, torch.arange(length).expand(rows, length), torch.ones_like(tokens), bounds)
     index = torch.arange(rows * length).reshape(rows, length)[:, :-1].flatten()
     mask = torch.ones_like(index, dtype=torch.bool)
     return [TokenBatch(packed, index, tokens[:, 1:].flatten(), mask, random.key(number)) for number in range(count)]

@@ -13,7 +13,7 @@ _TARGETS = {
     ("gpt2", "best"): 3.3,
     ("tiny", "fp32"): 0.0,
 }
-_MODULE_TARGETS = {("gpt2", "fp32"): 1.0, ("gpt2", "best"): 1.1, ("tiny", "fp32"): 0.0}
+_MODULE_TARGETS = {("gpt2", "fp32"): 1.0, ("gpt2", "best"): 1.1, ("gpt2-gpu", "best"): 0.95, ("tiny", "fp32"): 0.0}
 FP32: tuple[dict[str, Any], ...] = ({}, {"compiled": True})
 """The trainers' settings in IEEE fp32."""
 BEST: tuple[dict[str, Any], ...] = (

@@ -33,7 +33,7 @@ def facts_of(target, settings):
     if target.endswith("transformers_generate:run"):
         return {"tokens": None}
     if target.endswith("trl_ppo:run"):
-        return {"tokens": size.ppo[0] * (size.prompt + size.completion)}
+        return {"tokens": size.ppo.prompts * (size.ppo.prompt + size.ppo.completion)}
     if target.endswith(":reward"):
         return {"tokens": size.steps * 2 * pairs * member, "parameters": size.shape.parameters + size.shape.n_embd}
     return {"tokens": size.steps * rows * length}

@@ -124,7 +124,7 @@ def test_least_seconds_takes_the_longer_of_arithmetic_and_traffic_phase_by_phase
 
 
 def test_a_ppo_iteration_has_its_generation_three_scorings_and_all_updates(bench):
-    prompts, epochs, minibatch = TINY.ppo
+    prompts, epochs, minibatch, *_ = TINY.ppo
     length, updates = TINY.prompt + TINY.completion, prompts // minibatch
     phases = ppo.work(bench, "separate", "fp32", 0.0).least(4)
     assert len(phases) == TINY.completion + 3 + epochs * updates * (2 + 2)
@@ -317,7 +317,7 @@ def test_our_ppo_is_held_between_iterations_and_ends_when_no_more_are_asked_for(
     files = {"model": str(made.model), "reward": str(made.reward), "prompts_file": str(made.prompts)}
     ready, answered = rounds_of(ours.ppo, 2, critic=critic, micro_batch=micro, rollout_batch=micro, **files, **EAGER)
     assert ready["parameters"] == TINY.shape.parameters
-    assert [facts["tokens"] for facts in answered] == [TINY.ppo[0] * (TINY.prompt + TINY.completion)] * 2
+    assert [facts["tokens"] for facts in answered] == [TINY.ppo.prompts * (TINY.ppo.prompt + TINY.ppo.completion)] * 2
 
 
 def test_prompts_are_of_the_promised_length_in_our_tokens(made):
