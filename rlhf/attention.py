@@ -36,8 +36,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
+def packed_attention(qkv: Tensor, bounds: Tensor) -> Tensor:
+    """`attention` of each sequence to itself, causal, on a GPU: FlashAttention, which never looks at another sequence.
+
+    Source: Dao 2023, "FlashAttention-2", https://arxiv.org/abs/2307.08691, as torch has it.
+
+    Args:
+        qkv: [B, T, 3, N, H] bfloat16 on a GPU; differentiated.
+        bounds: [S + 1] int32, as `rlhf.batches.Rows.bounds`.
+
+    Returns:
+        [B, N, T, H].
+    """
+    q, k, v = qkv.flatten(0, 1).unbind(1)
+    length = qkv.shape[1]  # no sequence is longer
+    attended: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, length, length, 0.0, True, False
+    )[0]
+    return attended.view(*qkv.shape[:2], *attended.shape[1:]).transpose(1, 2)
+
+
+def packs(like: Tensor, heads: int) -> bool:
+    """Whether `packed_attention` takes states like these [..., D]."""
+    return like.is_cuda and like.dtype == torch.bfloat16 and like.shape[-1] % (8 * heads) == 0
+
+
 def attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q K / sqrt(H) + bias) V of one query per row.
+    """softmax(q K / sqrt(H) + bias) V of one query per row, for CPUs.
 
     Args:
         q: [B, N, H].
@@ -53,10 +78,9 @@ def attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor
         scores = (q.to(wide)[..., None] * keys.to(wide)).sum(-2)
         weights = (scores * scale + bias[:, None]).softmax(-1)
         return (weights[..., None] * values.to(wide)).sum(-2).to(q.dtype)
-    multiplied = q.dtype if q.is_cuda else wide  # on a CPU bf16 is slow here
-    scores = (q[:, :, None].to(multiplied) @ keys.to(multiplied)).to(wide)
+    scores = q[:, :, None].to(wide) @ keys.to(wide)  # bf16 is slow here
     weights = (scores * scale + bias[:, None, None]).softmax(-1)
-    return (weights.to(multiplied) @ values.to(multiplied))[:, :, 0].to(q.dtype)
+    return (weights @ values.to(wide))[:, :, 0].to(q.dtype)
 
 
 def segment_bias(segments: Tensor) -> Tensor:

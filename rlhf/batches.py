@@ -18,6 +18,9 @@ class Rows(NamedTuple):
     """[R, T] int64, from 0 in each sequence."""
     segments: Tensor
     """[R, T] int64: 1, 2, … within a row; 0 where there is nothing."""
+    bounds: Tensor
+    """[S + 1] int32 into the flattened rows: where each sequence begins, and the end of the last. What the rows have
+    left counts, as sequences of nothing."""
 
 
 class TokenBatch(NamedTuple):

@@ -1,11 +1,14 @@
-"""What makes reading one token at a time fast on CPUs: how weights lie, and the forms of their products."""
+"""How weights lie for fast products, and the forms of products of single tokens."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.tree import cast, tree_map
 from rlhf.types import Params
 
+_ALIGNMENT = 64
+"""Rows to which an embedding is filled up on GPUs: their matrix units cannot write rows of 50,257 logits."""
 _SMALL = 1 << 18
 """Elements of a weight up to which a product is left to the compiler; beyond, the library is faster."""
 
@@ -13,7 +16,8 @@ _SMALL = 1 << 18
 def decoding_copy(params: Params, dtype: torch.dtype) -> Params:
     """GPT-2's parameters to read single tokens with, all in `dtype`: without gradients, embeddings may be rounded too.
 
-    On CPUs large bfloat16 matrices lie transposed (only their strides differ): see `product`.
+    On CPUs large bfloat16 matrices lie transposed (only their strides differ): see `product`. On GPUs the embedding is
+    filled up, see `align`.
     """
 
     def turned(leaf: Tensor) -> Tensor:
@@ -24,7 +28,13 @@ def decoding_copy(params: Params, dtype: torch.dtype) -> Params:
 
     blocks = tree_map(turned, params["h"])
     copy: Params = cast(params | {"h": []}, dtype) | {"h": blocks}
-    return copy
+    return copy | {"wte": {"weight": align(copy["wte"]["weight"])}}
+
+
+def align(embedding: Tensor) -> Tensor:
+    """The embedding [V, D]; on a GPU filled up with zeros to rows of logits that its matrix units can write."""
+    missing = -len(embedding) % _ALIGNMENT
+    return F.pad(embedding, (0, 0, 0, missing)) if embedding.is_cuda and missing else embedding
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

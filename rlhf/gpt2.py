@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.attention import attend_once, attention, segment_bias
+from rlhf.attention import attend_once, attention, packed_attention, packs, segment_bias
 from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
-from rlhf.decoding import product
+from rlhf.decoding import align, product
 from rlhf.gpt2_config import GPT2Config
 from rlhf.ops import gather_rows
 from rlhf.random import fold_in, normal, uniform
@@ -127,6 +127,7 @@ def trunk(
     config: GPT2Config,
     positions: Tensor | None = None,
     segments: Tensor | None = None,
+    bounds: Tensor | None = None,
     dropout: float = 0.0,
     key: Tensor | None = None,
     gradient_checkpointing: bool = False,
@@ -139,6 +140,8 @@ def trunk(
         config: the shape of `params`.
         positions: [B, T] int64 in [0, n_positions); None is 0..T-1 in every row.
         segments: [B, T] int64, equal for tokens that may see each other; None is one segment per row.
+        bounds: [S + 1] int32, where segments lie, if each is in one piece (`rlhf.batches.Rows.bounds`); on a GPU
+            attention is faster with them.
         dropout: share dropped after the embedding, each attention and each MLP, as GPT-2's `resid_pdrop` and
             `embd_pdrop` (attention weights are not dropped); 0 outside of SFT.
         key: [2] int32, consumed; needed where dropout is not 0.
@@ -159,9 +162,12 @@ def trunk(
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)
     check_value("trunk", 0 <= dropout < 1, "in [0, 1)", dropout=dropout)
     check_value("trunk", dropout == 0 or key is not None, "given when dropout is not 0", key=key)
-    bias_BTT = None if segments is None else segment_bias(segments)
+    bounds = bounds if packs(params["ln_f"]["weight"], config.n_head) else None
+    bias_BTT = None if segments is None or bounds is not None else segment_bias(segments)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
+        if bounds is not None:
+            return packed_attention(qkv, bounds)
         q, k, v = _heads_first(qkv)
         return attention(q, k, v, bias_BTT)
 
@@ -174,8 +180,9 @@ def trunk(
 
 def unembed(params: Params, hidden: Tensor) -> Tensor:
     """Logits [..., V] of hidden states [..., D] in their dtype, through the embedding (tied weights)."""
-    weight: Tensor = params["wte"]["weight"].to(hidden.dtype)
-    return hidden @ weight.T
+    weight: Tensor = params["wte"]["weight"]
+    padded = align(weight.to(hidden.dtype))
+    return (hidden @ padded.T)[..., : len(weight)]
 
 
 def chunk_size(config: GPT2Config) -> int:
@@ -195,7 +202,8 @@ def compute_copy(params: Params, dtype: torch.dtype) -> Params:
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far, a tensor per layer. Written in place by `prefill` and `decode`.
 
-    Slots lie together in the keys, components in the values: so both products with a query run along memory.
+    On CPUs slots lie together in the keys, components in the values: so both products with a query run along memory.
+    On GPUs all of a slot lies together, for `rlhf.decode_kernel.attend_cached`.
     """
 
     keys: tuple[Tensor, ...]
@@ -207,8 +215,11 @@ class KVCache(NamedTuple):
 def init_cache(params: Params, batch_size: int, slots: int, *, config: GPT2Config) -> KVCache:
     """A cache for `batch_size` sequences of up to `slots` tokens, in the dtype and on the device of the blocks."""
     heads, width, like = (batch_size, config.n_head), config.n_embd // config.n_head, params["ln_f"]["weight"]
-    keys = tuple(like.new_zeros(*heads, width, slots) for _ in range(config.n_layer))
-    return KVCache(keys, tuple(like.new_zeros(*heads, slots, width) for _ in keys))
+    if like.is_cuda:
+        keys, values = ([like.new_zeros(batch_size, slots, *heads[1:], width) for _ in params["h"]] for _ in range(2))
+        return KVCache(tuple(k.permute(0, 2, 3, 1) for k in keys), tuple(v.transpose(1, 2) for v in values))
+    keys = [like.new_zeros(*heads, width, slots) for _ in params["h"]]
+    return KVCache(tuple(keys), tuple(like.new_zeros(*heads, slots, width) for _ in keys))
 
 
 def prefill(
@@ -271,13 +282,17 @@ def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, c
     """
     rows = torch.arange(len(tokens), device=tokens.device)
     unseen = torch.arange(used, device=tokens.device) > lengths[:, None]
-    bias_BU = torch.where(unseen, -torch.inf, 0.0)
+    bias_BU, seen = torch.where(unseen, -torch.inf, 0.0), (lengths + 1).int()
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         q, k, v = qkv[:, 0].unbind(1)
         keys, values = cache.keys[layer], cache.values[layer]
         keys[rows, :, :, lengths] = k
         values[rows, :, lengths] = v
+        if q.is_cuda:
+            from rlhf.decode_kernel import attend_cached  # here, because it imports Triton
+
+            return attend_cached(q, keys, values, seen)[:, :, None]
         return attend_once(q, keys[..., :used], values[:, :, :used], bias_BU)[:, :, None]
 
     return _run(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]

@@ -179,7 +179,7 @@ def make_rollout(
     top_p: float = 1.0,
     stop_tokens: Sequence[int] = (),
     slots: int | None = None,
-    compiled: Callable[..., Any] | None = None,
+    draw: Callable[..., Any] = draw_tokens,
 ) -> Callable[[Params, Frozen, PromptBatch], Completions]:
     """(params, frozen, PromptBatch) -> completions of the policy, with values where the head is on its trunk.
 
@@ -193,11 +193,10 @@ def make_rollout(
         top_p: same.
         stop_tokens: same.
         slots: same.
-        compiled: compiles `rlhf.sampling.draw_tokens`, as `rlhf.execution.compiled`. Each call then goes through 16
-            layers or more (32 with one row), beside which the way into compiled code costs little.
+        draw: same, or a compiled form (`rlhf.execution.draws`). Each call on a CPU then goes through 16 layers or more
+            (32 with one row), beside which the way into compiled code costs little.
     """
-    draw = compiled(draw_tokens, own_products=True) if compiled else draw_tokens
-    draws_per_call = max(1, (32 if slots == 1 else 16) // config.n_layer) if compiled else None
+    per_call = 1 if draw is draw_tokens else max(1, (32 if slots == 1 else 16) // config.n_layer)
 
     def rollout(params: Params, frozen: Frozen, batch: PromptBatch) -> Completions:
         return generate(
@@ -216,7 +215,7 @@ def make_rollout(
             stop_tokens=stop_tokens,
             value_head=params.get("value_head"),
             draw=draw,
-            draws_per_call=draws_per_call,
+            draws_per_call=per_call if batch.prompts.is_cpu else None,
         )
 
     return rollout
@@ -310,7 +309,13 @@ def at_predictors(params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Conf
 def _hidden(params: Params, rows: Rows, config: GPT2Config, **options: Any) -> Tensor:
     """[R * T, D] hidden states of packed rows; options as `rlhf.gpt2.trunk`'s."""
     return trunk(
-        params, rows.tokens, config=config, positions=rows.positions, segments=rows.segments, **options
+        params,
+        rows.tokens,
+        config=config,
+        positions=rows.positions,
+        segments=rows.segments,
+        bounds=rows.bounds,
+        **options,
     ).flatten(0, 1)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.checks import check_integer, check_rank, check_value
@@ -18,6 +19,10 @@ from rlhf.types import Params
 
 _BLOCK = 32
 """Slots by which the part of the cache that attention reads grows."""
+_DRAWS = 16
+"""Tokens drawn at a time on a GPU: waiting for it so often costs little, and few draws are in vain."""
+_SUMMED = 128
+"""Tokens of the vocabulary in a block on a GPU."""
 _REFILLS = 8
 """Rows are refilled when one in so many is idle: reading one prompt at a time would cost more than it brings."""
 
@@ -64,7 +69,7 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
     if top_p < 1:
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         probs = ranked.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs  # mass of the more likely tokens
+        before = _cumulative(probs) - probs  # mass of the more likely tokens
         dropped = (before >= top_p).scatter(-1, order, before >= top_p)
         logits = torch.where(dropped, -torch.inf, logits)
     return logits
@@ -80,9 +85,50 @@ def sample_token(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         [...] int64.
     """
-    cumulative = scale_logits(logits, 1.0).softmax(dim=-1).cumsum(dim=-1)
+    logits = scale_logits(logits, 1.0)
+    if logits.is_cuda:
+        return sample_token_in_blocks(logits, uniform)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     threshold = uniform.unsqueeze(-1).to(cumulative.dtype) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+def sample_token_in_blocks(logits: Tensor, uniform: Tensor) -> Tensor:
+    """`sample_token` for GPUs: the block of the vocabulary first, then the token in it; nothing is summed over all.
+
+    Its sums are rounded otherwise than those of `sample_token`, so where `uniform` meets the edge between two tokens
+    within rounding, the other one may be drawn.
+    """
+    blocks = _in_blocks((logits - logits.amax(-1, keepdim=True)).exp())
+    ends = _short_cumulative(blocks.sum(-1))
+    threshold = uniform.unsqueeze(-1).to(ends.dtype) * ends[..., -1:]
+    block = (ends <= threshold).sum(-1, keepdim=True).clamp(max=ends.shape[-1] - 1)
+    own = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, _SUMMED)).squeeze(-2)
+    inside = _short_cumulative(own)
+    rest = (threshold - F.pad(ends, (1, 0)).gather(-1, block)).clamp(min=0)
+    rest = rest.minimum(
+        torch.nextafter(inside[..., -1:], torch.zeros_like(rest))
+    )  # one token exceeds it, though rounded
+    return block.squeeze(-1) * _SUMMED + (inside <= rest).sum(-1)
+
+
+def _cumulative(x: Tensor) -> Tensor:
+    """Running sums of [..., V]; on a GPU in blocks: scans of long rows are slow, and torch 2.11 cannot compile them."""
+    if not x.is_cuda:
+        return x.cumsum(dim=-1)
+    inside = _short_cumulative(_in_blocks(x))
+    before = F.pad(_short_cumulative(inside[..., -1])[..., :-1], (1, 0))
+    return (inside + before.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """[..., V] as [..., N, 128], filled up with zeros."""
+    return F.pad(x, (0, -x.shape[-1] % _SUMMED)).view(*x.shape[:-1], -1, _SUMMED)
+
+
+def _short_cumulative(x: Tensor) -> Tensor:
+    """Running sums of short rows as a product with ones; rising, because every sum is taken in the same order."""
+    return x @ torch.ones(x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device).triu()
 
 
 class Batch(NamedTuple):
@@ -149,11 +195,12 @@ def draw_tokens(
     unembedding = params["wte"]["weight"].to(batch.hidden.dtype).T
     drawn = []
     for _ in range(count):
-        raw = product(batch.hidden[:, None], unembedding)[:, 0]
+        raw = product(batch.hidden[:, None], unembedding)[:, 0, : config.vocab_size]
         logits = allowed = scale_logits(raw, temperature)
         if min_new_tokens:
             early = (batch.step < min_new_tokens)[:, None]
-            allowed = torch.where(early, logits.index_fill(-1, stops, -torch.inf), logits)
+            stopless = logits.scatter(-1, stops.expand(len(logits), -1), -torch.inf)
+            allowed = torch.where(early, stopless, logits)
         filtered = filter_logits(allowed, top_k=top_k, top_p=top_p)
         token = sample_token(filtered, uniforms[batch.completion, batch.step])
         zeros = torch.zeros_like(logits[:, 0])
@@ -162,10 +209,12 @@ def draw_tokens(
         figures = torch.stack([token_log_probs(logits, token), value, spread], dim=1)
         drawn.append(Drawn(batch.completion, batch.step, token, figures))
         ended = (token[:, None] == stops).any(1) | (batch.step == last)
-        batch = batch._replace(
-            hidden=decode(params, token, batch.start + batch.step, batch.cache, config=config, used=len(span)),
-            completion=torch.where(ended, idle, batch.completion),
-            step=(batch.step + 1).clamp(max=last),
+        batch = Batch(  # torch 2.11 compiles `_replace` to a tuple of nothing
+            batch.cache,
+            decode(params, token, batch.start + batch.step, batch.cache, config=config, used=len(span)),
+            torch.where(ended, idle, batch.completion),
+            batch.start,
+            (batch.step + 1).clamp(max=last),
         )
     return batch, Drawn(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
@@ -216,7 +265,7 @@ def generate(
         value_head: values are captured where given.
         with_entropies: capture entropies, too.
         draw: `draw_tokens`, or a compiled form of it.
-        draws_per_call: tokens drawn before it is asked which rows have ended; None is 1, and 16 on a GPU.
+        draws_per_call: tokens drawn before it is asked which rows have ended; None is 1, and up to 16 on a GPU.
 
     Raises:
         ValueError: shapes or numbers are out of range.
@@ -227,38 +276,38 @@ def generate(
     room, device, count = config.n_positions - prompts.shape[1], prompts.device, len(keys)
     check_value("generate", 1 <= max_new_tokens <= room, f"in [1, {room}]", max_new_tokens=max_new_tokens)
     check_value("generate", slots is None or slots >= 1, "at least 1", slots=slots)
-    per_call = draws_per_call or (1 if device.type == "cpu" else 16)
+    per_call = draws_per_call or (1 if prompts.is_cpu else -(-max_new_tokens // -(-max_new_tokens // _DRAWS)))
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    uniforms = uniform_at(keys[:, None], torch.arange(max_new_tokens, device=device))
-    uniforms = torch.cat([uniforms, uniforms[:1]])
+    uniforms = uniform_at(torch.cat([keys, keys[:1]])[:, None], torch.arange(max_new_tokens, device=device))
     source = torch.arange(count, device=device) if source is None else source
     starts = prompt_lengths[source].tolist()
     tokens = torch.full((count + 1, max_new_tokens), -1, device=device)  # idle rows write into the last
     figures = torch.zeros(count + 1, max_new_tokens, 3, device=device)
     capacity = prompts.shape[1] + max_new_tokens
     batch = _idle_rows(params, min(slots or count, count), capacity, count, config)
-    begun, used = 0, [0] * len(batch.step)  # by row: slots of the cache; 0 where it is idle
+    begun, used, full = 0, *([0] * len(batch.step) for _ in range(2))  # slots of each row's cache: now, and at the end
     while begun < count or any(used):
         idle = [row for row, n in enumerate(used) if not n]
         if begun < count and len(idle) >= max(1, len(used) // _REFILLS):
             rows = idle[: count - begun]
             batch = _fill(params, batch, rows, begun, prompts, prompt_lengths, source, config)
             for row in rows:
-                used[row], begun = starts[begun], begun + 1
+                used[row], full[row], begun = starts[begun], starts[begun] + max_new_tokens, begun + 1
         elif begun == count and 2 < len(used) <= 2 * len(idle):
             rows = sorted(sorted(range(len(used)), key=lambda row: not used[row])[: len(used) // 2])
-            batch, used = _keep(batch, rows), [used[row] for row in rows]
-        span = torch.arange(min(-(-(max(used) + per_call) // _BLOCK) * _BLOCK, capacity), device=device)
+            batch, used, full = _keep(batch, rows), *([some[row] for row in rows] for some in (used, full))
+        span = _span(max(used) + per_call, capacity, device)
         batch, drawn = draw(
             params, value_head, batch, uniforms, stops, span, config=config, count=per_call, temperature=temperature,
             top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens, with_entropies=with_entropies,
         )  # fmt: skip
         tokens[drawn.completion, drawn.step], figures[drawn.completion, drawn.step] = drawn.token, drawn.figures
-        used = [(n + per_call) * (number < count) for n, number in zip(used, batch.completion.tolist(), strict=True)]
-    tokens, figures = tokens[:count], figures[:count]
+        used = [(n + per_call) * (0 < n < end - per_call) for n, end in zip(used, full, strict=True)]
+        if stop_tokens:  # only then is the device waited for
+            used = [n * (number < count) for n, number in zip(used, batch.completion.tolist(), strict=True)]
+    tokens, (log_probs, values, entropies) = tokens[:count], figures[:count].unbind(dim=2)
     mask = tokens >= 0
     ended = (mask & torch.isin(tokens, stops)).any(1)
-    log_probs, values, entropies = figures.unbind(dim=2)
     return Completions(tokens.clamp(min=0), mask, log_probs, values, ended, entropies)
 
 
@@ -296,7 +345,13 @@ def _fill(
     )
 
 
+def _span(least: int, capacity: int, device: torch.device) -> Tensor:
+    """Slots to look at; on a GPU all, because each number is a recording of its own, and no unused slot is read."""
+    blocks = -(-least // _BLOCK) * _BLOCK
+    return torch.arange(min(blocks, capacity) if device.type == "cpu" else capacity, device=device)
+
+
 def _keep(batch: Batch, rows: list[int]) -> Batch:
     """Some of the rows."""
     kept = torch.tensor(rows, device=batch.hidden.device)
-    return tree_map(lambda leaf: leaf.index_select(0, kept), batch)
+    return tree_map(lambda leaf: torch.index_select(leaf, 0, kept, out=torch.empty_like(leaf[: len(kept)])), batch)

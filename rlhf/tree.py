@@ -184,7 +184,8 @@ def chunk_square_sums(flat: Tensor) -> Tensor:
 
     A shard's chunks are the buffer's, so a norm put together from them has the same bits for any number of shards.
     """
-    groups = torch.split(flat.view(-1, CHUNK), _CHUNKS_AT_ONCE)  # their float64 copies are small
+    at_once = _CHUNKS_AT_ONCE * (1 if flat.is_cpu else 64)
+    groups = torch.split(flat.view(-1, CHUNK), at_once)  # their float64 copies are small
     return torch.cat([torch.linalg.vector_norm(group.double(), dim=1).square() for group in groups])
 
 

@@ -25,14 +25,15 @@ from rlhf.config import (
 )
 from rlhf.data.batching import pack_completions, pair_batches, ppo_batch, token_batches
 from rlhf.data.dataset import TokenSequence
-from rlhf.execution.compiled import compiled, has_compiler
+from rlhf.execution.compiled import has_compiler
+from rlhf.execution.draws import compiled_draw
 from rlhf.execution.gradients import make_gradient
 from rlhf.experience import Experience
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head, init_value_head
 from rlhf.objectives import make_ppo_objective, make_reward_objective, make_sft_objective
 from rlhf.ops import token_log_probs
-from rlhf.sampling import draw_tokens, generate
+from rlhf.sampling import generate
 from rlhf.stages.pipeline import run_pipeline
 from rlhf.tree import flat_layout
 
@@ -161,7 +162,7 @@ def test_gradients_are_those_of_the_plain_function_and_one_graph_serves_all_shap
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "min_new_tokens": 2, "temperature": 0.7}])
 def test_compiled_draws_make_the_same_completions(params, config, folder, options):
     """Rows are refilled, and dropped when none is waiting: their number and the filled part of the cache change."""
-    draw = compiled(draw_tokens, folder, own_products=True)
+    draw = compiled_draw(folder)
     prompts = torch.from_numpy(np.stack([sequence(seed, 6, config) for seed in range(11)]))
     lengths = torch.tensor([6, 2, 3, 1, 5, 4, 6, 6, 2, 3, 4])
     settings = {"config": config, "max_new_tokens": 14, "stop_tokens": [1, 2, 3], "with_entropies": True} | options
@@ -186,7 +187,7 @@ def test_compiled_draws_in_bfloat16_have_the_log_probs_of_the_full_forward(folde
     """Wide enough for the compiler's own products; what one row says depends neither on its slot nor on the others."""
     config = GPT2Config(vocab_size=96, n_positions=48, n_embd=64, n_layer=2, n_head=2)
     params = gpt2.compute_copy(gpt2.init(config, key=random.key(1)), torch.bfloat16)
-    draw = compiled(draw_tokens, folder, own_products=True)
+    draw = compiled_draw(folder)
     prompts = torch.from_numpy(np.stack([sequence(seed, 6, config) for seed in range(9)]))
     lengths, keys = torch.tensor([6, 2, 3, 1, 5, 4, 6, 6, 2]), random.split(random.key(3), 9)
 

@@ -85,7 +85,7 @@ def test_build_rows_gives_every_sequence_back(packing):
         places = [place for unit_places in batch.places for place in unit_places]
         lengths = [length for unit in batch.units for length in units[unit]]
         sequences = [np.array([next(token) for _ in range(length)]) for length in lengths]
-        (tokens, positions, segments), starts = build_rows(sequences, places)
+        (tokens, positions, segments, bounds), starts = build_rows(sequences, places)
         assert {array.dtype for array in (tokens, positions, segments)} == {torch.int64}
         height, width = tokens.shape
         longest = max(start + length for length, (_, start) in zip(lengths, places, strict=True))
@@ -103,3 +103,7 @@ def test_build_rows_gives_every_sequence_back(packing):
         assert int((~empty).sum()) == sum(lengths)
         assert not tokens[empty].any()
         assert not positions[empty].any()
+        flat, ends = segments.flatten(), bounds.tolist()
+        changes = {i for i in range(len(flat)) if i % width == 0 or flat[i] != flat[i - 1]} | {len(flat)}
+        assert bounds.dtype == torch.int32
+        assert ends == sorted(changes)

@@ -69,5 +69,7 @@ def test_signatures_are_pinned(name):
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(rlhf.__path__) if not m.ispkg])
 def test_docstring_examples_run(name):
+    if name == "decode_kernel":
+        pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
     failures, _ = doctest.testmod(importlib.import_module(f"rlhf.{name}"), extraglobs={"torch": torch})
     assert failures == 0

@@ -11,7 +11,7 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from rlhf import gpt2, random
 from rlhf.heads import apply_head
 from rlhf.ops import entropy, token_log_probs
-from rlhf.sampling import filter_logits, generate, sample_token
+from rlhf.sampling import filter_logits, generate, sample_token, sample_token_in_blocks
 
 LENGTHS = torch.tensor([6, 1, 4])
 
@@ -51,10 +51,15 @@ def test_filter_logits_top_p_keeps_the_smallest_set_that_reaches_p(seed, top_p):
     assert probs[kept].min() >= (probs[~kept].max() if (~kept).any() else 0)
 
 
+FORMS = pytest.mark.parametrize("sample", [sample_token, sample_token_in_blocks])
+
+
+@FORMS
+@pytest.mark.parametrize("vocabulary", [9, 256, 300])
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 1000), st.integers(0, 2**23 - 1))
-def test_sample_token_is_the_inverse_cdf(seed, draw):
-    logits, uniform = logits_of(seed, rows=1)[0], draw * 2.0**-23
+def test_sample_token_is_the_inverse_cdf(sample, vocabulary, seed, draw):
+    logits, uniform = logits_of(seed, rows=1, vocabulary=vocabulary)[0], draw * 2.0**-23
     total, expected = 0.0, None
     for token, prob in enumerate(logits.double().softmax(-1).tolist()):
         if abs(total - uniform) < 1e-6:
@@ -63,20 +68,35 @@ def test_sample_token_is_the_inverse_cdf(seed, draw):
         if total > uniform:
             expected = token
             break
-    assert sample_token(logits, torch.tensor(uniform)).item() == expected
+    assert sample(logits, torch.tensor(uniform)).item() == expected
 
 
+@FORMS
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-23])
-def test_sample_token_never_draws_a_filtered_token(uniform):
+def test_sample_token_never_draws_a_filtered_token(sample, uniform):
     logits = torch.full((1, 6), -torch.inf)
     logits[0, 2:4] = torch.tensor([0.3, 0.1])
-    assert sample_token(logits, torch.tensor([uniform])).item() in (2, 3)
+    assert sample(logits, torch.tensor([uniform])).item() in (2, 3)
 
 
-def test_sample_token_follows_the_distribution():
+@FORMS
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(0, 1000), st.floats(0, 1, exclude_max=True, width=32))
+def test_sample_token_never_draws_a_filtered_token_of_many(sample, seed, uniform):
+    """Where most blocks are empty, and at the very edges between two tokens."""
+    logits = logits_of(seed, rows=1, vocabulary=700)[0]
+    logits = torch.where(random.uniform(random.key(seed), (700,)) < 0.02, logits, -torch.inf)
+    logits[seed % 700] = 0.0
+    edges = logits.softmax(-1).cumsum(-1).unique()
+    uniforms = torch.cat([edges, edges.nextafter(torch.zeros(())), torch.tensor([uniform])]).clamp(max=1 - 2**-23)
+    assert torch.isfinite(logits[sample(logits.expand(len(uniforms), -1), uniforms)]).all()
+
+
+@FORMS
+def test_sample_token_follows_the_distribution(sample):
     logits = logits_of(5, rows=1)
     count = 40_000
-    draws = sample_token(logits.expand(count, -1), random.uniform(random.key(6), (count,)))
+    draws = sample(logits.expand(count, -1), random.uniform(random.key(6), (count,)))
     expected = logits[0].double().softmax(-1) * count
     chi_square = ((torch.bincount(draws, minlength=9) - expected).square() / expected).sum().item()
     assert chi_square < 26.1  # 99.9% quantile at 8 degrees of freedom

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType
@@ -23,6 +24,9 @@ _numbers = itertools.count()
 _SMALL = 1 << 24
 """Parameters below which kernels are called from C++: Python between them costs 3 to 5% of a step there, and 9 to 24%
 of a decoded token. All of it is one file for the C++ compiler, which takes minutes where layers are many."""
+
+_ADVICE = ("TensorFloat32 tensor cores", r"\s*Online softmax is disabled")
+"""The compiler's warnings to users who could do otherwise: float32 is IEEE here, and what it decides is its affair."""
 
 
 def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool = False) -> Callable[..., Any]:
@@ -45,18 +49,20 @@ def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool =
         nonlocal graph
         if graph is not None:
             return graph(params, other, *batch, **options)
-        small = own_products or sum(leaf.numel() for leaf in leaves(params)) < _SMALL
-        settings = {
-            "cpp_wrapper": small and leaves(params)[0].is_cpu,
-            "guard_filter_fn": functools.partial(_of_batch, models=function.__code__.co_varnames[:2]),
-            **(_own_products() if own_products else {}),
+        settings: dict[str, Any] = {
+            "guard_filter_fn": functools.partial(_of_batch, models=function.__code__.co_varnames[:2])
         }
+        if leaves(params)[0].is_cpu:
+            small = own_products or sum(leaf.numel() for leaf in leaves(params)) < _SMALL
+            settings |= {"cpp_wrapper": small} | (_own_products() if own_products else {})
         made = torch.compile(_with_own_code(function), fullgraph=True, options=settings)
-        tree_map(_mark_symbolic, batch)
+        tree_map(_mark_symbolic, batch)  # each dimension for itself: equal sizes are a coincidence
         own = folder / f"threads-{torch.get_num_threads()}"
         own.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)  # read by torch at every compilation
-        with FileLock(own / "lock"), _shapes.patch(use_duck_shape=False):  # equal sizes are a coincidence
+        with FileLock(own / "lock"), _shapes.patch(use_duck_shape=False), warnings.catch_warnings():
+            for advice in _ADVICE:
+                warnings.filterwarnings("ignore", message=advice)
             result = made(params, other, *batch, **options)
         graph = made
         return result

@@ -9,11 +9,13 @@ import torch
 
 from rlhf.config import PPOConfig
 from rlhf.execution.compiled import compiled
+from rlhf.execution.draws import compiled_draw
 from rlhf.execution.executor import Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_value_head, value_head_from_reward
 from rlhf.io.model_folder import LanguageModel, RewardModel
 from rlhf.objectives import make_ppo_objective, make_rollout, make_scorer
+from rlhf.sampling import draw_tokens
 from rlhf.schedules import Schedule
 from rlhf.stages.inputs import make_schedule
 from rlhf.stages.supervised import make_adamw
@@ -98,7 +100,6 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
         temperature=settings.temperature,
         log_probs=recomputes_log_probs(settings, dtype),
     )
-    compiling = None if compile_to is None else functools.partial(compiled, folder=compile_to)
     warmup_adamw = make_adamw(
         settings, lambda step: schedule(step * 0), lambda name: float(not name.startswith("policy."))
     )
@@ -118,9 +119,9 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
                 top_p=settings.top_p,
                 stop_tokens=(shapes.eos_id,) if settings.stop_at_eos else (),
                 slots=settings.rollout_slots,
-                compiled=compiling,
+                draw=draw_tokens if compile_to is None else compiled_draw(compile_to),
             ),
-            "score": compiling(score) if compiling else score,
+            "score": score if compile_to is None else compiled(score, compile_to),
         },
         blends={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
         compile_to=compile_to,

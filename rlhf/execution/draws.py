@@ -1,0 +1,116 @@
+"""Fast forms of `rlhf.sampling.draw_tokens`: compiled, and on a GPU recorded."""
+
+import itertools
+import weakref
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.execution.compiled import compiled
+from rlhf.sampling import Batch, Drawn, draw_tokens
+from rlhf.tree import tree_map
+
+Draw = Callable[..., tuple[Batch, Drawn]]
+
+
+def compiled_draw(folder: Path) -> Draw:
+    """`draw_tokens` as compiled code that is kept in `folder`; on a GPU all its draws are one CUDA graph."""
+    on_cpu, on_gpu = (
+        compiled(draw_tokens, folder, own_products=True),
+        Recorded(one_by_one(compiled(draw_tokens, folder))),
+    )
+
+    def draw(params: Any, value_head: Any, batch: Batch, *rest: Tensor, **options: Any) -> tuple[Batch, Drawn]:
+        return (on_cpu if batch.hidden.is_cpu else on_gpu)(params, value_head, batch, *rest, **options)
+
+    return draw
+
+
+def one_by_one(draw: Draw) -> Draw:
+    """`draw` called for every token, so that there is no more to compile than for one."""
+
+    def call(params: Any, value_head: Any, batch: Batch, *rest: Tensor, count: int, **options: Any) -> Any:
+        parts = []
+        for _ in range(count):
+            batch, drawn = draw(params, value_head, batch, *rest, count=1, **options)
+            parts.append(drawn)
+        return batch, Drawn(*(torch.cat(same) for same in zip(*parts, strict=True)))
+
+    return call
+
+
+class Recorded:
+    """A function on a GPU, recorded once for each combination of shapes and options and then replayed.
+
+    A replay launches all kernels together: between them the host has nothing to do. They read and write the same
+    memory each time, so arguments are first copied into buffers of the recording's own, unless they are these already,
+    as what the last call gave back. Results are valid until the next call.
+
+    Source: CUDA graphs, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """Record `function`.
+
+        Args:
+            function: the first two arguments are models, which nothing writes into. Others may be written in place, if
+                a second run from the same arguments writes the same. It must not wait for the device.
+        """
+        self._function = function
+        self._pool: Any = None
+        self._buffers: dict[Hashable, Tensor] = {}
+        self._models: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
+        """By buffer: what it is a copy of, and the number of changes that had seen."""
+        self._recordings: dict[Hashable, _Recording] = {}
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Run the function; see the class for how long results last."""
+        places, kinds = itertools.count(), []
+
+        def load(leaf: Any, *, model: bool) -> Any:
+            place = next(places)
+            if not isinstance(leaf, Tensor):
+                kinds.append(leaf)
+                return leaf
+            kind = (place, leaf.shape, leaf.stride(), leaf.dtype)
+            kinds.append(kind)
+            return self._load(kind, leaf, model)
+
+        buffers = [tree_map(lambda leaf, n=n: load(leaf, model=n < 2), tree) for n, tree in enumerate(arguments)]
+        case = (tuple(kinds), tuple(options.items()))
+        if case not in self._recordings:
+            self._recordings[case] = self._record(buffers, options)
+        recording = self._recordings[case]
+        recording.graph.replay()
+        return recording.results
+
+    def _load(self, kind: Hashable, leaf: Tensor, model: bool) -> Tensor:
+        if kind not in self._buffers:
+            self._buffers[kind] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+        buffer = self._buffers[kind]
+        source, changes = self._models.get(kind, (None, 0))
+        known = model and source is not None and source() is leaf and changes == leaf._version
+        if not known and leaf.data_ptr() != buffer.data_ptr():
+            buffer.copy_(leaf)
+            self._models[kind] = (weakref.ref(leaf), leaf._version)
+        return buffer
+
+    def _record(self, buffers: list[Any], options: dict[str, Any]) -> "_Recording":
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # the first run compiles, and sets up what cannot be set up while recording
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._function(*buffers, **options)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            results = self._function(*buffers, **options)
+        self._pool = graph.pool()
+        return _Recording(graph, results)
+
+
+class _Recording(NamedTuple):
+    graph: Any
+    results: Any
