@@ -7,7 +7,9 @@ Layouts: SFT trains a GPT-2 itself; a reward model and a separate critic are `{"
 PPO trains `{"policy": GPT-2, "critic": {...}}`, or `{"policy": GPT-2, "value_head": head}` on a shared trunk.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,9 +25,30 @@ from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
 from rlhf.ops import entropy, gather_rows, masked_sum, token_log_probs
 from rlhf.remat import in_chunks
 from rlhf.sampling import Completions, draw_tokens, generate
+from rlhf.tree import tree_map
 from rlhf.types import Metrics, Params
 
 Frozen = dict[str, Params]
+
+Objective = Callable[[Params, Frozen, Any], tuple[Tensor, Metrics]]
+"""(params, frozen, micro-batch) -> (loss sum, metric sums with `count`)."""
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A sum of objectives of models that share nothing. Where memory counts, each is differentiated by itself."""
+
+    parts: tuple[Objective, ...]
+
+    def __call__(self, params: Params, frozen: Frozen, batch: Any) -> tuple[Tensor, Metrics]:
+        """All parts together, as any objective."""
+        return add_results([part(params, frozen, batch) for part in self.parts])
+
+
+def add_results(results: Sequence[tuple[Tensor, Metrics]]) -> tuple[Tensor, Metrics]:
+    """The sum of losses, and all metrics; those that several have, such as `count`, are the same in each."""
+    losses, metrics = zip(*results, strict=True)
+    return functools.reduce(torch.add, losses), {name: of for some in metrics for name, of in some.items()}
 
 
 def make_sft_objective(
@@ -105,7 +128,7 @@ def make_ppo_objective(
     loss_kl: Literal["none", "k1", "k2", "k3", "exact"] = "none",
     policy_coef: float = 1.0,
     gradient_checkpointing: bool = False,
-) -> Callable[[Params, Frozen, PPOBatch], tuple[Tensor, Metrics]]:
+) -> Objective:
     """(params, frozen, PPOBatch) -> policy loss + value_coef * value loss - entropy_coef * entropy [+ kl_coef * KL].
 
     Source: Schulman et al. 2017, eq. 9, https://arxiv.org/abs/1707.06347; the KL in the loss is that of Shao et al.
@@ -133,7 +156,7 @@ def make_ppo_objective(
         ref_logits = [unembed(models["reference"], of_reference) for of_reference in ref_hidden]
         return log_probs, entropies, *(exact_kl(logits, of, temperature=temperature) for of in ref_logits)
 
-    def objective(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+    def of_policy(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics, Tensor]:
         policy = compute_copy(params["policy"], dtype)
         hidden = at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
         models, columns = {"policy": _tied(policy)}, [hidden, batch.targets]
@@ -142,19 +165,12 @@ def make_ppo_objective(
             models["reference"] = _tied(reference)
             columns.append(at_predictors(reference, batch, config))
         log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config))(models, *columns)
-        if critic_config is None:
-            values = apply_head(params["value_head"], hidden)
-        else:
-            values = _critic(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
         policy_loss, metrics = ppo_policy_loss(
             log_probs, batch.old_log_probs, batch.advantages, batch.mask, clip_eps=clip_eps, dual_clip=dual_clip
         )
-        value_loss, value_metrics = ppo_value_loss(
-            values, batch.old_values, batch.returns, batch.mask, value_clip_eps=value_clip_eps
-        )
         token_entropy = masked_sum(entropies, batch.mask)
         policy_total = policy_loss - entropy_coef * token_entropy
-        metrics |= value_metrics | {"policy/entropy_avg": token_entropy.detach()}
+        metrics["policy/entropy_avg"] = token_entropy.detach()
         if loss_kl != "none":
             if loss_kl == "exact":
                 (of_tokens,) = exact
@@ -163,9 +179,30 @@ def make_ppo_objective(
             kl = masked_sum(of_tokens, batch.mask)
             policy_total = policy_total + batch.kl_coef * kl
             metrics["loss/kl_avg"] = kl.detach()
-        return policy_coef * policy_total + value_coef * value_loss, metrics
+        return policy_coef * policy_total, metrics, hidden
 
-    return objective
+    def of_values(values: Tensor, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+        loss, metrics = ppo_value_loss(
+            values, batch.old_values, batch.returns, batch.mask, value_clip_eps=value_clip_eps
+        )
+        return value_coef * loss, metrics
+
+    def both(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+        loss, metrics, hidden = of_policy(params, frozen, batch)
+        return add_results([(loss, metrics), of_values(apply_head(params["value_head"], hidden), batch)])
+
+    def policy(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+        params = params if policy_coef else tree_map(Tensor.detach, params)
+        return of_policy(params, frozen, batch)[:2]
+
+    def critic(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+        assert critic_config is not None
+        values = _critic(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
+        return of_values(values, batch)
+
+    if critic_config is None:
+        return both
+    return InParts((policy, critic))
 
 
 def make_rollout(

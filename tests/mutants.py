@@ -547,8 +547,8 @@ MUTANTS = [
         ("ppo: KL unweighted", "policy_total + batch.kl_coef * kl", "policy_total + kl"),
         (
             "ppo: value_coef on the policy",
-            "policy_coef * policy_total + value_coef * value_loss",
-            "value_coef * policy_total + policy_coef * value_loss",
+            "return policy_coef * policy_total, metrics, hidden",
+            "return value_coef * policy_total, metrics, hidden",
         ),
         ("ppo: exact KL turned around", "exact_kl(logits, of, temperature", "exact_kl(of, logits, temperature"),
         (

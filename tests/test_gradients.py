@@ -10,6 +10,7 @@ from torch.func import grad_and_value
 
 from rlhf import random
 from rlhf.execution.gradients import make_gradient
+from rlhf.objectives import InParts
 from rlhf.tree import flat_layout, leaves, tree_map, unflatten
 
 BATCH = random.normal(random.key(2), (5, 3))
@@ -74,6 +75,41 @@ def test_it_is_pure_also_of_tensors_that_the_loss_closes_over():
     assert not any(leaf.requires_grad for leaf in leaves(PARAMS))
 
 
+def noting(kept):
+    class Kept:
+        """What autograd keeps of one tensor."""
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+            kept.add(self)
+
+    return Kept
+
+
+def test_what_one_part_keeps_is_gone_before_the_next_begins():
+    kept, alive, params = weakref.WeakSet(), [], {"a": torch.ones(3), "b": torch.ones(3)}
+
+    def part(name):
+        def objective(own, frozen, batch):
+            gc.collect()
+            alive.append(len(kept))
+            inner = own[name].exp()
+            loss = inner.square().sum()
+            alive.append(len(kept))
+            return loss, {name: inner.sum(), "count": torch.tensor(3)}  # metrics that hold the graph change nothing
+
+        return objective
+
+    objective = InParts((part("a"), part("b")))
+    with torch.autograd.graph.saved_tensors_hooks(noting(kept), lambda of: of.tensor):
+        flat, (loss, metrics) = make_gradient(objective, flat_layout(params), None)(params, {}, BATCH)
+    assert alive == [0, 2, 0, 2]
+    whole, _ = grad_and_value(objective, has_aux=True)(params, {}, BATCH)
+    torch.testing.assert_close(unflatten(flat, flat_layout(params)), whole, atol=0, rtol=0)
+    assert loss == 6 * torch.e**2
+    assert metrics.keys() == {"a", "b", "count"}
+
+
 class Look(torch.autograd.Function):
     """The identity, whose backward pass calls something."""
 
@@ -89,13 +125,6 @@ class Look(torch.autograd.Function):
 
 
 def test_the_backward_pass_frees_what_it_has_used():
-    class Kept:
-        """What autograd keeps of one tensor."""
-
-        def __init__(self, tensor):
-            self.tensor = tensor
-            kept.add(self)
-
     kept, alive = weakref.WeakSet(), []
 
     def look():
@@ -107,7 +136,7 @@ def test_the_backward_pass_frees_what_it_has_used():
         look()
         return loss, {"count": torch.tensor(1)}
 
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda of: of.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(noting(kept), lambda of: of.tensor):
         make_gradient(objective, flat_layout(PARAMS), None)(PARAMS, {}, BATCH)
     assert alive == [3, 0]
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import NonFiniteError
-from rlhf.execution.gradients import Gradient, Objective, make_gradient
+from rlhf.execution.gradients import Gradient, make_gradient
 from rlhf.execution.memory import keep_freed_memory, peak_bytes, reset_peak
 from rlhf.execution.shard import apply, init_shard, update_scale
+from rlhf.objectives import Objective
 from rlhf.ops import mean_metrics
 from rlhf.optim import Optimizer
 from rlhf.tree import (

@@ -9,11 +9,9 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from rlhf.execution.compiled import compiled
+from rlhf.objectives import InParts, Objective, add_results
 from rlhf.tree import FlatLayout, flatten, leaves, tree_map, unflatten
 from rlhf.types import Metrics, Params
-
-Objective = Callable[[Params, dict[str, Params], Any], tuple[Tensor, Metrics]]
-"""(params, frozen, micro-batch) -> (loss sum, metric sums with `count`)."""
 
 Gradient = Callable[[Params, dict[str, Params], Any], tuple[Tensor, tuple[Tensor, Metrics]]]
 """(params, frozen, micro-batch) -> (flat gradient [layout.size] float32, (loss sum, metric sums))."""
@@ -31,7 +29,12 @@ def make_gradient(objective: Objective, layout: FlatLayout, compile_to: Path | N
 
 
 def _traceable(objective: Objective, layout: FlatLayout) -> Gradient:
-    differentiate = grad_and_value(objective, has_aux=True)
+    parts = _parts(objective)
+
+    def whole(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, Metrics]:
+        return add_results([part(params, frozen, batch) for part in parts])
+
+    differentiate = grad_and_value(whole, has_aux=True)
 
     def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, Metrics]]:
         gradients, result = differentiate(params, frozen, batch)
@@ -43,20 +46,30 @@ def _traceable(objective: Objective, layout: FlatLayout) -> Gradient:
 def _eager(objective: Objective, layout: FlatLayout) -> Gradient:
     """The same bits without `torch.func`, which keeps all that a second derivative would need: twice the memory.
 
-    Each leaf's gradient is laid into the flat buffer, and freed, as soon as it is complete.
+    Each leaf's gradient is laid into the flat buffer, and freed, as soon as it is complete. What one part of the
+    objective kept is gone before the next begins.
     """
+    parts = _parts(objective)
 
     def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, Metrics]]:
         own = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
         flat = torch.zeros(layout.size, device=leaves(params)[0].device)
         tree_map(_lay_into, own, unflatten(flat, layout))
-        with torch.enable_grad():
-            loss, metrics = objective(own, frozen, batch)
-            if loss.requires_grad:
-                loss.backward(inputs=leaves(own))  # type: ignore[no-untyped-call]
-        return flat, tree_map(Tensor.detach, (loss, metrics))
+        results = []
+        for part in parts:
+            with torch.enable_grad():
+                result = part(own, frozen, batch)
+                if result[0].requires_grad:
+                    result[0].backward(inputs=leaves(own))  # type: ignore[no-untyped-call]
+            results.append(tree_map(Tensor.detach, result))
+            del result  # with what its metrics may still hold
+        return flat, add_results(results)
 
     return gradient
+
+
+def _parts(objective: Objective) -> tuple[Objective, ...]:
+    return objective.parts if isinstance(objective, InParts) else (objective,)
 
 
 def _lay_into(leaf: Tensor, place: Tensor) -> None:
