@@ -18,10 +18,8 @@ Draw = Callable[..., tuple[Batch, Drawn]]
 
 def compiled_draw(folder: Path) -> Draw:
     """`draw_tokens` as compiled code that is kept in `folder`; on a GPU all its draws are one CUDA graph."""
-    on_cpu, on_gpu = (
-        compiled(draw_tokens, folder, own_products=True),
-        Recorded(one_by_one(compiled(draw_tokens, folder))),
-    )
+    on_cpu = compiled(draw_tokens, folder, own_products=True)
+    on_gpu = Recorded(one_by_one(compiled(draw_tokens, folder)))
 
     def draw(params: Any, value_head: Any, batch: Batch, *rest: Tensor, **options: Any) -> tuple[Batch, Drawn]:
         return (on_cpu if batch.hidden.is_cpu else on_gpu)(params, value_head, batch, *rest, **options)
@@ -63,7 +61,7 @@ class Recorded:
         self._pool: Any = None
         self._buffers: dict[Hashable, Tensor] = {}
         self._models: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
-        """By buffer: what it is a copy of, and the number of changes that had seen."""
+        """By buffer of a model: the tensor it is a copy of, and how many changes that had seen."""
         self._recordings: dict[Hashable, _Recording] = {}
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -92,14 +90,16 @@ class Recorded:
             self._buffers[kind] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
         buffer = self._buffers[kind]
         source, changes = self._models.get(kind, (None, 0))
-        known = model and source is not None and source() is leaf and changes == leaf._version
+        known = source is not None and source() is leaf and changes == leaf._version
         if not known and leaf.data_ptr() != buffer.data_ptr():
             buffer.copy_(leaf)
-            self._models[kind] = (weakref.ref(leaf), leaf._version)
+            if model:
+                self._models[kind] = (weakref.ref(leaf), leaf._version)
         return buffer
 
     def _record(self, buffers: list[Any], options: dict[str, Any]) -> "_Recording":
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # the first run compiles, and sets up what cannot be set up while recording
+        # The first run compiles, and sets up what cannot be set up while recording.
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._function(*buffers, **options)
