@@ -24,11 +24,13 @@ def test_decoding_copy_is_a_cast_whose_large_matrices_lie_transposed_in_bfloat16
     )
 
 
+@pytest.mark.parametrize("tiles", [False, True], ids=["plain CPU", "CPU with tiles"])
 @pytest.mark.parametrize("small", [0, 10**9], ids=["large", "small"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("length", [1, 3])
-def test_product_is_the_same_whichever_way_the_weight_lies(dtype, tolerance, length, small, monkeypatch, key):
+def test_product_is_the_same_whichever_way_the_weight_lies(dtype, tolerance, length, small, tiles, monkeypatch, key):
     monkeypatch.setattr(decoding, "_SMALL", small)
+    monkeypatch.setattr(decoding, "_TILES", tiles)
     x = random.normal(key, (5, length, 16)).to(dtype)
     weight = random.normal(random.fold_in(key, 1), (16, 24)).to(dtype)
     expected = torch.einsum("btk,kn->btn", x.double(), weight.double())
