@@ -173,7 +173,7 @@ def test_recorded_completions_in_bf16_have_the_log_probs_of_a_full_pass(folder, 
 
 
 def test_a_replay_does_not_wait_for_the_device(params):
-    """Nor does anything before the completions are looked at, if they have all been begun."""
+    """Watched from the second time on: the first one records."""
     draw = Recorded(draw_tokens)
     warnings.simplefilter("ignore")  # that looking for it is a prototype
     for mode in ("default", "error"):
