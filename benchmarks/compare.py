@@ -74,9 +74,8 @@ def compare(work: Work, *, rounds: int, device: str, logs: Path) -> dict[str, An
     tokens = {name: [facts["tokens"] for facts in side.rounds[-rounds:]] for name, side in sides.items()}
     rates = {name: [n / s for n, s in zip(tokens[name], times[name], strict=True)] for name in sides}
     narrow = ours.settings.get("precision") == "bf16"
-    flops = roofline.product_flops(device) / min(
-        times["product bf16" if narrow else "product fp32"]
-    )  # limits: the best round
+    products = times["product bf16" if narrow else "product fp32"]
+    flops = roofline.product_flops(device) / min(products)  # limits: the best round
     bandwidth = roofline.copy_bytes(device) / min(times["copy"])
     least = roofline.least_seconds(work.least(2 if narrow else 4), flops=flops, bandwidth=bandwidth)
     return {

@@ -15,7 +15,6 @@ from benchmarks.timing import console, report
 _TARGET = 0.5
 _ITERATIONS = 2
 """Each side's memory grows no more after the second."""
-_CRITICS = ("separate", "shared")
 _LIMITS = {"gpt2": 6e9, "tiny": 6e9}
 """Bytes within which our iteration has to stay on a CPU, by size."""
 _MICRO_BATCH, _ROLLOUT_BATCH = 4, 16
@@ -24,9 +23,9 @@ _MICRO_BATCH, _ROLLOUT_BATCH = 4, 16
 
 def run(bench: Bench) -> None:
     """Measure every row; each process has the machine's memory to itself, so they run one after the other."""
-    fitting = [critic for critic in _CRITICS if bench.size in _LIMITS and bench.device == "cpu"]
+    fitting = [critic for critic in ppo.CRITICS if bench.size in _LIMITS and bench.device == "cpu"]
     measured = [_fit(bench, critic) for critic in fitting]
-    for critic in _CRITICS:
+    for critic in ppo.CRITICS:
         work = ppo.work(bench, critic, "fp32", _TARGET)
         measured += [_against(bench, work, setting) for setting in work.ours]
     rows = [row for row in measured if row]

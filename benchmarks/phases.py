@@ -1,22 +1,20 @@
 """Where the time of our PPO iteration goes: the phases that its log tells apart, compiled and in bf16."""
 
 import statistics
-import time
 from typing import Any
 
 from benchmarks import ours, ppo
 from benchmarks.bench import Bench
 from benchmarks.sides import Side
-from benchmarks.timing import report, spread
+from benchmarks.timing import interleave, report, spread
 
 _WARMUP = 2
 """Iterations that are not counted: compilation, caches."""
-_CRITICS = ("separate", "shared")
 
 
 def run(bench: Bench) -> None:
     """Measure both kinds of critic, one after the other."""
-    rows = [row for critic in _CRITICS for row in _phases(bench, critic)]
+    rows = [row for critic in ppo.CRITICS for row in _phases(bench, critic)]
     if rows:
         report(f"phases-{bench.size}-{bench.device}", rows, bench.output)
 
@@ -27,13 +25,8 @@ def _phases(bench: Bench, critic: str) -> list[dict[str, Any]]:
     if bench.only not in what:
         return []
     (setting,) = bench.ours("ppo", ours.COMPILED_BF16, critic=critic, **ppo.files(bench))
-    seconds: list[float] = []
     with Side(setting, bench.logs / f"phases-{critic}.log") as side:
-        for number in range(_WARMUP + bench.rounds):
-            begun = time.perf_counter()
-            side.round()
-            if number >= _WARMUP:
-                seconds.append(time.perf_counter() - begun)
+        seconds = interleave({"all": side.round}, bench.rounds, warmup=_WARMUP)["all"]
     parts = {name: [facts[name] for facts in side.rounds[_WARMUP:]] for name in ours.PHASES}
     parts["the rest"] = [whole - sum(some) for whole, *some in zip(seconds, *parts.values(), strict=True)]
     total = statistics.median(seconds)

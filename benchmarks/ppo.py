@@ -7,6 +7,8 @@ from benchmarks.bench import Bench
 from benchmarks.compare import Work, compare_all
 
 _TARGETS = {("separate", "fp32"): 1.6, ("separate", "best"): 3.2, ("shared", "best"): 5.0}
+CRITICS = ("separate", "shared")
+"""Ours: a model of its own, or a head on the policy's trunk."""
 _FP32: tuple[dict[str, Any], ...] = ({},)
 _BEST: tuple[dict[str, Any], ...] = (*_FP32, {"matmul": "medium"}, {"precision": "bf16"})
 

@@ -106,9 +106,8 @@ def sample_token_in_blocks(logits: Tensor, uniform: Tensor) -> Tensor:
     own = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, _SUMMED)).squeeze(-2)
     inside = _short_cumulative(own)
     rest = (threshold - F.pad(ends, (1, 0)).gather(-1, block)).clamp(min=0)
-    rest = rest.minimum(
-        torch.nextafter(inside[..., -1:], torch.zeros_like(rest))
-    )  # one token exceeds it, though rounded
+    below = torch.nextafter(inside[..., -1:], torch.zeros_like(rest))
+    rest = rest.minimum(below)  # some token exceeds it, however the sums are rounded
     return block.squeeze(-1) * _SUMMED + (inside <= rest).sum(-1)
 
 

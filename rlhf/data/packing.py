@@ -100,7 +100,7 @@ def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]
     end = max(start + len(sequence) for sequence, (_, start) in zip(sequences, places, strict=True))
     width = -(-end // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
     tokens, positions, segments = (np.zeros((height, width), dtype=np.int64) for _ in range(3))
-    starts, count, filled = [], np.zeros(height, dtype=np.int64), np.zeros(height, dtype=np.int64)
+    starts, count = [], np.zeros(height, dtype=np.int64)
     for sequence, (row, start) in zip(sequences, places, strict=True):
         stop = start + len(sequence)
         count[row] += 1
@@ -108,7 +108,6 @@ def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]
         positions[row, start:stop] = np.arange(len(sequence))
         segments[row, start:stop] = count[row]
         starts.append(row * width + start)
-        filled[row] = max(filled[row], stop)
-    rest = np.flatnonzero(filled < width)
-    bounds = np.unique([*starts, *(rest * width + filled[rest]), height * width]).astype(np.int32)
+    begins = np.flatnonzero(np.diff(segments, axis=1, prepend=-1))  # of each row, too
+    bounds = np.append(begins, height * width).astype(np.int32)
     return PackedRows(Rows(*(torch.from_numpy(array) for array in (tokens, positions, segments, bounds))), starts)

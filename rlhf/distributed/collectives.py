@@ -114,7 +114,7 @@ class Group:
         """Begin; the works of the receives and of the sends."""
         arriving: list[Any] = []
         leaving: list[Any] = []
-        if not (incoming or outgoing):
+        if not (incoming or outgoing):  # NCCL makes no work of nothing
             return arriving, leaving
         if not self._staged:
             self._backend._start_coalescing()

@@ -29,12 +29,7 @@ def make_gradient(objective: Objective, layout: FlatLayout, compile_to: Path | N
 
 
 def _traceable(objective: Objective, layout: FlatLayout) -> Gradient:
-    parts = _parts(objective)
-
-    def whole(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, Metrics]:
-        return add_results([part(params, frozen, batch) for part in parts])
-
-    differentiate = grad_and_value(whole, has_aux=True)
+    differentiate = grad_and_value(objective, has_aux=True)
 
     def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, Metrics]]:
         gradients, result = differentiate(params, frozen, batch)
@@ -49,7 +44,7 @@ def _eager(objective: Objective, layout: FlatLayout) -> Gradient:
     Each leaf's gradient is laid into the flat buffer, and freed, as soon as it is complete. What one part of the
     objective kept is gone before the next begins.
     """
-    parts = _parts(objective)
+    parts = objective.parts if isinstance(objective, InParts) else (objective,)
 
     def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, Metrics]]:
         own = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
@@ -66,10 +61,6 @@ def _eager(objective: Objective, layout: FlatLayout) -> Gradient:
         return flat, add_results(results)
 
     return gradient
-
-
-def _parts(objective: Objective) -> tuple[Objective, ...]:
-    return objective.parts if isinstance(objective, InParts) else (objective,)
 
 
 def _lay_into(leaf: Tensor, place: Tensor) -> None:
