@@ -1,6 +1,7 @@
 """Our side of every comparison: the one file that knows rlhf's entry points."""
 
 import functools
+import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from benchmarks import material
 from benchmarks.bench import Made
 from benchmarks.session import Session
 from rlhf import gpt2
+from rlhf.batches import PairBatch, TokenBatch
 from rlhf.config import CheckpointConfig, DistConfig, LogConfig, PPOConfig, PPORun, RewardConfig, SFTConfig
-from rlhf.data.batching import pair_batches, token_batches
+from rlhf.data.batching import Ahead, pair_batches, token_batches
 from rlhf.data.dataset import TokenSequence, default_cache_dir, texts
 from rlhf.data.embedded import write_embedded
 from rlhf.data.schema import DEMONSTRATIONS
@@ -64,7 +66,11 @@ _STEPS = 1_000_000
 class Records(NamedTuple):
     """Tokenised records in memory, as `rlhf.data.dataset.Dataset` gives them: one sequence each, or two for a pair."""
 
-    records: list[list[list[int]]]
+    records: list[list[np.ndarray]]
+
+    def of_step(self, step: int, count: int) -> list[int]:
+        """`count` records after those of the steps before; after the last comes the first."""
+        return [(step * count + place) % len(self.records) for place in range(count)]
 
     def lengths(self, record: int, max_length: int) -> list[int]:
         """Tokens of each of the record's sequences."""
@@ -72,7 +78,7 @@ class Records(NamedTuple):
 
     def sequences(self, record: int, max_length: int) -> list[Any]:
         """The record's sequences."""
-        return [TokenSequence(np.array(tokens), 1) for tokens in self.records[record]]
+        return [TokenSequence(tokens, 1) for tokens in self.records[record]]
 
 
 def generate(
@@ -127,18 +133,20 @@ def sft(
     rows = micro_batch or count
     settings = SFTConfig(loss_on="all", micro_batch_size=rows, schedule="constant", warmup_fraction=0.0)
     program = functools.partial(sft_stage.make_program, loaded.config, settings, *_computing(precision, compile))
-    data = Records([[tokens] for tokens in material.demonstrations(work, varied)])
+    data = Records([[np.array(tokens)] for tokens in material.demonstrations(work, varied)])
+
+    def batches_of(step: int) -> list[TokenBatch]:
+        records = data.of_step(step, count)
+        return token_batches(data, records, max_length=longest, rows=rows, loss_on="all", key=key(step))
+
     with _executor(program, Models(loaded.params, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
-        step = 0
+        coming = Ahead(map(batches_of, itertools.count()))
         for _ in session.rounds():
             tokens = 0
-            for _ in range(work.steps):
-                records = [(step * count + place) % len(data.records) for place in range(count)]
-                batches = token_batches(data, records, max_length=longest, rows=rows, loss_on="all", key=key(step))
-                metrics = executor.step("main", batches)
+            for batches in itertools.islice(coming, work.steps):
+                metrics = executor.step("main", batches, coming.prepare)
                 tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
-                step += 1
             session.answer(tokens=tokens, loss=metrics["loss/sft"] * sum(len(batch.targets) for batch in batches))
 
 
@@ -214,18 +222,20 @@ def reward(session: Session, *, model: str, size: str, device: str, precision: s
     count, longest = work.pairs
     settings = RewardConfig(micro_batch_size=2 * count, schedule="constant", warmup_fraction=0.0, learning_rate=1e-3)
     program = functools.partial(reward_stage.make_program, loaded.config, settings, *_computing(precision, compile))
-    data = Records(material.preferences(work))
+    data = Records([[np.array(tokens) for tokens in pair] for pair in material.preferences(work)])
+
+    def batches_of(step: int) -> list[PairBatch]:
+        packs = pair_batches(data, data.of_step(step, count), max_length=longest, rows=2 * count)
+        return [pack.batch for pack in packs]
+
     with _executor(program, Models(loaded.params, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
-        step = 0
+        coming = Ahead(map(batches_of, itertools.count()))
         for _ in session.rounds():
             tokens = 0
-            for _ in range(work.steps):
-                records = [(step * count + place) % len(data.records) for place in range(count)]
-                packs = pair_batches(data, records, max_length=longest, rows=2 * count)
-                metrics = executor.step("main", [pack.batch for pack in packs])
-                tokens += sum(int((pack.batch.rows.segments > 0).sum()) for pack in packs)
-                step += 1
+            for batches in itertools.islice(coming, work.steps):
+                metrics = executor.step("main", batches, coming.prepare)
+                tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
             session.answer(tokens=tokens, loss=metrics["loss/reward"])
 
 

@@ -9,6 +9,7 @@ from rlhf.types import Params
 
 _ALIGNMENT = 64
 """Rows to which an embedding is filled up on GPUs: their matrix units cannot write rows of 50,257 logits."""
+_NO_TOKEN = -1e30
 _SMALL = 1 << 18
 """Elements of a weight up to which a product is left to the compiler; beyond, the library is faster."""
 _TILES = bool(torch.cpu.get_capabilities().get("amx_bf16"))
@@ -37,6 +38,18 @@ def align(embedding: Tensor) -> Tensor:
     """The embedding [V, D]; on a GPU filled up with zeros to rows of logits that its matrix units can write."""
     missing = -len(embedding) % _ALIGNMENT
     return F.pad(embedding, (0, 0, 0, missing)) if embedding.is_cuda and missing else embedding
+
+
+def without_filling(logits: Tensor, vocab_size: int) -> Tensor:
+    """Logits [..., W] made with an aligned embedding, of W >= vocab_size columns: what is no token becomes -1e30.
+
+    Softmax makes exactly 0 of that, and 0 times it is 0, so sums over tokens stay what they are. To cut the columns off
+    instead makes passes over the logits twice as long: a GPU's vector loads must not cross the end of a row.
+    """
+    if logits.shape[-1] == vocab_size:
+        return logits
+    token = torch.arange(logits.shape[-1], device=logits.device)
+    return torch.where(token < vocab_size, logits, _NO_TOKEN)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rlhf.attention import attend_once, attention, packed_attention, packs, segment_bias
 from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
-from rlhf.decoding import align, product
+from rlhf.decoding import align, product, without_filling
 from rlhf.gpt2_config import GPT2Config
 from rlhf.ops import gather_rows
 from rlhf.random import fold_in, normal, uniform
@@ -178,11 +178,14 @@ def trunk(
     return _run(params, embedded, config, attend, drop, gradient_checkpointing=gradient_checkpointing)
 
 
-def unembed(params: Params, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of hidden states [..., D] in their dtype, through the embedding (tied weights)."""
+def unembed(params: Params, hidden: Tensor, *, aligned: bool = False) -> Tensor:
+    """Logits [..., V] of hidden states [..., D] in their dtype, through the embedding (tied weights).
+
+    If `aligned`, with the columns that a GPU's products need, as `rlhf.decoding.without_filling` has them.
+    """
     weight: Tensor = params["wte"]["weight"]
-    padded = align(weight.to(hidden.dtype))
-    return (hidden @ padded.T)[..., : len(weight)]
+    logits = hidden @ align(weight.to(hidden.dtype)).T
+    return without_filling(logits, len(weight)) if aligned else logits[..., : len(weight)]
 
 
 def chunk_size(config: GPT2Config) -> int:
@@ -282,17 +285,17 @@ def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, c
     """
     rows = torch.arange(len(tokens), device=tokens.device)
     unseen = torch.arange(used, device=tokens.device) > lengths[:, None]
-    bias_BU, seen = torch.where(unseen, -torch.inf, 0.0), (lengths + 1).int()
+    bias_BU = torch.where(unseen, -torch.inf, 0.0)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        q, k, v = qkv[:, 0].unbind(1)
         keys, values = cache.keys[layer], cache.values[layer]
-        keys[rows, :, :, lengths] = k
-        values[rows, :, lengths] = v
-        if q.is_cuda:
+        if qkv.is_cuda:
             from rlhf.decode_kernel import attend_cached  # here, because it imports Triton
 
-            return attend_cached(q, keys, values, seen)[:, :, None]
+            return attend_cached(qkv[:, 0], keys, values, lengths)[:, :, None]
+        q, k, v = qkv[:, 0].unbind(1)
+        keys[rows, :, :, lengths] = k
+        values[rows, :, lengths] = v
         return attend_once(q, keys[..., :used], values[:, :, :used], bias_BU)[:, :, None]
 
     return _run(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]

@@ -52,11 +52,11 @@ def make_measure(
     """
 
     def per_token(models: Params, targets: Tensor, hidden: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
-        logits = unembed(models["model"], hidden)
+        logits = unembed(models["model"], hidden, aligned=True)
         log_probs = token_log_probs(logits, targets, temperature=temperature)
         ref_log_probs = kl = torch.zeros_like(log_probs)
         if ref_hidden:
-            ref_logits = unembed(models["reference"], *ref_hidden)
+            ref_logits = unembed(models["reference"], *ref_hidden, aligned=True)
             ref_log_probs = token_log_probs(ref_logits, targets, temperature=temperature)
             kl = exact_kl(logits, ref_logits, temperature=temperature)
         return log_probs, logits.argmax(-1) == targets, entropy(logits, temperature=temperature), ref_log_probs, kl

@@ -61,7 +61,7 @@ def make_sft_objective(
     """(GPT-2, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = unembed(params, hidden)
+        logits = unembed(params, hidden, aligned=True)
         seen = logits.detach()
         correct = seen.gather(-1, targets.unsqueeze(-1)).squeeze(-1) >= seen.amax(-1)
         return token_log_probs(logits, targets), correct.float()
@@ -150,10 +150,10 @@ def make_ppo_objective(
     """
 
     def per_token(models: Frozen, hidden: Tensor, targets: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
-        logits = unembed(models["policy"], hidden)
+        logits = unembed(models["policy"], hidden, aligned=True)
         log_probs = token_log_probs(logits, targets, temperature=temperature)
         entropies = entropy(logits if entropy_coef else logits.detach(), temperature=temperature)
-        ref_logits = [unembed(models["reference"], of_reference) for of_reference in ref_hidden]
+        ref_logits = [unembed(models["reference"], of_reference, aligned=True) for of_reference in ref_hidden]
         return log_probs, entropies, *(exact_kl(logits, of, temperature=temperature) for of in ref_logits)
 
     def of_policy(params: Params, frozen: Frozen, batch: PPOBatch) -> tuple[Tensor, Metrics, Tensor]:
@@ -292,7 +292,8 @@ def make_scorer(
     """
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor]:
-        return (token_log_probs(unembed(params, hidden), targets, temperature=temperature),)
+        logits = unembed(params, hidden, aligned=True)
+        return (token_log_probs(logits, targets, temperature=temperature),)
 
     def look(params: Params, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
         """Hidden states and log-probs of a GPT-2."""

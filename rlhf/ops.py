@@ -96,7 +96,11 @@ def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
     check_integer("token_log_probs", targets=targets)
     check_same_shape("token_log_probs", targets=targets, **{"logits[..., 0]": logits[..., 0]})
     scaled = scale_logits(logits, temperature)
-    chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():  # then its gradient, too, is part of another pass
+        token = torch.arange(scaled.shape[-1], device=scaled.device)
+        chosen = torch.where(token == targets.unsqueeze(-1), scaled, 0.0).sum(dim=-1)
+    else:
+        chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen - torch.logsumexp(scaled, dim=-1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.checks import check_value
 from rlhf.schedules import Schedule
-from rlhf.tree import global_norm, leaves, tree_map, tree_map_named
+from rlhf.tree import global_norm, tree_map, tree_map_named, zip_named
 from rlhf.types import Tree
 
 
@@ -91,7 +91,7 @@ def adamw(
         return rate_scale(name) if rate_scale else 1.0, weight_decay if decays(name) else 0.0
 
     def init(params: Tree) -> AdamState:
-        step = torch.zeros((), dtype=torch.int64, device=leaves(params)[0].device)
+        step = torch.zeros((), dtype=torch.int64)  # on the CPU, which needs the rate
         return AdamState(step, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
@@ -112,19 +112,17 @@ def adamw(
 
     def update_(grads: Tree, state: AdamState, params: Tree) -> AdamState:
         rate, step = float(learning_rate(state.step)), state.step + 1
-        groups: defaultdict[tuple[float, float], list[tuple[Tensor, ...]]] = defaultdict(list)
-
-        def sort(name: str, *parts: Tensor) -> None:
+        groups: defaultdict[tuple[float, float], list[list[Tensor]]] = defaultdict(list)
+        for name, parts in zip_named(params, grads, state.mu, state.nu):
             groups[alike(name)].append(parts)
-
-        tree_map_named(sort, params, grads, state.mu, state.nu)
         for (scale, decay), group in groups.items():
             p, g, m, v = map(list, zip(*group, strict=True))
             if scale == 0:  # subtracting 0.0 turns -0.0 into 0.0
                 p = [leaf.clone() for leaf in p]
+            steps = [step.float().to(p[0].device, non_blocking=True)] * len(p)
             torch._fused_adamw_(
-                p, g, m, v, [], [step.float()] * len(p), lr=rate * scale, beta1=b1, beta2=b2, weight_decay=decay,
-                eps=eps, amsgrad=False, maximize=False,
+                p, g, m, v, [], steps, lr=rate * scale, beta1=b1, beta2=b2, weight_decay=decay, eps=eps,
+                amsgrad=False, maximize=False,
             )  # fmt: skip
         return state._replace(step=step)
 

@@ -4,7 +4,7 @@ Anything that leaves the process (checkpoints, the parameter server, allreduce b
 dotted names of its leaves, never by traversal order, so that two processes cannot disagree about it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,14 @@ def tree_map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tre
 def leaves(tree: Tree) -> list[Tensor]:
     """The leaves in traversal order: dicts by insertion, lists by index."""
     return pytree.tree_leaves(tree)
+
+
+def zip_named(tree: Tree, *rest: Tree) -> Iterator[tuple[str, list[Tensor]]]:
+    """Of every leaf its dotted name, and it with the leaves at the same places of `rest`."""
+    with_paths, spec = pytree.tree_flatten_with_path(tree)
+    others = [spec.flatten_up_to(other) for other in rest]
+    for (path, leaf), *same in zip(with_paths, *others, strict=True):
+        yield _dotted(path), [leaf, *same]
 
 
 def named_leaves(tree: Tree) -> dict[str, Tensor]:
@@ -76,8 +84,9 @@ def cast(tree: Tree, dtype: torch.dtype) -> Tree:
 
 
 def to_device(tree: Tree, device: torch.device | str) -> Tree:
-    """Every leaf on `device`."""
-    return tree_map(lambda leaf: leaf.to(device), tree)
+    """Every leaf on `device`; a GPU is not waited for when it is given something."""
+    to_gpu = torch.device(device).type == "cuda"
+    return tree_map(lambda leaf: leaf.to(device, non_blocking=to_gpu), tree)
 
 
 def all_finite(tree: Tree) -> bool:

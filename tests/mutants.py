@@ -559,8 +559,8 @@ MUTANTS = [
         ("score: reference is the policy", 'look(frozen["reference"], batch)', 'look(params["policy"], batch)'),
         (
             "score: at temperature 1",
-            "token_log_probs(unembed(params, hidden), targets, temperature=temperature)",
-            "token_log_probs(unembed(params, hidden), targets)",
+            "(token_log_probs(logits, targets, temperature=temperature),)",
+            "(token_log_probs(logits, targets),)",
         ),
         ("score: reward at the first", "gather_rows(hidden, batch.last)", "gather_rows(hidden, batch.last * 0)"),
         (

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf import random
 from rlhf.batches import Rows
 from rlhf.data.batching import (
+    Ahead,
     PackedCompletions,
     pack_completions,
     pair_batches,
@@ -110,6 +111,19 @@ def test_token_batches_have_keys_of_their_own(demonstrations):
 
 def test_token_batches_of_no_records_are_none(demonstrations):
     assert token_batches(demonstrations, [], max_length=9, rows=2, loss_on="all", key=random.key(0)) == []
+
+
+def test_ahead_gives_every_item_once_and_makes_at_most_one_before_it_is_asked_for():
+    made = []
+    items = Ahead(made.append(number) or number for number in range(4))
+    assert made == []
+    for number in items:
+        assert made == list(range(number + 1))
+        items.prepare()
+        items.prepare()
+        assert made == list(range(min(number + 2, 4)))
+    assert list(items) == []
+    assert list(Ahead(range(3))) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 5])

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.func import grad
 
 from rlhf import decoding, random
+from rlhf.kl import exact_kl
+from rlhf.ops import entropy, token_log_probs
 from rlhf.tree import cast, named_leaves
 
 
@@ -38,3 +41,27 @@ def test_product_is_the_same_whichever_way_the_weight_lies(dtype, tolerance, len
         result = decoding.product(x, lies)
         assert (result.shape, result.dtype, result.is_contiguous()) == (expected.shape, dtype, True)
         torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_columns_that_are_no_tokens_change_no_sum_over_tokens(key):
+    wide = 5 * random.normal(key, (3, 7, 40))
+    logits, other = wide[..., :33], random.normal(random.fold_in(key, 1), (3, 7, 40))
+    targets = torch.arange(21).view(3, 7)
+
+    def figures(logits, other):
+        return (
+            token_log_probs(logits, targets, temperature=0.7),
+            entropy(logits, temperature=0.7),
+            exact_kl(logits, other, temperature=0.7),
+        )
+
+    def total(wide):
+        return sum(part.sum() for part in figures(*(decoding.without_filling(of, 33) for of in (wide, other))))
+
+    found, gradient = figures(*(decoding.without_filling(of, 33) for of in (wide, other))), grad(total)(wide)
+    expected = figures(logits, other[..., :33])
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(gradient[..., 33:], torch.zeros(3, 7, 7))
+    exact = grad(lambda logits: sum(part.sum() for part in figures(logits, other[..., :33])))(logits)
+    torch.testing.assert_close(gradient[..., :33], exact)
+    assert decoding.without_filling(logits, 33) is logits

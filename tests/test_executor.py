@@ -78,6 +78,12 @@ def test_map_keeps_the_order_and_reads_the_present_parameters():
         executor.step("main", parts)
 
 
+def test_a_step_calls_what_is_to_be_done_meanwhile_before_its_update():
+    executor, versions = LocalExecutor(PROGRAM, MODELS, CPU), []
+    executor.step("main", [batch(6, 0), batch(6, 1)], lambda: versions.append(executor.version))
+    assert versions == [0]
+
+
 def test_restore_continues_to_the_same_bits():
     one, two = LocalExecutor(PROGRAM, MODELS, CPU), LocalExecutor(PROGRAM, MODELS, CPU)
     for step in range(3):

@@ -7,7 +7,7 @@ import pytest
 import test_compiled
 import torch
 import toy
-from laws import assert_close
+from laws import assert_close, assert_same_bits
 
 from rlhf import gpt2, random
 from rlhf.attention import attend_once, attention, packed_attention, segment_bias
@@ -109,13 +109,14 @@ def test_attention_of_packed_rows_agrees_with_the_masked_form():
 def test_attention_to_a_cache_agrees_with_the_plain_form(width, dtype):
     from rlhf.decode_kernel import attend_cached
 
-    q, cache = random.normal(random.key(1), (5, 3, width)), random.normal(random.key(2), (2, 5, 150, 3, width))
-    keys, values = cache.cuda().to(dtype)
-    seen = torch.tensor([1, 64, 65, 150, 7])
-    q = q.cuda().to(dtype)
-    found = attend_cached(q, keys.permute(0, 2, 3, 1), values.transpose(1, 2), seen.int().cuda())
-    bias = torch.where(torch.arange(150) < seen[:, None], 0.0, -torch.inf).double()
-    keys, values, q = keys.cpu().double(), values.cpu().double(), q.cpu().double()
+    qkv, cache = random.normal(random.key(1), (5, 3, 3, width)), random.normal(random.key(2), (2, 5, 150, 3, width))
+    qkv, cache, lengths = qkv.cuda().to(dtype), cache.cuda().to(dtype), torch.tensor([0, 63, 64, 149, 7])
+    keys, values = written = cache.clone()
+    found = attend_cached(qkv, keys.permute(0, 2, 3, 1), values.transpose(1, 2), lengths.cuda())
+    cache[0, range(5), lengths], cache[1, range(5), lengths] = qkv[:, 1], qkv[:, 2]
+    assert_same_bits(written, cache)
+    bias = torch.where(torch.arange(150) <= lengths[:, None], 0.0, -torch.inf).double()
+    (keys, values), q = cache.cpu().double(), qkv[:, 0].cpu().double()
     exact = attend_once(q, keys.permute(0, 2, 3, 1), values.transpose(1, 2), bias)
     assert_close(found.cpu().double(), exact, 1e-5 if dtype == torch.float32 else 1e-2)
 

@@ -143,9 +143,9 @@ def test_logits_in_chunks_and_checkpointed_blocks_change_nothing(
     monkeypatch.setattr(gpt2, "_CHUNK", tokens_at_once * config.vocab_size)
     largest, unembed = [], gpt2.unembed
 
-    def watched(params, hidden):
+    def watched(params, hidden, **options):
         largest.append(len(hidden))
-        return unembed(params, hidden)
+        return unembed(params, hidden, **options)
 
     monkeypatch.setattr("rlhf.objectives.unembed", watched)
     sft = make_sft_objective(config, gradient_checkpointing=True)

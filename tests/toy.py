@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rlhf import random
+from rlhf.data.batching import Ahead
 from rlhf.distributed.worker import Worker
 from rlhf.execution.executor import Models, Program, StepSpec
 from rlhf.optim import adamw
@@ -57,8 +58,9 @@ def batch(size, seed):
 def drive(executor, steps, micro_batches=7):
     """Everything an executor can do, in turn; (what it returned, its state)."""
     seen = []
-    for step in range(steps):
-        seen.append(executor.step("main", [batch(6, 100 * step + number) for number in range(micro_batches)]))
+    coming = Ahead([batch(6, 100 * step + number) for number in range(micro_batches)] for step in range(steps))
+    for step, batches in enumerate(coming):
+        seen.append(executor.step("main", batches, coming.prepare))
         seen.append(torch.cat(executor.map("predict", [batch(3, number) for number in range(5)])).tolist())
         if step % 3 == 1:
             executor.reset_optimizer()

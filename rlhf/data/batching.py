@@ -1,7 +1,8 @@
 """From records and completions to packed micro-batches."""
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -177,6 +178,27 @@ def ppo_batch(
     gathered = [array[packed.sequence, packed.step] for array in arrays]
     columns = [*packed.batch[1:4], *_two_at_least(*gathered), torch.tensor(kl_coef)]
     return PPOBatch(packed.batch.rows, *columns)
+
+
+T = TypeVar("T")
+
+
+class Ahead(Iterator[T]):
+    """Items of which the next can be made before it is asked for: a step's batches, while a GPU is at the last ones."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        """`items` are made one by one."""
+        self._left, self._made = iter(items), list[T]()
+
+    def __next__(self) -> T:
+        self.prepare()
+        if not self._made:
+            raise StopIteration
+        return self._made.pop()
+
+    def prepare(self) -> None:
+        """Make the next item, if there is one and it is not made already."""
+        self._made = self._made or list(itertools.islice(self._left, 1))
 
 
 def _two_at_least(*columns: Tensor) -> list[Tensor]:

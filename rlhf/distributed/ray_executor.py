@@ -88,9 +88,9 @@ class RayExecutor:
         results: dict[int, Tree] = {}  # kept when a worker is lost
         return self._try(lambda: self._map(name, batches, results), lambda local: local.map(name, batches))
 
-    def step(self, name: str, batches: Sequence[Any]) -> dict[str, float]:
+    def step(self, name: str, batches: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> dict[str, float]:
         """See `Executor.step`."""
-        metrics: dict[str, float] = self._change("step", name, batches)
+        metrics: dict[str, float] = self._change("step", name, batches, meanwhile=meanwhile)
         return metrics
 
     def blend(self, name: str) -> None:
@@ -157,27 +157,30 @@ class RayExecutor:
                 self._recover(lost)
         return take_over(self._local)
 
-    def _change(self, method: str, *arguments: Any) -> Any:
-        """Change the state, and remember how until the next snapshot."""
-        result = self._try(lambda: self._do(method, *arguments), lambda local: getattr(local, method)(*arguments))
+    def _change(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Change the state, and remember how until the next snapshot; options have no part in it."""
+        result = self._try(
+            lambda: self._do(method, *arguments, **options), lambda local: getattr(local, method)(*arguments)
+        )
         if not self._local:
             self._done.append((method, arguments))
             if len(self._done) >= self._dist.snapshot_every:
                 self._try(self._take_snapshot, lambda local: None)
         return result
 
-    def _do(self, method: str, *arguments: Any) -> Any:
+    def _do(self, method: str, *arguments: Any, **options: Any) -> Any:
         if method == "step":
-            return self._step(*arguments)
+            return self._step(*arguments, **options)
         return self._call(self._workers if method == "blend" else self._members, method, *arguments)
 
-    def _step(self, name: str, batches: Sequence[Any]) -> dict[str, float]:
+    def _step(self, name: str, batches: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> dict[str, float]:
         shares = deal(len(batches), len(self._workers)) + ((len(batches),) * 2,) * len(self._servers)
         arrays = [to_numpy(batch) for batch in batches]
         calls = [
             (member, member.call("step", name, self._version, shares, self._dist.reduce, arrays[slice(*share)]))
             for member, share in zip(self._members, shares, strict=True)
         ]
+        meanwhile()
         answers = self._collect(calls)
         update = answers[0][1]
         results = [from_numpy(result, _CPU, copy=True) for of_member, _ in answers for result in of_member]

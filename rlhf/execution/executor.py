@@ -103,8 +103,10 @@ class Executor(Protocol):
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
         """Run `program.maps[name]` on every micro-batch; results on the CPU, in order."""
 
-    def step(self, name: str, batches: Sequence[Any]) -> dict[str, float]:
+    def step(self, name: str, batches: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> dict[str, float]:
         """Apply one optimiser step on the summed gradient of the micro-batches; means of the metrics, `grad_norm`.
+
+        `meanwhile` is called while others, or a GPU, compute the gradients; more than once where a step is repeated.
 
         Raises NonFiniteError, and changes nothing, if a loss or gradient is not finite.
         """
@@ -169,7 +171,7 @@ class LocalExecutor:
                 for batch in batches
             ]
 
-    def step(self, name: str, batches: Sequence[Any]) -> dict[str, float]:
+    def step(self, name: str, batches: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> dict[str, float]:
         """See `Executor.step`."""
         spec, results = self._program.steps[name], []
 
@@ -182,7 +184,10 @@ class LocalExecutor:
             return flat
 
         gradient_sum = tree_sum(map(flat_gradient, batches), donated=True)
-        update = plan_update(losses_and_counts(results), chunk_square_sums(gradient_sum), spec.max_grad_norm)
+        squares = chunk_square_sums(gradient_sum)
+        meanwhile()
+        results = to_device(results, "cpu")  # here alone a GPU is waited for: it applies the update while we go on
+        update = plan_update(losses_and_counts(results), squares.cpu(), spec.max_grad_norm)
         if not update.finite:
             raise not_finite(name, batches, results, update, lambda batch: all_finite(gradient(batch)))
         self._shard = apply(self._shard, self.version, gradient_sum, update.scale, spec.optimizer, self._layout)

@@ -4,6 +4,7 @@ The flat buffer of all parameters is cut into contiguous ranges at multiples of 
 `Shard` with a version. One process holds one shard; nothing here knows who hosts it.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -81,7 +82,8 @@ def apply(
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
     updated: Any = shard.opt_state
-    for group in _groups(shard, layout, optimizer.alike):
+    size = _GROUP * (1 if shard.params.is_cpu else 32)
+    for group in _groups(shard.start, shard.params.numel(), size, layout, optimizer.alike):
         low, high = group.start, group.stop
         gradient = _cut(gradient_sum[low:high].mul_(scale), group)
         state = tree_map(lambda leaf, g=group: _cut(leaf[g.start : g.stop], g) if leaf.ndim else leaf, shard.opt_state)
@@ -100,35 +102,36 @@ class _Group(NamedTuple):
 
     start: int
     stop: int
-    blocks: dict[str, tuple[int, int]]
-    """(first element, end) within the group, by leaf name."""
+    blocks: dict[str, int]
+    """Elements of each, which lie behind one another, by leaf name."""
 
 
-def _groups(shard: Shard, layout: FlatLayout, alike: Callable[[str], Hashable]) -> list[_Group]:
-    """Cut a shard into groups of at most _GROUP elements, and these into blocks that an optimiser treats alike.
+@functools.lru_cache(maxsize=8)  # the same in every step
+def _groups(start: int, count: int, size: int, layout: FlatLayout, alike: Callable[[str], Hashable]) -> list[_Group]:
+    """Cut a shard of [start, start + count) into groups of `size` elements, and these into blocks treated alike.
 
-    A block is a leaf, or several with the gaps between them, in which all is zero; it begins at a multiple of
+    A block is a leaf, or several, with the gaps behind them, in which all is zero; it begins at a multiple of
     ALIGNMENT, as `rlhf.optim.adamw` asks for. There is at least one group, if an empty one: a shard without elements
     counts its steps too.
     """
-    end = shard.start + shard.params.numel()
-    blocks: list[tuple[str, int, int]] = []
+    firsts: dict[str, int] = {}
+    last = layout.names[0]  # of a shard that is nothing but a gap
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
-        low, high = max(offset, shard.start), min(offset + shape.numel(), end)
-        if low < high and blocks and alike(blocks[-1][0]) == alike(name):
-            blocks[-1] = (*blocks[-1][:2], high - shard.start)
-        elif low < high:
-            blocks.append((name, low - shard.start, high - shard.start))
-    size, count = _GROUP * (1 if shard.params.is_cpu else 32), shard.params.numel()
-    groups = [_Group(start, min(start + size, count), {}) for start in range(0, count, size)]
-    for name, low, high in blocks:
-        for group in groups[low // size : -(-high // size)]:
-            group.blocks[name] = (max(low, group.start) - group.start, min(high, group.stop) - group.start)
-    return groups or [_Group(0, 0, {})]
+        if offset < start + count and offset + shape.numel() > start and not (firsts and alike(last) == alike(name)):
+            firsts[name] = max(offset - start, 0)
+            last = name
+    firsts = {name: first if number else 0 for number, (name, first) in enumerate((firsts or {last: 0}).items())}
+    ends = [*list(firsts.values())[1:], count]
+    groups = []
+    for low in range(0, max(count, 1), size):
+        high = min(low + size, count)
+        sizes = {n: min(end, high) - max(first, low) for (n, first), end in zip(firsts.items(), ends, strict=True)}
+        groups.append(_Group(low, high, {name: number for name, number in sizes.items() if number > 0}))
+    return groups
 
 
 def _cut(leaf: Tensor, group: _Group) -> dict[str, Tensor]:
-    return {name: leaf[low:high] for name, (low, high) in group.blocks.items()}
+    return dict(zip(group.blocks, leaf.split_with_sizes(list(group.blocks.values())), strict=True))
 
 
 def _leaves_of(state: Any, *, counters: bool = False) -> list[Tensor]:

@@ -10,8 +10,9 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from rlhf.batches import PPOBatch
 from rlhf.config import PPOConfig, PPORun
-from rlhf.data.batching import ppo_batch
+from rlhf.data.batching import Ahead, ppo_batch
 from rlhf.data.schema import PROMPTS
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience
@@ -151,12 +152,16 @@ def _learn(
         ppo.executor.reset_optimizer()  # the policy's first updates shall not see averages of gradients it never had
     first_update = ppo.executor.version
     collected: defaultdict[str, list[float]] = defaultdict(list)
-    for minibatch in _minibatches(ppo, step, len(rollout.texts)):
-        micro_batches = [
+
+    def batches_of(minibatch: list[int]) -> list[PPOBatch]:
+        return [
             ppo_batch(packed, scored.log_probs, scored.ref_log_probs, scored.values, experience, kl_coef)
             for packed in pack_rollout(ppo, rollout, minibatch)
         ]
-        metrics = ppo.executor.step("critic" if warmup else "ppo", micro_batches)
+
+    coming = Ahead(map(batches_of, _minibatches(ppo, step, len(rollout.texts))))
+    for micro_batches in coming:
+        metrics = ppo.executor.step("critic" if warmup else "ppo", micro_batches, coming.prepare)
         for name, value in metrics.items():
             collected[name].append(value)
         if settings.target_kl is not None and metrics["policy/approxkl_avg"] > settings.target_kl:

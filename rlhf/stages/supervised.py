@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rlhf.config import SupervisedConfig
+from rlhf.data.batching import Ahead
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import Schema
 from rlhf.execution.executor import Executor
@@ -124,12 +125,18 @@ def train_supervised(
     """
     order_key, dropout_key = run.key(Purpose.ORDER), run.key(Purpose.DROPOUT)
     last: dict[str, float] = {}
+    coming: Ahead[list[Any]] | None = None
+
+    def batches_of(step: int) -> list[Any]:
+        order = record_order(order_key, len(split.train), step * settings.batch_size, settings.batch_size)
+        return batches([split.train[place] for place in order], fold_in(dropout_key, step))
 
     def advance(step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:
+        nonlocal coming
         begun = time.perf_counter()
-        order = record_order(order_key, len(split.train), step * settings.batch_size, settings.batch_size)
-        micro_batches = batches([split.train[place] for place in order], fold_in(dropout_key, step))
-        metrics = executor.step("main", micro_batches)
+        coming = coming or Ahead(map(batches_of, range(step, plan.steps)))
+        micro_batches = next(coming)
+        metrics = executor.step("main", micro_batches, coming.prepare)
         tokens = sum(int((batch.rows.segments > 0).sum()) for batch in micro_batches)
         metrics |= {"lr": rate_at(plan.schedule, step), "perf/tokens_per_s": tokens / (time.perf_counter() - begun)}
         if (step + 1) % settings.eval_every == 0 or step + 1 == plan.steps:
