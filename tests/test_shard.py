@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf import random
-from rlhf.execution.shard import apply, init_shard, update_scale
+from rlhf.execution.shard import apply, cut, init_shard, update_scale
 from rlhf.optim import adamw
 from rlhf.schedules import linear
 from rlhf.tree import CHUNK, chunk_square_sums, flat_layout, flatten, leaves, tree_map, unflatten
@@ -27,6 +27,10 @@ TREE = normals(1)
 LAYOUT = flat_layout(TREE)
 
 
+def applied(shard, step, gradient, scale=1.0):
+    return apply(shard, step, cut(shard, gradient, OPTIMIZER, LAYOUT), scale, OPTIMIZER)
+
+
 def run(cuts: list[int], steps: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Parameters and optimiser state after some steps, with shards cut at these chunks."""
     flat = flatten(TREE, LAYOUT)
@@ -37,8 +41,7 @@ def run(cuts: list[int], steps: int = 5) -> tuple[torch.Tensor, list[torch.Tenso
         squares = torch.cat([chunk_square_sums(gradient[a:b]) for a, b in itertools.pairwise(bounds)])
         scale, _ = update_scale(squares, 3.0, 0.5)
         shards = [
-            apply(shard, step, gradient[shard.start : shard.start + len(shard.params)], scale, OPTIMIZER, LAYOUT)
-            for shard in shards
+            applied(shard, step, gradient[shard.start : shard.start + len(shard.params)], scale) for shard in shards
         ]
     states = [leaves(shard.opt_state) for shard in shards]
     return torch.cat([s.params for s in shards]), [
@@ -77,14 +80,14 @@ def test_apply_gives_the_same_bits_for_any_group_size(group, monkeypatch):
 
 def test_apply_is_exactly_once():
     flat, gradient = flatten(TREE, LAYOUT), flatten(normals(2), LAYOUT)
-    shard = apply(init_shard(flat, OPTIMIZER), 0, gradient, 1.0, OPTIMIZER, LAYOUT)
+    shard = applied(init_shard(flat, OPTIMIZER), 0, gradient)
     before = shard.params.clone()
-    assert apply(shard, 0, gradient, 1.0, OPTIMIZER, LAYOUT) is shard
+    assert applied(shard, 0, gradient) is shard
     assert torch.equal(shard.params, before)
     assert shard.version == 1
     for step in (2, 7, -1):
         with pytest.raises(ValueError, match=f"apply: step is {step}, expected 1"):
-            apply(shard, step, gradient, 1.0, OPTIMIZER, LAYOUT)
+            applied(shard, step, gradient)
 
 
 def test_init_shard_does_not_alias_and_refuses_other_cuts():

@@ -24,7 +24,7 @@ from rlhf.distributed.dealing import Span, join_sums, shard_ranges, subtrees
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
 from rlhf.execution.executor import Program, Update, losses_and_counts, plan_update
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
-from rlhf.execution.shard import Shard, apply
+from rlhf.execution.shard import Shard, apply, cut
 from rlhf.tree import CHUNK, FlatLayout, all_finite, chunk_square_sums, to_device, tree_sum, unflatten
 from rlhf.types import Tree
 
@@ -128,8 +128,8 @@ class Worker:
             update = self.decide(results, shares, spec.max_grad_norm)
             if update.finite:
                 if self._shard is not None:
-                    gradient, scale = self._gradient, update.scale
-                    self._shard = apply(self._shard, version, gradient, scale, spec.optimizer, self._layout)
+                    pieces = cut(self._shard, self._gradient, spec.optimizer, self._layout)
+                    self._shard = apply(self._shard, version, pieces, update.scale, spec.optimizer)
                 self.publish()
                 self._version += 1
             on_error.pop_all()

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf.errors import NonFiniteError
 from rlhf.execution.gradients import Gradient, make_gradient
 from rlhf.execution.memory import keep_freed_memory, peak_bytes, reset_peak
-from rlhf.execution.shard import apply, init_shard, update_scale
+from rlhf.execution.shard import apply, cut, init_shard, update_scale
 from rlhf.objectives import Objective
 from rlhf.ops import mean_metrics
 from rlhf.optim import Optimizer
@@ -185,12 +185,13 @@ class LocalExecutor:
 
         gradient_sum = tree_sum(map(flat_gradient, batches), donated=True)
         squares = chunk_square_sums(gradient_sum)
+        pieces = cut(self._shard, gradient_sum, spec.optimizer, self._layout)
         meanwhile()
         results = to_device(results, "cpu")  # here alone a GPU is waited for: it applies the update while we go on
         update = plan_update(losses_and_counts(results), squares.cpu(), spec.max_grad_norm)
         if not update.finite:
             raise not_finite(name, batches, results, update, lambda batch: all_finite(gradient(batch)))
-        self._shard = apply(self._shard, self.version, gradient_sum, update.scale, spec.optimizer, self._layout)
+        self._shard = apply(self._shard, self.version, pieces, update.scale, spec.optimizer)
         return step_metrics(results, update)
 
     def blend(self, name: str) -> None:

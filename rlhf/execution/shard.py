@@ -5,7 +5,7 @@ The flat buffer of all parameters is cut into contiguous ranges at multiples of 
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -57,19 +57,50 @@ def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float,
     return min(1.0, max_norm / (norm + 1e-6)) / (count or 1.0), norm
 
 
-def apply(
-    shard: Shard, step: int, gradient_sum: Tensor, scale: float, optimizer: Optimizer, layout: FlatLayout
-) -> Shard:
+class Piece(NamedTuple):
+    """Views of elements of a shard that are updated at once, by the name of a leaf for each block treated alike."""
+
+    flat: Tensor
+    """The gradient of all of them."""
+    gradient: dict[str, Tensor]
+    opt_state: Any
+    """Counters are not cut."""
+    params: dict[str, Tensor]
+
+
+def cut(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout: FlatLayout) -> list[Piece]:
+    """What `apply` updates. Nothing is read, so this can be done while a GPU is at the gradient.
+
+    Args:
+        shard: to be updated.
+        gradient_sum: [n] float32, its range of the summed gradient.
+        optimizer: element-wise, as `rlhf.optim.adamw`.
+        layout: of the whole buffer.
+    """
+    size = _GROUP * (1 if shard.params.is_cpu else 32)
+
+    def piece(group: _Group) -> Piece:
+        def part(leaf: Tensor) -> dict[str, Tensor]:
+            blocks = leaf[group.start : group.stop].split_with_sizes(list(group.blocks.values()))
+            return dict(zip(group.blocks, blocks, strict=True))
+
+        state = tree_map(lambda leaf: part(leaf) if leaf.ndim else leaf, shard.opt_state)
+        return Piece(gradient_sum[group.start : group.stop], part(gradient_sum), state, part(shard.params))
+
+    groups = _groups(shard.start, shard.params.numel(), size, layout, optimizer.alike)
+    return [piece(group) for group in groups]
+
+
+def apply(shard: Shard, step: int, pieces: Sequence[Piece], scale: float, optimizer: Optimizer) -> Shard:
     """Apply one step exactly once.
 
     Args:
         shard: its buffers are updated in place and belong to the result.
         step: the step that this is; must be the shard's version. The step before it was applied already, and is
             answered with the shard as it is.
-        gradient_sum: [n] float32, this range of the summed gradient; scaled in place (a donated buffer).
+        pieces: of `cut`; the gradient is scaled in place (a donated buffer).
         scale: from `update_scale`.
-        optimizer: element-wise, as `rlhf.optim.adamw`.
-        layout: of the whole buffer.
+        optimizer: as in `cut`.
 
     Returns:
         The shard at version step + 1.
@@ -82,23 +113,19 @@ def apply(
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
     updated: Any = shard.opt_state
-    size = _GROUP * (1 if shard.params.is_cpu else 32)
-    for group in _groups(shard.start, shard.params.numel(), size, layout, optimizer.alike):
-        low, high = group.start, group.stop
-        gradient = _cut(gradient_sum[low:high].mul_(scale), group)
-        state = tree_map(lambda leaf, g=group: _cut(leaf[g.start : g.stop], g) if leaf.ndim else leaf, shard.opt_state)
-        params = _cut(shard.params[low:high], group)
+    for flat, gradient, state, params in pieces:
+        flat.mul_(scale)
         if optimizer.update_ is not None:
             updated = optimizer.update_(gradient, state, params)
         else:
             new_params, updated = optimizer.update(gradient, state, params)
             _write((params, _leaves_of(state)), (new_params, _leaves_of(updated)))
-    _write(_leaves_of(shard.opt_state, counters=True), _leaves_of(updated, counters=True))  # after all groups
+    _write(_leaves_of(shard.opt_state, counters=True), _leaves_of(updated, counters=True))  # after all pieces
     return shard._replace(version=shard.version + 1)
 
 
 class _Group(NamedTuple):
-    """Elements [start, stop) of a shard that are updated at once, in blocks."""
+    """Where a `Piece` lies in its shard: elements [start, stop)."""
 
     start: int
     stop: int
@@ -128,10 +155,6 @@ def _groups(start: int, count: int, size: int, layout: FlatLayout, alike: Callab
         sizes = {n: min(end, high) - max(first, low) for (n, first), end in zip(firsts.items(), ends, strict=True)}
         groups.append(_Group(low, high, {name: number for name, number in sizes.items() if number > 0}))
     return groups
-
-
-def _cut(leaf: Tensor, group: _Group) -> dict[str, Tensor]:
-    return dict(zip(group.blocks, leaf.split_with_sizes(list(group.blocks.values())), strict=True))
 
 
 def _leaves_of(state: Any, *, counters: bool = False) -> list[Tensor]:
