@@ -86,10 +86,12 @@ def attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor
 def segment_bias(segments: Tensor) -> Tensor:
     """[B, 1, T, T] float32: 0 where query t may see key s (s <= t in the same segment of [B, T]), else -inf.
 
-    The mask's logarithm, because compiled code keeps what took one; anything cheaper it makes again in every layer.
+    Compiled code takes the mask's logarithm, because it keeps what took one; anything cheaper it makes in every layer.
     """
     allowed = _causal(segments.shape[1], segments.device) & (segments[:, :, None] == segments[:, None, :])
-    return allowed[:, None].float().log()
+    if torch.compiler.is_compiling():
+        return allowed[:, None].float().log()
+    return torch.where(allowed[:, None], 0.0, -torch.inf)
 
 
 def _causal(length: int, device: torch.device) -> Tensor:

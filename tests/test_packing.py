@@ -38,6 +38,42 @@ def test_pack_places_every_sequence_once_without_overlap(packing):
         assert used[: used.sum()].all(), "a row was left empty before a used one"
 
 
+def by_trial(units, rows, row_length):
+    """First fit by falling length in micro-batches of 1, 2, … rows, until no more rows would need fewer of them."""
+
+    def first_fit(rows):
+        batches, fills = [], []
+        for number in sorted(range(len(units)), key=lambda number: (-sum(units[number]), number)):
+            place = 0
+            while True:
+                if place == len(batches):
+                    batches.append(([], []))
+                    fills.append([0] * rows)
+                trial, places = list(fills[place]), []
+                for length in units[number]:
+                    fitting = [row for row in range(rows) if trial[row] + length <= row_length]
+                    if fitting:
+                        places.append((fitting[0], trial[fitting[0]]))
+                        trial[fitting[0]] += length
+                if len(places) == len(units[number]):
+                    break
+                place += 1
+            fills[place] = trial
+            batches[place][0].append(number)
+            batches[place][1].append(places)
+        return batches
+
+    trials = [first_fit(fewer) for fewer in range(max(map(len, units)), rows + 1)]
+    return next(trial for trial in trials if len(trial) == len(trials[-1]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(packings().filter(lambda packing: packing[0]))
+def test_pack_is_the_first_fit_in_the_fewest_rows(packing):
+    units, rows, row_length = packing
+    assert [tuple(batch) for batch in pack(units, rows=rows, row_length=row_length)] == by_trial(*packing)
+
+
 @settings(max_examples=100, deadline=None)
 @given(packings())
 def test_pack_depends_on_the_lengths_alone(packing):

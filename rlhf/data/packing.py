@@ -1,5 +1,7 @@
 """Packing sequences of different lengths into micro-batches of full rows."""
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 from rlhf.batches import Rows
 
 _WIDTH_MULTIPLE = 16
+_SHARES = range(2, 17)
 
 
 class MicroBatch(NamedTuple):
@@ -36,32 +39,44 @@ def pack(units: Sequence[Sequence[int]], *, rows: int, row_length: int) -> list[
         ValueError: a unit does not fit.
     """
     batches = _first_fit(units, rows, row_length)
-    tokens = sum(map(sum, units))
-    fewest = max(-(-tokens // (row_length * max(len(batches), 1))), *map(len, units), 1)
-    for fewer in range(fewest, rows):
+    fewest = -(-_rows_at_least(units, row_length) // max(len(batches), 1))
+    for fewer in range(max(fewest, *map(len, units), 1), rows):
         trial = _first_fit(units, fewer, row_length)
         if len(trial) == len(batches):
             return trial
     return batches
 
 
+def _rows_at_least(units: Sequence[Sequence[int]], row_length: int) -> int:
+    """Rows that the sequences need, however they are laid: a row has room for fewer than k that are longer than 1/k."""
+    lengths = sorted(itertools.chain.from_iterable(units))
+    bounds = [-(-sum(lengths) // row_length)]
+    for k in _SHARES:
+        longer = len(lengths) - bisect.bisect_right(lengths, row_length / k)
+        bounds.append(-(-longer // (k - 1)))
+    return max(bounds)
+
+
 def _first_fit(units: Sequence[Sequence[int]], rows: int, row_length: int) -> list[MicroBatch]:
     order = sorted(range(len(units)), key=lambda unit: (-sum(units[unit]), unit))
     batches: list[MicroBatch] = []
     fills: list[list[int]] = []
+    room: list[int] = []  # the most that a row of each batch has
     for unit in order:
-        for batch, fill in zip(batches, fills, strict=True):  # noqa: B007 (used after the loop)
-            if places := _place(units[unit], fill, rows, row_length):
-                break
-        else:
-            batch, fill = MicroBatch([], []), []
-            batches.append(batch)
-            fills.append(fill)
-            places = _place(units[unit], fill, rows, row_length)
-            if not places:
+        shortest, places, number = min(units[unit]), list[tuple[int, int]](), -1
+        while not places:
+            number += 1
+            if number == len(batches):
+                batches.append(MicroBatch([], []))
+                fills.append([])
+                room.append(row_length)
+            if shortest <= room[number]:
+                places = _place(units[unit], fills[number], rows, row_length)
+            if not (places or fills[number]):
                 raise ValueError(f"pack: unit of lengths {list(units[unit])} does not fit {rows} rows of {row_length}")
-        batch.units.append(unit)
-        batch.places.append(places)
+        batches[number].units.append(unit)
+        batches[number].places.append(places)
+        room[number] = row_length - (min(fills[number]) if len(fills[number]) == rows else 0)
     return batches
 
 
