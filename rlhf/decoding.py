@@ -40,8 +40,8 @@ def align(embedding: Tensor) -> Tensor:
     return F.pad(embedding, (0, 0, 0, missing)) if embedding.is_cuda and missing else embedding
 
 
-def without_filling(logits: Tensor, vocab_size: int) -> Tensor:
-    """Logits [..., W] made with an aligned embedding, of W >= vocab_size columns: what is no token becomes -1e30.
+def mask_filling(logits: Tensor, vocab_size: int) -> Tensor:
+    """Logits [..., W] made with an `align`ed embedding, of W >= vocab_size columns: what is no token becomes -1e30.
 
     Softmax makes exactly 0 of that, and 0 times it is 0, so sums over tokens stay what they are. To cut the columns off
     instead makes passes over the logits twice as long: a GPU's vector loads must not cross the end of a row.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rlhf.attention import attend_once, attention, packed_attention, packs, segment_bias
 from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
-from rlhf.decoding import align, product, without_filling
+from rlhf.decoding import align, mask_filling, product
 from rlhf.gpt2_config import GPT2Config
 from rlhf.ops import gather_rows
 from rlhf.random import fold_in, normal, uniform
@@ -181,11 +181,11 @@ def trunk(
 def unembed(params: Params, hidden: Tensor, *, aligned: bool = False) -> Tensor:
     """Logits [..., V] of hidden states [..., D] in their dtype, through the embedding (tied weights).
 
-    If `aligned`, with the columns that a GPU's products need, as `rlhf.decoding.without_filling` has them.
+    If `aligned`, with the columns that a GPU's products need, as `rlhf.decoding.mask_filling` has them.
     """
     weight: Tensor = params["wte"]["weight"]
     logits = hidden @ align(weight.to(hidden.dtype)).T
-    return without_filling(logits, len(weight)) if aligned else logits[..., : len(weight)]
+    return mask_filling(logits, len(weight)) if aligned else logits[..., : len(weight)]
 
 
 def chunk_size(config: GPT2Config) -> int:

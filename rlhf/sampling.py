@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.checks import check_integer, check_rank, check_value
-from rlhf.decoding import product, without_filling
+from rlhf.decoding import mask_filling, product
 from rlhf.gpt2 import KVCache, decode, init_cache, prefill
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
@@ -194,7 +194,7 @@ def draw_tokens(
     unembedding = params["wte"]["weight"].to(batch.hidden.dtype).T
     drawn = []
     for _ in range(count):
-        raw = without_filling(product(batch.hidden[:, None], unembedding)[:, 0], config.vocab_size)
+        raw = mask_filling(product(batch.hidden[:, None], unembedding)[:, 0], config.vocab_size)
         logits = allowed = scale_logits(raw, temperature)
         if min_new_tokens:
             early = (batch.step < min_new_tokens)[:, None]

@@ -288,7 +288,7 @@ MUTANTS = [
         ("step not counted", "mu, nu), AdamState(step, mu, nu)", "mu, nu), AdamState(state.step, mu, nu)"),
         ("state swapped", "mu, nu), AdamState(step, mu, nu)", "mu, nu), AdamState(step, nu, mu)"),
         ("in place: rate of the next step", "float(learning_rate(state.step))", "float(learning_rate(state.step + 1))"),
-        ("in place: step of the next", "[step.float()]", "[(step + 1).float()]"),
+        ("in place: step of the next", "[step.float().to(", "[(step + 1).float().to("),
         ("in place: step not counted", "state._replace(step=step)", "state"),
         ("in place: rate_scale ignored", "lr=rate * scale", "lr=rate"),
         ("in place: decay ignored", "weight_decay=decay", "weight_decay=0.0"),

@@ -56,12 +56,12 @@ def test_columns_that_are_no_tokens_change_no_sum_over_tokens(key):
         )
 
     def total(wide):
-        return sum(part.sum() for part in figures(*(decoding.without_filling(of, 33) for of in (wide, other))))
+        return sum(part.sum() for part in figures(*(decoding.mask_filling(of, 33) for of in (wide, other))))
 
-    found, gradient = figures(*(decoding.without_filling(of, 33) for of in (wide, other))), grad(total)(wide)
+    found, gradient = figures(*(decoding.mask_filling(of, 33) for of in (wide, other))), grad(total)(wide)
     expected = figures(logits, other[..., :33])
     torch.testing.assert_close(found, expected)
     assert torch.equal(gradient[..., 33:], torch.zeros(3, 7, 7))
     exact = grad(lambda logits: sum(part.sum() for part in figures(logits, other[..., :33])))(logits)
     torch.testing.assert_close(gradient[..., :33], exact)
-    assert decoding.without_filling(logits, 33) is logits
+    assert decoding.mask_filling(logits, 33) is logits

@@ -96,6 +96,13 @@ def test_a_snapshot_moves_between_executors(one_ray):
             assert_same(toy.drive(executor, 3), expected)
 
 
+def test_workers_have_the_priority_of_their_driver(one_ray):
+    """Ray would give them the lowest but four; beside any other program each would then get a thirtieth of a core."""
+    import ray
+
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
 def test_what_is_not_finite_is_refused_and_named(one_ray):
     local = LocalExecutor(toy.make_program(), toy.models(), CPU)
     with open_executor(toy.make_program, toy.models(), DistConfig(num_workers=2), device=CPU, tell=print) as executor:

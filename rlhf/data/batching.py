@@ -180,17 +180,17 @@ def ppo_batch(
     return PPOBatch(packed.batch.rows, *columns)
 
 
-T = TypeVar("T")
+_Item = TypeVar("_Item")
 
 
-class Ahead(Iterator[T]):
+class Ahead(Iterator[_Item]):
     """Items of which the next can be made before it is asked for: a step's batches, while a GPU is at the last ones."""
 
-    def __init__(self, items: Iterable[T]) -> None:
+    def __init__(self, items: Iterable[_Item]) -> None:
         """`items` are made one by one."""
-        self._left, self._made = iter(items), list[T]()
+        self._left, self._made = iter(items), list[_Item]()
 
-    def __next__(self) -> T:
+    def __next__(self) -> _Item:
         self.prepare()
         if not self._made:
             raise StopIteration

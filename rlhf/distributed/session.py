@@ -29,6 +29,7 @@ _QUIET = {
 _OWN_CLUSTER = _QUIET | {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name notwithstanding: the node's address is 127.0.0.1
     "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # by default 15: beside any other program workers would hardly get a core
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Environment variables that Ray reads when it is imported, so they are set before."""

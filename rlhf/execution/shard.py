@@ -144,10 +144,11 @@ def _groups(start: int, count: int, size: int, layout: FlatLayout, alike: Callab
     firsts: dict[str, int] = {}
     last = layout.names[0]  # of a shard that is nothing but a gap
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
-        if offset < start + count and offset + shape.numel() > start and not (firsts and alike(last) == alike(name)):
-            firsts[name] = max(offset - start, 0)
+        inside = offset < start + count and offset + shape.numel() > start
+        if inside and not (firsts and alike(last) == alike(name)):
+            firsts[name] = offset - start if firsts else 0
             last = name
-    firsts = {name: first if number else 0 for number, (name, first) in enumerate((firsts or {last: 0}).items())}
+    firsts = firsts or {last: 0}
     ends = [*list(firsts.values())[1:], count]
     groups = []
     for low in range(0, max(count, 1), size):
