@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.tree import cast, tree_map
+from rlhf.tree import cast
 from rlhf.types import Params
 
 _ALIGNMENT = 64
@@ -12,26 +12,52 @@ _ALIGNMENT = 64
 _NO_TOKEN = -1e30
 _SMALL = 1 << 18
 """Elements of a weight up to which a product is left to the compiler; beyond, the library is faster."""
-_TILES = bool(torch.cpu.get_capabilities().get("amx_bf16"))
-"""Whether this machine's CPU multiplies bfloat16 matrices in tiles (AMX)."""
+_PACKS = bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+"""Whether this CPU's library has layouts of its own for the weights of bfloat16 products."""
 
 
 def decoding_copy(params: Params, dtype: torch.dtype) -> Params:
     """GPT-2's parameters to read single tokens with, all in `dtype`: without gradients, embeddings may be rounded too.
 
-    On CPUs large bfloat16 matrices lie transposed (only their strides differ): see `product`. On GPUs the embedding is
-    filled up, see `align`.
+    On CPUs large bfloat16 matrices are laid out for `packed_product` ("packed" takes the place of "weight"; the
+    embedding has both). On GPUs the embedding is filled up, see `align`.
     """
+    packs = _PACKS and dtype == torch.bfloat16 and params["ln_f"]["weight"].is_cpu
 
-    def turned(leaf: Tensor) -> Tensor:
-        if dtype != torch.bfloat16 or not leaf.is_cpu or leaf.ndim < 2 or leaf.numel() <= _SMALL:
-            return leaf.to(dtype)
-        parts = torch.split(leaf, 64)  # small enough to be in the cache while they are turned
-        return torch.cat([part.to(dtype).T for part in parts], dim=1).T
+    def convert(tree: Params) -> Params:
+        if isinstance(tree, Tensor):
+            return tree.to(dtype)
+        weight = tree.get("weight")
+        if packs and weight is not None and weight.numel() > _SMALL:
+            return {"packed": _pack(weight.T), "bias": tree["bias"].to(dtype)}
+        return {name: convert(part) for name, part in tree.items()}
 
-    blocks = tree_map(turned, params["h"])
-    copy: Params = cast(params | {"h": []}, dtype) | {"h": blocks}
-    return copy | {"wte": {"weight": align(copy["wte"]["weight"])}}
+    copy: Params = cast(params | {"h": []}, dtype) | {"h": [convert(block) for block in params["h"]]}
+    embedding = copy["wte"]["weight"]
+    packed = {"packed": _pack(embedding)} if packs and embedding.numel() > _SMALL else {}
+    return copy | {"wte": {"weight": align(embedding)} | packed}
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """A weight [N, K] as oneDNN reads it fastest: an opaque tensor."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous())
+    return packed
+
+
+@torch.library.custom_op("rlhf::packed_product", mutates_args=())
+def packed_product(x: Tensor, packed: Tensor) -> Tensor:
+    """[..., N] = x @ weight.T, of [..., K] bfloat16 and a weight [N, K] that `decoding_copy` has packed.
+
+    Plain weights are laid out so at every product, which takes longer than a product with a few rows. An operator of
+    our own around oneDNN's, which the compiler knows only for constants.
+    """
+    rows: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return rows
+
+
+@packed_product.register_fake
+def _(x: Tensor, packed: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
 def align(embedding: Tensor) -> Tensor:
@@ -52,19 +78,17 @@ def mask_filling(logits: Tensor, vocab_size: int) -> Tensor:
     return torch.where(token < vocab_size, logits, _NO_TOKEN)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """[B, T, N] = x @ weight, of [B, T, K] and [K, N].
+def product(x: Tensor, p: Params) -> Tensor:
+    """[B, T, N] = x @ p["weight"], of [B, T, K] and [K, N], or the same with what `decoding_copy` has packed.
 
-    Two forms are faster for single tokens on CPUs. In compiled bfloat16 code, times a small weight: a batch of one,
-    whose product the compiler may write itself (`own_products` of `rlhf.execution.compiled`). Where there are matrix
-    tiles, times a large weight that lies transposed: the product the other way round, in two thirds of the time, and
-    turned back, because whatever reads it works along memory. Without tiles that would take half as long again.
+    In compiled bfloat16 code on CPUs, single tokens times a small weight are a batch of one, whose product the compiler
+    may write itself (`own_products` of `rlhf.execution.compiled`).
     """
-    if x.is_cpu and x.shape[1] == 1:
-        if _TILES and weight.numel() > _SMALL and weight.T.is_contiguous():
-            rows: Tensor = (weight.T @ x[:, 0].T).T.contiguous()
-            return rows.as_strided(rows.shape, (rows.shape[1], 1))[:, None]  # else compiled code does not turn it back
-        if weight.numel() <= _SMALL and x.dtype == torch.bfloat16 and torch.compiler.is_compiling():
-            return torch.bmm(x.transpose(0, 1), weight.unsqueeze(0)).transpose(0, 1)
-    whole: Tensor = x @ weight
-    return whole
+    if "packed" in p:
+        packed: Tensor = packed_product(x, p["packed"])
+        return packed
+    weight: Tensor = p["weight"]
+    small = x.is_cpu and x.shape[1] == 1 and weight.numel() <= _SMALL and x.dtype == torch.bfloat16
+    if small and torch.compiler.is_compiling():
+        return torch.bmm(x.transpose(0, 1), weight.unsqueeze(0)).transpose(0, 1)
+    return x @ weight

@@ -377,8 +377,8 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def _affine(x: Tensor, p: Params) -> Tensor:
-    if torch.compiler.is_compiling():  # there the sum costs nothing: it is part of whatever comes next
-        return product(x, p["weight"]) + p["bias"]
+    if torch.compiler.is_compiling() or "packed" in p:  # compiled, the sum is part of whatever comes next
+        return product(x, p) + p["bias"]
     flat = torch.addmm(p["bias"], x.reshape(-1, x.shape[-1]), p["weight"])
     return flat.view(*x.shape[:-1], -1)
 

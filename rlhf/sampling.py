@@ -191,7 +191,8 @@ def draw_tokens(
         with_entropies: same.
     """
     idle, last = uniforms.shape[0] - 1, uniforms.shape[1] - 1
-    unembedding = params["wte"]["weight"].to(batch.hidden.dtype).T
+    wte = params["wte"]
+    unembedding = wte if "packed" in wte else {"weight": wte["weight"].to(batch.hidden.dtype).T}
     drawn = []
     for _ in range(count):
         raw = mask_filling(product(batch.hidden[:, None], unembedding)[:, 0], config.vocab_size)

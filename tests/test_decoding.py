@@ -9,36 +9,45 @@ from rlhf.kl import exact_kl
 from rlhf.ops import entropy, token_log_probs
 from rlhf.tree import cast, named_leaves
 
+packs = pytest.mark.skipif(not decoding._PACKS, reason="this CPU's library packs no bfloat16 weights")
 
-def test_decoding_copy_is_a_cast_whose_large_matrices_lie_transposed_in_bfloat16(params, monkeypatch):
+
+@packs
+def test_decoding_copy_is_a_cast_whose_large_matrices_are_packed_in_bfloat16(params, monkeypatch):
     monkeypatch.setattr(decoding, "_SMALL", params["h"][0]["attn"]["c_proj"]["weight"].numel())
-    expected, copy = (
-        named_leaves(cast(params, torch.bfloat16)),
-        named_leaves(decoding.decoding_copy(params, torch.bfloat16)),
-    )
-    assert copy.keys() == expected.keys()
-    assert all(torch.equal(leaf, expected[name]) and leaf.dtype == torch.bfloat16 for name, leaf in copy.items())
-    transposed = {name.split(".", 2)[2] for name, leaf in copy.items() if not leaf.is_contiguous()}
-    assert transposed == {"attn.c_attn.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
-    assert all(leaf.T.is_contiguous() for leaf in copy.values() if not leaf.is_contiguous())
-    master = named_leaves(params)
-    assert all(
-        leaf is master[name] for name, leaf in named_leaves(decoding.decoding_copy(params, torch.float32)).items()
-    )
+    expected = named_leaves(cast(params, torch.bfloat16))
+    copy = named_leaves(decoding.decoding_copy(params, torch.bfloat16))
+    packed = {name: copy.pop(name) for name in list(copy) if name.endswith("packed")}
+    large = {"attn.c_attn.packed", "mlp.c_fc.packed", "mlp.c_proj.packed"}
+    assert {name.split(".", 2)[2] for name in packed if name.startswith("h.")} == large
+    assert all(torch.equal(leaf, expected.pop(name)) and leaf.dtype == torch.bfloat16 for name, leaf in copy.items())
+    for name, leaf in packed.items():
+        weight = expected.pop(name.replace("packed", "weight"), copy.get("wte.weight")).float()
+        weight = weight if name.startswith("wte") else weight.T
+        rows = decoding.packed_product(torch.eye(weight.shape[1], dtype=torch.bfloat16), leaf)
+        assert torch.equal(rows.float(), weight.T)
+    assert expected == {}
 
 
-@pytest.mark.parametrize("tiles", [False, True], ids=["plain CPU", "CPU with tiles"])
+def test_decoding_copy_in_float32_is_the_parameters_themselves(params):
+    master, copy = named_leaves(params), named_leaves(decoding.decoding_copy(params, torch.float32))
+    assert copy.keys() == master.keys()
+    assert all(leaf is master[name] for name, leaf in copy.items())
+
+
 @pytest.mark.parametrize("small", [0, 10**9], ids=["large", "small"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("length", [1, 3])
-def test_product_is_the_same_whichever_way_the_weight_lies(dtype, tolerance, length, small, tiles, monkeypatch, key):
+def test_product_is_the_same_in_every_form(dtype, tolerance, length, small, monkeypatch, key):
     monkeypatch.setattr(decoding, "_SMALL", small)
-    monkeypatch.setattr(decoding, "_TILES", tiles)
     x = random.normal(key, (5, length, 16)).to(dtype)
     weight = random.normal(random.fold_in(key, 1), (16, 24)).to(dtype)
     expected = torch.einsum("btk,kn->btn", x.double(), weight.double())
-    for lies in (weight, weight.T.contiguous().T):
-        result = decoding.product(x, lies)
+    forms = [{"weight": weight}, {"weight": weight.T.contiguous().T}]
+    if decoding._PACKS and dtype == torch.bfloat16:
+        forms.append({"packed": decoding._pack(weight.T)})
+    for form in forms:
+        result = decoding.product(x, form)
         assert (result.shape, result.dtype, result.is_contiguous()) == (expected.shape, dtype, True)
         torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=10 * tolerance)
 
