@@ -12,7 +12,7 @@ import torch
 from laws import assert_close, assert_same_bits
 from torch._dynamo.utils import counters
 
-from rlhf import gpt2, random
+from rlhf import decoding, gpt2, random
 from rlhf.config import (
     CheckpointConfig,
     DistConfig,
@@ -183,17 +183,20 @@ def test_compiled_draws_make_the_same_completions(params, config, folder, option
 
 
 @pytest.mark.slow
-def test_compiled_draws_in_bfloat16_have_the_log_probs_of_the_full_forward(folder):
+@pytest.mark.parametrize("small", [decoding._SMALL, 0], ids=["the compiler's own products", "packed weights"])
+def test_compiled_draws_in_bfloat16_have_the_log_probs_of_the_full_forward(folder, small, monkeypatch):
     """Wide enough for the compiler's own products; what one row says depends neither on its slot nor on the others."""
+    monkeypatch.setattr(decoding, "_SMALL", small)
     config = GPT2Config(vocab_size=96, n_positions=48, n_embd=64, n_layer=2, n_head=2)
     params = gpt2.compute_copy(gpt2.init(config, key=random.key(1)), torch.bfloat16)
+    to_draw_with = decoding.decoding_copy(params, torch.bfloat16)
     draw = compiled_draw(folder)
     prompts = torch.from_numpy(np.stack([sequence(seed, 6, config) for seed in range(9)]))
     lengths, keys = torch.tensor([6, 2, 3, 1, 5, 4, 6, 6, 2]), random.split(random.key(3), 9)
 
     def run(rows):
         settings = {"config": config, "max_new_tokens": 14, "draw": draw, "draws_per_call": 2}
-        return generate(params, prompts[rows], lengths[rows], keys[rows], **settings)
+        return generate(to_draw_with, prompts[rows], lengths[rows], keys[rows], **settings)
 
     out, turned = run(torch.arange(9)), run(torch.arange(9).flip(0))
     assert_same_bits(turned.tokens.flip(0), out.tokens)
