@@ -28,7 +28,7 @@ def decoding_copy(params: Params, dtype: torch.dtype) -> Params:
         if isinstance(tree, Tensor):
             return tree.to(dtype)
         weight = tree.get("weight")
-        if packs and weight is not None and weight.numel() > _SMALL:
+        if packs and weight is not None and weight.ndim == 2 and weight.numel() > _SMALL:
             return {"packed": _pack(weight.T), "bias": tree["bias"].to(dtype)}
         return {name: convert(part) for name, part in tree.items()}
 
