@@ -69,6 +69,11 @@ def test_progress_says_how_the_stage_ended_and_how_fast_it_was(tmp_path, event, 
     assert progress.pace == pytest.approx(1.2)
 
 
+def test_a_fault_after_the_end_does_not_make_a_stage_run_again(tmp_path):
+    events = tuple({"event": event, "time": 1e9 + 99} for event in ("end", "fault"))
+    assert read(write_log(tmp_path, count=9, end=False, events=events)).progress("ppo").state == "ended"
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), cuts=st.lists(st.floats(0, 1), max_size=6))
 def test_following_in_any_pieces_reads_what_reading_at_once_reads(tmp_path_factory, seed, cuts):

@@ -1,5 +1,6 @@
 """The stages end to end on a tiny model: what they write, that they learn, and that resuming changes no bit."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,12 +25,14 @@ from rlhf.config import (
 )
 from rlhf.data.embedded import write_embedded
 from rlhf.errors import Interrupted, NonFiniteError, UserError
+from rlhf.execution.executor import Fault
 from rlhf.io.checkpoint import last_step, load_checkpoint
 from rlhf.io.model_folder import load_language_model, load_reward_model
 from rlhf.stages.inputs import record_order
 from rlhf.stages.pipeline import run_pipeline, run_ppo_alone
 from rlhf.stages.ppo import run_ppo
 from rlhf.stages.reward import run_reward
+from rlhf.stages.run import open_run
 from rlhf.stages.sft import run_sft
 from rlhf.tree import named_leaves
 
@@ -441,3 +444,17 @@ def test_record_order_is_a_permutation_per_epoch(key):
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert order == record_order(key, 7, 0, 21)
+
+
+def test_what_goes_wrong_after_the_last_step_is_in_the_log(tmp_path, monkeypatch):
+    class Executor:
+        def faults(self):
+            return [Fault("worker 1", 2.5, False)]
+
+    monkeypatch.setattr("rlhf.stages.run.open_executor", lambda *given, **more: contextlib.nullcontext(Executor()))
+    with open_run(PipelineRun(output_dir=tmp_path), "sft") as run:
+        run.open_executor(None, None)
+    (line,) = map(json.loads, (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines())
+    assert {name: line[name] for name in ("stage", "event", "what", "recovery_s", "final")} == {
+        "stage": "sft", "event": "fault", "what": "worker 1", "recovery_s": 2.5, "final": False,
+    }  # fmt: skip

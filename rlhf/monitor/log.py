@@ -152,12 +152,13 @@ class LogReader:
         begun = [event for event in self.events if event["stage"] == stage]
         first: dict[str, Any] = next((event for event in reversed(begun) if event["event"] in ("start", "resume")), {})
         total, unit = first.get("total"), first.get("unit")
+        states = [event for event in begun if event["event"] != "fault"]  # which may come after the end
         stamps = [*(event.get("time") for event in begun[-1:]), *self.series(stage, "time").values[-1:].tolist()]
         return Progress(
             self._last.get(stage, 0),
             total if isinstance(total, int) else 0,
             unit if isinstance(unit, str) else "step",
-            _STATES.get(begun[-1]["event"], "running") if begun else "running",
+            _STATES.get(states[-1]["event"], "running") if states else "running",
             max((float(stamp) for stamp in stamps if isinstance(stamp, int | float)), default=math.nan),
             _pace(self.series(stage, "time")),
         )

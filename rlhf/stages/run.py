@@ -89,9 +89,18 @@ class Run:
         dist = self.config.dist
         if dist.num_workers:
             self.note(describe_workers(dist))
-        return self.resources.enter_context(
+        executor = self.resources.enter_context(
             open_executor(make_program, models, dist, device=self.device, tell=self.note)
         )
+        self.resources.callback(self._log_faults, executor)
+        return executor
+
+    def _log_faults(self, executor: Executor) -> None:
+        """What went wrong after the last step, as in a last evaluation, of which no step's metrics tell."""
+        if faults := executor.faults():
+            with contextlib.closing(RunLog(self.config.output_dir / "logs", self.stage, tensorboard=False)) as log:
+                for fault in faults:
+                    log.event("fault", **fault._asdict())
 
     def compile_to(
         self, models: Models, tokens: float, *, evaluated: Sequence[Params] = (), obstacle: str = ""
