@@ -29,7 +29,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         length = q.shape[2]
         if length > _PLAIN:
             return attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
-        bias = _causal(length, q.device).float().log() if bias is None else bias
+        bias = _bias(_causal(length, q.device)) if bias is None else bias
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
         return (scores + bias).softmax(-1).to(q.dtype) @ v
     bias = None if bias is None else bias.to(q.dtype)
@@ -84,14 +84,17 @@ def attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor
 
 
 def segment_bias(segments: Tensor) -> Tensor:
-    """[B, 1, T, T] float32: 0 where query t may see key s (s <= t in the same segment of [B, T]), else -inf.
+    """[B, 1, T, T] float32: 0 where query t may see key s (s <= t in the same segment of [B, T]), else -inf."""
+    allowed = _causal(segments.shape[1], segments.device) & (segments[:, :, None] == segments[:, None, :])
+    return _bias(allowed[:, None])
+
+
+def _bias(allowed: Tensor) -> Tensor:
+    """float32: 0 where it is allowed, else -inf.
 
     Compiled code takes the mask's logarithm, because it keeps what took one; anything cheaper it makes in every layer.
     """
-    allowed = _causal(segments.shape[1], segments.device) & (segments[:, :, None] == segments[:, None, :])
-    if torch.compiler.is_compiling():
-        return allowed[:, None].float().log()
-    return torch.where(allowed[:, None], 0.0, -torch.inf)
+    return allowed.float().log() if torch.compiler.is_compiling() else torch.where(allowed, 0.0, -torch.inf)
 
 
 def _causal(length: int, device: torch.device) -> Tensor:

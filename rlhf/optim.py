@@ -36,7 +36,7 @@ class AdamState(NamedTuple):
     """State of `adamw`."""
 
     step: Tensor
-    """[] int64: updates made."""
+    """[] int64, on the CPU: updates made."""
     mu: Tree
     """Like params: running mean of the gradient."""
     nu: Tree
@@ -91,7 +91,7 @@ def adamw(
         return rate_scale(name) if rate_scale else 1.0, weight_decay if decays(name) else 0.0
 
     def init(params: Tree) -> AdamState:
-        step = torch.zeros((), dtype=torch.int64)  # on the CPU, which needs the rate
+        step = torch.zeros((), dtype=torch.int64)  # the CPU needs the rate
         return AdamState(step, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:

@@ -12,6 +12,7 @@ from rlhf.batches import Rows
 
 _WIDTH_MULTIPLE = 16
 _SHARES = range(2, 17)
+"""The k for which `_rows_at_least` counts the sequences longer than 1/k of a row."""
 
 
 class MicroBatch(NamedTuple):
