@@ -39,7 +39,7 @@ def leaves(tree: Tree) -> list[Tensor]:
 
 def zip_named(tree: Tree, *rest: Tree) -> Iterator[tuple[str, list[Tensor]]]:
     """Of every leaf its dotted name, and it with the leaves at the same places of `rest`."""
-    if _is_flat(tree) and all(_is_flat(other) and other.keys() == tree.keys() for other in rest):  # in a quarter of the time
+    if _is_flat(tree) and all(_is_flat(other) and other.keys() == tree.keys() for other in rest):  # four times as fast
         for name, leaf in tree.items():
             yield str(name), [leaf, *(other[name] for other in rest)]
         return
