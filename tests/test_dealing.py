@@ -1,6 +1,7 @@
 """Dealing of micro-batches: every share is whole subtrees, and their sums give the bits of the tree."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf import random
+from rlhf.distributed import dealing
 from rlhf.distributed.dealing import deal, join_sums, shard_ranges, subtrees
 from rlhf.tree import CHUNK, tree_sum
 
@@ -38,9 +40,12 @@ def test_sums_of_any_shares_join_to_the_bits_of_the_tree(total, workers):
         for share in deal(total, workers)
         for start, stop in subtrees(*share, total)
     }
+    copies = {span: value.clone() for span, value in sums.items()}
     expected, out = tree_sum(values), torch.empty(3)
-    join_sums(sums, total, out=out)
+    with mock.patch.object(dealing, "_BLOCK", 2):
+        join_sums(sums, total, out=out)
     assert torch.equal(out, expected)
+    assert all(torch.equal(sums[span], copy) for span, copy in copies.items())
 
 
 def test_another_order_of_addition_has_other_bits():

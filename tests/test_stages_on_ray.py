@@ -1,5 +1,6 @@
 """All three stages on Ray workers: the bytes of one process, for any number of them and whatever happens to them."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -119,8 +120,9 @@ class Chaos(threading.Thread):
         while len(self.sent) < self._count and not self._ends.wait(self._draw.uniform(1.0, 5.0)):
             if found := members():
                 number = self._draw.choice([signal.SIGKILL, signal.SIGSTOP])
-                os.kill(self._draw.choice(found), number)
-                self.sent.append(number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(self._draw.choice(found), number)
+                    self.sent.append(number)
 
     def stop(self):
         self._ends.set()

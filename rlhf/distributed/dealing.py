@@ -20,6 +20,9 @@ Span = tuple[int, int]
 _SUBTREES = 2
 """Subtrees of a share, at most: what a worker sends is so many times the gradient."""
 
+_BLOCK = 1 << 18
+"""Elements added up at once: sums of some of the addends stay in the CPU's cache."""
+
 
 @functools.cache
 def deal(total: int, workers: int) -> tuple[Span, ...]:
@@ -58,19 +61,21 @@ def join_sums(sums: Mapping[Span, Tensor], total: int, *, out: Tensor) -> None:
     """Write the sum of subtrees that make up 0..total-1 to `out`, added in the order of `rlhf.tree.tree_sum`.
 
     Args:
-        sums: of subtrees; sums of larger ones are written into them.
+        sums: [n] of each subtree.
         total: micro-batches.
-        out: none of the sums.
+        out: [n], none of the sums.
     """
 
-    def node(start: int, stop: int, out: Tensor | None = None) -> Tensor:
+    def node(start: int, stop: int, part: slice, out: Tensor | None = None) -> Tensor:
         if (start, stop) in sums:
-            return sums[start, stop] if out is None else out.copy_(sums[start, stop])
+            return sums[start, stop][part] if out is None else out.copy_(sums[start, stop][part])
         middle = start + (1 << (stop - start - 1).bit_length() - 1)
-        left, right = node(start, middle), node(middle, stop)
-        return torch.add(left, right, out=left if out is None else out)
+        return torch.add(node(start, middle, part), node(middle, stop, part), out=out)
 
-    node(0, total, out)
+    block = _BLOCK if out.is_cpu else max(len(out), 1)
+    for begin in range(0, len(out), block):
+        part = slice(begin, begin + block)
+        node(0, total, part, out[part])
 
 
 def shard_ranges(size: int, shards: int) -> tuple[Span, ...]:
