@@ -117,7 +117,7 @@ class Chaos(threading.Thread):
         self.sent, self._draw, self._count, self._ends = [], random.Random(seed), count, threading.Event()
 
     def run(self):
-        while len(self.sent) < self._count and not self._ends.wait(self._draw.uniform(1.0, 5.0)):
+        while len(self.sent) < self._count and not self._ends.wait(self._draw.uniform(0.5, 2.5)):
             if found := members():
                 number = self._draw.choice([signal.SIGKILL, signal.SIGSTOP])
                 with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
