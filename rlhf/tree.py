@@ -93,6 +93,21 @@ def to_device(tree: Tree, device: torch.device | str) -> Tree:
     return tree_map(lambda leaf: leaf.to(device, non_blocking=to_gpu), tree)
 
 
+def as_new(tree: Tree) -> Tree:
+    """Every leaf as new tensors lie in memory, contiguous, from a multiple of 64 bytes on; copied where it does not.
+
+    Matrix products of the same numbers have other last bits where they begin elsewhere or have other strides: results
+    would depend on whether a tensor comes from a file, from shared memory or is a slice of another one.
+    """
+
+    def align(leaf: Tensor) -> Tensor:
+        if leaf.is_contiguous() and leaf.data_ptr() % 64 == 0:
+            return leaf
+        return leaf.clone(memory_format=torch.contiguous_format)
+
+    return tree_map(align, tree)
+
+
 def all_finite(tree: Tree) -> bool:
     """Whether every element of every floating-point leaf is finite. Waits for the device."""
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree) if leaf.is_floating_point())

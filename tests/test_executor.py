@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import toy
+from laws import assert_same_bits
 
 from rlhf import random
 from rlhf.errors import NonFiniteError
@@ -65,6 +67,24 @@ def test_invariant_3_any_split_into_micro_batches_gives_the_same_step(sizes):
     for executor, micro_batches in zip(executors, (split(whole, [4, 3, 3]), split(whole, sizes)), strict=True):
         executor.step("main", micro_batches)
     torch.testing.assert_close(executors[0].params(), executors[1].params(), atol=1e-6, rtol=1e-5)
+
+
+def test_bits_do_not_depend_on_where_tensors_lie():
+    """As in shared memory, as slices of other tensors, with other strides."""
+    places = (
+        torch.clone,
+        toy.displaced,
+        lambda leaf: leaf.mT.contiguous().mT if leaf.ndim == 2 else leaf[:, None].expand(-1, 2).contiguous()[:, 0],
+    )
+    results = []
+    for place in places:
+        models = Models(toy.models().params, tree_map(place, toy.models().frozen))
+        executor = LocalExecutor(toy.make_program(), models, CPU)
+        batches = [tree_map(place, toy.batch(6, number)) for number in range(40)]
+        results.append((executor.step("main", batches), executor.map("predict", batches), executor.snapshot()))
+    for metrics, predictions, state in results[1:]:
+        assert metrics == results[0][0]
+        assert_same_bits((predictions, state), results[0][1:])
 
 
 def test_map_keeps_the_order_and_reads_the_present_parameters():

@@ -14,6 +14,7 @@ from rlhf.tree import (
     ALIGNMENT,
     CHUNK,
     all_finite,
+    as_new,
     cast,
     chunk_square_sums,
     flat_layout,
@@ -354,3 +355,15 @@ def test_tree_functions_are_pure(function):
 def test_named_leaves_refuses_names_that_collide():
     with pytest.raises(ValueError, match="two leaves have the same dotted name"):
         named_leaves({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}})
+
+
+@given(st.integers(0, 40), st.booleans())
+def test_leaves_lie_as_new_tensors_do(start, turned):
+    part = floats(3, 100, dtype=torch.float32)[start : start + 60].view(5, 12)
+    leaf = part.T if turned else part
+    (found,) = as_new((leaf,))
+    assert_same_bits(found, leaf)
+    assert found.is_contiguous()
+    assert found.data_ptr() % 64 == 0
+    assert as_new(found) is found
+    assert (found is leaf) == (not turned and start % 16 == 0)

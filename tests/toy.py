@@ -19,10 +19,17 @@ KEY = random.key(3)
 WIDTH = 200
 
 
+def displaced(tensor):
+    """The same numbers, 4 bytes past where a new tensor would begin, as parts of files and of other tensors lie."""
+    longer = torch.cat([tensor.new_zeros(1), tensor.flatten()])
+    return longer[1:].view(tensor.shape)
+
+
 def objective(params, frozen, batch):
     """Least squares of a small network: a batch is (inputs [B, 64], targets [B])."""
     inputs, targets = batch
-    errors = torch.tanh(inputs @ params["w"]).sum(1) + params["b"] + (inputs @ frozen["offset"]["w"]).sum(1) - targets
+    constant = (inputs @ frozen["offset"]["w"]).sum(1) + inputs @ frozen["head"]["v"]
+    errors = torch.tanh(inputs @ params["w"]).sum(1) + params["b"] + constant - targets
     loss = errors.square().sum()
     return loss, {"loss/squares": loss.detach(), "count": torch.tensor(len(targets))}
 
@@ -46,13 +53,16 @@ def make_program():
 def models():
     return Models(
         {"w": random.normal(random.fold_in(KEY, 0), (64, WIDTH)), "b": torch.zeros(1)},
-        {"offset": {"w": torch.ones(64, WIDTH)}},
+        {
+            "offset": {"w": displaced(torch.ones(64, WIDTH))},
+            "head": {"v": displaced(random.normal(random.fold_in(KEY, 1), (64,)))},
+        },
     )
 
 
 def batch(size, seed):
     key = random.fold_in(KEY, seed)
-    return random.normal(random.fold_in(key, 0), (size, 64)), random.normal(random.fold_in(key, 1), (size,))
+    return displaced(random.normal(random.fold_in(key, 0), (size, 64))), random.normal(random.fold_in(key, 1), (size,))
 
 
 def drive(executor, steps, micro_batches=7):

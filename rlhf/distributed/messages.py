@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.distributed.dealing import Span
 from rlhf.execution.shard import Shard, init_shard
 from rlhf.optim import Optimizer
-from rlhf.tree import leaves, tree_map
+from rlhf.tree import as_new, leaves, tree_map
 from rlhf.types import Tree
 
 
@@ -40,11 +40,13 @@ def to_numpy(tree: Tree) -> Any:
 
 
 def from_numpy(tree: Any, device: torch.device, *, copy: bool = False) -> Tree:
-    """Every array as a tensor; on the CPU a view of it unless `copy`."""
+    """Every array as a tensor; on the CPU a view of it, unless `copy` or it lies otherwise than new tensors do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # we do not write
-        return tree_map(
-            lambda array: (torch.tensor(array) if copy else torch.from_numpy(np.asarray(array))).to(device), tree
+        return as_new(
+            tree_map(
+                lambda array: (torch.tensor(array) if copy else torch.from_numpy(np.asarray(array))).to(device), tree
+            )
         )
 
 
@@ -80,5 +82,5 @@ def read_params(state: Sequence[ShardState], part: Span) -> Tensor:
 
 def _elements(parts: Sequence[np.ndarray], part: Span) -> Tensor:
     """A new tensor of some elements of arrays that lie behind one another."""
-    wanted = slice(*part)
-    return torch.from_numpy(np.concatenate(parts)[wanted] if len(parts) > 1 else parts[0][wanted].copy())
+    whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return torch.tensor(whole[slice(*part)])

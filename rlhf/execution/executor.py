@@ -22,6 +22,7 @@ from rlhf.optim import Optimizer
 from rlhf.tree import (
     FlatLayout,
     all_finite,
+    as_new,
     chunk_square_sums,
     flat_layout,
     flatten,
@@ -145,7 +146,7 @@ class LocalExecutor:
         keep_freed_memory()
         reset_peak(device)
         self._program, self._device = program, device
-        self._frozen = to_device(models.frozen, device)
+        self._frozen = as_new(to_device(models.frozen, device))
         self._layout = flat_layout(models.params)
         flat = flatten(to_device(models.params, device), self._layout)
         self._shard = init_shard(flat, program.optimizer)
@@ -166,17 +167,14 @@ class LocalExecutor:
         """See `Executor.map`."""
         function = self._program.maps[name]
         with torch.no_grad():
-            return [
-                to_device(function(self._params, self._frozen, to_device(batch, self._device)), "cpu")
-                for batch in batches
-            ]
+            return [to_device(function(self._params, self._frozen, self._batch(batch)), "cpu") for batch in batches]
 
     def step(self, name: str, batches: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> dict[str, float]:
         """See `Executor.step`."""
         spec, results = self._program.steps[name], []
 
         def gradient(batch: Any) -> tuple[Tensor, Any]:
-            return self._gradients[name](self._params, self._frozen, to_device(batch, self._device))
+            return self._gradients[name](self._params, self._frozen, self._batch(batch))
 
         def flat_gradient(batch: Any) -> Tensor:
             flat, result = gradient(batch)
@@ -225,6 +223,9 @@ class LocalExecutor:
     def faults(self) -> list[Fault]:
         """See `Executor.faults`: one process has none that it outlives."""
         return []
+
+    def _batch(self, batch: Any) -> Any:
+        return as_new(to_device(batch, self._device))
 
     def _state(self) -> dict[str, Tensor]:
         blended = {name: self._frozen[name] for name in self._program.blends}

@@ -21,7 +21,7 @@ from rlhf.gpt2_config import GPT2Config
 from rlhf.io.files import atomic_folder, save_tensors, write_json
 from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.tree import all_finite, cast
+from rlhf.tree import all_finite, as_new, cast
 from rlhf.types import Params
 
 _SHAPE_KEYS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
@@ -231,7 +231,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in files:
         try:
-            state |= load_file(file)
+            state |= as_new(load_file(file))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: cannot be read ({error}); the file is missing, cut off or damaged") from error
     return state
