@@ -240,7 +240,7 @@ class PPOConfig(OptimizerConfig):
     kl_target: Positive = 6.0
     """Nats per completion."""
     kl_horizon: Positive = 10_000.0
-    """Completions over which the adaptive coefficient moves by at most 20%."""
+    """Completions over which the adaptive coefficient moves by about 20% at most; no fewer than an iteration has."""
     ref_ema: Fraction | None = None
     """Move the reference towards the policy after each iteration: reference = ref_ema reference + (1 - ref_ema) policy.
     None keeps it fixed."""
@@ -291,6 +291,8 @@ class PPOConfig(OptimizerConfig):
             raise ValueError(
                 f"minibatch_size must be at most batch_size * samples_per_prompt = {total}, got {self.minibatch_size}"
             )
+        if self.kl_adaptive and self.kl_horizon < total:
+            raise ValueError(f"kl_horizon must be at least an iteration's {total} completions, got {self.kl_horizon:g}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens must be at most max_new_tokens = {self.max_new_tokens}, got {self.min_new_tokens}"

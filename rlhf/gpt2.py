@@ -37,8 +37,6 @@ from rlhf.types import Params
 _INIT_STD = 0.02
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
-_CHUNK = 1 << 26
-"""Logits that are there at once. Each chunk adds a whole gradient of the embedding: smaller ones would cost time."""
 
 
 def init(config: GPT2Config, *, key: Tensor) -> Params:
@@ -110,6 +108,8 @@ def forward(params: Params, tokens: Tensor, *, config: GPT2Config, attention_mas
     positions = segments = None
     if attention_mask is not None:
         check_same_shape("forward", tokens=tokens, attention_mask=attention_mask)
+        fits = tokens.shape[1] <= config.n_positions
+        check_value("forward", fits, f"at most n_positions = {config.n_positions}", length=tokens.shape[1])
         positions, segments = padding_layout(attention_mask)
     return unembed(params, trunk(params, tokens, config=config, positions=positions, segments=segments))
 
@@ -151,15 +151,18 @@ def trunk(
         [B, T, D] in the parameters' dtype.
 
     Raises:
-        ValueError: shapes do not match, T exceeds n_positions, or dropout comes without a key.
+        ValueError: shapes do not match, T exceeds n_positions without positions, bounds come without segments, or
+            dropout without a key.
         TypeError: tokens are not int64.
     """
     check_integer("trunk", tokens=tokens)
     check_rank("trunk", 2, tokens=tokens)
+    check_value("trunk", bounds is None or segments is not None, "given with bounds", segments=segments)
     length = tokens.shape[1]
     if positions is None:
         check_value("trunk", length <= config.n_positions, f"at most n_positions = {config.n_positions}", length=length)
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+    check_same_shape("trunk", tokens=tokens, positions=positions, segments=tokens if segments is None else segments)
     check_value("trunk", 0 <= dropout < 1, "in [0, 1)", dropout=dropout)
     check_value("trunk", dropout == 0 or key is not None, "given when dropout is not 0", key=key)
     bounds = bounds if packs(params["ln_f"]["weight"], config.n_head) else None
@@ -186,11 +189,6 @@ def unembed(params: Params, hidden: Tensor, *, aligned: bool = False) -> Tensor:
     weight: Tensor = params["wte"]["weight"]
     logits = hidden @ align(weight.to(hidden.dtype)).T
     return mask_filling(logits, len(weight)) if aligned else logits[..., : len(weight)]
-
-
-def chunk_size(config: GPT2Config) -> int:
-    """Tokens whose float32 logits take at most 256 MB, for `rlhf.remat.in_chunks`."""
-    return max(1, _CHUNK // config.vocab_size)
 
 
 def compute_copy(params: Params, dtype: torch.dtype) -> Params:

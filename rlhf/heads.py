@@ -15,7 +15,7 @@ def init_reward_head(n_embd: int, *, key: Tensor) -> Params:
     """A linear head without bias (preferences cannot tell it), normal with std 1/sqrt(n_embd + 1).
 
     Source: Stiennon et al. 2020, "Learning to summarize from human feedback", https://github.com/openai/summarize-from-feedback;
-    Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail 13, https://arxiv.org/abs/2403.17031.
+    Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail 11, https://arxiv.org/abs/2403.17031.
 
     Args:
         n_embd: width of the trunk.

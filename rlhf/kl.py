@@ -54,7 +54,7 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) ->
     Source: the definition; zero exactly where the logits differ by a constant.
 
     Args:
-        logits: [..., V] float, policy; differentiated.
+        logits: [..., V] float, policy; finite; differentiated.
         ref_logits: [..., V] float, reference; finite.
         temperature: > 0, applied to both.
 
@@ -83,14 +83,16 @@ def adaptive_kl_coef(
     Args:
         kl_coef: the present coefficient, > 0.
         kl: the mean KL per sequence just measured, nats.
-        num_samples: sequences it was measured on.
+        num_samples: sequences it was measured on, at most `horizon`.
         target: nats per sequence, > 0.
-        horizon: sequences over which the coefficient moves by at most 20%, > 0.
+        horizon: sequences over which the coefficient moves by about 20% at most, > 0.
 
     Raises:
-        ValueError: target or horizon is not positive.
+        ValueError: target or horizon is not positive, or num_samples is above horizon: the coefficient could turn
+            negative.
     """
     check_value("adaptive_kl_coef", target > 0, "above 0", target=target)
     check_value("adaptive_kl_coef", horizon > 0, "above 0", horizon=horizon)
+    check_value("adaptive_kl_coef", num_samples <= horizon, f"at most horizon = {horizon:g}", num_samples=num_samples)
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * num_samples / horizon)

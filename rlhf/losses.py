@@ -19,7 +19,8 @@ def sft_loss(log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
 
         L = - sum_t m_t log pi(y_t | x, y_<t)
 
-    Source: maximum likelihood; the completion-only mask is that of Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
+    Source: maximum likelihood; the completion-only mask is that of Touvron et al. 2023, "Llama 2", section 3.1,
+    https://arxiv.org/abs/2307.09288.
 
     Args:
         log_probs: [...] float, nats (`rlhf.ops.token_log_probs`); differentiated.

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import ScoreBatch
-from rlhf.gpt2 import chunk_size, compute_copy, unembed
+from rlhf.gpt2 import compute_copy, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.kl import exact_kl
 from rlhf.objectives import at_predictors, reward_scores
-from rlhf.ops import entropy, token_log_probs
-from rlhf.remat import in_chunks
+from rlhf.ops import entropy, is_likeliest, token_log_probs
+from rlhf.remat import chunk_size, in_chunks
 from rlhf.types import Params
 
 
@@ -59,7 +59,7 @@ def make_measure(
             ref_logits = unembed(models["reference"], *ref_hidden, aligned=True)
             ref_log_probs = token_log_probs(ref_logits, targets, temperature=temperature)
             kl = exact_kl(logits, ref_logits, temperature=temperature)
-        return log_probs, logits.argmax(-1) == targets, entropy(logits, temperature=temperature), ref_log_probs, kl
+        return log_probs, is_likeliest(logits, targets), entropy(logits, temperature=temperature), ref_log_probs, kl
 
     def measure(params: Params, frozen: dict[str, Params], batch: ScoreBatch) -> Measures:
         shapes = {"model": config} if reference is None else {"model": config, "reference": reference}
@@ -67,7 +67,7 @@ def make_measure(
         if reference is not None:
             models["reference"] = compute_copy(frozen["reference"], dtype)
         hidden = [at_predictors(models[name], batch, shape) for name, shape in shapes.items()]
-        of_tokens = in_chunks(per_token, chunk_size(config))(models, batch.targets, *hidden)
+        of_tokens = in_chunks(per_token, chunk_size(config.vocab_size))(models, batch.targets, *hidden)
         return Measures._make([*of_tokens, reward_scores(frozen, batch, reward_models, dtype)])
 
     return measure

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from rlhf.batches import PairBatch, PPOBatch, PromptBatch, Rows, ScoreBatch, TokenBatch
 from rlhf.decoding import decoding_copy
-from rlhf.gpt2 import chunk_size, compute_copy, trunk, unembed
+from rlhf.gpt2 import compute_copy, trunk, unembed
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head
 from rlhf.kl import exact_kl, kl_estimate
 from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
-from rlhf.ops import entropy, gather_rows, masked_sum, token_log_probs
-from rlhf.remat import in_chunks
+from rlhf.ops import entropy, gather_rows, is_likeliest, masked_sum, token_log_probs
+from rlhf.remat import chunk_size, in_chunks
 from rlhf.sampling import Completions, draw_tokens, generate
 from rlhf.tree import tree_map
 from rlhf.types import Metrics, Params
@@ -62,16 +62,14 @@ def make_sft_objective(
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = unembed(params, hidden, aligned=True)
-        seen = logits.detach()
-        correct = seen.gather(-1, targets.unsqueeze(-1)).squeeze(-1) >= seen.amax(-1)
-        return token_log_probs(logits, targets), correct.float()
+        return token_log_probs(logits, targets), is_likeliest(logits.detach(), targets).float()
 
     def objective(params: Params, frozen: Frozen, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         params = compute_copy(params, dtype)
         hidden = _hidden(
             params, batch.rows, config, dropout=dropout, key=batch.key, gradient_checkpointing=gradient_checkpointing
         )
-        log_probs, correct = in_chunks(per_token, chunk_size(config))(
+        log_probs, correct = in_chunks(per_token, chunk_size(config.vocab_size))(
             _tied(params), gather_rows(hidden, batch.predictors), batch.targets
         )
         loss, metrics = sft_loss(log_probs, batch.mask)
@@ -164,7 +162,7 @@ def make_ppo_objective(
             reference = compute_copy(frozen["reference"], dtype)
             models["reference"] = _tied(reference)
             columns.append(at_predictors(reference, batch, config))
-        log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config))(models, *columns)
+        log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config.vocab_size))(models, *columns)
         policy_loss, metrics = ppo_policy_loss(
             log_probs, batch.old_log_probs, batch.advantages, batch.mask, clip_eps=clip_eps, dual_clip=dual_clip
         )
@@ -299,7 +297,7 @@ def make_scorer(
         """Hidden states and log-probs of a GPT-2."""
         params = compute_copy(params, dtype)
         hidden = at_predictors(params, batch, config)
-        return hidden, in_chunks(per_token, chunk_size(config))(_tied(params), hidden, batch.targets)[0]
+        return hidden, in_chunks(per_token, chunk_size(config.vocab_size))(_tied(params), hidden, batch.targets)[0]
 
     def score(params: Params, frozen: Frozen, batch: ScoreBatch) -> Scores:
         _, ref_log_probs = look(frozen["reference"], batch)

@@ -110,7 +110,7 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         H = logsumexp(z) - sum_v softmax(z)_v z_v,   z = logits / temperature
 
     Args:
-        logits: [..., V] float; differentiated.
+        logits: [..., V] float, finite; differentiated.
         temperature: > 0.
 
     Returns:
@@ -121,6 +121,16 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """
     scaled = scale_logits(logits, temperature)
     return torch.logsumexp(scaled, dim=-1) - (torch.softmax(scaled, dim=-1) * scaled).sum(dim=-1)
+
+
+def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
+    """[...] bool: whether no token has a higher logit than the target. The mean is the token accuracy.
+
+    Args:
+        logits: [..., V] float.
+        targets: [...] int64 in [0, V).
+    """
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) >= logits.amax(dim=-1)
 
 
 def scale_logits(logits: Tensor, temperature: float) -> Tensor:
@@ -142,5 +152,5 @@ def mean_metrics(sums: Metrics) -> Metrics:
     Raises:
         KeyError: there is no "count".
     """
-    count = sums["count"].clamp(min=1)
+    count = torch.where(sums["count"] == 0, 1, sums["count"])
     return {name: total / count for name, total in sums.items() if name != "count"}

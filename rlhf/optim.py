@@ -148,7 +148,9 @@ def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = N
         ValueError: max_norm is not positive.
     """
     check_value("clip_by_global_norm", max_norm > 0, "above 0", max_norm=max_norm)
-    norm = global_norm(grads) if norm is None else norm
+    norm = global_norm(grads) if norm is None else norm.double()
+    if max_norm == float("inf"):
+        return grads, norm
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return tree_map(lambda g: g * factor.to(g.dtype), grads), norm
 

@@ -11,6 +11,9 @@ from torch.utils import _pytree as pytree
 
 from rlhf.types import Tree
 
+_CHUNK = 1 << 26
+"""Logits that are there at once. Each chunk adds a whole gradient of the embedding: smaller ones would cost time."""
+
 
 def remat(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, of which the backward pass keeps the arguments alone and computes everything in between again.
@@ -34,6 +37,11 @@ def remat(function: Callable[..., Any]) -> Callable[..., Any]:
         return _Remat.apply(function, structure, *leaves)  # type: ignore[no-untyped-call]
 
     return again
+
+
+def chunk_size(vocab_size: int) -> int:
+    """Tokens whose float32 logits take at most 256 MB, for `in_chunks`."""
+    return max(1, _CHUNK // vocab_size)
 
 
 def in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int) -> Callable[..., tuple[Tensor, ...]]:

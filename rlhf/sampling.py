@@ -52,7 +52,7 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
 
     Args:
         logits: [..., V] float, temperature applied.
-        top_k: tokens kept; 0 keeps all. Tokens that tie with the k-th stay.
+        top_k: tokens kept; 0 keeps all. Tokens that tie with the k-th stay, but for 1, which is greedy.
         top_p: in (0, 1]; 1 keeps all. At least one token stays.
 
     Returns:
@@ -63,7 +63,10 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
     """
     check_value("filter_logits", top_k >= 0, "at least 0", top_k=top_k)
     check_value("filter_logits", 0 < top_p <= 1, "in (0, 1]", top_p=top_p)
-    if 0 < top_k < logits.shape[-1]:
+    if top_k == 1:
+        token = torch.arange(logits.shape[-1], device=logits.device)
+        logits = torch.where(token == logits.argmax(dim=-1, keepdim=True), logits, -torch.inf)
+    elif 0 < top_k < logits.shape[-1]:
         weakest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = torch.where(logits >= weakest, logits, -torch.inf)
     if top_p < 1:
@@ -83,14 +86,14 @@ def sample_token(logits: Tensor, uniform: Tensor) -> Tensor:
         uniform: [...] float32 in [0, 1), multiples of 2**-23 (`rlhf.random.uniform_at`).
 
     Returns:
-        [...] int64.
+        [...] int64 in [0, V), also where logits are NaN.
     """
     logits = scale_logits(logits, 1.0)
     if logits.is_cuda:
         return sample_token_in_blocks(logits, uniform)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     threshold = uniform.unsqueeze(-1).to(cumulative.dtype) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 def sample_token_in_blocks(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -276,11 +279,16 @@ def generate(
     room, device, count = config.n_positions - prompts.shape[1], prompts.device, len(keys)
     check_value("generate", 1 <= max_new_tokens <= room, f"in [1, {room}]", max_new_tokens=max_new_tokens)
     check_value("generate", slots is None or slots >= 1, "at least 1", slots=slots)
+    within = 0 <= min_new_tokens <= max_new_tokens
+    check_value("generate", within, f"in [0, {max_new_tokens}]", min_new_tokens=min_new_tokens)
     per_call = draws_per_call or (1 if prompts.is_cpu else -(-max_new_tokens // -(-max_new_tokens // _DRAWS)))
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
     uniforms = uniform_at(torch.cat([keys, keys[:1]])[:, None], torch.arange(max_new_tokens, device=device))
+    check_value("generate", source is not None or count == len(prompts), f"{len(prompts)}, one per prompt", keys=count)
     source = torch.arange(count, device=device) if source is None else source
-    starts = prompt_lengths[source].tolist()
+    starts, longest = prompt_lengths[source].tolist(), prompts.shape[1]
+    fit = all(1 <= length <= longest for length in starts)
+    check_value("generate", fit, f"in [1, {longest}]", prompt_lengths=starts)
     tokens = torch.full((count + 1, max_new_tokens), -1, device=device)  # idle rows write into the last
     figures = torch.zeros(count + 1, max_new_tokens, 3, device=device)
     capacity = prompts.shape[1] + max_new_tokens

@@ -223,7 +223,9 @@ MUTANTS = [
         ("temperature: low precision kept", "else logits.float()", "else logits"),
         ("temperature: zero allowed", "temperature > 0", "temperature >= 0"),
         ("metrics: count kept", ' if name != "count"}', "}"),
-        ("metrics: count of 0", 'sums["count"].clamp(min=1)', 'sums["count"]'),
+        ("accuracy: of the others", ">= logits.amax(dim=-1)", "< logits.amax(dim=-1)"),
+        ("accuracy: ties do not count", ">= logits.amax(dim=-1)", "> logits.amax(dim=-1)"),
+        ("metrics: count of 0", 'torch.where(sums["count"] == 0, 1, sums["count"])', 'sums["count"]'),
     ),
     *mutants(
         "experience",
@@ -446,7 +448,6 @@ MUTANTS = [
         ("reference in the model's shape", '"reference": reference}', '"reference": config}'),
         ("predictors of another model", "at_predictors(models[name]", 'at_predictors(models["model"]'),
         ("reward models left out", "reward_scores(frozen, batch, reward_models,", "reward_scores(frozen, batch, (),"),
-        ("correct: least likely", "logits.argmax(-1)", "logits.argmin(-1)"),
     ),
     *mutants(
         "remat",
@@ -520,7 +521,6 @@ MUTANTS = [
     ),
     *mutants(
         "objectives",
-        ("sft: accuracy of the others", ">= seen.amax(-1)", "< seen.amax(-1)"),
         (
             "sft: predictors ignored",
             "gather_rows(hidden, batch.predictors), batch.targets",

@@ -256,6 +256,15 @@ def test_wrong_arguments_are_named(params, config, tokens, key):
         gpt2.trunk(params, torch.zeros(1, 33, dtype=torch.int64), config=config)
     with pytest.raises(ValueError, match=r"forward: attention_mask has shape \(3, 11\)"):
         gpt2.forward(params, tokens, config=config, attention_mask=torch.ones(3, 11, dtype=torch.bool))
+    long = torch.zeros(1, 33, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"forward: length is 33, expected at most n_positions = 32"):
+        gpt2.forward(params, long, config=config, attention_mask=long == 0)
+    with pytest.raises(ValueError, match=r"trunk: positions has shape \(3, 11\), expected \(3, 12\) like tokens"):
+        gpt2.trunk(params, tokens, config=config, positions=tokens[:, 1:])
+    with pytest.raises(ValueError, match=r"trunk: segments has shape \(1, 12\), expected \(3, 12\) like tokens"):
+        gpt2.trunk(params, tokens, config=config, segments=tokens[:1])
+    with pytest.raises(ValueError, match="trunk: segments is None, expected given with bounds"):
+        gpt2.trunk(params, tokens, config=config, bounds=torch.tensor([0, 36], dtype=torch.int32))
     with pytest.raises(ValueError, match="trunk: key is None"):
         gpt2.trunk(params, tokens, config=config, dropout=0.1)
     with pytest.raises(ValueError, match=r"trunk: dropout is 1\.0"):

@@ -182,6 +182,11 @@ def test_kl_functions_vmap(function):
             "adaptive_kl_coef: horizon is 0.0, expected above 0",
             id="horizon",
         ),
+        pytest.param(
+            lambda: adaptive_kl_coef(0.1, 1.0, num_samples=101, horizon=100.0),
+            "adaptive_kl_coef: num_samples is 101, expected at most horizon = 100",
+            id="samples",
+        ),
     ],
 )
 def test_kl_functions_reject(call, message):
@@ -194,12 +199,13 @@ def test_kl_functions_reject(call, message):
     kl=st.floats(-5.0, 50.0),
     num_samples=st.integers(1, 1000),
     target=st.floats(0.1, 20.0),
-    horizon=st.floats(0.5, 1e5),
+    horizon=st.floats(1000, 1e5),
 )
 def test_invariant_11_adaptive_kl_coef_value(kl_coef, kl, num_samples, target, horizon):
     found = adaptive_kl_coef(kl_coef, kl, num_samples=num_samples, target=target, horizon=horizon)
     expected = oracles.adaptive_kl_coef(kl_coef, kl, num_samples=num_samples, target=target, horizon=horizon)
     assert found == pytest.approx(expected, rel=1e-12)
+    assert found > 0
 
 
 @pytest.mark.parametrize(

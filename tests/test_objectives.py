@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import grad_and_value
 
-from rlhf import gpt2, random
+from rlhf import gpt2, random, remat
 from rlhf.batches import PairBatch, PPOBatch, ScoreBatch, TokenBatch
 from rlhf.data.packing import build_rows
 from rlhf.heads import apply_head
@@ -140,7 +140,7 @@ def test_logits_in_chunks_and_checkpointed_blocks_change_nothing(
     sft, ppo = make_sft_objective(config), make_ppo_objective(config, config, **options)
     of_sft = grad_and_value(sft, has_aux=True)(params["policy"], {}, token_batch(sequences, LAYOUTS["packed"]))
     of_ppo = grad_and_value(ppo, has_aux=True)(params, frozen, batch)
-    monkeypatch.setattr(gpt2, "_CHUNK", tokens_at_once * config.vocab_size)
+    monkeypatch.setattr(remat, "_CHUNK", tokens_at_once * config.vocab_size)
     largest, unembed = [], gpt2.unembed
 
     def watched(params, hidden, **options):

@@ -19,7 +19,17 @@ from laws import (
     numpy,
 )
 
-from rlhf.ops import entropy, masked_mean, masked_sum, masked_var, mean_metrics, scale_logits, token_log_probs, whiten
+from rlhf.ops import (
+    entropy,
+    is_likeliest,
+    masked_mean,
+    masked_sum,
+    masked_var,
+    mean_metrics,
+    scale_logits,
+    token_log_probs,
+    whiten,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 STATISTICS = {
@@ -331,6 +341,16 @@ def test_mean_metrics_divides_by_the_count_once():
 @pytest.mark.parametrize("count", [0, 1])
 def test_mean_metrics_of_one_or_nothing_are_the_sums(count):
     assert_close(mean_metrics({"a": torch.tensor(3.0), "count": torch.tensor(count)}), {"a": 3.0})
+
+
+def test_mean_metrics_of_weights_below_one():
+    assert_close(mean_metrics({"a": torch.tensor(3.0), "count": torch.tensor(0.5)}), {"a": 6.0})
+
+
+def test_is_likeliest_lets_ties_count():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [0.0, -1.0, -2.0]])
+    found = [is_likeliest(logits, torch.tensor([token, token])).tolist() for token in range(3)]
+    assert found == [[False, True], [True, False], [True, False]]
 
 
 def test_mean_metrics_needs_a_count():

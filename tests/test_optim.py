@@ -326,6 +326,11 @@ def test_clip_by_global_norm_keeps_the_bits_of_small_gradients(max_norm):
     assert_same_bits(clip_by_global_norm(grads, max_norm)[0], grads)
 
 
+def test_clip_by_global_norm_without_limit_keeps_what_is_not_finite():
+    grads = {"w": torch.tensor([1.0, math.inf])}
+    assert_same_bits(clip_by_global_norm(grads, math.inf)[0], grads)
+
+
 def test_clip_by_global_norm_brings_large_gradients_to_the_norm_in_their_direction():
     grads = tree_map(lambda leaf: 1e6 * leaf, example_params())
     clipped, _ = clip_by_global_norm(grads, 2.0)
@@ -339,6 +344,7 @@ def test_clip_by_global_norm_of_a_part_uses_the_norm_of_the_whole():
     part, part_norm = clip_by_global_norm(grads["h"], 0.5, norm=global_norm(grads))
     assert_same_bits(part, whole["h"])
     assert_same_bits(part_norm, norm)
+    assert clip_by_global_norm(grads, 0.5, norm=torch.tensor(2.0))[1].dtype == torch.float64
 
 
 def test_clip_by_global_norm_of_nothing_but_zeros_is_zero():

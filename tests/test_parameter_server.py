@@ -10,6 +10,7 @@ from rlhf.config import DistConfig
 from rlhf.distributed import connected, parameter_server
 from rlhf.optim import adamw
 from rlhf.schedules import constant
+from rlhf.tree import tree_map
 
 
 def loss(params, batch):
@@ -62,9 +63,12 @@ def test_any_loss_and_tree_on_workers_of_its_own(one_ray):
     for dist in (DistConfig(), DistConfig(num_workers=2, num_servers=1)):
         with ParameterServer(loss, params(), adamw(constant(0.02)), dist, max_grad_norm=0.1) as server:
             seen = [server.step(batches(step)) for step in range(4)]
-            middle = {name: leaf.clone() for name, leaf in server.snapshot().items()}
+            middle, kept = server.snapshot(), server.params()
+            saved = tree_map(torch.clone, (middle, kept))
             seen += [server.step(batches(step)) for step in range(4, 8)]
             states.append((seen, server.snapshot()))
+            unchanged = tree_map(torch.equal, (middle, kept), saved)  # copies: later steps do not show in them
+            assert unchanged == tree_map(lambda leaf: True, saved)
             server.restore(middle, 4)
             assert server.version == 4
             assert [server.step(batches(step)) for step in range(4, 8)] == seen[4:]

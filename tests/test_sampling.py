@@ -51,7 +51,20 @@ def test_filter_logits_top_p_keeps_the_smallest_set_that_reaches_p(seed, top_p):
     assert probs[kept].min() >= (probs[~kept].max() if (~kept).any() else 0)
 
 
+def test_filter_logits_top_k_1_is_greedy_among_ties():
+    logits = torch.tensor([[1.0, 2.0, 2.0], [3.0, 3.0, 3.0]])
+    kept = filter_logits(logits, top_k=1) > -torch.inf
+    assert kept.tolist() == [[False, True, False], [True, False, False]]
+
+
 FORMS = pytest.mark.parametrize("sample", [sample_token, sample_token_in_blocks])
+
+
+@FORMS
+def test_a_token_is_drawn_though_logits_are_not_finite(sample):
+    """So that it is the check of what was drawn that fails, with the state saved."""
+    tokens = sample(torch.full((2, 300), torch.nan), torch.tensor([0.0, 0.9]))
+    assert ((tokens >= 0) & (tokens < 300)).all()
 
 
 @FORMS
@@ -247,6 +260,14 @@ def test_wrong_arguments_are_named(params, config, tokens, keys):
         generate(params, tokens[:, :6].int(), LENGTHS, keys, **good)
     with pytest.raises(ValueError, match=r"generate: keys has shape \(2,\)"):
         generate(params, tokens[:, :6], LENGTHS, keys[0], **good)
+    for lengths in ([0, 4, 4], [6, 7, 6]):
+        with pytest.raises(ValueError, match=r"generate: prompt_lengths is \[.*\], expected in \[1, 6\]"):
+            generate(params, tokens[:, :6], torch.tensor(lengths), keys, **good)
+    with pytest.raises(ValueError, match=r"generate: keys is 2, expected 3, one per prompt"):
+        generate(params, tokens[:, :6], LENGTHS, keys[:2], **good)
+    for fewest in (-1, 5):
+        with pytest.raises(ValueError, match=rf"generate: min_new_tokens is {fewest}, expected in \[0, 4\]"):
+            generate(params, tokens[:, :6], LENGTHS, keys, min_new_tokens=fewest, **good)
     with pytest.raises(ValueError, match="scale_logits: temperature is 0, expected above 0"):
         generate(params, tokens[:, :6], LENGTHS, keys, temperature=0, **good)
     with pytest.raises(ValueError, match=r"filter_logits: top_k is -1"):

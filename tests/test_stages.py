@@ -396,6 +396,16 @@ def test_a_reward_that_is_not_finite_is_refused_and_everything_saved(base, tmp_p
     assert len(metrics_of(run, "ppo")) == 6
 
 
+def test_a_policy_that_has_diverged_ends_in_the_same_way(base, tmp_path):
+    """Its last update was finite; what it then draws from is not."""
+    ppo = dataclasses.replace(base.ppo, learning_rate=1e30, num_epochs=1, minibatch_size=base.ppo.batch_size)
+    run = copy_run(base, tmp_path, "ppo", ppo=ppo)
+    with pytest.raises(NonFiniteError, match=r"ppo iteration 2: a log-prob is not finite for the completion"):
+        run_ppo(run)
+    assert last_step(run.output_dir / "checkpoints" / "ppo") == 1
+    assert (run.output_dir / "nonfinite" / "ppo-step-000002" / "manifest.json").is_file()
+
+
 def test_a_loss_that_is_not_finite_is_refused_and_everything_saved(base, tmp_path):
     settings = dataclasses.replace(base.sft, learning_rate=1e30, warmup_fraction=0.0, max_grad_norm=float("inf"))
     run = copy_run(base, tmp_path, "sft", sft=settings)

@@ -13,6 +13,7 @@ from rlhf.config import DistConfig
 from rlhf.distributed import open_executor
 from rlhf.execution.executor import Fault, Models, Program, StepSpec
 from rlhf.optim import Optimizer
+from rlhf.tree import tree_map
 from rlhf.types import Metrics, Params
 
 
@@ -92,12 +93,13 @@ class ParameterServer:
         return self._executor.step("main", batches)
 
     def params(self) -> Params:
-        """The present parameters, on the CPU."""
-        return self._executor.params()
+        """A copy of the present parameters, on the CPU."""
+        params: Params = tree_map(torch.clone, self._executor.params())
+        return params
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Parameters and optimiser state by dotted name: what `safetensors` can save and `restore` takes."""
-        return self._executor.snapshot()
+        """A copy of parameters and optimiser state by dotted name: what `safetensors` can save and `restore` takes."""
+        return {name: leaf.clone() for name, leaf in self._executor.snapshot().items()}
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
         """Continue from a snapshot taken after `version` steps, with any number of workers.

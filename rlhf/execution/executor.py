@@ -119,10 +119,13 @@ class Executor(Protocol):
         """Start the optimiser's state anew."""
 
     def params(self) -> Params:
-        """The present parameters, on the CPU; not to be changed."""
+        """The present parameters, on the CPU: perhaps views, which are not to be changed and which a step changes."""
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Everything that the next step reads, by dotted name, on the CPU: parameters, optimiser, blended models."""
+        """Everything that the next step reads, by dotted name, on the CPU: parameters, optimiser, blended models.
+
+        Views as `params` are: to be saved or copied before the next step.
+        """
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
         """Continue from a snapshot taken after `version` steps.
