@@ -53,8 +53,8 @@ class TokenizerConfig(Section):
 class CheckpointConfig(Section):
     """What is saved while training, beside the model folder at the end of each stage."""
 
-    every: Count = 100
-    """Steps (PPO: iterations) between checkpoints; one is always written at the end and when interrupted."""
+    every: Count | None = None
+    """Steps between checkpoints; none is 100, and 10 iterations of PPO. One is written at the end and when stopped."""
     keep: Count = 2
     """Checkpoints kept per stage: the newest."""
 

@@ -25,7 +25,7 @@ class NonFiniteError(Exception):
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
-    """The run was asked to stop (SIGINT or SIGTERM), finished its step and saved. Exit code 128 + the signal."""
+    """The run was asked to stop by a signal, finished its step and saved. Exit code 128 + the signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf.errors import UserError
 from rlhf.io.files import clear_write_errors, write_text
 
 ITEMS = (
@@ -73,20 +74,30 @@ def write_embedded(folder: Path, *, seed: int = 0, size: int = 6000) -> Embedded
         size: demonstrations, and preference pairs.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or a file there has another content.
     """
-    with clear_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     pairs = [(item, problem) for item in ITEMS for problem in _PROBLEMS]
     rng.shuffle(pairs)
     cases = [(opening, item, problem) for item, problem in pairs for opening in _OPENINGS]
     heldout, known = cases[:200], cases[200:]
     files = EmbeddedFiles(*(folder / f"{name}.json" for name in EmbeddedFiles._fields))
-    _write(files.demonstrations, (_demonstration(rng, rng.choice(known)) for _ in range(size)))
-    _write(files.preferences, (_preference(rng, rng.choice(known)) for _ in range(size)))
-    _write(files.prompts, ({"prompt": _prompt(*case), "item": case[1]} for case in known))
-    _write(files.heldout_prompts, ({"prompt": _prompt(*case), "item": case[1]} for case in heldout))
+    contents = {
+        files.demonstrations: _json(_demonstration(rng, rng.choice(known)) for _ in range(size)),
+        files.preferences: _json(_preference(rng, rng.choice(known)) for _ in range(size)),
+        files.prompts: _json({"prompt": _prompt(*case), "item": case[1]} for case in known),
+        files.heldout_prompts: _json({"prompt": _prompt(*case), "item": case[1]} for case in heldout),
+    }
+    for path, content in contents.items():
+        if path.exists() and not (path.is_file() and path.read_bytes() == bytes(content, "utf-8")):
+            raise UserError(
+                f"{path}: is there already, and is not what the example would write; name it as the data file if it "
+                "is yours, or choose another --output-dir"
+            )
+    with clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path, content in contents.items():
+        write_text(path, content)
     return files
 
 
@@ -131,5 +142,5 @@ def _reply(rng: random.Random, case: tuple[str, str, str]) -> str:
     return " " + " ".join(parts or [rng.choice(_DISMISSALS)])
 
 
-def _write(path: Path, records: Iterable[dict[str, str]]) -> None:
-    write_text(path, "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+def _json(records: Iterable[dict[str, str]]) -> str:
+    return "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"

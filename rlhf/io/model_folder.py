@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.gpt2 import from_hugging_face, to_hugging_face
 from rlhf.gpt2_config import GPT2Config
-from rlhf.io.files import atomic_folder, save_tensors, write_json
+from rlhf.io.files import atomic_folder, save_tensors, sha256, write_json
 from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.tree import all_finite, as_new, cast
@@ -214,22 +214,34 @@ def _shape(folder: Path, settings: dict[str, Any]) -> GPT2Config:
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def weights_digest(folder: Path) -> str:
+    """Hex digests of the files that decide what a model gives: its weights, and the statistics of its reward.
+
+    Raises:
+        UserError: there are no weights.
+    """
+    statistics = folder / "reward_statistics.json"
+    return "+".join(map(sha256, [*_weight_files(folder), *([statistics] if statistics.is_file() else [])]))
+
+
+def _weight_files(folder: Path) -> list[Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
-        files = [whole]
-    elif index.is_file():
+        return [whole]
+    if index.is_file():
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = sorted({folder / name for name in names})
+            return sorted({folder / name for name in names})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: cannot be read ({error})") from error
-    else:
-        raise UserError(
-            f"{whole}: no such file; weights are read from safetensors alone (convert pickled .bin files first)"
-        )
+    raise UserError(
+        f"{whole}: no such file; weights are read from safetensors alone (convert pickled .bin files first)"
+    )
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for file in files:
+    for file in _weight_files(folder):
         try:
             state |= as_new(load_file(file))
         except (SafetensorError, OSError) as error:

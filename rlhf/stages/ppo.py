@@ -17,15 +17,22 @@ from rlhf.data.schema import PROMPTS
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience
 from rlhf.io.files import sha256
-from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
+from rlhf.io.model_folder import (
+    RewardModel,
+    RewardStatistics,
+    load_language_model,
+    save_language_model,
+    weights_digest,
+)
 from rlhf.io.run_log import RunLog
 from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
+from rlhf.stages.identity import Facts
 from rlhf.stages.inputs import check_agrees, embedded_file, open_dataset, rate_at
 from rlhf.stages.ppo_program import make_program, shapes_of, start_models, update_schedule
 from rlhf.stages.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.stages.rewards import open_sources
-from rlhf.stages.run import Facts, Run, StageResult, open_run, train
+from rlhf.stages.run import Run, StageResult, open_run, train
 
 
 def run_ppo(config: PPORun) -> StageResult:
@@ -94,7 +101,8 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     compile_to = run.compile_to(models, tokens, evaluated=[models.params, *models.frozen.values()])
     executor = run.open_executor(functools.partial(make_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
-    return ppo, {"data": sha256(path), "model": sha256(folder / "model.safetensors")}
+    rewards = [weights_digest(target) for spec in specs if (target := Path(spec.rpartition("*")[2])).is_dir()]
+    return ppo, {"data": sha256(path), "model": weights_digest(folder), "reward": rewards}
 
 
 def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:
@@ -186,7 +194,7 @@ def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:
 
 def _save(ppo: PPO, config: PPORun) -> Path:
     """Write OUTPUT_DIR/policy, with the value function beside it."""
-    folder, params = config.output_dir / "policy", ppo.executor.params()
+    folder, params = ppo.run.model_folder, ppo.run.trained(ppo.executor)
     critic = None
     if ppo.shapes.critic is not None:
         critic = RewardModel(params["critic"], ppo.shapes.critic, ppo.policy.tokenizer, RewardStatistics(0.0, 1.0, 0))

@@ -17,7 +17,13 @@ from rlhf.execution.executor import Executor, Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head
 from rlhf.io.files import sha256
-from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
+from rlhf.io.model_folder import (
+    RewardModel,
+    RewardStatistics,
+    load_language_model,
+    save_reward_model,
+    weights_digest,
+)
 from rlhf.objectives import make_pair_scores, make_reward_objective
 from rlhf.random import Purpose
 from rlhf.stages.inputs import check_agrees, embedded_file, make_schedule
@@ -85,7 +91,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
             | measure(split.dataset, split.train[: max(len(split.held_out), 2)], "train")
         ),
         shown=("loss/reward", "eval/reward/accuracy"),
-        identity={"data": sha256(path), "model": sha256(source / "model.safetensors")},
+        identity={"data": sha256(path), "model": weights_digest(source)},
     )
     scores, _ = _score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS]))
     std = float(scores.double().std()) if len(scores) > 1 else 0.0
@@ -93,10 +99,11 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     run.note(
         f"reward of {statistics.completions} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}"
     )
-    folder = config.output_dir / "reward"
+    params = run.trained(executor, statistics.mean, statistics.std)
     facts = {"stage": "reward", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-    save_reward_model(folder, RewardModel(executor.params(), start.config, start.tokenizer, statistics), facts=facts)
-    return StageResult(folder, metrics)
+    model = RewardModel(params, start.config, start.tokenizer, statistics)
+    save_reward_model(run.model_folder, model, facts=facts)
+    return StageResult(run.model_folder, metrics)
 
 
 def make_program(

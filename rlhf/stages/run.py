@@ -2,19 +2,18 @@
 
 import contextlib
 import dataclasses
-import signal
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.config import PipelineRun, RunConfig, flat_fields
+from rlhf.config import PipelineRun, RunConfig
 from rlhf.data.dataset import default_cache_dir
 from rlhf.distributed import open_executor
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
@@ -22,23 +21,24 @@ from rlhf.execution.compiled import has_compiler
 from rlhf.execution.executor import Executor, Models, Program
 from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint
 from rlhf.io.files import atomic_folder, check_free_space, lock_folder, write_text
-from rlhf.io.manifest import write_manifest
+from rlhf.io.manifest import has_manifest, write_manifest
 from rlhf.io.presets import dump_config, load_config
 from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages.compute import compute_threads, describe_workers, find_device, limit_threads
+from rlhf.stages.identity import Facts, settings_of
+from rlhf.stages.signals import Stop, stop_on_signal
 from rlhf.stages.sink import open_sink
-from rlhf.tree import leaves, named_leaves
+from rlhf.tree import all_finite, leaves, named_leaves
 from rlhf.types import Params
 
-Facts = dict[str, Any]
-"""Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
+_MODEL_FOLDERS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
+"""In the output folder, what a stage leaves behind."""
 
-_FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist", "threads")
-"""Settings that may differ when a run is resumed: but for the threads they do not change a bit of its results."""
-
+_CHECKPOINT_EVERY = {"sft": 100, "reward": 100, "ppo": 10}
+"""Where the configuration does not say; a PPO iteration is as much work as many steps."""
 
 _COMPILED_GAIN, _FLOPS, _COMPILE_S, _COMPILE_FORWARD_S = 0.25, 1e11, 0.45, 0.25
 """Measured on two cores: what compilation takes off a step, floating-point operations per second of an eager one, and
@@ -55,15 +55,12 @@ class StageResult(NamedTuple):
 
 
 @dataclass
-class Run:
+class Run(Stop):
     """One stage of one run."""
 
     config: RunConfig
-    stage: str
     device: torch.device
     dtype: torch.dtype
-    stop_signal: int = 0
-    """Signal that asked the run to stop; 0 when none did."""
     notes: list[str] = field(default_factory=list)
     """What was said to the user before training, for the log."""
     resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -78,6 +75,29 @@ class Run:
         self.notes.append(text)
         console.print(f"[bold]{self.stage}[/]: ", end="")
         console.print(text, markup=False, soft_wrap=True)
+
+    @property
+    def model_folder(self) -> Path:
+        """Where this stage's model goes."""
+        return self.config.output_dir / _MODEL_FOLDERS[self.stage]
+
+    def trained(self, executor: Executor, *figures: float) -> Params:
+        """The parameters to be saved as the stage's model.
+
+        Args:
+            executor: has them.
+            figures: what was measured of them.
+
+        Raises:
+            NonFiniteError: a parameter or figure is not finite, after the last update was.
+        """
+        params = executor.params()
+        if not (all_finite(params) and all(map(math.isfinite, figures))):
+            raise NonFiniteError(
+                f"{self.stage}: the trained model, or what it gives, is not finite; {self.model_folder} was not "
+                f"written. The last state is in {self.checkpoints}; lower --{self.stage}.learning-rate"
+            )
+        return params
 
     def open_executor(self, make_program: Callable[[], Program], models: Models) -> Executor:
         """The executor that the configuration asks for; it is closed when the stage ends.
@@ -147,20 +167,32 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
     """Take hold of the output folder and set up device, threads and signals for one stage.
 
     Raises:
-        UserError: the folder is in use or holds this stage's checkpoints although `resume` is off; or no GPU is there
-            though one was asked for.
+        UserError: the folder is in use or holds this stage's checkpoints although `resume` is off, or what is none of
+            its models; or no GPU is there though one was asked for.
+        Interrupted: a signal came before the first step, or after the last: the stage is then finished.
     """
     run = Run(
-        config, stage, find_device(config.device), torch.bfloat16 if config.precision == "bf16" else torch.float32
+        stage, config, find_device(config.device), torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
-    with lock_folder(config.output_dir), _stop_on_signal(run), limit_threads(compute_threads(config)), run.resources:
+    with lock_folder(config.output_dir), stop_on_signal(run), limit_threads(compute_threads(config)), run.resources:
         check_output(config, stage)
         yield run
+        if run.stop_signal:
+            raise Interrupted(f"{stage}: stopped; this stage is finished and saved", run.stop_signal)
 
 
 def check_output(config: RunConfig, stage: str) -> None:
-    """Raise UserError if the output folder holds the stage's checkpoints although `resume` is off."""
-    done = last_step(_checkpoints(config, stage))
+    """Refuse an output folder in which the stage would replace something that is not its own unfinished run.
+
+    Raises:
+        UserError: it holds the stage's checkpoints although `resume` is off, or in the model's place something else.
+    """
+    done, model = last_step(_checkpoints(config, stage)), config.output_dir / _MODEL_FOLDERS[stage]
+    if model.exists() and (done is None or not has_manifest(model)):
+        raise UserError(
+            f"{model}: is there already, and would be replaced by what {stage} trains; move it away, or choose another "
+            "--output-dir"
+        )
     if done is not None and not config.resume:
         raise UserError(
             f"{config.output_dir}: holds checkpoints of another {stage} run (step {done}); "
@@ -201,8 +233,9 @@ def train(
         WorkersLostError: more processes were lost than may be replaced; the same.
     """
     config = run.config
-    identity = identity | _settings(config) | {"compiled": executor.compiled}
+    identity = identity | settings_of(config, run.stage) | {"compiled": executor.compiled}
     start, facts = _restore(run, executor, facts, identity)
+    every = config.checkpoint.every or _CHECKPOINT_EVERY[run.stage]
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
     check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))
     _write_config(config)
@@ -219,6 +252,7 @@ def train(
         tensorboard=config.log.tensorboard,
         sink=open_sink(config.log.sink),
     )
+    run.training = True
     with _report_at_end(run), contextlib.closing(log), StageProgress(run.stage, total, unit, shown) as progress:
         log.event("resume" if start else "start", format=FORMAT, step=start, total=total, unit=unit, notes=run.notes)
         progress.update(start, {})
@@ -232,6 +266,11 @@ def train(
                 raise NonFiniteError(
                     f"{run.stage} {unit} {step + 1}: {error}; the update was refused. {where}"
                 ) from error
+            except UserError as error:  # as of a reward function
+                if executor.version != version or step == start:
+                    raise
+                save(step)
+                raise UserError(f"{error}. {run.stage} {unit} {step} is saved; continue with --resume") from error
             metrics["timing_s/step"] = time.perf_counter() - begun
             faults = executor.faults()
             for fault in faults:
@@ -243,7 +282,7 @@ def train(
             if (step + 1) % config.log.every == 0 or step + 1 == total:
                 log.metrics(step + 1, metrics)
             progress.update(step + 1, metrics)
-            if ends_early or step + 1 == total or (step + 1) % config.checkpoint.every == 0:
+            if ends_early or step + 1 == total or (step + 1) % every == 0:
                 save(step + 1)
             if ends_early and step + 1 < total:
                 log.event("interrupted", step=step + 1)
@@ -294,9 +333,10 @@ def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tup
     if checkpoint is None:
         return 0, facts
     saved = checkpoint.facts["identity"]
-    changed = sorted(name for name in saved.keys() | identity.keys() if saved.get(name) != identity.get(name))
+    changed = sorted(name for name, value in identity.items() if saved.get(name) != value)
     if changed:
-        shown = "; ".join(f"{name} was {saved.get(name)}, is {identity.get(name)}" for name in changed[:3])
+        shown = "; ".join(f"{name} was {saved.get(name)}, is {identity[name]}" for name in changed[:3])
+        shown += f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"{run.checkpoints}: cannot be continued, because the run has changed: {shown}. "
             "Undo the change, or choose another --output-dir"
@@ -310,18 +350,6 @@ def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tup
     if before != now:
         run.note(f"it was made with {before} threads per process and goes on with {now}: rounding may differ from here")
     return checkpoint.step, checkpoint.facts["carried"]
-
-
-def _settings(config: RunConfig) -> Facts:
-    """Every setting that has a say in the results, as JSON values."""
-    fields = flat_fields(config)
-    return {name: _json(value) for name, value in fields.items() if not name.startswith(_FREE_TO_CHANGE)}
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def _save_nonfinite(
@@ -342,27 +370,7 @@ def _save_nonfinite(
         write_manifest(temporary, {"stage": run.stage, "step": step, "message": str(error)})
     if save is not None:
         save(step)
-    return f"The batch is in {folder}, the state in {run.checkpoints if save else folder}"
-
-
-@contextlib.contextmanager
-def _stop_on_signal(run: Run) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the run to stop after its step; a second SIGINT stops it at once."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if run.stop_signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        run.stop_signal = number
-        console.print(f"{run.stage}: finishing the step, then saving (Ctrl-C again stops at once, unsaved)")
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:  # not in the main thread: whoever runs this there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+    else:
+        goes_on = last_step(run.checkpoints)
+        return f"Batch and state are in {folder}; --resume goes on from step {goes_on or 0}"
+    return f"The batch is in {folder}, the state in {run.checkpoints}"

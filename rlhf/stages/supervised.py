@@ -18,8 +18,9 @@ from rlhf.io.run_log import RunLog
 from rlhf.optim import Optimizer, adamw
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.schedules import Schedule
+from rlhf.stages.identity import Facts
 from rlhf.stages.inputs import make_schedule, open_dataset, rate_at, record_order
-from rlhf.stages.run import Facts, Run, train
+from rlhf.stages.run import Run, train
 
 _EVAL_RECORDS = 1024
 """Held-out records that an evaluation reads at most."""
