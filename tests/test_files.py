@@ -146,7 +146,7 @@ def test_clear_write_errors_says_that_space_is_missing(name):
         raise OSError(getattr(errno, name), "whatever")
 
 
-@pytest.mark.parametrize("name", ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"])
+@pytest.mark.parametrize("name", ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "EISDIR", "ENAMETOOLONG"])
 def test_clear_write_errors_says_that_a_path_cannot_be_written(name):
     with (
         pytest.raises(UserError, match=r"some/file: cannot be written \(whatever\)"),
