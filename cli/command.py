@@ -43,8 +43,11 @@ def run_command(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
         return 130
-    except Exception:  # a defect of ours: show everything
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # the operating system refuses the user's path
+            print(f"error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+            return UserError.exit_code
+        traceback.print_exc()  # a defect of ours: show everything
         return 1
     return 0
 

@@ -15,7 +15,7 @@ from rlhf.cli.command import run_command
 
 from rlhf.errors import UserError
 from rlhf.io.presets import load_config
-from rlhf.ranges import Index, Section
+from rlhf.ranges import Index, Section, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Example(Section):
     """Write the example's JSON files to OUTPUT_DIR/data first; otherwise they must be there."""
     output_dir: Path = Path("outputs/example")
     """Folder for everything; if it holds an earlier run, a number is put behind its name."""
-    seed: int = 0
+    seed: Seed = 0
     """Of data and training."""
     config: str = "demo"
     """YAML file or preset with the training's settings."""

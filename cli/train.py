@@ -53,10 +53,12 @@ def parse(argv: Sequence[str]) -> AnyRun:
 
 def _train(argv: list[str]) -> None:
     config = parse(argv)
-    from rlhf.io.progress import console  # from here on it may take a second
+    from rich.text import Text  # from here on it may take a second
+
+    from rlhf.io.progress import console
     from rlhf.stages import pipeline, sft
 
-    console.print(f"[bold]rlhf-train {argv[0]}[/] → {config.output_dir}", soft_wrap=True)
+    console.print(Text.assemble((f"rlhf-train {argv[0]}", "bold"), f" → {config.output_dir}"), soft_wrap=True)
     console.print(describe(config), markup=False, soft_wrap=True)
     if isinstance(config, PipelineRun):
         results = pipeline.run_pipeline(config)
@@ -67,4 +69,4 @@ def _train(argv: list[str]) -> None:
     else:
         results = {"sft": sft.run_sft(config)}
     for stage, result in results.items():
-        console.print(f"[bold]{stage}[/]: wrote {result.model}", soft_wrap=True)
+        console.print(Text.assemble((stage, "bold"), f": wrote {result.model}"), soft_wrap=True)

@@ -618,6 +618,25 @@ def test_the_installed_program_refuses_the_folder_of_a_live_run(shelf, tmp_path)
     assert_one_message(done.stderr, done.stdout, ("out: in use by a live run",))
 
 
+@pytest.mark.parametrize("flags", [["--sft-data", "[" * 5000], ["--config", "x" * 5000]], ids=["data", "config"])
+def test_a_path_that_is_too_long_is_refused(refused, flags):
+    refused("sft", *flags, pieces=("File name too long",))
+
+
+@pytest.mark.parametrize("name", ["run[/x]", "run[lr=1e-3]"])
+def test_a_folder_with_brackets_is_told_as_it_is(shelf, capfd, name):
+    assert main(["sft", *sft_flags(shelf), "--output-dir", name]) == 0
+    assert f"rlhf-train sft → {name}\n" in (err := capfd.readouterr().err)
+    assert f"sft: wrote {name}" in err
+
+
+def test_the_example_refuses_a_seed_below_0_before_it_writes(tmp_path):
+    done = program("rlhf-example", "--seed", "-1", "--create-dummy-data", "--output-dir", "out")
+    assert done.returncode == 2
+    assert_one_message(done.stderr, done.stdout, ("seed must be in [0,",))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_example_without_its_data_is_refused(tmp_path):
     done = program("rlhf-example", "--output-dir", "out")
     assert done.returncode == 2

@@ -140,6 +140,7 @@ def test_a_damaged_newest_checkpoint_is_refused_by_the_name_of_the_file(tmp_path
     with pytest.raises(UserError) as caught:
         load_checkpoint(tmp_path)
     assert str(caught.value).startswith(f"{path}: ")
+    assert f"; remove {path.parent} to use an older one" in str(caught.value)
     for old in (tmp_path / "step-000002").iterdir():
         old.unlink()
     assert_same(load_checkpoint(tmp_path), state(1))  # the way out that a person has

@@ -481,6 +481,13 @@ def test_bad_input_is_refused_with_its_remedy_and_nothing_is_written(name, shelf
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_is_a_file_is_refused_before_anything_is_read(tmp_path, capfd):
+    (tmp_path / "d.json").write_text("mine")
+    assert main(["--model-dir", tmp_path / "absent", "--output", tmp_path / "d.json"]) == 2
+    assert "d.json: is a file, expected a folder" in capfd.readouterr().err
+    assert (tmp_path / "d.json").read_text() == "mine"
+
+
 @pytest.mark.parametrize("flag", ["--against", "--reward-model"])
 def test_another_model_that_is_none_is_refused_before_anything_is_evaluated(flag, shelf, tmp_path, capfd):
     assert main(["--model-dir", shelf / "run", flag, tmp_path]) == 2

@@ -146,7 +146,7 @@ def test_clear_write_errors_says_that_space_is_missing(name):
         raise OSError(getattr(errno, name), "whatever")
 
 
-@pytest.mark.parametrize("name", ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"])
+@pytest.mark.parametrize("name", ["EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "EISDIR", "ENAMETOOLONG"])
 def test_clear_write_errors_says_that_a_path_cannot_be_written(name):
     with (
         pytest.raises(UserError, match=r"some/file: cannot be written \(whatever\)"),
@@ -204,6 +204,12 @@ def _dataset(folder: Path, tokenizer) -> None:
     load_dataset(folder.parent / "data.json", PROMPTS, tokenizer, folder / "x")
 
 
+def _events(folder: Path, tokenizer) -> None:
+    with contextlib.closing(RunLog(folder / "x", "sft")) as log:
+        for step in range(1000):
+            log.metrics(step, {str(place): 0.0 for place in range(100)})  # takes more bytes than in metrics.jsonl
+
+
 def _log(folder: Path, tokenizer) -> None:
     with contextlib.closing(RunLog(folder / "x", "sft", tensorboard=False)) as log:
         for step in range(1000):
@@ -220,6 +226,7 @@ WRITERS: dict[str, tuple[Callable, tuple[int, ...]]] = {
     "tokenizer": (_tokenizer, (0, 300, 5000)),
     "data set": (_dataset, (0, 1000, 40_000, 40_064)),  # 40,000 bytes of tokens; their .npy header needs 128 more
     "log": (_log, (0, 3000)),
+    "event file": (_events, (0, 1, 50, 3000)),
 }
 
 
@@ -232,11 +239,12 @@ def test_no_space_left_is_refused_and_leaves_nothing_half_written(tmp_path, toke
         WRITERS[writer][0](folder, tokenizer)
     assert str(caught.value).startswith(str(folder))
     left = [name for name in names_below(folder) if (folder / name).is_file() and (folder / name).stat().st_size]
-    assert [name for name in left if not name.endswith(".jsonl")] == []  # lines of a log are whole by themselves
+    left = [name for name in left if not (name.endswith(".jsonl") or "tfevents" in name)]  # whole by line or record
+    assert left == []
     assert not any(name.rpartition("/")[2].startswith(".") for name in names_below(folder)), "a temporary is left"
 
 
-@pytest.mark.parametrize("writer", [name for name in WRITERS if name not in ("example", "data set", "log")])
+@pytest.mark.parametrize("writer", sorted(WRITERS.keys() - {"example", "data set", "log", "event file"}))
 def test_no_space_left_keeps_what_was_there(tmp_path, tokenizer, writer):
     WRITERS[writer][0](tmp_path, tokenizer)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -206,6 +206,9 @@ WRONG = {
     "empty": (["--model-dir", "{run}", "--prompt-file", "empty.txt"], "the file is empty"),
     "both": (["--model-dir", "{run}", "--prompt", "x", "--prompt-file", "empty.txt"], "give one of the two"),
     "too long": (["--model-dir", "{run}", "--prompt", "x", "--max-new-tokens", "64"], "give at most 63"),
+    "output": (["--model-dir", "{run}", "--prompt", "x", "--output", "."], "--output .: is a folder"),
+    "bytes": (["--model-dir", "{run}", "--prompt", "ok", "a\udcff"], "'a\\udcff' is not UTF-8 text"),
+    "bytes around": (["--model-dir", "{run}", "--prompt", "x", "--template", "\udcff{{prompt}}"], "is not UTF-8 text"),
     "range": (["--model-dir", "{run}", "--prompt", "x", "--top-p", "0"], "top_p must be in (0, 1]"),
 }
 
@@ -234,6 +237,17 @@ def test_what_is_piped_in_is_completed_line_by_line(folder):
     done = program("--model-dir", folder, "--max-new-tokens", "3", input="hello\n\nworld\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.index("hello") < done.stdout.index("world")
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_piped_bytes_that_are_no_text_are_refused(folder, tmp_path, locale):
+    environment = {**os.environ, "LC_ALL": locale, "PYTHONIOENCODING": "", "PYTHONUTF8": "0"}
+    (tmp_path / "prompts").write_bytes(b"\xff\n")
+    with (tmp_path / "prompts").open() as piped:
+        done = program("--model-dir", folder, "--max-new-tokens", "3", stdin=piped, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "is not UTF-8 text" in done.stderr
 
 
 class Terminal:

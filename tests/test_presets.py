@@ -111,6 +111,17 @@ def test_every_kind_of_value_is_read():
     assert isinstance(read.sft_data, Path)
 
 
+@pytest.mark.parametrize("written", ["on", "off", "auto", "'on'", '"off"', "!!str on"])
+def test_a_choice_is_read_as_it_is_written(written):
+    """YAML takes a bare on or off for a boolean."""
+    assert parse_config(f"compile: {written}", source="x").compile == written.split()[-1].strip("'\"")
+
+
+@pytest.mark.parametrize(("written", "expected"), [("on", True), ("no", False)])
+def test_a_flag_may_still_be_written_as_a_word(written, expected):
+    assert parse_config(f"log: {{tensorboard: {written}}}", source="x").log.tensorboard is expected
+
+
 def test_one_source_of_reward_needs_no_list():
     assert parse_config("ppo: {reward: folder}", source="x").ppo.reward == ("folder",)
 
@@ -242,6 +253,9 @@ REFUSED = {
     "unknown tag": ("\nseed: !foo 3", "line 2: "),
     "no such date": ("output_dir: 2020-13-45", "line 1: "),
     "unhashable key in a value": ("\nppo: {reward: {[a]: b}}", "line 2: "),
+    "nested too deeply": ("[" * 5000, "not readable as YAML: its lists or mappings are nested too deeply"),
+    "nested too deeply below": ("seed: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    "boolean for a choice": ("device: off", "device must be one of auto, cpu, cuda, got 'off'"),
     "endless number": ("seed: " + "9" * 5000, "line 1: "),
 }
 

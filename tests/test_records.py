@@ -1,6 +1,7 @@
 """Reading data files: both forms, any chunk size, and every refusal with its place and remedy."""
 
 import codecs
+import gzip
 import json
 import os
 from pathlib import Path
@@ -137,6 +138,8 @@ REFUSED = {
     "cut behind a comma": (f"[{GOOD},", ["line 1, column 18", "record 2", "cut off"]),
     "lines cut": (f'{GOOD}\n{GOOD}\n{{"prompt": ', ["line 3, column 12", "record 3", "cut off"]),
     "comma before the end": (f"[{GOOD},\n]", ["line 2, column 1", "comma", "remove it"]),
+    "comma between lines": (f"{GOOD},\n{GOOD},\n", ["line 1, column 16", "a comma follows record 1", "remove"]),
+    "gzip": (gzip.compress(f"[{GOOD}]".encode()), ["compressed", "gunzip"]),
     "comma in a record": ('[{"prompt": "x",}]', ["line 1, column 1", "record 1", "not valid JSON"]),
     "no comma": (f"[{GOOD}\n{GOOD}]", ["line 2, column 1", "after record 1", "','"]),
     "text behind the list": (f"[{GOOD}]\n{GOOD}", ["line 2, column 1", "closing ']'", "remove it"]),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,16 @@ def test_fingerprint_and_vocabulary_tell_tokenizers_apart(tokenizer):
 def test_a_tokenizer_without_end_of_text_is_refused():
     with pytest.raises(UserError, match=r"some/where: the tokenizer has no end-of-text token '<\|endoftext\|>'"):
         Tokenizer(Backend(models.BPE()), EOS, "some/where")
+
+
+def test_a_long_run_of_one_character_does_not_hold_training_up():
+    begun = time.monotonic()
+    assert Tokenizer.train(["-" * 400_000], 300).vocab_size > 258
+    assert time.monotonic() - begun < 10
+
+
+def test_ids_with_holes_are_counted_to_the_highest():
+    assert Tokenizer(Backend(models.BPE({EOS: 0, "a": 7}, [])), EOS, "x").vocab_size == 8
 
 
 BROKEN = {

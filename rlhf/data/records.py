@@ -49,6 +49,8 @@ def _records(path: Path, source: "_Source") -> Iterator[Record]:
             source.position += 1
             if source.skip_space() == "]":
                 raise source.error("a comma stands before the closing ']'; remove it")
+        elif number and character == ",":
+            raise source.error(f"a comma follows record {number}; remove such commas, or put '[' and ']' around all")
         number += 1
         line = source.line_of(source.position)
         value = source.decode(number)
@@ -99,6 +101,8 @@ class _Source:
             head = self.stream.peek(4)[:4]
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if head.startswith(b"\x1f\x8b"):
+            raise UserError(f"{self.path}: the file is compressed; unpack it with gunzip")
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
             raise UserError(f"{self.path}: the text is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
         if head.startswith(codecs.BOM_UTF8):

@@ -57,17 +57,17 @@ def load_checkpoint(root: Path) -> Checkpoint | None:
     folders = _folders(root)
     if not folders:
         return None
-    manifest = read_manifest(folders[-1])
+    newest = folders[-1]
     try:
-        tensors = load_file(folders[-1] / _TENSORS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{folders[-1] / _TENSORS}: cannot be read ({error}); remove {folders[-1]} to use an older one"
-        ) from error
-    try:
-        return Checkpoint(manifest["step"], tensors, manifest["facts"])
+        manifest = read_manifest(newest)
+        return Checkpoint(manifest["step"], load_file(newest / _TENSORS), manifest["facts"])
+    except UserError as error:
+        problem = str(error)
     except KeyError as error:
-        raise UserError(f"{folders[-1] / 'manifest.json'}: has no {error}; it is not a checkpoint's") from None
+        problem = f"{newest / 'manifest.json'}: has no {error}; it is not a checkpoint's"
+    except (SafetensorError, OSError) as error:
+        problem = f"{newest / _TENSORS}: cannot be read ({error})"
+    raise UserError(f"{problem}; remove {newest} to use an older one")
 
 
 def last_step(root: Path) -> int | None:

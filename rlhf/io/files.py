@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from rlhf.errors import UserError
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
 _MARGIN = 16 << 20  # bytes left free beyond what is about to be written
 
 
@@ -87,7 +88,7 @@ def clear_write_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(f"{path}: no space left to write it; free some, or choose another {flag}") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _UNWRITABLE:
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {flag}") from error
         raise
 

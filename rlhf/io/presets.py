@@ -54,6 +54,8 @@ def parse_config(text: str, *, source: str) -> PipelineRun:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{source}: {line}not valid YAML ({getattr(error, 'problem', error)})") from error
+    except RecursionError:
+        raise UserError(f"{source}: not readable as YAML: its lists or mappings are nested too deeply") from None
     if node is None:
         return PipelineRun()
     return _section(PipelineRun, node, "", source)
@@ -126,11 +128,14 @@ def _leaf(hint: Any, node: yaml.Node, where: str) -> Any:
         value = yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where} cannot be read ({getattr(error, 'problem', error)})") from error
-    for option in _options(hint):
+    options = _options(hint)
+    if isinstance(value, bool) and any(get_origin(option) is Literal for option in options):
+        value = node.value  # as written: YAML takes a bare on or off for a boolean
+    for option in options:
         found, result = _convert(option, value)
         if found:
             return result
-    raise UserError(f"{where} must be {' or '.join(_describe(option) for option in _options(hint))}, got {value!r}")
+    raise UserError(f"{where} must be {' or '.join(map(_describe, options))}, got {value!r}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

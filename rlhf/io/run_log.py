@@ -7,6 +7,8 @@ started, resumed, was interrupted or ended. Values that are not finite are writt
 import contextlib
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +46,7 @@ class RunLog:
             sink: gets every step's metrics too.
         """
         self._stage, self._sink = stage, sink
+        self._board = _Board(folder / "tensorboard" / stage, after_step) if tensorboard else None
         with clear_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             paths = [folder / "metrics.jsonl", folder / "samples.jsonl"]
@@ -53,14 +56,12 @@ class RunLog:
             self._metrics, self._samples = (
                 path.open("a", encoding="utf-8", errors="backslashreplace") for path in paths
             )  # a lone surrogate becomes its JSON escape
-        self._board = _board(folder / "tensorboard" / stage, after_step) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write one step's metrics by name."""
         self._write(self._metrics, {"stage": self._stage, "step": step, "time": round(time.time(), 3), **values})
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, values)
         if self._sink is not None:
             self._sink(self._stage, step, dict(values))
 
@@ -75,11 +76,10 @@ class RunLog:
 
     def close(self) -> None:
         """Close all files."""
-        for stream in (self._metrics, self._samples):
+        for opened in (self._metrics, self._samples, self._board):
             with contextlib.suppress(OSError):  # what a full disk refused was reported when it was written
-                stream.close()
-        if self._board is not None:
-            self._board.close()
+                if opened is not None:
+                    opened.close()
 
     @staticmethod
     def _write(stream: Any, line: dict[str, Any]) -> None:
@@ -113,7 +113,29 @@ def _drop_later(path: Path, stage: str, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _board(folder: Path, after_step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # here, because importing it takes a while
+class _Board:
+    """An event file for TensorBoard, flushed at once. Its SummaryWriter would fail in a thread, with a traceback."""
 
-    return SummaryWriter(str(folder), purge_step=None if after_step is None else after_step + 1)
+    def __init__(self, folder: Path, after_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # here, because importing it takes a while
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = Event
+        self._waiting = [Event(wall_time=time.time(), file_version="brain.Event:2")]  # until there is more to write
+        if after_step is not None:  # TensorBoard then forgets what older files have from this step on
+            self._waiting.append(Event(step=after_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        with clear_write_errors(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._records = RecordWriter(self._path.open("wb"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        summary = {"value": [{"tag": name, "simple_value": value} for name, value in values.items()]}
+        self._waiting.append(self._event(wall_time=time.time(), step=step, summary=summary))
+        with clear_write_errors(self._path):
+            while self._waiting:
+                self._records.write(self._waiting.pop(0).SerializeToString())
+            self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()

@@ -7,7 +7,7 @@ trained on the user's texts. Text never becomes a control token: "<|endoftext|>"
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -17,6 +17,7 @@ from rlhf.errors import UserError
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
+_LONGEST = 10_000  # characters that training takes at once
 
 
 class Tokenizer:
@@ -33,7 +34,7 @@ class Tokenizer:
         self._backend = backend
         self.eos = eos
         self.eos_id = eos_id
-        self.vocab_size: int = backend.get_vocab_size()
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1  # ids may have holes
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -48,7 +49,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(_cut(texts), trainer)
         return cls(backend, EOS, "trained tokenizer")
 
     @classmethod
@@ -125,6 +126,13 @@ class Tokenizer:
         """A token that no text contains, to mark padding by: `<|pad|>`, or the byte 0xFF, which UTF-8 never uses."""
         pad = self._backend.token_to_id(PAD)
         return pad if pad is not None else self._backend.token_to_id("ÿ")
+
+
+def _cut(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces of texts: training takes time quadratic in the length of a run of one character."""
+    for text in texts:
+        for start in range(0, len(text), _LONGEST):
+            yield text[start : start + _LONGEST]
 
 
 def _shared(text: str, other: str) -> int:

@@ -62,6 +62,8 @@ def run_evaluation(config: EvaluateConfig) -> Report:
         NonFiniteError: a judge gives NaN or infinity.
         Interrupted: Ctrl-C.
     """
+    if config.output is not None and config.output.is_file():
+        raise UserError(f"--output {config.output}: is a file, expected a folder")
     folders = find_folders(config)
     run = run_config(config.model_dir)
     judges = open_judges(config.judge)

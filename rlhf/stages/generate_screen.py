@@ -38,6 +38,10 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
         raise UserError(f"--template {config.template!r}: has no {{prompt}}, in whose place each prompt is put")
     if config.prompt and config.prompt_file is not None:
         raise UserError("--prompt and --prompt-file: give one of the two")
+    if config.output is not None and config.output.is_dir():
+        raise UserError(f"--output {config.output}: is a folder, expected the name of a JSON Lines file")
+    for text in (*config.prompt, config.template):
+        _check_text(text)
     given = _given(config)
     device = find_device(config.device)
     with limit_threads(config.threads or available_cores()):
@@ -82,8 +86,26 @@ def _given(config: GenerateConfig) -> Iterator[str] | None:
     if config.prompt_file is not None:
         return iter(read_prompts(config.prompt_file))
     if not sys.stdin.isatty():
-        return (line.rstrip("\n") for line in sys.stdin if line.strip())
+        return _piped()
     return None
+
+
+def _piped() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            _check_text(line)
+            if line.strip():
+                yield line.rstrip("\n")
+    except UnicodeDecodeError:
+        raise UserError("what is piped in is not UTF-8 text; convert it with iconv") from None
+
+
+def _check_text(text: str) -> None:
+    """Raise UserError if `text` was given in bytes that are not UTF-8, which Python hands on as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt or template {text!r} is not UTF-8 text; convert it with iconv") from None
 
 
 def _folders(config: GenerateConfig) -> list[Path]:
