@@ -15,9 +15,9 @@ SETTINGS = """
 threads: 1
 model: {preset: tiny, n_layer: 1, n_embd: 32}
 tokenizer: {vocab_size: 400}
-sft: {epochs: 4, batch_size: 8}
-reward: {epochs: 4, batch_size: 8}
-ppo: {num_iterations: 25, batch_size: 8, minibatch_size: 4, max_new_tokens: 8}
+sft: {epochs: 8, batch_size: 8}
+reward: {epochs: 8, batch_size: 8}
+ppo: {num_iterations: 60, batch_size: 8, minibatch_size: 4, max_new_tokens: 8}
 checkpoint: {every: 3}
 log: {tensorboard: false}
 """
@@ -41,7 +41,7 @@ def test_a_killed_pipeline_resumes_to_the_same_bits(tmp_path):
     while True:
         process = subprocess.Popen(command(tmp_path, "killed"), stderr=subprocess.PIPE, text=True)
         try:
-            _, errors = process.communicate(timeout=3.0 + 6.0 * moments[kills])
+            _, errors = process.communicate(timeout=3.0 + 2.0 * moments[kills])
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()

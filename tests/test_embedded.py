@@ -42,6 +42,15 @@ def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path):
     assert not set(digests(write_embedded(tmp_path / "other", seed=8, size=40))) & set(here)
 
 
+def test_a_file_of_the_users_is_not_overwritten(tmp_path):
+    mine = tmp_path / "prompts.json"
+    mine.write_text('[{"prompt": "mine"}]')
+    with pytest.raises(UserError, match=r"prompts\.json: is there already, and is not what the example would write"):
+        write_embedded(tmp_path, size=40)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.json"]
+    assert mine.read_text() == '[{"prompt": "mine"}]'
+
+
 def test_every_file_is_valid_data_of_its_kind(files, data, tokenizer, tmp_path):
     for path, schema in (
         (files.demonstrations, DEMONSTRATIONS),

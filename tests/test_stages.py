@@ -120,6 +120,28 @@ def test_resuming_gives_the_bits_of_the_run_that_never_stopped(base, tmp_path, s
     assert samples[0] == samples[1]
 
 
+def test_a_signal_in_a_stages_last_step_stops_the_pipeline_after_it(base, tmp_path):
+    run = dataclasses.replace(base, output_dir=tmp_path / "run")
+    interrupt_after(run, "sft", 22)
+    with pytest.raises(Interrupted, match="sft: stopped; this stage is finished and saved"):
+        run_pipeline(run)
+    assert weights_of(run, "sft") == weights_of(base, "sft")
+    assert not (run.output_dir / "reward").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_stops_at_once(base, tmp_path, number):
+
+    def wait() -> None:
+        with open_run(dataclasses.replace(base, output_dir=tmp_path / "run"), "sft"):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    with pytest.raises(Interrupted, match="sft: stopped before its first step") as caught:
+        wait()
+    assert caught.value.exit_code == 128 + number
+
+
 @pytest.mark.parametrize("stage", RUNS)
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(base, tmp_path, stage):
     runs = [copy_run(base, tmp_path / str(n), stage, seed=seed) for n, seed in enumerate((0, 0, 1))]
@@ -168,6 +190,35 @@ def test_resume_with_another_setting_is_refused(base):
     changed = dataclasses.replace(base, resume=True, sft=dataclasses.replace(base.sft, learning_rate=5e-3))
     with pytest.raises(UserError, match=r"sft\.learning_rate was 0\.01, is 0\.005"):
         run_sft(changed)
+
+
+def test_resume_compares_what_has_a_say_in_the_stage(base, tmp_path):
+    """Not other stages' settings, nor the name of the data, but its content and that of the reward."""
+    run = copy_run(base, tmp_path, "ppo")
+    run_ppo(run)
+    renamed = shutil.copy(base.prompt_data, tmp_path / "renamed.json")
+    other = {
+        "prompt_data": Path(renamed), "sft_data": None, "preference_data": None, "sft": SFTConfig(), "resume": True,
+        "reward": RewardConfig(), "tokenizer": TokenizerConfig(),
+    }  # fmt: skip
+    run_ppo(dataclasses.replace(run, **other))
+    statistics = run.output_dir / "reward" / "reward_statistics.json"
+    (statistics.parent / "manifest.json").unlink()
+    statistics.write_text(json.dumps({"mean": 1.0, "std": 2.0, "completions": 3}))
+    with pytest.raises(UserError, match="cannot be continued, because the run has changed: reward was"):
+        run_ppo(dataclasses.replace(run, resume=True))
+
+
+def test_what_is_no_unfinished_run_of_the_stage_is_not_replaced(base, tmp_path):
+    foreign = dataclasses.replace(base, output_dir=tmp_path / "foreign", resume=True)
+    (foreign.output_dir / "sft").mkdir(parents=True)
+    (foreign.output_dir / "sft" / "__init__.py").write_text("mine")
+    with pytest.raises(UserError, match=r"foreign/sft: is there already, and would be replaced"):
+        run_sft(foreign)
+    assert (foreign.output_dir / "sft" / "__init__.py").read_text() == "mine"
+    finished = copy_run(base, tmp_path, "reward")
+    with pytest.raises(UserError, match=r"run/sft: is there already"):
+        run_sft(finished)
 
 
 def test_checkpoints_are_kept_as_configured(base):
@@ -394,6 +445,31 @@ def test_a_reward_that_is_not_finite_is_refused_and_everything_saved(base, tmp_p
     judge.write_text("def judge(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
     run_ppo(dataclasses.replace(run, resume=True))
     assert len(metrics_of(run, "ppo")) == 6
+
+
+def test_a_reward_function_that_fails_costs_nothing_since_the_last_iteration(base, tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "calls = []\ndef judge(completions, **kwargs):\n    calls.append(1)\n"
+        "    if len(calls) == 6: raise ConnectionError('down')\n    return [0.0 for _ in completions]\n"
+    )
+    run = copy_run(base, tmp_path, "ppo", ppo=dataclasses.replace(base.ppo, reward=(f"{judge}:judge",)))
+    with pytest.raises(UserError, match=r"down.*ppo iteration 5 is saved; continue with --resume"):
+        run_ppo(run)
+    assert last_step(run.output_dir / "checkpoints" / "ppo") == 5
+    run_ppo(dataclasses.replace(run, resume=True))
+    assert len(metrics_of(run, "ppo")) == 6
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_model_that_the_last_update_ruined_is_not_written(base, tmp_path, stage):
+    settings = dataclasses.replace(
+        getattr(base, stage), learning_rate=1e30, warmup_fraction=0.0, max_steps=1, max_grad_norm=float("inf")
+    )
+    run = copy_run(base, tmp_path, stage, **{stage: settings})
+    with pytest.raises(NonFiniteError, match=rf"{stage}: the trained model.*is not finite.*was not written"):
+        RUNS[stage](run)
+    assert not (run.output_dir / stage).exists()
 
 
 def test_a_policy_that_has_diverged_ends_in_the_same_way(base, tmp_path):
