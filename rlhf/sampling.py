@@ -222,6 +222,21 @@ def draw_tokens(
     return batch, Drawn(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
 
+def _sources(source: Tensor | None, prompts: Tensor, count: int) -> Tensor:
+    """The prompt of each of `count` completions: as given, or one each."""
+    if source is not None:
+        return source
+    check_value("generate", count == len(prompts), f"{len(prompts)}, one per prompt", keys=count)
+    return torch.arange(count, device=prompts.device)
+
+
+def _lengths(lengths: list[int], longest: int) -> list[int]:
+    """Lengths of prompts, each within its row."""
+    fit = all(1 <= length <= longest for length in lengths)
+    check_value("generate", fit, f"in [1, {longest}]", prompt_lengths=lengths)
+    return lengths
+
+
 def generate(
     params: Params,
     prompts: Tensor,
@@ -279,16 +294,13 @@ def generate(
     room, device, count = config.n_positions - prompts.shape[1], prompts.device, len(keys)
     check_value("generate", 1 <= max_new_tokens <= room, f"in [1, {room}]", max_new_tokens=max_new_tokens)
     check_value("generate", slots is None or slots >= 1, "at least 1", slots=slots)
-    within = 0 <= min_new_tokens <= max_new_tokens
-    check_value("generate", within, f"in [0, {max_new_tokens}]", min_new_tokens=min_new_tokens)
+    fewest_fit = 0 <= min_new_tokens <= max_new_tokens
+    check_value("generate", fewest_fit, f"in [0, {max_new_tokens}]", min_new_tokens=min_new_tokens)
     per_call = draws_per_call or (1 if prompts.is_cpu else -(-max_new_tokens // -(-max_new_tokens // _DRAWS)))
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
     uniforms = uniform_at(torch.cat([keys, keys[:1]])[:, None], torch.arange(max_new_tokens, device=device))
-    check_value("generate", source is not None or count == len(prompts), f"{len(prompts)}, one per prompt", keys=count)
-    source = torch.arange(count, device=device) if source is None else source
-    starts, longest = prompt_lengths[source].tolist(), prompts.shape[1]
-    fit = all(1 <= length <= longest for length in starts)
-    check_value("generate", fit, f"in [1, {longest}]", prompt_lengths=starts)
+    source = _sources(source, prompts, count)
+    starts = _lengths(prompt_lengths[source].tolist(), prompts.shape[1])
     tokens = torch.full((count + 1, max_new_tokens), -1, device=device)  # idle rows write into the last
     figures = torch.zeros(count + 1, max_new_tokens, 3, device=device)
     capacity = prompts.shape[1] + max_new_tokens
