@@ -222,19 +222,15 @@ def draw_tokens(
     return batch, Drawn(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
 
-def _sources(source: Tensor | None, prompts: Tensor, count: int) -> Tensor:
-    """The prompt of each of `count` completions: as given, or one each."""
-    if source is not None:
-        return source
-    check_value("generate", count == len(prompts), f"{len(prompts)}, one per prompt", keys=count)
-    return torch.arange(count, device=prompts.device)
-
-
-def _lengths(lengths: list[int], longest: int) -> list[int]:
-    """Lengths of prompts, each within its row."""
-    fit = all(1 <= length <= longest for length in lengths)
-    check_value("generate", fit, f"in [1, {longest}]", prompt_lengths=lengths)
-    return lengths
+def _sources(source: Tensor | None, prompts: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """The prompt of each of `count` completions, as given or one each, and its length."""
+    if source is None:
+        check_value("generate", count == len(prompts), f"{len(prompts)}, one per prompt", keys=count)
+        source = torch.arange(count, device=prompts.device)
+    starts, longest = lengths[source].tolist(), prompts.shape[1]
+    fit = all(1 <= length <= longest for length in starts)
+    check_value("generate", fit, f"in [1, {longest}]", prompt_lengths=starts)
+    return source, starts
 
 
 def generate(
@@ -299,8 +295,7 @@ def generate(
     per_call = draws_per_call or (1 if prompts.is_cpu else -(-max_new_tokens // -(-max_new_tokens // _DRAWS)))
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
     uniforms = uniform_at(torch.cat([keys, keys[:1]])[:, None], torch.arange(max_new_tokens, device=device))
-    source = _sources(source, prompts, count)
-    starts = _lengths(prompt_lengths[source].tolist(), prompts.shape[1])
+    source, starts = _sources(source, prompts, prompt_lengths, count)
     tokens = torch.full((count + 1, max_new_tokens), -1, device=device)  # idle rows write into the last
     figures = torch.zeros(count + 1, max_new_tokens, 3, device=device)
     capacity = prompts.shape[1] + max_new_tokens
