@@ -18,7 +18,7 @@ from rlhf.data.dataset import default_cache_dir
 from rlhf.distributed import open_executor
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.compiled import has_compiler
-from rlhf.execution.executor import Executor, Models, Program
+from rlhf.execution.executor import Executor, Fault, Models, Program
 from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint
 from rlhf.io.files import atomic_folder, check_free_space, lock_folder, write_text
 from rlhf.io.manifest import has_manifest, write_manifest
@@ -273,11 +273,7 @@ def train(
                 raise UserError(f"{error}. {run.stage} {unit} {step} is saved; continue with --resume") from error
             metrics["timing_s/step"] = time.perf_counter() - begun
             faults = executor.faults()
-            for fault in faults:
-                log.event("fault", step=step + 1, **fault._asdict())
-            if faults:
-                recovery = sum(fault.recovery_s for fault in faults)
-                metrics |= {"fault/restarts": len(faults), "fault/recovery_s": recovery}
+            metrics |= _fault_metrics(faults, step + 1, log)
             ends_early = bool(run.stop_signal) or any(fault.final for fault in faults)
             if (step + 1) % config.log.every == 0 or step + 1 == total:
                 log.metrics(step + 1, metrics)
@@ -295,6 +291,14 @@ def train(
     largest = " in the largest worker" if config.dist.num_workers else ""
     run.note(f"at most {peak / 1e9:.2f} GB of memory{largest}")
     return facts
+
+
+def _fault_metrics(faults: Sequence[Fault], step: int, log: RunLog) -> dict[str, float]:
+    """Metrics of what went wrong in a step, and a line in the log for each."""
+    for fault in faults:
+        log.event("fault", step=step, **fault._asdict())
+    recovery_s = sum(fault.recovery_s for fault in faults)
+    return {"fault/restarts": len(faults), "fault/recovery_s": recovery_s} if faults else {}
 
 
 @contextlib.contextmanager
