@@ -434,13 +434,16 @@ def test_a_source_of_weight_0_is_logged_as_gold_and_changes_no_bit(base, tmp_pat
     assert lines[-1]["val/ratio"] != lines[-1]["val/ratio_first"]
 
 
+def judged_by(base, folder, *body: str) -> tuple[PipelineRun, Path]:
+    """(a PPO run, its reward function's file): the function counts its `calls` and goes on with `body`."""
+    judge = folder / "judge.py"
+    head = "calls = []\ndef judge(completions, **kwargs):\n    calls.append(1)\n"
+    judge.write_text(head + "".join(f"    {line}\n" for line in body))
+    return copy_run(base, folder, "ppo", ppo=dataclasses.replace(base.ppo, reward=(f"{judge}:judge",))), judge
+
+
 def test_a_reward_that_is_not_finite_is_refused_and_everything_saved(base, tmp_path):
-    judge = tmp_path / "judge.py"
-    judge.write_text(
-        "calls = []\ndef judge(completions, **kwargs):\n    calls.append(1)\n"
-        "    return [float('nan') if len(calls) == 3 else 0.0 for _ in completions]\n"
-    )
-    run = copy_run(base, tmp_path, "ppo", ppo=dataclasses.replace(base.ppo, reward=(f"{judge}:judge",)))
+    run, judge = judged_by(base, tmp_path, "return [float('nan') if len(calls) == 3 else 0.0 for _ in completions]")
     with pytest.raises(NonFiniteError, match=r"ppo iteration 3: reward judge is nan for the completion") as caught:
         run_ppo(run)
     assert caught.value.exit_code == 3
@@ -452,12 +455,8 @@ def test_a_reward_that_is_not_finite_is_refused_and_everything_saved(base, tmp_p
 
 
 def test_a_reward_function_that_fails_costs_nothing_since_the_last_iteration(base, tmp_path):
-    judge = tmp_path / "judge.py"
-    judge.write_text(
-        "calls = []\ndef judge(completions, **kwargs):\n    calls.append(1)\n"
-        "    if len(calls) == 6: raise ConnectionError('down')\n    return [0.0 for _ in completions]\n"
-    )
-    run = copy_run(base, tmp_path, "ppo", ppo=dataclasses.replace(base.ppo, reward=(f"{judge}:judge",)))
+    fails = "if len(calls) == 6: raise ConnectionError('down')"
+    run, _ = judged_by(base, tmp_path, fails, "return [0.0 for _ in completions]")
     with pytest.raises(UserError, match=r"down.*ppo iteration 5 is saved; continue with --resume"):
         run_ppo(run)
     assert last_step(run.output_dir / "checkpoints" / "ppo") == 5

@@ -31,7 +31,7 @@ from rlhf.stages.identity import Facts
 from rlhf.stages.inputs import check_agrees, embedded_file, open_dataset, rate_at
 from rlhf.stages.ppo_program import make_program, shapes_of, start_models, update_schedule
 from rlhf.stages.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
-from rlhf.stages.rewards import open_sources
+from rlhf.stages.rewards import open_sources, source_digests
 from rlhf.stages.run import Run, StageResult, open_run, train
 
 
@@ -101,8 +101,7 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     compile_to = run.compile_to(models, tokens, evaluated=[models.params, *models.frozen.values()])
     executor = run.open_executor(functools.partial(make_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
-    rewards = [weights_digest(target) for spec in specs if (target := Path(spec.rpartition("*")[2])).is_dir()]
-    return ppo, {"data": sha256(path), "model": weights_digest(folder), "reward": rewards}
+    return ppo, {"data": sha256(path), "model": weights_digest(folder), "reward": source_digests(specs)}
 
 
 def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
-from rlhf.io.model_folder import RewardModel, is_reward_model, load_reward_model
+from rlhf.io.model_folder import RewardModel, is_reward_model, load_reward_model, weights_digest
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.stages.user_functions import call_function, load_function
 
@@ -79,6 +79,12 @@ def check_source(spec: str) -> None:
         _function(target, spec)
     elif not is_reward_model(Path(target)):
         raise UserError(f"{target}: holds no reward model, expected a GPT2ForSequenceClassification")
+
+
+def source_digests(specs: Sequence[str]) -> list[str]:
+    """`weights_digest` of the sources that are folders, in order. Errors as there."""
+    targets = [Path(_parse(spec)[1]) for spec in specs]
+    return [weights_digest(target) for target in targets if target.is_dir()]
 
 
 def _open(spec: str, tokenizer: Tokenizer) -> RewardSource:

@@ -372,9 +372,7 @@ def _save_nonfinite(
                 {name: leaf.contiguous() for name, leaf in executor.snapshot().items()}, temporary / "state.safetensors"
             )
         write_manifest(temporary, {"stage": run.stage, "step": step, "message": str(error)})
-    if save is not None:
-        save(step)
-    else:
-        goes_on = last_step(run.checkpoints)
-        return f"Batch and state are in {folder}; --resume goes on from step {goes_on or 0}"
+    if save is None:
+        return f"Batch and state are in {folder}; --resume goes on from step {last_step(run.checkpoints) or 0}"
+    save(step)
     return f"The batch is in {folder}, the state in {run.checkpoints}"
