@@ -92,8 +92,8 @@ class DistConfig(Section):
     """GPUs of each worker."""
     placement: Literal["pack", "spread"] = "pack"
     """Whether workers share nodes or are put on different ones."""
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Collectives; auto is nccl where each worker has a GPU of its own, else gloo."""
+    backend: Literal["auto", "shared", "gloo", "nccl"] = "auto"
+    """Collectives; auto is nccl where each worker has a GPU of its own, else shared: gloo, and one machine's memory."""
     reduce: Literal["tree", "ring"] = "tree"
     """Gradient sums along one fixed tree, with the same bits for any number of workers; or the backend's allreduce."""
     timeout_s: Positive = 60.0

@@ -1,9 +1,15 @@
 """Messages within a group; what several processes do with them is tested through the executors."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.distributed import HashStore
 
-from rlhf.distributed import collectives
+from rlhf.distributed import collectives, shared_memory
 from rlhf.distributed.collectives import Group, Place
 
 ALONE = Place(generation=0, rank=0, workers=1, servers=0)
@@ -27,10 +33,110 @@ class StrictNCCL:
 def test_a_group_of_one_has_nothing_to_wait_for(monkeypatch):
     backend = StrictNCCL()
     monkeypatch.setattr(collectives, "_nccl", lambda *settings: backend)
-    for name in ("nccl", "gloo"):
+    for name in ("nccl", "gloo", "shared"):
         group = Group(HashStore(), ALONE, backend=name, timeout_s=5.0)
         group.exchange([], []).finish()
         own = torch.arange(3.0)
         assert group.all_gather(own, [3]) == [own]
         group.close()
     assert backend.begun == 0
+
+
+def in_group(size, backend, work, capacity=0):
+    """`work(group)` of every member, each in a thread, by rank."""
+    store = HashStore()
+
+    def member(rank):
+        group = Group(store, Place(0, rank, size, 0), backend=backend, timeout_s=20.0, capacity=capacity)
+        try:
+            return work(group)
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(member, range(size)))
+
+
+def message(turn, sender, receiver, number, length):
+    return torch.arange(length) + 1000.0 * (number + 10 * (receiver + 10 * (sender + 10 * turn)))
+
+
+@pytest.mark.parametrize("backend", ["gloo", "shared"])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(  # by turn, sender and receiver
+        st.lists(st.lists(st.lists(st.integers(0, 40), max_size=2), min_size=3, max_size=3), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    ),
+    in_pieces=st.booleans(),
+    late=st.integers(0, 2),
+)
+def test_tensors_arrive_in_the_order_in_which_they_were_sent(monkeypatch, backend, lengths, in_pieces, late):
+    """Also when a member is slow to read while the others are writing what comes next."""
+
+    def messages(turn, sender, receiver):
+        sent = lengths[turn][sender][receiver] if sender != receiver else []
+        return [message(turn, sender, receiver, *of) for of in enumerate([9] * len(sent) if in_pieces else sent)]
+
+    def work(group):
+        me, found = group.place.rank, []
+        for turn in range(len(lengths)):
+            sends = [(rank, sent) for rank in range(3) for sent in messages(turn, me, rank)]
+            receives = [(rank, torch.full_like(sent, -1)) for rank in range(3) for sent in messages(turn, rank, me)]
+            exchange = group.exchange(sends, receives)
+            if me == late:
+                time.sleep(0.003)
+            arrived = [[part.clone() for part in parts] for _, parts in exchange.pieces(9)] if in_pieces else []
+            exchange.finish()
+            found.append([torch.cat(parts) for parts in zip(*arrived, strict=True)] or [place for _, place in receives])
+        return found
+
+    monkeypatch.setattr(collectives, "SEGMENT", 4)
+    for me, found in enumerate(in_group(3, backend, work, capacity=4 * 6 * 40)):
+        for turn, got in enumerate(found):
+            expected = [sent for rank in range(3) for sent in messages(turn, rank, me)]
+            assert [tensor.tolist() for tensor in got] == [sent.tolist() for sent in expected]
+
+
+def test_what_several_receive_is_placed_once():
+    own = torch.arange(300.0)
+
+    def work(group):
+        others = [rank for rank in range(3) if rank != group.place.rank]
+        places = [(rank, torch.zeros(300)) for rank in others]
+        group.exchange([(rank, own) for rank in others], places).finish()
+        assert group._shared is not None
+        return [tensor for _, tensor in places]
+
+    for found in in_group(3, "shared", work, capacity=4 * 300):  # no room for two
+        assert all(torch.equal(tensor, own) for tensor in found)
+
+
+@pytest.mark.parametrize("cause", ["another machine", "no such memory"])
+def test_one_that_cannot_share_lets_all_send(monkeypatch, cause):
+    def fail(*arguments):
+        if next(calls) == 1:
+            raise OSError(cause)
+        return real(*arguments)
+
+    name = "open_area" if cause == "another machine" else "make_area"
+    real, calls = getattr(shared_memory, name), iter(range(100))
+    monkeypatch.setattr(collectives, name, fail)
+
+    def work(group):
+        me, place = group.place.rank, torch.zeros(2)
+        group.exchange([(1 - me, torch.full((2,), float(me)))], [(1 - me, place)]).finish()
+        return group._shared, place.tolist()
+
+    assert in_group(2, "shared", work, capacity=8) == [(None, [1.0, 1.0]), (None, [0.0, 0.0])]
+
+
+def test_an_address_of_another_machine_is_not_opened():
+    descriptor = shared_memory.make_area(100)
+    address = shared_memory.address_of(descriptor)
+    area = shared_memory.open_area(address)
+    shared_memory.open_area(address)[5] = 7
+    assert area[5] == 7
+    with pytest.raises(OSError, match="another machine"):
+        shared_memory.open_area(address + torch.tensor([1, 0, 0]))

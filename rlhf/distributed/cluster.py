@@ -81,7 +81,7 @@ class Cluster:
             .remote()
         )
         alone = dist.gpus_per_worker == 1  # NCCL refuses two processes on one GPU
-        backend = dist.backend if dist.backend != "auto" else ("nccl" if alone else "gloo")
+        backend = dist.backend if dist.backend != "auto" else ("nccl" if alone else "shared")
         device = "cuda" if dist.gpus_per_worker else "cpu"
         make_worker = functools.partial(
             Worker, device=device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s

@@ -2,23 +2,27 @@
 
 Everything is made of one operation, `Group.exchange`: a reduce-scatter is an all-to-all whose receiver adds in an order
 of its own, a broadcast and an all-gather are exchanges of the same tensor with many. Only the ring, the backend's own
-allreduce, is not.
+allreduce, is not. Between processes of one machine tensors may also pass through memory that they share; then gloo
+only tells when they are there.
 
 A group that has failed once is closed at once, which closes its connections, so that its other members fail too
 instead of waiting. It is never used again: whoever is left forms the next generation.
 """
 
 import collections
+import contextlib
 import datetime
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from rlhf.distributed.shared_memory import SharedMemory, address_of, make_area, open_area
 
 SEGMENT = 1 << 24
 """Elements sent at once (64 MB of float32): while one segment is added up, the next ones are on their way."""
@@ -53,35 +57,62 @@ class Place(NamedTuple):
 class Group:
     """One generation of processes; each method but `close` raises GroupError when the group has failed."""
 
-    def __init__(self, store: Store, place: Place, *, backend: str, timeout_s: float) -> None:
+    def __init__(self, store: Store, place: Place, *, backend: str, timeout_s: float, capacity: int = 0) -> None:
         """Wait for all members.
 
         Args:
             store: reached by all of them.
             place: this process's.
-            backend: gloo or nccl.
+            backend: gloo, nccl, or shared: gloo, and where all members are on one machine, memory that they share.
             timeout_s: of every operation, in seconds.
+            capacity: the most bytes that a member sends in an exchange, if memory is shared.
         """
-        self.place, self._staged = place, backend == "gloo"
+        self.place, self._staged = place, backend != "nccl"
         own = PrefixStore(f"generation-{place.generation}", store)
-        make = _gloo if backend == "gloo" else _nccl
+        make = _gloo if self._staged else _nccl
         self._backend: Any = None
         self._backend = self._guard(lambda: make(own, place.rank, place.size, datetime.timedelta(seconds=timeout_s)))
+        self._shared = self._share(capacity) if backend == "shared" and place.size > 1 else None
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> "Exchange":
-        """Begin to send and receive; between two ranks, tensors arrive in the order in which they were sent.
+        """Begin to send and receive; all members call it, also those that have nothing to send or receive.
 
         Args:
-            sends: (rank, tensor), contiguous and flat, not to be changed before the exchange has ended.
-            receives: (rank, tensor that is written into), contiguous and flat.
+            sends: (rank, tensor), contiguous and flat, not to be changed before the exchange has ended. Between two
+                ranks, tensors arrive in the order in which they were sent.
+            receives: (rank, tensor for it), contiguous and flat.
         """
+        if self._shared is None:
+            return self._transfer(sends, receives)
+        self._shared.write(sends)
+        self._guard(lambda: self._backend.barrier().wait())
+        return _Handover([tensor for _, tensor in receives], self._shared.read(receives))
+
+    def _transfer(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> "Exchange":
+        """`exchange` through the backend."""
         me, size = self.place.rank, self.place.size
         outgoing = _in_segments(sorted(sends, key=lambda send: (send[0] - me) % size))  # not all to the same at once
         incoming = _in_segments(sorted(receives, key=lambda receive: (me - receive[0]) % size))
         buffers = [self._host(piece.tensor, copy=False) for piece in incoming]
         arriving, leaving = self._guard(lambda: self._post(incoming, buffers, outgoing))
-        arrivals = [Arrival(*found) for found in zip(incoming, buffers, arriving, strict=True)]
-        return Exchange(arrivals, leaving, self._guard)
+        arrivals = [_Arrival(*found) for found in zip(incoming, buffers, arriving, strict=True)]
+        return _Transfer([tensor for _, tensor in receives], arrivals, leaving, self._guard)
+
+    def _share(self, capacity: int) -> SharedMemory | None:
+        """Open all members' memory; None, and so for all of them, if one cannot reach another's."""
+        areas: list[Tensor] = []
+        with contextlib.ExitStack() as opened:
+            address = torch.full((3,), -1)
+            with contextlib.suppress(OSError):
+                descriptor = make_area(capacity)
+                opened.callback(os.close, descriptor)
+                address = address_of(descriptor)
+            addresses = self.all_gather(address, [3] * self.place.size)
+            with contextlib.suppress(OSError):
+                areas = [open_area(address) for address in addresses]
+            reached = torch.tensor([len(areas)])
+            self.all_reduce(reached)
+        return SharedMemory(self.place.rank, areas) if int(reached) == self.place.size**2 else None
 
     def all_gather(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Every member's vector, by rank.
@@ -92,7 +123,7 @@ class Group:
         """
         parts = [own if rank == self.place.rank else own.new_empty(size) for rank, size in enumerate(sizes)]
         others = [rank for rank in range(len(sizes)) if rank != self.place.rank]
-        self.exchange([(rank, own) for rank in others], [(rank, parts[rank]) for rank in others]).finish()
+        self._transfer([(rank, own) for rank in others], [(rank, parts[rank]) for rank in others]).finish()
         return parts
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -106,10 +137,10 @@ class Group:
         """Close all connections; may be called twice."""
         if self._backend is not None and not self._staged:
             self._backend.abort()
-        self._backend = None  # gloo's connections end with it
+        self._backend = self._shared = None  # gloo's connections end with it
 
     def _post(
-        self, incoming: "Sequence[Piece]", buffers: Sequence[Tensor], outgoing: "Sequence[Piece]"
+        self, incoming: "Sequence[_Piece]", buffers: Sequence[Tensor], outgoing: "Sequence[_Piece]"
     ) -> tuple[list[Any], list[Any]]:
         """Begin; the works of the receives and of the sends."""
         arriving: list[Any] = []
@@ -142,7 +173,7 @@ class Group:
             raise GroupError(f"generation {self.place.generation}, rank {self.place.rank}: {error}") from error
 
 
-class Piece(NamedTuple):
+class _Piece(NamedTuple):
     """A segment of a tensor on its way."""
 
     rank: int
@@ -151,35 +182,53 @@ class Piece(NamedTuple):
     """Its first element's place in the tensor."""
 
 
-class Arrival(NamedTuple):
+class _Arrival(NamedTuple):
     """A piece to be received."""
 
-    piece: Piece
+    piece: _Piece
     buffer: Tensor
     """Where it arrives: the piece, or on the host for a GPU."""
     work: Any
 
 
-class Exchange:
+class Exchange(Protocol):
     """Tensors on their way."""
 
-    def __init__(self, arrivals: list[Arrival], leaving: list[Any], guard: Callable[[Callable[[], Any]], Any]) -> None:
-        """Made by `Group.exchange`: what is to be received, works of the sends, and how to wait for a work."""
-        self._arrivals, self._leaving, self._guard = collections.deque(arrivals), leaving, guard
-
-    def segments(self, size: int) -> Iterator[slice]:
-        """Cut 0..size-1 into segments, each yielded once that part of all tensors to be received has arrived.
+    def pieces(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Cut 0..size-1 into pieces, each yielded with that part of all tensors to be received once it has arrived.
 
         Args:
             size: elements of each of them.
         """
+
+    def finish(self) -> None:
+        """Wait until everything has been sent, and the rest received and laid into the tensors for it."""
+
+
+class _Transfer:
+    """Through the backend."""
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        arrivals: list[_Arrival],
+        leaving: list[Any],
+        guard: Callable[[Callable[[], Any]], Any],
+    ) -> None:
+        """Takes what is to be received, in one piece and in those that arrive; works of the sends; how to wait."""
+        self._tensors, self._arrivals = tensors, collections.deque(arrivals)
+        self._leaving, self._guard = leaving, guard
+
+    def pieces(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """See `Exchange.pieces`."""
         for start in range(0, size, SEGMENT):
             while self._arrivals and self._arrivals[0].piece.start <= start:
                 self._receive()
-            yield slice(start, min(start + SEGMENT, size))
+            part = slice(start, min(start + SEGMENT, size))
+            yield part, [tensor[part] for tensor in self._tensors]
 
     def finish(self) -> None:
-        """Wait until everything has been received and sent."""
+        """See `Exchange.finish`."""
         while self._arrivals:
             self._receive()
         for work in self._leaving:
@@ -192,11 +241,30 @@ class Exchange:
             piece.tensor.copy_(buffer)
 
 
-def _in_segments(tensors: Sequence[tuple[int, Tensor]]) -> list[Piece]:
+class _Handover:
+    """Through shared memory: all is there."""
+
+    def __init__(self, tensors: list[Tensor], found: list[Tensor]) -> None:
+        """Takes what is to be received, and where it lies."""
+        self._left = list(zip(tensors, found, strict=True))
+
+    def pieces(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """See `Exchange.pieces`: read where it lies, unless that is not the device on which it is wanted."""
+        left, self._left = self._left, []
+        yield slice(0, size), [found if tensor.is_cpu else tensor.copy_(found) for tensor, found in left]
+
+    def finish(self) -> None:
+        """See `Exchange.finish`."""
+        for tensor, found in self._left:
+            tensor.copy_(found)
+        self._left = []
+
+
+def _in_segments(tensors: Sequence[tuple[int, Tensor]]) -> list[_Piece]:
     """First segments of all tensors, then the second ones, and so on."""
     longest = max((tensor.numel() for _, tensor in tensors), default=0)
     return [
-        Piece(rank, tensor[start : start + SEGMENT], start)
+        _Piece(rank, tensor[start : start + SEGMENT], start)
         for start in range(0, longest, SEGMENT)
         for rank, tensor in tensors
         if start < tensor.numel()

@@ -17,7 +17,7 @@ from rlhf.tree import CHUNK
 Span = tuple[int, int]
 """(first, end) of consecutive micro-batches, or of consecutive elements."""
 
-_SUBTREES = 2
+SUBTREES = 2
 """Subtrees of a share, at most: what a worker sends is so many times the gradient."""
 
 _BLOCK = 1 << 18
@@ -37,7 +37,7 @@ def deal(total: int, workers: int) -> tuple[Span, ...]:
         start = 0
         while start < total and len(shares) < workers:
             stops = range(min(start + most, total), start, -1)
-            stop = next(stop for stop in stops if len(subtrees(start, stop, total)) <= _SUBTREES)
+            stop = next(stop for stop in stops if len(subtrees(start, stop, total)) <= SUBTREES)
             shares.append((start, stop))
             start = stop
         if start == total:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf.distributed.collectives import Exchange, Group, GroupError, Place, connect_store
-from rlhf.distributed.dealing import Span, join_sums, shard_ranges, subtrees
+from rlhf.distributed.dealing import SUBTREES, Span, join_sums, shard_ranges, subtrees
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
 from rlhf.execution.executor import Program, Update, losses_and_counts, plan_update
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
@@ -33,7 +33,7 @@ class Worker:
     """A process's state and what it can be told to do."""
 
     def __init__(self, *, device: str, threads: int, backend: str, timeout_s: float) -> None:
-        """Args: the device that everything lives on; CPU threads; gloo or nccl, and the limit of its operations."""
+        """Args: the device that everything lives on; CPU threads; the group's backend, and its operations' limit."""
         torch.set_num_threads(threads)
         keep_freed_memory()
         self._device, self._threads = torch.device(device), threads
@@ -63,7 +63,8 @@ class Worker:
         """
         self.leave()
         self._store = self._store or connect_store(host, port, self._timeout_s)
-        self._group = Group(self._store, place, backend=self._backend, timeout_s=self._timeout_s)
+        capacity = SUBTREES * 4 * self._layout.size  # bytes that `reduce` may send
+        self._group = Group(self._store, place, backend=self._backend, timeout_s=self._timeout_s, capacity=capacity)
         self._place, self._computes = place, place.rank < place.workers
         self._ranges = dict(zip(place.owners, shard_ranges(self._layout.size, len(place.owners)), strict=True))
         self._sums: dict[Span, Tensor] = {}
@@ -233,22 +234,21 @@ class Worker:
             boxes = dict(zip(theirs, self._boxes, strict=False))
         exchange = self._group_now().exchange(sends, [(rank, box) for (rank, _), box in boxes.items()])
         if self._shard is not None:
-            own_part = slice(*self._ranges[me])
-            addends = {span: own[own_part] for span, own in self._sums.items()}
-            self.add_up(exchange, addends | {span: box for (_, span), box in boxes.items()}, total)
+            self.add_up(exchange, [span for _, span in boxes], total)
         exchange.finish()
 
-    def add_up(self, exchange: Exchange, addends: dict[Span, Tensor], total: int) -> None:
-        """Sum the own range, segment by segment as they arrive.
+    def add_up(self, exchange: Exchange, spans: Sequence[Span], total: int) -> None:
+        """Sum the own range, piece by piece as others' subtrees arrive.
 
         Args:
             exchange: on which they do.
-            addends: sums of subtrees.
+            spans: the subtree that each tensor received is the sum of.
             total: micro-batches.
         """
-        for segment in exchange.segments(len(self._gradient)):
-            parts = {span: addend[segment] for span, addend in addends.items()}
-            join_sums(parts, total, out=self._gradient[segment])
+        own_part = slice(*self._ranges[self._place.rank])
+        for piece, arrived in exchange.pieces(len(self._gradient)):
+            own = {span: flat[own_part][piece] for span, flat in self._sums.items()}
+            join_sums(own | dict(zip(spans, arrived, strict=True)), total, out=self._gradient[piece])
 
     def _reduce_ring(self) -> None:
         own = list(self._sums.values())
