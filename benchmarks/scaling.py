@@ -117,11 +117,11 @@ def _modes(size: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def _traffic(size: str, steps: int = 3) -> list[dict[str, Any]]:
-    """Bytes through the loopback device per step and worker, in units of the parameters' bytes, each way."""
+    """Bytes that gloo sends per step and worker, in units of the parameters' bytes, each way."""
     config, batches = _of(size)
     found = []
     for workers in (2, 4):
-        with _executor(config, num_workers=workers) as executor:
+        with _executor(config, num_workers=workers, backend="gloo") as executor:
             executor.step("main", batches)
             time.sleep(2.0)
             before = _loopback_bytes()

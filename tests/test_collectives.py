@@ -61,7 +61,7 @@ def message(turn, sender, receiver, number, length):
     return torch.arange(length) + 1000.0 * (number + 10 * (receiver + 10 * (sender + 10 * turn)))
 
 
-@pytest.mark.parametrize("backend", ["gloo", "shared"])
+@pytest.mark.parametrize(("backend", "small"), [("gloo", 0), ("shared", 1 << 20), ("shared", 0)])
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(  # by turn, sender and receiver
@@ -72,7 +72,7 @@ def message(turn, sender, receiver, number, length):
     in_pieces=st.booleans(),
     late=st.integers(0, 2),
 )
-def test_tensors_arrive_in_the_order_in_which_they_were_sent(monkeypatch, backend, lengths, in_pieces, late):
+def test_tensors_arrive_in_the_order_in_which_they_were_sent(monkeypatch, backend, small, lengths, in_pieces, late):
     """Also when a member is slow to read while the others are writing what comes next."""
 
     def messages(turn, sender, receiver):
@@ -93,6 +93,7 @@ def test_tensors_arrive_in_the_order_in_which_they_were_sent(monkeypatch, backen
         return found
 
     monkeypatch.setattr(collectives, "SEGMENT", 4)
+    monkeypatch.setattr(shared_memory, "_SMALL", small)
     for me, found in enumerate(in_group(3, backend, work, capacity=4 * 6 * 40)):
         for turn, got in enumerate(found):
             expected = [sent for rank in range(3) for sent in messages(turn, rank, me)]

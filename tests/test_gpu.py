@@ -219,8 +219,8 @@ def test_logits_do_not_show_how_the_embedding_is_filled_up(params):
 
 @pytest.mark.parametrize(
     ("workers", "servers", "gpus", "backend"),
-    [(1, 0, 1.0, "nccl"), (2, 0, 0.25, "gloo"), (2, 1, 0.25, "gloo")],
-    ids=["one rank through NCCL", "two ranks on a GPU through gloo", "with a server of its own"],
+    [(1, 0, 1.0, "nccl"), (2, 0, 0.25, "gloo"), (2, 0, 0.25, "shared"), (2, 1, 0.25, "shared")],
+    ids=["one rank through NCCL", "two ranks on a GPU through gloo", "through memory", "with a server of its own"],
 )
 @pytest.mark.parametrize("mode", ["tree", "ring"])
 def test_workers_on_a_gpu_agree_with_the_cpu(monkeypatch, workers, servers, gpus, backend, mode):

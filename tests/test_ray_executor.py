@@ -57,9 +57,14 @@ def assert_same(got, expected):
     assert all(torch.equal(got[1][name], expected[1][name]) for name in expected[1])
 
 
-@pytest.mark.parametrize(("workers", "servers"), [(1, 0), (2, 0), (3, 0), (2, 1), (2, 2), (4, 0)])
-def test_invariant_14_any_number_of_workers_and_servers_gives_the_bits_of_one_process(one_ray, workers, servers):
-    dist = DistConfig(num_workers=workers, num_servers=servers, snapshot_every=2)
+@pytest.mark.parametrize(
+    ("workers", "servers", "backend"),
+    [(1, 0, "auto"), (2, 0, "gloo"), (3, 0, "shared"), (2, 1, "gloo"), (2, 2, "shared"), (4, 0, "auto")],
+)
+def test_invariant_14_any_number_of_workers_and_servers_gives_the_bits_of_one_process(
+    one_ray, workers, servers, backend
+):
+    dist = DistConfig(num_workers=workers, num_servers=servers, backend=backend, snapshot_every=2)
     got = run(dist)
     assert_same(got, run(DistConfig()))
     assert got[2:] == ([], [])
@@ -153,26 +158,25 @@ def fault_cases():
         for number, rank in enumerate(ranks.get(moment, range(workers + servers))):
             signal = "SIGKILL" if (number + len(moment)) % 2 else "SIGSTOP"
             on_failure = "shrink" if (number + len(name)) % 2 else "replace"
-            cases.append((moment, name, rank, signal, on_failure))
+            cases.append((moment, name, rank, signal, on_failure, "gloo" if len(cases) % 3 == 2 else "shared"))
     return cases
 
 
 FAST = [
-    ("map", "colocated", 1, "SIGKILL", "replace"),
-    ("add_up", "colocated", 0, "SIGKILL", "replace"),
-    ("publish", "one server", 0, "SIGSTOP", "shrink"),
-    ("publish", "two servers", 3, "SIGKILL", "replace"),
+    ("map", "colocated", 1, "SIGKILL", "replace", "shared"),
+    ("add_up", "colocated", 0, "SIGKILL", "replace", "gloo"),
+    ("publish", "one server", 0, "SIGSTOP", "shrink", "gloo"),
+    ("publish", "two servers", 3, "SIGKILL", "replace", "shared"),
 ]
 
 
-def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure):
+def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure, backend):
     workers, servers = TOPOLOGIES[topology]
     version = 5 if moment == "snapshot" else 4  # of the program's steps; the last snapshot was taken at 3
     fault.write_text(json.dumps({"moment": moment, "rank": rank, "version": version, "signal": signal}))
     monkeypatch.setattr(cluster, "Worker", toy.FaultyWorker)
-    dist = DistConfig(
-        num_workers=workers, num_servers=servers, snapshot_every=2, on_failure=on_failure, heartbeat_s=2, timeout_s=20
-    )
+    topology = {"num_workers": workers, "num_servers": servers, "backend": backend}
+    dist = DistConfig(**topology, snapshot_every=2, on_failure=on_failure, heartbeat_s=2, timeout_s=20)
     begun = time.monotonic()
     got, expected = run(dist), run(DistConfig())
     assert not fault.exists(), "the fault happened"

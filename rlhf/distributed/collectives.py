@@ -12,6 +12,7 @@ instead of waiting. It is never used again: whoever is left forms the next gener
 import collections
 import contextlib
 import datetime
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -84,9 +85,14 @@ class Group:
         """
         if self._shared is None:
             return self._transfer(sends, receives)
+        if not self._shared.halved:
+            self._fence()
         self._shared.write(sends)
-        self._guard(lambda: self._backend.barrier().wait())
+        self._fence()
         return _Handover([tensor for _, tensor in receives], self._shared.read(receives))
+
+    def _fence(self) -> None:
+        self._guard(lambda: self._backend.barrier().wait())
 
     def _transfer(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> "Exchange":
         """`exchange` through the backend."""
@@ -100,7 +106,7 @@ class Group:
 
     def _share(self, capacity: int) -> SharedMemory | None:
         """Open all members' memory; None, and so for all of them, if one cannot reach another's."""
-        areas: list[Tensor] = []
+        areas: list[mmap.mmap] = []
         with contextlib.ExitStack() as opened:
             address = torch.full((3,), -1)
             with contextlib.suppress(OSError):
@@ -112,7 +118,7 @@ class Group:
                 areas = [open_area(address) for address in addresses]
             reached = torch.tensor([len(areas)])
             self.all_reduce(reached)
-        return SharedMemory(self.place.rank, areas) if int(reached) == self.place.size**2 else None
+        return SharedMemory(self.place.rank, areas, capacity) if int(reached) == self.place.size**2 else None
 
     def all_gather(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Every member's vector, by rank.

@@ -8,7 +8,8 @@ import functools
 import hashlib
 import mmap
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,31 +19,39 @@ _ALIGN = 64
 _TABLE = 1 << 16
 """Bytes before the tensors: the number of sends, then receiver and place of each."""
 
+_SMALL = 1 << 24
+"""Bytes up to which a capacity is doubled, where waiting once more for each other would take longer than copies do."""
+
 
 class SharedMemory:
-    """All members' areas, in two halves that are written in turn: whoever goes on first spoils nothing still read."""
+    """All members' areas. Small ones have two halves, written in turn: who goes on first spoils nothing still read."""
 
-    def __init__(self, rank: int, areas: Sequence[Tensor]) -> None:
-        """Args: this member's rank; the areas by rank, as `open_area` gives them."""
-        self._rank, self._turn = rank, 0
-        self._halves = [area.chunk(2) for area in areas]
+    def __init__(self, rank: int, areas: Sequence[mmap.mmap], capacity: int) -> None:
+        """Args: this member's rank; the areas by rank; the capacity that they were made with."""
+        self.halved = capacity <= _SMALL
+        self._rank, self._start, self._half = rank, 0, len(areas[rank]) // 2 if self.halved else 0
+        self._bytes = [torch.frombuffer(area, dtype=torch.uint8) for area in areas]
+        self._words = [memoryview(area).cast("q") for area in areas]
 
     def write(self, sends: Sequence[tuple[int, Tensor]]) -> None:
         """Begin an exchange: place tensors for others, one that several receive once. `read` when all have done so.
 
+        Where areas are not halved, all must have read what the last exchange brought.
+
         Args:
             sends: (rank, tensor), contiguous and flat.
         """
-        self._turn = 1 - self._turn
-        end, rows, places = _TABLE, [len(sends)], dict[tuple[int, int], int]()
+        self._start = self._half - self._start
+        end, table, places = _TABLE, array("q", [len(sends)]), dict[tuple[int, int], int]()
         for rank, tensor in sends:
             key = tensor.data_ptr(), tensor.nbytes
             if key not in places:
                 places[key] = end
                 self._at(self._rank, end, tensor).copy_(tensor)
                 end += -(-tensor.nbytes // _ALIGN) * _ALIGN
-            rows += [rank, places[key]]
-        self._table(self._rank)[: len(rows)] = torch.tensor(rows)
+            table.extend((rank, places[key]))
+        first = self._start // 8
+        self._words[self._rank][first : first + len(table)] = table
 
     def read(self, receives: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
         """What others have placed for this member, where it lies; it is there until the next exchange begins.
@@ -50,19 +59,17 @@ class SharedMemory:
         Args:
             receives: (rank, tensor of the size and type to be read), a rank's in the order in which it sent them.
         """
-        places = {rank: iter(self._places(rank)) for rank, _ in receives}
+        places = {rank: self._places(rank) for rank, _ in receives}
         return [self._at(rank, next(places[rank]), tensor) for rank, tensor in receives]
 
-    def _places(self, rank: int) -> list[int]:
-        table = self._table(rank)
-        count = int(table[0])
-        return [place for receiver, place in table[1 : 1 + 2 * count].reshape(-1, 2).tolist() if receiver == self._rank]
-
-    def _table(self, rank: int) -> Tensor:
-        return self._halves[rank][self._turn][:_TABLE].view(torch.int64)
+    def _places(self, rank: int) -> Iterator[int]:
+        words, first = self._words[rank], self._start // 8 + 1
+        last = first + 2 * words[first - 1]
+        return (words[at + 1] for at in range(first, last, 2) if words[at] == self._rank)
 
     def _at(self, rank: int, place: int, like: Tensor) -> Tensor:
-        return self._halves[rank][self._turn][place : place + like.nbytes].view(like.dtype)
+        start = self._start + place
+        return self._bytes[rank][start : start + like.nbytes].view(like.dtype)
 
 
 def make_area(capacity: int) -> int:
@@ -77,8 +84,8 @@ def make_area(capacity: int) -> int:
     if not hasattr(os, "memfd_create"):
         raise OSError("no memory without a name on this system")
     descriptor = os.memfd_create("rlhf")
-    half = _TABLE + capacity + 2000 * _ALIGN
-    os.ftruncate(descriptor, 2 * (-(-half // mmap.PAGESIZE) * mmap.PAGESIZE))
+    pages = -(-(_TABLE + capacity + 2000 * _ALIGN) // mmap.PAGESIZE)
+    os.ftruncate(descriptor, pages * mmap.PAGESIZE * (2 if capacity <= _SMALL else 1))
     return descriptor
 
 
@@ -87,8 +94,8 @@ def address_of(descriptor: int) -> Tensor:
     return torch.tensor([_machine(), os.getpid(), descriptor])
 
 
-def open_area(address: Tensor) -> Tensor:
-    """[bytes] uint8: the area of a process, while that holds its descriptor open.
+def open_area(address: Tensor) -> mmap.mmap:
+    """The area of a process, while that holds its descriptor open.
 
     Raises:
         OSError: it is on another machine, or another user's.
@@ -98,7 +105,7 @@ def open_area(address: Tensor) -> Tensor:
         raise OSError("on another machine")
     descriptor = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
     try:
-        return torch.frombuffer(mmap.mmap(descriptor, 0), dtype=torch.uint8)
+        return mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)
 
