@@ -77,11 +77,11 @@ def gae_loop(
 ) -> tuple[Tensor, Tensor]:
     """`gae` by the backward recursion A_t = delta_t + gamma lam A_{t+1}: the textbook form, one step per token."""
     values, deltas = _td_errors("gae_loop", rewards, values, mask, gamma, lam)
-    advantage, reversed_advantages = torch.zeros_like(deltas[:, 0]), []
+    advantage, columns = torch.zeros_like(deltas[:, :1]), [deltas[:, :0]]
     for t in reversed(range(deltas.shape[1])):
-        advantage = deltas[:, t] + gamma * lam * advantage
-        reversed_advantages.append(advantage)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
+        advantage = deltas[:, t : t + 1] + gamma * lam * advantage
+        columns.append(advantage)
+    advantages = torch.cat(columns[::-1], dim=1)
     return advantages, advantages + values
 
 

@@ -151,7 +151,7 @@ MUTANTS = [
         ),
         ("gae: lambda unchecked", "check_value(function, 0 <= lam <= 1", "check_value(function, 0 <= lam"),
         ("gae_loop: lambda missing", "gamma * lam * advantage", "gamma * advantage"),
-        ("gae_loop: in reverse", "reversed_advantages[::-1]", "reversed_advantages"),
+        ("gae_loop: in reverse", "columns[::-1]", "columns"),
         ("gae_loop: off by one", "range(deltas.shape[1])):", "range(1, deltas.shape[1])):"),
     ),
     *mutants(

@@ -80,7 +80,7 @@ def test_invariant_5_gae_is_its_brute_force_sum(form, dtype, seed, rows, width, 
     assert_close(found, expected, 10 * TOLERANCE[dtype])  # sums of up to 20 numbers
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 100])
+@pytest.mark.parametrize("width", [0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 100])
 def test_invariant_5_gae_is_gae_loop_at_any_width(width):
     rewards, values, mask = floats(1, 5, width), floats(2, 5, width), ragged_mask(3, 5, width)
     assert_close(
