@@ -161,7 +161,7 @@ CHECKS = (
         "not-finite",
         checks.not_finite,
         "a loss, gradient, reward or value overflowed",
-        "lower the learning rate or --precision fp32; the refused batch is in OUTPUT_DIR/nonfinite",
+        "lower the learning rate, or use --precision fp32; the refused batch is in OUTPUT_DIR/nonfinite",
         _ALL,
     ),
 )
