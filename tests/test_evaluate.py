@@ -1,5 +1,6 @@
 """rlhf-evaluate end to end on tiny models, against transformers, NumPy and scikit-learn; and what users get wrong."""
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -14,7 +15,7 @@ from rlhf import gpt2, random
 from rlhf.config import DistConfig, LogConfig, ModelConfig, PipelineRun, RewardConfig, RewardRun, SFTConfig, SFTRun
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
-from rlhf.io.presets import dump_config, narrow
+from rlhf.io.presets import dump_config, load_config, narrow
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.stages.answers import Answers
 from rlhf.stages.evaluate import run_evaluation
@@ -367,6 +368,19 @@ def test_without_test_data_the_figures_are_those_that_training_ended_with(traine
             {name: metrics[name] for name in shared}, rel=1e-5
         )
     assert evaluation["bag_of_words"] == f"training on the other pairs of {folder.parent / 'pairs.json'}"
+
+
+def test_a_file_of_the_run_that_is_gone_is_named(trained, shelf, tmp_path):
+    """And no prompts are taken from records that the run has learnt from."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    shutil.copytree(shelf / "run" / "sft", folder / "policy")
+    config = load_config(str(folder / "config.yaml"))
+    config = dataclasses.replace(config, prompt_data=tmp_path / "gone.json")
+    (folder / "config.yaml").write_text(dump_config(config))
+    report = run_evaluation(EvaluateConfig(model_dir=folder, threads=1))
+    gone = f"{tmp_path / 'gone.json'}, which the run had, is no longer there; give another file as --test-data"
+    assert report.skipped == {"policy": gone}
 
 
 @pytest.mark.parametrize("width", [80, 120])

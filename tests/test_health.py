@@ -194,7 +194,7 @@ def test_over_optimisation_is_seen_in_noise_as_rarely_as_its_threshold_says():
 
 
 def test_a_spike_that_passed_is_told_and_no_fault(tmp_path):
-    """As in the demo, whose KL is 64 nats at iteration 2 and 4 at the end."""
+    """As in the demo, whose KL is 51 nats at iteration 2 and 4 at the end."""
     usual = healthy(COUNT)["objective/kl"]
     found = check(
         write_log(tmp_path, figures={"objective/kl": lambda step: 64.0 if step == 2 else usual(step)}), "kl-explosion"
@@ -310,6 +310,15 @@ def test_the_program_prints_findings_and_ends_with_1_for_a_problem(tmp_path, cap
     assert "likely cause" in out
     warned = write_log(tmp_path / "warned", figures={"policy/clipfrac_avg": lambda step: 0.35})
     assert cli("--log-dir", str(warned), "--check") == 0
+
+
+def test_a_stage_name_cannot_steer_the_terminal(tmp_path, capsys):
+    for _ in range(2):
+        logs = write_log(tmp_path, stage="x\x1by", figures={"a": float}, samples=0)
+    assert cli("--log-dir", str(logs), "--check") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"more than one run of x\x1by" in out
 
 
 @pytest.mark.parametrize("content", ["", "Traceback\n", '{"stage": 1}\n'])

@@ -95,6 +95,12 @@ def test_a_large_terminal_has_everything(runs):
     assert re.fullmatch(r"-?\d+\.\d+", values[0])
 
 
+def test_what_rounds_to_0_has_no_sign(tmp_path):
+    logs = write_log(tmp_path, count=1, sample=lambda step, row: completion(step, row) | {"score": -1e-5, "kl": -1e-5})
+    assert "-0.00" not in "\n".join(shown(logs, 120, 50))
+    assert "score   0.00, KL 0.00" in "\n".join(shown(logs, 120, 50))
+
+
 def test_what_is_newest_is_shown_as_the_log_grows(tmp_path):
     logs = write_log(tmp_path, count=5, end=False, samples=1)
     reader = LogReader(logs)
@@ -116,6 +122,7 @@ def test_what_is_newest_is_shown_as_the_log_grows(tmp_path):
     [
         ("growing", 10, "1.2 s/iteration"),
         ("growing", 10, "running"),
+        ("growing", 110, "running"),  # as while it compiles
         ("growing", 300, "silent for 5:00, killed?"),
         ("finished", 9999, "ended"),
         ("crashed", 4000, "silent for 1:06:40, killed?"),

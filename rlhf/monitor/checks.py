@@ -172,7 +172,7 @@ def over_optimisation(reader: LogReader, stage: str) -> Reading:
     """The optimised score rises while a score that nobody optimises falls."""
     golds = [name for name in reader.names(stage) if name.startswith("gold/")]
     if not golds:
-        raise Unknown("there is no gold score in the log")
+        raise Unknown("there is no gold score in the log; --ppo.reward outputs/reward 0*my_rewards:brevity logs one")
     readings = [_falls_from_its_best(reader, stage, name) for name in golds]
     return max(readings, key=lambda reading: LEVELS.index(reading.level))
 

@@ -124,7 +124,8 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
         return f"{config.model_dir} is no {wanted}" if single else f"{config.model_dir} has no {kind}/"
     if not usable:
         return f"no {_SCHEMAS[kind].name} among the test data"
-    return ""
+    gone = [data.path for data in usable if not data.path.is_file()]
+    return f"{gone[0]}, which the run had, is no longer there; give another file as --test-data" if gone else ""
 
 
 def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge], kinds: set[str]) -> None:

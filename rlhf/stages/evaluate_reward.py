@@ -20,7 +20,7 @@ from rlhf.stages.compute import Workplace
 from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.evaluate_inputs import TestData, open_data, usable_pairs
 from rlhf.stages.evaluate_result import Evaluation, plain
-from rlhf.stages.figures import Array, Estimate, correlation, difference, figures, linearised, mean
+from rlhf.stages.figures import Array, Estimate, correlation, difference, figures, linearised, mean, outcomes
 
 _BINS = 10
 _LENGTH_BINS = 5
@@ -87,14 +87,9 @@ def make_program(config: GPT2Config, dtype: torch.dtype) -> Program:
     return Program({}, {"scores": make_pair_scores(config, dtype=dtype)}, {})
 
 
-def hits(margins: Array) -> Array:
-    """[n]: 1 where the chosen one is preferred, 0.5 at a tie, else 0."""
-    return (margins > 0) + 0.5 * (margins == 0)
-
-
 def _estimates(pairs: Pairs, words: Array) -> dict[str, Estimate]:
-    margins, right = pairs.margins, mean(hits(pairs.margins))
-    longer, bag = mean(hits(pairs.lengths[:, 0] - pairs.lengths[:, 1])), mean(hits(words))
+    margins, right = pairs.margins, mean(outcomes(*pairs.scores.T))
+    longer, bag = mean(outcomes(*pairs.lengths.T)), mean(outcomes(words, 0.0))
     return {
         "eval/reward/accuracy": right,
         "eval/reward/margin": mean(margins),
@@ -137,7 +132,7 @@ def _by_length(pairs: Pairs, seed: int) -> list[dict[str, Any]]:
     """Accuracy by how many tokens longer the chosen completion is, in groups of about the same size."""
     longer = pairs.lengths[:, 0] - pairs.lengths[:, 1]
     edges = np.unique(np.quantile(longer, np.linspace(0, 1, _LENGTH_BINS + 1)[1:-1], method="lower"))
-    place, right, rows = np.digitize(longer, edges, right=True), hits(pairs.margins), []
+    place, right, rows = np.digitize(longer, edges, right=True), outcomes(*pairs.scores.T), []
     for number in np.unique(place):
         inside = place == number
         figure = figures({"accuracy": mean(right[inside])}, seed=seed)["accuracy"]
