@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rlhf import gpt2, random
 from rlhf.config import DistConfig, LogConfig, ModelConfig, PipelineRun, RewardConfig, RewardRun, SFTConfig, SFTRun
+from rlhf.evaluation import expected_calibration_error
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
 from rlhf.io.presets import dump_config, load_config, narrow
@@ -21,6 +22,7 @@ from rlhf.stages.answers import Answers
 from rlhf.stages.evaluate import run_evaluation
 from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.evaluate_policy import Contest, Judged, contest_figures
+from rlhf.stages.evaluate_reward import calibration_error_by_chance
 from rlhf.stages.evaluate_tables import show_report
 from rlhf.stages.figures import figures, mean
 from rlhf.stages.judges import Preferences
@@ -229,6 +231,14 @@ def test_reward_figures_are_those_of_ten_lines_of_numpy(which, shelf, foreign, e
         assert row["accuracy"]["value"] == pytest.approx((margins > 0)[inside].mean())
 
 
+def test_a_calibrated_model_has_a_calibration_error_by_chance():
+    generator = np.random.default_rng(0)
+    sizes = generator.exponential(1.5, 300)
+    right = generator.random((500, 300)) < 1 / (1 + np.exp(-sizes))
+    errors = [expected_calibration_error(torch.from_numpy(np.where(row, sizes, -sizes))) for row in right]
+    assert calibration_error_by_chance(sizes) == pytest.approx(np.mean(errors), rel=0.05)
+
+
 def test_the_bag_of_words_learns_from_the_train_file(evaluate, shelf, tmp_path):
     """The chosen one says yes: learnt from a train file, and from the other folds."""
     pairs = [{"prompt": f"p{n}", "chosen": f" yes {n}", "rejected": f" no {n}"} for n in range(20)]
@@ -399,7 +409,14 @@ def test_the_tables_fit(shelf, tmp_path, width):
     tables = [line for line in text.splitlines() if line.startswith(("│", "┃"))]
     assert max(map(len, tables)) <= width
     assert "…" not in text, "nothing is cut off"
-    for wanted in ("perplexity", "always the longer", "expected calibration error", "judge: length", "win rate"):
+    for wanted in (
+        "perplexity",
+        "always the longer",
+        "expected calibration error",
+        "calibrated model has",
+        "judge: length",
+        "win rate",
+    ):
         assert wanted in text
     assert "favoured the first place with 0" in " ".join(text.split())
 

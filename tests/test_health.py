@@ -222,6 +222,15 @@ def test_a_single_update_an_iteration_is_the_first(tmp_path):
     assert check(logs, "first-ratio").level == "problem"
 
 
+def test_an_undefined_correlation_is_unknown_and_no_overflow(tmp_path):
+    """As of one held-out pair whose texts are of one length."""
+    logs = write_log(
+        tmp_path, stage="reward", figures=REWARD | {"eval/reward/length_correlation": lambda step: None}, samples=0
+    )
+    assert check(logs, "not-finite", "reward").level == "ok"
+    assert check(logs, "reward-model-length", "reward").level == "unknown"
+
+
 def test_problems_come_first(tmp_path):
     figures = {"objective/kl": lambda step: -2.0, "policy/clipfrac_avg": lambda step: 0.35}
     reader = LogReader(write_log(tmp_path, figures=figures))

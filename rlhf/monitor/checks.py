@@ -264,12 +264,14 @@ def not_finite(reader: LogReader, stage: str) -> Reading:
         stands = reader.progress(stage).state == "failed"
         summary = f"an update was refused at step {step}" + (", and the run went on since" if not stands else "")
         return Reading("problem" if stands else "warning", summary, str(refused[-1].get("message", "")), (step, step))
-    empty = {name: int(np.isnan(reader.series(stage, name).values[-_FEWEST:]).sum()) for name in reader.names(stage)}
-    found = [name for name, count in empty.items() if count]
+    names = [name for name in reader.names(stage) if not name.endswith("_correlation")]  # undefined if nothing varies
+    found = [name for name in names if np.isnan(reader.series(stage, name).values[-_FEWEST:]).any()]
     if not found:
         return Reading("ok", "all figures are finite", "no nonfinite event, no null in the newest lines")
     return Reading(
-        "warning", f"{len(found)} metrics are not finite", "null in the newest lines: " + ", ".join(found[:5])
+        "warning",
+        f"{len(found)} {'metric is' if len(found) == 1 else 'metrics are'} not finite",
+        "null in the newest lines: " + ", ".join(found[:5]),
     )
 
 

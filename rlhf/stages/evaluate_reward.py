@@ -72,6 +72,7 @@ def evaluate_reward(
     words = bag_of_words(pairs.texts, learnt_from, seed=config.seed)
     facts: dict[str, Any] = {
         "reliability": _reliability_curve(pairs.margins),
+        "calibration_error_by_chance": calibration_error_by_chance(pairs.margins),
         "accuracy_by_length_difference": _by_length(pairs, config.seed),
         "margin_quantiles": {str(q): float(np.quantile(pairs.margins, q)) for q in _QUANTILES},
         "bag_of_words": _how_learnt(train),
@@ -110,6 +111,17 @@ def _calibration_error(margins: Array) -> Estimate:
     gaps = np.eye(_BINS)[place] * (correct - confidence)[:, None]
     columns = np.concatenate([gaps, np.ones((len(margins), 1))], axis=1)
     return Estimate(columns, lambda sums: np.abs(sums[:-1]).sum(axis=0) / sums[-1])
+
+
+def calibration_error_by_chance(margins: Array) -> float:
+    """About the expected calibration error that pairs with these confidences have where the model is calibrated.
+
+    A bin's gap is then normal around 0, its mean size sqrt(2 / pi) standard deviations: never 0, which the error's
+    interval does not take into account.
+    """
+    place, confidence, _ = (part.numpy() for part in reliability(torch.from_numpy(margins), bins=_BINS))
+    variances = np.bincount(place, confidence * (1.0 - confidence))
+    return float(np.sqrt(2.0 / np.pi * variances).sum() / len(margins))
 
 
 def _reliability_curve(margins: Array) -> list[dict[str, Any]]:

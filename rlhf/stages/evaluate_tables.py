@@ -108,6 +108,8 @@ def _reward(evaluation: Evaluation, width: int) -> RenderableType:
     for row in evaluation.facts["reliability"]:
         span = f"{row['from']:.2f} to {row['to']:.2f}"
         curve.add_row(span, f"{row['confidence']:.2f}", f"{row['accuracy']:.2f}", str(row["n"]))
+    chance = evaluation.facts["calibration_error_by_chance"]
+    curve.caption = f"With so many pairs, a calibrated model has an expected calibration error of about {chance:.3f}."
     for heading in ("chosen longer by, tokens", "accuracy", "pairs"):
         lengths.add_column(heading, justify="right")
     for row in evaluation.facts["accuracy_by_length_difference"]:
