@@ -93,6 +93,7 @@ def shelf(tmp_path_factory, tokenizer):
         write(folder / f"{name}.json", records)
     (folder / "judges.py").write_text(
         "def length(prompts, completions): return [float(len(c)) for c in completions]\n"
+        "reward = length\n"
         "def nan(prompts, completions): return [float('nan') for c in completions]\n"
         "def shorter(prompts, first, second): return [float(len(a) < len(b)) for a, b in zip(first, second)]\n"
     )
@@ -482,6 +483,9 @@ WRONG = {  # flags, and what the message says
     "judge without policy": (
         [*PAIRS_FILE, "--eval-type", "reward", "--judge", "{shelf}/judges.py:length"],
         "--judge: completions are made only in the policy evaluation",
+    ),
+    "judge named as the reward model": (
+        [*PROMPTS_FILE, "--judge", "{shelf}/judges.py:reward"], "reward is also the name of the reward model",
     ),
     "pairwise alone": (
         ["--model-dir", "{shelf}/run/policy", *PROMPTS_FILE, "--judge", "{shelf}/judges.py:shorter"],

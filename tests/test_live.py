@@ -78,6 +78,14 @@ def test_a_small_terminal_has_what_matters(runs):
     assert "KL, nats" in text
 
 
+def test_a_small_terminal_has_a_problem_before_what_the_log_lacks(tmp_path):
+    for _ in range(2):
+        write_log(tmp_path, figures={"objective/kl": lambda step: -2.0})
+    lines = shown(tmp_path, 40, 12)
+    assert any(line.startswith("PROBLEM ppo negative-kl") for line in lines)
+    assert any(line.startswith("log     metrics.jsonl: holds more") for line in lines)
+
+
 def test_a_large_terminal_has_everything(runs):
     lines = shown(runs / "finished", 120, 50)
     text = "\n".join(lines)

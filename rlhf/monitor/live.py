@@ -101,8 +101,8 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
     stage = reader.stages[-1]
     head = [_title(reader), _bar(reader.progress(stage), width, now, ascii_only)]
     metrics, found = _metrics(reader, stage, width, ascii_only), findings(reader)
-    health = [finding_line(finding) for finding in found if finding.level in ("problem", "warning")]
-    health = [*_problems(reader), *health]
+    bad, doubtful = ([finding_line(one) for one in found if one.level == level] for level in ("problem", "warning"))
+    health = [*bad, *_problems(reader), *doubtful]  # the verdict does not count what the log lacks
     spacious = height >= _SPACIOUS
     room = height - 1 - len(head) - 1 - 4 * spacious  # the verdict, and two headings with a blank line each
     health = health[: max(1, room // 4)]

@@ -133,6 +133,12 @@ def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge]
     if "policy" not in kinds and (config.judge or config.against):
         flag = "--judge" if config.judge else "--against"
         raise UserError(f"{flag}: completions are made only in the policy evaluation, and there is none here")
+    if "policy" in kinds and folders.reward is not None and folders.reward.name in {judge.name for judge in judges}:
+        name = folders.reward.name
+        raise UserError(
+            f"--judge: {name} is also the name of the reward model {folders.reward}; rename one, so that their figures "
+            "can be told apart"
+        )
     if "reward" not in kinds and config.train_data is not None:
         raise UserError("--train-data: a baseline of the reward evaluation learns from it, and there is none here")
     if folders.against is None and any(judge.pairwise for judge in judges):
