@@ -13,18 +13,21 @@ from rich.console import Console
 
 from rlhf import gpt2, random
 from rlhf.config import DistConfig, LogConfig, ModelConfig, PipelineRun, RewardConfig, RewardRun, SFTConfig, SFTRun
+from rlhf.data.schema import PROMPTS as PROMPTS_SCHEMA
 from rlhf.evaluation import expected_calibration_error
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
 from rlhf.io.presets import dump_config, load_config, narrow
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.stages.answers import Answers
-from rlhf.stages.evaluate import run_evaluation
+from rlhf.stages.evaluate import Report, run_evaluation
 from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.stages.evaluate_inputs import TestData as Records
 from rlhf.stages.evaluate_policy import Contest, Judged, contest_figures
+from rlhf.stages.evaluate_result import Evaluation
 from rlhf.stages.evaluate_reward import calibration_error_by_chance
 from rlhf.stages.evaluate_tables import show_report
-from rlhf.stages.figures import figures, mean
+from rlhf.stages.figures import Figure, figures, mean
 from rlhf.stages.judges import Preferences
 from rlhf.stages.reward import run_reward
 from rlhf.stages.sft import run_sft
@@ -420,6 +423,17 @@ def test_the_tables_fit(shelf, tmp_path, width):
     ):
         assert wanted in text
     assert "favoured the first place with 0" in " ".join(text.split())
+
+
+def test_what_a_judge_is_called_does_not_change_the_form_of_its_scores(tmp_path, capsys):
+    found = {"policy": {"eval/judge/blended": Figure(150.5, 149.5, 151.5, 9), "eval/ended": Figure(0.5, 0.4, 0.6, 9)}}
+    facts = {"decoding": "greedy", "temperature": 1.0, "cut": 0}
+    data = Records(tmp_path / "prompts.json", PROMPTS_SCHEMA, None, "")
+    evaluation = Evaluation("policy", {"policy": tmp_path}, data, "prompts", found, facts)
+    show_report(Report([evaluation], {}, tmp_path), Console(width=100))
+    shown = capsys.readouterr().out
+    assert "+150.5 [+149.5, +151.5]" in shown
+    assert "0.500 [0.400, 0.600]" in shown
 
 
 def main(argv):

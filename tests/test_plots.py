@@ -116,6 +116,14 @@ def test_a_single_gold_score_is_named(tmp_path):
     assert "judge" in texts_in(figures["reward"])
 
 
+def test_the_newest_points_show_on_white(tmp_path):
+    figures = dict(_figures([reader_of(write_log(tmp_path, count=9))], "reward"))
+    for axes in figures["over_optimisation"].axes[:2]:
+        (points,) = axes.collections
+        assert points.get_linewidths()[0] > 0
+        assert sum(points.get_edgecolors()[0][:3]) < 1.5
+
+
 def test_a_band_goes_from_the_lowest_run_to_the_highest_around_their_mean(tmp_path):
     readers = [
         reader_of(write_log(tmp_path / str(n), count=4, figures={"x": lambda step, n=n: n + step})) for n in (0, 1, 5)

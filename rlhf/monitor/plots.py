@@ -216,7 +216,14 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
     last = max(found[2].max() for found in points.values())
     for ax, (name, (root_kl, values, steps)) in zip(axes, points.items(), strict=True):
         dots = ax.scatter(
-            root_kl, values, c=steps, s=14 if steps.size < 2000 else 4, vmin=1, vmax=max(last, 2), linewidths=0
+            root_kl,
+            values,
+            c=steps,
+            s=18 if steps.size < 2000 else 6,
+            vmin=1,
+            vmax=max(last, 2),
+            edgecolors="#555555",  # the newest are yellow, which hardly shows on white
+            linewidths=0.4,
         )
         ax.set_ylabel(shown[name])
     axes[-1].xaxis.set_major_locator(AutoLocator())

@@ -37,10 +37,8 @@ _TITLES = {
     "eval/distinct_2": "distinct-2",
     "eval/distinct_3": "distinct-3",
 }
-_SHARES = (
-    "accuracy", "baseline", "ended", "repeated", "distinct", "win_rate", "wins", "ties", "losses", "first_place",
-    "calibration",
-)  # fmt: skip
+_SHARES = ("accuracy", "baseline", "ended", "repeated", "distinct", "calibration")
+"""Parts of the titled names whose figures lie between 0 and 1."""
 _PARTS = {"against": "compared with", "reference": "KL to"}
 _ENDS = ("value", "low", "high")
 _NARROW = 0.05
@@ -179,7 +177,7 @@ def _order(name: str) -> int:
 
 
 def _is_share(name: str) -> bool:
-    return name == "eval/accuracy" or any(part in name for part in _SHARES)
+    return name in _TITLES and any(part in name for part in _SHARES)
 
 
 def _precision(name: str, figure: Figure) -> str:
