@@ -144,6 +144,16 @@ def test_a_mean_reaches_as_far_as_all_its_runs():
     np.testing.assert_array_equal(table, [[2, 3], [10, 20]])
 
 
+def test_a_plot_names_the_runs_that_have_its_stage(tmp_path, monkeypatch):
+    monkeypatch.setitem(STYLE, "figure.dpi", 50)
+    saved: list[list[str]] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(texts_in(figure)))
+    sft = write_log(tmp_path / "sft-only", stage="sft", figures={"loss/sft": float}, samples=0)
+    write_plots([pipeline(tmp_path / "whole").parent, sft], "loss", tmp_path / "plots")
+    notes = [next(text for text in texts if "whole" in text) for texts in saved]
+    assert notes == ["mean of 2 runs as far as all go, lowest to highest behind\nwhole, sft-only", "whole", "whole"]
+
+
 def test_what_a_log_is_not_is_told_with_its_plots(tmp_path, capsys):
     logs = write_log(tmp_path, count=4)
     (logs / "metrics.jsonl").write_text((logs / "metrics.jsonl").read_text() * 2 + "Traceback")

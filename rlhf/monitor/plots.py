@@ -155,7 +155,12 @@ def _figures(readers: Sequence[LogReader], kind: str) -> "list[tuple[str, Figure
 
 def _write(figure: "Figure", path: Path, readers: Sequence[LogReader]) -> Path:
     """Save a figure that says which runs it is of, and what its lines are."""
-    names = [visible(name) for name in run_names(readers)]
+    stage = next((plot.stage for plot in LINE_PLOTS if plot.file == path.stem), "")
+    names = [
+        visible(name)
+        for reader, name in zip(readers, run_names(readers), strict=True)
+        if not stage or stage in reader.stages
+    ]
     if path.stem == "samples":
         names = names[:1]
     notes = [shorten(", ".join(names), 90)]
