@@ -1,5 +1,6 @@
 """rlhf-evaluate end to end on tiny models, against transformers, NumPy and scikit-learn; and what users get wrong."""
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -12,16 +13,21 @@ from rich.console import Console
 
 from rlhf import gpt2, random
 from rlhf.config import DistConfig, LogConfig, ModelConfig, PipelineRun, RewardConfig, RewardRun, SFTConfig, SFTRun
+from rlhf.data.schema import PROMPTS as PROMPTS_SCHEMA
+from rlhf.evaluation import expected_calibration_error
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
-from rlhf.io.presets import dump_config, narrow
+from rlhf.io.presets import dump_config, load_config, narrow
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.stages.answers import Answers
-from rlhf.stages.evaluate import run_evaluation
+from rlhf.stages.evaluate import Report, run_evaluation
 from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.stages.evaluate_inputs import TestData as Records
 from rlhf.stages.evaluate_policy import Contest, Judged, contest_figures
+from rlhf.stages.evaluate_result import Evaluation
+from rlhf.stages.evaluate_reward import calibration_error_by_chance
 from rlhf.stages.evaluate_tables import show_report
-from rlhf.stages.figures import figures, mean
+from rlhf.stages.figures import Figure, figures, mean
 from rlhf.stages.judges import Preferences
 from rlhf.stages.reward import run_reward
 from rlhf.stages.sft import run_sft
@@ -90,6 +96,7 @@ def shelf(tmp_path_factory, tokenizer):
         write(folder / f"{name}.json", records)
     (folder / "judges.py").write_text(
         "def length(prompts, completions): return [float(len(c)) for c in completions]\n"
+        "reward = length\n"
         "def nan(prompts, completions): return [float('nan') for c in completions]\n"
         "def shorter(prompts, first, second): return [float(len(a) < len(b)) for a, b in zip(first, second)]\n"
     )
@@ -226,6 +233,14 @@ def test_reward_figures_are_those_of_ten_lines_of_numpy(which, shelf, foreign, e
     for row in groups:
         inside = (row["from"] <= longer) & (longer <= row["to"])
         assert row["accuracy"]["value"] == pytest.approx((margins > 0)[inside].mean())
+
+
+def test_a_calibrated_model_has_a_calibration_error_by_chance():
+    generator = np.random.default_rng(0)
+    sizes = generator.exponential(1.5, 300)
+    right = generator.random((500, 300)) < 1 / (1 + np.exp(-sizes))
+    errors = [expected_calibration_error(torch.from_numpy(np.where(row, sizes, -sizes))) for row in right]
+    assert calibration_error_by_chance(sizes) == pytest.approx(np.mean(errors), rel=0.05)
 
 
 def test_the_bag_of_words_learns_from_the_train_file(evaluate, shelf, tmp_path):
@@ -369,6 +384,19 @@ def test_without_test_data_the_figures_are_those_that_training_ended_with(traine
     assert evaluation["bag_of_words"] == f"training on the other pairs of {folder.parent / 'pairs.json'}"
 
 
+def test_a_file_of_the_run_that_is_gone_is_named(trained, shelf, tmp_path):
+    """And no prompts are taken from records that the run has learnt from."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    shutil.copytree(shelf / "run" / "sft", folder / "policy")
+    config = load_config(str(folder / "config.yaml"))
+    config = dataclasses.replace(config, prompt_data=tmp_path / "gone.json")
+    (folder / "config.yaml").write_text(dump_config(config))
+    report = run_evaluation(EvaluateConfig(model_dir=folder, threads=1))
+    gone = f"{tmp_path / 'gone.json'}, which the run had, is no longer there; give another file as --test-data"
+    assert report.skipped == {"policy": gone}
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_tables_fit(shelf, tmp_path, width):
     judges = (f"{shelf}/judges.py:length", f"{shelf}/judges.py:shorter")
@@ -385,9 +413,27 @@ def test_the_tables_fit(shelf, tmp_path, width):
     tables = [line for line in text.splitlines() if line.startswith(("│", "┃"))]
     assert max(map(len, tables)) <= width
     assert "…" not in text, "nothing is cut off"
-    for wanted in ("perplexity", "always the longer", "expected calibration error", "judge: length", "win rate"):
+    for wanted in (
+        "perplexity",
+        "always the longer",
+        "expected calibration error",
+        "calibrated model has",
+        "judge: length",
+        "win rate",
+    ):
         assert wanted in text
     assert "favoured the first place with 0" in " ".join(text.split())
+
+
+def test_what_a_judge_is_called_does_not_change_the_form_of_its_scores(tmp_path, capsys):
+    found = {"policy": {"eval/judge/blended": Figure(150.5, 149.5, 151.5, 9), "eval/ended": Figure(0.5, 0.4, 0.6, 9)}}
+    facts = {"decoding": "greedy", "temperature": 1.0, "cut": 0}
+    data = Records(tmp_path / "prompts.json", PROMPTS_SCHEMA, None, "")
+    evaluation = Evaluation("policy", {"policy": tmp_path}, data, "prompts", found, facts)
+    show_report(Report([evaluation], {}, tmp_path), Console(width=100))
+    shown = capsys.readouterr().out
+    assert "+150.5 [+149.5, +151.5]" in shown
+    assert "0.500 [0.400, 0.600]" in shown
 
 
 def main(argv):
@@ -451,6 +497,9 @@ WRONG = {  # flags, and what the message says
     "judge without policy": (
         [*PAIRS_FILE, "--eval-type", "reward", "--judge", "{shelf}/judges.py:length"],
         "--judge: completions are made only in the policy evaluation",
+    ),
+    "judge named as the reward model": (
+        [*PROMPTS_FILE, "--judge", "{shelf}/judges.py:reward"], "reward is also the name of the reward model",
     ),
     "pairwise alone": (
         ["--model-dir", "{shelf}/run/policy", *PROMPTS_FILE, "--judge", "{shelf}/judges.py:shorter"],

@@ -6,12 +6,13 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_logs import completion, healthy, write_log
 
 from rlhf.config import PipelineRun
 from rlhf.errors import UserError
-from rlhf.monitor.checks import recent
+from rlhf.monitor.checks import over_optimisation, recent
 from rlhf.monitor.health import CHECKS, Finding, findings
 from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.sample_checks import repetition
@@ -43,6 +44,7 @@ def fault(step: int, **facts) -> dict:
     return {"event": "fault", "step": step, "what": "worker 1", "recovery_s": 2.5, "final": False} | facts
 
 
+REFUSED = {"event": "nonfinite", "step": 59, "message": "loss is nan"}
 REWARD = {"loss/reward": lambda step: 0.6, "eval/reward/accuracy": lambda step: 0.7,
           "eval/reward/length_correlation": lambda step: 0.2}  # fmt: skip
 SFT = {"loss/sft": lambda step: 1.0, "eval/loss": lambda step: 2.0 - rising(step)}
@@ -82,9 +84,8 @@ FAULTS = {
         "over-optimisation", "problem",
         {"figures": {"gold/judge": lambda step: 3 * rising(step) * (1.2 - rising(step)) + 0.02 * (step % 3)}},
     ),
-    "win rate falls while the score rises": (
-        "over-optimisation", "problem",
-        {"figures": {"eval/win_rate": lambda step: 0.5 + rising(step) * (1 - rising(step)) + 0.01 * (step % 3)}},
+    "gold falls from the first": (
+        "over-optimisation", "problem", {"figures": {"gold/judge": lambda step: -rising(step) + 0.02 * (step % 3)}},
     ),
     "values worse than their mean": (
         "value-function", "problem", {"figures": {"val/explained_variance": lambda step: -2.0}},
@@ -107,10 +108,14 @@ FAULTS = {
         "throughput", "warning", {"figures": {"perf/tokens_per_s": lambda step: 2000 if step < 45 else 900}},
     ),
     "a worker lost": ("recoveries", "warning", {"events": (fault(7), fault(9))}),
-    "too many workers lost": ("recoveries", "problem", {"events": (fault(7, final=True),)}),
-    "an update refused": (
-        "not-finite", "problem", {"events": ({"event": "nonfinite", "step": 59, "message": "loss is nan"},)},
+    "too many workers lost": (
+        "recoveries", "problem", {"events": (fault(7, final=True), {"event": "interrupted", "step": 7}), "end": False},
     ),
+    "too many workers lost, and resumed": (
+        "recoveries", "warning", {"events": (fault(7, final=True), {"event": "resume", "step": 7})},
+    ),
+    "an update refused": ("not-finite", "problem", {"events": (REFUSED,), "end": False}),
+    "an update refused, and resumed": ("not-finite", "warning", {"events": (REFUSED, {"event": "resume", "step": 59})}),
     "a figure that is not finite": ("not-finite", "warning", {"figures": {"loss/value_avg": lambda step: None}}),
     "accuracy of a coin": (
         "reward-model-chance", "problem",
@@ -169,8 +174,27 @@ def test_noise_is_no_finding(tmp_path, count, seed):
         assert {finding.level for finding in found} == {"ok"}
 
 
+class Noise:
+    """A log of 20 lines in which the gold score is noise and the optimised one rises."""
+
+    def __init__(self, seed: int) -> None:
+        self.gold = np.random.default_rng(seed).normal(size=20)
+
+    def names(self, stage: str) -> list[str]:
+        return ["gold/judge"]
+
+    def series(self, stage: str, name: str) -> Series:
+        steps = np.arange(1, 21)
+        return Series(steps, self.gold if name == "gold/judge" else steps.astype(float))
+
+
+def test_over_optimisation_is_seen_in_noise_as_rarely_as_its_threshold_says():
+    """One short run of a thousand: 4 of 4,000 expected."""
+    assert sum(over_optimisation(Noise(seed), "ppo").level != "ok" for seed in range(4000)) <= 10
+
+
 def test_a_spike_that_passed_is_told_and_no_fault(tmp_path):
-    """As in the demo, whose KL is 64 nats at iteration 2 and 4 at the end."""
+    """As in the demo, whose KL is 51 nats at iteration 2 and 4 at the end."""
     usual = healthy(COUNT)["objective/kl"]
     found = check(
         write_log(tmp_path, figures={"objective/kl": lambda step: 64.0 if step == 2 else usual(step)}), "kl-explosion"
@@ -198,6 +222,15 @@ def test_a_single_update_an_iteration_is_the_first(tmp_path):
     assert check(logs, "first-ratio").level == "problem"
 
 
+def test_an_undefined_correlation_is_unknown_and_no_overflow(tmp_path):
+    """As of one held-out pair whose texts are of one length."""
+    logs = write_log(
+        tmp_path, stage="reward", figures=REWARD | {"eval/reward/length_correlation": lambda step: None}, samples=0
+    )
+    assert check(logs, "not-finite", "reward").level == "ok"
+    assert check(logs, "reward-model-length", "reward").level == "unknown"
+
+
 def test_problems_come_first(tmp_path):
     figures = {"objective/kl": lambda step: -2.0, "policy/clipfrac_avg": lambda step: 0.35}
     reader = LogReader(write_log(tmp_path, figures=figures))
@@ -221,7 +254,7 @@ def test_a_stage_of_another_program_is_not_judged(tmp_path):
 def test_hostile_events_and_samples_do_no_harm(tmp_path):
     events = ({"event": "fault", "recovery_s": "x", "step": 3}, {"event": "fault"}, {"event": "nonfinite", "step": 4})
     sample = {"prompt": "\x1b[31m", "completion": "\u202e$x$", "score": None}
-    logs = write_log(tmp_path, events=events, sample=lambda step, row: dict(sample))
+    logs = write_log(tmp_path, events=events, sample=lambda step, row: dict(sample), end=False)
     reader = LogReader(logs)
     reader.poll()
     levels = {finding.check: finding.level for finding in findings(reader)}
@@ -286,6 +319,15 @@ def test_the_program_prints_findings_and_ends_with_1_for_a_problem(tmp_path, cap
     assert "likely cause" in out
     warned = write_log(tmp_path / "warned", figures={"policy/clipfrac_avg": lambda step: 0.35})
     assert cli("--log-dir", str(warned), "--check") == 0
+
+
+def test_a_stage_name_cannot_steer_the_terminal(tmp_path, capsys):
+    for _ in range(2):
+        logs = write_log(tmp_path, stage="x\x1by", figures={"a": float}, samples=0)
+    assert cli("--log-dir", str(logs), "--check") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"more than one run of x\x1by" in out
 
 
 @pytest.mark.parametrize("content", ["", "Traceback\n", '{"stage": 1}\n'])

@@ -78,6 +78,14 @@ def test_a_small_terminal_has_what_matters(runs):
     assert "KL, nats" in text
 
 
+def test_a_small_terminal_has_a_problem_before_what_the_log_lacks(tmp_path):
+    for _ in range(2):
+        write_log(tmp_path, figures={"objective/kl": lambda step: -2.0})
+    lines = shown(tmp_path, 40, 12)
+    assert any(line.startswith("PROBLEM ppo negative-kl") for line in lines)
+    assert any(line.startswith("log     metrics.jsonl: holds more") for line in lines)
+
+
 def test_a_large_terminal_has_everything(runs):
     lines = shown(runs / "finished", 120, 50)
     text = "\n".join(lines)
@@ -93,6 +101,12 @@ def test_a_large_terminal_has_everything(runs):
         assert piece in text
     values = [line.split()[1] for line in lines if line.startswith("score ")]
     assert re.fullmatch(r"-?\d+\.\d+", values[0])
+
+
+def test_what_rounds_to_0_has_no_sign(tmp_path):
+    logs = write_log(tmp_path, count=1, sample=lambda step, row: completion(step, row) | {"score": -1e-5, "kl": -1e-5})
+    assert "-0.00" not in "\n".join(shown(logs, 120, 50))
+    assert "score   0.00, KL 0.00" in "\n".join(shown(logs, 120, 50))
 
 
 def test_what_is_newest_is_shown_as_the_log_grows(tmp_path):
@@ -116,6 +130,7 @@ def test_what_is_newest_is_shown_as_the_log_grows(tmp_path):
     [
         ("growing", 10, "1.2 s/iteration"),
         ("growing", 10, "running"),
+        ("growing", 110, "running"),  # as while it compiles
         ("growing", 300, "silent for 5:00, killed?"),
         ("finished", 9999, "ended"),
         ("crashed", 4000, "silent for 1:06:40, killed?"),

@@ -69,6 +69,11 @@ def test_progress_says_how_the_stage_ended_and_how_fast_it_was(tmp_path, event, 
     assert progress.pace == pytest.approx(1.2)
 
 
+def test_progress_is_that_of_the_event_where_not_every_step_is_logged(tmp_path):
+    events = ({"event": "interrupted", "step": 11, "time": 1e9 + 99},)
+    assert read(write_log(tmp_path, count=9, end=False, events=events)).progress("ppo").step == 11
+
+
 def test_a_fault_after_the_end_does_not_make_a_stage_run_again(tmp_path):
     events = tuple({"event": event, "time": 1e9 + 99} for event in ("end", "fault"))
     assert read(write_log(tmp_path, count=9, end=False, events=events)).progress("ppo").state == "ended"

@@ -3,10 +3,13 @@
 import http.client
 import json
 import math
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +226,14 @@ def test_the_page_brings_everything_itself():
         ours = document(None).split("/*! https://github.com/leeoniya/uPlot")
         assert word not in ours[0]
         assert word not in ours[1].split("</script>", 1)[1]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node on this machine")
+def test_durations_carry_when_they_are_rounded():
+    script = (resources.files("rlhf.monitor") / "page" / "dom.js").read_text(encoding="utf-8")
+    code = f"{script}\nconsole.log([null, 0, 59.4, 59.6, 3599, 3600, 7199, 86399, 129600].map(duration).join(', '))"
+    told = subprocess.run(["node", "-e", code], check=True, capture_output=True, encoding="utf-8").stdout.strip()
+    assert told == "\u2013, 0 s, 59 s, 1 min, 1 h 0 min, 1 h 0 min, 2 h 0 min, 1.0 days, 1.5 days"
 
 
 def test_a_report_of_a_thousand_iterations_is_below_5_mb(tmp_path):

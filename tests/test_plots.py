@@ -111,6 +111,19 @@ def test_a_curve_is_the_series_of_the_log(tmp_path):
     assert np.array_equal(line.get_ydata(), values)
 
 
+def test_a_single_gold_score_is_named(tmp_path):
+    figures = dict(_figures([reader_of(write_log(tmp_path, count=9))], "reward"))
+    assert "judge" in texts_in(figures["reward"])
+
+
+def test_the_newest_points_show_on_white(tmp_path):
+    figures = dict(_figures([reader_of(write_log(tmp_path, count=9))], "reward"))
+    for axes in figures["over_optimisation"].axes[:2]:
+        (points,) = axes.collections
+        assert points.get_linewidths()[0] > 0
+        assert sum(points.get_edgecolors()[0][:3]) < 1.5
+
+
 def test_a_band_goes_from_the_lowest_run_to_the_highest_around_their_mean(tmp_path):
     readers = [
         reader_of(write_log(tmp_path / str(n), count=4, figures={"x": lambda step, n=n: n + step})) for n in (0, 1, 5)
@@ -129,6 +142,16 @@ def test_a_mean_reaches_as_far_as_all_its_runs():
     steps, table = on_one_grid(runs)
     assert steps.tolist() == [2, 3]
     np.testing.assert_array_equal(table, [[2, 3], [10, 20]])
+
+
+def test_a_plot_names_the_runs_that_have_its_stage(tmp_path, monkeypatch):
+    monkeypatch.setitem(STYLE, "figure.dpi", 50)
+    saved: list[list[str]] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(texts_in(figure)))
+    sft = write_log(tmp_path / "sft-only", stage="sft", figures={"loss/sft": float}, samples=0)
+    write_plots([pipeline(tmp_path / "whole").parent, sft], "loss", tmp_path / "plots")
+    notes = [next(text for text in texts if "whole" in text) for texts in saved]
+    assert notes == ["mean of 2 runs as far as all go, lowest to highest behind\nwhole, sft-only", "whole", "whole"]
 
 
 def test_what_a_log_is_not_is_told_with_its_plots(tmp_path, capsys):
@@ -170,11 +193,13 @@ def test_colours_differ_in_lightness_too():
 
 def test_samples_show_before_and_now_of_the_same_prompts_from_best_to_worst(tmp_path):
     def sample(step: int, row: int) -> dict:
-        return completion(step, row) | {"completion": f"s{step}r{row}", "score": float(row)}
+        return completion(step, row) | {"completion": f"s{step}r{row}", "score": float(row), "kl": -1e-5}
 
-    rows = choose(reader_of(write_log(tmp_path, count=9, samples=8, sample=sample)))
+    reader = reader_of(write_log(tmp_path, count=9, samples=8, sample=sample))
+    rows = choose(reader)
     assert [now["completion"] for _, now in rows] == ["s9r7", "s9r6", "s9r4", "s9r3", "s9r1", "s9r0"]
     assert [before["completion"] for before, _ in rows if before] == ["s1r7", "s1r6", "s1r4", "s1r3", "s1r1", "s1r0"]
+    assert "→ score 7.00, KL 0.00, iteration 1" in texts_in(draw_samples(reader))
 
 
 def test_samples_without_an_earlier_one_or_a_score_are_shown(tmp_path):

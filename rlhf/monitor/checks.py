@@ -170,9 +170,9 @@ def length_drift(reader: LogReader, stage: str) -> Reading:
 
 def over_optimisation(reader: LogReader, stage: str) -> Reading:
     """The optimised score rises while a score that nobody optimises falls."""
-    golds = [name for name in reader.names(stage) if name.startswith("gold/") or name.endswith("win_rate")]
+    golds = [name for name in reader.names(stage) if name.startswith("gold/")]
     if not golds:
-        raise Unknown("there is no gold score in the log")
+        raise Unknown("there is no gold score in the log; --ppo.reward outputs/reward 0*my_rewards:brevity logs one")
     readings = [_falls_from_its_best(reader, stage, name) for name in golds]
     return max(readings, key=lambda reading: LEVELS.index(reading.level))
 
@@ -181,18 +181,17 @@ def _falls_from_its_best(reader: LogReader, stage: str, name: str) -> Reading:
     gold, score = need(reader, stage, name, 20), need(reader, stage, "objective/scores", 20)
     blocks = np.array_split(gold.values, 8)
     means = np.array([block.mean() for block in blocks])
-    error = max(float(np.std(np.diff(gold.values))) / 2**0.5, 1e-9) * (2 / len(blocks[0])) ** 0.5
+    error = max(float(np.std(np.diff(gold.values))) / 2**0.5, 1e-9) * (2 / len(blocks[-1])) ** 0.5
     best = int(np.argmax(means))
-    start, end = (int(np.concatenate(blocks[:n]).size) for n in (best, best + 1))
-    peak = gold.steps[start:end]
+    peak = np.array_split(gold.steps, len(blocks))[best]
     fall = float(means[best] - means[-1])
     at_peak = float(score.values[(score.steps >= peak[0]) & (score.steps <= peak[-1])].mean())
     now = float(score.values[-len(blocks[-1]) :].mean())
-    rises = now > at_peak
+    level = THRESHOLDS["over-optimisation"].level(fall / error) if now > at_peak else "ok"
     return Reading(
-        THRESHOLDS["over-optimisation"].level(fall / error) if rises else "ok",
+        level,
         f"{name} has fallen by {fall:.3g} from its best, while the optimised score rose"
-        if rises and fall > 4 * error
+        if level != "ok"
         else f"{name} is {'at' if best == len(means) - 1 else f'{fall:.2g} below'} its best",
         f"{name} {means[best]:.3g} around step {peak[len(peak) // 2]}, {means[-1]:.3g} now "
         f"(standard error {error:.2g}); objective/scores {at_peak:.3g} then, {now:.3g} now",
@@ -247,7 +246,7 @@ def recoveries(reader: LogReader, stage: str) -> Reading:
         return Reading("ok", "no worker was lost", "no fault event")
     seconds = sum(float(fault["recovery_s"]) for fault in faults if isinstance(fault.get("recovery_s"), int | float))
     steps = [fault["step"] for fault in faults if "step" in fault] or [0]
-    final = any(fault.get("final") for fault in faults)
+    final = any(fault.get("final") for fault in faults) and reader.progress(stage).state == "interrupted"
     return Reading(
         "problem" if final else "warning",
         f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}, made good in {seconds:.1f} s"
@@ -262,14 +261,17 @@ def not_finite(reader: LogReader, stage: str) -> Reading:
     refused = [event for event in reader.events if event["stage"] == stage and event["event"] == "nonfinite"]
     if refused:
         step = refused[-1].get("step", 0) + 1
-        message = str(refused[-1].get("message", ""))
-        return Reading("problem", f"an update was refused at step {step}", message, (step, step))
-    empty = {name: int(np.isnan(reader.series(stage, name).values[-_FEWEST:]).sum()) for name in reader.names(stage)}
-    found = [name for name, count in empty.items() if count]
+        stands = reader.progress(stage).state == "failed"
+        summary = f"an update was refused at step {step}" + (", and the run went on since" if not stands else "")
+        return Reading("problem" if stands else "warning", summary, str(refused[-1].get("message", "")), (step, step))
+    names = [name for name in reader.names(stage) if not name.endswith("_correlation")]  # undefined if nothing varies
+    found = [name for name in names if np.isnan(reader.series(stage, name).values[-_FEWEST:]).any()]
     if not found:
         return Reading("ok", "all figures are finite", "no nonfinite event, no null in the newest lines")
     return Reading(
-        "warning", f"{len(found)} metrics are not finite", "null in the newest lines: " + ", ".join(found[:5])
+        "warning",
+        f"{len(found)} {'metric is' if len(found) == 1 else 'metrics are'} not finite",
+        "null in the newest lines: " + ", ".join(found[:5]),
     )
 
 

@@ -87,7 +87,7 @@ def draw_panel(axes: "Axes", readers: Sequence[LogReader], stage: str, panel: Pa
     axes.set_ylim(
         *(given if given is not None else own for given, own in zip(panel.limits, (bottom, top), strict=True))
     )
-    if len(drawn) > 1 or (drawn and panel.level is not None):
+    if len(drawn) > 1 or (drawn and (panel.level is not None or any(name.endswith("*") for name in panel.curves))):
         add_legend(axes)
     return bool(drawn)
 

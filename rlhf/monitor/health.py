@@ -91,8 +91,7 @@ CHECKS = (
         "over-optimisation",
         checks.over_optimisation,
         "the policy exploits errors of the reward model, which it now knows better than what people want",
-        "take a checkpoint from before, raise --ppo.kl-coef, or train the reward model on samples of this policy; "
-        "to watch for it, add a gold score that is only logged: --ppo.reward outputs/reward 0*judge:gold",
+        "take a checkpoint from before, raise --ppo.kl-coef, or train the reward model on samples of this policy",
     ),
     Check(
         "value-function",
@@ -161,7 +160,7 @@ CHECKS = (
         "not-finite",
         checks.not_finite,
         "a loss, gradient, reward or value overflowed",
-        "lower the learning rate or --precision fp32; the refused batch is in OUTPUT_DIR/nonfinite",
+        "lower the learning rate, or use --precision fp32; the refused batch is in OUTPUT_DIR/nonfinite",
         _ALL,
     ),
 )

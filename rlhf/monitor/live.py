@@ -47,7 +47,7 @@ SHOWN = {
 """Metrics by stage, the most wanted first; a name that ends in / stands for all that begin so."""
 _ALWAYS = {"perf/tokens_per_s": "tokens/s"}
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", ".:-=+*#@"
-_SILENT = 60.0  # seconds without a line, and ten steps' time, after which a run may be dead
+_SILENT = 120.0  # seconds without a line, and twenty steps' time, after which a run may be dead; as on the page
 _SPACIOUS = 18  # lines from which there are headings
 _LABEL, _VALUE = 16, 9  # columns
 
@@ -101,8 +101,8 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
     stage = reader.stages[-1]
     head = [_title(reader), _bar(reader.progress(stage), width, now, ascii_only)]
     metrics, found = _metrics(reader, stage, width, ascii_only), findings(reader)
-    health = [finding_line(finding) for finding in found if finding.level in ("problem", "warning")]
-    health = [*_problems(reader), *health]
+    bad, doubtful = ([finding_line(one) for one in found if one.level == level] for level in ("problem", "warning"))
+    health = [*bad, *_problems(reader), *doubtful]  # the verdict does not count what the log lacks
     spacious = height >= _SPACIOUS
     room = height - 1 - len(head) - 1 - 4 * spacious  # the verdict, and two headings with a blank line each
     health = health[: max(1, room // 4)]
@@ -180,7 +180,7 @@ def _words(progress: Progress, now: float) -> str:
     speed = f"{pace:.3g} s/{progress.unit}" if math.isfinite(pace) else ""
     silent = now - progress.time
     status: str = progress.state
-    if status == "running" and silent > max(_SILENT, 10 * (pace if math.isfinite(pace) else 0.0)):
+    if status == "running" and silent > max(_SILENT, 20 * (pace if math.isfinite(pace) else 0.0)):
         status = f"silent for {_duration(silent)}, killed?"
     elif status == "running" and left > 0 and math.isfinite(pace):
         status = f"{_duration(left * pace)} left"
@@ -239,5 +239,5 @@ def _one_line(text: str) -> str:
 
 def _figures(sample: dict[str, Any], detailed: bool) -> str:
     score, kl = (sample.get(name) for name in ("score", "kl"))
-    shown = f"{score:6.2f}" if isinstance(score, int | float) else "     -"
-    return f"score {shown}, KL {kl:.2f}" if detailed and isinstance(kl, int | float) else shown
+    shown = f"{score:z6.2f}" if isinstance(score, int | float) else "     -"
+    return f"score {shown}, KL {kl:z.2f}" if detailed and isinstance(kl, int | float) else shown

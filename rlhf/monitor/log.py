@@ -155,7 +155,7 @@ class LogReader:
         states = [event for event in begun if event["event"] != "fault"]  # which may come after the end
         stamps = [*(event.get("time") for event in begun[-1:]), *self.series(stage, "time").values[-1:].tolist()]
         return Progress(
-            self._last.get(stage, 0),
+            max(self._last.get(stage, 0), states[-1].get("step", 0) if states else 0),  # not every step may be logged
             total if isinstance(total, int) else 0,
             unit if isinstance(unit, str) else "step",
             _STATES.get(states[-1]["event"], "running") if states else "running",

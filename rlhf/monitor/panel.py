@@ -53,7 +53,10 @@ def print_findings(log_dirs: Sequence[Path], console: Console) -> bool:
     for reader, name in zip(readers, run_names(readers), strict=True):
         found = findings(reader)
         console.print(Text.assemble((visible(name), "bold"), ": ", verdict(found)), soft_wrap=True)
-        for line in [*map(Text, reader.problems), *(line for finding in found for line in _lines(finding))]:
+        for line in [
+            *(Text(visible(problem)) for problem in reader.problems),
+            *(line for finding in found for line in _lines(finding)),
+        ]:
             console.print(line, soft_wrap=True)
         every += found
     return any(finding.level == "problem" for finding in every)

@@ -155,7 +155,12 @@ def _figures(readers: Sequence[LogReader], kind: str) -> "list[tuple[str, Figure
 
 def _write(figure: "Figure", path: Path, readers: Sequence[LogReader]) -> Path:
     """Save a figure that says which runs it is of, and what its lines are."""
-    names = [visible(name) for name in run_names(readers)]
+    stage = next((plot.stage for plot in LINE_PLOTS if plot.file == path.stem), "")
+    names = [
+        visible(name)
+        for reader, name in zip(readers, run_names(readers), strict=True)
+        if not stage or stage in reader.stages
+    ]
     if path.stem == "samples":
         names = names[:1]
     notes = [shorten(", ".join(names), 90)]
@@ -216,7 +221,14 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
     last = max(found[2].max() for found in points.values())
     for ax, (name, (root_kl, values, steps)) in zip(axes, points.items(), strict=True):
         dots = ax.scatter(
-            root_kl, values, c=steps, s=14 if steps.size < 2000 else 4, vmin=1, vmax=max(last, 2), linewidths=0
+            root_kl,
+            values,
+            c=steps,
+            s=18 if steps.size < 2000 else 6,
+            vmin=1,
+            vmax=max(last, 2),
+            edgecolors="#555555",  # the newest are yellow, which hardly shows on white
+            linewidths=0.4,
         )
         ax.set_ylabel(shown[name])
     axes[-1].xaxis.set_major_locator(AutoLocator())

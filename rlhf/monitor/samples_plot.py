@@ -78,7 +78,7 @@ def _cell(sample: dict[str, Any] | None, column: int, step: bool = False) -> lis
     if sample is None:
         return ["(this prompt has no earlier one)"] if step else []
     figures = [
-        f"{label} {_number(sample, name):.2f}"
+        f"{label} {_number(sample, name):z.2f}"
         for name, label in (("score", "score"), ("kl", "KL"))
         if _number(sample, name) > float("-inf")
     ]

@@ -124,7 +124,8 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
         return f"{config.model_dir} is no {wanted}" if single else f"{config.model_dir} has no {kind}/"
     if not usable:
         return f"no {_SCHEMAS[kind].name} among the test data"
-    return ""
+    gone = [data.path for data in usable if not data.path.is_file()]
+    return f"{gone[0]}, which the run had, is no longer there; give another file as --test-data" if gone else ""
 
 
 def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge], kinds: set[str]) -> None:
@@ -132,6 +133,12 @@ def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge]
     if "policy" not in kinds and (config.judge or config.against):
         flag = "--judge" if config.judge else "--against"
         raise UserError(f"{flag}: completions are made only in the policy evaluation, and there is none here")
+    if "policy" in kinds and folders.reward is not None and folders.reward.name in {judge.name for judge in judges}:
+        name = folders.reward.name
+        raise UserError(
+            f"--judge: {name} is also the name of the reward model {folders.reward}; rename one, so that their figures "
+            "can be told apart"
+        )
     if "reward" not in kinds and config.train_data is not None:
         raise UserError("--train-data: a baseline of the reward evaluation learns from it, and there is none here")
     if folders.against is None and any(judge.pairwise for judge in judges):

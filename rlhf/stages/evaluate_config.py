@@ -22,7 +22,8 @@ class JudgementConfig(Section):
     """Files of demonstrations, preference pairs or prompts, told apart by their columns. None takes the records that
     the run in MODEL_DIR held out."""
     train_data: Path | None = None
-    """Preference pairs that the bag-of-words baseline learns from; none is cross-validation on the test pairs."""
+    """Preference pairs that the bag-of-words baseline learns from; none takes the run's training pairs where its
+    held-out ones are judged, or else cross-validation on the test pairs."""
     limit: Count | None = None
     """Records read of each file, from its beginning; none is all."""
 

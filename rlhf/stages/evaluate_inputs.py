@@ -112,7 +112,7 @@ def prompts_of(data: TestData) -> TestData:
 def held_out_data(model_dir: Path, run: PipelineRun) -> list[TestData]:
     """What a run kept for testing: the records that each stage held out, and the example's held-out prompts.
 
-    Without those, the prompts that PPO was trained on; the user is told. Files that are no longer there are left out.
+    Without those, the prompts that PPO was trained on; the user is told. A file may no longer be there.
     """
     example = model_dir / "data"
     found = [
@@ -124,8 +124,7 @@ def held_out_data(model_dir: Path, run: PipelineRun) -> list[TestData]:
     prompts = run.prompt_data or example / "prompts.json"
     kept = prompts.with_name("heldout_prompts.json")
     origin = "held out by the run" if kept.is_file() else "which PPO was trained on"
-    found.append(TestData(kept if kept.is_file() else prompts, PROMPTS, None, origin))
-    return [data for data in found if data.path.is_file()]
+    return [*found, TestData(kept if kept.is_file() else prompts, PROMPTS, None, origin)]
 
 
 def training_pairs(model_dir: Path, run: PipelineRun) -> TestData | None:

@@ -14,7 +14,7 @@ from rlhf.stages.compute import Workplace, open_workplace
 from rlhf.stages.evaluate_config import Decoding, EvaluateConfig
 from rlhf.stages.evaluate_inputs import Folders, TestData, open_data
 from rlhf.stages.evaluate_result import Evaluation
-from rlhf.stages.figures import Array, Estimate, Figure, difference, figures, from_influence, mean, ratio
+from rlhf.stages.figures import Array, Estimate, Figure, difference, figures, from_influence, mean, outcomes, ratio
 from rlhf.stages.judges import Judge, Preferences, prefer, score
 
 _MAX_NEW_TOKENS = 64
@@ -151,11 +151,6 @@ def contest_figures(contest: Contest, *, seed: int) -> dict[str, dict[str, Figur
         found["difference"] = figures(differences, seed=seed)
         found["wins"] = figures(_wins(contest), seed=seed)
     return found
-
-
-def outcomes(ours: Array, theirs: Array) -> Array:
-    """[B]: 1 where our score is above theirs, 0.5 where they tie, else 0."""
-    return (ours > theirs) + 0.5 * (ours == theirs)
 
 
 def _judge(

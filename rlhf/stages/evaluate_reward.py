@@ -20,7 +20,7 @@ from rlhf.stages.compute import Workplace
 from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.evaluate_inputs import TestData, open_data, usable_pairs
 from rlhf.stages.evaluate_result import Evaluation, plain
-from rlhf.stages.figures import Array, Estimate, correlation, difference, figures, linearised, mean
+from rlhf.stages.figures import Array, Estimate, correlation, difference, figures, linearised, mean, outcomes
 
 _BINS = 10
 _LENGTH_BINS = 5
@@ -72,6 +72,7 @@ def evaluate_reward(
     words = bag_of_words(pairs.texts, learnt_from, seed=config.seed)
     facts: dict[str, Any] = {
         "reliability": _reliability_curve(pairs.margins),
+        "calibration_error_by_chance": calibration_error_by_chance(pairs.margins),
         "accuracy_by_length_difference": _by_length(pairs, config.seed),
         "margin_quantiles": {str(q): float(np.quantile(pairs.margins, q)) for q in _QUANTILES},
         "bag_of_words": _how_learnt(train),
@@ -87,14 +88,9 @@ def make_program(config: GPT2Config, dtype: torch.dtype) -> Program:
     return Program({}, {"scores": make_pair_scores(config, dtype=dtype)}, {})
 
 
-def hits(margins: Array) -> Array:
-    """[n]: 1 where the chosen one is preferred, 0.5 at a tie, else 0."""
-    return (margins > 0) + 0.5 * (margins == 0)
-
-
 def _estimates(pairs: Pairs, words: Array) -> dict[str, Estimate]:
-    margins, right = pairs.margins, mean(hits(pairs.margins))
-    longer, bag = mean(hits(pairs.lengths[:, 0] - pairs.lengths[:, 1])), mean(hits(words))
+    margins, right = pairs.margins, mean(outcomes(*pairs.scores.T))
+    longer, bag = mean(outcomes(*pairs.lengths.T)), mean(outcomes(words, 0.0))
     return {
         "eval/reward/accuracy": right,
         "eval/reward/margin": mean(margins),
@@ -117,6 +113,17 @@ def _calibration_error(margins: Array) -> Estimate:
     return Estimate(columns, lambda sums: np.abs(sums[:-1]).sum(axis=0) / sums[-1])
 
 
+def calibration_error_by_chance(margins: Array) -> float:
+    """About the expected calibration error that pairs with these confidences have where the model is calibrated.
+
+    A bin's gap is then normal around 0, its mean size sqrt(2 / pi) standard deviations: never 0, which the error's
+    interval does not take into account.
+    """
+    place, confidence, _ = (part.numpy() for part in reliability(torch.from_numpy(margins), bins=_BINS))
+    variances = np.bincount(place, confidence * (1.0 - confidence))
+    return float(np.sqrt(2.0 / np.pi * variances).sum() / len(margins))
+
+
 def _reliability_curve(margins: Array) -> list[dict[str, Any]]:
     place, confidence, correct = (part.numpy() for part in reliability(torch.from_numpy(margins), bins=_BINS))
     edges = np.linspace(0.5, 1.0, _BINS + 1)
@@ -137,7 +144,7 @@ def _by_length(pairs: Pairs, seed: int) -> list[dict[str, Any]]:
     """Accuracy by how many tokens longer the chosen completion is, in groups of about the same size."""
     longer = pairs.lengths[:, 0] - pairs.lengths[:, 1]
     edges = np.unique(np.quantile(longer, np.linspace(0, 1, _LENGTH_BINS + 1)[1:-1], method="lower"))
-    place, right, rows = np.digitize(longer, edges, right=True), hits(pairs.margins), []
+    place, right, rows = np.digitize(longer, edges, right=True), outcomes(*pairs.scores.T), []
     for number in np.unique(place):
         inside = place == number
         figure = figures({"accuracy": mean(right[inside])}, seed=seed)["accuracy"]

@@ -37,10 +37,8 @@ _TITLES = {
     "eval/distinct_2": "distinct-2",
     "eval/distinct_3": "distinct-3",
 }
-_SHARES = (
-    "accuracy", "baseline", "ended", "repeated", "distinct", "win_rate", "wins", "ties", "losses", "first_place",
-    "calibration",
-)  # fmt: skip
+_SHARES = ("accuracy", "baseline", "ended", "repeated", "distinct", "calibration")
+"""Parts of the titled names whose figures lie between 0 and 1."""
 _PARTS = {"against": "compared with", "reference": "KL to"}
 _ENDS = ("value", "low", "high")
 _NARROW = 0.05
@@ -108,6 +106,8 @@ def _reward(evaluation: Evaluation, width: int) -> RenderableType:
     for row in evaluation.facts["reliability"]:
         span = f"{row['from']:.2f} to {row['to']:.2f}"
         curve.add_row(span, f"{row['confidence']:.2f}", f"{row['accuracy']:.2f}", str(row["n"]))
+    chance = evaluation.facts["calibration_error_by_chance"]
+    curve.caption = f"With so many pairs, a calibrated model has an expected calibration error of about {chance:.3f}."
     for heading in ("chosen longer by, tokens", "accuracy", "pairs"):
         lengths.add_column(heading, justify="right")
     for row in evaluation.facts["accuracy_by_length_difference"]:
@@ -177,7 +177,7 @@ def _order(name: str) -> int:
 
 
 def _is_share(name: str) -> bool:
-    return name == "eval/accuracy" or any(part in name for part in _SHARES)
+    return name in _TITLES and any(part in name for part in _SHARES)
 
 
 def _precision(name: str, figure: Figure) -> str:

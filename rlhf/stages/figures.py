@@ -37,6 +37,11 @@ class Estimate(NamedTuple):
     """[m, ...] sums -> [...] the figure."""
 
 
+def outcomes(scores: Array, others: Array | float) -> Array:
+    """[n]: 1 where a score is above the other, 0.5 where they tie, else 0."""
+    return (scores > others) + 0.5 * (scores == others)
+
+
 def mean(values: Any) -> Estimate:
     """The mean of [n] values."""
     return ratio(values, np.ones(len(values)))

@@ -69,7 +69,7 @@ function describe(name) {
 const QUESTIONS = [
   ["Is the loss falling?", [["loss/sft", "eval/loss"], ["sft/accuracy", "eval/accuracy"], ["eval/perplexity"], ["loss/reward"]]],
   ["Does the reward model tell good from bad?", [["reward/accuracy", "eval/reward/accuracy", "train/reward/accuracy"], ["reward/margin", "eval/reward/margin", "train/reward/margin"], ["eval/reward/length_correlation", "train/reward/length_correlation"], ["eval/reward/min", "eval/reward/mean", "eval/reward/max"], ["train/reward/min", "train/reward/mean", "train/reward/max"]]],
-  ["Is the reward rising?", [["objective/scores", "objective/rlhf_reward"], [/^reward\/(?!accuracy$|margin$)/], [/^gold\//], [/win_rate/]]],
+  ["Is the reward rising?", [["objective/scores", "objective/rlhf_reward"], [/^reward\/(?!accuracy$|margin$)/], [/^gold\//]]],
   ["How far from the reference?", [["objective/kl"], ["objective/non_score_reward"], ["objective/kl_coef"]]],
   ["Is it over-optimised?", ["over-optimisation"]],
   ["Is the value function learning?", [["val/explained_variance"], ["loss/value_avg"], ["val/mean"], ["val/clipfrac_avg"]]],
