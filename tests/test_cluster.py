@@ -13,7 +13,7 @@ import pytest
 from rlhf.config import DistConfig
 from rlhf.distributed import cluster
 from rlhf.distributed.janitor import processes_of
-from rlhf.errors import UserError
+from rlhf.errors import Interrupted, UserError
 
 PROGRAM = Path(sys.executable).with_name("rlhf-train")
 
@@ -54,6 +54,17 @@ def test_a_ray_that_does_not_start_is_one_message(monkeypatch):
         cluster.open_cluster(DistConfig(num_workers=1)),
     ):
         pass
+
+
+@pytest.mark.parametrize("error", [Interrupted("stopped", signal.SIGTERM), KeyboardInterrupt()], ids=repr)
+def test_a_signal_while_ray_starts_is_no_fault_of_ray(monkeypatch, error):
+    def interrupt(**settings):
+        raise error
+
+    monkeypatch.setattr("ray.init", interrupt)
+    with pytest.raises(type(error)) as caught, cluster.open_cluster(DistConfig(num_workers=1)):
+        pass
+    assert caught.value is error
 
 
 @pytest.mark.slow

@@ -201,6 +201,8 @@ def main(argv):
 WRONG = {
     "no folder": (["--model-dir", "absent", "--prompt", "x"], "absent: no such folder"),
     "no model": (["--model-dir", ".", "--prompt", "x"], "no model folder"),
+    "no folder but a file": (["--model-dir", "empty.txt", "--prompt", "x"], "empty.txt: is a file and no folder"),
+    "no text file": (["--model-dir", "{run}", "--prompt-file", "absent.txt"], "absent.txt: no such file"),
     "no file": (["--model-dir", "{run}", "--prompt-file", "absent.json"], "absent.json: no such file"),
     "no key": (["--model-dir", "{run}", "--prompt-file", "texts.json"], "record 1 (line 1) has no key 'prompt'"),
     "empty": (["--model-dir", "{run}", "--prompt-file", "empty.txt"], "the file is empty"),

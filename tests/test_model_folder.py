@@ -437,8 +437,8 @@ def test_weights_cut_off_are_found_by_their_size(tmp_path, saved):
 def test_a_missing_folder_or_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for load in (load_language_model, load_reward_model, is_reward_model):
-        for name in ("missing", "file"):
-            with pytest.raises(UserError, match=f"{name}: no such folder; it should be a model folder"):
+        for name, problem in (("missing", "no such folder"), ("file", "is a file and no folder")):
+            with pytest.raises(UserError, match=f"{name}: {problem}; it should be a model folder"):
                 load(tmp_path / name)
 
 

@@ -286,12 +286,10 @@ def test_a_broken_folder_is_refused_by_name(folder, broken):
     assert piece in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["missing", "file"])
-def test_a_missing_folder_is_refused(tmp_path, name):
+@pytest.mark.parametrize(("name", "problem"), [("missing", "no such folder"), ("file", "is a file and no folder")])
+def test_a_missing_folder_is_refused(tmp_path, name, problem):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match=r"no such folder; it should hold tokenizer\.json, or vocab\.json and merges\.txt"
-    ):
+    with pytest.raises(UserError, match=rf"{problem}; it should hold tokenizer\.json, or vocab\.json and merges\.txt"):
         Tokenizer.load(tmp_path / name)
 
 

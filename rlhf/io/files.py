@@ -55,6 +55,27 @@ def atomic_folder(target: Path, flag: str = "--output-dir") -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_folder(folder: Path, expected: str) -> None:
+    """Raise UserError, saying what is `expected`, unless there is a folder at `folder`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'is a file and no' if folder.exists() else 'no such'} folder; {expected}")
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without a byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); convert it with iconv") from error
+    except OSError as error:
+        problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {problem}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of UTF-8."""
     write_bytes(path, bytes(text, "utf-8"))

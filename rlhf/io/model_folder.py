@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.gpt2 import from_hugging_face, to_hugging_face
 from rlhf.gpt2_config import GPT2Config
-from rlhf.io.files import atomic_folder, save_tensors, sha256, write_json
+from rlhf.io.files import atomic_folder, check_folder, save_tensors, sha256, write_json
 from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.tree import all_finite, as_new, cast
@@ -179,8 +179,7 @@ def _write_reward_model(folder: Path, model: RewardModel) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it should be a model folder with config.json and model.safetensors")
+    check_folder(folder, "it should be a model folder with config.json and model.safetensors")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

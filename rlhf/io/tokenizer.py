@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rlhf.errors import UserError
+from rlhf.io.files import check_folder
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -59,8 +60,7 @@ class Tokenizer:
         Raises:
             UserError: files are missing or broken, or there is no end-of-text token.
         """
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; it should hold tokenizer.json, or vocab.json and merges.txt")
+        check_folder(folder, "it should hold tokenizer.json, or vocab.json and merges.txt")
         whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
         try:
             if whole.is_file():

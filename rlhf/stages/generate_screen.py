@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf.data.records import read_records
 from rlhf.data.schema import PROMPTS, check_record
 from rlhf.errors import Interrupted, UserError
-from rlhf.io.files import clear_write_errors, write_text
+from rlhf.io.files import clear_write_errors, read_text, write_text
 from rlhf.io.terminal import printable
 from rlhf.stages.answers import sample_keys
 from rlhf.stages.compute import available_cores, find_device, limit_threads
@@ -65,10 +65,7 @@ def read_prompts(path: Path) -> list[str]:
         UserError: it cannot be read, or holds no prompt.
     """
     if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        lines = read_text(path).splitlines()
         if not (prompts := [line for line in lines if line.strip()]):
             raise UserError(f"{path}: the file is empty; it needs a prompt per line")
         return prompts
