@@ -7,7 +7,8 @@ trained on the user's texts. Text never becomes a control token: "<|endoftext|>"
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -50,7 +51,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(_cut(texts), trainer)
+        _interruptible(lambda: backend.train_from_iterator(_cut(texts), trainer))
         return cls(backend, EOS, "trained tokenizer")
 
     @classmethod
@@ -126,6 +127,23 @@ class Tokenizer:
         """A token that no text contains, to mark padding by: `<|pad|>`, or the byte 0xFF, which UTF-8 never uses."""
         pad = self._backend.token_to_id(PAD)
         return pad if pad is not None else self._backend.token_to_id("ÿ")
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Do work of native code, which keeps signals waiting, in a thread, so that they are heard at once."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # for the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _cut(texts: Iterable[str]) -> Iterator[str]:
