@@ -208,6 +208,10 @@ WRONG = {
     "empty": (["--model-dir", "{run}", "--prompt-file", "empty.txt"], "the file is empty"),
     "both": (["--model-dir", "{run}", "--prompt", "x", "--prompt-file", "empty.txt"], "give one of the two"),
     "too long": (["--model-dir", "{run}", "--prompt", "x", "--max-new-tokens", "64"], "give at most 63"),
+    "no output there": (
+        ["--model-dir", "{run}", "--prompt", "x", "--max-new-tokens", "4", "--output", "empty.txt/x"],
+        "empty.txt: cannot be written (Not a directory); choose another --output",
+    ),
     "output": (["--model-dir", "{run}", "--prompt", "x", "--output", "."], "--output .: is a folder"),
     "bytes": (["--model-dir", "{run}", "--prompt", "ok", "a\udcff"], "'a\\udcff' is not UTF-8 text"),
     "bytes around": (["--model-dir", "{run}", "--prompt", "x", "--template", "\udcff{{prompt}}"], "is not UTF-8 text"),

@@ -168,6 +168,7 @@ REFUSED = {
     "Parquet": (b"PAR1\x15\x04", ["is Parquet", "expected JSON", "pandas: read_parquet", "lines=True"]),
     "Arrow": (b"ARROW1\0\0", ["is Arrow", "expected JSON", "pandas: read_feather"]),
     "Arrow of datasets": (b"\xff" * 4 + b"\x10\0\0\0", ["is Arrow", "expected JSON", "datasets.Dataset.from_file"]),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer", "git lfs pull"]),
     "Zstandard": (b"\x28\xb5\x2f\xfd\x04", ["compressed", "unzstd"]),
     "zip": (b"PK\x03\x04\x14", ["zip archive"]),
     "CSV": (

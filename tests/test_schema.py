@@ -156,6 +156,7 @@ def test_check_record_takes_a_margin(margin):
 def test_check_record_refuses_a_margin_that_is_no_number(margin):
     message = refusal("preferences", GOOD["preferences"][1] | {"margin": margin})
     assert "'margin' must be a number" in message
+    assert "leave the key out" in message
     check_record(FILE, Record(1, 1, GOOD["demonstrations"][1] | {"margin": margin}), DEMONSTRATIONS)
 
 

@@ -17,6 +17,7 @@ _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
 _CONVERT = "convert it with pandas: {}(FILE).to_json(NEW, orient='records', lines=True)"
 _FOREIGN = {
+    b"version https://git-lfs": "the file is a Git LFS pointer; fetch what it points to: git lfs pull",
     b"\x1f\x8b": "the file is compressed; unpack it with gunzip",
     b"\x28\xb5\x2f\xfd": "the file is compressed; unpack it with unzstd",
     b"PK\x03\x04": "the file is a zip archive (.zip, .xlsx, …); unpack it or save it as JSON",
@@ -24,7 +25,7 @@ _FOREIGN = {
     b"ARRO": f"the file is Arrow, expected JSON; {_CONVERT.format('read_feather')}",
     b"\xff\xff\xff\xff": "the file is Arrow, expected JSON; convert it: datasets.Dataset.from_file(FILE).to_json(NEW)",
 }
-"""By a file's first four bytes: what it is and how to make JSON of it."""
+"""By a file's first bytes: what it is and how to make JSON of it."""
 
 
 class Record(NamedTuple):

@@ -61,7 +61,7 @@ def check_record(path: Path, record: Record, schema: Schema) -> None:
             )
     margin = record.fields.get("margin", 0.0)
     if schema is PREFERENCES and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise UserError(f"{where}: 'margin' must be a number, got {margin!r}")
+        raise UserError(f"{where}: 'margin' must be a number, got {margin!r}; without one leave the key out")
     if schema is PREFERENCES and not -_LARGEST_MARGIN <= margin <= _LARGEST_MARGIN:
         raise UserError(f"{where}: 'margin' must be a number that float32 can hold, got {str(margin)[:40]}")
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rlhf.errors import UserError
-from rlhf.io.files import check_folder
+from rlhf.io.files import check_folder, read_json
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -173,10 +173,7 @@ def _eos_name(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return EOS
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    settings = read_json(path)
     token = settings.get("eos_token", EOS) if isinstance(settings, dict) else settings
     token = token.get("content", token) if isinstance(token, dict) else EOS if token is None else token
     if not isinstance(token, str):
