@@ -1,6 +1,7 @@
 """Sections of settings, whose ranges and paths are seen to when one is made. Imports only the standard library."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -42,7 +43,8 @@ class Section:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value, interval = getattr(self, name), _interval(hint)
             if interval is not None and value is not None and value not in interval:
-                raise ValueError(f"{name} must be {interval}, got {value}")
+                finite = "finite and " if value == math.inf else ""
+                raise ValueError(f"{name} must be {finite}{interval}, got {value}")
             object.__setattr__(self, name, _expanded(value))
 
 

@@ -241,7 +241,7 @@ REFUSED = {
     "JSON list": ("[{}]", "line 1: the file must be a mapping of keys to values"),
     "out of range": ("seed: 1\nsft:\n  batch_size: 0", "sft.batch_size must be at least 1, got 0"),
     "NaN": ("sft: {epochs: nan}", "sft.epochs must be above 0, got nan"),
-    "infinite": ("sft: {epochs: .inf}", "sft.epochs must be above 0, got inf"),
+    "infinite": ("sft: {epochs: .inf}", "sft.epochs must be finite and above 0, got inf"),
     "seed too large": ("seed: 18446744073709551616", "seed must be in [0, 18446744073709551615]"),
     "seed negative": ("seed: -1", "seed must be in [0, 18446744073709551615], got -1"),
     "contradiction": ("ppo: {min_new_tokens: 40}", "ppo.min_new_tokens must be at most max_new_tokens = 32, got 40"),
