@@ -13,14 +13,11 @@ from rlhf.stages.run import open_run
 NOTHING = "nothing to resume in {folder}: starting anew"
 
 
-@pytest.mark.parametrize("resume", [True, False])
-@pytest.mark.parametrize("there", ["", "sft", "reward"])
+@pytest.mark.parametrize(("resume", "there"), [(True, ""), (True, "sft"), (True, "reward"), (False, "")])
 def test_a_run_says_that_there_is_nothing_to_resume(tmp_path, capsys, resume, there):
     """Once; a later stage of a pipeline that is resumed has checkpoints beside it and need not say so."""
     if there:
         save_checkpoint(tmp_path / "checkpoints" / there, Checkpoint(1, {"w": torch.ones(2)}, {}), keep=1)
-    if there == "sft" and not resume:
-        pytest.skip("is refused")
     with open_run(SFTRun(output_dir=tmp_path, resume=resume, threads=1), "sft") as run:
         expected = [NOTHING.format(folder=tmp_path)] if resume and not there else []
         assert run.notes == expected
