@@ -9,6 +9,7 @@ Usage:
 
 import functools
 import operator
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ import tyro
 from rlhf.cli.command import base_config, describe, run_command
 
 from rlhf.config import PipelineRun, PPORun, RewardRun, SFTRun
+from rlhf.errors import UserError
 from rlhf.io.presets import narrow
 
 AnyRun = SFTRun | RewardRun | PPORun | PipelineRun
@@ -42,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> AnyRun:
     """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
+    place = next((place for place, word in enumerate(argv) if word in _STAGES), 0)
+    if place and not {"-h", "--help"} & set(argv):
+        moved = shlex.join([argv[place], *argv[:place], *argv[place + 1 :]])
+        raise UserError(f"the stage comes first: rlhf-train {moved}")
     base = base_config(argv)
     if argv and argv[0] in _STAGES:
         kind, text = _STAGES[argv[0]]

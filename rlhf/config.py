@@ -238,7 +238,7 @@ class PPOConfig(OptimizerConfig):
     kl_adaptive: bool = False
     """Steer kl_coef towards kl_target."""
     kl_target: Positive = 6.0
-    """Nats per completion."""
+    """KL to the reference, in nats per completion, to which kl_coef is steered; target_kl stops updates early."""
     kl_horizon: Positive = 10_000.0
     """Completions over which the adaptive coefficient moves by about 20% at most; no fewer than an iteration has."""
     ref_ema: Fraction | None = None
@@ -263,7 +263,7 @@ class PPOConfig(OptimizerConfig):
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
     target_kl: Positive | None = None
-    """Stop an iteration's updates once a minibatch's approximate KL exceeds this, in nats per token."""
+    """A minibatch's approximate KL, in nats per token, above which updates stop early; kl_target steers kl_coef."""
 
     critic: Literal["separate", "shared"] = "separate"
     """Value function: a model of its own, started from the reward model where there is one; or a head on the policy."""

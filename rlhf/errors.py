@@ -24,8 +24,11 @@ class NonFiniteError(Exception):
         self.batch = batch
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error)
-    """The run was asked to stop by a signal, finished its step and saved. Exit code 128 + the signal."""
+class Interrupted(BaseException):
+    """The run was asked to stop by a signal, finished its step and saved. Exit code 128 + the signal.
+
+    As a KeyboardInterrupt it is no Exception: it may come at any moment, and is never a fault of what it comes into.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -1,6 +1,9 @@
-"""Ranges of numbers in type annotations, checked when a dataclass is made. Imports nothing but the standard library."""
+"""Sections of settings, whose ranges and paths are seen to when one is made. Imports only the standard library."""
 
+import contextlib
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 
@@ -34,13 +37,25 @@ Seed = Annotated[int, Interval("[0, 18446744073709551615]")]
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A dataclass whose annotated ranges are checked when it is made."""
+    """A dataclass whose annotated ranges are checked, and whose paths may begin with ~, when it is made."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value, interval = getattr(self, name), _interval(hint)
             if interval is not None and value is not None and value not in interval:
-                raise ValueError(f"{name} must be {interval}, got {value}")
+                finite = "finite and " if value == math.inf else ""
+                raise ValueError(f"{name} must be {finite}{interval}, got {value}")
+            object.__setattr__(self, name, _expanded(value))
+
+
+def _expanded(value: Any) -> Any:
+    """Paths with the home folder for ~, as a shell does it, but not in YAML or after `--flag=`; others as they are."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    if isinstance(value, Path):
+        with contextlib.suppress(RuntimeError):  # nobody's home: a name that begins with ~
+            return value.expanduser()
+    return value
 
 
 def _interval(hint: Any) -> Interval | None:

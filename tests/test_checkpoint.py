@@ -158,6 +158,28 @@ def test_a_damaged_manifest_of_the_newest_checkpoint_is_refused(tmp_path, conten
     assert str(path) in str(caught.value)
 
 
+FACTS = {"identity": {"data": "x"}, "carried": {"kl_coef": 0.5}, "version": 3}
+LACKING = {
+    "all": ({}, "identity"),
+    "one": ({name: value for name, value in FACTS.items() if name != "version"}, "version"),
+    "one below": (FACTS | {"carried": {}}, "kl_coef"),
+    "a mapping": (FACTS | {"identity": "x"}, "identity"),
+    "a number": (FACTS | {"version": None}, "version"),
+    "facts": (None, "facts"),
+}
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_a_checkpoint_that_lacks_a_fact_is_refused(tmp_path, lacking):
+    like = {"identity": {}, "carried": {"kl_coef": 1.0}, "version": 0}
+    save_checkpoint(tmp_path, state(2)._replace(facts=FACTS), keep=2)
+    assert load_checkpoint(tmp_path, like).facts == FACTS
+    facts, name = LACKING[lacking]
+    save_checkpoint(tmp_path, state(3)._replace(facts=facts), keep=2)
+    with pytest.raises(UserError, match=rf"manifest\.json: has no '{name}' .*; remove .*step-000003 to use an older"):
+        load_checkpoint(tmp_path, like)
+
+
 def test_a_checkpoint_that_is_whole_but_no_safetensors_is_refused(tmp_path):
     folder = tmp_path / "step-000001"
     folder.mkdir()

@@ -13,7 +13,8 @@ import pytest
 from rlhf.config import DistConfig
 from rlhf.distributed import cluster
 from rlhf.distributed.janitor import processes_of
-from rlhf.errors import UserError
+from rlhf.errors import Interrupted, UserError
+from rlhf.stages.signals import Stop, stop_on_signal
 
 PROGRAM = Path(sys.executable).with_name("rlhf-train")
 
@@ -54,6 +55,34 @@ def test_a_ray_that_does_not_start_is_one_message(monkeypatch):
         cluster.open_cluster(DistConfig(num_workers=1)),
     ):
         pass
+
+
+@pytest.mark.parametrize("error", [Interrupted("stopped", signal.SIGTERM), KeyboardInterrupt()], ids=repr)
+def test_a_signal_while_ray_starts_is_no_fault_of_ray(monkeypatch, error):
+    def interrupt(**settings):
+        raise error
+
+    monkeypatch.setattr("ray.init", interrupt)
+    with pytest.raises(type(error)) as caught, cluster.open_cluster(DistConfig(num_workers=1)):
+        pass
+    assert caught.value is error
+
+
+def test_a_signal_that_ray_takes_while_it_starts_reaches_the_run(monkeypatch):
+    """Ray's own handler of SIGTERM exits with 15."""
+
+    def start(**settings):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", start)
+    with (
+        pytest.raises(Interrupted, match="stopped before its first step") as caught,
+        stop_on_signal(Stop("sft")),
+        cluster.open_cluster(DistConfig(num_workers=1)),
+    ):
+        pass
+    assert caught.value.exit_code == 143
 
 
 @pytest.mark.slow

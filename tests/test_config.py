@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -196,3 +197,12 @@ def test_reading_the_configuration_imports_nothing_heavy(tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ
     )
     assert not {"torch", "ray", "transformers", "numpy", "tokenizers"} & set(done.stdout.split())
+
+
+def test_the_help_of_the_two_kl_targets_tells_them_apart():
+    """TRL and OpenAI's code have made both names familiar."""
+    source = inspect.getsource(PPOConfig)
+    for name, other in (("kl_target", "target_kl"), ("target_kl", "kl_target")):
+        (text,) = re.findall(rf'{name}: Positive.*\n    """(.*)"""\n', source)
+        assert other in text
+        assert "nats per" in text

@@ -27,6 +27,7 @@ from rlhf.io.checkpoint import Checkpoint, save_checkpoint
 from rlhf.io.files import (
     atomic_folder,
     check_free_space,
+    check_writable,
     clear_write_errors,
     lock_folder,
     sha256,
@@ -135,6 +136,29 @@ def test_write_text_into_a_missing_or_impossible_folder_is_refused(tmp_path):
         write_text(tmp_path / "file" / "x", "text")
     with pytest.raises(UserError, match="cannot be written"), atomic_folder(tmp_path / "file" / "x"):
         pass
+
+
+@pytest.mark.parametrize("flag", ["--output", "--cache-dir"])
+def test_what_cannot_be_written_is_told_with_the_flag_to_change(tmp_path, flag):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"cannot be written .*; choose another {flag}$"):
+        check_writable(tmp_path / "file", flag)
+    with pytest.raises(UserError, match=f"x: cannot be written .*; choose another {flag}$"):
+        write_json(tmp_path / "file" / "x", 1, flag)
+    with pytest.raises(UserError, match=f"no space left .*, or choose another {flag}$"), largest_file(1):
+        write_text(tmp_path / "x", "text", flag)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder", "--output")
+    assert names_below(tmp_path) == []
+
+    def refuse(dir):  # noqa: A002 (tempfile's name)
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\); choose another --output$"):
+        check_writable(tmp_path / "new" / "folder", "--output")
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG"])

@@ -201,11 +201,17 @@ def main(argv):
 WRONG = {
     "no folder": (["--model-dir", "absent", "--prompt", "x"], "absent: no such folder"),
     "no model": (["--model-dir", ".", "--prompt", "x"], "no model folder"),
+    "no folder but a file": (["--model-dir", "empty.txt", "--prompt", "x"], "empty.txt: is a file and no folder"),
+    "no text file": (["--model-dir", "{run}", "--prompt-file", "absent.txt"], "absent.txt: no such file"),
     "no file": (["--model-dir", "{run}", "--prompt-file", "absent.json"], "absent.json: no such file"),
     "no key": (["--model-dir", "{run}", "--prompt-file", "texts.json"], "record 1 (line 1) has no key 'prompt'"),
     "empty": (["--model-dir", "{run}", "--prompt-file", "empty.txt"], "the file is empty"),
     "both": (["--model-dir", "{run}", "--prompt", "x", "--prompt-file", "empty.txt"], "give one of the two"),
     "too long": (["--model-dir", "{run}", "--prompt", "x", "--max-new-tokens", "64"], "give at most 63"),
+    "no output there": (
+        ["--model-dir", "{run}", "--prompt", "x", "--max-new-tokens", "4", "--output", "empty.txt/x"],
+        "empty.txt: cannot be written (Not a directory); choose another --output",
+    ),
     "output": (["--model-dir", "{run}", "--prompt", "x", "--output", "."], "--output .: is a folder"),
     "bytes": (["--model-dir", "{run}", "--prompt", "ok", "a\udcff"], "'a\\udcff' is not UTF-8 text"),
     "bytes around": (["--model-dir", "{run}", "--prompt", "x", "--template", "\udcff{{prompt}}"], "is not UTF-8 text"),

@@ -9,14 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for top in ("rlhf", "cli") for path in (ROOT / top).rglob("*.py"))
-CORE = sorted(path for path in (ROOT / "rlhf").glob("*.py") if path.name not in ("__init__.py", "config.py"))
+CONFIG = ("config.py", "ranges.py")
+CORE = sorted(path for path in (ROOT / "rlhf").glob("*.py") if path.name not in ("__init__.py", *CONFIG))
 LAYERS = ["core", "config", "io", "data", "monitor", "execution", "distributed", "stages", "cli"]
 """From the bottom up; io and data are one layer, in which data may use io."""
 
 
 def layer_of(module: str) -> str:
     parts = module.split(".")
-    if parts[1:2] == ["config"]:
+    if f"{parts[-1]}.py" in CONFIG:
         return "config"
     return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "core"
 

@@ -437,9 +437,24 @@ def test_weights_cut_off_are_found_by_their_size(tmp_path, saved):
 def test_a_missing_folder_or_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for load in (load_language_model, load_reward_model, is_reward_model):
-        for name in ("missing", "file"):
-            with pytest.raises(UserError, match=f"{name}: no such folder; it should be a model folder"):
+        for name, problem in (("missing", "no such folder"), ("file", "is a file and no folder")):
+            with pytest.raises(UserError, match=f"{name}: {problem}; it should be a model folder"):
                 load(tmp_path / name)
+
+
+def test_a_config_with_a_byte_order_mark_is_read(saved, tmp_path):
+    """As editors on Windows write it."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved / "lm", folder)
+    (folder / "manifest.json").unlink()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
+    assert load_language_model(folder).config == load_language_model(saved / "lm").config
+
+
+def test_a_config_that_is_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+        load_language_model(tmp_path)
 
 
 class Bomb:

@@ -24,6 +24,16 @@ def test_serving_on_a_port_in_use_is_refused(tmp_path, capsys):
     assert f"{port}" in capsys.readouterr().err
 
 
+def test_serving_names_the_folder_as_it_is(tmp_path, capsys, monkeypatch):
+    def stop(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", stop)
+    logs = write_log(tmp_path / "run[1] [bold]", count=3)
+    assert main(["--log-dir", str(logs), "--serve", "--port", "0", "--no-open-browser"]) == 0
+    assert f"following {logs} at http://127.0.0.1:" in capsys.readouterr().err
+
+
 def test_live_is_what_it_does_by_default(tmp_path, capsys):
     assert main(["--log-dir", str(write_log(tmp_path, count=3))]) == 0
     assert "ppo 3/3" in capsys.readouterr().out

@@ -60,7 +60,7 @@ def test_a_file_that_is_not_there_is_refused_with_the_presets(name, tmp_path, mo
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / "file.yaml"
     path.write_bytes(b"seed: \xff\xfe")
-    with pytest.raises(UserError, match=f"^--config {re.escape(str(path))}: cannot be read as UTF-8 text"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: cannot be read as UTF-8 text"):
         load_config(str(path))
 
 
@@ -205,7 +205,9 @@ REFUSED = {
         "sft:\n  lerning_rate: 1",
         "line 2: unknown key sft.lerning_rate; did you mean sft.learning_rate?",
     ),
-    "key of a section above": ("learning_rate: 1", "line 1: unknown key learning_rate; "),
+    "key of a section above": ("learning_rate: 1", "unknown key learning_rate; it is a key of ppo or reward or sft"),
+    "section in the key": ("sft.batch-size: 8", "unknown key sft.batch-size; it is a key of sft: write `sft: {batch_"),
+    "no section in the key": ("lft.batch_size: 8", "unknown key lft.batch_size; "),
     "nothing near": ("ppo: {xyzzy: 1}", "line 1: unknown key ppo.xyzzy; known here: learning_rate"),
     "key is a number": ("1: 2", "line 1: unknown key 1; known here"),
     "key is a list": ("? [seed]\n: 1", "line 1: unknown key"),
@@ -239,7 +241,7 @@ REFUSED = {
     "JSON list": ("[{}]", "line 1: the file must be a mapping of keys to values"),
     "out of range": ("seed: 1\nsft:\n  batch_size: 0", "sft.batch_size must be at least 1, got 0"),
     "NaN": ("sft: {epochs: nan}", "sft.epochs must be above 0, got nan"),
-    "infinite": ("sft: {epochs: .inf}", "sft.epochs must be above 0, got inf"),
+    "infinite": ("sft: {epochs: .inf}", "sft.epochs must be finite and above 0, got inf"),
     "seed too large": ("seed: 18446744073709551616", "seed must be in [0, 18446744073709551615]"),
     "seed negative": ("seed: -1", "seed must be in [0, 18446744073709551615], got -1"),
     "contradiction": ("ppo: {min_new_tokens: 40}", "ppo.min_new_tokens must be at most max_new_tokens = 32, got 40"),
@@ -293,6 +295,34 @@ def test_dump_config_is_readable_text():
     assert "clip_eps: 0.2" in text
     assert "!!" not in text
     assert text.index("seed:") < text.index("model:") < text.index("start_at:")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--config", "demo", "pipeline"], "pipeline --config demo"),
+        (["--output-dir", "a b", "sft", "--resume"], "sft --output-dir 'a b' --resume"),
+        (["--config=nowhere", "ppo"], "ppo --config=nowhere"),
+    ],
+)
+def test_a_stage_that_does_not_come_first_is_told(given, meant):
+    from rlhf.cli.train import parse
+
+    with pytest.raises(UserError, match=f"^the stage comes first: rlhf-train {meant}$"):
+        parse(given)
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    """In YAML, and in flags where no shell replaces it; a name that begins with ~ and is nobody's stays."""
+    from rlhf.cli.monitor import parse as parse_monitor
+    from rlhf.cli.train import parse
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("output_dir: ~/run\ntokenizer: {path: ~/words}\ncache_dir: ~nobody-here/x\n")
+    config = parse(["sft", "--config=~/mine.yaml", "--sft-data=~/a.json"])
+    assert (config.output_dir, config.sft_data) == (tmp_path / "run", tmp_path / "a.json")
+    assert (config.tokenizer.path, config.cache_dir) == (tmp_path / "words", Path("~nobody-here/x"))
+    assert parse_monitor(["--log-dir", "~/a", "b~"]).log_dir == (tmp_path / "a", Path("b~"))
 
 
 def test_dist_config_is_read_after_config_and_before_flags(tmp_path):

@@ -165,6 +165,17 @@ REFUSED = {
     "UTF-16 without BOM": (f"[{GOOD}]".encode("utf-16-le"), ["UTF-16", "UTF-8", "convert"]),
     "UTF-16 big without BOM": (f"[{GOOD}]".encode("utf-16-be"), ["UTF-16", "UTF-8", "convert"]),
     "UTF-32": (f"[{GOOD}]".encode("utf-32"), ["UTF-", "expected UTF-8", "iconv"]),
+    "Parquet": (b"PAR1\x15\x04", ["is Parquet", "expected JSON", "pandas: read_parquet", "lines=True"]),
+    "Arrow": (b"ARROW1\0\0", ["is Arrow", "expected JSON", "pandas: read_feather"]),
+    "Arrow of datasets": (b"\xff" * 4 + b"\x10\0\0\0", ["is Arrow", "expected JSON", "datasets.Dataset.from_file"]),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer", "git lfs pull"]),
+    "Zstandard": (b"\x28\xb5\x2f\xfd\x04", ["compressed", "unzstd"]),
+    "zip": (b"PK\x03\x04\x14", ["zip archive"]),
+    "CSV": (
+        "id,prompt,completion\n1,a,b\n",
+        ["line 1", "JSON list", "looks like CSV", "pandas: read_csv", "lines=True"],
+    ),
+    "TSV": ('"prompt"\t"completion"\r\na\tb\r\n', ["line 1", "JSON list", "looks like CSV"]),
     "NUL": (f'[{GOOD}, {{"prompt": "\0"}}]', ["NUL", "UTF-8"]),
     "an endless number": ('[{"n": ' + "7" * 5000 + "}]", ["record 1", "number"]),
 }

@@ -84,6 +84,29 @@ def test_check_record_refuses_another_type(kind, key, value):
     assert type(value).__name__ in message
 
 
+@pytest.mark.parametrize(
+    ("value", "remedy"), [(3, "write it in double quotes"), (["p"], "each record needs one text")], ids=repr
+)
+def test_check_record_says_how_to_give_a_text(value, remedy):
+    assert refusal("prompts", {"prompt": value}).endswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pieces"),
+    [
+        ({"messages": [{"role": "user", "content": "hi"}]}, ("'messages' is a chat", "'prompt', 'completion'")),
+        ({"id": 1, "conversations": [{"from": "human", "value": "hi"}]}, ("'conversations' is a chat",)),
+        ({"version": 1, "data": [GOOD["prompts"][1]]}, ("records seem to be in the list 'data'", "alone as the file")),
+        ({"data": [], "tags": ["a"]}, ("found 'data', 'tags'",)),
+    ],
+    ids=["chat", "ShareGPT", "list below", "other lists"],
+)
+def test_check_record_says_what_it_recognises(fields, pieces):
+    message = refusal("demonstrations", fields)
+    for piece in pieces:
+        assert piece in message
+
+
 @pytest.mark.parametrize(("kind", "key"), EVERY_KEY)
 def test_check_record_refuses_null(kind, key):
     message = refusal(kind, GOOD[kind][1] | {key: None})
@@ -133,6 +156,7 @@ def test_check_record_takes_a_margin(margin):
 def test_check_record_refuses_a_margin_that_is_no_number(margin):
     message = refusal("preferences", GOOD["preferences"][1] | {"margin": margin})
     assert "'margin' must be a number" in message
+    assert "leave the key out" in message
     check_record(FILE, Record(1, 1, GOOD["demonstrations"][1] | {"margin": margin}), DEMONSTRATIONS)
 
 

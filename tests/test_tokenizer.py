@@ -1,7 +1,9 @@
 """Tokenizers: GPT-2's own against transformers, trained ones against themselves, and folders in both directions."""
 
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -286,12 +288,35 @@ def test_a_broken_folder_is_refused_by_name(folder, broken):
     assert piece in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["missing", "file"])
-def test_a_missing_folder_is_refused(tmp_path, name):
+def test_training_hears_a_signal_at_once_and_passes_on_what_the_texts_raise(monkeypatch):
+    def native(backend, texts, trainer):
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # as long as it runs, no handler does
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    def texts():
+        yield "a"
+        raise UserError("the file is cut off")
+
+    with pytest.raises(UserError, match="the file is cut off"):
+        Tokenizer.train(texts(), 300)
+    monkeypatch.setattr("tokenizers.Tokenizer.train_from_iterator", native, raising=False)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        begun = time.process_time()
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            Tokenizer.train(["a"], 300)
+        assert time.process_time() - begun < 0.3
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(("name", "problem"), [("missing", "no such folder"), ("file", "is a file and no folder")])
+def test_a_missing_folder_is_refused(tmp_path, name, problem):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match=r"no such folder; it should hold tokenizer\.json, or vocab\.json and merges\.txt"
-    ):
+    with pytest.raises(UserError, match=rf"{problem}; it should hold tokenizer\.json, or vocab\.json and merges\.txt"):
         Tokenizer.load(tmp_path / name)
 
 

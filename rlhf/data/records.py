@@ -6,6 +6,7 @@ The two forms are told apart by the first character. Only the record being read 
 import codecs
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,17 @@ from rlhf.errors import UserError
 
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
+_CONVERT = "convert it with pandas: {}(FILE).to_json(NEW, orient='records', lines=True)"
+_FOREIGN = {
+    b"version https://git-lfs": "the file is a Git LFS pointer; fetch what it points to: git lfs pull",
+    b"\x1f\x8b": "the file is compressed; unpack it with gunzip",
+    b"\x28\xb5\x2f\xfd": "the file is compressed; unpack it with unzstd",
+    b"PK\x03\x04": "the file is a zip archive (.zip, .xlsx, …); unpack it or save it as JSON",
+    b"PAR1": f"the file is Parquet, expected JSON; {_CONVERT.format('read_parquet')}",
+    b"ARRO": f"the file is Arrow, expected JSON; {_CONVERT.format('read_feather')}",
+    b"\xff\xff\xff\xff": "the file is Arrow, expected JSON; convert it: datasets.Dataset.from_file(FILE).to_json(NEW)",
+}
+"""By a file's first bytes: what it is and how to make JSON of it."""
 
 
 class Record(NamedTuple):
@@ -93,17 +105,18 @@ class _Source:
         self.window, self.position = "", 0
         self.column_before = 0  # of the text dropped from the window
         self.lines, self.counted = 0, 0  # line ends before window[counted]: every one is counted once
-        self.bytes_read, self.at_end = 0, False
+        self.at_end = False
 
     def first_character(self) -> str:
         """The first character that is no space: '[' or '{'."""
         try:
-            head = self.stream.peek(4)[:4]
+            head = self.stream.peek(4)  # the beginning, as much as is there
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
-        if head.startswith(b"\x1f\x8b"):
-            raise UserError(f"{self.path}: the file is compressed; unpack it with gunzip")
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
+        for magic, remedy in _FOREIGN.items():
+            if head.startswith(magic):
+                raise UserError(f"{self.path}: {remedy}")
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:4]:
             raise UserError(f"{self.path}: the text is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
         if head.startswith(codecs.BOM_UTF8):
             self.stream.read(len(codecs.BOM_UTF8))
@@ -111,8 +124,10 @@ class _Source:
         if character == "":
             raise UserError(f"{self.path}: the file is empty; it needs a JSON list of objects, or one object per line")
         if character not in "[{":
+            table = self.path.suffix in (".csv", ".tsv") or re.match(rb'[^\n]*\bprompt"?\s*[,;\t]', head)
             raise self.error(
                 f"the file begins with {character!r}, expected a JSON list '[' or, in JSON Lines, an object '{{'"
+                + (f"; it looks like CSV: {_CONVERT.format('read_csv')}" if table else "")
             )
         return character
 

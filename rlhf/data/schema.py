@@ -46,7 +46,8 @@ def check_record(path: Path, record: Record, schema: Schema) -> None:
             if text is None:
                 raise UserError(f"{where}: {key!r} is null; fill it in or remove the record")
             got = f"{type(text).__name__} {str(text)[:40]!r}"
-            raise UserError(f"{where}: {key!r} must be a text, got {got}; write it in double quotes")
+            whole = "each record needs one text" if isinstance(text, list | dict) else "write it in double quotes"
+            raise UserError(f"{where}: {key!r} must be a text, got {got}; {whole}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -60,17 +61,23 @@ def check_record(path: Path, record: Record, schema: Schema) -> None:
             )
     margin = record.fields.get("margin", 0.0)
     if schema is PREFERENCES and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise UserError(f"{where}: 'margin' must be a number, got {margin!r}")
+        raise UserError(f"{where}: 'margin' must be a number, got {margin!r}; without one leave the key out")
     if schema is PREFERENCES and not -_LARGEST_MARGIN <= margin <= _LARGEST_MARGIN:
         raise UserError(f"{where}: 'margin' must be a number that float32 can hold, got {str(margin)[:40]}")
 
 
 def _remedy(key: str, record: Record, schema: Schema) -> str:
-    found = sorted(record.fields)
+    found, needed = sorted(record.fields), ", ".join(map(repr, schema.keys))
     for other in (PREFERENCES, DEMONSTRATIONS):
         if other is not schema and all(name in record.fields for name in other.keys):
             return f"it looks like {other.name}: give the file as {other.flag}, or give {schema.name} as {schema.flag}"
+    for name, value in record.fields.items():
+        inner = value[0] if isinstance(value, list) and value else None
+        if isinstance(inner, dict) and {"role", "from"} & inner.keys():
+            return f"{name!r} is a chat: give its messages as texts, {schema.name} need {needed}"
+        if isinstance(inner, dict):
+            return f"the records seem to be in the list {name!r}: give that list alone as the file"
     close = difflib.get_close_matches(key, [name for name in found if name not in schema.keys], n=1)
     hint = f"did you mean it by {close[0]!r}? " if close else ""
-    needed, got = ", ".join(map(repr, schema.keys)), ", ".join(map(repr, found))
+    got = ", ".join(map(repr, found))
     return f"{hint}{schema.name} need {needed}, found {got or 'nothing'}"

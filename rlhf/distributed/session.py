@@ -140,10 +140,13 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray puts a handler of its own on SIGTERM; the run's handler shall stay."""
+    """Ray puts a handler of its own on SIGTERM, which exits; the run's handler shall stay, and learn of the signal."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
     finally:
         with contextlib.suppress(ValueError):  # not in the main thread, where Ray sets none either
             signal.signal(signal.SIGTERM, before)

@@ -5,6 +5,7 @@
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,11 +49,15 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     return folder
 
 
-def load_checkpoint(root: Path) -> Checkpoint | None:
+def load_checkpoint(root: Path, like: Mapping[str, Any] | None = None) -> Checkpoint | None:
     """The newest complete checkpoint below `root`; None where there is none.
 
+    Args:
+        root: `checkpoints/<stage>`.
+        like: facts that it must have: numbers, or mappings of such.
+
     Raises:
-        UserError: the newest one with a manifest is cut off or altered.
+        UserError: the newest one with a manifest is cut off, altered, or lacks a fact.
     """
     folders = _folders(root)
     if not folders:
@@ -60,14 +65,24 @@ def load_checkpoint(root: Path) -> Checkpoint | None:
     newest = folders[-1]
     try:
         manifest = read_manifest(newest)
+        _check_facts(manifest, {"step": 0, "facts": like or {}})
         return Checkpoint(manifest["step"], load_file(newest / _TENSORS), manifest["facts"])
     except UserError as error:
         problem = str(error)
     except KeyError as error:
-        problem = f"{newest / 'manifest.json'}: has no {error}; it is not a checkpoint's"
+        problem = f"{newest / 'manifest.json'}: has no {error} of the kind that checkpoints have; it is damaged"
     except (SafetensorError, OSError) as error:
         problem = f"{newest / _TENSORS}: cannot be read ({error})"
     raise UserError(f"{problem}; remove {newest} to use an older one")
+
+
+def _check_facts(found: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """Raise KeyError unless `found` has every name of `like`, with a mapping or number as there, at all depths."""
+    for name, value in like.items():
+        if not isinstance(found.get(name), dict if isinstance(value, Mapping) else int | float):
+            raise KeyError(name)
+        if isinstance(value, Mapping):
+            _check_facts(found[name], value)
 
 
 def last_step(root: Path) -> int | None:

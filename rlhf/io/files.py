@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,45 @@ def atomic_folder(target: Path, flag: str = "--output-dir") -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def check_folder(folder: Path, expected: str) -> None:
+    """Raise UserError, saying what is `expected`, unless there is a folder at `folder`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'is a file and no' if folder.exists() else 'no such'} folder; {expected}")
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without a byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); convert it with iconv") from error
+    except OSError as error:
+        problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {problem}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Errors as `read_text`, and where it is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def write_text(path: Path, text: str, flag: str = "--output-dir") -> None:
     """`write_bytes` of UTF-8."""
-    write_bytes(path, bytes(text, "utf-8"))
+    write_bytes(path, bytes(text, "utf-8"), flag)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, flag: str = "--output-dir") -> None:
     """Replace a file's content in one step. Errors as `atomic_folder`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with clear_write_errors(path):
+        with clear_write_errors(path, flag):
             _clear_leftovers(path)
             temporary.write_bytes(content)
             _sync(temporary)
@@ -74,9 +104,9 @@ def write_bytes(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, flag: str = "--output-dir") -> None:
     """`write_text` of readable JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", flag)
 
 
 @contextlib.contextmanager
@@ -93,10 +123,15 @@ def clear_write_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]
         raise
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise UserError, before the work is done, unless files can be written below `folder`, which may not exist yet."""
+    with clear_write_errors(folder, flag):
+        tempfile.TemporaryFile(dir=_existing(folder)).close()
+
+
 def check_free_space(folder: Path, needed: int) -> None:
     """Raise UserError unless `needed` bytes can be written below `folder`, which may not exist yet."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed + _MARGIN:
         raise UserError(
             f"{folder}: {free / 1e9:.2f} GB free, but checkpoints and models of this run take {needed / 1e9:.2f} GB; "
@@ -140,6 +175,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for place in made:
                 place.rmdir()  # succeeds only on an empty folder
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that is there."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def _clear_leftovers(target: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.io.files import sha256
+from rlhf.io.files import read_json, sha256
 
 _NAME = "manifest.json"
 _FORMAT = 1
@@ -26,15 +26,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: the manifest is missing or newer than this version reads, or a file is missing, cut off or altered.
     """
     path = folder / _NAME
+    if not path.exists():
+        raise UserError(f"{path}: no such file; the folder is not complete")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version = int(manifest["format"])
         listed = [(name, facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()]
         if not isinstance(manifest["format"], int):
             raise TypeError(f"format is {manifest['format']!r}")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the folder is not complete") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if version > _FORMAT:
         raise UserError(f"{path}: has format {version}, this version reads up to {_FORMAT}; upgrade rlhf")

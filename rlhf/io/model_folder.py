@@ -5,7 +5,6 @@ A language model is a `GPT2LMHeadModel`, a reward model a `GPT2ForSequenceClassi
 `critic/` (a separate critic: a folder of the same form) and `reward_statistics.json`.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.gpt2 import from_hugging_face, to_hugging_face
 from rlhf.gpt2_config import GPT2Config
-from rlhf.io.files import atomic_folder, save_tensors, sha256, write_json
+from rlhf.io.files import atomic_folder, check_folder, read_json, save_tensors, sha256, write_json
 from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.tree import all_finite, as_new, cast
@@ -125,10 +124,10 @@ def load_reward_model(folder: Path) -> RewardModel:
     statistics = RewardStatistics(0.0, 1.0, 0)
     if path.is_file():
         try:
-            statistics = RewardStatistics(**json.loads(path.read_text(encoding="utf-8")))
+            statistics = RewardStatistics(**read_json(path))
             if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
                 raise ValueError("mean must be finite and std above 0")
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
     return RewardModel(params, config, _tokenizer(folder, config), statistics)
 
@@ -179,14 +178,10 @@ def _write_reward_model(folder: Path, model: RewardModel) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it should be a model folder with config.json and model.safetensors")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {folder} is no model folder") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    check_folder(folder, "it should be a model folder with config.json and model.safetensors on this machine")
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {folder} is no model folder")
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise UserError(f"{path}: is not a JSON object; {folder} is no model folder")
     return settings
@@ -230,9 +225,9 @@ def _weight_files(folder: Path) -> list[Path]:
         return [whole]
     if index.is_file():
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            names = read_json(index)["weight_map"].values()
             return sorted({folder / name for name in names})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: cannot be read ({error})") from error
     raise UserError(
         f"{whole}: no such file; weights are read from safetensors alone (convert pickled .bin files first)"

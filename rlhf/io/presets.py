@@ -6,6 +6,7 @@ nearest spelling. Only plain YAML is read (safe loader).
 
 import dataclasses
 import difflib
+import os
 import types
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from rlhf.config import DistConfig, PipelineRun, RunConfig
 from rlhf.errors import UserError
+from rlhf.io.files import read_text
 
 _Config = TypeVar("_Config")
 
@@ -31,9 +33,9 @@ def load_config(name: str, *, flag: str = "--config") -> PipelineRun:
     Raises:
         UserError: there is no such file or preset, or something in it is not valid.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.is_file():
-        text = _read(path, flag)
+        text = read_text(path)
     else:
         shipped = {
             entry.name.removesuffix(".yaml"): entry
@@ -87,13 +89,6 @@ def load_dist_config(name: str) -> DistConfig:
     return config.dist
 
 
-def _read(path: Path, flag: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from error
-
-
 def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> _Config:
     """Build a dataclass from a mapping node, key by key."""
     where = f"{source}: line {node.start_mark.line + 1}"
@@ -106,9 +101,7 @@ def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> 
         key = str(getattr(key_node, "value", ""))
         name = key.replace("-", "_")
         if name not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(hints)}"
-            raise UserError(f"{line}: unknown key {prefix}{key}; {hint}")
+            raise UserError(f"{line}: unknown key {prefix}{key}; {_remedy(name, hints, prefix)}")
         if name in values:
             raise UserError(f"{line}: {prefix}{key} is set twice; keep one")
         hint_type = hints[name]
@@ -120,6 +113,18 @@ def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> 
         return kind(**values)
     except ValueError as error:
         raise UserError(f"{where}: {prefix}{error}") from error
+
+
+def _remedy(name: str, hints: dict[str, Any], prefix: str) -> str:
+    """What may be meant by a key that is not known: one of a section below, or another spelling."""
+    below, _, inner = name.rpartition(".")
+    sections = [section for section, kind in hints.items() if inner in getattr(kind, "__dataclass_fields__", {})]
+    if below in (*sections, ""):
+        found = [below] if below else sections
+        if found:
+            return f"it is a key of {' or '.join(found)}: write `{found[0]}: {{{inner}: …}}`"
+    close = difflib.get_close_matches(name, hints, n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(hints)}"
 
 
 def _leaf(hint: Any, node: yaml.Node, where: str) -> Any:

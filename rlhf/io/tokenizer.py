@@ -7,13 +7,15 @@ trained on the user's texts. Text never becomes a control token: "<|endoftext|>"
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rlhf.errors import UserError
+from rlhf.io.files import check_folder, read_json
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -49,7 +51,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(_cut(texts), trainer)
+        _interruptible(lambda: backend.train_from_iterator(_cut(texts), trainer))
         return cls(backend, EOS, "trained tokenizer")
 
     @classmethod
@@ -59,8 +61,7 @@ class Tokenizer:
         Raises:
             UserError: files are missing or broken, or there is no end-of-text token.
         """
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; it should hold tokenizer.json, or vocab.json and merges.txt")
+        check_folder(folder, "it should hold tokenizer.json, or vocab.json and merges.txt")
         whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
         try:
             if whole.is_file():
@@ -128,6 +129,23 @@ class Tokenizer:
         return pad if pad is not None else self._backend.token_to_id("ÿ")
 
 
+def _interruptible(work: Callable[[], None]) -> None:
+    """Do work of native code, which keeps signals waiting, in a thread, so that they are heard at once."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # for the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
 def _cut(texts: Iterable[str]) -> Iterator[str]:
     """Pieces of texts: training takes time quadratic in the length of a run of one character."""
     for text in texts:
@@ -155,10 +173,7 @@ def _eos_name(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return EOS
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    settings = read_json(path)
     token = settings.get("eos_token", EOS) if isinstance(settings, dict) else settings
     token = token.get("content", token) if isinstance(token, dict) else EOS if token is None else token
     if not isinstance(token, str):

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rlhf.errors import UserError
+from rlhf.io.files import check_folder
 from rlhf.io.run_log import FORMAT
 from rlhf.monitor.sample_store import Place, SampleStore
 from rlhf.monitor.tail import Tail, parse_line
@@ -60,8 +61,7 @@ def log_folder(folder: Path) -> Path:
     """
     if folder.name in ("metrics.jsonl", "samples.jsonl") and folder.is_file():
         return folder.parent
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --log-dir takes a run's OUTPUT_DIR/logs")
+    check_folder(folder, "--log-dir takes a run's OUTPUT_DIR/logs")
     if (folder / "metrics.jsonl").is_file() or folder.name == "logs":
         return folder
     if (folder / "logs").is_dir() or (folder / "config.yaml").is_file():

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from rlhf.errors import UserError
-from rlhf.io.progress import console
+from rlhf.io.progress import tell
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.report import content_policy, document, to_json
 from rlhf.monitor.samples import SORTS, Query, SampleIndex
@@ -39,13 +39,13 @@ def serve(log_dirs: Sequence[Path], *, port: int, open_browser: bool) -> None:
     """
     with make_server(log_dirs, port) as server:
         address = f"http://127.0.0.1:{server.server_address[1]}/"
-        console.print(f"following {', '.join(map(str, log_dirs))} at {address} (Ctrl-C ends)", soft_wrap=True)
+        tell(f"following {', '.join(map(str, log_dirs))} at {address} (Ctrl-C ends)")
         if open_browser:
             webbrowser.open(address)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            console.print("stopped")
+            tell("stopped")
 
 
 def make_server(log_dirs: Sequence[Path], port: int) -> ThreadingHTTPServer:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rlhf.config import PipelineRun
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.errors import Interrupted, UserError
-from rlhf.io.files import clear_write_errors, write_json, write_text
+from rlhf.io.files import check_writable, clear_write_errors, write_json, write_text
 from rlhf.io.progress import working
 from rlhf.stages.compute import Workplace, compute_threads, open_workplace
 from rlhf.stages.evaluate_config import EvaluateConfig
@@ -70,6 +70,7 @@ def run_evaluation(config: EvaluateConfig) -> Report:
     plans, skipped = _plan(config, folders, run, judges)
     train = _train_data(config, run)
     folder = config.output or config.model_dir / "report"
+    check_writable(folder, "--output")
     evaluations: list[Evaluation] = []
     lines: dict[str, list[dict[str, Any]]] = {"completions": [], "pairs": []}
     try:
@@ -190,14 +191,15 @@ def _write(config: EvaluateConfig, report: Report, lines: dict[str, list[dict[st
         for name, of in lines.items():
             if of:
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in of)
-                write_text(report.folder / f"{name}.jsonl", text)
+                write_text(report.folder / f"{name}.jsonl", text, "--output")
             else:  # of an earlier evaluation: it would not belong to evaluation.json
                 with contextlib.suppress(FileNotFoundError):
                     (report.folder / f"{name}.jsonl").unlink()
         facts = {"format": FORMAT, "model_dir": str(config.model_dir), "seed": config.seed}
         facts |= {"threads": compute_threads(config), "precision": config.precision}
         evaluations = [evaluation.plain() for evaluation in report.evaluations]
-        write_json(report.folder / "evaluation.json", facts | {"evaluations": evaluations, "skipped": report.skipped})
+        facts |= {"evaluations": evaluations, "skipped": report.skipped}
+        write_json(report.folder / "evaluation.json", facts, "--output")
 
 
 def _brackets(text: str) -> str:

@@ -9,6 +9,7 @@ from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.records import read_records
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.errors import UserError
+from rlhf.io.files import check_folder
 from rlhf.io.model_folder import check_model_folder, is_reward_model
 from rlhf.io.presets import load_config
 from rlhf.io.tokenizer import Tokenizer
@@ -55,8 +56,7 @@ def find_folders(config: EvaluateConfig) -> Folders:
     ):  # fmt: skip
         if given is not None:
             check_model_folder(given, architecture)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a run's output folder or a model folder as --model-dir")
+    check_folder(folder, "give a run's output folder or a model folder as --model-dir")
     if (folder / "config.json").is_file():
         if is_reward_model(folder):
             return Folders(None, folder, None, None, None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf.data.records import read_records
 from rlhf.data.schema import PROMPTS, check_record
 from rlhf.errors import Interrupted, UserError
-from rlhf.io.files import clear_write_errors, write_text
+from rlhf.io.files import check_writable, clear_write_errors, read_text, write_text
 from rlhf.io.terminal import printable
 from rlhf.stages.answers import sample_keys
 from rlhf.stages.compute import available_cores, find_device, limit_threads
@@ -40,6 +40,8 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
         raise UserError("--prompt and --prompt-file: give one of the two")
     if config.output is not None and config.output.is_dir():
         raise UserError(f"--output {config.output}: is a folder, expected the name of a JSON Lines file")
+    if config.output is not None:
+        check_writable(config.output.parent, "--output")
     for text in (*config.prompt, config.template):
         _check_text(text)
     given = _given(config)
@@ -65,10 +67,7 @@ def read_prompts(path: Path) -> list[str]:
         UserError: it cannot be read, or holds no prompt.
     """
     if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        lines = read_text(path).splitlines()
         if not (prompts := [line for line in lines if line.strip()]):
             raise UserError(f"{path}: the file is empty; it needs a prompt per line")
         return prompts
@@ -227,4 +226,4 @@ def _write_file(config: GenerateConfig, path: Path, prompts: Sequence[str], writ
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     with clear_write_errors(path, "--output"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(lines))
+    write_text(path, "".join(lines), "--output")

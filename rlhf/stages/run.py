@@ -28,7 +28,7 @@ from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages.compute import compute_threads, describe_workers, find_device, limit_threads
-from rlhf.stages.identity import Facts, settings_of
+from rlhf.stages.identity import Facts, changes, settings_of
 from rlhf.stages.signals import Stop, stop_on_signal
 from rlhf.stages.sink import open_sink
 from rlhf.tree import all_finite, leaves, named_leaves
@@ -176,6 +176,8 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
     )
     with lock_folder(config.output_dir), stop_on_signal(run), limit_threads(compute_threads(config)), run.resources:
         check_output(config, stage)
+        if config.resume and all(last_step(_checkpoints(config, name)) is None for name in _MODEL_FOLDERS):
+            run.note(f"nothing to resume in {config.output_dir}: starting anew")
         yield run
         if run.stop_signal:
             raise Interrupted(f"{stage}: stopped; this stage is finished and saved", run.stop_signal)
@@ -333,14 +335,13 @@ def _write_config(config: RunConfig) -> None:
 
 def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tuple[int, Facts]:
     """(first step, facts) from the newest checkpoint, whose state goes to the executor."""
-    checkpoint = load_checkpoint(run.checkpoints) if run.config.resume else None
+    like = {"carried": facts, "identity": {}, "threads": 1, "version": 0}
+    checkpoint = load_checkpoint(run.checkpoints, like) if run.config.resume else None
     if checkpoint is None:
         return 0, facts
-    saved = checkpoint.facts["identity"]
-    changed = sorted(name for name, value in identity.items() if saved.get(name) != value)
+    changed = changes(run.config, run.stage, checkpoint.facts["identity"], identity)
     if changed:
-        shown = "; ".join(f"{name} was {saved.get(name)}, is {identity[name]}" for name in changed[:3])
-        shown += f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+        shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise UserError(
             f"{run.checkpoints}: cannot be continued, because the run has changed: {shown}. "
             "Undo the change, or choose another --output-dir"
