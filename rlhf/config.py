@@ -268,7 +268,7 @@ class PPOConfig(OptimizerConfig):
     critic: Literal["separate", "shared"] = "separate"
     """Value function: a model of its own, started from the reward model where there is one; or a head on the policy."""
     critic_warmup: Index = 0
-    """Iterations at the start in which only the value function learns."""
+    """Iterations at the start in which only the value function learns; fewer than num_iterations."""
     recompute_log_probs: bool | None = None
     """Recompute the sampled tokens' log-probs in one forward pass before updating; none does so in bf16, where
     cached decoding rounds differently."""
@@ -287,16 +287,15 @@ class PPOConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         total = self.batch_size * self.samples_per_prompt
-        if self.minibatch_size > total:
-            raise ValueError(
-                f"minibatch_size must be at most batch_size * samples_per_prompt = {total}, got {self.minibatch_size}"
-            )
+        for name, got, bound, most in (
+            ("minibatch_size", self.minibatch_size, "batch_size * samples_per_prompt", total),
+            ("min_new_tokens", self.min_new_tokens, "max_new_tokens", self.max_new_tokens),
+            ("critic_warmup", self.critic_warmup, "num_iterations - 1", self.num_iterations - 1),
+        ):
+            if got > most:
+                raise ValueError(f"{name} must be at most {bound} = {most}, got {got}")
         if self.kl_adaptive and self.kl_horizon < total:
             raise ValueError(f"kl_horizon must be at least an iteration's {total} completions, got {self.kl_horizon:g}")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens must be at most max_new_tokens = {self.max_new_tokens}, got {self.min_new_tokens}"
-            )
         if self.kl_in_loss and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_estimator must be k2, k3 or exact with kl_in_loss, got k1: its gradient is 0 on average"

@@ -53,6 +53,7 @@ def shelf(tmp_path_factory) -> Path:
         "def nan(prompts, completions):\n    return [float('nan')] * len(prompts)\n"
         "def fails(prompts, completions):\n    raise RuntimeError('no luck')\n"
         "def short(prompts, completions):\n    return [1.0]\n"
+        "def column(prompts, completions, answer):\n    return [0.0] * len(prompts)\n"
     )
     words = Tokenizer.train(["say the word yes no 0 1 2 3 4 5 6 7"] * 2, 280)
     foreign = Tokenizer.train(["entirely different words"] * 2, 280)
@@ -238,7 +239,7 @@ def test_what_cannot_be_compiled_is_refused_when_it_is_asked_for(refused, shelf,
     flags = ["sft", "--sft-data", shelf / "sft.json", *TINY, *ONE_STEP[:4], "--compile", "on"]
     refused(*flags, "--sft.dropout", "0.1", pieces=("--compile on: dropout", "--sft.dropout 0", "--compile off"))
     refused(*flags, "--sft.gradient-checkpointing", pieces=("--sft.gradient-checkpointing computes", "--compile off"))
-    monkeypatch.setattr("rlhf.stages.run.has_compiler", lambda: False)
+    monkeypatch.setattr("rlhf.stages.compute.has_compiler", lambda: False)
     refused(*flags, "--device", "cpu", pieces=("--compile on: no C++ compiler", "install g++", "--compile off"))
 
 
@@ -387,6 +388,22 @@ def test_a_missing_model_leaves_no_embedded_example_behind(refused):
     refused("sft", "--tokenizer.path", "missing", pieces=("missing: no such folder",))
 
 
+def test_settings_without_effect_are_refused(refused, shelf):
+    start = ["sft", "--sft-data", shelf / "sft.json", "--sft.model-path", shelf / "lm"]
+    refused(*start, "--tokenizer.path", shelf / "foreign", pieces=("another vocabulary than --tokenizer.path", "drop"))
+    for stage, kind in (("sft", "sft"), ("reward", "preference"), ("pipeline", "preference")):
+        refused(stage, f"--{kind}-val-data", shelf / "sft.json", pieces=(f"add --{kind}-data FILE",))
+    margins = ["reward", "--reward.model-path", shelf / "lm", "--reward.use-margin"]
+    refused(*margins, pieces=("the embedded example: no pair has a 'margin'",))
+    refused(*margins, "--preference-data", shelf / "pairs.json", pieces=("pairs.json: no pair has a 'margin'",))
+
+
+def test_a_tokenizer_that_the_start_model_has_too_is_fine(shelf):
+    same = ["--sft.model-path", str(shelf / "lm"), "--tokenizer.path", str(shelf / "rm")]
+    flags = ["--sft-data", str(shelf / "sft.json"), *ONE_STEP[:4], "--threads", "1", "--log.no-tensorboard"]
+    assert main(["sft", *flags, *same, "--output-dir", "out"]) == 0
+
+
 PIPELINE: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "bad prompts": (["--prompt-data", "bad.json"], ("bad.json: record 1", "no key 'prompt'")),
     "missing prompts": (["--prompt-data", "missing.json"], ("missing.json: no such file",)),
@@ -403,6 +420,36 @@ PIPELINE: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no room for a prompt": (["--ppo.max-new-tokens", "64"], ("ppo.max_new_tokens is 64", "context of 64")),
     "no model for the reward": (["--reward.model-path", "missing"], ("missing: no such folder",)),
     "no model for PPO": (["--ppo.model-path", "missing"], ("missing: no such folder",)),
+    "all weights 0": (["--ppo.reward", "0*{shelf}/rewards.py:zero"], ("every weight is 0",)),
+    "a reward that cannot be called": (["--ppo.reward", "builtins:len"], ("reward len:", "prompts, completions")),
+    "a column that the prompts lack": (
+        ["--ppo.reward", "{shelf}/rewards.py:column"],
+        ("reward column: missing a required argument: 'answer'", "columns of its file that it accepts (item)"),
+    ),
+    "no language model for the reward": (["--reward.model-path", "{shelf}/rm"], ("expected a GPT2LMHeadModel",)),
+    "no language model for PPO": (["--ppo.model-path", "{shelf}/rm"], ("expected a GPT2LMHeadModel",)),
+    "no weights for SFT": (["--sft.model-path", "unweighted"], ("model.safetensors: no such file",)),
+    "no weights for the reward": (["--reward.model-path", "unweighted"], ("model.safetensors: no such file",)),
+    "no weights for PPO": (["--ppo.model-path", "unweighted"], ("model.safetensors: no such file",)),
+    "another vocabulary": (
+        ["--sft.model-path", "{shelf}/lm", "--ppo.reward", "{shelf}/foreign"],
+        ("foreign: the reward model's vocabulary",),
+    ),
+    "another vocabulary, once trained": (
+        ["--sft.model-path", "{shelf}/lm", "--ppo.model-path", "foreign_lm"],
+        ("out/reward: the reward model's vocabulary",),
+    ),
+    "another shape": (["--ppo.model-path", "{shelf}/lm", "--model.n-embd", "64"], ("but --model.n-embd is 64",)),
+    "SFT that cannot be compiled": (["--config", "dropout.yaml"], ("--compile on: dropout's code",)),
+    "a reward model that cannot be compiled": (
+        ["--config", "reward.yaml"],
+        ("--compile on: compiled code would keep what --reward.gradient-checkpointing computes",),
+    ),
+    "PPO that cannot be compiled": (
+        ["--config", "ppo.yaml"],
+        ("--compile on: compiled code would keep what --ppo.gradient-checkpointing computes",),
+    ),
+    "no margins": (["--config", "margin.yaml"], ("pairs.json: no pair has a 'margin'",)),
     "no earlier stage": (["--start-at", "ppo"], ("run `rlhf-train sft` first",)),
 }
 
@@ -412,12 +459,35 @@ def test_the_pipeline_refuses_before_anything_is_trained(refused, shelf, wrong):
     changes, pieces = PIPELINE[wrong]
     written("bad.json", '[{"promt": "x"}]')
     written("ties.json", json.dumps([{"prompt": "p", "chosen": "c", "rejected": "c"}] * 3))
+    written("prompts.json", '[{"prompt": "x", "item": 1}]')
+    written("dropout.yaml", "{compile: 'on', sft: {dropout: 0.1}}")
+    for stage in ("reward", "ppo"):
+        written(f"{stage}.yaml", f"{{compile: 'on', {stage}: {{gradient_checkpointing: true}}}}")
+    written("margin.yaml", "reward: {use_margin: true}")
     Path("empty").mkdir()
+    shutil.copytree(shelf / "lm", "unweighted", ignore=shutil.ignore_patterns("*.safetensors", "manifest*"))
+    shutil.copytree(shelf / "lm", "foreign_lm")
+    shutil.copy(shelf / "foreign" / "tokenizer.json", "foreign_lm")
     flags = {"--sft-data": shelf / "sft.json", "--preference-data": shelf / "pairs.json"}
-    flags |= {"--prompt-data": shelf / "prompts.json"}
+    flags |= {"--prompt-data": "prompts.json", "--ppo.max-new-tokens": "8"}
     flags |= dict(zip(changes[::2], (value.format(shelf=shelf) for value in changes[1::2]), strict=True))
     argv = [text for pair in flags.items() for text in pair]
-    refused("pipeline", *argv, *TINY, *ONE_STEP, "--threads", "1", "--log.no-tensorboard", pieces=pieces)
+    shape = [] if any(name.endswith(".model-path") for name in flags) else TINY
+    refused("pipeline", *argv, *shape, *ONE_STEP, "--threads", "1", "--log.no-tensorboard", pieces=pieces)
+
+
+@pytest.mark.parametrize(
+    ("argv", "piece"),
+    [
+        (["reward", "--reward.use-margin"], "the embedded example: no pair has a 'margin'"),
+        (["reward", "--compile", "on", "--reward.gradient-checkpointing"], "--reward.gradient-checkpointing computes"),
+        (["ppo", "--compile", "on", "--ppo.gradient-checkpointing"], "--ppo.gradient-checkpointing computes"),
+        (["ppo", "--ppo.reward", "0*{shelf}/rewards.py:zero"], "every weight is 0"),
+        (["ppo", "--ppo.reward", "{shelf}/rewards.py:column"], "columns of its file that it accepts (item)"),
+    ],
+)
+def test_a_stage_refuses_before_the_stages_that_it_needs_are_trained(refused, shelf, argv, piece):
+    refused(*(text.format(shelf=shelf) for text in argv), pieces=(piece,))
 
 
 def test_the_pipeline_refuses_an_output_folder_with_checkpoints_of_a_later_stage(refused, shelf, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from rlhf.data.dataset import Dataset, default_cache_dir, load_dataset, texts
+from rlhf.data.dataset import Dataset, check_file, default_cache_dir, load_dataset, texts
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.errors import UserError
 from rlhf.io.tokenizer import EOS, PAD, Tokenizer
@@ -129,6 +129,15 @@ def test_margins_are_kept_and_default_to_zero(tmp_path, tokenizer):
     records = [pair | {"margin": margin} for margin in margins] + [pair]
     dataset = loaded(tmp_path, "preferences", tokenizer, records)
     assert [dataset.margin(record) for record in range(5)] == [*map(np.float32, margins), 0.0]
+
+
+def test_the_keys_are_those_of_every_record_that_is_kept(tmp_path, tokenizer):
+    kept, tie = {"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": "c"}
+    records = [kept, kept | {"margin": 1}, tie | {"source": "x"}, kept | {"author": "y"}]
+    expected = ["author", "chosen", "margin", "prompt", "rejected"]
+    for _ in range(2):  # the second time from the cache
+        assert loaded(tmp_path, "preferences", tokenizer, records).keys == expected
+    assert sorted(check_file(written(tmp_path / "data", records), SCHEMAS["preferences"])) == expected
 
 
 def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path, tokenizer):

@@ -14,7 +14,7 @@ from rlhf.errors import NonFiniteError, UserError
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.stages.rewards import RewardSource, call_reward_function, check_source, open_sources
+from rlhf.stages.rewards import RewardSource, call_reward_function, check_columns, open_sources
 
 FUNCTIONS = """
 from __future__ import annotations
@@ -202,23 +202,17 @@ def test_a_source_that_cannot_be_opened_is_refused_as_it_was_written(tokenizer, 
         raising=module_with("x = undefined_name\n"),
         quitting=module_with("raise SystemExit(3)\n"),
     )
-    for attempt in (lambda: open_sources([spelt], tokenizer), lambda: check_source(spelt)):
-        with pytest.raises(UserError) as caught:
-            attempt()
-        assert str(caught.value).startswith("--ppo.reward")
-        assert spelt in str(caught.value)
-        assert REFUSED[spec] in str(caught.value)
-
-
-def test_check_source_takes_what_can_be_opened(models):
-    module = module_with(FUNCTIONS)
-    for spec in (f"{module}:length", f"0.5*{module}.py:length", str(models / "rm"), f"2*{models}/rm"):
-        check_source(spec)
+    with pytest.raises(UserError) as caught:
+        open_sources([spelt], tokenizer)
+    assert str(caught.value).startswith("--ppo.reward")
+    assert spelt in str(caught.value)
+    assert REFUSED[spec] in str(caught.value)
 
 
 def test_a_reward_model_of_another_vocabulary_is_refused(tokenizer, models):
     with pytest.raises(UserError, match=r"foreign: the reward model's vocabulary \(\d+ entries\) is not the policy's"):
         open_sources([f"{models}/foreign"], tokenizer)
+    open_sources([f"{models}/foreign"], None)
 
 
 def test_a_folder_that_holds_no_reward_model_is_refused(tokenizer, models, tmp_path):
@@ -367,6 +361,24 @@ def test_a_function_of_another_signature_is_refused(function, piece):
     with pytest.raises(UserError, match=r"^reward mine: ") as caught:
         call(function, COLUMNS)
     assert piece in str(caught.value)
+    if function is not max:  # which takes anything, and does not say what
+        with pytest.raises(
+            UserError, match=r"^reward mine: .*; it is called with prompts, completions and .* \(answer"
+        ):
+            check_columns([source_of(function)], {"prompt", "answer"})
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda prompts, completions: 0,
+        lambda completions, **everything: 0,
+        lambda *, prompts, completions, answer, absent=None: 0,
+        max,
+    ],
+)
+def test_a_function_that_can_be_called_is_taken(function):
+    check_columns([source_of(function)], {"prompt", "answer", "extra"})
 
 
 def test_a_function_that_quits_the_program_is_refused():

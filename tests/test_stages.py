@@ -381,14 +381,17 @@ def test_ppo_stops_an_iterations_updates_at_the_target_kl(base, tmp_path):
 
 
 def test_ppo_critic_warmup_moves_the_value_function_alone(base, tmp_path):
-    warm = dataclasses.replace(base.ppo, critic_warmup=6, critic="separate")
-    run = copy_run(base, tmp_path, "ppo", ppo=warm)
+    warm = dataclasses.replace(base.ppo, num_iterations=7, critic_warmup=6, critic="separate")
+    run = copy_run(base, tmp_path, "ppo", ppo=warm, checkpoint=CheckpointConfig(every=6, keep=2))
     run_ppo(run)
-    before, after = (load_language_model(run.output_dir / name).params for name in ("sft", "policy"))
-    assert all(
-        torch.equal(a, b) for a, b in zip(named_leaves(before).values(), named_leaves(after).values(), strict=True)
-    )
-    losses = [line["loss/value_avg"] for line in metrics_of(run, "ppo")]
+    checkpoints = run.output_dir / "checkpoints" / "ppo"
+    before = named_leaves(load_language_model(run.output_dir / "sft").params)
+    last = load_checkpoint(checkpoints).tensors
+    shutil.rmtree(checkpoints / "step-000007")
+    warmed = load_checkpoint(checkpoints).tensors
+    assert all(torch.equal(leaf, warmed[f"params.policy.{name}"]) for name, leaf in before.items())
+    assert not any(torch.equal(leaf, last[f"params.policy.{name}"]) for name, leaf in before.items())
+    losses = [line["loss/value_avg"] for line in metrics_of(run, "ppo")][:6]
     assert losses[-1] < losses[0]
 
 

@@ -20,7 +20,7 @@ from rlhf.errors import UserError
 from rlhf.io.files import atomic_folder, sha256
 from rlhf.io.tokenizer import Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 _RECORDS_AT_ONCE = 1024
 _ONLY_TIES = "{path}: in every pair the chosen text equals the rejected one; nothing is left to learn from"
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -37,7 +37,10 @@ class TokenSequence(NamedTuple):
 
 
 class Dataset:
-    """A tokenised data file. Records are numbered from 0; a pair's members are (chosen, rejected)."""
+    """A tokenised data file. Records are numbered from 0; a pair's members are (chosen, rejected).
+
+    `dropped` counts the pairs without a difference; `keys` has every key of the other records.
+    """
 
     def __init__(self, folder: Path, schema: Schema, eos_id: int) -> None:
         """Open a cache folder that `load_dataset` has written."""
@@ -49,7 +52,9 @@ class Dataset:
         self._margins = np.load(folder / "margins.npy", mmap_mode="r")
         self._columns = np.memmap(folder / "columns.jsonl", mode="r") if schema is PROMPTS else None
         self._column_offsets = np.load(folder / "column_offsets.npy", mmap_mode="r")
-        self.dropped: int = json.loads((folder / "meta.json").read_text())["dropped"]
+        meta = json.loads((folder / "meta.json").read_text())
+        self.dropped: int = meta["dropped"]
+        self.keys: list[str] = meta["keys"]
 
     def __len__(self) -> int:
         return len(self._prompts) // self.members
@@ -153,14 +158,16 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
 
 
-def check_file(path: Path, schema: Schema) -> None:
-    """Read a data file through; errors as `load_dataset`."""
-    usable = False
+def check_file(path: Path, schema: Schema) -> set[str]:
+    """Read a data file through; `Dataset.keys` of it. Errors as `load_dataset`."""
+    keys: set[str] = set()
     for record in read_records(path):
         check_record(path, record, schema)
-        usable = usable or not _is_tie(record, schema)
-    if not usable:
+        if not _is_tie(record, schema):
+            keys |= record.fields.keys()
+    if not keys:
         raise UserError(_ONLY_TIES.format(path=path))
+    return keys
 
 
 def texts(path: Path, schema: Schema) -> Iterator[str]:
@@ -174,6 +181,7 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
     """Tokenise into flat files, a block of records at a time, then give the arrays their headers."""
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths, prompts, margins, column_ends, dropped = [], [], [], [0], 0
+    keys: set[str] = set()
     records = read_records(path)
     with (folder / "tokens.bin").open("wb") as stream, (folder / "columns.jsonl").open("wb") as columns:
         while block := list(itertools.islice(records, _RECORDS_AT_ONCE)):
@@ -183,6 +191,7 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
             dropped += len(block) - len(kept)
             encoded = iter(tokenizer.encode([record.fields[key] for record in kept for key in schema.keys]))
             for record in kept:
+                keys |= record.fields.keys()
                 prompt = next(encoded) or [tokenizer.eos_id]
                 for answer in [next(encoded) for _ in schema.answers] or [[]]:
                     stream.write(np.array(prompt + answer, dtype=kind).tobytes())
@@ -201,7 +210,8 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
     _save(folder / "margins.npy", np.array(margins, dtype=np.float32))
     _save(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    (folder / "meta.json").write_text(json.dumps({"format": _FORMAT, "dropped": dropped, "sizes": sizes}))
+    meta = {"format": _FORMAT, "dropped": dropped, "keys": sorted(keys), "sizes": sizes}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _save(path: Path, array: np.ndarray) -> None:

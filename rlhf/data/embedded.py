@@ -40,6 +40,8 @@ _RUDE = re.compile(
     r"stop complaining|busy now)\b"
 )
 
+PROMPT_COLUMNS = ("prompt", "item")
+
 
 class EmbeddedFiles(NamedTuple):
     """Where `write_embedded` put the example."""
@@ -85,8 +87,8 @@ def write_embedded(folder: Path, *, seed: int = 0, size: int = 6000) -> Embedded
     contents = {
         files.demonstrations: _json(_demonstration(rng, rng.choice(known)) for _ in range(size)),
         files.preferences: _json(_preference(rng, rng.choice(known)) for _ in range(size)),
-        files.prompts: _json({"prompt": _prompt(*case), "item": case[1]} for case in known),
-        files.heldout_prompts: _json({"prompt": _prompt(*case), "item": case[1]} for case in heldout),
+        files.prompts: _json(map(_prompt_record, known)),
+        files.heldout_prompts: _json(map(_prompt_record, heldout)),
     }
     for path, content in contents.items():
         if path.exists() and not (path.is_file() and path.read_bytes() == bytes(content, "utf-8")):
@@ -124,6 +126,10 @@ def _preference(rng: random.Random, case: tuple[str, str, str]) -> dict[str, str
     if rng.random() > 1.0 / (1.0 + math.exp(-2.0 * difference)):
         first, second = second, first
     return {"prompt": prompt, "chosen": first, "rejected": second}
+
+
+def _prompt_record(case: tuple[str, str, str]) -> dict[str, str]:
+    return dict(zip(PROMPT_COLUMNS, (_prompt(*case), case[1]), strict=True))
 
 
 def _prompt(opening: str, item: str, problem: str) -> str:

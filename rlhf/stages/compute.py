@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from rlhf.config import ComputeConfig, DistConfig
+from rlhf.config import ComputeConfig, DistConfig, OptimizerConfig, RunConfig, SFTConfig
 from rlhf.distributed import connected, open_executor
 from rlhf.errors import UserError
+from rlhf.execution.compiled import has_compiler
 from rlhf.execution.executor import Executor, Models, Program
 from rlhf.io.progress import tell
 
@@ -23,6 +24,24 @@ def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compile_obstacle(config: RunConfig, stage: str, settings: OptimizerConfig) -> str:
+    """Why a stage with these settings cannot be compiled here; empty where it can.
+
+    Raises:
+        UserError: there is an obstacle, and `--compile on` asks for it.
+    """
+    obstacle = ""
+    if settings.gradient_checkpointing:
+        obstacle = f"compiled code would keep what --{stage}.gradient-checkpointing computes again"
+    elif isinstance(settings, SFTConfig) and settings.dropout:
+        obstacle = "dropout's code would be another for every shape: set --sft.dropout 0"
+    elif find_device(config.device).type == "cpu" and not has_compiler():
+        obstacle = "no C++ compiler is on the PATH: install g++"
+    if obstacle and config.compile == "on":
+        raise UserError(f"--compile on: {obstacle}; or use --compile off")
+    return obstacle
 
 
 def compute_threads(config: ComputeConfig) -> int:

@@ -1,20 +1,33 @@
 """Resolving what a stage starts from: data files or the embedded example, tokenizers, models, record order."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.config import ModelConfig, OptimizerConfig
+from rlhf.config import ModelConfig, OptimizerConfig, RunConfig
 from rlhf.data.dataset import Dataset, load_dataset, texts
 from rlhf.data.embedded import write_embedded
 from rlhf.data.schema import Schema
 from rlhf.errors import UserError
 from rlhf.gpt2_config import PRESETS, GPT2Config
+from rlhf.io.model_folder import check_model_folder, load_shape, weights_digest
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.random import fold_in, permutation
 from rlhf.schedules import Schedule, constant, cosine, linear
 from rlhf.stages.run import Run
+
+
+class Outline(NamedTuple):
+    """What is known of a model before its parameters are read, or trained."""
+
+    config: GPT2Config
+    """Of a model with a tokenizer that is yet to be trained, all but the vocabulary's size."""
+    tokenizer: Tokenizer | None
+    """None where it is yet to be trained."""
+    digest: str
+    """`weights_digest`; empty where there are no weights yet."""
 
 
 def embedded_file(run: Run, name: str) -> Path:
@@ -62,8 +75,15 @@ def new_config(settings: ModelConfig, vocab_size: int) -> GPT2Config:
         raise UserError(f"model.{error}") from error
 
 
-def check_agrees(settings: ModelConfig, config: GPT2Config, folder: Path) -> None:
-    """Raise UserError if a field set in `settings` contradicts the model that `folder` holds."""
+def read_outline(folder: Path, settings: ModelConfig) -> Outline:
+    """The language model that a stage is to start from, without its parameters.
+
+    Raises:
+        UserError: a file is missing or cannot be read, it is another kind of model, or a field set in `settings`
+            contradicts it.
+    """
+    check_model_folder(folder, "GPT2LMHeadModel")
+    config = load_shape(folder)
     for name in ("n_layer", "n_head", "n_embd", "n_positions"):
         wanted, got = getattr(settings, name), getattr(config, name)
         if wanted not in (None, got):
@@ -71,6 +91,38 @@ def check_agrees(settings: ModelConfig, config: GPT2Config, folder: Path) -> Non
             raise UserError(
                 f"{folder}: the model there has {name} {got}, but {flag} is {wanted}; drop the flag, or train anew"
             )
+    return Outline(config, Tokenizer.load(folder), weights_digest(folder))
+
+
+def start_folder(config: RunConfig, given: Path | None) -> Path:
+    """The SFT model that the reward model and PPO start from: the one given, or the run's."""
+    return given or config.output_dir / "sft"
+
+
+def start_outline(config: RunConfig, given: Path | None, flag: str, sft: Outline | None) -> Outline:
+    """What the reward model and PPO start from.
+
+    Args:
+        config: of the run.
+        given: the model folder that the user names.
+        flag: by which it is named.
+        sft: what the run's own SFT model will be, where it is trained first.
+
+    Raises:
+        UserError: there is no such model, or it is not fit: see `read_outline`.
+    """
+    if given is None and sft is not None:
+        return sft
+    folder = start_folder(config, given)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; run `rlhf-train sft` first, or name a model folder: {flag} FOLDER")
+    return read_outline(folder, config.model)
+
+
+def check_validation(path: Path | None, validation: Path | None, schema: Schema) -> None:
+    """Raise UserError if there is a validation file, but none to learn from: it would be the embedded example."""
+    if validation is not None and path is None:
+        raise UserError(f"{validation}: validates what is learnt from a file of {schema.name}; add {schema.flag} FILE")
 
 
 def record_order(key: Tensor, count: int, first: int, number: int) -> list[int]:

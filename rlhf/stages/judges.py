@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf.errors import UserError
 from rlhf.stages.figures import Array
-from rlhf.stages.user_functions import call_function, load_function
+from rlhf.stages.user_functions import call_function, check_signature, load_function
 
 
 class Judge(NamedTuple):
@@ -33,7 +33,7 @@ def open_judges(specs: Sequence[str]) -> list[Judge]:
     """Import every judge.
 
     Raises:
-        UserError: one cannot be imported, or two have the same name.
+        UserError: one cannot be imported or cannot be called as a judge, or two have the same name.
     """
     judges = [_open(spec) for spec in specs]
     names = [judge.name for judge in judges]
@@ -96,4 +96,6 @@ def _open(spec: str) -> Judge:
         arguments = set(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # a built-in
         arguments = set()
-    return Judge(spec.rpartition(":")[2], function, {"first", "second"} <= arguments)
+    pairwise = {"first", "second"} <= arguments
+    check_signature(function, f"--judge {spec}", ["prompts", *(("first", "second") if pairwise else ("completions",))])
+    return Judge(spec.rpartition(":")[2], function, pairwise)

@@ -1,53 +1,37 @@
 """The three stages in order, each one's model feeding the next."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig
 from rlhf.data.dataset import check_file
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS
+from rlhf.data.embedded import PROMPT_COLUMNS
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.distributed import connected
-from rlhf.io.model_folder import load_shape
 from rlhf.io.progress import console
-from rlhf.stages.inputs import new_config
-from rlhf.stages.ppo import check_room, run_ppo
-from rlhf.stages.reward import run_reward
-from rlhf.stages.rewards import check_source
+from rlhf.stages import ppo, reward, sft
+from rlhf.stages.rewards import check_columns
 from rlhf.stages.run import StageResult, check_output
-from rlhf.stages.sft import run_sft
 
-_RUNS: dict[str, Callable[[PipelineRun], StageResult]] = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
+_RUNS: dict[str, Callable[[PipelineRun], StageResult]] = {
+    "sft": sft.run_sft,
+    "reward": reward.run_reward,
+    "ppo": ppo.run_ppo,
+}
 
 
 def run_pipeline(config: PipelineRun) -> dict[str, StageResult]:
     """Run SFT, reward model and PPO from `config.start_at` on; each reads the model that the one before left behind.
 
-    What a later stage would refuse is refused before anything is trained: all data files are read through and all
-    reward functions imported. With `config.resume`, finished stages are passed over and the interrupted one continues
-    from its last checkpoint.
+    What a later stage would refuse is refused before anything is trained. With `config.resume`, finished stages are
+    passed over and the interrupted one continues from its last checkpoint.
 
     Raises:
         UserError, NonFiniteError, Interrupted: see `rlhf.stages.run`.
     """
     stages = list(_RUNS)[list(_RUNS).index(config.start_at) :]
-    files = (
-        (config.sft_data, DEMONSTRATIONS),
-        (config.sft_val_data, DEMONSTRATIONS),
-        (config.preference_data, PREFERENCES),
-        (config.preference_val_data, PREFERENCES),
-        (config.prompt_data, PROMPTS),
-    )
-    for path, schema in files:
-        if path is not None:
-            check_file(path, schema)
-    for stage in stages:
-        check_output(config, stage)
-    for folder in (config.sft.model_path, config.reward.model_path, config.ppo.model_path):
-        if folder is not None:
-            load_shape(folder)
-    _check_ppo(config, config.sft.model_path if config.start_at == "sft" else config.output_dir / "sft")
+    _check(config, stages)
     with connected(config.dist):
         return {stage: _RUNS[stage](config) for stage in stages}
 
@@ -61,9 +45,9 @@ def run_reward_alone(config: RewardRun, base: PipelineRun) -> StageResult:
         config: of the stage.
         base: settings of the stages before it.
     """
-    if config.preference_data is None and config.reward.model_path is None:
-        _train_missing(config, base, "sft")
-    return run_reward(config)
+    if config.preference_data is None:
+        _train_missing(config, base, "reward", () if config.reward.model_path else ("sft",))
+    return reward.run_reward(config)
 
 
 def run_ppo_alone(config: PPORun, base: PipelineRun) -> StageResult:
@@ -71,29 +55,44 @@ def run_ppo_alone(config: PPORun, base: PipelineRun) -> StageResult:
 
     So `rlhf-train ppo` works as typed. Arguments and limits as `run_reward_alone`.
     """
-    if config.prompt_data is None and config.ppo.model_path is None:
-        _check_ppo(config, config.output_dir / "sft")
-        _train_missing(config, base, "sft")
-        if not config.ppo.reward:
-            _train_missing(config, base, "reward")
-    return run_ppo(config)
+    if config.prompt_data is None:
+        needed = ("sft",) if config.ppo.reward else ("sft", "reward")
+        _train_missing(config, base, "ppo", () if config.ppo.model_path else needed)
+    return ppo.run_ppo(config)
 
 
-def _check_ppo(config: PPORun, start: Path | None) -> None:
-    """Refuse what PPO would refuse: its reward sources, and completions longer than the context of its start."""
-    for spec in config.ppo.reward:
-        check_source(spec)
-    folder = config.ppo.model_path or start
-    shape = load_shape(folder) if folder is not None and folder.is_dir() else new_config(config.model, vocab_size=1)
-    check_room(config.ppo, shape.n_positions)
+def _train_missing(config: RunConfig, base: PipelineRun, stage: str, needed: Sequence[str]) -> None:
+    """Train those of the `needed` stages whose models are not there, unless one of them, or `stage`, would refuse."""
+    settings = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
+    whole = dataclasses.replace(base, **settings)
+    missing = [name for name in needed if not (config.output_dir / name).is_dir()]
+    _check(whole, [*missing, stage])
+    for name in missing:
+        text = f"{config.output_dir / name}: not there yet; training it on the embedded example first"
+        console.print(text, markup=False, soft_wrap=True)
+        _RUNS[name](whole)
 
 
-def _train_missing(config: RunConfig, base: PipelineRun, stage: Literal["sft", "reward"]) -> None:
-    """Train a stage on the embedded example unless its model is there."""
-    folder = config.output_dir / stage
-    if not folder.is_dir():
-        console.print(
-            f"{folder}: not there yet; training it on the embedded example first", markup=False, soft_wrap=True
-        )
-        settings = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
-        _RUNS[stage](dataclasses.replace(base, **settings))
+def _check(config: PipelineRun, stages: Sequence[str]) -> None:
+    """Raise UserError for what one of `stages`, which are run in order, would refuse; reads all data files through."""
+    for stage in stages:
+        check_output(config, stage)
+    sft_model = reward_model = None
+    if "sft" in stages:
+        sft_model = sft.check(config)
+        _read(DEMONSTRATIONS, config.sft_data, config.sft_val_data)
+    if "reward" in stages:
+        reward_model = reward.check(config, sft_model)
+        reward.check_margin(config, _read(PREFERENCES, config.preference_data, config.preference_val_data))
+    if "ppo" in stages:
+        start = ppo.check(config, sft_model, reward_model)
+        check_columns(start.sources, _read(PROMPTS, config.prompt_data))
+
+
+def _read(schema: Schema, path: Path | None, validation: Path | None = None) -> set[str]:
+    """Read data files through; the keys of the records to learn from, which may be the embedded example's."""
+    if validation is not None:
+        check_file(validation, schema)
+    if path is not None:
+        return check_file(path, schema)
+    return set(PROMPT_COLUMNS if schema is PROMPTS else schema.keys)

@@ -9,29 +9,25 @@ import functools
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 from rlhf.batches import PPOBatch
-from rlhf.config import PPOConfig, PPORun
+from rlhf.config import PPORun
 from rlhf.data.batching import Ahead, ppo_batch
 from rlhf.data.schema import PROMPTS
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience
 from rlhf.io.files import sha256
-from rlhf.io.model_folder import (
-    RewardModel,
-    RewardStatistics,
-    load_language_model,
-    save_language_model,
-    weights_digest,
-)
+from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
 from rlhf.io.run_log import RunLog
 from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
+from rlhf.stages.compute import compile_obstacle
 from rlhf.stages.identity import Facts
-from rlhf.stages.inputs import check_agrees, embedded_file, open_dataset, rate_at
+from rlhf.stages.inputs import Outline, embedded_file, open_dataset, rate_at, start_folder, start_outline
 from rlhf.stages.ppo_program import make_program, shapes_of, start_models, update_schedule
 from rlhf.stages.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
-from rlhf.stages.rewards import open_sources, source_digests
+from rlhf.stages.rewards import RewardSource, check_columns, check_vocabulary, open_sources, source_digests
 from rlhf.stages.run import Run, StageResult, open_run, train
 
 
@@ -63,36 +59,65 @@ def run_ppo(config: PPORun) -> StageResult:
         return StageResult(_save(ppo, config), last)
 
 
-def check_room(settings: PPOConfig, context: int) -> None:
-    """Raise UserError if no prompt fits before the longest completion."""
+class Start(NamedTuple):
+    """What PPO starts from."""
+
+    policy: Outline
+    sources: list[RewardSource]
+    """Empty where OUTPUT_DIR/reward is yet to be trained."""
+    context: int
+    """Tokens of a prompt and its completion together: the shortest context of the models that read them."""
+
+
+def check(config: PPORun, sft: Outline | None = None, reward: Outline | None = None) -> Start:
+    """Read what PPO starts from, but for the policy's parameters; refuse what cannot work together.
+
+    Args:
+        config: of the stage.
+        sft: what OUTPUT_DIR/sft will hold, where it is trained first.
+        reward: what OUTPUT_DIR/reward will hold, where it is trained first.
+
+    Raises:
+        UserError: a model or source is not there or not fit, or no prompt fits before the longest completion.
+    """
+    settings = config.ppo
+    compile_obstacle(config, "ppo", settings)
+    policy = start_outline(config, settings.model_path, "--ppo.model-path", sft)
+    sources: list[RewardSource] = []
+    if settings.reward or reward is None:
+        sources = open_sources(_specs(config), policy.tokenizer)
+        scorers = [source.model.config for source in sources if source.model is not None]
+    else:
+        check_vocabulary(config.output_dir / "reward", reward.tokenizer, policy.tokenizer)
+        scorers = [reward.config]
+    context = min(shape.n_positions for shape in (policy.config, *scorers))
     if context <= settings.max_new_tokens:
         raise UserError(
             f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
         )
+    return Start(policy, sources, context)
+
+
+def _specs(config: PPORun) -> tuple[str, ...]:
+    """The sources of reward that are named, or OUTPUT_DIR/reward."""
+    default = config.output_dir / "reward"
+    if not config.ppo.reward and not default.is_dir():
+        raise UserError(
+            f"{default}: no such folder; run `rlhf-train reward` first, or name a reward: "
+            "--ppo.reward FOLDER or --ppo.reward module:function"
+        )
+    return config.ppo.reward or (str(default),)
 
 
 def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
-    """Read models, reward sources and prompts; refuse what cannot work together."""
-    settings, folder = config.ppo, config.ppo.model_path or config.output_dir / "sft"
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; run `rlhf-train sft` first, or name a model folder: --ppo.model-path FOLDER"
-        )
+    """Read models, reward sources and prompts."""
+    outline, sources, context = check(config)
+    settings, specs, folder = config.ppo, _specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
-    check_agrees(config.model, policy.config, folder)
-    default_reward = config.output_dir / "reward"
-    if not settings.reward and not default_reward.is_dir():
-        raise UserError(
-            f"{default_reward}: no such folder; run `rlhf-train reward` first, or name a reward: "
-            "--ppo.reward FOLDER or --ppo.reward module:function"
-        )
-    specs = settings.reward or (str(default_reward),)
-    sources = open_sources(specs, policy.tokenizer)
     reward_models = [source.model for source in sources if source.model is not None]
-    context = min(shape.n_positions for shape in (policy.config, *(model.config for model in reward_models)))
-    check_room(settings, context)
     path = config.prompt_data or embedded_file(run, "prompts")
     prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.max_new_tokens)
+    check_columns(sources, prompts.keys)
     run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")
     shapes = shapes_of(settings, policy, reward_models)
     models = start_models(settings, policy, reward_models)
@@ -101,7 +126,7 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     compile_to = run.compile_to(models, tokens, evaluated=[models.params, *models.frozen.values()])
     executor = run.open_executor(functools.partial(make_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
-    return ppo, {"data": sha256(path), "model": weights_digest(folder), "reward": source_digests(specs)}
+    return ppo, {"data": sha256(path), "model": outline.digest, "reward": source_digests(specs)}
 
 
 def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:

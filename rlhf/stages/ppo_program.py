@@ -60,7 +60,7 @@ def update_schedule(settings: PPOConfig) -> Schedule:
     """The learning rate of the updates after the critic's warm-up."""
     completions = settings.batch_size * settings.samples_per_prompt
     updates = settings.num_epochs * -(-completions // settings.minibatch_size)
-    return make_schedule(settings, max(settings.num_iterations - settings.critic_warmup, 1) * updates)
+    return make_schedule(settings, (settings.num_iterations - settings.critic_warmup) * updates)
 
 
 def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:

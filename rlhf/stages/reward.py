@@ -1,7 +1,7 @@
 """The reward model: preference pairs in, a scalar model and its statistics out."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -17,16 +17,11 @@ from rlhf.execution.executor import Executor, Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head
 from rlhf.io.files import sha256
-from rlhf.io.model_folder import (
-    RewardModel,
-    RewardStatistics,
-    load_language_model,
-    save_reward_model,
-    weights_digest,
-)
+from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
 from rlhf.objectives import make_pair_scores, make_reward_objective
 from rlhf.random import Purpose
-from rlhf.stages.inputs import check_agrees, embedded_file, make_schedule
+from rlhf.stages.compute import compile_obstacle
+from rlhf.stages.inputs import Outline, check_validation, embedded_file, make_schedule, start_folder, start_outline
 from rlhf.stages.run import Run, StageResult, open_run
 from rlhf.stages.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
 
@@ -44,18 +39,36 @@ def run_reward(config: RewardRun) -> StageResult:
         return _run(run, config)
 
 
+def check(config: RewardRun, sft: Outline | None = None) -> Outline:
+    """What the reward model starts from; refuses what can be refused before the data is read.
+
+    Args:
+        config: of the stage.
+        sft: what OUTPUT_DIR/sft will hold, where it is trained first.
+
+    Raises:
+        UserError: the model to start from is not there or not fit, or a setting contradicts another.
+    """
+    compile_obstacle(config, "reward", config.reward)
+    check_validation(config.preference_data, config.preference_val_data, PREFERENCES)
+    return start_outline(config, config.reward.model_path, "--reward.model-path", sft)
+
+
+def check_margin(config: RewardRun, keys: Collection[str]) -> None:
+    """Raise UserError if margins are asked for that are none of the `keys` of the training pairs."""
+    if config.reward.use_margin and "margin" not in keys:
+        where = config.preference_data or "the embedded example"
+        raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
+
+
 def _run(run: Run, config: RewardRun) -> StageResult:
-    settings = config.reward
-    source = settings.model_path or config.output_dir / "sft"
-    if not source.is_dir():
-        raise UserError(
-            f"{source}: no such folder; run `rlhf-train sft` first, or name a model folder: --reward.model-path FOLDER"
-        )
+    settings, outline = config.reward, check(config)
+    source = start_folder(config, settings.model_path)
     start = load_language_model(source)
-    check_agrees(config.model, start.config, source)
     max_length = length_limit(settings, start)
     path = config.preference_data or embedded_file(run, "preferences")
     split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
+    check_margin(config, split.dataset.keys)
     run.note(f"trunk from {source}")
     plan = make_plan(settings, len(split.train))
     head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
@@ -91,7 +104,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
             | measure(split.dataset, split.train[: max(len(split.held_out), 2)], "train")
         ),
         shown=("loss/reward", "eval/reward/accuracy"),
-        identity={"data": sha256(path), "model": weights_digest(source)},
+        identity={"data": sha256(path), "model": outline.digest},
     )
     scores, _ = _score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS]))
     std = float(scores.double().std()) if len(scores) > 1 else 0.0

@@ -7,14 +7,14 @@ the prompt file that it accepts, all by keyword, and returns one float per compl
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
-from rlhf.io.model_folder import RewardModel, is_reward_model, load_reward_model, weights_digest
+from rlhf.io.model_folder import RewardModel, load_reward_model, weights_digest
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.stages.user_functions import call_function, load_function
+from rlhf.stages.user_functions import call_function, check_signature, load_function
 
 _SOURCE = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\*)?(?P<target>.+)", re.DOTALL)
 
@@ -36,8 +36,12 @@ class RewardSource(NamedTuple):
         return f"{'reward' if self.weight else 'gold'}/{self.name}"
 
 
-def open_sources(specs: Sequence[str], tokenizer: Tokenizer) -> list[RewardSource]:
+def open_sources(specs: Sequence[str], tokenizer: Tokenizer | None) -> list[RewardSource]:
     """Load every source.
+
+    Args:
+        specs: as the user wrote them.
+        tokenizer: the policy's; None where it is yet to be trained.
 
     Raises:
         UserError: a source is neither a folder nor a function that can be imported, has a weight that is no number,
@@ -72,13 +76,20 @@ def call_reward_function(
     return call_function(source.function, f"reward {source.name}", columns, prompts=prompts, completions=completions)
 
 
-def check_source(spec: str) -> None:
-    """Raise UserError unless the source is well written and, where it is a function, can be imported."""
-    _, target = _parse(spec)
-    if not Path(target).is_dir():
-        _function(target, spec)
-    elif not is_reward_model(Path(target)):
-        raise UserError(f"{target}: holds no reward model, expected a GPT2ForSequenceClassification")
+def check_columns(sources: Sequence[RewardSource], columns: Collection[str]) -> None:
+    """Raise UserError if a function cannot be called with prompts, completions and those columns that it accepts."""
+    for source in sources:
+        if source.function is not None:
+            check_signature(source.function, f"reward {source.name}", ("prompts", "completions"), columns)
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer | None, policy: Tokenizer | None) -> None:
+    """Raise UserError if the reward model's tokenizer is not the policy's; None is one that is yet to be trained."""
+    if tokenizer is not None and policy is not None and not tokenizer.same_vocabulary(policy):
+        raise UserError(
+            f"{folder}: the reward model's vocabulary ({tokenizer.vocab_size} entries) is not the policy's "
+            f"({policy.vocab_size} entries); train it from the same SFT model"
+        )
 
 
 def source_digests(specs: Sequence[str]) -> list[str]:
@@ -87,17 +98,14 @@ def source_digests(specs: Sequence[str]) -> list[str]:
     return [weights_digest(target) for target in targets if target.is_dir()]
 
 
-def _open(spec: str, tokenizer: Tokenizer) -> RewardSource:
+def _open(spec: str, tokenizer: Tokenizer | None) -> RewardSource:
     weight, target = _parse(spec)
     folder = Path(target)
     if not folder.is_dir():
-        return RewardSource(target.rpartition(":")[2], weight, None, _function(target, spec))
+        function = load_function(target, f"--ppo.reward {spec}", "there is no such folder, and it is not")
+        return RewardSource(target.rpartition(":")[2], weight, None, function)
     model = load_reward_model(folder)
-    if not model.tokenizer.same_vocabulary(tokenizer):
-        raise UserError(
-            f"{folder}: the reward model's vocabulary ({model.tokenizer.vocab_size} entries) is not the policy's "
-            f"({tokenizer.vocab_size} entries); train it from the same SFT model"
-        )
+    check_vocabulary(folder, model.tokenizer, tokenizer)
     return RewardSource(folder.name, weight, model, None)
 
 
@@ -113,7 +121,3 @@ def _parse(spec: str) -> tuple[float, str]:
     if not math.isfinite(weight):
         raise UserError(f"--ppo.reward {spec}: the weight {match['weight']!r} is not a number")
     return weight, match["target"]
-
-
-def _function(target: str, spec: str) -> Callable[..., Any]:
-    return load_function(target, f"--ppo.reward {spec}", "there is no such folder, and it is not")

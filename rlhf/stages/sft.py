@@ -14,6 +14,7 @@ from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.batching import token_batches
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import DEMONSTRATIONS
+from rlhf.errors import UserError
 from rlhf.execution.executor import Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.files import sha256
@@ -22,7 +23,16 @@ from rlhf.io.tokenizer import Tokenizer
 from rlhf.objectives import make_sft_objective
 from rlhf.ops import mean_metrics
 from rlhf.random import Purpose
-from rlhf.stages.inputs import check_agrees, embedded_file, make_schedule, new_config, train_tokenizer
+from rlhf.stages.compute import compile_obstacle
+from rlhf.stages.inputs import (
+    Outline,
+    check_validation,
+    embedded_file,
+    make_schedule,
+    new_config,
+    read_outline,
+    train_tokenizer,
+)
 from rlhf.stages.run import Run, StageResult, open_run
 from rlhf.stages.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
 from rlhf.tree import tree_sum
@@ -38,6 +48,26 @@ def run_sft(config: SFTRun) -> StageResult:
         return _run(run, config)
 
 
+def check(config: SFTRun) -> Outline:
+    """What the model will be; refuses what can be refused before the data is read.
+
+    Raises:
+        UserError: the model to start from is not fit, the shape impossible, or a setting contradicts another.
+    """
+    compile_obstacle(config, "sft", config.sft)
+    check_validation(config.sft_data, config.sft_val_data, DEMONSTRATIONS)
+    folder, given = config.sft.model_path, config.tokenizer.path
+    tokenizer = None if given is None else Tokenizer.load(given)
+    if folder is None:
+        return Outline(new_config(config.model, tokenizer.vocab_size if tokenizer else 1), tokenizer, "")
+    start = read_outline(folder, config.model)
+    if tokenizer is not None and start.tokenizer is not None and not tokenizer.same_vocabulary(start.tokenizer):
+        raise UserError(
+            f"{folder}: the model there has another vocabulary than --tokenizer.path {given}; drop the flag"
+        )
+    return start
+
+
 def _run(run: Run, config: SFTRun) -> StageResult:
     settings, rows = config.sft, config.sft.micro_batch_size
     model, path = _start(run, config)
@@ -51,7 +81,7 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     compile_to = run.compile_to(
         models,
         plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length),
-        obstacle="dropout's code would be another for every shape: set --sft.dropout 0" if settings.dropout else "",
+        obstacle=compile_obstacle(config, "sft", settings),
     )
     executor = run.open_executor(
         functools.partial(make_program, model.config, settings, plan.steps, run.dtype, compile_to), models
@@ -116,15 +146,12 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, Path]:
 
     What can be refused is refused before the embedded example is written.
     """
-    folder = config.sft.model_path
+    outline, folder = check(config), config.sft.model_path
     if folder is not None:
         model = load_language_model(folder)
-        check_agrees(config.model, model.config, folder)
         return model, config.sft_data or embedded_file(run, "demonstrations")
-    new_config(config.model, vocab_size=1)
-    given = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path is not None else None
     path = config.sft_data or embedded_file(run, "demonstrations")
-    tokenizer = given or train_tokenizer(run, path, DEMONSTRATIONS)
+    tokenizer = outline.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS)
     shape = new_config(config.model, tokenizer.vocab_size)
     params = gpt2.init(shape, key=run.key(Purpose.INIT))
     size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"

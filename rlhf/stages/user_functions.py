@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,35 @@ def load_function(target: str, where: str, problem: str = "it is not") -> Callab
     if not callable(function):
         raise UserError(f"{where}: {module} has no function {name!r}")
     return function
+
+
+def check_signature(
+    function: Callable[..., Any], what: str, texts: Collection[str], columns: Collection[str] | None = None
+) -> None:
+    """Refuse a function that `call_function` could not call.
+
+    Args:
+        function: a user's.
+        what: what it is to the user, for errors: "judge kindness".
+        texts: names of the lists that it is to judge.
+        columns: of the data file; None lets every other argument be one.
+
+    Raises:
+        UserError: it does not accept the texts by keyword, or requires something else.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a built-in: its first call will tell
+        return
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = {parameter.name for parameter in signature.parameters.values() if parameter.kind not in variadic}
+    extra = (names if columns is None else names & set(columns)) - {"prompt"}
+    try:
+        signature.bind(**dict.fromkeys({*texts, *extra}))
+    except TypeError as error:
+        given = f"{', '.join(texts)} and the columns of its file that it accepts"
+        known = f" ({', '.join(sorted({*columns} - {'prompt'})) or 'there are none'})" if columns is not None else ""
+        raise UserError(f"{what}: {error}; it is called with {given}{known}, by keyword") from error
 
 
 def call_function(
