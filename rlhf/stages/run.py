@@ -17,7 +17,6 @@ from rlhf.config import PipelineRun, RunConfig
 from rlhf.data.dataset import default_cache_dir
 from rlhf.distributed import open_executor
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
-from rlhf.execution.compiled import has_compiler
 from rlhf.execution.executor import Executor, Fault, Models, Program
 from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint
 from rlhf.io.files import atomic_folder, check_free_space, lock_folder, write_text
@@ -27,7 +26,7 @@ from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
-from rlhf.stages.compute import compute_threads, describe_workers, find_device, limit_threads
+from rlhf.stages.compute import compile_obstacle, compute_threads, describe_workers, find_device, limit_threads
 from rlhf.stages.identity import Facts, changes, settings_of
 from rlhf.stages.signals import Stop, stop_on_signal
 from rlhf.stages.sink import open_sink
@@ -122,9 +121,7 @@ class Run(Stop):
                 for fault in faults:
                     log.event("fault", **fault._asdict())
 
-    def compile_to(
-        self, models: Models, tokens: float, *, evaluated: Sequence[Params] = (), obstacle: str = ""
-    ) -> Path | None:
+    def compile_to(self, models: Models, tokens: float, *, evaluated: Sequence[Params] = ()) -> Path | None:
         """Where compiled code is kept; None where the stage is not to be compiled, or not worth it.
 
         Args:
@@ -132,10 +129,9 @@ class Run(Stop):
             evaluated: models that compiled code also runs without gradients.
             tokens: that gradients are taken of in the whole run; never what a resumed run has left, nor anything that
                 depends on workers or threads, because the choice is part of the result's bits.
-            obstacle: why this stage cannot be compiled.
 
         Raises:
-            UserError: `--compile on` asks for what is not possible here.
+            UserError: as `compile_obstacle`.
         """
         config = self.config
         sizes = [leaf.numel() for leaf in leaves(models.params)]
@@ -143,13 +139,7 @@ class Run(Stop):
         cost_s = _COMPILE_S * len(sizes) + _COMPILE_FORWARD_S * len(leaves(evaluated))
         if config.compile == "off" or (config.compile == "auto" and saved_s < 2 * cost_s):
             return None
-        if self.device.type == "cpu" and not has_compiler():
-            obstacle = "no C++ compiler is on the PATH: install g++"
-        if getattr(config, self.stage).gradient_checkpointing:
-            obstacle = f"compiled code would keep what --{self.stage}.gradient-checkpointing computes again"
-        if obstacle:
-            if config.compile == "on":
-                raise UserError(f"--compile on: {obstacle}; or use --compile off")
+        if obstacle := compile_obstacle(config, self.stage, getattr(config, self.stage)):
             self.note(f"not compiled, though it would be faster: {obstacle}")
             return None
         folder = (config.cache_dir or default_cache_dir()) / "compiled"

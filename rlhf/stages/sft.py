@@ -78,11 +78,7 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         return token_batches(source, records, max_length=max_length, rows=rows, loss_on=settings.loss_on, key=key)
 
     models = Models(model.params, {})
-    compile_to = run.compile_to(
-        models,
-        plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length),
-        obstacle=compile_obstacle(config, "sft", settings),
-    )
+    compile_to = run.compile_to(models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
     executor = run.open_executor(
         functools.partial(make_program, model.config, settings, plan.steps, run.dtype, compile_to), models
     )
