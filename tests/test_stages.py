@@ -519,15 +519,22 @@ def test_pipeline_resumes_where_it_was_interrupted(base, tmp_path):
         assert metrics_of(whole, stage) == metrics_of(stopped, stage)
 
 
-def test_a_bare_ppo_run_trains_what_it_needs_on_the_embedded_example(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_bare_ppo_run_trains_what_it_needs_on_the_embedded_example(base, tmp_path, monkeypatch, named):
+    """Also the run's own reward model where a gold score stands beside it."""
     monkeypatch.setattr("rlhf.stages.inputs.write_embedded", lambda folder: write_embedded(folder, size=60))
+    (tmp_path / "gold.py").write_text(
+        "def long(prompts, completions, item): return [float(len(c)) for c in completions]"
+    )
+    reward = (str(tmp_path / "run" / "reward"), f"0*{tmp_path}/gold.py:long") if named else ()
     bare = dataclasses.replace(
-        base, output_dir=tmp_path, sft_data=None, preference_data=None, prompt_data=None,
-        ppo=dataclasses.replace(base.ppo, num_iterations=1),
+        base, output_dir=tmp_path / "run", sft_data=None, preference_data=None, prompt_data=None,
+        ppo=dataclasses.replace(base.ppo, num_iterations=1, reward=reward),
     )  # fmt: skip
     assert run_ppo_alone(bare, bare).model.is_dir()
-    assert (tmp_path / "sft").is_dir()
-    assert (tmp_path / "reward").is_dir()
+    assert (bare.output_dir / "sft").is_dir()
+    assert (bare.output_dir / "reward").is_dir()
+    assert ("gold/long" in metrics_of(bare, "ppo")[0]) == named
 
 
 def test_record_order_is_a_permutation_per_epoch(key):

@@ -27,7 +27,14 @@ from rlhf.stages.identity import Facts
 from rlhf.stages.inputs import Outline, embedded_file, open_dataset, rate_at, start_folder, start_outline
 from rlhf.stages.ppo_program import make_program, shapes_of, start_models, update_schedule
 from rlhf.stages.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
-from rlhf.stages.rewards import RewardSource, check_columns, check_vocabulary, open_sources, source_digests
+from rlhf.stages.rewards import (
+    RewardSource,
+    check_columns,
+    check_vocabulary,
+    names_folder,
+    open_sources,
+    source_digests,
+)
 from rlhf.stages.run import Run, StageResult, open_run, train
 
 
@@ -64,7 +71,6 @@ class Start(NamedTuple):
 
     policy: Outline
     sources: list[RewardSource]
-    """Empty where OUTPUT_DIR/reward is yet to be trained."""
     context: int
     """Tokens of a prompt and its completion together: the shortest context of the models that read them."""
 
@@ -83,13 +89,13 @@ def check(config: PPORun, sft: Outline | None = None, reward: Outline | None = N
     settings = config.ppo
     compile_obstacle(config, "ppo", settings)
     policy = start_outline(config, settings.model_path, "--ppo.model-path", sft)
-    sources: list[RewardSource] = []
-    if settings.reward or reward is None:
-        sources = open_sources(_specs(config), policy.tokenizer)
-        scorers = [source.model.config for source in sources if source.model is not None]
-    else:
-        check_vocabulary(config.output_dir / "reward", reward.tokenizer, policy.tokenizer)
-        scorers = [reward.config]
+    untrained = None if reward is None else config.output_dir / "reward"
+    specs = _specs(config, untrained)
+    sources = open_sources(specs, policy.tokenizer, untrained)
+    scorers = [source.model.config for source in sources if source.model is not None]
+    if reward is not None and untrained is not None and any(names_folder(spec, untrained) for spec in specs):
+        check_vocabulary(untrained, reward.tokenizer, policy.tokenizer)
+        scorers.append(reward.config)
     context = min(shape.n_positions for shape in (policy.config, *scorers))
     if context <= settings.max_new_tokens:
         raise UserError(
@@ -98,10 +104,10 @@ def check(config: PPORun, sft: Outline | None = None, reward: Outline | None = N
     return Start(policy, sources, context)
 
 
-def _specs(config: PPORun) -> tuple[str, ...]:
+def _specs(config: PPORun, untrained: Path | None = None) -> tuple[str, ...]:
     """The sources of reward that are named, or OUTPUT_DIR/reward."""
     default = config.output_dir / "reward"
-    if not config.ppo.reward and not default.is_dir():
+    if not config.ppo.reward and untrained is None and not default.is_dir():
         raise UserError(
             f"{default}: no such folder; run `rlhf-train reward` first, or name a reward: "
             "--ppo.reward FOLDER or --ppo.reward module:function"

@@ -28,7 +28,7 @@ class RewardSource(NamedTuple):
     model: RewardModel | None
     """Either a reward model …"""
     function: Callable[..., Any] | None
-    """… or a Python function."""
+    """… or a Python function. A model that is yet to be trained is neither."""
 
     @property
     def metric(self) -> str:
@@ -36,12 +36,15 @@ class RewardSource(NamedTuple):
         return f"{'reward' if self.weight else 'gold'}/{self.name}"
 
 
-def open_sources(specs: Sequence[str], tokenizer: Tokenizer | None) -> list[RewardSource]:
+def open_sources(
+    specs: Sequence[str], tokenizer: Tokenizer | None, untrained: Path | None = None
+) -> list[RewardSource]:
     """Load every source.
 
     Args:
         specs: as the user wrote them.
         tokenizer: the policy's; None where it is yet to be trained.
+        untrained: folder of the reward model that is trained first.
 
     Raises:
         UserError: a source is neither a folder nor a function that can be imported, has a weight that is no number,
@@ -49,7 +52,7 @@ def open_sources(specs: Sequence[str], tokenizer: Tokenizer | None) -> list[Rewa
     """
     sources: list[RewardSource] = []
     for spec in specs:
-        source = _open(spec, tokenizer)
+        source = _open(spec, tokenizer, untrained)
         same = sum(source.name == other.name.partition("#")[0] for other in sources)
         sources.append(source._replace(name=f"{source.name}#{same + 1}") if same else source)
     if sources and not any(source.weight for source in sources):
@@ -98,9 +101,16 @@ def source_digests(specs: Sequence[str]) -> list[str]:
     return [weights_digest(target) for target in targets if target.is_dir()]
 
 
-def _open(spec: str, tokenizer: Tokenizer | None) -> RewardSource:
+def names_folder(spec: str, folder: Path) -> bool:
+    """Whether a source is the reward model in a folder, which may not be there yet."""
+    return Path(_parse(spec)[1]).absolute() == folder.absolute()
+
+
+def _open(spec: str, tokenizer: Tokenizer | None, untrained: Path | None) -> RewardSource:
     weight, target = _parse(spec)
     folder = Path(target)
+    if untrained is not None and names_folder(spec, untrained):
+        return RewardSource(folder.name, weight, None, None)
     if not folder.is_dir():
         function = load_function(target, f"--ppo.reward {spec}", "there is no such folder, and it is not")
         return RewardSource(target.rpartition(":")[2], weight, None, function)
