@@ -1,5 +1,6 @@
 """Messages within a group; what several processes do with them is tested through the executors."""
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -83,13 +84,14 @@ def test_tensors_arrive_in_the_order_in_which_they_were_sent(monkeypatch, backen
         me, found = group.place.rank, []
         for turn in range(len(lengths)):
             sends = [(rank, sent) for rank in range(3) for sent in messages(turn, me, rank)]
-            receives = [(rank, torch.full_like(sent, -1)) for rank in range(3) for sent in messages(turn, rank, me)]
+            places = [(rank, torch.full_like(sent, -1)) for rank in range(3) for sent in messages(turn, rank, me)]
+            receives = [(rank, len(place)) for rank, place in places] if in_pieces else places
             exchange = group.exchange(sends, receives)
             if me == late:
                 time.sleep(0.003)
             arrived = [[part.clone() for part in parts] for _, parts in exchange.pieces(9)] if in_pieces else []
             exchange.finish()
-            found.append([torch.cat(parts) for parts in zip(*arrived, strict=True)] or [place for _, place in receives])
+            found.append([torch.cat(parts) for parts in zip(*arrived, strict=True)] or [place for _, place in places])
         return found
 
     monkeypatch.setattr(collectives, "SEGMENT", 4)
@@ -101,16 +103,17 @@ def test_tensors_arrive_in_the_order_in_which_they_were_sent(monkeypatch, backen
 
 
 def test_what_several_receive_is_placed_once():
-    own = torch.arange(300.0)
+    own = torch.arange(100_000.0)
 
     def work(group):
         others = [rank for rank in range(3) if rank != group.place.rank]
-        places = [(rank, torch.zeros(300)) for rank in others]
+        places = [(rank, torch.zeros_like(own)) for rank in others]
         group.exchange([(rank, own) for rank in others], places).finish()
-        assert group._shared is not None
+        with pytest.raises(ValueError, match=r"exchange: 2 sends of over \d+ bytes, expected up to \d+"):
+            group._shared.write([(rank, own + rank) for rank in others])
         return [tensor for _, tensor in places]
 
-    for found in in_group(3, "shared", work, capacity=4 * 300):  # no room for two
+    for found in in_group(3, "shared", work, capacity=own.nbytes):  # no room for two
         assert all(torch.equal(tensor, own) for tensor in found)
 
 
@@ -133,11 +136,15 @@ def test_one_that_cannot_share_lets_all_send(monkeypatch, cause):
     assert in_group(2, "shared", work, capacity=8) == [(None, [1.0, 1.0]), (None, [0.0, 0.0])]
 
 
-def test_an_address_of_another_machine_is_not_opened():
-    descriptor = shared_memory.make_area(100)
-    address = shared_memory.address_of(descriptor)
+def test_only_the_area_itself_is_opened():
+    descriptor, address = shared_memory.make_area(100)
     area = shared_memory.open_area(address)
-    shared_memory.open_area(address)[5] = 7
-    assert area[5] == 7
+    area[500] = 7
+    assert shared_memory.open_area(address)[500] == 7
     with pytest.raises(OSError, match="another machine"):
-        shared_memory.open_area(address + torch.tensor([1, 0, 0]))
+        shared_memory.open_area(address + torch.tensor([1, 0, 0, 0]))
+    with pytest.raises(OSError, match="another file"):
+        shared_memory.open_area(address + torch.tensor([0, 0, 0, 1]))
+    os.close(descriptor)
+    with pytest.raises(FileNotFoundError):
+        shared_memory.open_area(address)

@@ -70,8 +70,14 @@ def test_invariant_14_any_number_of_workers_and_servers_gives_the_bits_of_one_pr
     assert got[2:] == ([], [])
 
 
-def test_invariant_14_the_ring_agrees_to_tolerance(one_ray):
-    got = run(DistConfig(num_workers=3, num_servers=1, reduce="ring"))
+def test_memory_shared_as_by_large_models_changes_no_bit(one_ray, monkeypatch):
+    monkeypatch.setattr(cluster, "Worker", toy.LargeWorker)
+    assert_same(run(DistConfig(num_workers=3, num_servers=1, backend="shared")), run(DistConfig()))
+
+
+@pytest.mark.parametrize(("workers", "servers"), [(3, 1), (2, 0)])
+def test_invariant_14_the_ring_agrees_to_tolerance(one_ray, workers, servers):
+    got = run(DistConfig(num_workers=workers, num_servers=servers, reduce="ring"))
     expected = run(DistConfig())
     for name, leaf in expected[1].items():
         torch.testing.assert_close(got[1][name], leaf, rtol=1e-4, atol=1e-5)

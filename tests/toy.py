@@ -9,6 +9,7 @@ import torch
 
 from rlhf import random
 from rlhf.data.batching import Ahead
+from rlhf.distributed import shared_memory
 from rlhf.distributed.worker import Worker
 from rlhf.execution.executor import Models, Program, StepSpec
 from rlhf.optim import adamw
@@ -75,6 +76,14 @@ def drive(executor, steps, micro_batches=7):
         if step % 3 == 1:
             executor.reset_optimizer()
     return seen, executor.snapshot()
+
+
+class LargeWorker(Worker):
+    """Shares memory as workers of a large model do."""
+
+    def __init__(self, **settings):
+        shared_memory._SMALL = 0
+        super().__init__(**settings)
 
 
 class FaultyWorker(Worker):

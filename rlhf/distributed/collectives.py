@@ -1,9 +1,9 @@
 """A group of processes that exchange tensors: torch.distributed, numbered by generation, with a time-out everywhere.
 
-Everything is made of one operation, `Group.exchange`: a reduce-scatter is an all-to-all whose receiver adds in an order
-of its own, a broadcast and an all-gather are exchanges of the same tensor with many. Only the ring, the backend's own
-allreduce, is not. Between processes of one machine tensors may also pass through memory that they share; then gloo
-only tells when they are there.
+Everything is made of one operation, sends and receives that begin together: a reduce-scatter is an all-to-all whose
+receiver adds in an order of its own, a broadcast and an all-gather send the same tensor to many. Only the ring, the
+backend's own allreduce, is not. Where all members are on one machine, the tensors of `Group.exchange` may pass through
+memory that they share; then gloo only tells when they are there.
 
 A group that has failed once is closed at once, which closes its connections, so that its other members fail too
 instead of waiting. It is never used again: whoever is left forms the next generation.
@@ -23,7 +23,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from rlhf.distributed.shared_memory import SharedMemory, address_of, make_area, open_area
+from rlhf.distributed.shared_memory import SharedMemory, make_area, open_area
 
 SEGMENT = 1 << 24
 """Elements sent at once (64 MB of float32): while one segment is added up, the next ones are on their way."""
@@ -55,10 +55,23 @@ class Place(NamedTuple):
         return range(self.workers if self.servers else 0, self.size)
 
 
+Receive = tuple[int, Tensor | int]
+"""(rank, tensor that what arrives is laid into, contiguous and flat; or how many float32 to read where they arrive)."""
+
+
 class Group:
     """One generation of processes; each method but `close` raises GroupError when the group has failed."""
 
-    def __init__(self, store: Store, place: Place, *, backend: str, timeout_s: float, capacity: int = 0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        place: Place,
+        *,
+        backend: str,
+        timeout_s: float,
+        device: torch.device | None = None,
+        capacity: int = 0,
+    ) -> None:
         """Wait for all members.
 
         Args:
@@ -66,54 +79,67 @@ class Group:
             place: this process's.
             backend: gloo, nccl, or shared: gloo, and where all members are on one machine, memory that they share.
             timeout_s: of every operation, in seconds.
+            device: of the tensors; the CPU by default.
             capacity: the most bytes that a member sends in an exchange, if memory is shared.
         """
-        self.place, self._staged = place, backend != "nccl"
+        self.place, self._staged, self._device = place, backend != "nccl", device or torch.device("cpu")
+        self._boxes: dict[int, Tensor] = {}
         own = PrefixStore(f"generation-{place.generation}", store)
         make = _gloo if self._staged else _nccl
         self._backend: Any = None
         self._backend = self._guard(lambda: make(own, place.rank, place.size, datetime.timedelta(seconds=timeout_s)))
         self._shared = self._share(capacity) if backend == "shared" and place.size > 1 else None
 
-    def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> "Exchange":
-        """Begin to send and receive; all members call it, also those that have nothing to send or receive.
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> "Exchange":
+        """Begin to send and receive; all members do, also those that have nothing to send or receive.
+
+        One exchange has to be finished before the next begins, and what it yields is valid until then.
 
         Args:
             sends: (rank, tensor), contiguous and flat, not to be changed before the exchange has ended. Between two
                 ranks, tensors arrive in the order in which they were sent.
-            receives: (rank, tensor for it), contiguous and flat.
+            receives: from other ranks.
         """
         if self._shared is None:
             return self._transfer(sends, receives)
-        if not self._shared.halved:
-            self._fence()
         self._shared.write(sends)
         self._fence()
-        return _Handover([tensor for _, tensor in receives], self._shared.read(receives))
+        found = self._shared.read([(rank, place if isinstance(place, int) else len(place)) for rank, place in receives])
+        return _Handover(receives, found, self._device, (lambda: None) if self._shared.halved else self._fence)
 
     def _fence(self) -> None:
+        """Wait for all members."""
         self._guard(lambda: self._backend.barrier().wait())
 
-    def _transfer(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> "Exchange":
+    def _transfer(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> "Exchange":
         """`exchange` through the backend."""
         me, size = self.place.rank, self.place.size
+        boxes = [
+            (rank, self._box(number, place) if isinstance(place, int) else place)
+            for number, (rank, place) in enumerate(receives)
+        ]
         outgoing = _in_segments(sorted(sends, key=lambda send: (send[0] - me) % size))  # not all to the same at once
-        incoming = _in_segments(sorted(receives, key=lambda receive: (me - receive[0]) % size))
+        incoming = _in_segments(sorted(boxes, key=lambda receive: (me - receive[0]) % size))
         buffers = [self._host(piece.tensor, copy=False) for piece in incoming]
         arriving, leaving = self._guard(lambda: self._post(incoming, buffers, outgoing))
         arrivals = [_Arrival(*found) for found in zip(incoming, buffers, arriving, strict=True)]
-        return _Transfer([tensor for _, tensor in receives], arrivals, leaving, self._guard)
+        return _Transfer([box for _, box in boxes], arrivals, leaving, self._guard)
+
+    def _box(self, number: int, size: int) -> Tensor:
+        """A tensor to receive into, kept for the next exchange."""
+        if number not in self._boxes or len(self._boxes[number]) != size:
+            self._boxes[number] = torch.empty(size, device=self._device)
+        return self._boxes[number]
 
     def _share(self, capacity: int) -> SharedMemory | None:
         """Open all members' memory; None, and so for all of them, if one cannot reach another's."""
         areas: list[mmap.mmap] = []
         with contextlib.ExitStack() as opened:
-            address = torch.full((3,), -1)
+            address = torch.full((4,), -1)
             with contextlib.suppress(OSError):
-                descriptor = make_area(capacity)
+                descriptor, address = make_area(capacity)
                 opened.callback(os.close, descriptor)
-                address = address_of(descriptor)
-            addresses = self.all_gather(address, [3] * self.place.size)
+            addresses = self.all_gather(address, [4] * self.place.size)
             with contextlib.suppress(OSError):
                 areas = [open_area(address) for address in addresses]
             reached = torch.tensor([len(areas)])
@@ -208,7 +234,7 @@ class Exchange(Protocol):
         """
 
     def finish(self) -> None:
-        """Wait until everything has been sent, and the rest received and laid into the tensors for it."""
+        """Wait until everything has been sent and received, and has been laid into the tensors for it."""
 
 
 class _Transfer:
@@ -221,7 +247,7 @@ class _Transfer:
         leaving: list[Any],
         guard: Callable[[Callable[[], Any]], Any],
     ) -> None:
-        """Takes what is to be received, in one piece and in those that arrive; works of the sends; how to wait."""
+        """Takes the tensors to be received, and their pieces; works of the sends; how to wait for a work."""
         self._tensors, self._arrivals = tensors, collections.deque(arrivals)
         self._leaving, self._guard = leaving, guard
 
@@ -250,20 +276,22 @@ class _Transfer:
 class _Handover:
     """Through shared memory: all is there."""
 
-    def __init__(self, tensors: list[Tensor], found: list[Tensor]) -> None:
-        """Takes what is to be received, and where it lies."""
-        self._left = list(zip(tensors, found, strict=True))
+    def __init__(
+        self, receives: Sequence[Receive], found: Sequence[Tensor], device: torch.device, leave: Callable[[], None]
+    ) -> None:
+        """Takes what is to be received, where it lies, the device on which it is wanted; what to do at the end."""
+        self._receives, self._found, self._device, self._leave = receives, found, device, leave
 
     def pieces(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """See `Exchange.pieces`: read where it lies, unless that is not the device on which it is wanted."""
-        left, self._left = self._left, []
-        yield slice(0, size), [found if tensor.is_cpu else tensor.copy_(found) for tensor, found in left]
+        """See `Exchange.pieces`."""
+        yield slice(0, size), [found.to(self._device) for found in self._found]
 
     def finish(self) -> None:
         """See `Exchange.finish`."""
-        for tensor, found in self._left:
-            tensor.copy_(found)
-        self._left = []
+        for (_, place), found in zip(self._receives, self._found, strict=True):
+            if not isinstance(place, int):
+                place.copy_(found)
+        self._leave()
 
 
 def _in_segments(tensors: Sequence[tuple[int, Tensor]]) -> list[_Piece]:

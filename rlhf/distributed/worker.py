@@ -63,12 +63,17 @@ class Worker:
         """
         self.leave()
         self._store = self._store or connect_store(host, port, self._timeout_s)
-        capacity = SUBTREES * 4 * self._layout.size  # bytes that `reduce` may send
-        self._group = Group(self._store, place, backend=self._backend, timeout_s=self._timeout_s, capacity=capacity)
+        self._group = Group(
+            self._store,
+            place,
+            backend=self._backend,
+            timeout_s=self._timeout_s,
+            device=self._device,
+            capacity=SUBTREES * 4 * self._layout.size,  # what `reduce` may send
+        )
         self._place, self._computes = place, place.rank < place.workers
         self._ranges = dict(zip(place.owners, shard_ranges(self._layout.size, len(place.owners)), strict=True))
         self._sums: dict[Span, Tensor] = {}
-        self._boxes: list[Tensor] = []
 
     def leave(self) -> None:
         """Close the connections to the other members."""
@@ -206,7 +211,7 @@ class Worker:
         return to_numpy(self._flat)
 
     def peak_bytes(self) -> int:
-        """The most memory that this process ever held."""
+        """The most memory that this process ever held, with what it read of others' in memory that they share."""
         return peak_bytes(self._device)
 
     def _check(self, version: int) -> None:
@@ -226,15 +231,14 @@ class Worker:
         me, total = self._place.rank, _total(shares)
         parts = [(owner, slice(*part)) for owner, part in self._ranges.items() if owner != me]
         sends = [(owner, own[part]) for owner, part in parts for own in self._sums.values()]
-        boxes: dict[tuple[int, Span], Tensor] = {}  # by whose subtree it is
+        theirs: list[tuple[int, Span]] = []  # subtrees, and whose they are
         if self._shard is not None:
-            spans = [(rank, span) for rank, share in enumerate(shares) for span in subtrees(*share, total)]
-            theirs = [(rank, span) for rank, span in spans if rank != me]
-            self._boxes += [torch.empty_like(self._gradient) for _ in range(len(theirs) - len(self._boxes))]
-            boxes = dict(zip(theirs, self._boxes, strict=False))
-        exchange = self._group_now().exchange(sends, [(rank, box) for (rank, _), box in boxes.items()])
+            theirs = [
+                (rank, span) for rank, share in enumerate(shares) if rank != me for span in subtrees(*share, total)
+            ]
+        exchange = self._group_now().exchange(sends, [(rank, len(self._gradient)) for rank, _ in theirs])
         if self._shard is not None:
-            self.add_up(exchange, [span for _, span in boxes], total)
+            self.add_up(exchange, [span for _, span in theirs], total)
         exchange.finish()
 
     def add_up(self, exchange: Exchange, spans: Sequence[Span], total: int) -> None:
