@@ -366,7 +366,7 @@ def ppo_flags(shelf: Path, **changes: Any) -> list[str]:
         ({"ppo.reward": "no_such_module:f"}, ("--ppo.reward no_such_module:f", "cannot be imported")),
         ({"ppo.reward": "{shelf}/rewards.py:missing"}, ("has no function 'missing'",)),
         ({"ppo.reward": "x*"}, ("--ppo.reward x*", "there is no such folder")),
-        ({"model.n-layer": "7"}, ("has n_layer 1, but --model.n-layer is 7", "drop the flag")),
+        ({"model.n-layer": "7"}, ("has n_layer 1, but --model.n-layer (or the configuration file's) is 7", "drop it")),
         ({"device": "cuda"}, ("--device cuda", "use --device cpu")),
     ],
     ids=["vocabulary", "no reward model", "no policy", "context", "module", "function", "source", "shape", "GPU"],
@@ -439,7 +439,10 @@ PIPELINE: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--sft.model-path", "{shelf}/lm", "--ppo.model-path", "foreign_lm"],
         ("out/reward: the reward model's vocabulary",),
     ),
-    "another shape": (["--ppo.model-path", "{shelf}/lm", "--model.n-embd", "64"], ("but --model.n-embd is 64",)),
+    "another shape": (
+        ["--ppo.model-path", "{shelf}/lm", "--model.n-embd", "64"],
+        ("but --model.n-embd (or the configuration file's) is 64",),
+    ),
     "SFT that cannot be compiled": (["--config", "dropout.yaml"], ("--compile on: dropout's code",)),
     "a reward model that cannot be compiled": (
         ["--config", "reward.yaml"],
@@ -759,3 +762,17 @@ def test_help_imports_nothing_heavy(tmp_path):
 def test_tests_do_not_touch_the_users_cache():
     """A guard of this file itself: what it runs is tokenised below the test's own folder."""
     assert str(Path.cwd()) in str(default_cache_dir())
+
+
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(monkeypatch, given):
+    from rlhf.cli.command import run_command
+
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert run_command(lambda: None) == 0
+    found = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    assert found == (given or {"GOMP_SPINCOUNT": "10000"})

@@ -25,6 +25,7 @@ from rlhf.io.model_folder import LanguageModel, save_language_model
 from rlhf.io.terminal import printable
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.sampling import generate
+from rlhf.stages.completions import default_length
 from rlhf.stages.evaluate import run_evaluation
 from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.generate import pieces, stream
@@ -143,6 +144,11 @@ def test_the_screen_shows_what_the_file_holds(show, tmp_path):
     assert shown == expected
     assert any(character in "".join(line["completion"] for line in lines) for character in map(chr, range(32)))
     assert not set(map(chr, range(32))) - {"\n", "\t"} & set(shown)
+
+
+def test_the_longest_completion_leaves_room_for_a_prompt_where_nobody_says_how_long(show):
+    assert "(cut at 32 tokens)" in show(prompt=("hello",), samples=9, max_new_tokens=None)
+    assert [default_length(context) for context in (1, 48, 128, 1024)] == [1, 24, 64, 64]
 
 
 def test_two_models_stand_side_by_side(show, folder, tmp_path):

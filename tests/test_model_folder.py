@@ -304,7 +304,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
     "config is a list": ("lm", written("config.json", "[]"), ["config.json", "not a JSON object"]),
     "config not UTF-8": ("lm", written("config.json", b'{"\xff": 1}'), ["config.json: cannot be read"]),
     "no weights": ("lm", written("model.safetensors", None), ["model.safetensors: no such file", "safetensors alone"]),
-    "no tokenizer": ("lm", written("tokenizer.json", None), ["holds neither tokenizer.json nor"]),
+    "no tokenizer": ("lm", written("tokenizer.json", None), ["has neither tokenizer.json nor"]),
     "another family": ("lm", configured(model_type="llama"), ["model_type is 'llama'", "expected 'gpt2'"]),
     "no layers": (
         "lm",

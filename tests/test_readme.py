@@ -27,7 +27,19 @@ def test_snippets_run(snippet):
 def test_commands_parse(command):
     from rlhf.cli.train import parse
 
-    assert parse(shlex.split(command)[1:]).output_dir == Path("outputs/mine")
+    assert parse(shlex.split(command)[1:]).output_dir.parts[0] == "outputs"
+
+
+def test_no_command_trains_what_another_has_trained_in_its_folder():
+    """Which would be refused."""
+    from rlhf.cli.train import parse
+
+    done = set()
+    for _, stage, *flags in (shlex.split(command) for command in COMMANDS if "--output-dir" in command):
+        for one in ("sft", "reward", "ppo") if stage == "pipeline" else (stage,):
+            place = (one, parse([stage, *flags]).output_dir)
+            assert place not in done
+            done.add(place)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("rlhf-evaluate", "rlhf-generate"))])

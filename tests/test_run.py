@@ -6,9 +6,20 @@ import pytest
 import torch
 
 from rlhf.config import PPORun, RunConfig, SFTRun
+from rlhf.errors import UserError
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
 from rlhf.stages.identity import changes
-from rlhf.stages.run import open_run
+from rlhf.stages.run import check_output, open_run
+
+
+def test_a_finished_folder_tells_how_another_run_starts_from_its_models(tmp_path):
+    save_checkpoint(tmp_path / "checkpoints" / "ppo", Checkpoint(4, {"w": torch.ones(2)}, {}), keep=1)
+    for name in ("sft", "reward"):
+        (tmp_path / name).mkdir()
+    flags = f"--ppo.model-path {tmp_path}/sft --ppo.reward {tmp_path}/reward"
+    with pytest.raises(UserError, match=rf"\(step 4\); continue .* to start there from the models here, add {flags}$"):
+        check_output(PPORun(output_dir=tmp_path), "ppo")
+
 
 NOTHING = "nothing to resume in {folder}: starting anew"
 

@@ -253,8 +253,8 @@ def test_ids_with_holes_are_counted_to_the_highest():
 
 
 BROKEN = {
-    "no files": ({"tokenizer.json": None}, "holds neither tokenizer.json nor vocab.json and merges.txt"),
-    "vocabulary without merges": ({"tokenizer.json": None, "vocab.json": "{}"}, "holds neither"),
+    "no files": ({"tokenizer.json": None}, "has neither tokenizer.json nor vocab.json and merges.txt"),
+    "vocabulary without merges": ({"tokenizer.json": None, "vocab.json": "{}"}, "has neither"),
     "empty": ({"tokenizer.json": ""}, "cannot be read"),
     "not JSON": ({"tokenizer.json": '{"version": '}, "cannot be read"),
     "no model": ({"tokenizer.json": "{}"}, "cannot be read"),
@@ -322,5 +322,5 @@ def test_a_missing_folder_is_refused(tmp_path, name, problem):
 
 def test_a_folder_where_tokenizer_json_is_a_folder_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").mkdir()
-    with pytest.raises(UserError, match="holds neither"):
+    with pytest.raises(UserError, match="has neither"):
         Tokenizer.load(tmp_path)

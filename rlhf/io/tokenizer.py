@@ -70,7 +70,7 @@ class Tokenizer:
                 backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
                 backend.add_special_tokens([token for token in (EOS, PAD) if backend.token_to_id(token) is not None])
             else:
-                raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json and merges.txt")
+                raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt; save them there")
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception for anything wrong with a file

@@ -12,6 +12,11 @@ from rlhf.io.tokenizer import Tokenizer
 from rlhf.sampling import Completions
 
 
+def default_length(context: int) -> int:
+    """Tokens of the longest completion where nobody says how many: 64, or half of a shorter context."""
+    return max(1, min(64, context // 2))
+
+
 def complete(
     executor: Executor, prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int, name: str = "rollout"
 ) -> Completions:

@@ -42,7 +42,7 @@ class JudgementConfig(Section):
     temperature: Positive | None = None
     """Of the policy and what it is compared with alike; none is that of the run, or else 1."""
     max_new_tokens: Count | None = None
-    """Longest completion; none is that of the run, or else 64."""
+    """Longest completion; none is that of the run, or else 64 or half of a shorter context."""
     seed: Seed = 0
     """Of sampling, resampling and cross-validation."""
 

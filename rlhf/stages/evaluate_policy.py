@@ -10,6 +10,7 @@ from rlhf.config import PipelineRun
 from rlhf.data.schema import PROMPTS
 from rlhf.evaluation import diversity, repetition
 from rlhf.stages.answers import Answers, Panel, Sampling, load_panel, open_panel, prompt_tokens
+from rlhf.stages.completions import default_length
 from rlhf.stages.compute import Workplace, open_workplace
 from rlhf.stages.evaluate_config import Decoding, EvaluateConfig
 from rlhf.stages.evaluate_inputs import Folders, TestData, open_data
@@ -17,7 +18,6 @@ from rlhf.stages.evaluate_result import Evaluation
 from rlhf.stages.figures import Array, Estimate, Figure, difference, figures, from_influence, mean, outcomes, ratio
 from rlhf.stages.judges import Judge, Preferences, prefer, score
 
-_MAX_NEW_TOKENS = 64
 _DISTINCT = (1, 2, 3)
 _UNPAIRED = "eval/distinct_"
 """A figure of all texts together, of which differences have no interval worth giving."""
@@ -75,8 +75,8 @@ def evaluate_policy(
     assert folders.policy is not None, "there is something to evaluate"
     writers = {"policy": folders.policy} | ({} if folders.against is None else {"against": folders.against})
     reward_models = {} if folders.reward is None else {folders.reward.name: folders.reward}
-    sampling = _sampling(config, run)
     panel = load_panel(writers, folders.reference, reward_models)
+    sampling = _sampling(config, run, panel.context)
     contests = hold_contests(config, place, panel, data, sampling, judges)
     evaluations = []
     for contest in contests:
@@ -225,10 +225,10 @@ def _wins(contest: Contest) -> dict[str, Estimate]:
     return estimates
 
 
-def _sampling(config: EvaluateConfig, run: PipelineRun | None) -> Sampling:
+def _sampling(config: EvaluateConfig, run: PipelineRun | None, context: int) -> Sampling:
     ppo = None if run is None else run.ppo
     temperature = config.temperature or (ppo.temperature if ppo else 1.0)
-    length = config.max_new_tokens or (ppo.max_new_tokens if ppo else _MAX_NEW_TOKENS)
+    length = config.max_new_tokens or (ppo.max_new_tokens if ppo else default_length(context))
     return Sampling(tuple(dict.fromkeys(config.decoding)), temperature, length, config.seed)
 
 

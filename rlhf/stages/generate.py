@@ -19,7 +19,7 @@ from rlhf.objectives import make_rollout
 from rlhf.ops import scale_logits
 from rlhf.random import uniform_at
 from rlhf.sampling import filter_logits, sample_token
-from rlhf.stages.completions import complete, texts_of
+from rlhf.stages.completions import complete, default_length, texts_of
 from rlhf.stages.generate_config import GenerateConfig
 from rlhf.tree import to_device
 from rlhf.types import Params
@@ -112,10 +112,11 @@ class Writer:
             UserError: it cannot be read, or its context is too short for the completions asked for.
         """
         model = load_language_model(folder)
-        self.room = model.config.n_positions - config.max_new_tokens
+        self.max_new_tokens = config.max_new_tokens or default_length(model.config.n_positions)
+        self.room = model.config.n_positions - self.max_new_tokens
         if self.room < 1:
             raise UserError(
-                f"--max-new-tokens {config.max_new_tokens}: {folder} reads {model.config.n_positions} tokens in all; "
+                f"--max-new-tokens {self.max_new_tokens}: {folder} reads {model.config.n_positions} tokens in all; "
                 f"give at most {model.config.n_positions - 1}"
             )
         self.folder, self.model, self._config, self._device = folder, model, config, device
@@ -151,7 +152,7 @@ class Writer:
     def _sampling(self) -> dict[str, Any]:
         config = self._config
         return {
-            "max_new_tokens": config.max_new_tokens,
+            "max_new_tokens": self.max_new_tokens,
             "temperature": config.temperature,
             "top_k": 1 if config.greedy else config.top_k,
             "top_p": config.top_p,

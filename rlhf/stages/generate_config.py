@@ -25,8 +25,8 @@ class GenerateConfig(Section):
     output: Path | None = None
     """JSON Lines file to write instead of showing completions."""
 
-    max_new_tokens: Count = 64
-    """Longest completion."""
+    max_new_tokens: Count | None = None
+    """Longest completion; none is 64, or half of the model's context where that is less."""
     temperature: Positive = 1.0
     """Below 1 likely tokens become likelier."""
     top_k: Index = 0

@@ -150,7 +150,7 @@ def _show_one(config: GenerateConfig, console: Console, writer: Writer, prompt: 
     finally:
         console.print()
     if not ended:
-        console.print(Text(f"(cut at {config.max_new_tokens} tokens)", style="dim"))
+        console.print(Text(f"(cut at {writer.max_new_tokens} tokens)", style="dim"))
 
 
 def _show_beside(console: Console, writers: Sequence[Writer], prompt: str, key: Tensor) -> None:

@@ -87,9 +87,9 @@ def read_outline(folder: Path, settings: ModelConfig) -> Outline:
     for name in ("n_layer", "n_head", "n_embd", "n_positions"):
         wanted, got = getattr(settings, name), getattr(config, name)
         if wanted not in (None, got):
-            flag = f"--model.{name.replace('_', '-')}"
+            flag = f"--model.{name.replace('_', '-')} (or the configuration file's)"
             raise UserError(
-                f"{folder}: the model there has {name} {got}, but {flag} is {wanted}; drop the flag, or train anew"
+                f"{folder}: the model there has {name} {got}, but {flag} is {wanted}; drop it, or train anew"
             )
     return Outline(config, Tokenizer.load(folder), weights_digest(folder))
 

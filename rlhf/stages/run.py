@@ -188,8 +188,16 @@ def check_output(config: RunConfig, stage: str) -> None:
     if done is not None and not config.resume:
         raise UserError(
             f"{config.output_dir}: holds checkpoints of another {stage} run (step {done}); "
-            "continue it with --resume, or choose another --output-dir"
+            f"continue it with --resume, or choose another --output-dir{_from_here(config.output_dir, stage)}"
         )
+
+
+def _from_here(folder: Path, stage: str) -> str:
+    """How another run of a stage starts from the models in a folder."""
+    flags = [f"--{stage}.model-path {folder / 'sft'}"] if stage != "sft" and (folder / "sft").is_dir() else []
+    if stage == "ppo" and (folder / "reward").is_dir():
+        flags.append(f"--ppo.reward {folder / 'reward'}")
+    return f"; to start there from the models here, add {' '.join(flags)}" if flags else ""
 
 
 def train(
