@@ -445,6 +445,14 @@ def judged_by(base, folder, *body: str) -> tuple[PipelineRun, Path]:
     return copy_run(base, folder, "ppo", ppo=dataclasses.replace(base.ppo, reward=(f"{judge}:judge",))), judge
 
 
+def test_a_run_says_at_its_end_what_is_wrong(base, tmp_path, capsys):
+    run, _ = judged_by(base, tmp_path, "return [1.0 for _ in completions]")
+    run_ppo(run)
+    said = capsys.readouterr().err
+    assert "ppo: PROBLEM constant-rewards: " in said
+    assert "sft: PROBLEM" not in said
+
+
 def test_a_reward_that_is_not_finite_is_refused_and_everything_saved(base, tmp_path):
     run, judge = judged_by(base, tmp_path, "return [float('nan') if len(calls) == 3 else 0.0 for _ in completions]")
     with pytest.raises(NonFiniteError, match=r"ppo iteration 3: reward judge is nan for the completion") as caught:

@@ -24,6 +24,9 @@ from rlhf.io.manifest import has_manifest, write_manifest
 from rlhf.io.presets import dump_config, load_config
 from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
+from rlhf.io.terminal import visible
+from rlhf.monitor.health import findings
+from rlhf.monitor.log import read_logs
 from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages.compute import compile_obstacle, compute_threads, describe_workers, find_device, limit_threads
@@ -303,20 +306,27 @@ def _fault_metrics(faults: Sequence[Fault], step: int, log: RunLog) -> dict[str,
 
 @contextlib.contextmanager
 def _report_at_end(run: Run) -> Iterator[None]:
-    """Write report/report.html however the stage ends, but for Ctrl-C twice. A run never fails for its report."""
-    folder = run.config.output_dir
+    """Write report/report.html and say what is wrong, however the stage ends, but for Ctrl-C twice.
+
+    A run never fails for its report.
+    """
+    logs, path = run.config.output_dir / "logs", run.config.output_dir / "report" / "report.html"
     try:
         yield
     finally:
         if not isinstance(sys.exception(), KeyboardInterrupt):
-            path = folder / "report" / "report.html"
             try:
-                write_report([folder / "logs"], path)
-                said = f"report in {path}"
+                write_report([logs], path)
+                said = [f"report in {path}"]
+                found = [
+                    one for one in findings(*read_logs([logs])) if (one.stage, one.level) == (run.stage, "problem")
+                ]
+                said += [f"PROBLEM {one.check}: {one.summary}; {one.advice}" for one in found]
             except Exception as error:  # whatever it is, the models are worth more
-                said = f"{path}: not written ({error})"
-            console.print(f"[bold]{run.stage}[/]: ", end="")
-            console.print(said, markup=False, soft_wrap=True)
+                said = [f"{path}: not written ({error})"]
+            for line in said:
+                console.print(f"[bold]{run.stage}[/]: ", end="")
+                console.print(visible(line), markup=False, soft_wrap=True)
 
 
 def _checkpoints(config: RunConfig, stage: str) -> Path:
