@@ -318,10 +318,9 @@ def _report_at_end(run: Run) -> Iterator[None]:
             try:
                 write_report([logs], path)
                 said = [f"report in {path}"]
-                found = [
-                    one for one in findings(*read_logs([logs])) if (one.stage, one.level) == (run.stage, "problem")
-                ]
-                said += [f"PROBLEM {one.check}: {one.summary}; {one.advice}" for one in found]
+                for found in findings(*read_logs([logs])):
+                    if found.stage == run.stage and found.level == "problem":
+                        said.append(f"PROBLEM {found.check}: {found.summary}; {found.advice}")
             except Exception as error:  # whatever it is, the models are worth more
                 said = [f"{path}: not written ({error})"]
             for line in said:
