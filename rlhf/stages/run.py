@@ -318,9 +318,9 @@ def _report_at_end(run: Run) -> Iterator[None]:
             try:
                 write_report([logs], path)
                 said = [f"report in {path}"]
-                for found in findings(*read_logs([logs])):
-                    if found.stage == run.stage and found.level == "problem":
-                        said.append(f"PROBLEM {found.check}: {found.summary}; {found.advice}")
+                found = [finding for finding in findings(*read_logs([logs])) if finding.stage == run.stage]
+                bad = [finding for finding in found if finding.level == "problem"]
+                said += [f"PROBLEM {finding.check}: {finding.summary}; {finding.advice}" for finding in bad]
             except Exception as error:  # whatever it is, the models are worth more
                 said = [f"{path}: not written ({error})"]
             for line in said:
