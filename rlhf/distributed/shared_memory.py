@@ -32,8 +32,8 @@ class SharedMemory:
 
     def __init__(self, rank: int, areas: Sequence[mmap.mmap], capacity: int) -> None:
         """Args: this member's rank; the areas by rank; the capacity that they were made with."""
-        self.halved = capacity <= _SMALL
-        self._rank, self._start, self._size = rank, 0, len(areas[rank]) // (2 if self.halved else 1)
+        self.halved = _parts(capacity) == 2
+        self._rank, self._start, self._size = rank, 0, len(areas[rank]) // _parts(capacity)
         self._bytes = [torch.frombuffer(area, dtype=torch.uint8) for area in areas]
         self._words = [memoryview(area).cast("q") for area in areas]
 
@@ -98,7 +98,7 @@ def make_area(capacity: int) -> tuple[int, Tensor]:
     descriptor = os.memfd_create("rlhf")
     try:
         pages = -(-(_TABLE + capacity + _SENDS * _ALIGN) // mmap.PAGESIZE)
-        os.ftruncate(descriptor, pages * mmap.PAGESIZE * (2 if capacity <= _SMALL else 1))
+        os.ftruncate(descriptor, pages * mmap.PAGESIZE * _parts(capacity))
         token = secrets.randbits(62)
         os.pwrite(descriptor, array("q", [token]).tobytes(), 0)
         return descriptor, torch.tensor([_machine(), os.getpid(), descriptor, token])
@@ -123,6 +123,11 @@ def open_area(address: Tensor) -> mmap.mmap:
         return mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _parts(capacity: int) -> int:
+    """How many exchanges an area holds: two where it is halved."""
+    return 2 if capacity <= _SMALL else 1
 
 
 @functools.cache

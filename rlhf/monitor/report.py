@@ -25,12 +25,15 @@ _SAMPLE_BYTES = 2_200_000
 """What a report may spend on completions; the curves of a thousand iterations take about a megabyte."""
 
 
-def write_report(log_dirs: Sequence[Path], path: Path) -> None:
+def write_report(log_dirs: Sequence[Path], path: Path) -> list[LogReader]:
     """Write the page with everything in it that the logs hold by now; several runs are compared.
 
     Args:
         log_dirs: logs/ folders, or output folders.
         path: the HTML file; its folder is made.
+
+    Returns:
+        The runs as they were read.
 
     Raises:
         UserError: a folder is no run's, its log is empty, or the file cannot be written.
@@ -39,6 +42,7 @@ def write_report(log_dirs: Sequence[Path], path: Path) -> None:
     with clear_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, document(_content(readers)))
+    return readers
 
 
 def document(data: dict[str, Any] | None) -> str:

@@ -12,6 +12,7 @@ from rlhf.data.embedded import write_embedded
 from rlhf.data.schema import Schema
 from rlhf.errors import UserError
 from rlhf.gpt2_config import PRESETS, GPT2Config
+from rlhf.io.files import check_folder
 from rlhf.io.model_folder import check_model_folder, load_shape, weights_digest
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.random import fold_in, permutation
@@ -114,8 +115,7 @@ def start_outline(config: RunConfig, given: Path | None, flag: str, sft: Outline
     if given is None and sft is not None:
         return sft
     folder = start_folder(config, given)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; run `rlhf-train sft` first, or name a model folder: {flag} FOLDER")
+    check_folder(folder, f"run `rlhf-train sft` first, or name a model folder: {flag} FOLDER")
     return read_outline(folder, config.model)
 
 

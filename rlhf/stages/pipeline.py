@@ -11,7 +11,7 @@ from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.distributed import connected
 from rlhf.io.progress import console
 from rlhf.stages import ppo, reward, sft
-from rlhf.stages.rewards import check_columns, names_folder
+from rlhf.stages.rewards import check_columns
 from rlhf.stages.run import StageResult, check_output
 
 _RUNS: dict[str, Callable[[PipelineRun], StageResult]] = {
@@ -56,9 +56,7 @@ def run_ppo_alone(config: PPORun, base: PipelineRun) -> StageResult:
     So `rlhf-train ppo` works as typed. Arguments and limits as `run_reward_alone`.
     """
     if config.prompt_data is None:
-        own, specs = config.output_dir / "reward", config.ppo.reward
-        scored = not specs or any(names_folder(spec, own) for spec in specs)
-        needed = ("sft", "reward") if scored else ("sft",)
+        needed = ("sft", "reward") if ppo.scores_with_own_model(config) else ("sft",)
         _train_missing(config, base, "ppo", () if config.ppo.model_path else needed)
     return ppo.run_ppo(config)
 

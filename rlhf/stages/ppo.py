@@ -17,7 +17,7 @@ from rlhf.data.batching import Ahead, ppo_batch
 from rlhf.data.schema import PROMPTS
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience
-from rlhf.io.files import sha256
+from rlhf.io.files import check_folder, sha256
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
 from rlhf.io.run_log import RunLog
 from rlhf.kl import adaptive_kl_coef
@@ -89,12 +89,14 @@ def check(config: PPORun, sft: Outline | None = None, reward: Outline | None = N
     settings = config.ppo
     compile_obstacle(config, "ppo", settings)
     policy = start_outline(config, settings.model_path, "--ppo.model-path", sft)
-    untrained = None if reward is None else config.output_dir / "reward"
-    specs = _specs(config, untrained)
-    sources = open_sources(specs, policy.tokenizer, untrained)
+    own = config.output_dir / "reward"
+    if not settings.reward and reward is None:
+        remedy = "name a reward: --ppo.reward FOLDER or --ppo.reward module:function"
+        check_folder(own, f"run `rlhf-train reward` first, or {remedy}")
+    sources = open_sources(_specs(config), policy.tokenizer, untrained=None if reward is None else own)
     scorers = [source.model.config for source in sources if source.model is not None]
-    if reward is not None and untrained is not None and any(names_folder(spec, untrained) for spec in specs):
-        check_vocabulary(untrained, reward.tokenizer, policy.tokenizer)
+    if reward is not None and scores_with_own_model(config):
+        check_vocabulary(own, reward.tokenizer, policy.tokenizer)
         scorers.append(reward.config)
     context = min(shape.n_positions for shape in (policy.config, *scorers))
     if context <= settings.max_new_tokens:
@@ -104,15 +106,14 @@ def check(config: PPORun, sft: Outline | None = None, reward: Outline | None = N
     return Start(policy, sources, context)
 
 
-def _specs(config: PPORun, untrained: Path | None = None) -> tuple[str, ...]:
+def scores_with_own_model(config: PPORun) -> bool:
+    """Whether the model in OUTPUT_DIR/reward is among the sources of reward."""
+    return any(names_folder(spec, config.output_dir / "reward") for spec in _specs(config))
+
+
+def _specs(config: PPORun) -> tuple[str, ...]:
     """The sources of reward that are named, or OUTPUT_DIR/reward."""
-    default = config.output_dir / "reward"
-    if not config.ppo.reward and untrained is None and not default.is_dir():
-        raise UserError(
-            f"{default}: no such folder; run `rlhf-train reward` first, or name a reward: "
-            "--ppo.reward FOLDER or --ppo.reward module:function"
-        )
-    return config.ppo.reward or (str(default),)
+    return config.ppo.reward or (str(config.output_dir / "reward"),)
 
 
 def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:

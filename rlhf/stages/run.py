@@ -26,7 +26,6 @@ from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.io.terminal import visible
 from rlhf.monitor.health import findings
-from rlhf.monitor.log import read_logs
 from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages.compute import compile_obstacle, compute_threads, describe_workers, find_device, limit_threads
@@ -75,8 +74,7 @@ class Run(Stop):
     def note(self, text: str) -> None:
         """Tell the user something and keep it for the log."""
         self.notes.append(text)
-        console.print(f"[bold]{self.stage}[/]: ", end="")
-        console.print(text, markup=False, soft_wrap=True)
+        _say(self.stage, text)
 
     @property
     def model_folder(self) -> Path:
@@ -316,16 +314,20 @@ def _report_at_end(run: Run) -> Iterator[None]:
     finally:
         if not isinstance(sys.exception(), KeyboardInterrupt):
             try:
-                write_report([logs], path)
-                said = [f"report in {path}"]
-                found = [finding for finding in findings(*read_logs([logs])) if finding.stage == run.stage]
+                (reader,) = write_report([logs], path)
+                found = [finding for finding in findings(reader) if finding.stage == run.stage]
                 bad = [finding for finding in found if finding.level == "problem"]
-                said += [f"PROBLEM {finding.check}: {finding.summary}; {finding.advice}" for finding in bad]
+                told = [f"PROBLEM {finding.check}: {finding.summary}; {finding.advice}" for finding in bad]
+                said = [f"report in {path}", *told]
             except Exception as error:  # whatever it is, the models are worth more
                 said = [f"{path}: not written ({error})"]
             for line in said:
-                console.print(f"[bold]{run.stage}[/]: ", end="")
-                console.print(visible(line), markup=False, soft_wrap=True)
+                _say(run.stage, visible(line))
+
+
+def _say(stage: str, text: str) -> None:
+    console.print(f"[bold]{stage}[/]: ", end="")
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _checkpoints(config: RunConfig, stage: str) -> Path:
