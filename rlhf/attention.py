@@ -3,6 +3,8 @@
 Scores get a bias: 0 where a query may see a key, -inf where not.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,8 +32,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         if length > _PLAIN:
             return attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
         bias = _bias(_causal(length, q.device)) if bias is None else bias
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        return (scores + bias).softmax(-1).to(q.dtype) @ v
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + bias
+        if not torch.compiler.is_compiling():
+            return scores.softmax(-1).to(q.dtype) @ v
+        highest = scores.detach().amax(-1, keepdim=True)  # a constant: it cancels
+        weights: Tensor = _Exp.apply(scores - highest)  # type: ignore[no-untyped-call]
+        return (weights @ v / weights.float().sum(-1, keepdim=True)).to(q.dtype)  # one pass less than the softmax
     bias = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
@@ -100,3 +106,20 @@ def _bias(allowed: Tensor) -> Tensor:
 def _causal(length: int, device: torch.device) -> Tensor:
     """[T, T] bool: query t may see key s when s <= t."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+class _Exp(torch.autograd.Function):
+    """exp in bfloat16, which its gradient takes as it is: a compiler would keep it in float32 beside."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.exp().bfloat16()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (exp,) = ctx.saved_tensors
+        return gradient.float() * exp.float()

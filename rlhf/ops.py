@@ -96,12 +96,7 @@ def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
     check_integer("token_log_probs", targets=targets)
     check_same_shape("token_log_probs", targets=targets, **{"logits[..., 0]": logits[..., 0]})
     scaled = scale_logits(logits, temperature)
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():  # then its gradient, too, is part of another pass
-        token = torch.arange(scaled.shape[-1], device=scaled.device)
-        chosen = torch.where(token == targets.unsqueeze(-1), scaled, 0.0).sum(dim=-1)
-    else:
-        chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return chosen - torch.logsumexp(scaled, dim=-1)
+    return _at(scaled, targets) - torch.logsumexp(scaled, dim=-1)
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -130,7 +125,8 @@ def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
         logits: [..., V] float.
         targets: [...] int64 in [0, V).
     """
-    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) >= logits.amax(dim=-1)
+    scaled = scale_logits(logits, 1.0)  # as `token_log_probs` has it: compiled code takes target and maximum from there
+    return _at(scaled, targets) >= scaled.amax(dim=-1, keepdim=True).squeeze(-1)
 
 
 def scale_logits(logits: Tensor, temperature: float) -> Tensor:
@@ -154,3 +150,11 @@ def mean_metrics(sums: Metrics) -> Metrics:
     """
     count = torch.where(sums["count"] == 0, 1, sums["count"])
     return {name: total / count for name, total in sums.items() if name != "count"}
+
+
+def _at(logits: Tensor, targets: Tensor) -> Tensor:
+    """[...] logits [..., V] of the targets [...] int64."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():  # then its gradient, too, is part of another pass
+        token = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+        return torch.where(token == targets.int().unsqueeze(-1), logits, 0.0).sum(dim=-1)
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

@@ -48,13 +48,34 @@ def expected(q, k, v, segments):
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["causal", "segments"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("plain", [0, 512], ids=["torch's kernel", "plain"])
-def test_attention_value(dtype, segments, plain, monkeypatch):
-    monkeypatch.setattr(attention, "_PLAIN", plain)  # of consequence in bf16
+@pytest.mark.parametrize("compiling", [False, True])
+def test_attention_value(dtype, segments, plain, compiling, monkeypatch):
+    monkeypatch.setattr(attention, "_PLAIN", plain)  # of consequence in bf16, as the next
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     q, k, v = (draws(number, B, N, T, H, dtype=dtype) for number in range(3))
     bias = None if segments is None else attention.segment_bias(segments)
     found = attention.attention(q, k, v, bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected(q, k, v, segments), atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_attention_gradient_in_bfloat16(compiling, monkeypatch):
+    def gradients(dtype, weights):
+        def loss(q, k, v):
+            return (attention.attention(q, k, v, attention.segment_bias(SEGMENTS)).double() * weights).sum()
+
+        return torch.func.grad(loss, argnums=(0, 1, 2))(
+            *(draws(number, B, N, T, H, dtype=dtype) for number in range(3))
+        )
+
+    weights = draws(6, B, N, T, H)
+    wanted = gradients(torch.float64, weights)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    for found, exact in zip(gradients(torch.bfloat16, weights), wanted, strict=True):
+        torch.testing.assert_close(
+            found.double(), exact, atol=TOLERANCE[torch.bfloat16] * float(exact.abs().max()), rtol=0
+        )
 
 
 def test_segment_bias_value():

@@ -234,8 +234,12 @@ def test_token_log_probs_of_the_only_token_is_zero():
 
 
 @TEMPERATURES
-def test_token_log_probs_gradient(temperature):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_token_log_probs_gradient(temperature, compiling, monkeypatch):
     logits, targets = logits_and_targets(3)
+    expected = token_log_probs(logits, targets, temperature=temperature)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    assert_close(token_log_probs(logits, targets, temperature=temperature), expected)
     assert torch.autograd.gradcheck(
         lambda x: token_log_probs(x, targets, temperature=temperature), logits.requires_grad_()
     )
@@ -347,7 +351,9 @@ def test_mean_metrics_of_weights_below_one():
     assert_close(mean_metrics({"a": torch.tensor(3.0), "count": torch.tensor(0.5)}), {"a": 6.0})
 
 
-def test_is_likeliest_lets_ties_count():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_is_likeliest_lets_ties_count(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     logits = torch.tensor([[0.0, 2.0, 2.0], [0.0, -1.0, -2.0]])
     found = [is_likeliest(logits, torch.tensor([token, token])).tolist() for token in range(3)]
     assert found == [[False, True], [True, False], [True, False]]
