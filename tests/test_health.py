@@ -121,6 +121,20 @@ FAULTS = {
         "reward-model-chance", "problem",
         {"stage": "reward", "figures": REWARD | {"eval/reward/accuracy": lambda step: 0.5}},
     ),
+    "accuracy of a coin, of too few pairs": (
+        "reward-model-chance", "warning",
+        {
+            "stage": "reward",
+            "figures": REWARD | {"eval/reward/accuracy": lambda step: 0.5, "eval/reward/pairs": lambda step: 30},
+        },
+    ),
+    "accuracy of a coin, of enough pairs": (
+        "reward-model-chance", "problem",
+        {
+            "stage": "reward",
+            "figures": REWARD | {"eval/reward/accuracy": lambda step: 0.5, "eval/reward/pairs": lambda step: 300},
+        },
+    ),
     "accuracy hardly better": (
         "reward-model-chance", "warning",
         {"stage": "reward", "figures": REWARD | {"eval/reward/accuracy": lambda step: 0.54}},

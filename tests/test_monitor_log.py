@@ -60,7 +60,13 @@ def test_reads_what_run_log_writes(tmp_path):
 
 @pytest.mark.parametrize(
     ("event", "state"),
-    [("end", "ended"), ("interrupted", "interrupted"), ("nonfinite", "failed"), ("fault", "running")],
+    [
+        ("end", "ended"),
+        ("interrupted", "interrupted"),
+        ("nonfinite", "failed"),
+        ("failed", "failed"),
+        ("fault", "running"),
+    ],
 )
 def test_progress_says_how_the_stage_ended_and_how_fast_it_was(tmp_path, event, state):
     reader = read(write_log(tmp_path, count=9, end=False, events=({"event": event, "step": 9, "time": 1e9 + 99},)))

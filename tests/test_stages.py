@@ -28,6 +28,7 @@ from rlhf.errors import Interrupted, NonFiniteError, UserError
 from rlhf.execution.executor import Fault
 from rlhf.io.checkpoint import last_step, load_checkpoint
 from rlhf.io.model_folder import load_language_model, load_reward_model
+from rlhf.monitor.log import read_logs
 from rlhf.stages.inputs import record_order
 from rlhf.stages.pipeline import run_pipeline, run_ppo_alone
 from rlhf.stages.ppo import run_ppo
@@ -471,6 +472,8 @@ def test_a_reward_function_that_fails_costs_nothing_since_the_last_iteration(bas
     with pytest.raises(UserError, match=r"down.*ppo iteration 5 is saved; continue with --resume"):
         run_ppo(run)
     assert last_step(run.output_dir / "checkpoints" / "ppo") == 5
+    (log,) = read_logs([run.output_dir / "logs"])
+    assert log.progress("ppo").state == "failed"
     run_ppo(dataclasses.replace(run, resume=True))
     assert len(metrics_of(run, "ppo")) == 6
 

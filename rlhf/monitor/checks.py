@@ -10,6 +10,9 @@ from rlhf.monitor.thresholds import LEVELS, THRESHOLDS, Level, worst
 _FEWEST = 5
 """Lines from which anything is concluded."""
 
+_ONE_SIDED = 1.645
+"""Standard errors that a figure exceeds by chance in one case of twenty."""
+
 
 class Reading(NamedTuple):
     """What a check found."""
@@ -202,12 +205,16 @@ def _falls_from_its_best(reader: LogReader, stage: str, name: str) -> Reading:
 def reward_model_chance(reader: LogReader, stage: str) -> Reading:
     """Held-out accuracy near that of a coin."""
     accuracy = need(reader, stage, "eval/reward/accuracy", 1)
-    value = float(accuracy.values[-1])
+    value, limits = float(accuracy.values[-1]), THRESHOLDS["reward-model-chance"]
     trained = reader.series(stage, "train/reward/accuracy").values
     beside = f"; train/reward/accuracy {trained[-1]:.3g}" if len(trained) else ""
+    pairs = reader.series(stage, "eval/reward/pairs").values
+    of, level = (f"{pairs[-1]:.0f} " if len(pairs) else ""), limits.level(value)
+    if level == "problem" and pairs[-1:].sum() > 0 and value + _ONE_SIDED * 0.5 / pairs[-1] ** 0.5 > limits.warning:
+        of, level = f"only {of}", "warning"  # too few to tell
     return Reading(
-        THRESHOLDS["reward-model-chance"].level(value),
-        f"orders {value:.1%} of held-out pairs as people did",
+        level,
+        f"orders {value:.1%} of {of}held-out pairs as people did",
         f"eval/reward/accuracy {value:.3g}{beside}",
         _span(accuracy),
     )

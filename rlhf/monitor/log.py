@@ -25,7 +25,7 @@ _HEAD = re.compile(rb'\{"stage": "([\w-]+)", "step": (\d{1,18}), ')
 _PACE_STEPS = 50  # newest lines whose median duration is the pace
 
 State = Literal["running", "ended", "interrupted", "failed"]
-_STATES: dict[str, State] = {"end": "ended", "interrupted": "interrupted", "nonfinite": "failed"}
+_STATES: dict[str, State] = {"end": "ended", "interrupted": "interrupted", "nonfinite": "failed", "failed": "failed"}
 
 
 class Series(NamedTuple):

@@ -101,6 +101,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         batches=lambda records, key: [pack.batch for pack in batches(split.dataset, records)],
         evaluate=lambda: (
             measure(split.validation, split.held_out, "eval")
+            | {"eval/reward/pairs": float(len(split.held_out))}
             | measure(split.dataset, split.train[: max(len(split.held_out), 2)], "train")
         ),
         shown=("loss/reward", "eval/reward/accuracy"),

@@ -268,13 +268,13 @@ def train(
                     f"{run.stage} {unit} {step + 1}: {error}; the update was refused. {where}"
                 ) from error
             except UserError as error:  # as of a reward function
+                log.event("failed", step=step, message=str(error))
                 if executor.version != version or step == start:
                     raise
                 save(step)
                 raise UserError(f"{error}. {run.stage} {unit} {step} is saved; continue with --resume") from error
-            metrics["timing_s/step"] = time.perf_counter() - begun
-            faults = executor.faults()
-            metrics |= _fault_metrics(faults, step + 1, log)
+            seconds, faults = time.perf_counter() - begun, executor.faults()
+            metrics |= {"timing_s/step": seconds} | _fault_metrics(faults, step + 1, log)
             ends_early = bool(run.stop_signal) or any(fault.final for fault in faults)
             if (step + 1) % config.log.every == 0 or step + 1 == total:
                 log.metrics(step + 1, metrics)

@@ -39,6 +39,7 @@ const METRICS = new Map(Object.entries({
   "loss/reward": ["Loss", "nats per pair", "Minus log σ(margin). log 2 = 0.69 is a coin.", "Falls below 0.69.", { low: 0 }],
   "reward/accuracy": ["Accuracy, this batch", "share of pairs", "Pairs whose chosen completion gets the higher reward.", "Well above 0.5, which is a coin.", { low: 0, high: 1 }],
   "eval/reward/accuracy": ["Accuracy, held-out", "share of pairs", "The same on held-out pairs.", "Above 0.6; annotators agree with each other on some 0.7 to 0.8.", { low: 0, high: 1 }],
+  "eval/reward/pairs": ["Held-out pairs", "pairs", "How many pairs the held-out figures are of.", "Some hundreds: with 100, the accuracy of a coin is between 0.4 and 0.6.", { low: 0 }],
   "train/reward/accuracy": ["Accuracy, training records", "share of pairs", "The same on records that were trained on.", "A little above held-out; far above is over-fitting.", { low: 0, high: 1 }],
   "reward/margin": ["Margin, this batch", "reward units", "Reward of the chosen minus the rejected completion.", "Rises above 0."],
   "eval/reward/margin": ["Margin, held-out", "reward units", "The same on held-out pairs.", "Above 0."],
