@@ -116,6 +116,10 @@ FAULTS = {
     ),
     "an update refused": ("not-finite", "problem", {"events": (REFUSED,), "end": False}),
     "an update refused, and resumed": ("not-finite", "warning", {"events": (REFUSED, {"event": "resume", "step": 59})}),
+    "an update refused, and stopped by an error since": (
+        "not-finite", "warning",
+        {"events": (REFUSED, {"event": "resume", "step": 59}, {"event": "failed", "step": 60}), "end": False},
+    ),
     "a figure that is not finite": ("not-finite", "warning", {"figures": {"loss/value_avg": lambda step: None}}),
     "accuracy of a coin": (
         "reward-model-chance", "problem",

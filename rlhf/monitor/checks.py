@@ -210,7 +210,7 @@ def reward_model_chance(reader: LogReader, stage: str) -> Reading:
     beside = f"; train/reward/accuracy {trained[-1]:.3g}" if len(trained) else ""
     pairs = reader.series(stage, "eval/reward/pairs").values
     of, level = (f"{pairs[-1]:.0f} " if len(pairs) else ""), limits.level(value)
-    if level == "problem" and pairs[-1:].sum() > 0 and value + _ONE_SIDED * 0.5 / pairs[-1] ** 0.5 > limits.warning:
+    if level == "problem" and len(pairs) and value + _ONE_SIDED * 0.5 / max(pairs[-1], 1) ** 0.5 > limits.warning:
         of, level = f"only {of}", "warning"  # too few to tell
     return Reading(
         level,
@@ -265,10 +265,11 @@ def recoveries(reader: LogReader, stage: str) -> Reading:
 
 def not_finite(reader: LogReader, stage: str) -> Reading:
     """NaN or infinity, refused by the run or in its log."""
-    refused = [event for event in reader.events if event["stage"] == stage and event["event"] == "nonfinite"]
+    told = [event for event in reader.events if event["stage"] == stage and event["event"] != "fault"]
+    refused = [event for event in told if event["event"] == "nonfinite"]
     if refused:
         step = refused[-1].get("step", 0) + 1
-        stands = reader.progress(stage).state == "failed"
+        stands = told[-1] is refused[-1]
         summary = f"an update was refused at step {step}" + (", and the run went on since" if not stands else "")
         return Reading("problem" if stands else "warning", summary, str(refused[-1].get("message", "")), (step, step))
     names = [name for name in reader.names(stage) if not name.endswith("_correlation")]  # undefined if nothing varies

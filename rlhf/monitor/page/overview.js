@@ -18,7 +18,7 @@ const KEY_FIGURES = {
 function stageStatus(stage, now) {
   if (stage.state === "ended") return ["done", "good"];
   if (stage.state === "interrupted") return ["stopped, continue with --resume", "warn"];
-  if (stage.state === "failed") return ["stopped: a number was not finite", "bad"];
+  if (stage.state === "failed") return ["stopped by an error, or by a number that was not finite: see the log", "bad"];
   const silent = now - stage.time;
   if (stage.time != null && silent > Math.max(120, 20 * (stage.pace ?? 0))) return [`silent for ${duration(silent)}: killed?`, "warn"];
   return ["running", "busy"];
