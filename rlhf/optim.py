@@ -24,9 +24,10 @@ class Optimizer(NamedTuple):
     """params -> state."""
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
     """(grads, state, params) -> (params, state)."""
-    update_: Callable[[Tree, Any, Tree], Any] | None = None
-    """(grads, state, params) -> state: the same step written into the buffers of params and state, for their owner;
-    counters (leaves []) are not written, so that a buffer can be updated in parts. None where there is no such form."""
+    update_: Callable[[Tree, Any, Tree, float], Any] | None = None
+    """(grads, state, params, scale) -> state: the same step with grads times scale, for the owner of the buffers: it is
+    written into those of params and state, and grads are overwritten. Counters (leaves []) are not written, so that a
+    buffer can be updated in parts. None where there is no such form."""
     alike: Callable[[str], Hashable] = str
     """Dotted name -> what is equal for leaves that are treated alike: laid behind one another, they may be updated as
     one leaf with the name of any of them."""
@@ -74,8 +75,7 @@ def adamw(
         rate_scale: factor on the learning rate for the leaf of this dotted name; 0 keeps its bits; None is 1.
 
     Returns:
-        An `Optimizer`; `update` changes none of its arguments, `update_` writes into the
-        buffers of `state` and `params`.
+        An `Optimizer`; `update` changes none of its arguments, `update_` writes into the buffers of all three.
 
     Raises:
         ValueError: a number is out of range.
@@ -102,27 +102,28 @@ def adamw(
         nu = tree_map(lambda v, g: v * b2 + g * g * (1.0 - b2), state.nu, grads)
 
         def leaf(name: str, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            scale, decay = alike(name)
-            if scale == 0:
+            factor, decay = alike(name)
+            if factor == 0:
                 return p
-            decayed = p * (1.0 - rate * (decay * scale)) if decay else p
-            return (decayed - m / (v.sqrt() / root_scale + eps) * (step_size * scale)).to(p.dtype)
+            decayed = p * (1.0 - rate * (decay * factor)) if decay else p
+            return (decayed - m / (v.sqrt() / root_scale + eps) * (step_size * factor)).to(p.dtype)
 
         return tree_map_named(leaf, params, mu, nu), AdamState(step, mu, nu)
 
-    def update_(grads: Tree, state: AdamState, params: Tree) -> AdamState:
+    def update_(grads: Tree, state: AdamState, params: Tree, scale: float) -> AdamState:
         rate, step = float(learning_rate(state.step)), state.step + 1
         groups: defaultdict[tuple[float, float], list[list[Tensor]]] = defaultdict(list)
         for name, parts in zip_named(params, grads, state.mu, state.nu):
             groups[alike(name)].append(parts)
-        for (scale, decay), group in groups.items():
+        for (factor, decay), group in groups.items():
             p, g, m, v = map(list, zip(*group, strict=True))
-            if scale == 0:  # subtracting 0.0 turns -0.0 into 0.0
+            if factor == 0:  # subtracting 0.0 turns -0.0 into 0.0
                 p = [leaf.clone() for leaf in p]
             steps = [step.float().to(p[0].device, non_blocking=True)] * len(p)
+            divisor = torch.tensor(1.0 / scale, dtype=torch.float32).to(p[0].device, non_blocking=True)
             torch._fused_adamw_(
-                p, g, m, v, [], steps, lr=rate * scale, beta1=b1, beta2=b2, weight_decay=decay, eps=eps,
-                amsgrad=False, maximize=False,
+                p, g, m, v, [], steps, lr=rate * factor, beta1=b1, beta2=b2, weight_decay=decay, eps=eps,
+                amsgrad=False, maximize=False, grad_scale=divisor,
             )  # fmt: skip
         return state._replace(step=step)
 

@@ -19,8 +19,6 @@ ALIGNMENT = 64
 CHUNK = 4096
 """Elements to which a flat buffer is padded, where shards are cut, and over which square sums are taken."""
 
-_CHUNKS_AT_ONCE = 256
-
 
 def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply `function` to every leaf (and to the leaves at the same places of `rest`); returns a new tree."""
@@ -208,13 +206,12 @@ def unflatten(flat: Tensor, layout: FlatLayout) -> Tree:
 
 
 def chunk_square_sums(flat: Tensor) -> Tensor:
-    """[n / CHUNK] float64: the sum of squares of each chunk of a flat buffer.
+    """[n / CHUNK] float64: the sum of squares of each chunk of a flat float32 buffer, to 1e-6 of it.
 
     A shard's chunks are the buffer's, so a norm put together from them has the same bits for any number of shards.
+    Within a chunk squares are added in float32, so one whose norm is above 1.8e19 counts as infinite.
     """
-    at_once = _CHUNKS_AT_ONCE * (1 if flat.is_cpu else 64)
-    groups = torch.split(flat.view(-1, CHUNK), at_once)  # their float64 copies are small
-    return torch.cat([torch.linalg.vector_norm(group.double(), dim=1).square() for group in groups])
+    return torch.linalg.vector_norm(flat.view(-1, CHUNK), dim=1).double().square()
 
 
 def global_norm(tree: Tree) -> Tensor:

@@ -38,7 +38,8 @@ def run(optimizer, params, steps, *, update=None, in_place=False):
     if in_place:
         params = tree_map(torch.clone, params)
         for step in range(steps):
-            state = optimizer.update_(example_grads(params, step), state, params)
+            larger = tree_map(lambda grad: 4.0 * grad, example_grads(params, step))
+            state = optimizer.update_(larger, state, params, 0.25)
         return params, state
     for step in range(steps):
         params, state = (update or optimizer.update)(example_grads(params, step), state, params)
@@ -176,7 +177,7 @@ def test_adamw_in_place_writes_into_the_buffers_of_params_and_state():
     optimizer = adamw(constant(1e-2))
     state = optimizer.init(params)
     addresses = [leaf.data_ptr() for leaf in leaves((params, state.mu, state.nu))]
-    found = optimizer.update_(example_grads(params, 0), state, params)
+    found = optimizer.update_(example_grads(params, 0), state, params, 1.0)
     assert [leaf.data_ptr() for leaf in leaves((params, found.mu, found.nu))] == addresses
     assert not torch.equal(params["wte"]["weight"], example_params()["wte"]["weight"])
     assert (int(state.step), int(found.step)) == (0, 1)  # a buffer may be updated in parts with one counter
@@ -187,7 +188,7 @@ def test_update_in_place_pairs_leaves_by_name_whatever_the_order_of_keys():
     grads = {"b": torch.full((4,), -1.0), "a": torch.ones(4)}
     optimizer = adamw(constant(0.1))
     expected, _ = optimizer.update(grads, optimizer.init(params), params)
-    optimizer.update_(grads, optimizer.init(params), params)
+    optimizer.update_(grads, optimizer.init(params), params, 1.0)
     assert (expected["a"] < 0).all()
     assert (expected["b"] > 0).all()
     assert_close(params, expected)
@@ -200,10 +201,10 @@ def test_adamw_in_place_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
     optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1)
     grads, params = ({"w": floats(seed, 5003, dtype=torch.float32)} for seed in (6, 7))
     whole, pieces = tree_map(torch.clone, params), tree_map(torch.clone, params)
-    optimizer.update_(grads, optimizer.init(whole), whole)
+    optimizer.update_(tree_map(torch.clone, grads), optimizer.init(whole), whole, 0.3)
     state = optimizer.init(pieces)
     for part in parts:
-        optimizer.update_(cut(grads, part), cut(state, part), cut(pieces, part))
+        optimizer.update_(cut(grads, part), cut(state, part), cut(pieces, part), 0.3)
     assert_same_bits(pieces, whole)
 
 

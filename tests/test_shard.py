@@ -78,6 +78,14 @@ def test_apply_gives_the_same_bits_for_any_group_size(group, monkeypatch):
     assert torch.equal(run([])[0], params)
 
 
+def test_apply_of_an_optimiser_without_a_form_in_place(monkeypatch):
+    params, state = run([])
+    monkeypatch.setattr(f"{__name__}.OPTIMIZER", OPTIMIZER._replace(update_=None))
+    pure_params, pure_state = run([])
+    torch.testing.assert_close(pure_params, params, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(pure_state, state, rtol=1e-5, atol=1e-7)
+
+
 def test_apply_is_exactly_once():
     flat, gradient = flatten(TREE, LAYOUT), flatten(normals(2), LAYOUT)
     shard = applied(init_shard(flat, OPTIMIZER), 0, gradient)

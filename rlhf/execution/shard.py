@@ -60,8 +60,6 @@ def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float,
 class Piece(NamedTuple):
     """Views of elements of a shard that are updated at once, by the name of a leaf for each block treated alike."""
 
-    flat: Tensor
-    """The gradient of all of them."""
     gradient: dict[str, Tensor]
     opt_state: Any
     """Counters are not cut."""
@@ -85,7 +83,7 @@ def cut(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout: FlatLa
             return dict(zip(group.blocks, blocks, strict=True))
 
         state = tree_map(lambda leaf: part(leaf) if leaf.ndim else leaf, shard.opt_state)
-        return Piece(gradient_sum[group.start : group.stop], part(gradient_sum), state, part(shard.params))
+        return Piece(part(gradient_sum), state, part(shard.params))
 
     groups = _groups(shard.start, shard.params.numel(), size, layout, optimizer.alike)
     return [piece(group) for group in groups]
@@ -98,7 +96,7 @@ def apply(shard: Shard, step: int, pieces: Sequence[Piece], scale: float, optimi
         shard: its buffers are updated in place and belong to the result.
         step: the step that this is; must be the shard's version. The step before it was applied already, and is
             answered with the shard as it is.
-        pieces: of `cut`; the gradient is scaled in place (a donated buffer).
+        pieces: of `cut`; the gradient may be overwritten (a donated buffer).
         scale: from `update_scale`.
         optimizer: as in `cut`.
 
@@ -113,12 +111,12 @@ def apply(shard: Shard, step: int, pieces: Sequence[Piece], scale: float, optimi
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
     updated: Any = shard.opt_state
-    for flat, gradient, state, params in pieces:
-        flat.mul_(scale)
+    for gradient, state, params in pieces:
         if optimizer.update_ is not None:
-            updated = optimizer.update_(gradient, state, params)
+            updated = optimizer.update_(gradient, state, params, scale)
         else:
-            new_params, updated = optimizer.update(gradient, state, params)
+            scaled = {name: block * scale for name, block in gradient.items()}
+            new_params, updated = optimizer.update(scaled, state, params)
             _write((params, _leaves_of(state)), (new_params, _leaves_of(updated)))
     _write(_leaves_of(shard.opt_state, counters=True), _leaves_of(updated, counters=True))  # after all pieces
     return shard._replace(version=shard.version + 1)
