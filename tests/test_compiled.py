@@ -25,7 +25,7 @@ from rlhf.config import (
 )
 from rlhf.data.batching import pack_completions, pair_batches, ppo_batch, token_batches
 from rlhf.data.dataset import TokenSequence
-from rlhf.execution.compiled import has_compiler
+from rlhf.execution.compiled import compiled, has_compiler
 from rlhf.execution.draws import compiled_draw
 from rlhf.execution.gradients import make_gradient
 from rlhf.experience import Experience
@@ -156,6 +156,19 @@ def test_gradients_are_those_of_the_plain_function_and_one_graph_serves_all_shap
     assert len(shapes) > 2
     assert_same_bits(fast(OrderedDict(trained), frozen, batch), found)  # models are not looked at again
     assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.parametrize(("dtype", "short"), [(torch.bfloat16, True), (torch.float32, False)], ids=["bf16", "fp32"])
+def test_exponentials_are_short_in_bfloat16_alone_and_exact_to_20_ulp(tmp_path, dtype, short):
+    def both(params, frozen, x):
+        return x.float().exp(), x.float().sigmoid()
+
+    x = torch.linspace(-87.0, 88.0, 4096).to(dtype)
+    x[:4] = torch.tensor([torch.nan, -torch.inf, torch.inf, -200.0])
+    for found, expected in zip(compiled(both, tmp_path)({"a": x}, {}, x), both({}, {}, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=20 * 2**-23, atol=2**-125, equal_nan=True)
+    written = "".join(path.read_text() for path in tmp_path.rglob("*.cpp"))
+    assert ("exp_u20" in written) == short
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """The one place where `torch.compile` is applied: to whole functions of models and micro-batches."""
 
+import contextlib
 import functools
 import importlib
 import itertools
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from rlhf.tree import leaves, tree_map
 from rlhf.types import Params
 
+_cache: Any = importlib.import_module("torch.compiler.config")
 _shapes: Any = importlib.import_module("torch.fx.experimental._config")
 _numbers = itertools.count()
 
@@ -60,7 +62,12 @@ def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool =
         own = folder / f"threads-{torch.get_num_threads()}"
         own.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)  # read by torch at every compilation
-        with FileLock(own / "lock"), _shapes.patch(use_duck_shape=False), warnings.catch_warnings():
+        with (
+            FileLock(own / "lock"),
+            _shapes.patch(use_duck_shape=False),
+            _short_exponentials(),
+            warnings.catch_warnings(),
+        ):
             for advice in _ADVICE:
                 warnings.filterwarnings("ignore", message=advice)
             result = made(params, other, *batch, **options)
@@ -86,6 +93,36 @@ def _own_products() -> dict[str, Any]:
 
     select_algorithm.add_preprocessing_fn(prefer_tiles)
     return {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,CPP", "deterministic": True}
+
+
+@contextlib.contextmanager
+def _short_exponentials() -> Iterator[None]:
+    """Let the compiler take torch's shorter exponential where a CPU's kernel reads bfloat16, as torch's attention does.
+
+    It is within 20 units in the last place of float32, a thousandth of what rounding to bfloat16 takes, and is written
+    in line instead of called, which saves a third of the time of softmax and GELU. It makes a large number of NaN, so
+    NaN is put back. The compiler has no setting for it.
+    """
+    written: Any = importlib.import_module("torch._inductor.codegen.cpp").CppVecOverrides  # here: it takes seconds
+    state: Any = importlib.import_module("torch._inductor.virtualized").V
+    plain_exp, plain_sigmoid = written.exp, written.sigmoid
+
+    def reads_bfloat16() -> bool:
+        return any(state.graph.get_dtype(name) == torch.bfloat16 for name in state.kernel.args.input_buffers)
+
+    def exp(x: Any) -> str:
+        return f"decltype({x})::blendv({x}.exp_u20(), {x}, {x}.isnan())" if reads_bfloat16() else plain_exp(x)
+
+    def sigmoid(x: Any) -> str:
+        one = f"decltype({x})(1)"
+        return f"{one} / ({one} + {exp(f'{x}.neg()')})" if reads_bfloat16() else plain_sigmoid(x)
+
+    written.exp, written.sigmoid = staticmethod(exp), staticmethod(sigmoid)
+    try:
+        with _cache.patch(cache_key_tag="short exponentials"):  # else the cache would not know of them
+            yield
+    finally:
+        written.exp, written.sigmoid = staticmethod(plain_exp), staticmethod(plain_sigmoid)
 
 
 def _of_batch(guards: Sequence[Any], models: tuple[str, ...]) -> list[bool]:
