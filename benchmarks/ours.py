@@ -145,7 +145,7 @@ def sft(
         for _ in session.rounds():
             tokens = 0
             for batches in itertools.islice(coming, work.steps):
-                metrics = executor.step("main", batches, coming.prepare)
+                metrics = executor.step("main", batches, meanwhile=coming.prepare)
                 tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
             session.answer(tokens=tokens, loss=metrics["loss/sft"] * sum(len(batch.targets) for batch in batches))
 
@@ -234,7 +234,7 @@ def reward(session: Session, *, model: str, size: str, device: str, precision: s
         for _ in session.rounds():
             tokens = 0
             for batches in itertools.islice(coming, work.steps):
-                metrics = executor.step("main", batches, coming.prepare)
+                metrics = executor.step("main", batches, meanwhile=coming.prepare)
                 tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
             session.answer(tokens=tokens, loss=metrics["loss/reward"])
 

@@ -29,15 +29,20 @@ def init_value_head(n_embd: int) -> Params:
     return {"weight": torch.zeros(1, n_embd), "bias": torch.zeros(1)}
 
 
-def value_head_from_reward(head: Params, *, mean: float = 0.0, std: float = 1.0) -> Params:
-    """The value head that predicts the normalised reward (reward - mean) / std of a reward head, as a critic starts.
+def value_head_from_reward(head: Params, *, mean: float = 0.0, std: float = 1.0, weight: float = 1.0) -> Params:
+    """The value head that predicts weight (reward - mean) / std of a reward head, as a critic starts.
+
+    Args:
+        head: of the reward model.
+        mean: subtracted from the reward.
+        std: what the reward is divided by.
+        weight: of this reward in the sum that the critic predicts.
 
     Raises:
         ValueError: std is not positive.
     """
     check_value("value_head_from_reward", std > 0, "above 0", std=std)
-    weight = head["weight"]
-    return {"weight": weight / std, "bias": weight.new_full((1,), -mean / std)}
+    return {"weight": head["weight"] * weight / std, "bias": head["weight"].new_full((1,), -mean * weight / std)}
 
 
 def apply_head(head: Params, hidden: Tensor) -> Tensor:

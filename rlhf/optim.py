@@ -22,9 +22,10 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Tree], Any]
     """params -> state."""
-    update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
-    """(grads, state, params) -> (params, state)."""
-    update_: Callable[[Tree, Any, Tree, float], Any] | None = None
+    update: Callable[..., tuple[Tree, Any]]
+    """(grads, state, params) -> (params, state). The caller may choose the learning rate of a step where the optimiser
+    takes the keyword `learning_rate`, a float."""
+    update_: Callable[..., Any] | None = None
     """(grads, state, params, scale) -> state: the same step with grads times scale, for the owner of the buffers: it is
     written into those of params and state, and grads are overwritten. Counters (leaves []) are not written, so that a
     buffer can be updated in parts. None where there is no such form."""
@@ -75,7 +76,8 @@ def adamw(
         rate_scale: factor on the learning rate for the leaf of this dotted name; 0 keeps its bits; None is 1.
 
     Returns:
-        An `Optimizer`; `update` changes none of its arguments, `update_` writes into the buffers of all three.
+        An `Optimizer`; `update` changes none of its arguments, `update_` writes into the buffers of all three. The
+        keyword `learning_rate` of both replaces the schedule's rate in that step.
 
     Raises:
         ValueError: a number is out of range.
@@ -94,8 +96,13 @@ def adamw(
         step = torch.zeros((), dtype=torch.int64)  # the CPU needs the rate
         return AdamState(step, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
-    def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        rate, step = learning_rate(state.step), state.step + 1
+    schedule = learning_rate
+
+    def update(
+        grads: Tree, state: AdamState, params: Tree, *, learning_rate: float | None = None
+    ) -> tuple[Tree, AdamState]:
+        step = state.step + 1
+        rate = schedule(state.step) if learning_rate is None else learning_rate
         step_size = rate / (1.0 - b1 ** step.double())
         root_scale = (1.0 - b2 ** step.double()).sqrt()
         mu = tree_map(lambda m, g: m * b1 + g * (1.0 - b1), state.mu, grads)
@@ -110,8 +117,11 @@ def adamw(
 
         return tree_map_named(leaf, params, mu, nu), AdamState(step, mu, nu)
 
-    def update_(grads: Tree, state: AdamState, params: Tree, scale: float) -> AdamState:
-        rate, step = float(learning_rate(state.step)), state.step + 1
+    def update_(
+        grads: Tree, state: AdamState, params: Tree, scale: float, *, learning_rate: float | None = None
+    ) -> AdamState:
+        step = state.step + 1
+        rate = float(schedule(state.step)) if learning_rate is None else learning_rate
         groups: defaultdict[tuple[float, float], list[list[Tensor]]] = defaultdict(list)
         for name, parts in zip_named(params, grads, state.mu, state.nu):
             groups[alike(name)].append(parts)

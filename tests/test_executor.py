@@ -7,7 +7,7 @@ from laws import assert_same_bits
 
 from rlhf import random
 from rlhf.errors import NonFiniteError
-from rlhf.execution.executor import LocalExecutor, Models, Program, StepSpec
+from rlhf.execution.executor import LocalExecutor, MetricLimit, Models, Program, StepSpec
 from rlhf.optim import adamw, clip_by_global_norm
 from rlhf.schedules import constant
 from rlhf.tree import named_leaves, tree_map
@@ -100,7 +100,7 @@ def test_map_keeps_the_order_and_reads_the_present_parameters():
 
 def test_a_step_calls_what_is_to_be_done_meanwhile_before_its_update():
     executor, versions = LocalExecutor(PROGRAM, MODELS, CPU), []
-    executor.step("main", [batch(6, 0), batch(6, 1)], lambda: versions.append(executor.version))
+    executor.step("main", [batch(6, 0), batch(6, 1)], meanwhile=lambda: versions.append(executor.version))
     assert versions == [0]
 
 
@@ -152,6 +152,28 @@ def test_step_refuses_a_gradient_that_is_not_finite_though_the_loss_is():
     executor = LocalExecutor(PROGRAM._replace(steps={"main": StepSpec(root, OPTIMIZER, 1.0)}), MODELS, CPU)
     with pytest.raises(NonFiniteError, match="gradient norm nan"):
         executor.step("main", [batch(1, 0)])
+
+
+def test_a_step_beyond_its_limit_changes_nothing_and_returns_its_metrics():
+    parts = [batch(4, 0), batch(2, 1)]
+    mean = LocalExecutor(PROGRAM, MODELS, CPU).step("main", parts)["loss/squares"]
+    for most, version in ((mean * 1.001, 1), (mean * 0.999, 0)):
+        spec = PROGRAM.steps["main"]._replace(limit=MetricLimit("loss/squares", most))
+        executor = LocalExecutor(PROGRAM._replace(steps={"main": spec}), MODELS, CPU)
+        before = tree_map(torch.clone, executor.snapshot())
+        assert executor.step("main", parts)["loss/squares"] == mean
+        assert executor.version == version
+        if version == 0:
+            assert_same_bits(executor.snapshot(), before)
+
+
+def test_the_caller_may_choose_a_steps_learning_rate():
+    slow, fast = (LocalExecutor(PROGRAM, MODELS, CPU) for _ in range(2))
+    slow.step("main", [batch(6, 0)])  # whose schedule is constant at 0.01
+    fast.step("main", [batch(6, 0)], 0.01)
+    assert_same_bits(slow.snapshot(), fast.snapshot())
+    fast.step("main", [batch(6, 1)], 0.0)
+    assert_same_bits(slow.params(), fast.params())
 
 
 def test_steps_with_a_frozen_part_keep_its_bits():

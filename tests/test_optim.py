@@ -150,6 +150,22 @@ def test_adamw_rate_scale_0_keeps_the_bits_of_a_leaf(in_place):
     assert_same_bits(found["wte"], everywhere["wte"])
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_adamw_takes_the_callers_rate_in_place_of_the_schedules(in_place):
+    params = {"w": torch.ones(16)}
+    grads = {"w": torch.linspace(-1, 1, 16)}
+    results = []
+    for schedule, options in ((constant(0.5), {}), (constant(0.1), {"learning_rate": 0.5})):
+        optimizer, own = adamw(schedule, weight_decay=0.1), tree_map(torch.clone, params)
+        state = optimizer.init(own)
+        if in_place:
+            optimizer.update_(tree_map(torch.clone, grads), state, own, 1.0, **options)
+        else:
+            own, _ = optimizer.update(grads, state, own, **options)
+        results.append(own["w"])
+    assert torch.equal(*results)
+
+
 def test_adamw_rate_scale_multiplies_the_rate():
     found, _ = run(adamw(constant(1e-2), weight_decay=0.1, rate_scale=lambda name: 0.5), example_params(), 5)
     assert_same_bits(found, run(adamw(constant(5e-3), weight_decay=0.1), example_params(), 5)[0])

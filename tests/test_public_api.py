@@ -49,7 +49,7 @@ SIGNATURES = {
     "shape_scores": "scores, ended, missing_eos_penalty, clip",
     "token_log_probs": "logits, targets, temperature",
     "token_rewards": "scores, kl, mask, kl_coef",
-    "value_head_from_reward": "head, mean, std",
+    "value_head_from_reward": "head, mean, std, weight",
     "whiten": "values, mask, shift_mean, unbiased",
 }
 OTHERS = {

@@ -11,7 +11,7 @@ from rlhf import random
 from rlhf.data.batching import Ahead
 from rlhf.distributed import shared_memory
 from rlhf.distributed.worker import Worker
-from rlhf.execution.executor import Models, Program, StepSpec
+from rlhf.execution.executor import MetricLimit, Models, Program, StepSpec
 from rlhf.optim import adamw
 from rlhf.schedules import linear
 from rlhf.tree import tree_map
@@ -44,8 +44,12 @@ def follow(frozen, params):
 
 
 def make_program():
+    optimizer = adamw(linear(0.01, 50), weight_decay=0.1)
     return Program(
-        {"main": StepSpec(objective, adamw(linear(0.01, 50), weight_decay=0.1), 0.5)},
+        {
+            "main": StepSpec(objective, optimizer, 0.5),
+            "limited": StepSpec(objective, optimizer, 0.5, MetricLimit("loss/squares", 0.0)),
+        },
         {"predict": predict},
         {"offset": follow},
     )
@@ -71,7 +75,9 @@ def drive(executor, steps, micro_batches=7):
     seen = []
     coming = Ahead([batch(6, 100 * step + number) for number in range(micro_batches)] for step in range(steps))
     for step, batches in enumerate(coming):
-        seen.append(executor.step("main", batches, coming.prepare))
+        seen.append(executor.step("limited", batches))  # passed over
+        rate = 0.02 if step % 2 else None  # the caller's, or the schedule's
+        seen.append(executor.step("main", batches, rate, meanwhile=coming.prepare))
         seen.append(torch.cat(executor.map("predict", [batch(3, number) for number in range(5)])).tolist())
         if step % 3 == 1:
             executor.reset_optimizer()

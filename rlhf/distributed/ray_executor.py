@@ -88,9 +88,16 @@ class RayExecutor:
         results: dict[int, Tree] = {}  # kept when a worker is lost
         return self._try(lambda: self._map(name, batches, results), lambda local: local.map(name, batches))
 
-    def step(self, name: str, batches: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> dict[str, float]:
+    def step(
+        self,
+        name: str,
+        batches: Sequence[Any],
+        learning_rate: float | None = None,
+        *,
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> dict[str, float]:
         """See `Executor.step`."""
-        metrics: dict[str, float] = self._change("step", name, batches, meanwhile=meanwhile)
+        metrics: dict[str, float] = self._change("step", name, batches, learning_rate, meanwhile=meanwhile)
         return metrics
 
     def blend(self, name: str) -> None:
@@ -173,11 +180,17 @@ class RayExecutor:
             return self._step(*arguments, **options)
         return self._call(self._workers if method == "blend" else self._members, method, *arguments)
 
-    def _step(self, name: str, batches: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> dict[str, float]:
+    def _step(
+        self,
+        name: str,
+        batches: Sequence[Any],
+        learning_rate: float | None,
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> dict[str, float]:
         shares = deal(len(batches), len(self._workers)) + ((len(batches),) * 2,) * len(self._servers)
-        arrays = [to_numpy(batch) for batch in batches]
+        arrays, mode = [to_numpy(batch) for batch in batches], self._dist.reduce
         calls = [
-            (member, member.call("step", name, self._version, shares, self._dist.reduce, arrays[slice(*share)]))
+            (member, member.call("step", name, self._version, shares, mode, arrays[slice(*share)], learning_rate))
             for member, share in zip(self._members, shares, strict=True)
         ]
         meanwhile()
@@ -190,7 +203,7 @@ class RayExecutor:
 
         if not update.finite:
             raise not_finite(name, batches, results, update, is_finite)
-        self._version += 1
+        self._version += update.allowed
         return step_metrics(results, update)
 
     def _map(self, name: str, batches: Sequence[Any], results: dict[int, Tree]) -> list[Tree]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from rlhf.distributed.collectives import Exchange, Group, GroupError, Place, connect_store
 from rlhf.distributed.dealing import SUBTREES, Span, join_sums, shard_ranges, subtrees
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
-from rlhf.execution.executor import Program, Update, losses_and_counts, plan_update
+from rlhf.execution.executor import Program, StepSpec, Update, plan_update, sums_of_results
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
 from rlhf.execution.shard import Shard, apply, cut
 from rlhf.tree import CHUNK, FlatLayout, all_finite, chunk_square_sums, to_device, tree_sum, unflatten
@@ -108,7 +108,13 @@ class Worker:
         return to_numpy(result)
 
     def step(
-        self, name: str, version: int, shares: Sequence[Span], mode: str, batches: Sequence[Any]
+        self,
+        name: str,
+        version: int,
+        shares: Sequence[Span],
+        mode: str,
+        batches: Sequence[Any],
+        learning_rate: float | None = None,
     ) -> tuple[list[Any], Update]:
         """One optimiser step, together with all other members; nothing is applied where it is refused.
 
@@ -118,6 +124,7 @@ class Worker:
             shares: the micro-batches of every member, by rank.
             mode: tree, or ring for the backend's own allreduce.
             batches: the own share.
+            learning_rate: of `rlhf.execution.executor.Executor.step`.
 
         Returns:
             (loss sum, metric sums) of each own micro-batch, and the decision that all have come to.
@@ -131,11 +138,11 @@ class Worker:
             on_error.callback(self.leave)  # so that nobody waits for this process
             results = self.sum_gradients(name, shares, batches)
             self.reduce(shares, mode)
-            update = self.decide(results, shares, spec.max_grad_norm)
-            if update.finite:
+            update = self.decide(results, shares, spec)
+            if update.finite and update.allowed:
                 if self._shard is not None:
                     pieces = cut(self._shard, self._gradient, spec.optimizer, self._layout)
-                    self._shard = apply(self._shard, version, pieces, update.scale, spec.optimizer)
+                    self._shard = apply(self._shard, version, pieces, update.scale, spec.optimizer, learning_rate)
                 self.publish()
                 self._version += 1
             on_error.pop_all()
@@ -164,17 +171,17 @@ class Worker:
             self._reduce_tree(shares)
         self._sums = {}
 
-    def decide(self, results: Sequence[Any], shares: Sequence[Span], max_grad_norm: float) -> Update:
+    def decide(self, results: Sequence[Any], shares: Sequence[Span], spec: StepSpec) -> Update:
         """Tell all members what one knows of the update, and come to the same decision."""
         squares = chunk_square_sums(self._gradient).cpu() if self._shard is not None else torch.zeros(0).double()
-        own = torch.cat([losses_and_counts(results).flatten(), squares]).to(self._device)
-        rows = [2 * (stop - start) for start, stop in shares]
+        own = torch.cat([sums_of_results(results, spec).flatten(), squares]).to(self._device)
+        rows = [3 * (stop - start) for start, stop in shares]
         ranges = [self._ranges.get(rank, (0, 0)) for rank in range(self._place.size)]
         sizes = [count + (high - low) // CHUNK for count, (low, high) in zip(rows, ranges, strict=True)]
         parts = [part.cpu() for part in self._group_now().all_gather(own, sizes)]
-        table = torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)]).reshape(-1, 2)
+        table = torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)]).reshape(-1, 3)
         squares = torch.cat([part[count:] for part, count in zip(parts, rows, strict=True)])
-        return plan_update(table, squares, max_grad_norm)
+        return plan_update(table, squares, spec)
 
     def publish(self) -> None:
         """Every owner sends its range of the parameters to all workers."""

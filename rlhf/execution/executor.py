@@ -35,6 +35,13 @@ from rlhf.tree import (
 from rlhf.types import Params, Tree
 
 
+class MetricLimit(NamedTuple):
+    """The largest mean of a metric with which a step is still applied."""
+
+    metric: str
+    most: float
+
+
 class StepSpec(NamedTuple):
     """How one kind of optimiser step is made."""
 
@@ -44,6 +51,8 @@ class StepSpec(NamedTuple):
     """Element-wise; all steps of a program share its state."""
     max_grad_norm: float
     """Of the mean gradient; inf is off."""
+    limit: MetricLimit | None = None
+    """A step beyond it changes nothing."""
 
 
 class Program(NamedTuple):
@@ -104,12 +113,26 @@ class Executor(Protocol):
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
         """Run `program.maps[name]` on every micro-batch; results on the CPU, in order."""
 
-    def step(self, name: str, batches: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> dict[str, float]:
+    def step(
+        self,
+        name: str,
+        batches: Sequence[Any],
+        learning_rate: float | None = None,
+        *,
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> dict[str, float]:
         """Apply one optimiser step on the summed gradient of the micro-batches; means of the metrics, `grad_norm`.
 
-        `meanwhile` is called while others, or a GPU, compute the gradients; more than once where a step is repeated.
+        A step beyond its `StepSpec.limit` changes nothing, `version` included; its metrics are returned all the same.
 
-        Raises NonFiniteError, and changes nothing, if a loss or gradient is not finite.
+        Args:
+            name: of the step.
+            batches: its micro-batches.
+            learning_rate: of this step; None takes that of the optimiser's schedule.
+            meanwhile: called while others, or a GPU, compute the gradients; more than once where a step is repeated.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; nothing has changed.
         """
 
     def blend(self, name: str) -> None:
@@ -172,7 +195,14 @@ class LocalExecutor:
         with torch.no_grad():
             return [to_device(function(self._params, self._frozen, self._batch(batch)), "cpu") for batch in batches]
 
-    def step(self, name: str, batches: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> dict[str, float]:
+    def step(
+        self,
+        name: str,
+        batches: Sequence[Any],
+        learning_rate: float | None = None,
+        *,
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> dict[str, float]:
         """See `Executor.step`."""
         spec, results = self._program.steps[name], []
 
@@ -189,10 +219,11 @@ class LocalExecutor:
         pieces = cut(self._shard, gradient_sum, spec.optimizer, self._layout)
         meanwhile()
         results = to_device(results, "cpu")  # here alone a GPU is waited for: it applies the update while we go on
-        update = plan_update(losses_and_counts(results), squares.cpu(), spec.max_grad_norm)
+        update = plan_update(sums_of_results(results, spec), squares.cpu(), spec)
         if not update.finite:
             raise not_finite(name, batches, results, update, lambda batch: all_finite(gradient(batch)))
-        self._shard = apply(self._shard, self.version, pieces, update.scale, spec.optimizer)
+        if update.allowed:
+            self._shard = apply(self._shard, self.version, pieces, update.scale, spec.optimizer, learning_rate)
         return step_metrics(results, update)
 
     def blend(self, name: str) -> None:
@@ -243,30 +274,37 @@ class Update(NamedTuple):
     grad_norm: float
     """Of the mean gradient, before clipping."""
     finite: bool
-    """Whether every loss and the gradient are; otherwise the step is refused."""
+    """Whether every loss and the gradient are; otherwise the step is refused with an error."""
+    allowed: bool
+    """Whether the step is within its limit; otherwise it is passed over."""
 
 
-def losses_and_counts(results: Sequence[Any]) -> Tensor:
-    """[M, 2] float64 on the CPU: of each micro-batch the loss sum, and what it is a sum of.
+def sums_of_results(results: Sequence[Any], spec: StepSpec) -> Tensor:
+    """[M, 3] float64 on the CPU: each micro-batch's loss, count and limited metric (0 where there is no limit).
 
     Args:
         results: (loss sum, metric sums with `count`) of each.
+        spec: of the step.
     """
-    rows = [[float(loss), float(metrics["count"])] for loss, metrics in results]
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
+    rows = []
+    for loss, metrics in results:
+        limited = float(metrics[spec.limit.metric]) if spec.limit else 0.0
+        rows.append([float(loss), float(metrics["count"]), limited])
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
 
-def plan_update(table: Tensor, squares: Tensor, max_grad_norm: float) -> Update:
+def plan_update(table: Tensor, squares: Tensor, spec: StepSpec) -> Update:
     """Decide about a step. All who own a part of the parameters decide alike, from the same numbers.
 
     Args:
-        table: [M, 2], `losses_and_counts` of all micro-batches.
+        table: [M, 3], `sums_of_results` of all micro-batches.
         squares: [chunks] float64, `rlhf.tree.chunk_square_sums` of the summed gradient.
-        max_grad_norm: of the mean gradient.
+        spec: of the step.
     """
-    _, count = tree_sum(table).tolist()
-    scale, norm = update_scale(squares, count, max_grad_norm)
-    return Update(scale, norm, math.isfinite(norm) and all_finite(table))
+    _, count, limited = tree_sum(table).tolist()
+    scale, norm = update_scale(squares, count, spec.max_grad_norm)
+    allowed = spec.limit is None or limited / (count or 1.0) <= spec.limit.most
+    return Update(scale, norm, math.isfinite(norm) and all_finite(table), allowed)
 
 
 def step_metrics(results: Sequence[Any], update: Update) -> dict[str, float]:
@@ -283,7 +321,7 @@ def not_finite(
     Args:
         name: of the step.
         batches: its micro-batches.
-        results: of each, as in `losses_and_counts`.
+        results: of each, as in `sums_of_results`.
         update: what was decided.
         is_finite: whether loss, metrics and gradient of one micro-batch are.
     """

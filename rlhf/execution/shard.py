@@ -89,7 +89,14 @@ def cut(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout: FlatLa
     return [piece(group) for group in groups]
 
 
-def apply(shard: Shard, step: int, pieces: Sequence[Piece], scale: float, optimizer: Optimizer) -> Shard:
+def apply(
+    shard: Shard,
+    step: int,
+    pieces: Sequence[Piece],
+    scale: float,
+    optimizer: Optimizer,
+    learning_rate: float | None = None,
+) -> Shard:
     """Apply one step exactly once.
 
     Args:
@@ -99,6 +106,7 @@ def apply(shard: Shard, step: int, pieces: Sequence[Piece], scale: float, optimi
         pieces: of `cut`; the gradient may be overwritten (a donated buffer).
         scale: from `update_scale`.
         optimizer: as in `cut`.
+        learning_rate: replaces the optimiser's own in this step.
 
     Returns:
         The shard at version step + 1.
@@ -111,12 +119,13 @@ def apply(shard: Shard, step: int, pieces: Sequence[Piece], scale: float, optimi
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
     updated: Any = shard.opt_state
+    options = {} if learning_rate is None else {"learning_rate": learning_rate}
     for gradient, state, params in pieces:
         if optimizer.update_ is not None:
-            updated = optimizer.update_(gradient, state, params, scale)
+            updated = optimizer.update_(gradient, state, params, scale, **options)
         else:
             scaled = {name: block * scale for name, block in gradient.items()}
-            new_params, updated = optimizer.update(scaled, state, params)
+            new_params, updated = optimizer.update(scaled, state, params, **options)
             _write((params, _leaves_of(state)), (new_params, _leaves_of(updated)))
     _write(_leaves_of(shard.opt_state, counters=True), _leaves_of(updated, counters=True))  # after all pieces
     return shard._replace(version=shard.version + 1)

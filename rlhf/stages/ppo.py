@@ -24,8 +24,8 @@ from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.stages.compute import compile_obstacle
 from rlhf.stages.identity import Facts
-from rlhf.stages.inputs import Outline, embedded_file, open_dataset, rate_at, start_folder, start_outline
-from rlhf.stages.ppo_program import make_program, shapes_of, start_models, update_schedule
+from rlhf.stages.inputs import Outline, embedded_file, open_dataset, start_folder, start_outline
+from rlhf.stages.ppo_program import learning_rate, make_program, shapes_of, start_models
 from rlhf.stages.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.stages.rewards import (
     RewardSource,
@@ -94,11 +94,18 @@ def check(config: PPORun, sft: Outline | None = None, reward: Outline | None = N
         remedy = "name a reward: --ppo.reward FOLDER or --ppo.reward module:function"
         check_folder(own, f"run `rlhf-train reward` first, or {remedy}")
     sources = open_sources(_specs(config), policy.tokenizer, untrained=None if reward is None else own)
-    scorers = [source.model.config for source in sources if source.model is not None]
     if reward is not None and scores_with_own_model(config):
         check_vocabulary(own, reward.tokenizer, policy.tokenizer)
-        scorers.append(reward.config)
-    context = min(shape.n_positions for shape in (policy.config, *scorers))
+    contexts = [(source, source.model.config.n_positions) for source in sources if source.model is not None]
+    if reward is not None:
+        contexts += [(source, reward.config.n_positions) for source in sources if source.untrained]
+    context = min([policy.config.n_positions, *(length for source, length in contexts if source.weight)])
+    for source, length in contexts:
+        if length < context:
+            raise UserError(
+                f"--ppo.reward: the gold model {source.name} reads {length} tokens, but prompt and completion may have "
+                f"{context}; cutting them would change the training: leave it out, or evaluate with it afterwards"
+            )
     if context <= settings.max_new_tokens:
         raise UserError(
             f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
@@ -121,16 +128,16 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     outline, sources, context = check(config)
     settings, specs, folder = config.ppo, _specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
-    reward_models = [source.model for source in sources if source.model is not None]
     path = config.prompt_data or embedded_file(run, "prompts")
     prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.max_new_tokens)
     check_columns(sources, prompts.keys)
     run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")
-    shapes = shapes_of(settings, policy, reward_models)
-    models = start_models(settings, policy, reward_models)
+    shapes = shapes_of(settings, policy, sources)
+    models = start_models(settings, policy, sources)
     completions = settings.num_iterations * settings.batch_size * settings.samples_per_prompt
     tokens = settings.num_epochs * completions * (prompts.mean_tokens(context) + settings.max_new_tokens)
-    compile_to = run.compile_to(models, tokens, evaluated=[models.params, *models.frozen.values()])
+    optimised = [source.model.params for source in sources if source.model is not None and source.weight]
+    compile_to = run.compile_to(models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
     executor = run.open_executor(functools.partial(make_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
     return ppo, {"data": sha256(path), "model": outline.digest, "reward": source_digests(specs)}
@@ -172,6 +179,8 @@ def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, 
         "perf/tokens_per_s": tokens / (times[3] - times[0]),
     }
     log.samples(step + 1, sample_lines(ppo, rollout, scored, experience))
+    if step < settings.critic_warmup:  # the policy has not moved: neither reference nor coefficient follows
+        return metrics, facts
     if settings.ref_ema is not None:
         ppo.executor.blend("reference")
     if settings.kl_adaptive:
@@ -199,16 +208,17 @@ def _learn(
         ]
 
     coming = Ahead(map(batches_of, _minibatches(ppo, step, len(rollout.texts))))
-    for micro_batches in coming:
-        metrics = ppo.executor.step("critic" if warmup else "ppo", micro_batches, coming.prepare)
+    for minibatch, micro_batches in enumerate(coming):
+        version, rate = ppo.executor.version, learning_rate(settings, step, minibatch)
+        metrics = ppo.executor.step("critic" if warmup else "ppo", micro_batches, rate, meanwhile=coming.prepare)
         for name, value in metrics.items():
             collected[name].append(value)
-        if settings.target_kl is not None and metrics["policy/approxkl_avg"] > settings.target_kl:
+        if ppo.executor.version == version:  # beyond target_kl
             break
     updates = ppo.executor.version - first_update
     means = {name: sum(values) / len(values) for name, values in collected.items()}
     means["val/ratio_first"] = collected["val/ratio"][0]  # before any update: anything but 1 is a defect
-    return means | {"lr": rate_at(update_schedule(settings), first_update), "policy/updates": updates}
+    return means | {"lr": learning_rate(settings, step, 0), "policy/updates": updates}
 
 
 def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:

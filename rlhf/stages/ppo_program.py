@@ -10,14 +10,15 @@ import torch
 from rlhf.config import PPOConfig
 from rlhf.execution.compiled import compiled
 from rlhf.execution.draws import compiled_draw
-from rlhf.execution.executor import Models, Program, StepSpec
+from rlhf.execution.executor import MetricLimit, Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_value_head, value_head_from_reward
-from rlhf.io.model_folder import LanguageModel, RewardModel
+from rlhf.io.model_folder import LanguageModel
 from rlhf.objectives import make_ppo_objective, make_rollout, make_scorer
 from rlhf.sampling import draw_tokens
-from rlhf.schedules import Schedule
-from rlhf.stages.inputs import make_schedule
+from rlhf.schedules import constant
+from rlhf.stages.inputs import make_schedule, rate_at
+from rlhf.stages.rewards import RewardSource
 from rlhf.stages.supervised import make_adamw
 from rlhf.tree import tree_map
 from rlhf.types import Params
@@ -33,34 +34,56 @@ class Shapes(NamedTuple):
     eos_id: int
 
 
-def shapes_of(settings: PPOConfig, policy: LanguageModel, reward_models: Sequence[RewardModel]) -> Shapes:
-    """The shapes of a policy, of frozen scorers, and of the critic that starts from the first of them."""
-    critic = None
+def shapes_of(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> Shapes:
+    """The shapes of a policy, of the reward models among the sources, and of a separate critic."""
+    critic, start = None, critic_source(sources)
     if settings.critic == "separate":
-        critic = reward_models[0].config if reward_models else policy.config
-    return Shapes(policy.config, critic, tuple(model.config for model in reward_models), policy.tokenizer.eos_id)
+        critic = start.model.config if start and start.model else policy.config
+    reward_models = tuple(source.model.config for source in sources if source.model is not None)
+    return Shapes(policy.config, critic, reward_models, policy.tokenizer.eos_id)
 
 
-def start_models(settings: PPOConfig, policy: LanguageModel, reward_models: Sequence[RewardModel]) -> Models:
+def start_models(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> Models:
     """Policy and value function; reference and reward models, frozen.
 
     Args:
         settings: the ppo section.
         policy: the SFT model: where the policy starts, and the reference.
-        reward_models: frozen scorers; the first is where a separate critic starts.
+        sources: of reward; a separate critic starts from `critic_source` of them.
     """
-    critic = reward_models[0] if reward_models else None
+    reward_models = [source.model for source in sources if source.model is not None]
     frozen = {f"reward_model_{n}": model.params for n, model in enumerate(reward_models)}
-    return Models(
-        {"policy": policy.params} | _value_function(settings, policy, critic), {"reference": policy.params} | frozen
-    )
+    value_function = _value_function(settings, policy, critic_source(sources))
+    return Models({"policy": policy.params} | value_function, {"reference": policy.params} | frozen)
 
 
-def update_schedule(settings: PPOConfig) -> Schedule:
-    """The learning rate of the updates after the critic's warm-up."""
+def critic_source(sources: Sequence[RewardSource]) -> RewardSource | None:
+    """The first reward model that is optimised, from which a separate critic starts; None where there is none."""
+    return next((source for source in sources if source.model is not None and source.weight), None)
+
+
+def updates_per_iteration(settings: PPOConfig) -> int:
+    """Minibatches of one iteration, over all its epochs."""
     completions = settings.batch_size * settings.samples_per_prompt
-    updates = settings.num_epochs * -(-completions // settings.minibatch_size)
-    return make_schedule(settings, (settings.num_iterations - settings.critic_warmup) * updates)
+    return settings.num_epochs * -(-completions // settings.minibatch_size)
+
+
+def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
+    """The rate of one update: the full one while the critic warms up, that of the schedule after it.
+
+    The schedule counts minibatches, those included that `target_kl` passes over, so that it always reaches its end.
+
+    Args:
+        settings: the ppo section.
+        iteration: from 0.
+        minibatch: of the iteration, from 0.
+    """
+    per_iteration = updates_per_iteration(settings)
+    iterations = settings.num_iterations - settings.critic_warmup
+    if iteration < settings.critic_warmup:
+        return settings.learning_rate
+    schedule = make_schedule(settings, iterations * per_iteration)
+    return rate_at(schedule, (iteration - settings.critic_warmup) * per_iteration + minibatch)
 
 
 def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
@@ -77,7 +100,8 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
         dtype: of the models' passes.
         compile_to: see `Program`.
     """
-    schedule = update_schedule(settings)
+    rate = constant(settings.learning_rate)  # replaced in every step by `learning_rate`
+    limit = None if settings.target_kl is None else MetricLimit("policy/approxkl_avg", settings.target_kl)
     objective = functools.partial(
         make_ppo_objective,
         shapes.policy,
@@ -100,12 +124,10 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
         temperature=settings.temperature,
         log_probs=recomputes_log_probs(settings, dtype),
     )
-    warmup_adamw = make_adamw(
-        settings, lambda step: schedule(step * 0), lambda name: float(not name.startswith("policy."))
-    )
+    warmup_adamw = make_adamw(settings, rate, lambda name: float(not name.startswith("policy.")))
     return Program(
         steps={
-            "ppo": StepSpec(objective(), make_adamw(settings, schedule), settings.max_grad_norm),
+            "ppo": StepSpec(objective(), make_adamw(settings, rate), settings.max_grad_norm, limit),
             "critic": StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm),
         },
         maps={
@@ -128,15 +150,16 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
     )
 
 
-def _value_function(settings: PPOConfig, policy: LanguageModel, reward_model: RewardModel | None) -> Params:
-    """The value head, or a separate critic that starts by predicting the score where there is a reward model."""
+def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSource | None) -> Params:
+    """The value head, or a separate critic that starts by predicting its source's part of the score."""
     if settings.critic == "shared":
         return {"value_head": init_value_head(policy.config.n_embd)}
-    if reward_model is None:
+    if source is None or source.model is None:
         return {"critic": {"trunk": policy.params, "head": init_value_head(policy.config.n_embd)}}
-    mean, std, _ = reward_model.statistics if settings.normalize_reward else (0.0, 1.0, 0)
-    head = value_head_from_reward(reward_model.params["head"], mean=mean, std=std)
-    return {"critic": {"trunk": reward_model.params["trunk"], "head": head}}
+    params, statistics = source.model.params, source.model.statistics
+    mean, std, _ = statistics if settings.normalize_reward else (0.0, 1.0, 0)
+    head = value_head_from_reward(params["head"], mean=mean, std=std, weight=source.weight)
+    return {"critic": {"trunk": params["trunk"], "head": head}}
 
 
 def _follow(decay: float) -> Callable[[Params, Params], Params]:

@@ -169,7 +169,7 @@ def _rounded(values: Tensor) -> list[float]:
 def _sum_sources(ppo: PPO, rollout: Rollout, by_model: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """(raw scores by source's metric, weighted sum [B] with reward models normalised)."""
     raw, total = {}, torch.zeros(len(rollout.texts))
-    columns_of_models = iter(by_model.unbind(dim=1))
+    columns_of_models = iter(by_model.T.contiguous())  # sums of strided columns round otherwise
     prompts = [columns["prompt"] for columns in rollout.columns]
     for source in ppo.sources:
         if source.model is not None:
@@ -180,5 +180,6 @@ def _sum_sources(ppo: PPO, rollout: Rollout, by_model: Tensor) -> tuple[dict[str
             raw[source.metric] = normal = torch.tensor(
                 call_reward_function(source, prompts, rollout.texts, rollout.columns)
             )
-        total = total + source.weight * normal
+        if source.weight:
+            total = total + source.weight * normal
     return raw, total

@@ -31,6 +31,11 @@ class RewardSource(NamedTuple):
     """… or a Python function. A model that is yet to be trained is neither."""
 
     @property
+    def untrained(self) -> bool:
+        """Whether it is a reward model that is yet to be trained."""
+        return self.model is None and self.function is None
+
+    @property
     def metric(self) -> str:
         """Its name in the log."""
         return f"{'reward' if self.weight else 'gold'}/{self.name}"

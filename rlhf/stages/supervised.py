@@ -137,7 +137,7 @@ def train_supervised(
         begun = time.perf_counter()
         coming = coming or Ahead(map(batches_of, range(step, plan.steps)))
         micro_batches = next(coming)
-        metrics = executor.step("main", micro_batches, coming.prepare)
+        metrics = executor.step("main", micro_batches, meanwhile=coming.prepare)
         tokens = sum(int((batch.rows.segments > 0).sum()) for batch in micro_batches)
         metrics |= {"lr": rate_at(plan.schedule, step), "perf/tokens_per_s": tokens / (time.perf_counter() - begun)}
         if (step + 1) % settings.eval_every == 0 or step + 1 == plan.steps:
