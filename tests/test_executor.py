@@ -189,7 +189,7 @@ def test_the_program_is_not_changed_by_training():
     assert torch.equal(MODELS.params["w"], before)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=lambda error: type(error))
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=type)
 def test_a_half_applied_update_is_neither_used_nor_saved_and_a_snapshot_mends_it(monkeypatch, error):
     """The second of several pieces fails."""
     monkeypatch.setattr("rlhf.execution.shard._GROUP", 4096)

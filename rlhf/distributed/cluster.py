@@ -151,7 +151,7 @@ class Cluster:
         """End processes and the connection to a Ray that is lost; no other call is made."""
         for member in members:
             self._kill_here(member)
-        leave()
+        leave(lost=True)
 
     def close(self) -> None:
         """Give the resources back."""
@@ -207,7 +207,7 @@ def open_cluster(dist: DistConfig) -> Iterator[Cluster]:
             finally:
                 cluster.close()
         except RayLostError as error:
-            leave()
+            leave(lost=True)
             raise WorkersLostError(f"lost {error} before the first step; continue with --resume") from error
 
 

@@ -118,7 +118,7 @@ class RayCalls:
                 continue
             if error is not None:
                 raise error
-            return result  # type: ignore[no-any-return]
+            return result
 
     def check(self) -> None:
         """Raise RayLostError if a daemon does not answer."""

@@ -91,13 +91,14 @@ def daemons() -> list[Daemon]:
     return _sessions[-1].daemons if _sessions else daemons_of_driver()
 
 
-def leave() -> None:
-    """Disconnect from Ray, also from one that does not answer; does nothing where others have connected."""
+def leave(*, lost: bool = False) -> None:
+    """Disconnect from Ray, also where it is `lost`; does nothing where others have connected."""
     if not _sessions or _sessions[-1].left:
         return
     session = _sessions[-1]
     session.left = True
-    if session.folder is not None and not all(is_alive(daemon, _PROBE_S) for daemon in session.daemons):
+    lost = lost or not all(is_alive(daemon, _PROBE_S) for daemon in session.daemons)
+    if session.folder is not None and lost:
         janitor.kill(janitor.processes_of(session.folder, spared=(os.getpid(), *_janitors)))
     import ray
 
