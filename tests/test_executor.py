@@ -209,3 +209,42 @@ def test_the_program_is_not_changed_by_training():
     before = MODELS.params["w"].clone()
     LocalExecutor(PROGRAM, MODELS, CPU).step("main", [batch(5, 0)])
     assert torch.equal(MODELS.params["w"], before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=type)
+def test_a_half_applied_update_is_neither_used_nor_saved_and_a_snapshot_mends_it(monkeypatch, error):
+    """The second of several pieces fails."""
+    monkeypatch.setattr("rlhf.execution.shard._GROUP", 4096)
+    batches, failing = [toy.batch(4, number) for number in range(3)], []
+    spec = toy.make_program().steps["main"]
+
+    def update(*arguments):
+        failing.append(1)
+        if len(failing) == 2:
+            raise error
+        return spec.optimizer.update_(*arguments)
+
+    broken = toy.make_program()._replace(
+        steps={"main": spec, "fails": spec._replace(optimizer=spec.optimizer._replace(update_=update))}
+    )
+    executor, straight = (LocalExecutor(program, toy.models(), CPU) for program in (broken, toy.make_program()))
+    executor.step("main", batches)
+    state = {name: leaf.clone() for name, leaf in executor.snapshot().items()}
+    with pytest.raises(type(error)):
+        executor.step("fails", batches)
+    assert len(failing) == 2, "the first piece was applied"
+    for use in (
+        executor.snapshot,
+        executor.params,
+        lambda: executor.map("predict", batches),
+        lambda: executor.step("main", batches),
+        lambda: executor.blend("offset"),
+    ):
+        with pytest.raises(RuntimeError, match="an update failed half-way: restore a snapshot or checkpoint"):
+            use()
+    executor.restore(state, 1)
+    for _ in range(2):
+        straight.step("main", batches)
+    executor.step("main", batches)
+    for name, leaf in straight.snapshot().items():
+        assert torch.equal(executor.snapshot()[name], leaf), name

@@ -129,6 +129,6 @@ class FaultyWorker(Worker):
         self._at("publish")
         return super().publish()
 
-    def snapshot(self):
+    def snapshot(self, version):
         self._at("snapshot")
-        return super().snapshot()
+        return super().snapshot(version)

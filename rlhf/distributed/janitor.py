@@ -33,13 +33,18 @@ def _belongs(entry: Path, folder: str) -> bool:
         return False
 
 
+def kill(processes: list[int]) -> None:
+    """End processes at once, also stopped ones."""
+    for number in processes:
+        with contextlib.suppress(OSError):  # it has ended
+            os.kill(number, signal.SIGKILL)
+
+
 def sweep(folder: str, starter: int) -> None:
     """Kill what belongs to a folder, but the process that started it and may live on; and remove the folder."""
     for _ in range(50):  # a process that is being started now has no file open yet
         left = processes_of(folder, spared=(os.getpid(), starter))
-        for number in left:
-            with contextlib.suppress(OSError):
-                os.kill(number, signal.SIGKILL)
+        kill(left)
         shutil.rmtree(folder, ignore_errors=True)
         if not left and not Path(folder).exists():
             return

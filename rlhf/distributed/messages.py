@@ -50,6 +50,11 @@ def from_numpy(tree: Any, device: torch.device, *, copy: bool = False) -> Tree:
         )
 
 
+def copy_arrays(tree: Any) -> Any:
+    """A tree whose arrays are copies, in memory of this process; other leaves, such as numbers, are taken over."""
+    return tree_map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, tree)
+
+
 def write_shard(shard: Shard) -> ShardState:
     """A shard's buffers as arrays."""
     return ShardState(shard.start, to_numpy(shard.params), [to_numpy(leaf) for leaf in leaves(shard.opt_state)])

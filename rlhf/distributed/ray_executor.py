@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.distributed.cluster import Cluster, LostError, Member
+from rlhf.distributed.cluster import Cluster, Member
 from rlhf.distributed.collectives import Place
 from rlhf.distributed.dealing import deal
-from rlhf.distributed.messages import ShardState, from_numpy, read_shard, to_numpy
+from rlhf.distributed.messages import ShardState, copy_arrays, from_numpy, read_shard, to_numpy
+from rlhf.distributed.ray_calls import LostError, RayLostError
 from rlhf.execution.executor import (
     Fault,
     LocalExecutor,
@@ -36,13 +37,13 @@ _Result = TypeVar("_Result")
 
 
 class _Snapshot(NamedTuple):
-    """Where a copy of the whole state lies, in memory that outlives the processes."""
+    """A copy of the whole state in the driver's memory, which outlives all other processes and machines."""
 
     version: int
-    state: list[Any]
-    """References to ShardState, in order."""
+    state: list[ShardState]
+    """In order."""
     blended: Any
-    """Reference to the frozen models that change."""
+    """The frozen models that change, as arrays."""
 
 
 class RayExecutor:
@@ -67,7 +68,7 @@ class RayExecutor:
         self._done: list[tuple[str, tuple[Any, ...]]] = []  # methods called since the snapshot that changed the state
         self._local: LocalExecutor | None = None  # takes over when no restart is left
         start = ShardState(0, flatten(models.params, self._layout).numpy(), None)
-        self._snapshot = _Snapshot(0, [cluster.put(start)], cluster.put({}))
+        self._snapshot = _Snapshot(0, [start], {})
         workers, servers = self._dist.num_workers, self._dist.num_servers
         self._workers = [self._start(f"worker {number}", number) for number in range(workers)]
         self._servers = [self._start(f"server {number}", workers + number) for number in range(servers)]
@@ -112,7 +113,7 @@ class RayExecutor:
         """See `Executor.params`."""
 
         def read() -> Params:
-            (flat,) = self._call(self._workers[:1], "params")
+            (flat,) = self._call(self._workers[:1], "params", self._version)
             return unflatten(from_numpy(flat, _CPU), self._layout)
 
         return self._try(read, LocalExecutor.params)
@@ -133,7 +134,7 @@ class RayExecutor:
         blended = {name: tree_map(torch.clone, self._models.frozen[name]) for name in self._program.blends}
         copy_state(named_state(params, opt_state, blended, self._layout), state)
         whole = ShardState(0, params.numpy(), [leaf.numpy() for leaf in leaves(opt_state)])
-        self._snapshot = _Snapshot(version, [self._cluster.put(whole)], self._cluster.put(to_numpy(blended)))
+        self._snapshot = _Snapshot(version, [whole], to_numpy(blended))
         self._done = []
         self._try(self._load_snapshot, lambda local: local.restore(state, version))
 
@@ -190,7 +191,12 @@ class RayExecutor:
         shares = deal(len(batches), len(self._workers)) + ((len(batches),) * 2,) * len(self._servers)
         arrays, mode = [to_numpy(batch) for batch in batches], self._dist.reduce
         calls = [
-            (member, member.call("step", name, self._version, shares, mode, arrays[slice(*share)], learning_rate))
+            (
+                member,
+                self._cluster.call(
+                    member, "step", name, self._version, shares, mode, arrays[slice(*share)], learning_rate
+                ),
+            )
             for member, share in zip(self._members, shares, strict=True)
         ]
         meanwhile()
@@ -214,7 +220,7 @@ class RayExecutor:
         def hand_out(member: Member) -> None:
             if waiting:
                 number = waiting.popleft()
-                call = member.call("map", name, self._version, to_numpy(batches[number]))
+                call = self._cluster.call(member, "map", name, self._version, to_numpy(batches[number]))
                 calls[call], dealt[call] = member, (number, member)
 
         for member in self._workers:
@@ -227,7 +233,7 @@ class RayExecutor:
 
     def _call(self, members: Sequence[Member], method: str, *arguments: Any) -> list[Any]:
         """Call a method of several members with the same arguments; their results."""
-        return self._collect([(member, member.call(method, *arguments)) for member in members])
+        return self._collect([(member, self._cluster.call(member, method, *arguments)) for member in members])
 
     def _collect(self, calls: Sequence[tuple[Member, Any]]) -> list[Any]:
         results = dict(self._cluster.results({call: member for member, call in calls}))
@@ -235,20 +241,23 @@ class RayExecutor:
 
     def _copies(self) -> list[tuple[Member, Any]]:
         """Ask all owners for copies of their shards, and a worker for the frozen models that change."""
-        calls = [(member, member.call("snapshot")) for member in self._servers or self._workers]
-        return [*calls, (self._workers[0], self._workers[0].call("blended"))]
+        call, version = self._cluster.call, self._version
+        copies = [(member, call(member, "snapshot", version)) for member in self._servers or self._workers]
+        return [*copies, (self._workers[0], call(self._workers[0], "blended", version))]
 
     def _take_snapshot(self) -> None:
-        calls = self._copies()
-        self._collect(calls)
-        *state, blended = (call for _, call in calls)
-        self._snapshot, self._done = _Snapshot(self._version, state, blended), []
+        *state, blended = self._collect(self._copies())
+        self._snapshot, self._done = _Snapshot(self._version, copy_arrays(state), copy_arrays(blended)), []
 
     def _recover(self, lost: LostError) -> None:
         """Bring the processes back to the present version, or let this one take over when no restart is left."""
         begun, what = time.monotonic(), str(lost)
         while not self._local:
             self._restarts += 1
+            if isinstance(lost, RayLostError):
+                what = str(lost)
+                self._take_over(abandon=True)
+                break
             if self._restarts > self._dist.max_restarts:
                 what += f"; {self._dist.max_restarts} faults were made good, and no more are allowed"
                 self._take_over()
@@ -269,10 +278,20 @@ class RayExecutor:
         alive = [member for member in self._workers if member not in lost]
         if self._dist.on_failure == "shrink" and alive:
             self._workers = alive
+        missing = [member for member in self._members if member in lost]
+        roomy = self._cluster.find_room(missing) if missing else []
+        if left_out := [member.name for member in missing if member not in roomy]:
+            self._tell(f"no machine has room for {', '.join(left_out)}: going on without")
         self._workers, self._servers = (
-            [self._start(member.name, member.bundle) if member in lost else member for member in members]
+            [
+                self._start(member.name, member.bundle) if member in roomy else member
+                for member in members
+                if member in roomy or member not in missing
+            ]
             for members in (self._workers, self._servers)
         )
+        if not self._workers:
+            raise RayLostError("all workers (no machine has room for one)")
         self._form()
 
     def _start(self, name: str, bundle: int) -> Member:
@@ -286,23 +305,28 @@ class RayExecutor:
         places = [Place(self._generation, rank, len(self._workers), len(self._servers)) for rank in range(len(members))]
         store = (self._cluster.host, self._cluster.store.port)
         self._collect(
-            [(member, member.call("join", place, *store)) for member, place in zip(members, places, strict=True)]
+            [
+                (member, self._cluster.call(member, "join", place, *store))
+                for member, place in zip(members, places, strict=True)
+            ]
         )
         self._load_snapshot()
 
     def _load_snapshot(self) -> None:
         """Bring all members to the last snapshot, and do again what was done since."""
         self._version = self._snapshot.version
-        self._call(self._members, "restore", self._version, self._snapshot.blended, *self._snapshot.state)
+        put = self._cluster.put
+        copies = [put(self._snapshot.blended), *map(put, self._snapshot.state)]
+        self._call(self._members, "restore", self._version, *copies)
         for method, arguments in self._done:
             self._do(method, *arguments)
 
-    def _take_over(self) -> None:
-        """Do the rest in this process."""
-        self._cluster.kill(self._members)
+    def _take_over(self, *, abandon: bool = False) -> None:
+        """Do the rest in this process; `abandon` makes no call of Ray any more."""
+        (self._cluster.abandon if abandon else self._cluster.kill)(self._members)
+        self._workers, self._servers = [], []
         local = LocalExecutor(self._program, self._models, _CPU)
-        state = [self._cluster.get(copy) for copy in self._snapshot.state]
-        local.restore(self._named(state, self._cluster.get(self._snapshot.blended)), self._snapshot.version)
+        local.restore(self._named(self._snapshot.state, self._snapshot.blended), self._snapshot.version)
         for method, arguments in self._done:
             getattr(local, method)(*arguments)
         self._local = local

@@ -89,7 +89,7 @@ class Worker:
             blended: frozen models that have changed since the beginning.
             *state: shards in order that make up the whole buffer, cut in any way.
         """
-        self._version, self._shard = version, None
+        self._version, self._updating, self._shard = version, False, None
         self._frozen |= from_numpy(blended, self._device)
         if self._computes:
             self._flat = read_params(state, (0, self._layout.size)).to(self._device)
@@ -140,11 +140,12 @@ class Worker:
             self.reduce(shares, mode)
             update = self.decide(results, shares, spec)
             if update.finite and update.allowed:
+                self._updating = True  # whoever fails before the end has parts of two versions
                 if self._shard is not None:
                     pieces = cut(self._shard, self._gradient, spec.optimizer, self._layout)
                     self._shard = apply(self._shard, version, pieces, update.scale, spec.optimizer, learning_rate)
                 self.publish()
-                self._version += 1
+                self._version, self._updating = version + 1, False
             on_error.pop_all()
         return [to_numpy(result) for result in results], update
 
@@ -205,16 +206,19 @@ class Worker:
         if self._shard is not None:
             self._shard = self._shard._replace(opt_state=self._program.optimizer.init(self._shard.params))
 
-    def snapshot(self) -> ShardState | None:
-        """A copy of the own shard."""
+    def snapshot(self, version: int) -> ShardState | None:
+        """A copy of the own shard, at that version."""
+        self._check(version)
         return None if self._shard is None else write_shard(self._shard)
 
-    def blended(self) -> dict[str, Any]:
-        """The frozen models that change."""
+    def blended(self, version: int) -> dict[str, Any]:
+        """The frozen models that change, at that version."""
+        self._check(version)
         return {name: to_numpy(self._frozen[name]) for name in self._program.blends}
 
-    def params(self) -> np.ndarray:
-        """[n] float32: all parameters, flat."""
+    def params(self, version: int) -> np.ndarray:
+        """[n] float32: all parameters, flat, at that version."""
+        self._check(version)
         return to_numpy(self._flat)
 
     def peak_bytes(self) -> int:
@@ -222,8 +226,9 @@ class Worker:
         return peak_bytes(self._device)
 
     def _check(self, version: int) -> None:
-        if version != self._version:
-            raise RuntimeError(f"asked for version {version} of the parameters, but has {self._version}")
+        if self._updating or version != self._version:
+            has = "parts of two" if self._updating else self._version
+            raise GroupError(f"asked for version {version} of the parameters, but has {has}")
 
     def _batch(self, batch: Any) -> Any:
         return to_device(from_numpy(batch, torch.device("cpu"), copy=True), self._device)

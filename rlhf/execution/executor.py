@@ -178,6 +178,7 @@ class LocalExecutor:
         self._shard = init_shard(flat, program.optimizer)
         self._params = unflatten(self._shard.params, self._layout)  # views: every update shows in them
         self._gradients = program.gradients(self._layout)
+        self._updating = False  # True for good where an update fails half-way
 
     @property
     def version(self) -> int:
@@ -191,6 +192,7 @@ class LocalExecutor:
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
         """See `Executor.map`."""
+        self._check_whole()
         function = self._program.maps[name]
         with torch.no_grad():
             return [to_device(function(self._params, self._frozen, self._batch(batch)), "cpu") for batch in batches]
@@ -204,6 +206,7 @@ class LocalExecutor:
         meanwhile: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
         """See `Executor.step`."""
+        self._check_whole()
         spec, results = self._program.steps[name], []
 
         def gradient(batch: Any) -> tuple[Tensor, Any]:
@@ -223,11 +226,14 @@ class LocalExecutor:
         if not update.finite:
             raise not_finite(name, batches, results, update, lambda batch: all_finite(gradient(batch)))
         if update.allowed:
+            self._updating = True
             self._shard = apply(self._shard, self.version, pieces, update.scale, spec.optimizer, learning_rate)
+            self._updating = False
         return step_metrics(results, update)
 
     def blend(self, name: str) -> None:
         """See `Executor.blend`."""
+        self._check_whole()
         self._frozen[name] = self._program.blends[name](self._frozen[name], self._params)
 
     def reset_optimizer(self) -> None:
@@ -236,11 +242,13 @@ class LocalExecutor:
 
     def params(self) -> Params:
         """See `Executor.params`."""
+        self._check_whole()
         params: Params = to_device(self._params, "cpu")
         return params
 
     def snapshot(self) -> dict[str, Tensor]:
         """See `Executor.snapshot`."""
+        self._check_whole()
         return {name: leaf.detach().cpu() for name, leaf in self._state().items()}
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
@@ -248,7 +256,7 @@ class LocalExecutor:
         for name in self._program.blends:  # may alias the models' own tensors: replaced, not written into
             self._frozen[name] = tree_map(torch.clone, self._frozen[name])
         copy_state(self._state(), state)
-        self._shard = self._shard._replace(version=version)
+        self._shard, self._updating = self._shard._replace(version=version), False
 
     def peak_bytes(self) -> int:
         """See `Executor.peak_bytes`."""
@@ -257,6 +265,11 @@ class LocalExecutor:
     def faults(self) -> list[Fault]:
         """See `Executor.faults`: one process has none that it outlives."""
         return []
+
+    def _check_whole(self) -> None:
+        """Raise RuntimeError if the parameters are of no version, which must neither be used nor saved."""
+        if self._updating:
+            raise RuntimeError("an update failed half-way: restore a snapshot or checkpoint before anything else")
 
     def _batch(self, batch: Any) -> Any:
         return as_new(to_device(batch, self._device))

@@ -65,6 +65,25 @@ def limit_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+_CROWD = 4
+"""Threads that may share a core; with more, a run would hardly move."""
+
+
+def check_workers(dist: DistConfig) -> None:
+    """Refuse more workers than this machine can move.
+
+    Raises:
+        UserError: their threads are more than four times its cores.
+    """
+    threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
+    if dist.num_workers and dist.address is None and threads > _CROWD * cores:
+        raise UserError(
+            f"--dist.num-workers {dist.num_workers}: workers and servers have {threads} threads, but this machine has "
+            f"{cores} cores, for at most {_CROWD * cores} threads; lower --dist.num-workers, --dist.num-servers or "
+            "--dist.threads-per-worker, or name a cluster with --dist.address"
+        )
+
+
 def describe_workers(dist: DistConfig) -> str:
     """The workers in words, and whether they share cores."""
     servers = f" and {dist.num_servers} parameter servers" if dist.num_servers else ""
@@ -99,6 +118,7 @@ def open_workplace(config: ComputeConfig) -> Iterator[Workplace]:
         UserError: there is no such device, or the cluster cannot be reached.
     """
     device = find_device(config.device)
+    check_workers(config.dist)
     if config.dist.num_workers:
         tell(describe_workers(config.dist))
     with limit_threads(compute_threads(config)), connected(config.dist):

@@ -11,6 +11,7 @@ from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.distributed import connected
 from rlhf.io.progress import console
 from rlhf.stages import ppo, reward, sft
+from rlhf.stages.compute import check_workers
 from rlhf.stages.rewards import check_columns
 from rlhf.stages.run import StageResult, check_output
 
@@ -75,6 +76,7 @@ def _train_missing(config: RunConfig, base: PipelineRun, stage: str, needed: Seq
 
 def _check(config: PipelineRun, stages: Sequence[str]) -> None:
     """Raise UserError for what one of `stages`, which are run in order, would refuse; reads all data files through."""
+    check_workers(config.dist)
     for stage in stages:
         check_output(config, stage)
     sft_model = reward_model = None

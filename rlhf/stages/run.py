@@ -28,7 +28,14 @@ from rlhf.io.terminal import visible
 from rlhf.monitor.health import findings
 from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
-from rlhf.stages.compute import compile_obstacle, compute_threads, describe_workers, find_device, limit_threads
+from rlhf.stages.compute import (
+    check_workers,
+    compile_obstacle,
+    compute_threads,
+    describe_workers,
+    find_device,
+    limit_threads,
+)
 from rlhf.stages.identity import Facts, changes, settings_of
 from rlhf.stages.signals import Stop, stop_on_signal
 from rlhf.stages.sink import open_sink
@@ -162,6 +169,7 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
             its models; or no GPU is there though one was asked for.
         Interrupted: a signal came before the first step, or after the last: the stage is then finished.
     """
+    check_workers(config.dist)
     run = Run(
         stage, config, find_device(config.device), torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
