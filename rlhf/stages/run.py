@@ -28,6 +28,7 @@ from rlhf.io.terminal import visible
 from rlhf.monitor.health import findings
 from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
+from rlhf.setting_rules import check_settings
 from rlhf.stages.compute import compile_obstacle, compute_threads, describe_workers, find_device, limit_threads
 from rlhf.stages.identity import Facts, changes, settings_of
 from rlhf.stages.signals import Stop, stop_on_signal
@@ -158,15 +159,18 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
     """Take hold of the output folder and set up device, threads and signals for one stage.
 
     Raises:
-        UserError: the folder is in use or holds this stage's checkpoints although `resume` is off, or what is none of
-            its models; or no GPU is there though one was asked for.
+        UserError: settings contradict each other; the folder is in use or holds this stage's checkpoints although
+            `resume` is off, or what is none of its models; or no GPU is there though one was asked for.
         Interrupted: a signal came before the first step, or after the last: the stage is then finished.
     """
+    idle = check_settings(config, stage)
     run = Run(
         stage, config, find_device(config.device), torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
     with lock_folder(config.output_dir), stop_on_signal(run), limit_threads(compute_threads(config)), run.resources:
         check_output(config, stage)
+        for line in idle:
+            run.note(line)
         if config.resume and all(last_step(_checkpoints(config, name)) is None for name in _MODEL_FOLDERS):
             run.note(f"nothing to resume in {config.output_dir}: starting anew")
         yield run
@@ -242,8 +246,17 @@ def train(
     _write_config(config)
 
     def save(step: int) -> None:
+        state = executor.snapshot()
+        if not all_finite(state):
+            message = (
+                f"{run.stage} {unit} {step}: the update left parameters or optimiser state that are not finite, though "
+                f"its gradient was; the checkpoint was not written, and --resume goes on from {unit} "
+                f"{last_step(run.checkpoints) or 0}. Raise --{run.stage}.adam-eps, or lower --{run.stage}.learning-rate"
+            )
+            log.event("nonfinite", step=step, message=message)
+            raise NonFiniteError(message)
         plain = {"carried": facts, "identity": identity, "threads": compute_threads(config)}
-        checkpoint = Checkpoint(step, executor.snapshot(), plain | {"version": executor.version})
+        checkpoint = Checkpoint(step, state, plain | {"version": executor.version})
         save_checkpoint(run.checkpoints, checkpoint, keep=config.checkpoint.keep)
 
     log = RunLog(
@@ -262,7 +275,8 @@ def train(
             try:
                 metrics, facts = advance(step, facts, log)
             except NonFiniteError as error:
-                where = _save_nonfinite(run, executor, step, error, save if executor.version == version else None)
+                sound = executor.version == version and all_finite(executor.snapshot())
+                where = _save_nonfinite(run, executor, step, error, save if sound else None)
                 log.event("nonfinite", step=step, message=str(error))
                 raise NonFiniteError(
                     f"{run.stage} {unit} {step + 1}: {error}; the update was refused. {where}"
