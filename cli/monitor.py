@@ -49,12 +49,12 @@ class Monitor(Section):
     """Open the page in a browser."""
 
 
-_RULES = (
-    Rule(("port", "open_browser"), lambda settings: not settings.serve, "no effect without --serve", refused=True),
+RULES = (
+    Rule(("port", "open_browser"), lambda settings: not settings.serve, "has no effect without --serve", refused=True),
     Rule(
         ("output_dir",),
         lambda settings: not settings.report and settings.plot_type is None,
-        "no effect without --report or --plot-type",
+        "has no effect without --report or --plot-type",
         refused=True,
     ),
 )
@@ -85,7 +85,7 @@ def _monitor(settings: Monitor) -> int:
     chosen = [name for name, (wanted, _) in actions.items() if wanted] or ["--live"]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)}: one at a time")
-    check_rules(settings, _RULES)
+    check_rules(settings, RULES)
     if not settings.log_dir:
         raise UserError("--log-dir: expected at least one folder")
     return actions[chosen[0]][1](settings)

@@ -83,7 +83,7 @@ def _has_no_warmup_step(ppo: PPOConfig) -> bool:
     return ppo.warmup_fraction * updates < 1
 
 
-_NO_WORKERS = "no effect without --dist.num-workers"
+_NO_WORKERS = "has no effect without --dist.num-workers"
 
 COMPUTE_RULES = (
     Rule(("dist.address", "dist.num_servers", "dist.gpus_per_worker"), _in_process, _NO_WORKERS, refused=True),
@@ -113,7 +113,7 @@ COMPUTE_RULES = (
         "workers with --dist.gpus-per-worker compute on GPUs; drop one of the two",
         refused=True,
     ),
-    Rule(("threads",), _on_workers, "no effect on workers; use --dist.threads-per-worker"),
+    Rule(("threads",), _on_workers, "has no effect on workers; use --dist.threads-per-worker"),
     Rule(
         ("threads",),
         lambda config: _in_process(config) and (config.threads or 0) > (os.cpu_count() or 1),
@@ -122,19 +122,19 @@ COMPUTE_RULES = (
     Rule(
         ("dist.placement",),
         lambda config: _on_workers(config) and config.dist.address is None,
-        "no effect without --dist.address: there is one machine",
+        "has no effect without --dist.address: there is one machine",
     ),
     Rule(
         ("dist.on_failure",),
         lambda config: _on_workers(config) and config.dist.max_restarts == 0,
-        "no effect with --dist.max-restarts 0",
+        "has no effect with --dist.max-restarts 0",
     ),
 )  # fmt: skip
 """Of every program that computes on workers or in its own process."""
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
 _NO_SAMPLES = Rule(
-    ("log.samples", "log.token_samples"), lambda config: not hasattr(config, "ppo"), "no effect but in PPO"
+    ("log.samples", "log.token_samples"), lambda config: not hasattr(config, "ppo"), "has no effect outside of PPO"
 )
 
 
@@ -156,7 +156,7 @@ def _worker_rule(stage: str, size: str, *, rows: int = 1) -> Rule:
 
 def _model_rules(data: str) -> tuple[Rule, ...]:
     names = ("model.preset", "tokenizer.path", "tokenizer.vocab_size")
-    return (Rule(names, _starts_elsewhere(data), "no effect: the model that the stage starts from brings its own"),)
+    return (Rule(names, _starts_elsewhere(data), "has no effect: the model that the stage starts from brings its own"),)
 
 
 STAGE_RULES: dict[str, tuple[Rule, ...]] = {
@@ -166,34 +166,34 @@ STAGE_RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             ("tokenizer.vocab_size",),
             lambda config: config.sft.model_path is not None,
-            "no effect with --sft.model-path, whose folder has a tokenizer; drop one of the two",
+            "has no effect with --sft.model-path, whose folder has a tokenizer; drop one of the two",
             refused=True,
         ),
         Rule(
             ("tokenizer.vocab_size",),
             lambda config: config.tokenizer.path is not None,
-            "no effect with --tokenizer.path, which has its own vocabulary; drop one of the two",
+            "has no effect with --tokenizer.path, which has its own vocabulary; drop one of the two",
             refused=True,
         ),
         Rule(
             ("model.preset",),
             lambda config: config.sft.model_path is not None,
-            "no effect with --sft.model-path: the folder's shape counts",
+            "has no effect with --sft.model-path: the folder's shape counts",
         ),
         Rule(
             ("model.preset",),
             lambda config: None not in [getattr(config.model, name) for name in _SHAPE],
-            "no effect: the fields beside it set all of the shape",
+            "has no effect: the fields beside it set all of the shape",
         ),
         Rule(
             ("sft.val_fraction",),
             lambda config: config.sft_val_data is not None,
-            "no effect with --sft-val-data",
+            "has no effect with --sft-val-data",
         ),
         Rule(
             ("sft.eval_every",),
             lambda config: config.sft_val_data is None and config.sft.val_fraction == 0,
-            "no effect without held-out records: set --sft.val-fraction or --sft-val-data",
+            "has no effect without held-out records: set --sft.val-fraction or --sft-val-data",
         ),
     ),
     "reward": (
@@ -203,7 +203,7 @@ STAGE_RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             ("reward.val_fraction",),
             lambda config: config.preference_val_data is not None,
-            "no effect with --preference-val-data",
+            "has no effect with --preference-val-data",
         ),
     ),
     "ppo": (
@@ -227,18 +227,18 @@ STAGE_RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             ("ppo.min_new_tokens",),
             lambda config: not config.ppo.stop_at_eos,
-            "no effect with --ppo.no-stop-at-eos: every completion has --ppo.max-new-tokens",
+            "has no effect with --ppo.no-stop-at-eos: every completion has --ppo.max-new-tokens",
         ),
         Rule(
             ("ppo.missing_eos_penalty",),
             lambda config: not config.ppo.stop_at_eos,
             "with --ppo.no-stop-at-eos no completion ends by itself: the same is taken off every score",
         ),
-        Rule(("ppo.top_p",), lambda config: config.ppo.top_k == 1, "no effect with --ppo.top-k 1"),
+        Rule(("ppo.top_p",), lambda config: config.ppo.top_k == 1, "has no effect with --ppo.top-k 1"),
         Rule(
             ("ppo.normalize_reward",),
             lambda config: bool(config.ppo.reward) and all(":" in source for source in config.ppo.reward),
-            "no effect on Python functions, whose scores are taken as they are",
+            "has no effect on Python functions, whose scores are taken as they are",
         ),
         Rule(
             ("ppo.kl_adaptive",),
@@ -249,28 +249,28 @@ STAGE_RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             ("ppo.kl_target", "ppo.kl_horizon"),
             lambda config: not config.ppo.kl_adaptive,
-            "no effect without --ppo.kl-adaptive (--ppo.target-kl stops updates early)",
+            "has no effect without --ppo.kl-adaptive (--ppo.target-kl stops updates early)",
             refused=True,
         ),
         Rule(
             ("ppo.kl_estimator", "ppo.kl_in_loss"),
             lambda config: config.ppo.kl_coef == 0,
-            "no effect with --ppo.kl-coef 0",
+            "has no effect with --ppo.kl-coef 0",
         ),
         Rule(
             ("ppo.clip_eps", "ppo.dual_clip", "ppo.value_clip_eps", "ppo.target_kl"),
             lambda config: _updates_once(config.ppo),
-            "no effect with one update per iteration, before which nothing has moved",
+            "has no effect with one update per iteration, before which nothing has moved",
         ),
         Rule(
             ("ppo.value_clip_eps", "ppo.critic_warmup"),
             lambda config: config.ppo.value_coef == 0,
-            "no effect with --ppo.value-coef 0: the value function does not learn",
+            "has no effect with --ppo.value-coef 0: the value function does not learn",
         ),
         Rule(
             ("ppo.warmup_fraction",),
             lambda config: _has_no_warmup_step(config.ppo),
-            "no effect: it is less than one of the run's updates",
+            "has no effect: it is less than one of the run's updates",
         ),
     ),
 }

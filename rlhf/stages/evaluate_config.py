@@ -77,7 +77,7 @@ POLICY_RULES = (
     Rule(
         ("samples", "temperature"),
         lambda config: "sampled" not in config.decoding,
-        "no effect with --decoding greedy, which draws nothing at random",
+        "has no effect with --decoding greedy, which draws nothing at random",
         refused=True,
     ),
 )

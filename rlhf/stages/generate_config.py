@@ -55,9 +55,8 @@ GENERATE_RULES = (
     Rule(
         ("temperature", "top_k", "top_p", "samples", "seed"),
         lambda config: config.greedy,
-        "no effect with --greedy, which draws nothing at random; drop one of the two",
-        refused=True,
+        "has no effect with --greedy, which draws nothing at random",
     ),
-    Rule(("top_p",), lambda config: config.top_k == 1, "no effect with --top-k 1; drop one of the two", refused=True),
+    Rule(("top_p",), lambda config: config.top_k == 1, "has no effect with --top-k 1"),
 )
 """Settings that have no effect beside others."""

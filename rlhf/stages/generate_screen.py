@@ -17,6 +17,7 @@ from rlhf.data.records import read_records
 from rlhf.data.schema import PROMPTS, check_record
 from rlhf.errors import Interrupted, UserError
 from rlhf.io.files import check_writable, clear_write_errors, read_text, write_text
+from rlhf.io.progress import tell
 from rlhf.io.terminal import printable
 from rlhf.setting_rules import check_rules
 from rlhf.stages.answers import sample_keys
@@ -35,7 +36,8 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
         UserError: a model, a file or a setting cannot be used.
         Interrupted: Ctrl-C, but for a person at the prompt.
     """
-    check_rules(config, GENERATE_RULES)
+    for line in check_rules(config, GENERATE_RULES):
+        tell(line)
     if "{prompt}" not in config.template:
         raise UserError(f"--template {config.template!r}: has no {{prompt}}, in whose place each prompt is put")
     if config.prompt and config.prompt_file is not None:

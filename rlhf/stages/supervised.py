@@ -127,7 +127,7 @@ def train_supervised(
     """
     if 0 < settings.warmup_fraction * plan.steps < 1 and settings.warmup_fraction != type(settings)().warmup_fraction:
         flag = flag_of(f"{run.stage}.warmup_fraction", settings.warmup_fraction)
-        run.note(f"{flag}: no effect: it is less than one of the run's {plan.steps} steps")
+        run.note(f"{flag}: has no effect: it is less than one of the run's {plan.steps} steps")
     order_key, dropout_key = run.key(Purpose.ORDER), run.key(Purpose.DROPOUT)
     last: dict[str, float] = {}
     coming: Ahead[list[Any]] | None = None
