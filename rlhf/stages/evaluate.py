@@ -133,8 +133,9 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
 
 
 def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge], kinds: set[str]) -> None:
-    """Refuse what would have no effect."""
-    check_rules(config, NO_POLICY_RULES if "policy" not in kinds else POLICY_RULES)
+    """Refuse or tell what has no effect."""
+    for line in check_rules(config, POLICY_RULES if "policy" in kinds else NO_POLICY_RULES):
+        tell(line)
     if "policy" in kinds and folders.reward is not None and folders.reward.name in {judge.name for judge in judges}:
         name = folders.reward.name
         raise UserError(

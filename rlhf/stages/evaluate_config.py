@@ -60,17 +60,16 @@ class EvaluateConfig(ComputeConfig, JudgementConfig):  # whose flags come first,
     """Judge models on data they were not trained on: each figure with its samples and a 95% interval."""
 
 
+_NO_POLICY = "completions are made only in the policy evaluation, and there is none here"
+
 NO_POLICY_RULES = (
+    Rule(("judge", "against"), lambda config: True, _NO_POLICY, refused=True),
     Rule(
-        (
-            "judge", "against", "reward_model", "decoding", "samples", "temperature", "max_new_tokens",
-            "rollout_batch_size",
-        ),
+        ("reward_model", "decoding", "samples", "temperature", "max_new_tokens", "rollout_batch_size"),
         lambda config: True,
-        "completions are made only in the policy evaluation, and there is none here",
-        refused=True,
+        _NO_POLICY,
     ),
-)  # fmt: skip
+)
 """Settings that have no effect where no policy is evaluated."""
 
 POLICY_RULES = (
@@ -78,7 +77,6 @@ POLICY_RULES = (
         ("samples", "temperature"),
         lambda config: "sampled" not in config.decoding,
         "has no effect with --decoding greedy, which draws nothing at random",
-        refused=True,
     ),
 )
 """Settings that have no effect beside others where a policy is evaluated."""
