@@ -1,6 +1,7 @@
-"""Command lines before tyro reads them: repeated flags are joined or refused, numbers out of range named by flag."""
+"""Command lines before tyro reads them: repeated flags are joined, numbers out of range named by flag."""
 
 import dataclasses
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -31,7 +32,7 @@ def parse_arguments(
         default: arguments -> what the flags go on top of.
 
     Raises:
-        UserError: a flag is given twice with different values, or a number is out of its range.
+        UserError: a number is out of its range.
     """
     arguments = join_flags(kind, argv)
     base = kind() if default is None else default(arguments)
@@ -41,8 +42,10 @@ def parse_arguments(
 def join_flags(kind: type, argv: Sequence[str]) -> list[str]:
     """Return a command line in which no flag is repeated: the values of list flags add up, in their order.
 
+    Of a flag of one value the last counts, which is told on stderr where the values differ.
+
     Raises:
-        UserError: a flag of one value is given twice with different values, or a number is out of its range.
+        UserError: a number is out of its range.
     """
     hints = dict(flag_types(kind))
     joined: list[list[str]] = []
@@ -56,7 +59,8 @@ def join_flags(kind: type, argv: Sequence[str]) -> list[str]:
         elif get_origin(hint) is tuple:
             joined[places[name]] += values
         elif joined[places[name]] != [flag, *values]:
-            raise UserError(f"given twice: {' '.join(joined[places[name]])} and {' '.join([flag, *values])}; keep one")
+            before, joined[places[name]] = joined[places[name]], [flag, *values]
+            print(f"given twice: {' '.join(before)} and {' '.join([flag, *values])}; the last counts", file=sys.stderr)
         if len(values) == 1 and (expected := range_error(bounds_of(hint), _number(hint, values[0]))):
             raise UserError(f"{name} {values[0]}: {_field(name)} must be {expected}, got {values[0]}")
     return [word for words in joined for word in _written(words)]
