@@ -6,9 +6,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from rlhf.config import PipelineRun, RunConfig, flat_fields
+from rlhf.config import PipelineRun, RunConfig
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.io.presets import load_config, load_dist_config
+from rlhf.ranges import flat_fields
 
 
 def base_config(argv: Sequence[str]) -> PipelineRun:

@@ -9,7 +9,7 @@ Usage:
 import sys
 from collections.abc import Sequence
 
-import tyro
+from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, run_command
 
 from rlhf.stages.evaluate_config import EvaluateConfig
@@ -23,8 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
     """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
-    return tyro.cli(
-        EvaluateConfig, prog="rlhf-evaluate", default=EvaluateConfig(dist=base_config(argv).dist), args=argv
+    return parse_arguments(
+        EvaluateConfig,
+        argv,
+        prog="rlhf-evaluate",
+        default=lambda arguments: EvaluateConfig(dist=base_config(arguments).dist),
     )
 
 

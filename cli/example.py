@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
 
 from rlhf.errors import UserError
 from rlhf.io.presets import load_config
-from rlhf.ranges import Index, Section, Seed
+from rlhf.ranges import ProcessCount, Section, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class Example(Section):
     """Of data and training."""
     config: str = "demo"
     """YAML file or preset with the training's settings."""
-    workers: Index | None = None
+    workers: ProcessCount | None = None
     """Ray workers; none is two where there are two cores. The result is the same to the bit."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return run_command(lambda: _example(tyro.cli(Example, prog="rlhf-example", args=argv or sys.argv[1:])))
+    return run_command(lambda: _example(parse_arguments(Example, argv or sys.argv[1:], prog="rlhf-example")))
 
 
 def _example(example: Example) -> None:

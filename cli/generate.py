@@ -9,7 +9,7 @@ Usage:
 import sys
 from collections.abc import Sequence
 
-import tyro
+from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
 
 from rlhf.stages.generate_config import GenerateConfig
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> GenerateConfig:
     """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
-    return tyro.cli(GenerateConfig, prog="rlhf-generate", args=argv)
+    return parse_arguments(GenerateConfig, argv, prog="rlhf-generate")
 
 
 def _generate(config: GenerateConfig) -> None:

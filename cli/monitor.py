@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
+from annotated_types import Interval
+from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
 
 from rlhf.errors import UserError
-from rlhf.ranges import Interval, Section
+from rlhf.ranges import Section
+from rlhf.setting_rules import Rule, check_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,21 @@ class Monitor(Section):
     """Print the health checks; exit code 1 if one of them finds a problem, 0 if none does."""
     output_dir: Path | None = None
     """Folder for plots and report.html; none is report/ beside the first run's logs/."""
-    port: Annotated[int, Interval("[0, 65535]")] = 8742
+    port: Annotated[int, Interval(ge=0, le=65535)] = 8742
     """Of the page, on this machine alone; 0 takes a free one."""
     open_browser: bool = True
     """Open the page in a browser."""
+
+
+RULES = (
+    Rule(("port", "open_browser"), lambda settings: not settings.serve, "has no effect without --serve", refused=True),
+    Rule(
+        ("output_dir",),
+        lambda settings: not settings.report and settings.plot_type is None,
+        "has no effect without --report or --plot-type",
+        refused=True,
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Monitor:
     """The settings of a command line; prints help or errors and exits (code 2) as tyro does."""
-    return tyro.cli(Monitor, prog="rlhf-monitor", args=argv)
+    return parse_arguments(Monitor, argv, prog="rlhf-monitor")
 
 
 def _monitor(settings: Monitor) -> int:
@@ -72,6 +85,7 @@ def _monitor(settings: Monitor) -> int:
     chosen = [name for name, (wanted, _) in actions.items() if wanted] or ["--live"]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)}: one at a time")
+    check_rules(settings, RULES)
     if not settings.log_dir:
         raise UserError("--log-dir: expected at least one folder")
     return actions[chosen[0]][1](settings)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
+from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, describe, run_command
 
 from rlhf.config import PipelineRun, PPORun, RewardRun, SFTRun
@@ -48,10 +49,15 @@ def parse(argv: Sequence[str]) -> AnyRun:
     if place and not {"-h", "--help"} & set(argv):
         moved = shlex.join([argv[place], *argv[:place], *argv[place + 1 :]])
         raise UserError(f"the stage comes first: rlhf-train {moved}")
-    base = base_config(argv)
     if argv and argv[0] in _STAGES:
         kind, text = _STAGES[argv[0]]
-        return tyro.cli(kind, prog=f"rlhf-train {argv[0]}", description=text, default=narrow(base, kind), args=argv[1:])
+        return parse_arguments(
+            kind,
+            argv[1:],
+            prog=f"rlhf-train {argv[0]}",
+            description=text,
+            default=lambda arguments: narrow(base_config(arguments), kind),
+        )
     kinds = [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in _STAGES.items()]
     union: Any = functools.reduce(operator.or_, kinds)  # only for its help and its errors
     return tyro.cli(union, prog="rlhf-train", description=_DESCRIPTION, args=argv)

@@ -4,22 +4,27 @@ One dataclass is the YAML file, the command line and the code at once: `rlhf.io.
 flags of it, and the stages take it as it is. Ranges stand in the types and are checked when an object is made.
 """
 
-import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from rlhf.ranges import (
-    Count,
-    Fraction,
-    Index,
-    Interval,
-    NonNegative,
-    Positive,
-    PositiveOrInf,
+    BatchSize,
+    HalfOpenUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFloatOrInf,
+    PositiveInt,
+    ProcessCount,
+    Seconds,
     Section,
     Seed,
-    Share,
+    ThreadCount,
+    UnitInterval,
 )
 
 
@@ -29,13 +34,13 @@ class ModelConfig(Section):
 
     preset: Literal["tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "small"
     """Named shape that the fields below change."""
-    n_layer: Count | None = None
+    n_layer: Annotated[int, Ge(1), Le(1024)] | None = None
     """Blocks."""
-    n_head: Count | None = None
+    n_head: Annotated[int, Ge(1), Le(1024)] | None = None
     """Attention heads per block."""
-    n_embd: Count | None = None
+    n_embd: Annotated[int, Ge(1), Le(2**16)] | None = None
     """Width; a multiple of n_head."""
-    n_positions: Count | None = None
+    n_positions: BatchSize | None = None
     """Context in tokens."""
 
 
@@ -45,7 +50,7 @@ class TokenizerConfig(Section):
 
     path: Path | None = None
     """Folder with tokenizer.json, or with vocab.json and merges.txt; none trains a byte-level BPE on the data."""
-    vocab_size: Annotated[int, Interval("[258, 1000000]")] = 1024
+    vocab_size: Annotated[int, Interval(ge=258, le=1_000_000)] = 1024
     """Entries of the trained BPE: 256 bytes, two special tokens, and merges."""
 
 
@@ -53,9 +58,9 @@ class TokenizerConfig(Section):
 class CheckpointConfig(Section):
     """What is saved while training, beside the model folder at the end of each stage."""
 
-    every: Count | None = None
+    every: PositiveInt | None = None
     """Steps between checkpoints; none is 100, and 10 iterations of PPO. One is written at the end and when stopped."""
-    keep: Count = 2
+    keep: PositiveInt = 2
     """Checkpoints kept per stage: the newest."""
 
 
@@ -63,11 +68,11 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """What is written to logs/ and shown."""
 
-    every: Count = 1
+    every: PositiveInt = 1
     """Steps (PPO: iterations) between lines of metrics.jsonl."""
-    samples: Index = 64
+    samples: NonNegativeInt = 64
     """Completions of each PPO iteration written to samples.jsonl."""
-    token_samples: Index = 16
+    token_samples: NonNegativeInt = 16
     """Of those, completions with log-probs, values and advantages of every token (40 bytes a token)."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""
@@ -80,15 +85,15 @@ class LogConfig(Section):
 class DistConfig(Section):
     """Workers, parameter servers and what happens when one dies; see distributed.yaml."""
 
-    num_workers: Index = 0
+    num_workers: ProcessCount = 0
     """Ray workers; 0 runs everything in this process, without Ray."""
-    num_servers: Index = 0
+    num_servers: ProcessCount = 0
     """Dedicated parameter servers; 0 keeps the shards in the workers."""
     address: str | None = None
     """Ray cluster to use, auto or HOST:PORT; none starts one on this machine and stops it at the end."""
-    threads_per_worker: Count = 1
+    threads_per_worker: ThreadCount = 1
     """CPU threads of each worker."""
-    gpus_per_worker: Annotated[float, Interval("[0, 1]")] = 0.0
+    gpus_per_worker: UnitInterval = 0.0
     """GPUs of each worker."""
     placement: Literal["pack", "spread"] = "pack"
     """Whether workers share nodes or are put on different ones."""
@@ -96,15 +101,15 @@ class DistConfig(Section):
     """Collectives; auto is nccl where each worker has a GPU of its own, else shared: gloo, and one machine's memory."""
     reduce: Literal["tree", "ring"] = "tree"
     """Gradient sums along one fixed tree, with the same bits for any number of workers; or the backend's allreduce."""
-    timeout_s: Positive = 60.0
+    timeout_s: Seconds = 60.0
     """Seconds that a collective may take before its members are taken to be lost."""
-    heartbeat_s: Positive = 5.0
+    heartbeat_s: Seconds = 5.0
     """Seconds of silence after which a process that should answer is taken to be lost."""
-    max_restarts: Index = 10
+    max_restarts: NonNegativeInt = 10
     """Faults made good before the run finishes its step in one process, saves and ends."""
     on_failure: Literal["replace", "shrink"] = "replace"
     """Start a new worker for a lost one, or go on with fewer."""
-    snapshot_every: Count = 10
+    snapshot_every: PositiveInt = 10
     """Steps between copies of the server's state in this process's memory (12 bytes for each parameter)."""
 
 
@@ -112,23 +117,23 @@ class DistConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with a learning-rate schedule; the base of every stage's section."""
 
-    learning_rate: NonNegative = 1e-3
+    learning_rate: NonNegativeFloat = 1e-3
     """Peak, after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course after the warm-up; linear and cosine end at 0."""
-    warmup_fraction: Share = 0.05
+    warmup_fraction: HalfOpenUnitInterval = 0.05
     """Share of all updates over which the rate rises linearly."""
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled, on matrices and embeddings."""
-    adam_b1: Share = 0.9
+    adam_b1: HalfOpenUnitInterval = 0.9
     """Decay of the gradient's running mean."""
-    adam_b2: Share = 0.999
+    adam_b2: HalfOpenUnitInterval = 0.999
     """Decay of its square's."""
-    adam_eps: Positive = 1e-8
+    adam_eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
-    max_grad_norm: PositiveOrInf = 1.0
+    max_grad_norm: PositiveFloatOrInf = 1.0
     """Global-norm clipping; inf is off."""
-    micro_batch_size: Count = 8
+    micro_batch_size: BatchSize = 8
     """Packed rows computed at once. Bounds memory; changes results only by rounding."""
     gradient_checkpointing: bool = False
     """Compute what lies within a block again in the backward pass: fewer activations are kept; the same bits."""
@@ -138,17 +143,17 @@ class OptimizerConfig(Section):
 class SupervisedConfig(OptimizerConfig):
     """What SFT and reward-model training share."""
 
-    epochs: Positive = 3.0
+    epochs: Annotated[float, Gt(0), Le(1_000_000)] = 3.0
     """Passes over the training split; may be fractional."""
-    max_steps: Count | None = None
+    max_steps: PositiveInt | None = None
     """Upper bound on optimiser steps."""
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
     """Records per optimiser step."""
-    max_length: Annotated[int, Interval("[2, inf)")] | None = None
+    max_length: Annotated[int, Ge(2), Le(2**20)] | None = None
     """Tokens kept of one record; none is the model's context. The rule for longer ones: `rlhf.data.truncation`."""
-    val_fraction: Share = 0.05
+    val_fraction: HalfOpenUnitInterval = 0.05
     """Share of the records held out when no validation file is given."""
-    eval_every: Count = 100
+    eval_every: PositiveInt = 100
     """Steps between evaluations on the validation split; one is always made at the end."""
 
 
@@ -158,7 +163,7 @@ class SFTConfig(SupervisedConfig):
 
     loss_on: Literal["completion", "all"] = "completion"
     """Tokens that count: the completion's, or the prompt's too."""
-    dropout: Share = 0.0
+    dropout: HalfOpenUnitInterval = 0.0
     """Share dropped after the embedding, attention and MLP (GPT-2 was trained with 0.1)."""
     model_path: Path | None = None
     """Model folder to start from; none starts from random weights."""
@@ -168,11 +173,11 @@ class SFTConfig(SupervisedConfig):
 class RewardConfig(SupervisedConfig):
     """Reward model on preference pairs."""
 
-    epochs: Positive = 1.0
+    epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
     """Passes over the training split; one is customary, since reward models overfit quickly."""
-    learning_rate: NonNegative = 3e-4
+    learning_rate: NonNegativeFloat = 3e-4
     """Peak, after the warm-up."""
-    centre_coef: NonNegative = 0.01
+    centre_coef: NonNegativeFloat = 0.01
     """Weight of (chosen + rejected)^2, which keeps rewards centred; 0 is off."""
     use_margin: bool = False
     """Take the margin of the loss from the records' `margin` column."""
@@ -191,44 +196,44 @@ class PPOConfig(OptimizerConfig):
     `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`; with weight 0 it is logged as
     gold/<name> and never optimised. None is OUTPUT_DIR/reward."""
 
-    num_iterations: Count = 100
+    num_iterations: PositiveInt = 100
     """Rounds of generating and updating."""
-    batch_size: Count = 64
+    batch_size: BatchSize = 64
     """Prompts per iteration."""
-    samples_per_prompt: Count = 1
+    samples_per_prompt: BatchSize = 1
     """Completions per prompt."""
-    num_epochs: Count = 4
+    num_epochs: PositiveInt = 4
     """Passes over each iteration's completions."""
-    minibatch_size: Count = 16
+    minibatch_size: BatchSize = 16
     """Completions per optimiser step."""
-    rollout_batch_size: Count = 64
+    rollout_batch_size: BatchSize = 64
     """Completions per rollout micro-batch: what one worker takes on at a time."""
-    rollout_slots: Count = 64
+    rollout_slots: BatchSize = 64
     """Completions of a micro-batch that are generated together; when one ends, the next takes its place."""
 
-    max_new_tokens: Count = 32
+    max_new_tokens: BatchSize = 32
     """Longest completion."""
-    min_new_tokens: Index = 0
+    min_new_tokens: NonNegativeInt = 0
     """Tokens before which no stop token is drawn."""
-    temperature: Positive = 1.0
+    temperature: PositiveFloat = 1.0
     """Of the policy and the reference alike: in sampling, in every log-prob and in the update."""
-    top_k: Index = 0
+    top_k: NonNegativeInt = 0
     """Sample from the k most likely tokens; 0 is all. Shapes what is drawn, not the log-probs."""
-    top_p: Annotated[float, Interval("(0, 1]")] = 1.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Sample from the nucleus of this mass."""
     stop_at_eos: bool = True
     """End a completion at the end-of-text token; otherwise it always runs to max_new_tokens."""
 
     normalize_reward: bool = True
     """Shift and scale a reward model's scores by the mean and std stored with it."""
-    reward_clip: PositiveOrInf = 10.0
+    reward_clip: PositiveFloatOrInf = 10.0
     """Scores are clipped to [-reward_clip, reward_clip]; inf is off."""
-    missing_eos_penalty: NonNegative = 0.0
+    missing_eos_penalty: NonNegativeFloat = 0.0
     """Taken off the score of a completion that did not end by itself."""
     whiten_rewards: bool = False
     """Scale token rewards to unit variance over the batch, keeping their mean."""
 
-    kl_coef: NonNegative = 0.05
+    kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL to the reference; where adaptive, its start."""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """Per-token KL. In the reward k1, whose optimum is the Gibbs policy, or k2 or k3, whose optima are not; in the loss
@@ -237,51 +242,51 @@ class PPOConfig(OptimizerConfig):
     """Put the KL into the loss instead of the reward."""
     kl_adaptive: bool = False
     """Steer kl_coef towards kl_target."""
-    kl_target: Positive = 6.0
+    kl_target: PositiveFloat = 6.0
     """KL to the reference, in nats per completion, to which kl_coef is steered; target_kl stops updates early."""
-    kl_horizon: Positive = 10_000.0
+    kl_horizon: PositiveFloat = 10_000.0
     """Completions over which the adaptive coefficient moves by about 20% at most; no fewer than an iteration has."""
-    ref_ema: Fraction | None = None
+    ref_ema: UnitInterval | None = None
     """Move the reference towards the policy after each iteration: reference = ref_ema reference + (1 - ref_ema) policy.
     None keeps it fixed."""
 
-    gamma: Fraction = 1.0
+    gamma: UnitInterval = 1.0
     """Discount per token."""
-    lam: Fraction = 0.95
+    lam: UnitInterval = 0.95
     """Lambda of generalised advantage estimation."""
     whiten_advantages: bool = True
     """Zero mean and unit variance over the whole batch."""
 
-    clip_eps: Annotated[float, Interval("(0, 1)")] = 0.2
+    clip_eps: Annotated[float, Interval(gt=0, lt=1)] = 0.2
     """Policy ratio is clipped to [1 - clip_eps, 1 + clip_eps]."""
-    dual_clip: Annotated[float, Interval("(1, inf)")] | None = None
+    dual_clip: Annotated[float, Gt(1), Lt(math.inf)] | None = None
     """Bound, in units of the advantage, on the loss of tokens with negative advantage."""
-    value_clip_eps: PositiveOrInf = 0.2
+    value_clip_eps: PositiveFloatOrInf = 0.2
     """Values are clipped to within this of those at sampling time; inf is off."""
-    value_coef: NonNegative = 0.1
+    value_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
-    entropy_coef: NonNegative = 0.0
+    entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
-    target_kl: Positive | None = None
+    target_kl: PositiveFloat | None = None
     """A minibatch's approximate KL, in nats per token, above which updates stop early; kl_target steers kl_coef."""
 
     critic: Literal["separate", "shared"] = "separate"
     """Value function: a model of its own, started from the reward model where there is one; or a head on the policy."""
-    critic_warmup: Index = 0
+    critic_warmup: NonNegativeInt = 0
     """Iterations at the start in which only the value function learns; fewer than num_iterations."""
     recompute_log_probs: bool | None = None
     """Recompute the sampled tokens' log-probs in one forward pass before updating; none does so in bf16, where
     cached decoding rounds differently."""
 
-    learning_rate: NonNegative = 1e-4
+    learning_rate: NonNegativeFloat = 1e-4
     """Peak, after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Course after the warm-up; linear and cosine end at 0."""
-    warmup_fraction: Share = 0.0
+    warmup_fraction: HalfOpenUnitInterval = 0.0
     """Share of all updates over which the rate rises linearly."""
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled, on matrices and embeddings."""
-    adam_eps: Positive = 1e-5
+    adam_eps: PositiveFloat = 1e-5
     """Added to the root of the second moment."""
 
     def __post_init__(self) -> None:
@@ -317,7 +322,7 @@ class ComputeConfig(Section):
     """Where to compute; auto takes a GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward and backward pass; master weights, optimiser and losses are fp32 either way."""
-    threads: Count | None = None
+    threads: ThreadCount | None = None
     """CPU threads; none takes all cores. The bits of a result depend on it."""
     cache_dir: Path | None = None
     """Folder for tokenised data and compiled code; none is $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf."""
@@ -388,12 +393,3 @@ class PipelineRun(SFTRun, RewardRun, PPORun):
 
     start_at: Literal["sft", "reward", "ppo"] = "sft"
     """First stage to run; earlier ones must have left their models in output_dir."""
-
-
-def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a config dataclass by its dotted name."""
-    leaves: dict[str, Any] = {}
-    for spec in dataclasses.fields(config):
-        value, name = getattr(config, spec.name), prefix + spec.name
-        leaves |= flat_fields(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
-    return leaves

@@ -1,38 +1,100 @@
-"""Sections of settings, whose ranges and paths are seen to when one is made. Imports only the standard library."""
+"""Sections of settings, whose ranges and paths are seen to when one is made. Imports no torch."""
 
 import contextlib
+import dataclasses
 import math
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
-@dataclass(frozen=True)
-class Interval:
-    """A range of numbers in a type annotation: `Annotated[float, Interval("(0, 1]")]`."""
+_FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
+"""Smallest normal and largest number of float32."""
 
-    text: str
+PositiveInt = Annotated[int, Ge(1), Le(2**31 - 1)]
+NonNegativeInt = Annotated[int, Ge(0), Le(2**31 - 1)]
+BatchSize = Annotated[int, Ge(1), Le(2**20)]
+"""Records, rows, samples or tokens that are in memory together."""
+ProcessCount = Annotated[int, Ge(0), Le(1024)]
+ThreadCount = Annotated[int, Ge(1), Le(1024)]
+UnitInterval = Annotated[float, Interval(ge=0, le=1)]
+HalfOpenUnitInterval = Annotated[float, Interval(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
+PositiveFloatOrInf = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0), Lt(math.inf)]
+Seconds = Annotated[float, Ge(1), Le(86_400)]
+Seed = Annotated[int, Interval(ge=0, le=2**64 - 1)]
 
-    def __contains__(self, value: float) -> bool:
-        low, high = (float(part) if "inf" in part or "." in part else int(part) for part in self.text[1:-1].split(","))
-        above = value > low if self.text[0] == "(" else value >= low
-        return above and (value < high if self.text[-1] == ")" else value <= high)
-
-    def __str__(self) -> str:
-        low, high = (part.strip() for part in self.text[1:-1].split(","))
-        if high == "inf":
-            return f"at least {low}" if self.text[0] == "[" else f"above {low}"
-        return f"in {self.text}"
+Bound = Gt | Ge | Lt | Le | Interval
+"""A part of a range, in an annotation: what a message says of it."""
 
 
-Count = Annotated[int, Interval("[1, inf)")]
-Index = Annotated[int, Interval("[0, inf)")]
-Fraction = Annotated[float, Interval("[0, 1]")]
-Share = Annotated[float, Interval("[0, 1)")]
-Positive = Annotated[float, Interval("(0, inf)")]
-PositiveOrInf = Annotated[float, Interval("(0, inf]")]
-NonNegative = Annotated[float, Interval("[0, inf)")]
-Seed = Annotated[int, Interval("[0, 18446744073709551615]")]
+def bounds_of(hint: Any) -> list[Bound]:
+    """Return the bounds in an annotation, which may be optional."""
+    if get_origin(hint) is Annotated:
+        return [extra for extra in get_args(hint)[1:] if isinstance(extra, Bound)]
+    return [bound for part in get_args(hint) for bound in bounds_of(part)]
+
+
+def range_error(bounds: Sequence[Bound], value: Any) -> str:
+    """Return what a number must be to lie within bounds, in words; empty where it does.
+
+    A float must lie within them as float32 too, in which every program computes, and be no subnormal number there.
+
+    Args:
+        bounds: from `bounds_of`; what has none is not looked at.
+        value: of the setting; what is no number is not looked at.
+    """
+    if not bounds or isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if broken := _broken(bounds, value):
+        finite = "finite and " if value == math.inf and broken != bounds[0] else ""
+        return f"{finite}{_describe(bounds[0] if finite else broken)}"
+    if isinstance(value, float) and math.isfinite(value) and value != 0:
+        if not _FLOAT32_MIN <= abs(value) <= _FLOAT32_MAX:
+            zero = "" if _broken(bounds, 0.0) else "0 or "
+            return f"{zero}between {_FLOAT32_MIN:.2g} and {_FLOAT32_MAX:.2g}, which float32 holds"
+        if broken := _broken(bounds, struct.unpack("f", struct.pack("f", value))[0]):
+            return f"{_describe(broken)} in float32"
+    return ""
+
+
+def _broken(bounds: Sequence[Bound], value: float) -> Bound | None:
+    """The first bound that a value breaks; NaN breaks all."""
+    return next((bound for bound in bounds if not _holds(bound, value)), None)
+
+
+def _holds(bound: Bound, value: Any) -> bool:
+    match bound:
+        case Interval():
+            return all(_holds(part, value) for part in bound if isinstance(part, Bound))
+        case Gt(gt=low):
+            return bool(value > low)
+        case Ge(ge=low):
+            return bool(value >= low)
+        case Lt(lt=high):
+            return bool(value < high)
+        case Le(le=high):
+            return bool(value <= high)
+
+
+def _describe(bound: Bound) -> str:
+    match bound:
+        case Interval():
+            left = f"({bound.gt}" if bound.gt is not None else f"[{bound.ge}"
+            right = f"{bound.lt})" if bound.lt is not None else f"{bound.le}]"
+            return f"in {left}, {right}"
+        case Gt(gt=low):
+            return f"above {low}"
+        case Ge(ge=low):
+            return f"at least {low}"
+        case Lt(lt=high):
+            return f"below {high}"
+        case Le(le=high):
+            return f"at most {high}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +103,9 @@ class Section:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value, interval = getattr(self, name), _interval(hint)
-            if interval is not None and value is not None and value not in interval:
-                finite = "finite and " if value == math.inf else ""
-                raise ValueError(f"{name} must be {finite}{interval}, got {value}")
+            value = getattr(self, name)
+            if expected := range_error(bounds_of(hint), value):
+                raise ValueError(f"{name} must be {expected}, got {value}")
             object.__setattr__(self, name, _expanded(value))
 
 
@@ -58,7 +119,10 @@ def _expanded(value: Any) -> Any:
     return value
 
 
-def _interval(hint: Any) -> Interval | None:
-    if get_origin(hint) is Annotated:
-        return next((extra for extra in get_args(hint)[1:] if isinstance(extra, Interval)), None)
-    return next((found for part in get_args(hint) if (found := _interval(part))), None)
+def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a config dataclass by its dotted name."""
+    leaves: dict[str, Any] = {}
+    for spec in dataclasses.fields(config):
+        value, name = getattr(config, spec.name), prefix + spec.name
+        leaves |= flat_fields(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+    return leaves

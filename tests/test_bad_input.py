@@ -398,6 +398,17 @@ def test_settings_without_effect_are_refused(refused, shelf):
     refused(*margins, "--preference-data", shelf / "pairs.json", pieces=("pairs.json: no pair has a 'margin'",))
 
 
+def test_parameters_that_an_update_spoils_are_not_saved(shelf, capfd):
+    """The gradient is finite, and what the decay leaves of the parameters is not."""
+    flags = ["--sft-data", str(shelf / "sft.json"), *TINY, "--threads", "1", "--log.no-tensorboard"]
+    spoilt = ["--sft.learning-rate", "3e38", "--sft.weight-decay", "100", "--sft.warmup-fraction", "0"]
+    assert main(["sft", *flags, *spoilt, "--sft.max-steps", "3", "--checkpoint.every", "1", "--output-dir", "out"]) == 3
+    assert "sft, step 1: " in (message := capfd.readouterr().err)
+    assert "is not finite after the last update, though its gradient was" in message
+    assert list(Path("out/checkpoints").glob("*/step-*")) == []
+    assert json.loads(Path("out/logs/metrics.jsonl").read_text().splitlines()[-1])["event"] == "nonfinite"
+
+
 def test_a_tokenizer_that_the_start_model_has_too_is_fine(shelf):
     same = ["--sft.model-path", str(shelf / "lm"), "--tokenizer.path", str(shelf / "rm")]
     flags = ["--sft-data", str(shelf / "sft.json"), *ONE_STEP[:4], "--threads", "1", "--log.no-tensorboard"]

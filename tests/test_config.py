@@ -12,10 +12,26 @@ from collections.abc import Iterator
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from rlhf import config as module
-from rlhf.config import PipelineRun, PPOConfig, PPORun, RewardRun, RunConfig, SFTRun, flat_fields
-from rlhf.ranges import Interval, Section
+from rlhf.config import PipelineRun, PPOConfig, PPORun, RewardRun, RunConfig, SFTRun
+from rlhf.ranges import (
+    BatchSize,
+    Bound,
+    HalfOpenUnitInterval,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFloatOrInf,
+    PositiveInt,
+    Section,
+    Seed,
+    ThreadCount,
+    UnitInterval,
+    bounds_of,
+    flat_fields,
+    range_error,
+)
 
 SECTIONS = {
     name: kind
@@ -31,12 +47,11 @@ def fields_of(kind: type) -> Iterator[tuple[str, Any]]:
             yield name, hint
 
 
-def intervals_in(hint: Any) -> list[tuple[type, Interval]]:
-    """(number type, range) of each alternative of an annotation that has a range."""
+def ranges_in(hint: Any) -> list[tuple[type, list[Bound]]]:
+    """(number type, bounds) of each alternative of an annotation that has a range."""
     if get_origin(hint) is Annotated:
-        kind, *extras = get_args(hint)
-        return [(kind, extra) for extra in extras if isinstance(extra, Interval)]
-    return [found for part in get_args(hint) for found in intervals_in(part)]
+        return [(get_args(hint)[0], bounds_of(hint))]
+    return [found for part in get_args(hint) for found in ranges_in(part)]
 
 
 def plain_types(hint: Any) -> set[type]:
@@ -46,33 +61,48 @@ def plain_types(hint: Any) -> set[type]:
     return {found for part in parts for found in plain_types(part)} if parts else {hint}
 
 
-def outside(kind: type, interval: Interval) -> list[float]:
+def limits(bounds: list[Bound]) -> tuple[float, bool, float, bool]:
+    """(lower limit, whether it belongs to the range, upper limit, whether it does)."""
+    parts = [part for bound in bounds for part in (bound if isinstance(bound, Interval) else (bound,))]
+    lows = [
+        (part.gt, False) if isinstance(part, Gt) else (part.ge, True) for part in parts if isinstance(part, Gt | Ge)
+    ]
+    highs = [
+        (part.lt, False) if isinstance(part, Lt) else (part.le, True) for part in parts if isinstance(part, Lt | Le)
+    ]
+    return *lows[0], *(highs or [(math.inf, True)])[0]
+
+
+def outside(kind: type, bounds: list[Bound]) -> list[float]:
     """Numbers just beyond each end of a range."""
-    low, high = (part.strip() for part in interval.text[1:-1].split(","))
-    step = 1 if kind is int else 1e-9
-    values: list[float] = [kind(low) if interval.text[0] == "(" else kind(low) - step, kind(low) - 10**6]
-    if high != "inf":
-        values += [kind(high) if interval.text[-1] == ")" else kind(high) + step, kind(high) + 10**20]
+    low, with_low, high, with_high = limits(bounds)
+    step = 1 if kind is int else 1e-6
+    values: list[float] = [kind(low) - step if with_low else kind(low), kind(low) - 10**6]
+    if high != math.inf:
+        values += [
+            kind(high) + (step if kind is int else 1e-6 * high) if with_high else kind(high),
+            kind(high) + 10**20,
+        ]
     if kind is float:
-        values += [math.nan, -math.inf] + ([math.inf] if interval.text[-1] == ")" or high != "inf" else [])
+        values += [math.nan, -math.inf, 1e300, *([] if (high, with_high) == (math.inf, True) else [math.inf])]
+        values += [1e-50] if low == 0 else []
     return values
 
 
-def ends(kind: type, interval: Interval) -> list[float]:
+def ends(kind: type, bounds: list[Bound]) -> list[float]:
     """The ends of a range that belong to it, and numbers just inside."""
-    low, high = (part.strip() for part in interval.text[1:-1].split(","))
-    step = 1 if kind is int else 1e-9
-    values = [kind(low) if interval.text[0] == "[" else kind(low) + step]
-    if high == "inf":
-        return values + ([math.inf] if interval.text[-1] == "]" else [10**9 if kind is int else 1e300])
-    return [*values, kind(high) if interval.text[-1] == "]" else kind(high) - step]
+    low, with_low, high, with_high = limits(bounds)
+    step = 1 if kind is int else 1e-6
+    if high == math.inf:
+        return [kind(low) if with_low else kind(low) + step, 3e38, *([math.inf] if with_high else [])]
+    return [kind(low) if with_low else kind(low) + step, kind(high) if with_high else kind(high) - step]
 
 
 RANGED = [
-    (name, field, kind, interval)
+    (name, field, kind, bounds)
     for name, section in SECTIONS.items()
     for field, hint in fields_of(section)
-    for kind, interval in intervals_in(hint)
+    for kind, bounds in ranges_in(hint)
 ]
 RANGED_IDS = [f"{name}.{field}" for name, field, _, _ in RANGED]
 
@@ -82,28 +112,28 @@ def test_there_are_sections_to_test():
     assert len(RANGED) > 60
 
 
-@pytest.mark.parametrize(("section", "field", "kind", "interval"), RANGED, ids=RANGED_IDS)
-def test_every_value_outside_its_range_is_refused_by_name(section, field, kind, interval):
-    for value in outside(kind, interval):
+@pytest.mark.parametrize(("section", "field", "kind", "bounds"), RANGED, ids=RANGED_IDS)
+def test_every_value_outside_its_range_is_refused_by_name(section, field, kind, bounds):
+    for value in outside(kind, bounds):
         with pytest.raises(ValueError, match=f"^{field} must be ") as caught:
             SECTIONS[section](**{field: value})
         assert f"got {value}" in str(caught.value)
 
 
-@pytest.mark.parametrize(("section", "field", "kind", "interval"), RANGED, ids=RANGED_IDS)
-def test_the_ends_of_every_range_belong_to_it(section, field, kind, interval):
-    for value in ends(kind, interval):
+@pytest.mark.parametrize(("section", "field", "kind", "bounds"), RANGED, ids=RANGED_IDS)
+def test_the_ends_of_every_range_belong_to_it(section, field, kind, bounds):
+    for value in ends(kind, bounds):
         try:
             assert getattr(SECTIONS[section](**{field: value}), field) == value
         except ValueError as error:  # another rule, about two fields together
-            assert str(interval) not in str(error)  # noqa: PT017 (either is right)
+            assert not range_error(bounds, value), error  # noqa: PT017 (either is right)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_number_has_a_range(section):
     for field, hint in fields_of(SECTIONS[section]):
         numbers = plain_types(hint) & {int, float}
-        assert len(intervals_in(hint)) == len(numbers), field
+        assert len(ranges_in(hint)) == len(numbers), field
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -137,22 +167,28 @@ def test_sections_are_frozen_keyword_only_and_equal_by_value(section):
 
 
 @pytest.mark.parametrize(
-    ("text", "inside", "beyond", "words"),
+    ("hint", "inside", "beyond"),
     [
-        ("[1, inf)", [1, 10**30, 1e308], [0, math.inf, math.nan, -1], "at least 1"),
-        ("(0, inf)", [1e-320, 1e308], [0, -0.0, math.inf, math.nan], "above 0"),
-        ("(0, inf]", [1e-320, math.inf], [0, math.nan], "above 0"),
-        ("[0, 1)", [0, 0.5, 1 - 1e-12], [1, -1e-12, math.nan], "in [0, 1)"),
-        ("(0, 1]", [1e-12, 1], [0, 1 + 1e-12, math.nan], "in (0, 1]"),
-        ("[-2, 3]", [-2, 0, 3], [-2.01, 3.01], "in [-2, 3]"),
-        ("[0, 18446744073709551615]", [0, 2**64 - 1], [-1, 2**64, 2**64 + 1], "in [0, 18446744073709551615]"),
+        (PositiveInt, [1, 2**31 - 1], {0: "at least 1", -1: "at least 1", 2**31: "at most 2147483647"}),
+        (BatchSize, [1, 2**20], {0: "at least 1", 10**8: "at most 1048576", 2**62: "at most 1048576"}),
+        (ThreadCount | None, [1, 1024], {0: "at least 1", 100_000: "at most 1024", 2**40: "at most 1024"}),
+        (Seed, [0, 2**64 - 1], {-1: "in [0, 18446744073709551615]", 2**64: "in [0, 18446744073709551615]"}),
+        (UnitInterval, [0.0, 1.0], {-1e-12: "in [0, 1]", 1.1: "in [0, 1]", math.nan: "in [0, 1]"}),
+        (HalfOpenUnitInterval, [0.0, 0.999999], {1.0: "in [0, 1)", 1 - 1e-12: "in [0, 1) in float32"}),
+        (
+            PositiveFloat,
+            [1.2e-38, 3.4e38],
+            {0.0: "above 0", math.inf: "finite and above 0", 1e-50: "between 1.2e-38 and"},
+        ),
+        (NonNegativeFloat, [0.0, -0.0, 3.4e38], {-1.0: "at least 0", 1e300: "0 or between", 1e-50: "0 or between"}),
+        (PositiveFloatOrInf, [1.2e-38, math.inf], {0.0: "above 0", 1e300: "between", math.nan: "above 0"}),
     ],
 )
-def test_interval_holds_its_numbers_exactly(text, inside, beyond, words):
-    interval = Interval(text)
-    assert [value for value in inside if value not in interval] == []
-    assert [value for value in beyond if value in interval] == []
-    assert str(interval) == words
+def test_a_range_holds_its_numbers_and_says_what_is_broken(hint, inside, beyond):
+    bounds = bounds_of(hint)
+    assert [value for value in inside if range_error(bounds, value)] == []
+    for value, words in beyond.items():
+        assert range_error(bounds, value).startswith(words), value
 
 
 def test_ppo_refuses_settings_that_contradict_each_other():
@@ -205,6 +241,6 @@ def test_the_help_of_the_two_kl_targets_tells_them_apart():
     """TRL and OpenAI's code have made both names familiar."""
     source = inspect.getsource(PPOConfig)
     for name, other in (("kl_target", "target_kl"), ("target_kl", "kl_target")):
-        (text,) = re.findall(rf'{name}: Positive.*\n    """(.*)"""\n', source)
+        (text,) = re.findall(rf'{name}: PositiveFloat.*\n    """(.*)"""\n', source)
         assert other in text
         assert "nats per" in text

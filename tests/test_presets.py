@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.config import PipelineRun, PPOConfig, PPORun, RewardRun, SFTConfig, SFTRun, flat_fields
+from rlhf.config import PipelineRun, PPOConfig, PPORun, RewardRun, SFTConfig, SFTRun
 from rlhf.errors import UserError
 from rlhf.io.presets import dump_config, load_config, load_dist_config, narrow, parse_config
+from rlhf.ranges import flat_fields
 
 SHIPPED = sorted(entry.name for entry in resources.files("rlhf.configs").iterdir() if entry.name.endswith(".yaml"))
 
@@ -47,14 +48,20 @@ def test_a_file_goes_before_a_preset_of_its_name(tmp_path, monkeypatch):
     assert load_config("demo").seed != 99
 
 
-@pytest.mark.parametrize(
-    "name", ["nowhere", "nowhere.yaml", "elsewhere/demo.yaml", "/demo.yaml", "configs", "", ".", "a/b/demo"]
-)
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.yaml", "elsewhere/demo.yaml", "/demo.yaml", "", "a/b/demo"])
 def test_a_file_that_is_not_there_is_refused_with_the_presets(name, tmp_path, monkeypatch):
-    (tmp_path / "configs").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"^--config {re.escape(name)}: no such file; presets .*: .*demo, .*gpt2"):
         load_config(name)
+
+
+def test_a_folder_and_an_empty_file_are_refused(tmp_path):
+    for text in ("", "\n \n"):
+        (tmp_path / "empty.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"^--config .*empty\.yaml: the file is empty"):
+            load_config(str(tmp_path / "empty.yaml"))
+    with pytest.raises(UserError, match=r"^--config .*: is a folder, expected a YAML file"):
+        load_config(str(tmp_path))
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
@@ -122,6 +129,17 @@ def test_a_flag_may_still_be_written_as_a_word(written, expected):
     assert parse_config(f"log: {{tensorboard: {written}}}", source="x").log.tensorboard is expected
 
 
+def test_merge_keys_are_read_and_what_is_set_beside_them_counts():
+    text = """
+    sft: &common {epochs: 3, batch-size: 4, learning_rate: 1e-2}
+    reward: {<<: *common, epochs: 2}
+    ppo: {<<: [{batch_size: 8, minibatch_size: 8}, {batch_size: 9}]}
+    """
+    read = parse_config(text, source="x")
+    assert (read.reward.epochs, read.reward.batch_size, read.reward.learning_rate) == (2.0, 4, 1e-2)
+    assert read.ppo.batch_size == 8  # the first of several
+
+
 def test_one_source_of_reward_needs_no_list():
     assert parse_config("ppo: {reward: folder}", source="x").ppo.reward == ("folder",)
 
@@ -133,7 +151,7 @@ def test_the_defaults_survive_a_round_trip(kind):
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 PATHS = TEXTS.filter(lambda text: "\0" not in text).map(Path)
-FLOATS = {"min_value": 0.0, "exclude_min": True, "allow_infinity": False, "allow_nan": False}
+FLOATS = {"min_value": 1.2e-38, "max_value": 3.4e38}
 
 
 @settings(max_examples=150, deadline=None)
@@ -146,7 +164,7 @@ FLOATS = {"min_value": 0.0, "exclude_min": True, "allow_infinity": False, "allow
     device=st.sampled_from(["auto", "cpu", "cuda"]),
     rate=st.floats(**FLOATS),
     clip=st.just(math.inf) | st.floats(**FLOATS),
-    max_steps=st.none() | st.integers(1, 10**12),
+    max_steps=st.none() | st.integers(1, 2**31 - 1),
     reward=st.lists(TEXTS, max_size=3),
 )
 def test_any_configuration_survives_a_round_trip(
@@ -211,7 +229,12 @@ REFUSED = {
     "nothing near": ("ppo: {xyzzy: 1}", "line 1: unknown key ppo.xyzzy; known here: learning_rate"),
     "key is a number": ("1: 2", "line 1: unknown key 1; known here"),
     "key is a list": ("? [seed]\n: 1", "line 1: unknown key"),
-    "merge key": ("<<: {seed: 1}", "line 1: unknown key <<"),
+    "merge of no mapping": ("seed: 1\n<<: 3", "line 2: << takes a mapping such as *common"),
+    "unknown key in a merge": ("sft: {<<: {sead: 1}}", "line 1: unknown key sft.sead"),
+    "merge of itself": ("&a\n<<: *a", "nested too deeply"),
+    "infinite whole number": ("sft: {learning_rate: 1" + "0" * 400 + "}", "learning_rate must be a number"),
+    "too small for float32": ("sft: {adam_eps: 1e-50}", "sft.adam_eps must be between 1.2e-38 and 3.4e+38"),
+    "too many": ("sft: {batch_size: 100000000}", "sft.batch_size must be at most 1048576, got 100000000"),
     "duplicate key": ("seed: 1\nseed: 1", "line 2: seed is set twice; keep one"),
     "duplicate key, dashed": ("sft-data: a\nsft_data: b", "line 2: sft_data is set twice; keep one"),
     "duplicate key below": ("sft:\n  epochs: 1\n  epochs: 2", "line 3: sft.epochs is set twice"),

@@ -1,15 +1,17 @@
 """What a person is told when a run begins: what there is to resume, and what has changed since."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlhf.config import PPORun, RunConfig, SFTRun
-from rlhf.errors import UserError
+from rlhf.config import CheckpointConfig, LogConfig, PPORun, RunConfig, SFTRun
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
 from rlhf.stages.identity import changes
-from rlhf.stages.run import check_output, open_run
+from rlhf.stages.run import check_output, open_run, train
 
 
 def test_a_finished_folder_tells_how_another_run_starts_from_its_models(tmp_path):
@@ -54,3 +56,26 @@ def test_what_has_changed_is_told_in_words(config: RunConfig, stage, name, said)
     same = {"compiled": False, "threads": 1}
     assert changes(config, stage, same | {name: "0a"}, same | {name: "1b"}) == [said]
     assert changes(config, stage, same, same) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_replaces_no_checkpoint(tmp_path, value):
+    """Whatever made it so: here it is the executor that says it."""
+    spoilt = {"count": torch.tensor(7), "params.w": torch.tensor([1.0, value, 1.0])}
+    executor = SimpleNamespace(
+        compiled=False, version=3, faults=list, peak_bytes=lambda: 0, snapshot=lambda: {"params.w": torch.ones(3)}
+    )
+
+    def advance(step, facts, log):
+        if step == 1:
+            executor.snapshot = lambda: spoilt
+        return {"loss": 1.0}, facts
+
+    config = SFTRun(
+        output_dir=tmp_path, threads=1, checkpoint=CheckpointConfig(every=1, keep=1), log=LogConfig(tensorboard=False)
+    )
+    with open_run(config, "sft") as run, pytest.raises(NonFiniteError, match=r"^sft, step 2: params\.w is not finite"):
+        train(run, executor, total=3, unit="step", shown=(), facts={}, identity={}, advance=advance)
+    assert [path.name for path in (tmp_path / "checkpoints" / "sft").iterdir()] == ["step-000001"]
+    last = (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["event"] == "nonfinite"

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.io.files import atomic_folder, save_tensors
 from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
+from rlhf.tree import named_leaves
 
 _TENSORS = "state.safetensors"
 _OURS = re.compile(r"step-\d{6,}|\.step-\d{6,}\.\d+\.(tmp|old)")  # the latter a killed run left half-written
@@ -47,6 +48,27 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         if old not in kept and _OURS.fullmatch(old.name):
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def save_refused(folder: Path, batch: object, state: Mapping[str, Tensor] | None, facts: dict[str, Any]) -> None:
+    """Write what a refused update came from.
+
+    Args:
+        folder: to write, or replace.
+        batch: a tree of tensors; None where it is not known.
+        state: the train state, where it is not in a checkpoint.
+        facts: for the manifest.
+    """
+    with atomic_folder(folder) as temporary:
+        if batch is not None:
+            save_file(_contiguous(named_leaves(batch)), temporary / "batch.safetensors")
+        if state is not None:
+            save_file(_contiguous(state), temporary / _TENSORS)
+        write_manifest(temporary, facts)
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def load_checkpoint(root: Path, like: Mapping[str, Any] | None = None) -> Checkpoint | None:

@@ -19,6 +19,7 @@ from rlhf.errors import UserError
 from rlhf.io.files import read_text
 
 _Config = TypeVar("_Config")
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_config(name: str, *, flag: str = "--config") -> PipelineRun:
@@ -36,6 +37,10 @@ def load_config(name: str, *, flag: str = "--config") -> PipelineRun:
     path = Path(os.path.expanduser(name))
     if path.is_file():
         text = read_text(path)
+        if not text.strip():
+            raise UserError(f"{flag} {name}: the file is empty")
+    elif path.is_dir() and name:
+        raise UserError(f"{flag} {name}: is a folder, expected a YAML file")
     else:
         shipped = {
             entry.name.removesuffix(".yaml"): entry
@@ -52,15 +57,13 @@ def parse_config(text: str, *, source: str) -> PipelineRun:
     """`load_config` of a YAML text; `source` names it in errors."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return PipelineRun() if node is None else _section(PipelineRun, node, "", source)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise UserError(f"{source}: {line}not valid YAML ({getattr(error, 'problem', error)})") from error
     except RecursionError:
         raise UserError(f"{source}: not readable as YAML: its lists or mappings are nested too deeply") from None
-    if node is None:
-        return PipelineRun()
-    return _section(PipelineRun, node, "", source)
 
 
 def narrow(config: RunConfig, kind: type[_Config]) -> _Config:
@@ -96,7 +99,7 @@ def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> 
         raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values")
     hints = get_type_hints(kind, include_extras=True)
     values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
+    for key_node, value_node in _entries(node, source):
         line = f"{source}: line {key_node.start_mark.line + 1}"
         key = str(getattr(key_node, "value", ""))
         name = key.replace("-", "_")
@@ -113,6 +116,24 @@ def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> 
         return kind(**values)
     except ValueError as error:
         raise UserError(f"{where}: {prefix}{error}") from error
+
+
+def _entries(node: yaml.MappingNode, source: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The keys and values of a mapping, with those of its merge keys (`<<: *common`) that it does not set itself."""
+    merges = [value for key, value in node.value if key.tag == _MERGE]
+    entries = [(key, value) for key, value in node.value if key.tag != _MERGE]
+    for merge in merges:
+        for merged in merge.value if isinstance(merge, yaml.SequenceNode) else [merge]:
+            if not isinstance(merged, yaml.MappingNode):
+                line = merge.start_mark.line + 1
+                raise UserError(f"{source}: line {line}: << takes a mapping such as *common, or a list of mappings")
+            names = {_key(key) for key, _ in entries}
+            entries += [(key, value) for key, value in _entries(merged, source) if _key(key) not in names]
+    return entries
+
+
+def _key(node: yaml.Node) -> str:
+    return str(getattr(node, "value", "")).replace("-", "_")
 
 
 def _remedy(name: str, hints: dict[str, Any], prefix: str) -> str:
@@ -163,7 +184,7 @@ def _convert(option: Any, value: Any) -> tuple[bool, Any]:
     if option is float:
         try:
             return not isinstance(value, bool) and value is not None, float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False, None
     if option is Path:
         return isinstance(value, str), Path(value) if isinstance(value, str) else None

@@ -11,9 +11,10 @@ from rlhf.config import PipelineRun
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.errors import Interrupted, UserError
 from rlhf.io.files import check_writable, clear_write_errors, write_json, write_text
-from rlhf.io.progress import working
+from rlhf.io.progress import tell, working
+from rlhf.setting_rules import COMPUTE_RULES, check_rules
 from rlhf.stages.compute import Workplace, compute_threads, open_workplace
-from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.stages.evaluate_config import NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
 from rlhf.stages.evaluate_inputs import (
     Folders,
     TestData,
@@ -64,6 +65,8 @@ def run_evaluation(config: EvaluateConfig) -> Report:
     """
     if config.output is not None and config.output.is_file():
         raise UserError(f"--output {config.output}: is a file, expected a folder")
+    for line in check_rules(config, COMPUTE_RULES):
+        tell(line)
     folders = find_folders(config)
     run = run_config(config.model_dir)
     judges = open_judges(config.judge)
@@ -130,10 +133,9 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
 
 
 def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge], kinds: set[str]) -> None:
-    """Refuse what would have no effect."""
-    if "policy" not in kinds and (config.judge or config.against):
-        flag = "--judge" if config.judge else "--against"
-        raise UserError(f"{flag}: completions are made only in the policy evaluation, and there is none here")
+    """Refuse or tell what has no effect."""
+    for line in check_rules(config, POLICY_RULES if "policy" in kinds else NO_POLICY_RULES):
+        tell(line)
     if "policy" in kinds and folders.reward is not None and folders.reward.name in {judge.name for judge in judges}:
         name = folders.reward.name
         raise UserError(

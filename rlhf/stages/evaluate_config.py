@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.config import ComputeConfig
-from rlhf.ranges import Count, Positive, Section, Seed
+from rlhf.ranges import BatchSize, PositiveFloat, PositiveInt, Section, Seed
+from rlhf.setting_rules import Rule
 
 Decoding = Literal["sampled", "greedy"]
 
@@ -24,7 +25,7 @@ class JudgementConfig(Section):
     train_data: Path | None = None
     """Preference pairs that the bag-of-words baseline learns from; none takes the run's training pairs where its
     held-out ones are judged, or else cross-validation on the test pairs."""
-    limit: Count | None = None
+    limit: PositiveInt | None = None
     """Records read of each file, from its beginning; none is all."""
 
     against: Path | None = None
@@ -37,23 +38,45 @@ class JudgementConfig(Section):
     pairwise judges, which have the arguments `first` and `second`; see the README."""
     decoding: tuple[Decoding, ...] = ("sampled", "greedy")
     """How completions are made."""
-    samples: Count = 1
+    samples: BatchSize = 1
     """Sampled completions per prompt."""
-    temperature: Positive | None = None
+    temperature: PositiveFloat | None = None
     """Of the policy and what it is compared with alike; none is that of the run, or else 1."""
-    max_new_tokens: Count | None = None
+    max_new_tokens: BatchSize | None = None
     """Longest completion; none is that of the run, or else 64 or half of a shorter context."""
     seed: Seed = 0
     """Of sampling, resampling and cross-validation."""
 
     output: Path | None = None
     """Folder for evaluation.json, completions.jsonl and pairs.jsonl; none is MODEL_DIR/report."""
-    micro_batch_size: Count = 8
+    micro_batch_size: BatchSize = 8
     """Packed rows computed at once. Bounds memory; changes results only by rounding."""
-    rollout_batch_size: Count = 64
+    rollout_batch_size: BatchSize = 64
     """Completions generated together; the same holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ComputeConfig, JudgementConfig):  # whose flags come first, because it is named last
     """Judge models on data they were not trained on: each figure with its samples and a 95% interval."""
+
+
+_NO_POLICY = "completions are made only in the policy evaluation, and there is none here"
+
+NO_POLICY_RULES = (
+    Rule(("judge", "against"), lambda config: True, _NO_POLICY, refused=True),
+    Rule(
+        ("reward_model", "decoding", "samples", "temperature", "max_new_tokens", "rollout_batch_size"),
+        lambda config: True,
+        _NO_POLICY,
+    ),
+)
+"""Settings that have no effect where no policy is evaluated."""
+
+POLICY_RULES = (
+    Rule(
+        ("samples", "temperature"),
+        lambda config: "sampled" not in config.decoding,
+        "has no effect with --decoding greedy, which draws nothing at random",
+    ),
+)
+"""Settings that have no effect beside others where a policy is evaluated."""

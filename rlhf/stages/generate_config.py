@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rlhf.ranges import Count, Index, Interval, Positive, Section, Seed
+from annotated_types import Interval
+
+from rlhf.ranges import BatchSize, NonNegativeInt, PositiveFloat, Section, Seed, ThreadCount
+from rlhf.setting_rules import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +28,17 @@ class GenerateConfig(Section):
     output: Path | None = None
     """JSON Lines file to write instead of showing completions."""
 
-    max_new_tokens: Count | None = None
+    max_new_tokens: BatchSize | None = None
     """Longest completion; none is 64, or half of the model's context where that is less."""
-    temperature: Positive = 1.0
+    temperature: PositiveFloat = 1.0
     """Below 1 likely tokens become likelier."""
-    top_k: Index = 0
+    top_k: NonNegativeInt = 0
     """Sample from the k most likely tokens; 0 is all."""
-    top_p: Annotated[float, Interval("(0, 1]")] = 1.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Sample from the nucleus of this mass."""
     greedy: bool = False
     """Always take the most likely token."""
-    samples: Count = 1
+    samples: BatchSize = 1
     """Completions per prompt."""
     seed: Seed = 0
     """Of the sampling: the same seed, prompts and options give the same completions."""
@@ -44,5 +47,16 @@ class GenerateConfig(Section):
     """Where to compute; auto takes a GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward pass."""
-    threads: Count | None = None
+    threads: ThreadCount | None = None
     """CPU threads; none takes all cores."""
+
+
+GENERATE_RULES = (
+    Rule(
+        ("temperature", "top_k", "top_p", "samples", "seed"),
+        lambda config: config.greedy,
+        "has no effect with --greedy, which draws nothing at random",
+    ),
+    Rule(("top_p",), lambda config: config.top_k == 1, "has no effect with --top-k 1"),
+)
+"""Settings that have no effect beside others."""

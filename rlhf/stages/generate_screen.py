@@ -17,11 +17,13 @@ from rlhf.data.records import read_records
 from rlhf.data.schema import PROMPTS, check_record
 from rlhf.errors import Interrupted, UserError
 from rlhf.io.files import check_writable, clear_write_errors, read_text, write_text
+from rlhf.io.progress import tell
 from rlhf.io.terminal import printable
+from rlhf.setting_rules import check_rules
 from rlhf.stages.answers import sample_keys
 from rlhf.stages.compute import available_cores, find_device, limit_threads
 from rlhf.stages.generate import Piece, Writer
-from rlhf.stages.generate_config import GenerateConfig
+from rlhf.stages.generate_config import GENERATE_RULES, GenerateConfig
 
 _WELCOME = """Each prompt is completed on its own. Ctrl-C stops a completion; Ctrl-D, or Ctrl-C at the prompt, ends."""
 _REFRESHES_PER_SECOND = 12
@@ -34,6 +36,8 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
         UserError: a model, a file or a setting cannot be used.
         Interrupted: Ctrl-C, but for a person at the prompt.
     """
+    for line in check_rules(config, GENERATE_RULES):
+        tell(line)
     if "{prompt}" not in config.template:
         raise UserError(f"--template {config.template!r}: has no {{prompt}}, in whose place each prompt is put")
     if config.prompt and config.prompt_file is not None:

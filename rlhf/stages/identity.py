@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from rlhf.config import RunConfig, flat_fields
+from rlhf.config import RunConfig
+from rlhf.ranges import flat_fields
 
 Facts = dict[str, Any]
 """Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""

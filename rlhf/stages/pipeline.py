@@ -10,6 +10,7 @@ from rlhf.data.embedded import PROMPT_COLUMNS
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.distributed import connected
 from rlhf.io.progress import console
+from rlhf.setting_rules import check_settings
 from rlhf.stages import ppo, reward, sft
 from rlhf.stages.compute import check_workers
 from rlhf.stages.rewards import check_columns
@@ -78,6 +79,7 @@ def _check(config: PipelineRun, stages: Sequence[str]) -> None:
     """Raise UserError for what one of `stages`, which are run in order, would refuse; reads all data files through."""
     check_workers(config.dist)
     for stage in stages:
+        check_settings(config, stage)
         check_output(config, stage)
     sft_model = reward_model = None
     if "sft" in stages:

@@ -18,9 +18,9 @@ from rlhf.data.dataset import default_cache_dir
 from rlhf.distributed import open_executor
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.executor import Executor, Fault, Models, Program
-from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint
-from rlhf.io.files import atomic_folder, check_free_space, lock_folder, write_text
-from rlhf.io.manifest import has_manifest, write_manifest
+from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint, save_refused
+from rlhf.io.files import check_free_space, lock_folder, write_text
+from rlhf.io.manifest import has_manifest
 from rlhf.io.presets import dump_config, load_config
 from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
@@ -28,6 +28,7 @@ from rlhf.io.terminal import visible
 from rlhf.monitor.health import findings
 from rlhf.monitor.report import write_report
 from rlhf.random import Purpose, fold_in, key
+from rlhf.setting_rules import check_settings
 from rlhf.stages.compute import (
     check_workers,
     compile_obstacle,
@@ -39,7 +40,7 @@ from rlhf.stages.compute import (
 from rlhf.stages.identity import Facts, changes, settings_of
 from rlhf.stages.signals import Stop, stop_on_signal
 from rlhf.stages.sink import open_sink
-from rlhf.tree import all_finite, leaves, named_leaves
+from rlhf.tree import all_finite, leaves
 from rlhf.types import Params
 
 _MODEL_FOLDERS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
@@ -165,16 +166,19 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
     """Take hold of the output folder and set up device, threads and signals for one stage.
 
     Raises:
-        UserError: the folder is in use or holds this stage's checkpoints although `resume` is off, or what is none of
-            its models; or no GPU is there though one was asked for.
+        UserError: settings contradict each other; the folder is in use or holds this stage's checkpoints although
+            `resume` is off, or what is none of its models; or no GPU is there though one was asked for.
         Interrupted: a signal came before the first step, or after the last: the stage is then finished.
     """
     check_workers(config.dist)
+    idle = check_settings(config, stage)
     run = Run(
         stage, config, find_device(config.device), torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
     with lock_folder(config.output_dir), stop_on_signal(run), limit_threads(compute_threads(config)), run.resources:
         check_output(config, stage)
+        for line in idle:
+            run.note(line)
         if config.resume and all(last_step(_checkpoints(config, name)) is None for name in _MODEL_FOLDERS):
             run.note(f"nothing to resume in {config.output_dir}: starting anew")
         yield run
@@ -237,7 +241,7 @@ def train(
 
     Raises:
         UserError: the checkpoint belongs to another configuration, data or shape, or saving fails.
-        NonFiniteError: a step was refused; the state is saved and the offending batch written to nonfinite/.
+        NonFiniteError: a step was refused; the state, where it is finite, is saved, and the batch goes to nonfinite/.
         Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
         WorkersLostError: more processes were lost than may be replaced; the same.
     """
@@ -251,8 +255,7 @@ def train(
 
     def save(step: int) -> None:
         plain = {"carried": facts, "identity": identity, "threads": compute_threads(config)}
-        checkpoint = Checkpoint(step, executor.snapshot(), plain | {"version": executor.version})
-        save_checkpoint(run.checkpoints, checkpoint, keep=config.checkpoint.keep)
+        _save_state(run, executor, log, step, plain)
 
     log = RunLog(
         config.output_dir / "logs",
@@ -374,23 +377,30 @@ def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tup
     return checkpoint.step, checkpoint.facts["carried"]
 
 
+def _save_state(run: Run, executor: Executor, log: RunLog, step: int, facts: Facts) -> None:
+    """Write a checkpoint; raise NonFiniteError for a state that is not finite, which would replace a good one."""
+    state = executor.snapshot()
+    if bad := [name for name, tensor in state.items() if not all_finite(tensor)]:
+        message = (
+            f"{bad[0]} is not finite after the last update, though its gradient was; no checkpoint was written, and "
+            f"those before stay. Raise --{run.stage}.adam-eps, or lower --{run.stage}.learning-rate"
+        )
+        log.event("nonfinite", step=step, message=message)
+        raise NonFiniteError(f"{run.stage}, step {step}: {message}")
+    checkpoint = Checkpoint(step, state, facts | {"version": executor.version})
+    save_checkpoint(run.checkpoints, checkpoint, keep=run.config.checkpoint.keep)
+
+
 def _save_nonfinite(
     run: Run, executor: Executor, step: int, error: NonFiniteError, save: Callable[[int], None] | None
 ) -> str:
     """Write the offending batch, and the state: as a checkpoint where nothing of the step was applied yet."""
-    from safetensors.torch import save_file
-
     folder = run.config.output_dir / "nonfinite" / f"{run.stage}-step-{step + 1:06d}"
-    with atomic_folder(folder) as temporary:
-        if error.batch is not None:
-            batch = {name: leaf.detach().cpu().contiguous() for name, leaf in named_leaves(error.batch).items()}
-            save_file(batch, temporary / "batch.safetensors")
-        if save is None:
-            save_file(
-                {name: leaf.contiguous() for name, leaf in executor.snapshot().items()}, temporary / "state.safetensors"
-            )
-        write_manifest(temporary, {"stage": run.stage, "step": step, "message": str(error)})
-    if save is None:
+    state = executor.snapshot()
+    saved = save is not None and all_finite(state)
+    facts = {"stage": run.stage, "step": step, "message": str(error)}
+    save_refused(folder, error.batch, None if saved else state, facts)
+    if save is None or not saved:
         return f"Batch and state are in {folder}; --resume goes on from step {last_step(run.checkpoints) or 0}"
     save(step)
     return f"The batch is in {folder}, the state in {run.checkpoints}"

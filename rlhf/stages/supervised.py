@@ -18,6 +18,7 @@ from rlhf.io.run_log import RunLog
 from rlhf.optim import Optimizer, adamw
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.schedules import Schedule
+from rlhf.setting_rules import flag_of
 from rlhf.stages.identity import Facts
 from rlhf.stages.inputs import make_schedule, open_dataset, rate_at, record_order
 from rlhf.stages.run import Run, train
@@ -124,6 +125,9 @@ def train_supervised(
         shown: metrics on the progress display.
         identity: as in `rlhf.stages.run.train`.
     """
+    if 0 < settings.warmup_fraction * plan.steps < 1 and settings.warmup_fraction != type(settings)().warmup_fraction:
+        flag = flag_of(f"{run.stage}.warmup_fraction", settings.warmup_fraction)
+        run.note(f"{flag}: has no effect: it is less than one of the run's {plan.steps} steps")
     order_key, dropout_key = run.key(Purpose.ORDER), run.key(Purpose.DROPOUT)
     last: dict[str, float] = {}
     coming: Ahead[list[Any]] | None = None

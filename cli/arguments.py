@@ -1,0 +1,113 @@
+"""Command lines before tyro reads them: repeated flags are joined, numbers out of range named by flag."""
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from rlhf.errors import UserError
+from rlhf.ranges import bounds_of, range_error
+
+_Config = TypeVar("_Config")
+
+
+def parse_arguments(
+    kind: type[_Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str | None = None,
+    default: Callable[[Sequence[str]], _Config] | None = None,
+) -> _Config:
+    """Return the configuration of a command line; prints help or errors and exits (code 2) as tyro does.
+
+    Args:
+        kind: the dataclass whose fields are the flags.
+        argv: without the program's name.
+        prog: the program's name.
+        description: its help; the dataclass's docstring if there is none.
+        default: arguments -> what the flags go on top of.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+    arguments = join_flags(kind, argv)
+    base = kind() if default is None else default(arguments)
+    return tyro.cli(kind, prog=prog, description=description, default=base, args=arguments)
+
+
+def join_flags(kind: type, argv: Sequence[str]) -> list[str]:
+    """Return a command line in which no flag is repeated: the values of list flags add up, in their order.
+
+    Of a flag of one value the last counts, which is told on stderr where the values differ.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+    hints = dict(flag_types(kind))
+    joined: list[list[str]] = []
+    places: dict[str, int] = {}
+    for flag, *values in _by_flag(argv):
+        name = flag if flag in hints else flag.replace("--no-", "--").replace(".no-", ".")
+        hint = hints.get(name)
+        if name not in places or hint is None:
+            places[name] = len(joined)
+            joined.append([flag, *values])
+        elif get_origin(hint) is tuple:
+            joined[places[name]] += values
+        elif joined[places[name]] != [flag, *values]:
+            before, joined[places[name]] = joined[places[name]], [flag, *values]
+            print(f"given twice: {' '.join(before)} and {' '.join([flag, *values])}; the last counts", file=sys.stderr)
+        if len(values) == 1 and (expected := range_error(bounds_of(hint), _number(hint, values[0]))):
+            raise UserError(f"{name} {values[0]}: {_field(name)} must be {expected}, got {values[0]}")
+    return [word for words in joined for word in _written(words)]
+
+
+def _by_flag(argv: Sequence[str]) -> Iterator[list[str]]:
+    """Yield each flag, with hyphens for underscores, and its values; first of all what comes before the flags."""
+    words = [""]
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            yield words
+            flag, equals, value = word.partition("=")
+            words = [flag.replace("_", "-"), *([value] if equals else [])]
+        else:
+            words.append(word)
+    yield words
+
+
+def _written(words: Sequence[str]) -> list[str]:
+    """A flag and its values as words of a command line, where a first value may begin with a hyphen after =."""
+    flag, *values = words
+    if any(value.startswith("--") for value in values[1:]):
+        raise UserError(f"{flag}: of several values only the first may begin with --")
+    if values and values[0].startswith("-"):
+        return [f"{flag}={values[0]}", *values[1:]]
+    return [flag, *values] if flag else values
+
+
+def _number(hint: Any, text: str) -> float | None:
+    """The number that a flag's text stands for; None where tyro is to refuse it."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kind = next((get_args(option)[0] for option in options if get_origin(option) is Annotated), str)
+    try:
+        return kind(text) if kind in (int, float) else None
+    except ValueError:
+        return None
+
+
+def _field(flag: str) -> str:
+    return flag.rpartition(".")[2].removeprefix("--").replace("-", "_")
+
+
+def flag_types(kind: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Yield the flag and annotation of every field of a dataclass and of those within it."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            yield from flag_types(hint, f"{flag}.")  # type: ignore[arg-type]
+        else:
+            yield flag, hint

@@ -1,0 +1,277 @@
+"""Settings that have no effect in a run, or contradict others: one table for all stages. Imports no torch.
+
+A setting counts as set where it differs from its default, whether by a flag or by YAML. What asks for something that
+the run cannot give is refused; what is merely idle is told in a line.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rlhf.config import PPOConfig
+from rlhf.errors import UserError
+from rlhf.ranges import flat_fields
+
+
+class Rule(NamedTuple):
+    """Settings that are idle, or refused, under a condition."""
+
+    names: tuple[str, ...]
+    """Dotted names."""
+    applies: Callable[[Any], bool]
+    """config -> whether what is set of them has no effect."""
+    reason: str
+    """What the line says after the flags, with the remedy."""
+    refused: bool = False
+    """An error instead of a line."""
+
+
+def check_rules(config: Any, rules: Sequence[Rule]) -> list[str]:
+    """Return a line for each rule by which something that is set has no effect.
+
+    Args:
+        config: a configuration dataclass; names that it has not are passed over.
+        rules: to check.
+
+    Raises:
+        UserError: by one of the rules, something that is set is refused.
+    """
+    values, defaults = flat_fields(config), flat_fields(type(config)())
+    lines = []
+    for rule in rules:
+        changed = [name for name in rule.names if name in values and values[name] != defaults[name]]
+        if changed and rule.applies(config):
+            line = f"{', '.join(flag_of(name, values[name]) for name in changed)}: {rule.reason}"
+            if rule.refused:
+                raise UserError(line)
+            lines.append(line)
+    return lines
+
+
+def check_settings(config: Any, stage: str) -> list[str]:
+    """`check_rules` of one stage of a training run; what all stages share is told by the first."""
+    first = getattr(config, "start_at", stage) == stage
+    shared = [rule for rule in COMPUTE_RULES if first or rule.refused]
+    return check_rules(config, (*shared, *STAGE_RULES[stage]))
+
+
+def flag_of(name: str, value: Any = None) -> str:
+    """Return the flag of a setting, with its value where one is given and short."""
+    flag = name.replace("_", "-")
+    if value is False:
+        section, dot, last = flag.rpartition(".")
+        return f"--{section}{dot}no-{last}"
+    return f"--{flag}" if value is None or value is True or isinstance(value, tuple) else f"--{flag} {value}"
+
+
+def _in_process(config: Any) -> bool:
+    return not config.dist.num_workers
+
+
+def _on_workers(config: Any) -> bool:
+    return config.dist.num_workers > 0
+
+
+def _updates_once(ppo: PPOConfig) -> bool:
+    """Whether an iteration makes one update, in which every ratio is 1."""
+    return ppo.num_epochs == 1 and ppo.minibatch_size >= ppo.batch_size * ppo.samples_per_prompt
+
+
+def _has_no_warmup_step(ppo: PPOConfig) -> bool:
+    minibatches = -(-ppo.batch_size * ppo.samples_per_prompt // ppo.minibatch_size)
+    updates = (ppo.num_iterations - ppo.critic_warmup) * ppo.num_epochs * minibatches
+    return ppo.warmup_fraction * updates < 1
+
+
+_NO_WORKERS = "has no effect without --dist.num-workers"
+
+COMPUTE_RULES = (
+    Rule(("dist.address", "dist.num_servers", "dist.gpus_per_worker"), _in_process, _NO_WORKERS, refused=True),
+    Rule(
+        (
+            "dist.threads_per_worker", "dist.placement", "dist.backend", "dist.reduce", "dist.timeout_s",
+            "dist.heartbeat_s", "dist.max_restarts", "dist.on_failure", "dist.snapshot_every",
+        ),
+        _in_process,
+        _NO_WORKERS,
+    ),
+    Rule(
+        ("dist.backend",),
+        lambda config: _on_workers(config) and config.dist.backend == "nccl" and config.dist.gpus_per_worker != 1,
+        "nccl needs --dist.gpus-per-worker 1: a whole GPU for each worker",
+        refused=True,
+    ),
+    Rule(
+        ("device",),
+        lambda config: _on_workers(config) and config.device == "cuda" and not config.dist.gpus_per_worker,
+        "workers compute on the CPU without --dist.gpus-per-worker; add it, or drop the flag",
+        refused=True,
+    ),
+    Rule(
+        ("device",),
+        lambda config: _on_workers(config) and config.device == "cpu" and config.dist.gpus_per_worker > 0,
+        "workers with --dist.gpus-per-worker compute on GPUs; drop one of the two",
+        refused=True,
+    ),
+    Rule(("threads",), _on_workers, "has no effect on workers; use --dist.threads-per-worker"),
+    Rule(
+        ("threads",),
+        lambda config: _in_process(config) and (config.threads or 0) > (os.cpu_count() or 1),
+        f"more than this machine's {os.cpu_count()} cores, on which they wait for each other",
+    ),
+    Rule(
+        ("dist.placement",),
+        lambda config: _on_workers(config) and config.dist.address is None,
+        "has no effect without --dist.address: there is one machine",
+    ),
+    Rule(
+        ("dist.on_failure",),
+        lambda config: _on_workers(config) and config.dist.max_restarts == 0,
+        "has no effect with --dist.max-restarts 0",
+    ),
+)  # fmt: skip
+"""Of every program that computes on workers or in its own process."""
+
+_SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
+_NO_SAMPLES = Rule(
+    ("log.samples", "log.token_samples"), lambda config: not hasattr(config, "ppo"), "has no effect outside of PPO"
+)
+
+
+def _starts_elsewhere(data: str) -> Callable[[Any], bool]:
+    """Whether a stage is run alone on data of the user's, so that no model is made from scratch before it."""
+    return lambda config: not hasattr(config, "sft") and getattr(config, data) is not None
+
+
+def _worker_rule(stage: str, size: str, *, rows: int = 1) -> Rule:
+    """Of more workers than the micro-batches of an optimiser step, which has `rows` rows a record at most."""
+
+    def applies(config: Any) -> bool:
+        settings = getattr(config, stage)
+        return bool(config.dist.num_workers > -(-rows * getattr(settings, size) // settings.micro_batch_size))
+
+    remedy = f"lower {flag_of(f'{stage}.micro_batch_size')}, or raise {flag_of(f'{stage}.{size}')}"
+    return Rule(("dist.num_workers",), applies, f"more workers than an update has micro-batches; {remedy}")
+
+
+def _model_rules(data: str) -> tuple[Rule, ...]:
+    names = ("model.preset", "tokenizer.path", "tokenizer.vocab_size")
+    return (Rule(names, _starts_elsewhere(data), "has no effect: the model that the stage starts from brings its own"),)
+
+
+STAGE_RULES: dict[str, tuple[Rule, ...]] = {
+    "sft": (
+        _NO_SAMPLES,
+        _worker_rule("sft", "batch_size"),
+        Rule(
+            ("tokenizer.vocab_size",),
+            lambda config: config.sft.model_path is not None,
+            "has no effect with --sft.model-path, whose folder has a tokenizer; drop one of the two",
+            refused=True,
+        ),
+        Rule(
+            ("tokenizer.vocab_size",),
+            lambda config: config.tokenizer.path is not None,
+            "has no effect with --tokenizer.path, which has its own vocabulary; drop one of the two",
+            refused=True,
+        ),
+        Rule(
+            ("model.preset",),
+            lambda config: config.sft.model_path is not None,
+            "has no effect with --sft.model-path: the folder's shape counts",
+        ),
+        Rule(
+            ("model.preset",),
+            lambda config: None not in [getattr(config.model, name) for name in _SHAPE],
+            "has no effect: the fields beside it set all of the shape",
+        ),
+        Rule(
+            ("sft.val_fraction",),
+            lambda config: config.sft_val_data is not None,
+            "has no effect with --sft-val-data",
+        ),
+        Rule(
+            ("sft.eval_every",),
+            lambda config: config.sft_val_data is None and config.sft.val_fraction == 0,
+            "has no effect without held-out records: set --sft.val-fraction or --sft-val-data",
+        ),
+    ),
+    "reward": (
+        _NO_SAMPLES,
+        _worker_rule("reward", "batch_size", rows=2),
+        *_model_rules("preference_data"),
+        Rule(
+            ("reward.val_fraction",),
+            lambda config: config.preference_val_data is not None,
+            "has no effect with --preference-val-data",
+        ),
+    ),
+    "ppo": (
+        _worker_rule("ppo", "minibatch_size"),
+        *_model_rules("prompt_data"),
+        Rule(
+            ("log.token_samples",),
+            lambda config: config.log.token_samples > config.log.samples,
+            "no more than the --log.samples completions are written",
+        ),
+        Rule(
+            ("log.samples",),
+            lambda config: config.log.samples > config.ppo.batch_size * config.ppo.samples_per_prompt,
+            "an iteration has no more completions than --ppo.batch-size times --ppo.samples-per-prompt",
+        ),
+        Rule(
+            ("ppo.rollout_slots",),
+            lambda config: config.ppo.rollout_slots > config.ppo.rollout_batch_size,
+            "a micro-batch has no more completions than --ppo.rollout-batch-size",
+        ),
+        Rule(
+            ("ppo.min_new_tokens",),
+            lambda config: not config.ppo.stop_at_eos,
+            "has no effect with --ppo.no-stop-at-eos: every completion has --ppo.max-new-tokens",
+        ),
+        Rule(
+            ("ppo.missing_eos_penalty",),
+            lambda config: not config.ppo.stop_at_eos,
+            "with --ppo.no-stop-at-eos no completion ends by itself: the same is taken off every score",
+        ),
+        Rule(("ppo.top_p",), lambda config: config.ppo.top_k == 1, "has no effect with --ppo.top-k 1"),
+        Rule(
+            ("ppo.normalize_reward",),
+            lambda config: bool(config.ppo.reward) and all(":" in source for source in config.ppo.reward),
+            "has no effect on Python functions, whose scores are taken as they are",
+        ),
+        Rule(
+            ("ppo.kl_adaptive",),
+            lambda config: config.ppo.kl_coef == 0,
+            "a --ppo.kl-coef of 0 stays 0 when it is multiplied; give it a start above 0",
+            refused=True,
+        ),
+        Rule(
+            ("ppo.kl_target", "ppo.kl_horizon"),
+            lambda config: not config.ppo.kl_adaptive,
+            "has no effect without --ppo.kl-adaptive (--ppo.target-kl stops updates early)",
+            refused=True,
+        ),
+        Rule(
+            ("ppo.kl_estimator", "ppo.kl_in_loss"),
+            lambda config: config.ppo.kl_coef == 0,
+            "has no effect with --ppo.kl-coef 0",
+        ),
+        Rule(
+            ("ppo.clip_eps", "ppo.dual_clip", "ppo.value_clip_eps", "ppo.target_kl"),
+            lambda config: _updates_once(config.ppo),
+            "has no effect with one update per iteration, before which nothing has moved",
+        ),
+        Rule(
+            ("ppo.value_clip_eps", "ppo.critic_warmup"),
+            lambda config: config.ppo.value_coef == 0,
+            "has no effect with --ppo.value-coef 0: the value function does not learn",
+        ),
+        Rule(
+            ("ppo.warmup_fraction",),
+            lambda config: _has_no_warmup_step(config.ppo),
+            "has no effect: it is less than one of the run's updates",
+        ),
+    ),
+}
+"""By stage, beside `COMPUTE_RULES`."""
