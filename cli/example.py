@@ -5,13 +5,13 @@ Usage:
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rlhf.cli.command import run_command
+from rlhf.cli.process import command_line
 
 from rlhf.errors import UserError
 from rlhf.io.presets import load_config
@@ -36,7 +36,7 @@ class Example(Section):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return run_command(lambda: _example(tyro.cli(Example, prog="rlhf-example", args=argv or sys.argv[1:])))
+    return run_command(lambda: _example(tyro.cli(Example, prog="rlhf-example", args=command_line(argv))))
 
 
 def _example(example: Example) -> None:

@@ -6,7 +6,6 @@ A data set of a million records costs its arrays' disk space and a few open file
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from rlhf.data.records import Record, read_records
 from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, check_record
 from rlhf.data.truncation import Fit, fit
 from rlhf.errors import UserError
+from rlhf.io.cache import default_cache_dir
 from rlhf.io.files import atomic_folder, sha256
 from rlhf.io.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ class Dataset:
         self._margins = np.load(folder / "margins.npy", mmap_mode="r")
         self._columns = np.memmap(folder / "columns.jsonl", mode="r") if schema is PROMPTS else None
         self._column_offsets = np.load(folder / "column_offsets.npy", mmap_mode="r")
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.dropped: int = meta["dropped"]
         self.keys: list[str] = meta["keys"]
 
@@ -153,11 +153,6 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
     return Dataset(folder, schema, tokenizer.eos_id)
 
 
-def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/rlhf, or ~/.cache/rlhf."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
-
-
 def check_file(path: Path, schema: Schema) -> set[str]:
     """Read a data file through; `Dataset.keys` of it. Errors as `load_dataset`."""
     keys: set[str] = set()
@@ -211,7 +206,7 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
     _save(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     meta = {"format": _FORMAT, "dropped": dropped, "keys": sorted(keys), "sizes": sizes}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -229,7 +224,7 @@ def _is_tie(record: Record, schema: Schema) -> bool:
 def _is_complete(folder: Path) -> bool:
     """Whether a cache folder is whole; one that is not is written anew."""
     try:
-        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
+        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
         return sizes.keys() == _FILES and all((folder / name).stat().st_size == sizes[name] for name in _FILES)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
