@@ -12,7 +12,7 @@ from rlhf.data.batching import PackedPairs, pair_batches
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import PREFERENCES
 from rlhf.errors import UserError
-from rlhf.evaluation import preference_metrics
+from rlhf.evaluation import preference_metrics, spread
 from rlhf.execution.executor import Executor, Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head
@@ -107,9 +107,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         shown=("loss/reward", "eval/reward/accuracy"),
         identity={"data": sha256(path), "model": outline.digest},
     )
-    scores, _ = _score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS]))
-    std = float(scores.double().std()) if len(scores) > 1 else 0.0
-    statistics = RewardStatistics(float(scores.double().mean()), std or 1.0, len(scores))
+    statistics = _statistics(run, *_score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS])))
     run.note(
         f"reward of {statistics.completions} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}"
     )
@@ -118,6 +116,19 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     model = RewardModel(params, start.config, start.tokenizer, statistics)
     save_reward_model(run.model_folder, model, facts=facts)
     return StageResult(run.model_folder, metrics)
+
+
+def _statistics(run: Run, chosen: Tensor, rejected: Tensor) -> RewardStatistics:
+    """The statistics of the chosen completions' scores [B]; the user is told where they do not differ."""
+    size = float(torch.cat([chosen, rejected]).double().square().mean().sqrt())
+    measured = float(chosen.double().std()) if len(chosen) > 1 else 0.0
+    std = spread(measured, size, run.dtype)
+    if not std:
+        run.note(
+            f"WARNING: the scores of the {len(chosen)} chosen completions do not differ beyond rounding (standard "
+            f"deviation {measured:.1e}), so PPO will not scale by it; are the chosen texts all the same?"
+        )
+    return RewardStatistics(float(chosen.double().mean()), std or 1.0, len(chosen))
 
 
 def make_program(

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from rlhf.config import SupervisedConfig
 from rlhf.data.batching import Ahead
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import Schema
+from rlhf.errors import UserError
 from rlhf.execution.executor import Executor
 from rlhf.io.model_folder import LanguageModel
 from rlhf.io.run_log import RunLog
@@ -41,17 +43,52 @@ class Split(NamedTuple):
 def open_split(
     run: Run, path: Path, validation: Path | None, schema: Schema, settings: SupervisedConfig, model: LanguageModel
 ) -> Split:
-    """Open the data; hold out the validation file's records, or a random share (one at least, of two or more)."""
+    """Open the data; hold out the validation file's records, or a random share (one at least, of two or more).
+
+    Raises:
+        UserError: as `rlhf.data.dataset.load_dataset`, or every pair to learn from is equal after truncation.
+    """
     max_length = length_limit(settings, model)
     dataset = open_dataset(run, path, schema, model.tokenizer, max_length)
     if validation is not None:
-        other = open_dataset(run, validation, schema, model.tokenizer, max_length)
-        split = Split(dataset, list(range(len(dataset))), other, list(range(len(other)))[:_EVAL_RECORDS])
+        source = open_dataset(run, validation, schema, model.tokenizer, max_length)
+        _tell_shared(run, validation, dataset, source)
+        train, held_out = list(range(len(dataset))), list(range(len(source)))
     else:
         train, held_out = hold_out(run.key(Purpose.SPLIT), len(dataset), settings.val_fraction)
-        split = Split(dataset, train, dataset, held_out[:_EVAL_RECORDS])
+        source = dataset
+    equal = _equal_pairs(run, path, dataset, max_length)
+    equal_held_out = equal if source is dataset else _equal_pairs(run, validation, source, max_length)
+    train = [record for record in train if record not in equal]
+    held_out = [record for record in held_out if record not in equal_held_out]
+    if not train:
+        raise UserError(
+            f"{path}: after truncation to {max_length} tokens the chosen text equals the rejected one in every pair; "
+            f"nothing is left to learn from. Shorten the texts, or take a model with a longer context"
+        )
+    split = Split(dataset, train, source, held_out[:_EVAL_RECORDS])
     run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
     return split
+
+
+def _equal_pairs(run: Run, path: Path, dataset: Dataset, max_length: int) -> set[int]:
+    """`Dataset.equal_pairs`; the user is told."""
+    equal = set(dataset.equal_pairs(max_length))
+    if equal:
+        run.note(
+            f"{path}: dropped {len(equal)} pairs whose chosen text equals the rejected one after truncation to "
+            f"{max_length} tokens"
+        )
+    return equal
+
+
+def _tell_shared(run: Run, path: Path, train: Dataset, validation: Dataset) -> None:
+    """Tell the user what share of the validation file is also learnt from."""
+    if shared := int(np.isin(validation.digests, train.digests).sum()):
+        run.note(
+            f"{path}: {shared} of {len(validation)} records are also among those to learn from; what is measured on "
+            "them says nothing about new text"
+        )
 
 
 def hold_out(key: Tensor, count: int, fraction: float) -> tuple[list[int], list[int]]:
