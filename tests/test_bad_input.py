@@ -235,6 +235,27 @@ def test_pairs_without_a_difference_are_refused_when_nothing_else_is_left(refuse
     refused("reward", "--preference-data", path, *flags, pieces=("in every pair the chosen text equals",))
 
 
+def long_pair(number: int, ends: tuple[str, str]) -> dict[str, str]:
+    """Two texts that differ in their ends alone, behind any context."""
+    return {"prompt": f"say {number}", "chosen": " yes" * 90 + ends[0], "rejected": " yes" * 90 + ends[1]}
+
+
+def test_pairs_that_truncation_makes_equal_are_dropped_and_refused_when_nothing_else_is_left(
+    refused, shelf, tmp_path, capfd
+):
+    equal = [long_pair(number, (" good", " bad")) for number in range(3)]
+    path, flags = written("equal.json", json.dumps(equal)), stage_flags("reward", shelf)
+    pieces = ("equal.json: after truncation to", "nothing is left to learn from")
+    refused("reward", "--preference-data", path, *flags, pieces=pieces)
+    some = written("some.json", json.dumps(equal + GOOD["pairs"]))
+    argv = ["reward", "--preference-data", some, "--preference-val-data", shelf / "pairs.json", *flags]
+    assert main([*map(str, argv), "--output-dir", str(tmp_path / "out")]) == 0
+    err = " ".join(capfd.readouterr().err.split())
+    assert "dropped 3 pairs whose chosen text equals the rejected one after truncation to" in err
+    assert "8 preference pairs, 8 held out" in err
+    assert "8 of 8 records are also among those to learn from" in err
+
+
 def test_what_cannot_be_compiled_is_refused_when_it_is_asked_for(refused, shelf, monkeypatch):
     flags = ["sft", "--sft-data", shelf / "sft.json", *TINY, *ONE_STEP[:4], "--compile", "on"]
     refused(*flags, "--sft.dropout", "0.1", pieces=("--compile on: dropout", "--sft.dropout 0", "--compile off"))

@@ -49,22 +49,21 @@ def open_split(
         UserError: as `rlhf.data.dataset.load_dataset`, or every pair to learn from is equal after truncation.
     """
     max_length = length_limit(settings, model)
-    dataset = open_dataset(run, path, schema, model.tokenizer, max_length)
+    dataset = source = open_dataset(run, path, schema, model.tokenizer, max_length)
+    equal = equal_held_out = _equal_pairs(run, path, dataset, max_length)
     if validation is not None:
         source = open_dataset(run, validation, schema, model.tokenizer, max_length)
+        equal_held_out = _equal_pairs(run, validation, source, max_length)
         _tell_shared(run, validation, dataset, source)
         train, held_out = list(range(len(dataset))), list(range(len(source)))
     else:
         train, held_out = hold_out(run.key(Purpose.SPLIT), len(dataset), settings.val_fraction)
-        source = dataset
-    equal = _equal_pairs(run, path, dataset, max_length)
-    equal_held_out = equal if source is dataset else _equal_pairs(run, validation, source, max_length)
     train = [record for record in train if record not in equal]
     held_out = [record for record in held_out if record not in equal_held_out]
     if not train:
         raise UserError(
             f"{path}: after truncation to {max_length} tokens the chosen text equals the rejected one in every pair; "
-            f"nothing is left to learn from. Shorten the texts, or take a model with a longer context"
+            "nothing is left to learn from. Shorten the texts, or take a model with a longer context"
         )
     split = Split(dataset, train, source, held_out[:_EVAL_RECORDS])
     run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
