@@ -685,7 +685,7 @@ OUTSIDE: dict[str, tuple[list, tuple[str, ...]]] = {
     "flag": (["sft", "--sft.lerning-rate", "1"], ("--sft.learning-rate",)),
     "YAML": (["sft", "--config", "bad.yaml"], ("bad.yaml: line 1: unknown key sead; did you mean seed?",)),
     "data": (["sft", "--sft-data", "bad.json"], ("bad.json: line 1, column 13", "record 1", "cut off")),
-    "name that is no UTF-8": (["sft", "--sft-data", b"\xff.json"], ("no such file",)),
+    "name that is no UTF-8": (["sft", "--sft-data", b"\xff.json"], ("'\\udcff.json' is not UTF-8 text", "rename")),
     "pipeline": (["pipeline", "--sft-data", "{shelf}/sft.json", "--prompt-data", "bad.json"], ("bad.json",)),
     # without data files the stages before are trained first: the rest of the command line must be checked before that
     "PPO as typed, with a wrong reward": (["ppo", "--ppo.reward", "nowhere:f"], ("nowhere cannot be imported",)),
