@@ -430,6 +430,10 @@ PIPELINE: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "missing prompts": (["--prompt-data", "missing.json"], ("missing.json: no such file",)),
     "bad pairs": (["--preference-data", "bad.json"], ("bad.json: record 1", "no key 'prompt'")),
     "only ties": (["--preference-data", "ties.json"], ("in every pair the chosen text equals",)),
+    "only pairs that truncation makes equal": (
+        ["--preference-data", "equal.json", "--reward.model-path", "{shelf}/lm"],
+        ("equal.json: after truncation to 32 tokens",),
+    ),
     "bad validation pairs": (["--preference-val-data", "bad.json"], ("bad.json: record 1",)),
     "bad validation data": (["--sft-val-data", "bad.json"], ("bad.json: record 1",)),
     "a reward that cannot be imported": (["--ppo.reward", "nowhere:f"], ("nowhere cannot be imported",)),
@@ -483,6 +487,7 @@ def test_the_pipeline_refuses_before_anything_is_trained(refused, shelf, wrong):
     changes, pieces = PIPELINE[wrong]
     written("bad.json", '[{"promt": "x"}]')
     written("ties.json", json.dumps([{"prompt": "p", "chosen": "c", "rejected": "c"}] * 3))
+    written("equal.json", json.dumps([long_pair(number, (" good", " bad")) for number in range(3)]))
     written("prompts.json", '[{"prompt": "x", "item": 1}]')
     written("dropout.yaml", "{compile: 'on', sft: {dropout: 0.1}}")
     for stage in ("reward", "ppo"):

@@ -191,14 +191,14 @@ def test_pairs_that_truncation_makes_equal_are_left_out_and_told(evaluate, tmp_p
     long = "a b c d e f g h i j" * 20
     equal = [{"prompt": "p", "chosen": f"{long} good", "rejected": f"{long} bad"}] * 3
     write(tmp_path / "some.json", [*PAIRS, *equal])
-    whole, lines = evaluate(test_data=(tmp_path / "some.json",))
+    whole, lines = evaluate(test_data=(tmp_path / "some.json",), eval_type="reward")
     (found,) = whole["evaluations"]
     different = sum(pair["chosen"] != pair["rejected"] for pair in PAIRS)
     assert (found["equal"], len(lines["pairs"])) == (3, different)
     assert found["figures"]["model"]["eval/reward/accuracy"]["n"] == different
     write(tmp_path / "all.json", equal)
     with pytest.raises(UserError, match=r"all\.json: after truncation to \d+ tokens .* nothing is left to evaluate"):
-        evaluate(test_data=(tmp_path / "all.json",))
+        evaluate(test_data=(tmp_path / "all.json",), eval_type="reward")
 
 
 @pytest.mark.parametrize("which", ["ours", "foreign"])

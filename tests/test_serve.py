@@ -10,10 +10,10 @@ import urllib.request
 import webbrowser
 
 import pytest
+from synthetic_logs import write_log
 
 from rlhf.monitor import serve as module
 from rlhf.monitor.serve import make_server, serve
-from tests.synthetic_logs import write_log
 
 
 class Browser:

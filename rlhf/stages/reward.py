@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.config import RewardConfig, RewardRun
 from rlhf.data.batching import PackedPairs, pair_batches
-from rlhf.data.dataset import Dataset
+from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.schema import PREFERENCES
 from rlhf.errors import UserError
 from rlhf.evaluation import preference_metrics, spread
@@ -23,7 +23,7 @@ from rlhf.random import Purpose
 from rlhf.stages.compute import compile_obstacle
 from rlhf.stages.inputs import Outline, check_validation, embedded_file, make_schedule, start_folder, start_outline
 from rlhf.stages.run import Run, StageResult, open_run
-from rlhf.stages.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
+from rlhf.stages.supervised import check_pairs_differ, length_limit, make_adamw, make_plan, open_split, train_supervised
 
 _REFERENCE_PAIRS = 1024
 """Training pairs whose chosen completions give the reward's mean and standard deviation."""
@@ -59,6 +59,20 @@ def check_margin(config: RewardRun, keys: Collection[str]) -> None:
     if config.reward.use_margin and "margin" not in keys:
         where = config.preference_data or "the embedded example"
         raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
+
+
+def check_pairs(config: RewardRun, outline: Outline) -> None:
+    """Raise UserError if truncation makes all training pairs equal; nothing where the tokenizer is yet to be trained.
+
+    Args:
+        config: of the stage.
+        outline: from `check`.
+    """
+    if config.preference_data is not None and outline.tokenizer is not None:
+        dataset = load_dataset(config.preference_data, PREFERENCES, outline.tokenizer, config.cache_dir)
+        max_length = length_limit(config.reward, outline)
+        different = len(dataset) - len(dataset.equal_pairs(max_length))
+        check_pairs_differ(config.preference_data, different, max_length)
 
 
 def _run(run: Run, config: RewardRun) -> StageResult:

@@ -21,7 +21,7 @@ from rlhf.optim import Optimizer, adamw
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.schedules import Schedule
 from rlhf.stages.identity import Facts
-from rlhf.stages.inputs import make_schedule, open_dataset, rate_at, record_order
+from rlhf.stages.inputs import Outline, make_schedule, open_dataset, rate_at, record_order
 from rlhf.stages.run import Run, train
 
 _EVAL_RECORDS = 1024
@@ -60,14 +60,19 @@ def open_split(
         train, held_out = hold_out(run.key(Purpose.SPLIT), len(dataset), settings.val_fraction)
     train = [record for record in train if record not in equal]
     held_out = [record for record in held_out if record not in equal_held_out]
-    if not train:
+    check_pairs_differ(path, len(train), max_length)
+    split = Split(dataset, train, source, held_out[:_EVAL_RECORDS])
+    run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
+    return split
+
+
+def check_pairs_differ(path: Path, different: int, max_length: int) -> None:
+    """Raise UserError if no pair of a file is `different` after truncation."""
+    if not different:
         raise UserError(
             f"{path}: after truncation to {max_length} tokens the chosen text equals the rejected one in every pair; "
             "nothing is left to learn from. Shorten the texts, or take a model with a longer context"
         )
-    split = Split(dataset, train, source, held_out[:_EVAL_RECORDS])
-    run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
-    return split
 
 
 def _equal_pairs(run: Run, path: Path, dataset: Dataset, max_length: int) -> set[int]:
@@ -103,7 +108,7 @@ def hold_out(key: Tensor, count: int, fraction: float) -> tuple[list[int], list[
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def length_limit(settings: SupervisedConfig, model: LanguageModel) -> int:
+def length_limit(settings: SupervisedConfig, model: LanguageModel | Outline) -> int:
     """Tokens kept of one record."""
     context = model.config.n_positions
     return min(settings.max_length or context, context)
