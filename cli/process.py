@@ -101,6 +101,9 @@ def _settle_user() -> None:
         os.environ["LOGNAME"] = str(os.getuid())
     missing = [name for name in _BELOW_HOME if not os.environ.get(name)]
     if missing and home_folder() is None:
-        folder = tempfile.mkdtemp(prefix="rlhf-home-")
+        try:
+            folder = tempfile.mkdtemp(prefix="rlhf-home-")
+        except OSError:  # whoever needs a folder says so
+            return
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ.update(dict.fromkeys(missing, folder))

@@ -173,6 +173,7 @@ def test_no_folder_at_all_is_refused(monkeypatch):
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
     monkeypatch.setattr(cache.tempfile, "mkdtemp", refuse)
+    assert run_command(lambda: None) == 0
     with pytest.raises(UserError, match=r"no folder for the cache can be written.*--cache-dir FOLDER"):
         default_cache_dir()
 
