@@ -82,6 +82,13 @@ def test_work_goes_on_when_its_messages_cannot_be_written(monkeypatch, number):
     stream.buffer.raw.write = len  # so that it can be closed
 
 
+def test_what_is_piped_in_is_read_as_utf8(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本".encode()), encoding="latin-1"))
+    read = []
+    assert run_command(lambda: read.append(sys.stdin.read())) == 0
+    assert read == ["日本"]
+
+
 def test_closed_streams_are_nowhere(monkeypatch):
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
