@@ -6,19 +6,18 @@ Usage:
     rlhf-evaluate --model-dir path/to/gpt2 --test-data demonstrations.json
 """
 
-import sys
 from collections.abc import Sequence
 
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, run_command
+from rlhf.cli.process import command_line
 
 from rlhf.stages.evaluate_config import EvaluateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _evaluate(arguments))
+    return run_command(lambda: _evaluate(command_line(argv)))
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:

@@ -5,13 +5,13 @@ Usage:
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
+from rlhf.cli.process import command_line
 
 from rlhf.errors import UserError
 from rlhf.io.presets import load_config
@@ -36,7 +36,7 @@ class Example(Section):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return run_command(lambda: _example(parse_arguments(Example, argv or sys.argv[1:], prog="rlhf-example")))
+    return run_command(lambda: _example(parse_arguments(Example, command_line(argv), prog="rlhf-example")))
 
 
 def _example(example: Example) -> None:

@@ -6,18 +6,18 @@ Usage:
     rlhf-generate --model-dir outputs/policy --prompt-file prompts.json --samples 4 --output completions.jsonl
 """
 
-import sys
 from collections.abc import Sequence
 
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
+from rlhf.cli.process import command_line
 
 from rlhf.stages.generate_config import GenerateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    return run_command(lambda: _generate(parse(sys.argv[1:] if argv is None else argv)))
+    return run_command(lambda: _generate(parse(command_line(argv))))
 
 
 def parse(argv: Sequence[str]) -> GenerateConfig:

@@ -9,8 +9,6 @@ Usage:
 """
 
 import contextlib
-import io
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
+from rlhf.cli.process import command_line
 
 from rlhf.errors import UserError
 from rlhf.ranges import Section
@@ -62,10 +61,8 @@ RULES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
     found: list[int] = []
-    failed = run_command(lambda: found.append(_monitor(parse(sys.argv[1:] if argv is None else argv))))
+    failed = run_command(lambda: found.append(_monitor(parse(command_line(argv)))))
     return failed or sum(found)
 
 

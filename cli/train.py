@@ -10,13 +10,13 @@ Usage:
 import functools
 import operator
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, describe, run_command
+from rlhf.cli.process import command_line
 
 from rlhf.config import PipelineRun, PPORun, RewardRun, SFTRun
 from rlhf.errors import UserError
@@ -39,8 +39,7 @@ Flags go on top of --config, which goes on top of the defaults."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _train(arguments))
+    return run_command(lambda: _train(command_line(argv)))
 
 
 def parse(argv: Sequence[str]) -> AnyRun:

@@ -325,7 +325,8 @@ class ComputeConfig(Section):
     threads: ThreadCount | None = None
     """CPU threads; none takes all cores. The bits of a result depend on it."""
     cache_dir: Path | None = None
-    """Folder for tokenised data and compiled code; none is $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf."""
+    """Folder for tokenised data and compiled code; none is $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf, or a temporary one if
+    the home folder cannot be written."""
     dist: DistConfig = field(default_factory=DistConfig)
 
 

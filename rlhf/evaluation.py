@@ -9,18 +9,39 @@ from torch import Tensor
 
 from rlhf.checks import check_rank, check_same_shape, check_value
 
+_ROUNDING = 1e-4
+"""Relative differences that the same text may have between two batches, with room to spare; float32 has 1e-7."""
+
+
+def spread(std: float, size: float, dtype: torch.dtype = torch.float32) -> float:
+    """A standard deviation, or 0 where it is no more than rounding.
+
+    Args:
+        std: of values that a model gives.
+        size: their typical absolute value.
+        dtype: in which the model computes.
+    """
+    return std if std > max(_ROUNDING, torch.finfo(dtype).eps / 4) * size else 0.0
+
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """[] Pearson's correlation of two [n] float tensors; NaN where one of them does not vary.
+    """[] Pearson's correlation of two [n] float tensors; NaN where one varies by rounding alone, or not at all.
 
     Raises:
         ValueError: shapes differ.
     """
     check_rank("correlation", 1, x=x)
     check_same_shape("correlation", x=x, y=y)
-    x, y = x.double() - x.double()[:1], y.double() - y.double()[:1]
-    x, y = x - x.mean(), y - y.mean()
+    x, y = _centred(x), _centred(y)
     return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
+
+
+def _centred(values: Tensor) -> Tensor:
+    """[n] float64 values minus their mean; zeros where they differ by rounding alone."""
+    shifted = values.double() - values.double()[:1]
+    rounding = 8 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+    varies = shifted.abs().max() > rounding * values.double().abs().max()
+    return torch.where(varies, shifted - shifted.mean(), 0.0)
 
 
 def preference_metrics(

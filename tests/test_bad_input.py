@@ -235,6 +235,27 @@ def test_pairs_without_a_difference_are_refused_when_nothing_else_is_left(refuse
     refused("reward", "--preference-data", path, *flags, pieces=("in every pair the chosen text equals",))
 
 
+def long_pair(number: int, ends: tuple[str, str]) -> dict[str, str]:
+    """Two texts that differ in their ends alone, behind any context."""
+    return {"prompt": f"say {number}", "chosen": " yes" * 90 + ends[0], "rejected": " yes" * 90 + ends[1]}
+
+
+def test_pairs_that_truncation_makes_equal_are_dropped_and_refused_when_nothing_else_is_left(
+    refused, shelf, tmp_path, capfd
+):
+    equal = [long_pair(number, (" good", " bad")) for number in range(3)]
+    path, flags = written("equal.json", json.dumps(equal)), stage_flags("reward", shelf)
+    pieces = ("equal.json: after truncation to", "nothing is left to learn from")
+    refused("reward", "--preference-data", path, *flags, pieces=pieces)
+    some = written("some.json", json.dumps(equal + GOOD["pairs"]))
+    argv = ["reward", "--preference-data", some, "--preference-val-data", shelf / "pairs.json", *flags]
+    assert main([*map(str, argv), "--output-dir", str(tmp_path / "out")]) == 0
+    err = " ".join(capfd.readouterr().err.split())
+    assert "dropped 3 pairs whose chosen text equals the rejected one after truncation to" in err
+    assert "8 preference pairs, 8 held out" in err
+    assert "8 of 8 records are also among those to learn from" in err
+
+
 def test_what_cannot_be_compiled_is_refused_when_it_is_asked_for(refused, shelf, monkeypatch):
     flags = ["sft", "--sft-data", shelf / "sft.json", *TINY, *ONE_STEP[:4], "--compile", "on"]
     refused(*flags, "--sft.dropout", "0.1", pieces=("--compile on: dropout", "--sft.dropout 0", "--compile off"))
@@ -420,6 +441,10 @@ PIPELINE: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "missing prompts": (["--prompt-data", "missing.json"], ("missing.json: no such file",)),
     "bad pairs": (["--preference-data", "bad.json"], ("bad.json: record 1", "no key 'prompt'")),
     "only ties": (["--preference-data", "ties.json"], ("in every pair the chosen text equals",)),
+    "only pairs that truncation makes equal": (
+        ["--preference-data", "equal.json", "--reward.model-path", "{shelf}/lm"],
+        ("equal.json: after truncation to 32 tokens",),
+    ),
     "bad validation pairs": (["--preference-val-data", "bad.json"], ("bad.json: record 1",)),
     "bad validation data": (["--sft-val-data", "bad.json"], ("bad.json: record 1",)),
     "a reward that cannot be imported": (["--ppo.reward", "nowhere:f"], ("nowhere cannot be imported",)),
@@ -473,6 +498,7 @@ def test_the_pipeline_refuses_before_anything_is_trained(refused, shelf, wrong):
     changes, pieces = PIPELINE[wrong]
     written("bad.json", '[{"promt": "x"}]')
     written("ties.json", json.dumps([{"prompt": "p", "chosen": "c", "rejected": "c"}] * 3))
+    written("equal.json", json.dumps([long_pair(number, (" good", " bad")) for number in range(3)]))
     written("prompts.json", '[{"prompt": "x", "item": 1}]')
     written("dropout.yaml", "{compile: 'on', sft: {dropout: 0.1}}")
     for stage in ("reward", "ppo"):
@@ -675,7 +701,7 @@ OUTSIDE: dict[str, tuple[list, tuple[str, ...]]] = {
     "flag": (["sft", "--sft.lerning-rate", "1"], ("--sft.learning-rate",)),
     "YAML": (["sft", "--config", "bad.yaml"], ("bad.yaml: line 1: unknown key sead; did you mean seed?",)),
     "data": (["sft", "--sft-data", "bad.json"], ("bad.json: line 1, column 13", "record 1", "cut off")),
-    "name that is no UTF-8": (["sft", "--sft-data", b"\xff.json"], ("no such file",)),
+    "name that is no UTF-8": (["sft", "--sft-data", b"\xff.json"], ("'\\udcff.json' is not UTF-8 text", "rename")),
     "pipeline": (["pipeline", "--sft-data", "{shelf}/sft.json", "--prompt-data", "bad.json"], ("bad.json",)),
     # without data files the stages before are trained first: the rest of the command line must be checked before that
     "PPO as typed, with a wrong reward": (["ppo", "--ppo.reward", "nowhere:f"], ("nowhere cannot be imported",)),

@@ -14,6 +14,7 @@ from rich.console import Console
 from rlhf import gpt2, random
 from rlhf.config import DistConfig, LogConfig, ModelConfig, PipelineRun, RewardConfig, RewardRun, SFTConfig, SFTRun
 from rlhf.data.schema import PROMPTS as PROMPTS_SCHEMA
+from rlhf.errors import UserError
 from rlhf.evaluation import expected_calibration_error
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
@@ -184,6 +185,20 @@ def test_perplexity_is_that_of_transformers(which, shelf, foreign, evaluate):
     assert values(found)["eval/perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
     assert values(found)["eval/accuracy"] == pytest.approx(hits / count)
     assert (found["tokens"], found["figures"]["model"]["eval/perplexity"]["n"]) == (count, 30)
+
+
+def test_pairs_that_truncation_makes_equal_are_left_out_and_told(evaluate, tmp_path):
+    long = "a b c d e f g h i j" * 20
+    equal = [{"prompt": "p", "chosen": f"{long} good", "rejected": f"{long} bad"}] * 3
+    write(tmp_path / "some.json", [*PAIRS, *equal])
+    whole, lines = evaluate(test_data=(tmp_path / "some.json",), eval_type="reward")
+    (found,) = whole["evaluations"]
+    different = sum(pair["chosen"] != pair["rejected"] for pair in PAIRS)
+    assert (found["equal"], len(lines["pairs"])) == (3, different)
+    assert found["figures"]["model"]["eval/reward/accuracy"]["n"] == different
+    write(tmp_path / "all.json", equal)
+    with pytest.raises(UserError, match=r"all\.json: after truncation to \d+ tokens .* nothing is left to evaluate"):
+        evaluate(test_data=(tmp_path / "all.json",), eval_type="reward")
 
 
 @pytest.mark.parametrize("which", ["ours", "foreign"])

@@ -15,6 +15,7 @@ from rlhf.evaluation import (
     preference_metrics,
     reliability,
     repetition,
+    spread,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -217,3 +218,27 @@ def test_diversity_without_a_text_is_that_of_the_others(texts):
     for number in range(len(texts)):
         others = (found.distinct - found.sole[number], sum(found.totals) - found.totals[number])
         assert others == distinct_2(texts[:number] + texts[number + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("std", "size", "dtype", "expected"),
+    [
+        (0.0, 0.0, torch.float32, 0.0),
+        (0.0, 1.0, torch.float32, 0.0),
+        (5.4e-8, 2.4, torch.float32, 0.0),
+        (0.9e-4, 1.0, torch.float32, 0.0),
+        (1.1e-4, 1.0, torch.float32, 1.1e-4),
+        (1e-3, 1.0, torch.bfloat16, 0.0),
+        (1e-2, 1.0, torch.bfloat16, 1e-2),
+        (1e-6, 1e-6, torch.float32, 1e-6),
+        (1.0, 1000.0, torch.float32, 1.0),
+    ],
+)
+def test_a_spread_of_rounding_noise_is_none(std, size, dtype, expected):
+    assert spread(std, size, dtype) == expected
+
+
+def test_scores_that_differ_by_rounding_have_no_correlation():
+    lengths = torch.arange(9.0)
+    assert correlation(2.4 + 2e-7 * (lengths % 2), lengths).isnan()
+    assert correlation(2.4 + 1e-3 * lengths, lengths) == pytest.approx(1.0, abs=1e-5)

@@ -1,6 +1,7 @@
 """Figures and their bootstrap intervals, against exact bootstrap distributions, NumPy and simulation."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rlhf.stages.figures import (
     from_influence,
     linearised,
     mean,
+    outcomes,
     ratio,
 )
 
@@ -133,3 +135,18 @@ def test_many_samples_are_resampled_in_parts(monkeypatch):
     whole = one(mean(values))
     monkeypatch.setattr("rlhf.stages.figures._ELEMENTS_AT_ONCE", 100)
     assert one(mean(values)) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(
+    ("score", "other", "outcome"),
+    [(1, 0.5, 1), (0.5, 1, 0), (1, 1, 0.5), (2.4, 2.4 + 3e-7, 0.5), (-2.4, -2.4 - 3e-7, 0.5), (1e-3, 0, 1)],
+)
+def test_a_difference_within_rounding_is_a_tie(score, other, outcome):
+    assert outcomes(np.array([score]), np.array([other])).tolist() == [outcome]
+
+
+def test_values_that_vary_by_rounding_alone_have_no_correlation():
+    lengths = np.arange(20.0).reshape(10, 2)
+    noise = 2.4 + 1e-7 * (lengths % 3)
+    assert math.isnan(figures({"r": correlation(noise, lengths)}, seed=0)["r"].value)
+    assert figures({"r": correlation(2.4 + 1e-3 * lengths, lengths)}, seed=0)["r"].value == pytest.approx(1.0)

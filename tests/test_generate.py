@@ -204,6 +204,23 @@ def main(argv):
         return stop.code
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("against", [False, True])
+def test_output_that_has_no_such_characters_shows_escapes(folder, monkeypatch, encoding, against):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    flags = ["--against", folder / "sft"] if against else []
+    assert main(["--model-dir", folder / "sft", *flags, "--prompt", "日本", "--max-new-tokens", "1"]) == 0
+    assert rb"\u65e5\u672c" in stream.buffer.getvalue()
+
+
+def test_closed_input_ends_at_once(folder, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdin", None)
+    main(["--model-dir", folder / "sft", "--max-new-tokens", "1"])
+    assert "Traceback" not in capfd.readouterr().err
+    sys.stdin.close()
+
+
 WRONG = {
     "no folder": (["--model-dir", "absent", "--prompt", "x"], "absent: no such folder"),
     "no model": (["--model-dir", ".", "--prompt", "x"], "no model folder"),

@@ -1,6 +1,7 @@
 """Plots: what is drawn is what the log says, for runs of any length and texts of any kind."""
 
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -290,3 +291,19 @@ def test_ten_thousand_iterations_and_a_hundred_thousand_samples(tmp_path, capsys
     with capsys.disabled():
         print(f"\n10,000 iterations, 100,000 samples: all plots in {seconds:.1f} s")
     assert seconds < 60
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "nonsense"])
+def test_the_backend_of_another_program_does_not_matter(backend):
+    code = "from rlhf.monitor.figures import new_figure, plot_style\nwith plot_style(): new_figure(1, title='t')"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"MPLBACKEND": backend}, check=True, timeout=60)
+
+
+def test_the_users_style_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.setitem(STYLE, "figure.dpi", 50)
+    logs = [write_log(tmp_path, count=5, samples=1)]
+    plain = [path.read_bytes() for path in write_plots(logs, "reward", tmp_path / "plain")]
+    style = {"figure.facecolor": "black", "text.usetex": True, "savefig.dpi": 30, "lines.marker": "x"}
+    with mpl.rc_context(style):
+        styled = [path.read_bytes() for path in write_plots(logs, "reward", tmp_path / "styled")]
+    assert styled == plain

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from rlhf.errors import NonFiniteError, UserError
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.stages.ppo import _with_spread
+from rlhf.stages.reward import _statistics
 from rlhf.stages.rewards import RewardSource, call_reward_function, check_columns, open_sources
 
 FUNCTIONS = """
@@ -395,3 +398,41 @@ def test_interrupting_a_function_is_no_error_of_its():
 
     with pytest.raises(KeyboardInterrupt):
         call(reward)
+
+
+def noting(**fields: Any) -> Any:
+    """A run as far as notes go."""
+    lines: list[str] = []
+    return SimpleNamespace(lines=lines, note=lines.append, **fields)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "std"),
+    [
+        ([2.4, 2.4, 2.4], None),
+        ([2.4, 2.4 + 2e-7, 2.4], None),
+        ([1e-9, 2e-8, 3e-8], None),  # the rejected texts' scores say how large scores are
+        ([5.0], None),
+        ([1.0, 2.0, 3.0], 1.0),
+        ([2.4, 2.5, 2.6], 0.1),
+    ],
+)
+def test_statistics_of_scores_that_vary_by_rounding_alone_do_not_scale(chosen, std):
+    run = noting(dtype=torch.float32)
+    statistics = _statistics(run, torch.tensor(chosen), torch.full((len(chosen),), -1.0))
+    assert statistics.std == pytest.approx(1.0 if std is None else std, rel=1e-5)
+    assert [line.startswith("WARNING") for line in run.lines] == [True] * (std is None)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "scales"), [(2.4, 5.4e-8, False), (0.0, 5e-8, False), (2.4, 0.1, True), (1e-3, 1e-3, True)]
+)
+def test_ppo_does_not_scale_by_a_stored_spread_of_rounding(mean, std, scales):
+    run = noting()
+    model: Any = RewardModel({}, None, None, RewardStatistics(mean, std, 40))  # type: ignore[arg-type]
+    source = _with_spread(run, RewardSource("judge", 1.0, model, None))
+    assert source.model is not None
+    assert source.model.statistics == RewardStatistics(mean, std if scales else 1.0, 40)
+    assert len(run.lines) == (not scales)
+    function = RewardSource("length", 1.0, None, len)
+    assert _with_spread(run, function) is function

@@ -6,25 +6,34 @@ A data set of a million records costs its arrays' disk space and a few open file
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf.data.findings import Findings, Inspector
 from rlhf.data.records import Record, read_records
 from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, check_record
 from rlhf.data.truncation import Fit, fit
 from rlhf.errors import UserError
+from rlhf.io.cache import default_cache_dir
 from rlhf.io.files import atomic_folder, sha256
 from rlhf.io.tokenizer import Tokenizer
 
-_FORMAT = 2
+_FORMAT = 3
 _RECORDS_AT_ONCE = 1024
 _ONLY_TIES = "{path}: in every pair the chosen text equals the rejected one; nothing is left to learn from"
 _ELEMENTS_AT_ONCE = 1 << 20
-_FILES = {"tokens.npy", "offsets.npy", "prompts.npy", "margins.npy", "column_offsets.npy", "columns.jsonl"}
+_FILES = {
+    "tokens.npy",
+    "offsets.npy",
+    "prompts.npy",
+    "margins.npy",
+    "column_offsets.npy",
+    "columns.jsonl",
+    "digests.npy",
+}
 
 
 class TokenSequence(NamedTuple):
@@ -39,7 +48,8 @@ class TokenSequence(NamedTuple):
 class Dataset:
     """A tokenised data file. Records are numbered from 0; a pair's members are (chosen, rejected).
 
-    `dropped` counts the pairs without a difference; `keys` has every key of the other records.
+    `dropped` counts the pairs without a difference; `keys` has every key of the other records, `findings` what is odd
+    about them, and `digests` [records] a number for each that is equal where all texts are.
     """
 
     def __init__(self, folder: Path, schema: Schema, eos_id: int) -> None:
@@ -51,10 +61,12 @@ class Dataset:
         self._prompts = np.load(folder / "prompts.npy", mmap_mode="r")
         self._margins = np.load(folder / "margins.npy", mmap_mode="r")
         self._columns = np.memmap(folder / "columns.jsonl", mode="r") if schema is PROMPTS else None
+        self.digests = np.load(folder / "digests.npy", mmap_mode="r")
         self._column_offsets = np.load(folder / "column_offsets.npy", mmap_mode="r")
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.dropped: int = meta["dropped"]
         self.keys: list[str] = meta["keys"]
+        self.findings = Findings(**meta["findings"])
 
     def __len__(self) -> int:
         return len(self._prompts) // self.members
@@ -96,6 +108,14 @@ class Dataset:
         """Records, of those given or of all, that do not fit `max_length` tokens (a completion with end-of-text)."""
         cut = self._whole_lengths().max(axis=1) > max_length
         return int((cut if records is None else cut[list(records)]).sum())
+
+    def equal_pairs(self, max_length: int) -> list[int]:
+        """Records whose chosen and rejected sequences are the same after truncation to `max_length` tokens."""
+        if self.members < 2:
+            return []
+        candidates = np.flatnonzero(self._whole_lengths().min(axis=1) > max_length)  # else the texts differ still
+        pairs = ((record, self.sequences(record, max_length)) for record in candidates.tolist())
+        return [record for record, (chosen, rejected) in pairs if np.array_equal(chosen.tokens, rejected.tokens)]
 
     def mean_tokens(self, max_length: int) -> float:
         """Tokens of a record's sequences together, each cut to `max_length`: the mean over all records."""
@@ -153,11 +173,6 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
     return Dataset(folder, schema, tokenizer.eos_id)
 
 
-def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/rlhf, or ~/.cache/rlhf."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
-
-
 def check_file(path: Path, schema: Schema) -> set[str]:
     """Read a data file through; `Dataset.keys` of it. Errors as `load_dataset`."""
     keys: set[str] = set()
@@ -182,6 +197,7 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths, prompts, margins, column_ends, dropped = [], [], [], [0], 0
     keys: set[str] = set()
+    inspector = Inspector(schema, tokenizer)
     records = read_records(path)
     with (folder / "tokens.bin").open("wb") as stream, (folder / "columns.jsonl").open("wb") as columns:
         while block := list(itertools.islice(records, _RECORDS_AT_ONCE)):
@@ -192,6 +208,7 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
             encoded = iter(tokenizer.encode([record.fields[key] for record in kept for key in schema.keys]))
             for record in kept:
                 keys |= record.fields.keys()
+                inspector.add(record.fields)
                 prompt = next(encoded) or [tokenizer.eos_id]
                 for answer in [next(encoded) for _ in schema.answers] or [[]]:
                     stream.write(np.array(prompt + answer, dtype=kind).tobytes())
@@ -209,9 +226,11 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
     _save(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
     _save(folder / "margins.npy", np.array(margins, dtype=np.float32))
     _save(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
+    _save(folder / "digests.npy", inspector.digests)
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     meta = {"format": _FORMAT, "dropped": dropped, "keys": sorted(keys), "sizes": sizes}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    meta["findings"] = inspector.findings()._asdict()
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -229,7 +248,7 @@ def _is_tie(record: Record, schema: Schema) -> bool:
 def _is_complete(folder: Path) -> bool:
     """Whether a cache folder is whole; one that is not is written anew."""
     try:
-        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
+        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
         return sizes.keys() == _FILES and all((folder / name).stat().st_size == sizes[name] for name in _FILES)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -17,7 +17,9 @@ from filelock import FileLock, Timeout
 
 from rlhf.errors import UserError
 
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG
+)  # fmt: skip
 _MARGIN = 16 << 20  # bytes left free beyond what is about to be written
 
 

@@ -114,6 +114,11 @@ class Tokenizer:
         return [whole[first:end] for first, end in itertools.pairwise(ends)]
 
     @property
+    def special_tokens(self) -> list[str]:
+        """The texts that its special tokens are written as."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+
+    @property
     def fingerprint(self) -> str:
         """Hex digest that two tokenizers share exactly if they encode alike."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()

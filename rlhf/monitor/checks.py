@@ -184,7 +184,9 @@ def _falls_from_its_best(reader: LogReader, stage: str, name: str) -> Reading:
     gold, score = need(reader, stage, name, 20), need(reader, stage, "objective/scores", 20)
     blocks = np.array_split(gold.values, 8)
     means = np.array([block.mean() for block in blocks])
-    error = max(float(np.std(np.diff(gold.values))) / 2**0.5, 1e-9) * (2 / len(blocks[-1])) ** 0.5
+    rounding = 1e-6 * float(np.abs(gold.values).max())  # of float32 scores, which is no fall
+    noise = max(float(np.std(np.diff(gold.values))) / 2**0.5, rounding, 1e-9)
+    error = noise * (2 / len(blocks[-1])) ** 0.5
     best = int(np.argmax(means))
     peak = np.array_split(gold.steps, len(blocks))[best]
     fall = float(means[best] - means[-1])

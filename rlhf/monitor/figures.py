@@ -1,6 +1,8 @@
 """How the plots look: lines with their noise behind, seeds as bands, colours that every eye tells apart."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -52,6 +54,22 @@ class Panel(NamedTuple):
     """Of the y axis."""
     log: bool = False
     """A logarithmic y axis."""
+
+
+@contextlib.contextmanager
+def plot_style() -> Iterator[None]:
+    """Draw in the block as STYLE says, whatever the user's matplotlibrc or MPLBACKEND says.
+
+    Figures that go to files need no backend, and the one that a notebook names may not be installed here.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)  # read when matplotlib is imported
+    try:
+        from matplotlib import style
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    with style.context(["default", STYLE]):
+        yield
 
 
 def new_figure(rows: int, *, title: str, height: float = _HEIGHT, same_x: bool = True) -> "tuple[Figure, list[Axes]]":

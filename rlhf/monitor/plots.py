@@ -14,13 +14,13 @@ from rlhf.io.terminal import shorten, visible
 from rlhf.monitor.figures import (
     COLOURS,
     SMOOTHED,
-    STYLE,
     Panel,
     add_legend,
     draw_panel,
     finite,
     new_figure,
     on_one_grid,
+    plot_style,
 )
 from rlhf.monitor.log import LogReader, Series, read_logs
 from rlhf.monitor.samples_plot import draw_samples
@@ -124,14 +124,12 @@ def write_plots(log_dirs: Sequence[Path], kind: PlotType, folder: Path | None = 
     Raises:
         UserError: a folder is no run's, the logs hold nothing for such a plot, or the files cannot be written.
     """
-    import matplotlib as mpl
-
     readers = read_logs(log_dirs)
     for reader in readers:
         for problem in reader.problems:
             tell(f"{reader.folder}: {visible(problem)}")
     folder = folder or readers[0].folder.absolute().parent / "report"
-    with mpl.rc_context(STYLE):
+    with plot_style():
         figures = {name: figure for name, figure in _figures(readers, kind) if figure is not None}
         if not figures:
             raise UserError(f"{readers[0].folder}: nothing to draw for --plot-type {kind} yet")

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import sys
 import threading
 import time
 import webbrowser
@@ -20,6 +21,12 @@ from rlhf.monitor.samples import SORTS, Query, SampleIndex
 from rlhf.monitor.view import POINTS, run_names, run_state, stage_curves
 
 _HOSTS = {"localhost", "127.0.0.1", "[::1]"}
+_TEXT_BROWSERS = {"www-browser", "lynx", "links", "links2", "elinks", "w3m", "browsh"}
+"""They draw in the terminal, and no scripts run in them."""
+
+_IDLE_S = 120.0
+"""After which a connection that says nothing, or takes nothing, is closed."""
+
 _ROWS = 100
 """Samples in one answer at most."""
 
@@ -40,12 +47,31 @@ def serve(log_dirs: Sequence[Path], *, port: int, open_browser: bool) -> None:
     with make_server(log_dirs, port) as server:
         address = f"http://127.0.0.1:{server.server_address[1]}/"
         tell(f"following {', '.join(map(str, log_dirs))} at {address} (Ctrl-C ends)")
-        if open_browser:
-            webbrowser.open(address)
+        if open_browser:  # it may wait for the page, or for its user
+            threading.Thread(target=_open_browser, args=(address,), daemon=True).start()
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             tell("stopped")
+
+
+def _open_browser(address: str) -> None:
+    """Open a page, unless the browser that would do it draws in the terminal or there is none."""
+    try:
+        browser = webbrowser.get()
+    except (webbrowser.Error, ValueError):  # none, or a BROWSER that is no command line
+        return
+    if Path(getattr(browser, "name", "")).name not in _TEXT_BROWSERS:
+        browser.open(address)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that has gone away: that is no fault."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 def make_server(log_dirs: Sequence[Path], port: int) -> ThreadingHTTPServer:
@@ -54,15 +80,13 @@ def make_server(log_dirs: Sequence[Path], port: int) -> ThreadingHTTPServer:
     runs.state({})  # the first reading takes longest, and what cannot be read is said now
     handler = type("Handler", (_Handler,), {"runs": runs})
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        return _Server(("127.0.0.1", port), handler)
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             raise UserError(
                 f"--port {port}: {error.strerror or 'in use'}; choose another, or --port 0 for any that is free"
             ) from error
         raise
-    server.daemon_threads = True
-    return server
 
 
 class Runs:
@@ -146,13 +170,18 @@ def _whole(given: Parameters, name: str, default: int) -> int:
 class _Handler(BaseHTTPRequestHandler):
     runs: Runs
     protocol_version = "HTTP/1.1"
+    timeout = _IDLE_S
 
     def do_GET(self) -> None:
         # a page of elsewhere whose name was pointed at this machine would still name itself as the host
         if re.sub(r":\d+$", "", self.headers.get("Host", "")).lower() not in _HOSTS:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "this page answers to localhost alone")
             return
-        target = urlsplit(self.path)
+        try:
+            target = urlsplit(self.path)
+        except ValueError:  # as of a bracket without its other half
+            self._answer(HTTPStatus.BAD_REQUEST, "text/plain", "the address cannot be read")
+            return
         answers = {"/api/state": self.runs.state, "/api/curves": self.runs.curves, "/api/samples": self.runs.samples}
         if target.path == "/":
             self._answer(HTTPStatus.OK, "text/html", document(None))
@@ -182,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(body)
-        except (BrokenPipeError, ConnectionResetError):  # the browser has left
+        except (ConnectionError, TimeoutError):  # the browser has left, or takes nothing
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)

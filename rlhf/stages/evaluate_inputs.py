@@ -12,6 +12,7 @@ from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import check_model_folder, is_reward_model
 from rlhf.io.presets import load_config
+from rlhf.io.progress import tell
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages.evaluate_config import EvaluateConfig
@@ -141,6 +142,9 @@ def training_pairs(model_dir: Path, run: PipelineRun) -> TestData | None:
 def open_data(data: TestData, tokenizer: Tokenizer, config: EvaluateConfig) -> tuple[Dataset, list[int]]:
     """(the tokenised file, its records to evaluate). Errors as `rlhf.data.dataset.load_dataset`."""
     dataset = load_dataset(data.path, data.schema, tokenizer, config.cache_dir)
+    if data.records is None:  # of a run's data the run has told it
+        for line in dataset.findings.describe(data.schema, len(dataset)):
+            tell(f"{data.path}: {line}")
     records = list(range(len(dataset))) if data.records is None else data.records
     return dataset, records[: config.limit]
 

@@ -10,6 +10,7 @@ import torch
 
 from rlhf.data.batching import pair_batches
 from rlhf.data.dataset import Dataset
+from rlhf.errors import UserError
 from rlhf.evaluation import reliability
 from rlhf.execution.executor import Executor, Models, Program
 from rlhf.gpt2_config import GPT2Config
@@ -62,11 +63,19 @@ def evaluate_reward(
     """
     model = load_reward_model(folder)
     dataset, records = open_data(data, model.tokenizer, config)
-    texts = usable_pairs(data.path)
+    context, texts = model.config.n_positions, usable_pairs(data.path)
+    equal = set(dataset.equal_pairs(context))
+    distinct = [record for record in records if record not in equal]
+    if not distinct:
+        raise UserError(
+            f"{data.path}: after truncation to {context} tokens the chosen text equals the rejected one in every pair; "
+            "nothing is left to evaluate"
+        )
+    equal_count, records = len(records) - len(distinct), distinct
     with place.open_executor(
         functools.partial(make_program, model.config, place.dtype), Models(model.params, {})
     ) as executor:
-        scores, lengths = _score(executor, dataset, records, model.config.n_positions, config.micro_batch_size)
+        scores, lengths = _score(executor, dataset, records, context, config.micro_batch_size)
     pairs = Pairs([texts[record] for record in records], scores, lengths)
     learnt_from = None if train is None else _texts_of(train)
     words = bag_of_words(pairs.texts, learnt_from, seed=config.seed)
@@ -77,7 +86,7 @@ def evaluate_reward(
         "margin_quantiles": {str(q): float(np.quantile(pairs.margins, q)) for q in _QUANTILES},
         "bag_of_words": _how_learnt(train),
     }
-    facts |= {"dropped": dataset.dropped, "cut": dataset.count_cut(model.config.n_positions, records)}
+    facts |= {"dropped": dataset.dropped, "equal": equal_count, "cut": dataset.count_cut(context, records)}
     found = figures(_estimates(pairs, words), seed=config.seed)
     evaluation = Evaluation("reward", {"model": folder}, data, "pairs", {"model": found}, facts)
     return evaluation, _lines(pairs, data)

@@ -75,6 +75,9 @@ def _heading(evaluation: Evaluation) -> Text:
         lines.append(Text(f"{facts['cut']} of them cut to fit the context", style="bold"))
     if facts.get("dropped"):
         lines.append(Text(f"without {facts['dropped']} pairs whose chosen text equals the rejected one"))
+    if facts.get("equal"):
+        text = f"without {facts['equal']} pairs whose chosen text equals the rejected one after the cut"
+        lines.append(Text(text, style="bold"))
     if "bag_of_words" in facts:
         lines.append(Text(f"bag of words learnt by {facts['bag_of_words']}"))
     parts: dict[str, list[str]] = {}

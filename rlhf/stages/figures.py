@@ -13,6 +13,8 @@ import numpy as np
 
 _RESAMPLES = 4000
 _ELEMENTS_AT_ONCE = 1 << 22
+_ROUNDING = 1e-6
+"""Relative difference of two float32 scores of the same text in different batches, at most."""
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -38,8 +40,9 @@ class Estimate(NamedTuple):
 
 
 def outcomes(scores: Array, others: Array | float) -> Array:
-    """[n]: 1 where a score is above the other, 0.5 where they tie, else 0."""
-    return (scores > others) + 0.5 * (scores == others)
+    """[n]: 1 where a score is above the other, 0.5 where they tie but for rounding, else 0."""
+    tie = np.isclose(scores, others, rtol=_ROUNDING, atol=0.0)
+    return np.where(tie, 0.5, scores > others)
 
 
 def mean(values: Any) -> Estimate:
@@ -74,7 +77,7 @@ def correlation(x: Any, y: Any) -> Estimate:
         y: [n, k].
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    x, y = x - x.mean(), y - y.mean()  # small numbers: their squares keep their digits
+    x, y = _centred(x), _centred(y)  # small numbers: their squares keep their digits
     columns = np.stack([part.sum(axis=1) for part in (np.ones_like(x), x, y, x * y, x * x, y * y)], axis=1)
 
     def of_sums(sums: Array) -> Array:
@@ -82,6 +85,12 @@ def correlation(x: Any, y: Any) -> Estimate:
         return (xy - mean_x * mean_y) / np.sqrt((xx - mean_x**2) * (yy - mean_y**2))
 
     return Estimate(columns, of_sums)
+
+
+def _centred(values: Array) -> Array:
+    """The values minus their mean; zeros where they differ by rounding alone."""
+    varies = np.ptp(values) > _ROUNDING * np.abs(values).max()
+    return values - values.mean() if varies else np.zeros_like(values)
 
 
 def linearised(estimate: Estimate, *, least: float = -np.inf) -> Estimate:

@@ -40,8 +40,10 @@ def embedded_file(run: Run, name: str) -> Path:
 
 
 def open_dataset(run: Run, path: Path, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
-    """`load_dataset`, telling the user what was dropped and what does not fit `max_length` tokens."""
+    """`load_dataset`, telling the user what is odd, what was dropped and what does not fit `max_length` tokens."""
     dataset = load_dataset(path, schema, tokenizer, run.config.cache_dir)
+    for line in dataset.findings.describe(schema, len(dataset)):
+        run.note(f"{path}: {line}")
     if dataset.dropped:
         run.note(f"{path}: dropped {dataset.dropped} pairs whose chosen text equals the rejected one")
     if cut := dataset.count_cut(max_length):

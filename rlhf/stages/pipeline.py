@@ -88,6 +88,7 @@ def _check(config: PipelineRun, stages: Sequence[str]) -> None:
     if "reward" in stages:
         reward_model = reward.check(config, sft_model)
         reward.check_margin(config, _read(PREFERENCES, config.preference_data, config.preference_val_data))
+        reward.check_pairs(config, reward_model)
     if "ppo" in stages:
         start = ppo.check(config, sft_model, reward_model)
         check_columns(start.sources, _read(PROMPTS, config.prompt_data))

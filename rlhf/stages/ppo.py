@@ -16,6 +16,7 @@ from rlhf.config import PPORun
 from rlhf.data.batching import Ahead, ppo_batch
 from rlhf.data.schema import PROMPTS
 from rlhf.errors import UserError
+from rlhf.evaluation import spread
 from rlhf.experience import Experience, make_experience
 from rlhf.io.files import check_folder, sha256
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
@@ -36,6 +37,9 @@ from rlhf.stages.rewards import (
     source_digests,
 )
 from rlhf.stages.run import Run, StageResult, open_run, train
+
+_CANCELLED = 1e-2
+"""Size of what a score adds up at least, where the sum is close to 0."""
 
 
 def run_ppo(config: PPORun) -> StageResult:
@@ -126,6 +130,7 @@ def _specs(config: PPORun) -> tuple[str, ...]:
 def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     """Read models, reward sources and prompts."""
     outline, sources, context = check(config)
+    sources = [_with_spread(run, source) for source in sources] if config.ppo.normalize_reward else sources
     settings, specs, folder = config.ppo, _specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
     path = config.prompt_data or embedded_file(run, "prompts")
@@ -141,6 +146,21 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     executor = run.open_executor(functools.partial(make_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
     return ppo, {"data": sha256(path), "model": outline.digest, "reward": source_digests(specs)}
+
+
+def _with_spread(run: Run, source: RewardSource) -> RewardSource:
+    """A source whose reward model's standard deviation, if it is no more than rounding, is 1; the user is told."""
+    if source.model is None:
+        return source
+    statistics = source.model.statistics
+    size = max(abs(statistics.mean), _CANCELLED)
+    if spread(statistics.std, size):
+        return source
+    run.note(
+        f"WARNING: reward {source.name}: its stored standard deviation, {statistics.std:.1e} at a mean of "
+        f"{statistics.mean:.3g}, is no more than rounding; scores are shifted by the mean and not scaled"
+    )
+    return source._replace(model=source.model._replace(statistics=statistics._replace(std=1.0)))
 
 
 def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:

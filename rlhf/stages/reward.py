@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rlhf.config import RewardConfig, RewardRun
 from rlhf.data.batching import PackedPairs, pair_batches
-from rlhf.data.dataset import Dataset
+from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.schema import PREFERENCES
 from rlhf.errors import UserError
-from rlhf.evaluation import preference_metrics
+from rlhf.evaluation import preference_metrics, spread
 from rlhf.execution.executor import Executor, Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head
@@ -23,7 +23,7 @@ from rlhf.random import Purpose
 from rlhf.stages.compute import compile_obstacle
 from rlhf.stages.inputs import Outline, check_validation, embedded_file, make_schedule, start_folder, start_outline
 from rlhf.stages.run import Run, StageResult, open_run
-from rlhf.stages.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
+from rlhf.stages.supervised import check_pairs_differ, length_limit, make_adamw, make_plan, open_split, train_supervised
 
 _REFERENCE_PAIRS = 1024
 """Training pairs whose chosen completions give the reward's mean and standard deviation."""
@@ -59,6 +59,20 @@ def check_margin(config: RewardRun, keys: Collection[str]) -> None:
     if config.reward.use_margin and "margin" not in keys:
         where = config.preference_data or "the embedded example"
         raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
+
+
+def check_pairs(config: RewardRun, outline: Outline) -> None:
+    """Raise UserError if truncation makes all training pairs equal; nothing where the tokenizer is yet to be trained.
+
+    Args:
+        config: of the stage.
+        outline: from `check`.
+    """
+    if config.preference_data is not None and outline.tokenizer is not None:
+        dataset = load_dataset(config.preference_data, PREFERENCES, outline.tokenizer, config.cache_dir)
+        max_length = length_limit(config.reward, outline)
+        different = len(dataset) - len(dataset.equal_pairs(max_length))
+        check_pairs_differ(config.preference_data, different, max_length)
 
 
 def _run(run: Run, config: RewardRun) -> StageResult:
@@ -107,9 +121,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         shown=("loss/reward", "eval/reward/accuracy"),
         identity={"data": sha256(path), "model": outline.digest},
     )
-    scores, _ = _score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS]))
-    std = float(scores.double().std()) if len(scores) > 1 else 0.0
-    statistics = RewardStatistics(float(scores.double().mean()), std or 1.0, len(scores))
+    statistics = _statistics(run, *_score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS])))
     run.note(
         f"reward of {statistics.completions} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}"
     )
@@ -118,6 +130,19 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     model = RewardModel(params, start.config, start.tokenizer, statistics)
     save_reward_model(run.model_folder, model, facts=facts)
     return StageResult(run.model_folder, metrics)
+
+
+def _statistics(run: Run, chosen: Tensor, rejected: Tensor) -> RewardStatistics:
+    """The statistics of the chosen completions' scores [B]; the user is told where they do not differ."""
+    size = float(torch.cat([chosen, rejected]).double().square().mean().sqrt())
+    measured = float(chosen.double().std()) if len(chosen) > 1 else 0.0
+    std = spread(measured, size, run.dtype)
+    if not std:
+        run.note(
+            f"WARNING: the scores of the {len(chosen)} chosen completions do not differ beyond rounding (standard "
+            f"deviation {measured:.1e}), so PPO will not scale by it; are the chosen texts all the same?"
+        )
+    return RewardStatistics(float(chosen.double().mean()), std or 1.0, len(chosen))
 
 
 def make_program(

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PipelineRun, RunConfig
-from rlhf.data.dataset import default_cache_dir
 from rlhf.distributed import open_executor
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.executor import Executor, Fault, Models, Program
+from rlhf.io.cache import default_cache_dir
 from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint, save_refused
-from rlhf.io.files import check_free_space, lock_folder, write_text
+from rlhf.io.files import check_free_space, check_writable, lock_folder, write_text
 from rlhf.io.manifest import has_manifest
 from rlhf.io.presets import dump_config, load_config
 from rlhf.io.progress import StageProgress, console
@@ -179,6 +179,7 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
         check_output(config, stage)
         for line in idle:
             run.note(line)
+        check_writable(config.cache_dir or default_cache_dir(), "--cache-dir")
         if config.resume and all(last_step(_checkpoints(config, name)) is None for name in _MODEL_FOLDERS):
             run.note(f"nothing to resume in {config.output_dir}: starting anew")
         yield run

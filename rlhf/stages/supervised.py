@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from rlhf.config import SupervisedConfig
 from rlhf.data.batching import Ahead
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import Schema
+from rlhf.errors import UserError
 from rlhf.execution.executor import Executor
 from rlhf.io.model_folder import LanguageModel
 from rlhf.io.run_log import RunLog
@@ -20,7 +22,7 @@ from rlhf.random import Purpose, fold_in, permutation
 from rlhf.schedules import Schedule
 from rlhf.setting_rules import flag_of
 from rlhf.stages.identity import Facts
-from rlhf.stages.inputs import make_schedule, open_dataset, rate_at, record_order
+from rlhf.stages.inputs import Outline, make_schedule, open_dataset, rate_at, record_order
 from rlhf.stages.run import Run, train
 
 _EVAL_RECORDS = 1024
@@ -42,17 +44,56 @@ class Split(NamedTuple):
 def open_split(
     run: Run, path: Path, validation: Path | None, schema: Schema, settings: SupervisedConfig, model: LanguageModel
 ) -> Split:
-    """Open the data; hold out the validation file's records, or a random share (one at least, of two or more)."""
+    """Open the data; hold out the validation file's records, or a random share (one at least, of two or more).
+
+    Raises:
+        UserError: as `rlhf.data.dataset.load_dataset`, or every pair to learn from is equal after truncation.
+    """
     max_length = length_limit(settings, model)
-    dataset = open_dataset(run, path, schema, model.tokenizer, max_length)
+    dataset = source = open_dataset(run, path, schema, model.tokenizer, max_length)
+    equal = equal_held_out = _equal_pairs(run, path, dataset, max_length)
     if validation is not None:
-        other = open_dataset(run, validation, schema, model.tokenizer, max_length)
-        split = Split(dataset, list(range(len(dataset))), other, list(range(len(other)))[:_EVAL_RECORDS])
+        source = open_dataset(run, validation, schema, model.tokenizer, max_length)
+        equal_held_out = _equal_pairs(run, validation, source, max_length)
+        _tell_shared(run, validation, dataset, source)
+        train, held_out = list(range(len(dataset))), list(range(len(source)))
     else:
         train, held_out = hold_out(run.key(Purpose.SPLIT), len(dataset), settings.val_fraction)
-        split = Split(dataset, train, dataset, held_out[:_EVAL_RECORDS])
+    train = [record for record in train if record not in equal]
+    held_out = [record for record in held_out if record not in equal_held_out]
+    check_pairs_differ(path, len(train), max_length)
+    split = Split(dataset, train, source, held_out[:_EVAL_RECORDS])
     run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
     return split
+
+
+def check_pairs_differ(path: Path, different: int, max_length: int) -> None:
+    """Raise UserError if no pair of a file is `different` after truncation."""
+    if not different:
+        raise UserError(
+            f"{path}: after truncation to {max_length} tokens the chosen text equals the rejected one in every pair; "
+            "nothing is left to learn from. Shorten the texts, or take a model with a longer context"
+        )
+
+
+def _equal_pairs(run: Run, path: Path, dataset: Dataset, max_length: int) -> set[int]:
+    """`Dataset.equal_pairs`; the user is told."""
+    equal = set(dataset.equal_pairs(max_length))
+    if equal:
+        run.note(
+            f"{path}: dropped {len(equal)} pairs whose chosen text equals the rejected one after truncation to "
+            f"{max_length} tokens"
+        )
+    return equal
+
+
+def _tell_shared(run: Run, path: Path, train: Dataset, validation: Dataset) -> None:
+    """Tell the user what share of the validation file is also learnt from."""
+    if shared := int(np.isin(validation.digests, train.digests).sum()):
+        run.note(
+            f"{path}: {shared} of {len(validation)} records are also among those to learn from; what is measured on "
+            "them says nothing about new text"
+        )
 
 
 def hold_out(key: Tensor, count: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -68,7 +109,7 @@ def hold_out(key: Tensor, count: int, fraction: float) -> tuple[list[int], list[
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def length_limit(settings: SupervisedConfig, model: LanguageModel) -> int:
+def length_limit(settings: SupervisedConfig, model: LanguageModel | Outline) -> int:
     """Tokens kept of one record."""
     context = model.config.n_positions
     return min(settings.max_length or context, context)

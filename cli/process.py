@@ -1,0 +1,111 @@
+"""The process that a program runs in: its words, streams, home folder and screen size, made fit before the work."""
+
+import atexit
+import contextlib
+import getpass
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO, cast
+
+from rlhf.errors import UserError
+from rlhf.io.cache import home_folder
+
+_BELOW_HOME = ("MPLCONFIGDIR", "TRITON_HOME")
+"""Variables that name the folders in which libraries write below the home folder otherwise."""
+
+
+def command_line(argv: Sequence[str] | None) -> list[str]:
+    """The words after the program's name: `argv`, or those that the program was started with.
+
+    Under an ASCII locale Python takes file names and words for ASCII, so the program starts again in UTF-8 mode.
+
+    Raises:
+        UserError: a word is not UTF-8, so that neither config.yaml nor the logs could hold it.
+    """
+    if argv is None and sys.getfilesystemencoding() == "ascii" and "utf8" not in sys._xoptions:
+        os.environ["PYTHONUTF8"] = "1"  # for the worker processes
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    words = list(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            remedy = "rename the file or folder, or convert the text with iconv"
+            raise UserError(f"{word!r} is not UTF-8 text; {remedy}") from None
+    return words
+
+
+@contextlib.contextmanager
+def prepared_process() -> Iterator[None]:
+    """Run the block with streams that take every character, a place for caches, and a screen that is not empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8")  # what is piped in is read as files are
+    for name in ("COLUMNS", "LINES"):
+        if os.environ.get(name, "").strip("0") == "":
+            os.environ.pop(name, None)
+    _settle_user()
+    with contextlib.redirect_stderr(cast(TextIO, _LossyStream(sys.stderr))):
+        yield
+
+
+def flush_output() -> None:
+    """Write out what standard output still holds.
+
+    Raises:
+        OSError: it cannot be written. It is then given up, so that the interpreter's end does not try again.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output()
+        raise
+
+
+def discard_output() -> None:
+    """Send what standard output still holds, and all that follows, to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _LossyStream:
+    """Standard error. What cannot be written to it is lost: the work is worth more than its messages."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def _settle_user() -> None:
+    """Give libraries a name and a folder of the user where there are none, as in a container with a bare user id."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())
+    missing = [name for name in _BELOW_HOME if not os.environ.get(name)]
+    if missing and home_folder() is None:
+        try:
+            folder = tempfile.mkdtemp(prefix="rlhf-home-")
+        except OSError:  # whoever needs a folder says so
+            return
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ.update(dict.fromkeys(missing, folder))
