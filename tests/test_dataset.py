@@ -465,3 +465,15 @@ def test_loading_leaves_the_global_random_state_alone(tmp_path, tokenizer):
     loaded(tmp_path, "prompts", tokenizer)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()
+
+
+@pytest.mark.parametrize("size", [0, None])
+def test_a_cache_with_a_flipped_byte_or_a_cut_file_reads_as_a_fresh_one(tmp_path, tokenizer, size):
+    expected = content(loaded(tmp_path, "prompts", tokenizer))
+    (folder,) = cache_folders(tmp_path / "cache")
+    for name in sorted(file.name for file in folder.iterdir()):
+        whole = (folder / name).read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 8)):
+            flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+            (folder / name).write_bytes(flipped if size is None else whole[:place])
+            assert content(loaded(tmp_path, "prompts", tokenizer)) == expected

@@ -6,6 +6,7 @@ A data set of a million records costs its arrays' disk space and a few open file
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,9 +228,10 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
     _save(folder / "margins.npy", np.array(margins, dtype=np.float32))
     _save(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
     _save(folder / "digests.npy", inspector.digests)
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    meta = {"format": _FORMAT, "dropped": dropped, "keys": sorted(keys), "sizes": sizes}
+    checksums = {name: _checksum(folder / name) for name in sorted(_FILES)}
+    meta = {"format": _FORMAT, "dropped": dropped, "keys": sorted(keys), "checksums": checksums}
     meta["findings"] = inspector.findings()._asdict()
+    meta["checksum"] = _checksum_of_meta(meta)
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -248,7 +250,22 @@ def _is_tie(record: Record, schema: Schema) -> bool:
 def _is_complete(folder: Path) -> bool:
     """Whether a cache folder is whole; one that is not is written anew."""
     try:
-        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
-        return sizes.keys() == _FILES and all((folder / name).stat().st_size == sizes[name] for name in _FILES)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta.pop("checksum") != _checksum_of_meta(meta):
+            return False
+        return all(_checksum(folder / name) == meta["checksums"][name] for name in _FILES)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def _checksum(path: Path) -> list[int]:
+    """Size and CRC-32 of a file: several times faster than the sha256 of the data file."""
+    crc = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return [path.stat().st_size, crc]
+
+
+def _checksum_of_meta(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta).encode())

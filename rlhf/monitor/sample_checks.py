@@ -18,7 +18,9 @@ _SAMPLES = 128
 def constant_rewards(reader: LogReader, stage: str) -> Reading:
     """Scores that are all the same teach nothing."""
     samples = _samples(reader, stage)
-    scores = Counter(sample.get("score") for sample in samples)
+    scores = Counter(score for sample in samples if isinstance(score := sample.get("score"), int | float))
+    if not scores:
+        raise Unknown("no completion in samples.jsonl has a number as its score")
     score, count = scores.most_common(1)[0]
     shown = f"{score:.4g}" if isinstance(score, float) else score
     return Reading(

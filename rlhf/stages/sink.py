@@ -2,6 +2,7 @@
 
 from rlhf.io.progress import console
 from rlhf.io.run_log import Sink
+from rlhf.stages.process_state import restored_process
 from rlhf.stages.user_functions import load_function
 
 
@@ -20,7 +21,8 @@ def open_sink(target: str | None) -> Sink | None:
     def sink(stage: str, step: int, metrics: dict[str, float]) -> None:
         nonlocal told
         try:
-            function(stage, step, metrics)
+            with restored_process(f"--log.sink {target}"):
+                function(stage, step, metrics)
         except (Exception, SystemExit) as error:  # it is the user's code, and the run is worth more
             if not told:
                 line = f"--log.sink {target}: raised {type(error).__name__}: {error} at {stage} {step}; going on"

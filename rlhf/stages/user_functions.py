@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rlhf.errors import NonFiniteError, UserError
+from rlhf.stages.process_state import restored_process
 
 
 def load_function(target: str, where: str, problem: str = "it is not") -> Callable[..., Any]:
@@ -28,9 +29,13 @@ def load_function(target: str, where: str, problem: str = "it is not") -> Callab
     module, separator, name = target.rpartition(":")
     if not separator or not module or not name:
         raise UserError(f"{where}: {problem} module:function or file.py:function")
-    function = getattr(_import(module, where), name, None)
+    with restored_process(where):
+        function = getattr(_import(module, where), name, None)
     if not callable(function):
         raise UserError(f"{where}: {module} has no function {name!r}")
+    called = (function, getattr(function, "__call__", None))  # noqa: B004
+    if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in called):
+        raise UserError(f"{where}: {name} is an async function, which is not awaited here; write it with plain def")
     return function
 
 
@@ -84,10 +89,14 @@ def call_function(
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted):
             names = [name for name in names if name in {parameter.name for parameter in accepted}]
         extra = {name: [record.get(name) for record in columns] for name in names}
-        scores = function(**{name: list(given) for name, given in texts.items()}, **extra)
+        with restored_process(what):
+            scores = function(**{name: list(given) for name, given in texts.items()}, **extra)
     except (Exception, SystemExit) as error:  # it is the user's code: whatever it raises is theirs to see, in one line
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{what}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+    if inspect.iscoroutine(scores):
+        scores.close()  # or Python warns that it was never awaited
+        raise UserError(f"{what}: returned a coroutine (async), expected a list of numbers; write it with plain def")
     values = _as_floats(what, scores, len(columns))
     judged = list(texts.values())[-1]
     for prompt, text, value in zip(texts["prompts"], judged, values, strict=True):

@@ -1,0 +1,53 @@
+"""Process-wide settings that a user's code may change, and that the run needs as they were."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rlhf.io.progress import console
+
+
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)  # None is faster: no mode around every call
+
+
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the working directory": (os.getcwd, os.chdir),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's default device": (torch.get_default_device, _set_default_device),
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's anomaly mode": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "torch's deterministic algorithms": (
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+    ),
+}
+"""By what an error calls it: how a setting is read and how it is set."""
+
+_reported: set[str] = set()
+
+
+@contextmanager
+def restored_process(what: str) -> Iterator[None]:
+    """Put the settings back after a user's code, and report once per `what` which ones it changed."""
+    before = {name: read() for name, (read, _) in _SETTINGS.items()}
+    try:
+        yield
+    finally:
+        changed = [name for name, value in before.items() if _differs(name, value)]
+        for name in changed:
+            _SETTINGS[name][1](before[name])
+        if changed and what not in _reported:
+            _reported.add(what)
+            console.print(f"{what}: changed {', '.join(changed)}; put back", markup=False, soft_wrap=True)
+
+
+def _differs(name: str, value: Any) -> bool:
+    try:
+        return bool(_SETTINGS[name][0]() != value)
+    except OSError:  # the working directory was removed
+        return True

@@ -1,0 +1,81 @@
+"""What a user's code may do to the process, and which functions are refused."""
+
+import os
+
+import pytest
+import torch
+
+from rlhf.errors import UserError
+from rlhf.stages import process_state
+from rlhf.stages.sink import open_sink
+from rlhf.stages.user_functions import call_function, load_function
+
+CHANGES = {
+    "os.chdir('/')": "the working directory",
+    "torch.set_default_dtype(torch.float64)": "torch's default dtype",
+    "torch.set_default_device('meta')": "torch's default device",
+    "torch.set_num_threads(torch.get_num_threads() + 1)": "torch's number of threads",
+    "torch.set_grad_enabled(False)": "torch's grad mode",
+    "torch.autograd.set_detect_anomaly(True)": "torch's anomaly mode",
+    "torch.use_deterministic_algorithms(True)": "torch's deterministic algorithms",
+}
+
+
+def settings() -> dict:
+    return {name: read() for name, (read, _) in process_state._SETTINGS.items()}
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process_state, "_reported", set())
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_cannot_change_the_process_and_is_reported_once(capsys, change):
+    def reward(prompts, completions):
+        exec(change, {"os": os, "torch": torch})
+        return [1.0]
+
+    before = settings()
+    for _ in range(2):
+        assert call_function(reward, "reward r", [{}], prompts=["p"], completions=["c"]) == [1.0]
+        assert settings() == before
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count(f"reward r: changed {CHANGES[change]}; put back") == 1
+
+
+def test_an_import_or_a_sink_that_changes_the_process_is_put_back(tmp_path):
+    changes = "torch.set_default_dtype(torch.float64); os.chdir('/')"
+    (tmp_path / "s.py").write_text(
+        f"import os, torch\n{changes}\ndef f(stage, step, metrics):\n    {changes}\n    1 / 0\n"
+    )
+    before = settings()
+    sink = open_sink("s.py:f")
+    assert settings() == before
+    assert sink is not None
+    sink("ppo", 1, {})
+    assert settings() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "async def f(prompts, completions): return [1.0]",
+        "async def f(prompts, completions): yield 1.0",
+        "class F:\n    async def __call__(self, prompts, completions): return [1.0]\nf = F()",
+    ],
+)
+def test_async_functions_are_refused_at_once(tmp_path, text):
+    (tmp_path / "a.py").write_text(text)
+    with pytest.raises(UserError, match="async"):
+        load_function("a.py:f", "--ppo.reward a.py:f")
+
+
+def test_a_returned_coroutine_is_refused_without_a_warning():
+    async def scores():
+        return [1.0]
+
+    with pytest.raises(UserError, match="async"):
+        call_function(lambda prompts, completions: scores(), "reward r", [{}], prompts=["p"], completions=["c"])
