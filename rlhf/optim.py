@@ -24,7 +24,7 @@ class Optimizer(NamedTuple):
     """params -> state."""
     update: Callable[..., tuple[Tree, Any]]
     """(grads, state, params) -> (params, state). The caller may choose the learning rate of a step where the optimiser
-    takes the keyword `learning_rate`, a float."""
+    takes it as the keyword `rate`, a float."""
     update_: Callable[..., Any] | None = None
     """(grads, state, params, scale) -> state: the same step with grads times scale, for the owner of the buffers: it is
     written into those of params and state, and grads are overwritten. Counters (leaves []) are not written, so that a
@@ -77,7 +77,7 @@ def adamw(
 
     Returns:
         An `Optimizer`; `update` changes none of its arguments, `update_` writes into the buffers of all three. The
-        keyword `learning_rate` of both replaces the schedule's rate in that step.
+        keyword `rate` of both replaces the schedule's rate in that step.
 
     Raises:
         ValueError: a number is out of range.
@@ -96,13 +96,9 @@ def adamw(
         step = torch.zeros((), dtype=torch.int64)  # the CPU needs the rate
         return AdamState(step, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
-    schedule = learning_rate
-
-    def update(
-        grads: Tree, state: AdamState, params: Tree, *, learning_rate: float | None = None
-    ) -> tuple[Tree, AdamState]:
+    def update(grads: Tree, state: AdamState, params: Tree, rate: float | None = None) -> tuple[Tree, AdamState]:
         step = state.step + 1
-        rate = schedule(state.step) if learning_rate is None else learning_rate
+        rate = learning_rate(state.step) if rate is None else rate
         step_size = rate / (1.0 - b1 ** step.double())
         root_scale = (1.0 - b2 ** step.double()).sqrt()
         mu = tree_map(lambda m, g: m * b1 + g * (1.0 - b1), state.mu, grads)
@@ -117,11 +113,9 @@ def adamw(
 
         return tree_map_named(leaf, params, mu, nu), AdamState(step, mu, nu)
 
-    def update_(
-        grads: Tree, state: AdamState, params: Tree, scale: float, *, learning_rate: float | None = None
-    ) -> AdamState:
+    def update_(grads: Tree, state: AdamState, params: Tree, scale: float, rate: float | None = None) -> AdamState:
         step = state.step + 1
-        rate = float(schedule(state.step)) if learning_rate is None else learning_rate
+        rate = float(learning_rate(state.step)) if rate is None else rate
         groups: defaultdict[tuple[float, float], list[list[Tensor]]] = defaultdict(list)
         for name, parts in zip_named(params, grads, state.mu, state.nu):
             groups[alike(name)].append(parts)

@@ -155,7 +155,7 @@ def test_adamw_takes_the_callers_rate_in_place_of_the_schedules(in_place):
     params = {"w": torch.ones(16)}
     grads = {"w": torch.linspace(-1, 1, 16)}
     results = []
-    for schedule, options in ((constant(0.5), {}), (constant(0.1), {"learning_rate": 0.5})):
+    for schedule, options in ((constant(0.5), {}), (constant(0.1), {"rate": 0.5})):
         optimizer, own = adamw(schedule, weight_decay=0.1), tree_map(torch.clone, params)
         state = optimizer.init(own)
         if in_place:

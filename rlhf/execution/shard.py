@@ -119,7 +119,7 @@ def apply(
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
     updated: Any = shard.opt_state
-    options = {} if learning_rate is None else {"learning_rate": learning_rate}
+    options = {} if learning_rate is None else {"rate": learning_rate}
     for gradient, state, params in pieces:
         if optimizer.update_ is not None:
             updated = optimizer.update_(gradient, state, params, scale, **options)
