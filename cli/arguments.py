@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -53,6 +54,8 @@ def join_flags(kind: type, argv: Sequence[str]) -> list[str]:
     for flag, *values in _by_flag(argv):
         name = flag if flag in hints else flag.replace("--no-", "--").replace(".no-", ".")
         hint = hints.get(name)
+        if "" in values and _names_something(hint):
+            raise UserError(f"{name}: is empty (a variable that is not set?); give a name, or leave the flag out")
         if name not in places or hint is None:
             places[name] = len(joined)
             joined.append([flag, *values])
@@ -97,6 +100,12 @@ def _number(hint: Any, text: str) -> float | None:
         return kind(text) if kind in (int, float) else None
     except ValueError:
         return None
+
+
+def _names_something(hint: Any) -> bool:
+    """Whether the values of a flag are paths or names, which cannot be empty, and not any text."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType, tuple) else (hint,)
+    return Path in options or (str in options and type(None) in options)
 
 
 def _field(flag: str) -> str:

@@ -42,6 +42,8 @@ class Monitor(Section):
     """Print the health checks; exit code 1 if one of them finds a problem, 0 if none does."""
     output_dir: Path | None = None
     """Folder for plots and report.html; none is report/ beside the first run's logs/."""
+    overwrite: bool = False
+    """Replace such files there even if they were not written by rlhf, or have been changed since."""
     port: Annotated[int, Interval(ge=0, le=65535)] = 8742
     """Of the page, on this machine alone; 0 takes a free one."""
     open_browser: bool = True
@@ -51,7 +53,7 @@ class Monitor(Section):
 RULES = (
     Rule(("port", "open_browser"), lambda settings: not settings.serve, "has no effect without --serve", refused=True),
     Rule(
-        ("output_dir",),
+        ("output_dir", "overwrite"),
         lambda settings: not settings.report and settings.plot_type is None,
         "has no effect without --report or --plot-type",
         refused=True,
@@ -111,7 +113,7 @@ def _report(settings: Monitor) -> int:
     from rlhf.monitor.report import write_report
 
     path = _output(settings) / "report.html"
-    write_report(settings.log_dir, path)
+    write_report(settings.log_dir, path, overwrite=settings.overwrite)
     print(path)
     return 0
 
@@ -119,7 +121,8 @@ def _report(settings: Monitor) -> int:
 def _plot(settings: Monitor) -> int:
     from rlhf.monitor.plots import write_plots
 
-    for path in write_plots(settings.log_dir, settings.plot_type or "all", _output(settings)):
+    folder, kind = _output(settings), settings.plot_type or "all"
+    for path in write_plots(settings.log_dir, kind, folder, overwrite=settings.overwrite):
         print(path)
     return 0
 

@@ -17,7 +17,7 @@ from rlhf import gpt2, random
 from rlhf.errors import UserError
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import apply_head, init_reward_head
-from rlhf.io.manifest import read_manifest
+from rlhf.io.manifest import read_manifest, write_manifest
 from rlhf.io.model_folder import (
     LanguageModel,
     RewardModel,
@@ -220,6 +220,7 @@ def test_saving_replaces_the_whole_folder(tmp_path, model, reward_model):
     target = tmp_path / "model"
     save_reward_model(target, reward_model, facts={})
     (target / "stale.txt").write_text("x")
+    write_manifest(target, {})
     save_language_model(target, model, facts={"again": True})
     assert not (target / "stale.txt").exists()
     assert not (target / "reward_statistics.json").exists()

@@ -11,7 +11,8 @@ from rlhf.config import CheckpointConfig, LogConfig, PPORun, RunConfig, SFTRun
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
 from rlhf.stages.identity import changes
-from rlhf.stages.run import check_output, open_run, train
+from rlhf.stages.output_folder import check_output_folder
+from rlhf.stages.run import open_run, train
 
 
 def test_a_finished_folder_tells_how_another_run_starts_from_its_models(tmp_path):
@@ -20,7 +21,7 @@ def test_a_finished_folder_tells_how_another_run_starts_from_its_models(tmp_path
         (tmp_path / name).mkdir()
     flags = f"--ppo.model-path {tmp_path}/sft --ppo.reward {tmp_path}/reward"
     with pytest.raises(UserError, match=rf"\(step 4\); continue .* to start there from the models here, add {flags}$"):
-        check_output(PPORun(output_dir=tmp_path), "ppo")
+        check_output_folder(PPORun(output_dir=tmp_path), "ppo")
 
 
 NOTHING = "nothing to resume in {folder}: starting anew"

@@ -109,6 +109,7 @@ ALWAYS: dict[type, dict[str, str]] = {
         "limit": "records read",
         "seed": "resampling",
         "output": "where it is written",
+        "overwrite": "what is written over",
         "micro_batch_size": "rows computed at once",
     },
     GenerateConfig: {

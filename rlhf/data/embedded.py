@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.errors import UserError
-from rlhf.io.files import clear_write_errors, write_text
+from rlhf.io.files import clear_write_errors, write_bytes
 
 ITEMS = (
     "tea", "lamp", "kettle", "scarf", "novel", "camera", "guitar", "jacket", "clock", "mug", "tent", "radio", "desk",
@@ -99,7 +99,8 @@ def write_embedded(folder: Path, *, seed: int = 0, size: int = 6000) -> Embedded
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for path, content in contents.items():
-        write_text(path, content)
+        if not path.exists():
+            write_bytes(path, content.encode())
     return files
 
 

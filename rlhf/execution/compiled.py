@@ -13,9 +13,9 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from rlhf.io.files import acquire_lock
 from rlhf.tree import leaves, tree_map
 from rlhf.types import Params
 
@@ -63,7 +63,7 @@ def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool =
         own.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)  # read by torch at every compilation
         with (
-            FileLock(own / "lock"),
+            acquire_lock(own / "lock", blocking=True),
             _shapes.patch(use_duck_shape=False),
             _short_exponentials(),
             warnings.catch_warnings(),

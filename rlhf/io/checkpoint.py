@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.io.files import atomic_folder, save_tensors
-from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
+from rlhf.io.manifest import check_replaceable, has_manifest, read_manifest, write_manifest
 from rlhf.tree import named_leaves
 
 _TENSORS = "state.safetensors"
-_OURS = re.compile(r"step-\d{6,}|\.step-\d{6,}\.\d+\.(tmp|old)")  # the latter a killed run left half-written
+_LEFTOVER = re.compile(r"\.step-\d{6,}\.\d+\.(tmp|old)")  # of a killed run
 
 
 class Checkpoint(NamedTuple):
@@ -37,17 +37,27 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write `root/step-NNNNNN` and then remove all but the newest `keep`.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; older checkpoints are then untouched.
+        UserError: the disk is full, the folder cannot be written, or there is something else; older checkpoints are
+            then untouched.
     """
     folder = root / f"step-{checkpoint.step:06d}"
+    check_replaceable(folder)
     with atomic_folder(folder) as temporary:
         save_tensors(temporary / _TENSORS, checkpoint.tensors)
         write_manifest(temporary, {"step": checkpoint.step, "facts": checkpoint.facts})
     kept = _folders(root)[-keep:]
     for old in root.iterdir():
-        if old not in kept and _OURS.fullmatch(old.name):
+        if old not in kept and _is_ours(old):
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is a checkpoint, or what a killed run left of one, and nothing else is in it."""
+    if _LEFTOVER.fullmatch(path.name):
+        return True
+    is_step = re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()
+    return bool(is_step) and {file.name for file in path.iterdir()} <= {_TENSORS, "manifest.json"}
 
 
 def save_refused(folder: Path, batch: object, state: Mapping[str, Tensor] | None, facts: dict[str, Any]) -> None:
@@ -59,6 +69,7 @@ def save_refused(folder: Path, batch: object, state: Mapping[str, Tensor] | None
         state: the train state, where it is not in a checkpoint.
         facts: for the manifest.
     """
+    check_replaceable(folder)
     with atomic_folder(folder) as temporary:
         if batch is not None:
             save_file(_contiguous(named_leaves(batch)), temporary / "batch.safetensors")

@@ -9,17 +9,19 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from rlhf.errors import UserError
 
-_UNWRITABLE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG
-)  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What network disks answer to a request to flush a folder."""
+_LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _MARGIN = 16 << 20  # bytes left free beyond what is about to be written
 
 
@@ -87,13 +89,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
 
 
-def write_text(path: Path, text: str, flag: str = "--output-dir") -> None:
-    """`write_bytes` of UTF-8."""
-    write_bytes(path, bytes(text, "utf-8"), flag)
-
-
 def write_bytes(path: Path, content: bytes, flag: str = "--output-dir") -> None:
-    """Replace a file's content in one step. Errors as `atomic_folder`."""
+    """Replace a file's content in one step, whoever wrote it: see `rlhf.io.output` for what a user may have written.
+
+    Errors as `atomic_folder`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with clear_write_errors(path, flag):
@@ -106,11 +106,6 @@ def write_bytes(path: Path, content: bytes, flag: str = "--output-dir") -> None:
             temporary.unlink()
 
 
-def write_json(path: Path, value: Any, flag: str = "--output-dir") -> None:
-    """`write_text` of readable JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", flag)
-
-
 @contextlib.contextmanager
 def clear_write_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]:
     """Turn the operating system's refusal to write into a UserError that names the path and the remedy."""
@@ -118,17 +113,23 @@ def clear_write_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]
         with _as_os_errors():
             yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             raise UserError(f"{path}: no space left to write it; free some, or choose another {flag}") from error
-        if error.errno in _UNWRITABLE:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {flag}") from error
-        raise
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another {flag}") from error
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Raise UserError, before the work is done, unless files can be written below `folder`, which may not exist yet."""
-    with clear_write_errors(folder, flag):
-        tempfile.TemporaryFile(dir=_existing(folder)).close()
+    """Raise UserError, before the work is done, unless files can be written below `folder`, which may not exist yet.
+
+    A small file goes through everything that a checkpoint goes through later.
+    """
+    with clear_write_errors(folder, flag), tempfile.TemporaryDirectory(prefix=".rlhf-", dir=_existing(folder)) as name:
+        trial = Path(name) / "trial"
+        trial.mkdir()
+        (trial / "file").write_bytes(b"rlhf")
+        _sync(trial / "file")
+        _sync(trial)
+        trial.rename(Path(name) / "renamed")
 
 
 def check_free_space(folder: Path, needed: int) -> None:
@@ -148,7 +149,8 @@ def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
     path.touch()
     mode = path.stat().st_mode
     save_file({name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}, path, {"format": "pt"})
-    path.chmod(mode)
+    with contextlib.suppress(OSError):  # disks without permissions
+        path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -164,11 +166,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_file)
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise UserError(f"{folder}: in use by a live run; wait for it, or choose another --output-dir") from None
+            lock = acquire_lock(lock_file, blocking=False)
+        except Timeout as error:
+            advice = f"wait for it, or choose another --output-dir (remove {error.lock_file} if there is none)"
+            raise UserError(f"{folder}: in use by a live run; {advice}") from None
     try:
         yield
     finally:
@@ -177,6 +179,25 @@ def lock_folder(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for place in made:
                 place.rmdir()  # succeeds only on an empty folder
+
+
+def acquire_lock(path: Path, *, blocking: bool) -> BaseFileLock:
+    """Hold a lock file; where the disk has no locks, the presence of a second file is the lock.
+
+    Raises:
+        Timeout: another process holds it, and `blocking` is off.
+    """
+    lock: BaseFileLock = FileLock(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # the library's own way out is not the same everywhere
+            lock.acquire(blocking=blocking)
+    except (OSError, UserWarning) as error:
+        if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in _LOCKLESS):
+            raise
+        lock = SoftFileLock(path.with_name(f"{path.name}.soft"))
+        lock.acquire(blocking=blocking)
+    return lock
 
 
 def _existing(folder: Path) -> Path:
@@ -229,8 +250,12 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
+    """Flush a file or folder to disk, where the disk can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)

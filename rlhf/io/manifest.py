@@ -52,6 +52,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError unless there is nothing at `folder`, or all that is there is as its manifest lists it."""
+    if not folder.exists():
+        return
+    listed = read_manifest(folder)["files"]
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _NAME and str(path.relative_to(folder)) not in listed:
+            raise UserError(f"{path}: is not part of what was saved in {folder}, which would be replaced; move it away")
+
+
 def has_manifest(folder: Path) -> bool:
     """Whether there is a manifest at all, valid or not."""
     return (folder / _NAME).is_file()

@@ -5,6 +5,7 @@ A language model is a `GPT2LMHeadModel`, a reward model a `GPT2ForSequenceClassi
 `critic/` (a separate critic: a folder of the same form) and `reward_statistics.json`.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.gpt2 import from_hugging_face, to_hugging_face
 from rlhf.gpt2_config import GPT2Config
-from rlhf.io.files import atomic_folder, check_folder, read_json, save_tensors, sha256, write_json
-from rlhf.io.manifest import has_manifest, read_manifest, write_manifest
+from rlhf.io.files import atomic_folder, check_folder, read_json, save_tensors, sha256
+from rlhf.io.manifest import check_replaceable, has_manifest, read_manifest, write_manifest
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.tree import all_finite, as_new, cast
 from rlhf.types import Params
@@ -82,8 +83,9 @@ def save_language_model(
         critic: saved beside it as critic/.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full, the folder cannot be written, or what stands there is not as we wrote it.
     """
+    check_replaceable(folder)
     with atomic_folder(folder) as temporary:
         _write_model(temporary, to_hugging_face(model.params), model.config, model.tokenizer, "GPT2LMHeadModel")
         if value_head is not None:
@@ -96,9 +98,10 @@ def save_language_model(
 
 def save_reward_model(folder: Path, model: RewardModel, *, facts: dict[str, Any]) -> None:
     """Write a reward model, replacing what stands at `folder` in one step; arguments as `save_language_model`."""
+    check_replaceable(folder)
     with atomic_folder(folder) as temporary:
         _write_reward_model(temporary, model)
-        write_json(temporary / "reward_statistics.json", model.statistics._asdict())
+        _write_json(temporary / "reward_statistics.json", model.statistics._asdict())
         write_manifest(temporary, facts)
 
 
@@ -163,7 +166,7 @@ def _write_model(
     settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dtype": "float32"}
     if architecture == "GPT2ForSequenceClassification":
         settings |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    write_json(folder / "config.json", settings)
+    _write_json(folder / "config.json", settings)
     save_tensors(folder / "model.safetensors", state)
     tokenizer.save(folder)
 
@@ -174,6 +177,10 @@ def _write_reward_model(folder: Path, model: RewardModel) -> None:
     _write_model(folder, state, model.config, model.tokenizer, "GPT2ForSequenceClassification")
     if "bias" in model.params["head"]:
         save_tensors(folder / "value_head.safetensors", model.params["head"])
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.io.files import clear_write_errors, write_text
+from rlhf.io.files import clear_write_errors, write_bytes
 
 FORMAT = 1
 """Version of the lines' form, named in every `start` event."""
@@ -110,7 +110,7 @@ def _drop_later(path: Path, stage: str, step: int) -> None:
             continue
         if not later:
             kept.append(line.decode() + "\n")
-    write_text(path, "".join(kept))
+    write_bytes(path, "".join(kept).encode())
 
 
 class _Board:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import numpy as np
 
 from rlhf.errors import UserError
-from rlhf.io.files import clear_write_errors, write_bytes
+from rlhf.io.output import check_output, write_output
 from rlhf.io.progress import tell
 from rlhf.io.terminal import shorten, visible
 from rlhf.monitor.figures import (
@@ -113,13 +113,16 @@ LINE_PLOTS = (
 )  # fmt: skip
 
 
-def write_plots(log_dirs: Sequence[Path], kind: PlotType, folder: Path | None = None) -> list[Path]:
+def write_plots(
+    log_dirs: Sequence[Path], kind: PlotType, folder: Path | None = None, *, overwrite: bool = False
+) -> list[Path]:
     """Write PNGs of everything that the logs hold; the files written.
 
     Args:
         log_dirs: logs/ folders or output folders; several are drawn as one band.
         kind: which plots.
         folder: where to; None is report/ in the first run's output folder.
+        overwrite: replace files there whoever wrote them.
 
     Raises:
         UserError: a folder is no run's, the logs hold nothing for such a plot, or the files cannot be written.
@@ -133,7 +136,12 @@ def write_plots(log_dirs: Sequence[Path], kind: PlotType, folder: Path | None = 
         figures = {name: figure for name, figure in _figures(readers, kind) if figure is not None}
         if not figures:
             raise UserError(f"{readers[0].folder}: nothing to draw for --plot-type {kind} yet")
-        return [_write(figure, folder / f"{name}.png", readers) for name, figure in figures.items()]
+        files = {folder / f"{name}.png": figure for name, figure in figures.items()}
+        for path in files:
+            check_output(path, "--output-dir", overwrite=overwrite)
+        for path, figure in files.items():
+            write_output(path, _png(figure, path.stem, readers), overwrite=overwrite)
+        return list(files)
 
 
 def _figures(readers: Sequence[LogReader], kind: str) -> "list[tuple[str, Figure | None]]":
@@ -151,18 +159,18 @@ def _figures(readers: Sequence[LogReader], kind: str) -> "list[tuple[str, Figure
     return made
 
 
-def _write(figure: "Figure", path: Path, readers: Sequence[LogReader]) -> Path:
-    """Save a figure that says which runs it is of, and what its lines are."""
-    stage = next((plot.stage for plot in LINE_PLOTS if plot.file == path.stem), "")
+def _png(figure: "Figure", name: str, readers: Sequence[LogReader]) -> bytes:
+    """Return a figure that says which runs it is of, and what its lines are."""
+    stage = next((plot.stage for plot in LINE_PLOTS if plot.file == name), "")
     names = [
-        visible(name)
-        for reader, name in zip(readers, run_names(readers), strict=True)
+        visible(run)
+        for reader, run in zip(readers, run_names(readers), strict=True)
         if not stage or stage in reader.stages
     ]
-    if path.stem == "samples":
+    if name == "samples":
         names = names[:1]
     notes = [shorten(", ".join(names), 90)]
-    if len(names) > 1 and path.stem != "over_optimisation":
+    if len(names) > 1 and name != "over_optimisation":
         notes.insert(0, f"mean of {len(names)} runs as far as all go, lowest to highest behind")
     lines = [line for axes in figure.axes for line in axes.get_lines()]
     if any(len(np.asarray(line.get_xdata())) >= 2 * SMOOTHED for line in lines):
@@ -170,10 +178,7 @@ def _write(figure: "Figure", path: Path, readers: Sequence[LogReader]) -> Path:
     figure.supxlabel("\n".join(notes), fontsize=8, color="#555555", x=0.99, ha="right")
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    with clear_write_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, image.getvalue())
-    return path
+    return image.getvalue()
 
 
 def _line_plot(readers: Sequence[LogReader], plot: LinePlot) -> "Figure | None":

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rlhf.io.files import clear_write_errors, write_text
+from rlhf.io.output import check_output, write_output
 from rlhf.io.run_log import finite
 from rlhf.monitor.log import LogReader, read_logs
 from rlhf.monitor.samples import report_samples
@@ -25,12 +25,13 @@ _SAMPLE_BYTES = 2_200_000
 """What a report may spend on completions; the curves of a thousand iterations take about a megabyte."""
 
 
-def write_report(log_dirs: Sequence[Path], path: Path) -> list[LogReader]:
+def write_report(log_dirs: Sequence[Path], path: Path, *, overwrite: bool = False) -> list[LogReader]:
     """Write the page with everything in it that the logs hold by now; several runs are compared.
 
     Args:
         log_dirs: logs/ folders, or output folders.
         path: the HTML file; its folder is made.
+        overwrite: replace it whoever wrote it.
 
     Returns:
         The runs as they were read.
@@ -39,9 +40,8 @@ def write_report(log_dirs: Sequence[Path], path: Path) -> list[LogReader]:
         UserError: a folder is no run's, its log is empty, or the file cannot be written.
     """
     readers = read_logs(log_dirs)
-    with clear_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, document(_content(readers)))
+    check_output(path, "--output-dir", overwrite=overwrite)
+    write_output(path, document(_content(readers)), overwrite=overwrite)
     return readers
 
 

@@ -1,6 +1,5 @@
 """rlhf-evaluate: find the models and the test data, evaluate what they allow, and write down what came of it."""
 
-import contextlib
 import json
 import signal
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from rlhf.config import PipelineRun
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.errors import Interrupted, UserError
-from rlhf.io.files import check_writable, clear_write_errors, write_json, write_text
+from rlhf.io.output import check_output, remove_output, write_json, write_output
 from rlhf.io.progress import tell, working
 from rlhf.setting_rules import COMPUTE_RULES, check_rules
 from rlhf.stages.compute import Workplace, compute_threads, open_workplace
@@ -73,7 +72,7 @@ def run_evaluation(config: EvaluateConfig) -> Report:
     plans, skipped = _plan(config, folders, run, judges)
     train = _train_data(config, run)
     folder = config.output or config.model_dir / "report"
-    check_writable(folder, "--output")
+    _check_files(config, folder, folders, {plan.kind for plan in plans})
     evaluations: list[Evaluation] = []
     lines: dict[str, list[dict[str, Any]]] = {"completions": [], "pairs": []}
     try:
@@ -187,21 +186,29 @@ def _evaluate(
             yield evaluation, "completions", lines if number == 0 else []
 
 
+def _check_files(config: EvaluateConfig, folder: Path, folders: Folders, kinds: set[str]) -> None:
+    """Refuse to write over what the evaluation reads, and over files that are not of an evaluation."""
+    models = [model for model in folders if model is not None]
+    inputs = [*config.test_data, *([config.train_data] if config.train_data else [])]
+    inputs += [file for model in models for file in model.iterdir()]
+    names = {"reward": "pairs.jsonl", "policy": "completions.jsonl"}
+    for name in ("evaluation.json", *(names[kind] for kind in sorted(kinds & names.keys()))):
+        check_output(folder / name, "--output", inputs=inputs, overwrite=config.overwrite)
+
+
 def _write(config: EvaluateConfig, report: Report, lines: dict[str, list[dict[str, Any]]]) -> None:
-    with clear_write_errors(report.folder, "--output"):
-        report.folder.mkdir(parents=True, exist_ok=True)
-        for name, of in lines.items():
-            if of:
-                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in of)
-                write_text(report.folder / f"{name}.jsonl", text, "--output")
-            else:  # of an earlier evaluation: it would not belong to evaluation.json
-                with contextlib.suppress(FileNotFoundError):
-                    (report.folder / f"{name}.jsonl").unlink()
-        facts = {"format": FORMAT, "model_dir": str(config.model_dir), "seed": config.seed}
-        facts |= {"threads": compute_threads(config), "precision": config.precision}
-        evaluations = [evaluation.plain() for evaluation in report.evaluations]
-        facts |= {"evaluations": evaluations, "skipped": report.skipped}
-        write_json(report.folder / "evaluation.json", facts, "--output")
+    for name, records in lines.items():
+        path = report.folder / f"{name}.jsonl"
+        if records:
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            write_output(path, text, "--output", overwrite=config.overwrite)
+        else:
+            remove_output(path)  # an earlier evaluation's, which would not belong to evaluation.json
+    facts = {"format": FORMAT, "model_dir": str(config.model_dir), "seed": config.seed}
+    facts |= {"threads": compute_threads(config), "precision": config.precision}
+    evaluations = [evaluation.plain() for evaluation in report.evaluations]
+    facts |= {"evaluations": evaluations, "skipped": report.skipped}
+    write_json(report.folder / "evaluation.json", facts, "--output", overwrite=config.overwrite)
 
 
 def _brackets(text: str) -> str:

@@ -49,6 +49,8 @@ class JudgementConfig(Section):
 
     output: Path | None = None
     """Folder for evaluation.json, completions.jsonl and pairs.jsonl; none is MODEL_DIR/report."""
+    overwrite: bool = False
+    """Replace such files there even if they were not written by rlhf, or have been changed since."""
     micro_batch_size: BatchSize = 8
     """Packed rows computed at once. Bounds memory; changes results only by rounding."""
     rollout_batch_size: BatchSize = 64

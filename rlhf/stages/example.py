@@ -9,7 +9,7 @@ from rich.table import Table
 from rlhf.config import PipelineRun
 from rlhf.data.embedded import EmbeddedFiles, gold_score
 from rlhf.evaluation import mean_interval
-from rlhf.io.files import write_json
+from rlhf.io.output import write_json
 from rlhf.io.progress import console
 from rlhf.io.terminal import printable
 from rlhf.stages.answers import Sampling
@@ -58,7 +58,6 @@ def run_example(config: PipelineRun, files: EmbeddedFiles) -> Comparison:
     results = run_pipeline(config)
     comparison = _compare(config, results["sft"].model, results["ppo"].model, files.heldout_prompts)
     folder = config.output_dir / "report"
-    folder.mkdir(exist_ok=True)
     write_json(folder / "comparison.json", _plain(comparison))
     return comparison
 

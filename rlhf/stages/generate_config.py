@@ -27,6 +27,8 @@ class GenerateConfig(Section):
     """What stands around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
     output: Path | None = None
     """JSON Lines file to write instead of showing completions."""
+    overwrite: bool = False
+    """Replace the file even if it was not written by rlhf, or has been changed since."""
 
     max_new_tokens: BatchSize | None = None
     """Longest completion; none is 64, or half of the model's context where that is less."""
@@ -57,6 +59,7 @@ GENERATE_RULES = (
         lambda config: config.greedy,
         "has no effect with --greedy, which draws nothing at random",
     ),
+    Rule(("overwrite",), lambda config: config.output is None, "has no effect without --output", refused=True),
     Rule(("top_p",), lambda config: config.top_k == 1, "has no effect with --top-k 1"),
 )
 """Settings that have no effect beside others."""

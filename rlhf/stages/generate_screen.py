@@ -16,7 +16,8 @@ from torch import Tensor
 from rlhf.data.records import read_records
 from rlhf.data.schema import PROMPTS, check_record
 from rlhf.errors import Interrupted, UserError
-from rlhf.io.files import check_writable, clear_write_errors, read_text, write_text
+from rlhf.io.files import read_text
+from rlhf.io.output import check_output, write_output
 from rlhf.io.progress import tell
 from rlhf.io.terminal import printable
 from rlhf.setting_rules import check_rules
@@ -42,10 +43,10 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
         raise UserError(f"--template {config.template!r}: has no {{prompt}}, in whose place each prompt is put")
     if config.prompt and config.prompt_file is not None:
         raise UserError("--prompt and --prompt-file: give one of the two")
-    if config.output is not None and config.output.is_dir():
-        raise UserError(f"--output {config.output}: is a folder, expected the name of a JSON Lines file")
     if config.output is not None:
-        check_writable(config.output.parent, "--output")
+        read = [file for folder in _folders(config) if folder.is_dir() for file in folder.iterdir()]
+        read += [config.prompt_file] if config.prompt_file is not None else []
+        check_output(config.output, "--output", inputs=read, overwrite=config.overwrite)
     for text in (*config.prompt, config.template):
         _check_text(text)
     given = _given(config)
@@ -228,6 +229,4 @@ def _write_file(config: GenerateConfig, path: Path, prompts: Sequence[str], writ
         for part, piece in zip(("", "against_"), written, strict=False):
             line |= {f"{part}completion": piece.text, f"{part}ended": piece.ended}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    with clear_write_errors(path, "--output"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(lines), "--output")
+    write_output(path, "".join(lines), "--output", overwrite=config.overwrite)

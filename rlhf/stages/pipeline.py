@@ -13,8 +13,9 @@ from rlhf.io.progress import console
 from rlhf.setting_rules import check_settings
 from rlhf.stages import ppo, reward, sft
 from rlhf.stages.compute import check_workers
+from rlhf.stages.output_folder import check_output_folder
 from rlhf.stages.rewards import check_columns
-from rlhf.stages.run import StageResult, check_output
+from rlhf.stages.run import StageResult
 
 _RUNS: dict[str, Callable[[PipelineRun], StageResult]] = {
     "sft": sft.run_sft,
@@ -80,7 +81,7 @@ def _check(config: PipelineRun, stages: Sequence[str]) -> None:
     check_workers(config.dist)
     for stage in stages:
         check_settings(config, stage)
-        check_output(config, stage)
+        check_output_folder(config, stage)
     sft_model = reward_model = None
     if "sft" in stages:
         sft_model = sft.check(config)

@@ -255,8 +255,10 @@ def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:
 
 def _save(ppo: PPO, config: PPORun) -> Path:
     """Write OUTPUT_DIR/policy, with the value function beside it."""
-    folder, params = ppo.run.model_folder, ppo.run.trained(ppo.executor)
-    critic = None
+    folder = ppo.run.model_folder
+    if ppo.run.is_saved:
+        return folder
+    params, critic = ppo.run.trained(ppo.executor), None
     if ppo.shapes.critic is not None:
         critic = RewardModel(params["critic"], ppo.shapes.critic, ppo.policy.tokenizer, RewardStatistics(0.0, 1.0, 0))
     save_language_model(

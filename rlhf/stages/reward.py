@@ -121,6 +121,8 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         shown=("loss/reward", "eval/reward/accuracy"),
         identity={"data": sha256(path), "model": outline.digest},
     )
+    if run.is_saved:
+        return StageResult(run.model_folder, metrics)
     statistics = _statistics(run, *_score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS])))
     run.note(
         f"reward of {statistics.completions} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}"

@@ -1,7 +1,6 @@
 """What every stage shares: the run's folder, device and keys, and the loop that logs, saves, resumes and stops."""
 
 import contextlib
-import dataclasses
 import math
 import sys
 import time
@@ -13,15 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.config import PipelineRun, RunConfig
+from rlhf.config import RunConfig
 from rlhf.distributed import open_executor
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.executor import Executor, Fault, Models, Program
 from rlhf.io.cache import default_cache_dir
 from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint, save_refused
-from rlhf.io.files import check_free_space, check_writable, lock_folder, write_text
-from rlhf.io.manifest import has_manifest
-from rlhf.io.presets import dump_config, load_config
+from rlhf.io.files import check_free_space, check_writable, lock_folder
 from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.io.terminal import visible
@@ -38,13 +35,11 @@ from rlhf.stages.compute import (
     limit_threads,
 )
 from rlhf.stages.identity import Facts, changes, settings_of
+from rlhf.stages.output_folder import MODEL_FOLDERS, check_output_folder, checkpoint_folder, write_config
 from rlhf.stages.signals import Stop, stop_on_signal
 from rlhf.stages.sink import open_sink
 from rlhf.tree import all_finite, leaves
 from rlhf.types import Params
-
-_MODEL_FOLDERS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
-"""In the output folder, what a stage leaves behind."""
 
 _CHECKPOINT_EVERY = {"sft": 100, "reward": 100, "ppo": 10}
 """Where the configuration does not say; a PPO iteration is as much work as many steps."""
@@ -74,6 +69,8 @@ class Run(Stop):
     """What was said to the user before training, for the log."""
     resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """What is to be closed when the stage ends."""
+    is_saved: bool = False
+    """Whether the stage was finished before: its model is then left as it is."""
 
     def key(self, purpose: Purpose) -> Tensor:
         """The run's key for one purpose."""
@@ -87,7 +84,7 @@ class Run(Stop):
     @property
     def model_folder(self) -> Path:
         """Where this stage's model goes."""
-        return self.config.output_dir / _MODEL_FOLDERS[self.stage]
+        return self.config.output_dir / MODEL_FOLDERS[self.stage]
 
     def trained(self, executor: Executor, *figures: float) -> Params:
         """The parameters to be saved as the stage's model.
@@ -158,7 +155,7 @@ class Run(Stop):
     @property
     def checkpoints(self) -> Path:
         """Where this stage's checkpoints are."""
-        return _checkpoints(self.config, self.stage)
+        return checkpoint_folder(self.config, self.stage)
 
 
 @contextlib.contextmanager
@@ -176,42 +173,17 @@ def open_run(config: RunConfig, stage: str) -> Iterator[Run]:
         stage, config, find_device(config.device), torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
     with lock_folder(config.output_dir), stop_on_signal(run), limit_threads(compute_threads(config)), run.resources:
-        check_output(config, stage)
+        check_output_folder(config, stage)
+        run.is_saved = run.model_folder.exists()
+        check_writable(config.output_dir, "--output-dir")
         for line in idle:
             run.note(line)
         check_writable(config.cache_dir or default_cache_dir(), "--cache-dir")
-        if config.resume and all(last_step(_checkpoints(config, name)) is None for name in _MODEL_FOLDERS):
+        if config.resume and all(last_step(checkpoint_folder(config, name)) is None for name in MODEL_FOLDERS):
             run.note(f"nothing to resume in {config.output_dir}: starting anew")
         yield run
         if run.stop_signal:
             raise Interrupted(f"{stage}: stopped; this stage is finished and saved", run.stop_signal)
-
-
-def check_output(config: RunConfig, stage: str) -> None:
-    """Refuse an output folder in which the stage would replace something that is not its own unfinished run.
-
-    Raises:
-        UserError: it holds the stage's checkpoints although `resume` is off, or in the model's place something else.
-    """
-    done, model = last_step(_checkpoints(config, stage)), config.output_dir / _MODEL_FOLDERS[stage]
-    if model.exists() and (done is None or not has_manifest(model)):
-        raise UserError(
-            f"{model}: is there already, and would be replaced by what {stage} trains; move it away, or choose another "
-            "--output-dir"
-        )
-    if done is not None and not config.resume:
-        raise UserError(
-            f"{config.output_dir}: holds checkpoints of another {stage} run (step {done}); "
-            f"continue it with --resume, or choose another --output-dir{_from_here(config.output_dir, stage)}"
-        )
-
-
-def _from_here(folder: Path, stage: str) -> str:
-    """How another run of a stage starts from the models in a folder."""
-    flags = [f"--{stage}.model-path {folder / 'sft'}"] if stage != "sft" and (folder / "sft").is_dir() else []
-    if stage == "ppo" and (folder / "reward").is_dir():
-        flags.append(f"--ppo.reward {folder / 'reward'}")
-    return f"; to start there from the models here, add {' '.join(flags)}" if flags else ""
 
 
 def train(
@@ -252,7 +224,7 @@ def train(
     every = config.checkpoint.every or _CHECKPOINT_EVERY[run.stage]
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
     check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))
-    _write_config(config)
+    write_config(config)
 
     def save(step: int) -> None:
         plain = {"carried": facts, "identity": identity, "threads": compute_threads(config)}
@@ -340,18 +312,6 @@ def _report_at_end(run: Run) -> Iterator[None]:
 def _say(stage: str, text: str) -> None:
     console.print(f"[bold]{stage}[/]: ", end="")
     console.print(text, markup=False, soft_wrap=True)
-
-
-def _checkpoints(config: RunConfig, stage: str) -> Path:
-    return config.output_dir / "checkpoints" / stage
-
-
-def _write_config(config: RunConfig) -> None:
-    """Write config.yaml; sections of stages that ran here before stay as they were."""
-    path = config.output_dir / "config.yaml"
-    before = load_config(str(path)) if path.is_file() else PipelineRun()
-    fields = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
-    write_text(path, dump_config(dataclasses.replace(before, **fields)))
 
 
 def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tuple[int, Facts]:

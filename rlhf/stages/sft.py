@@ -106,9 +106,10 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         shown=("loss/sft", "eval/perplexity"),
         identity={"data": sha256(path)},
     )
-    params = run.trained(executor, metrics.get("eval/loss", 0.0))
-    facts = {"stage": "sft", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-    save_language_model(run.model_folder, model._replace(params=params), facts=facts)
+    if not run.is_saved:
+        params = run.trained(executor, metrics.get("eval/loss", 0.0))
+        facts = {"stage": "sft", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+        save_language_model(run.model_folder, model._replace(params=params), facts=facts)
     return StageResult(run.model_folder, metrics)
 
 

@@ -1,0 +1,117 @@
+"""The one place that decides which of a user's paths may be written, and what is written there.
+
+A file is replaced only if it is as a program of ours left it, or if the user says so. Every folder that is written to
+has a record of that, `.rlhf.json`: the sha256 of each file. Devices and pipes are written to, links are followed.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.io.files import check_writable, clear_write_errors, read_json, sha256, write_bytes
+
+_RECORD = ".rlhf.json"
+
+
+def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
+    """Raise UserError, before the work is done, unless `path` may be written.
+
+    Args:
+        path: of a file, which may not exist yet.
+        flag: by which the user named it, or the folder it is in.
+        inputs: files that the same command reads, which are never written.
+        overwrite: whether the user lets a file be replaced whoever wrote it.
+    """
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder, expected the name of a file")
+    for file in inputs:
+        if path.exists() and file.exists() and path.samefile(file):
+            raise UserError(f"{flag} {path}: is read by this command too; name another file")
+    if _is_stream(path):
+        return
+    if path.exists() and not overwrite and not is_ours(path):
+        raise UserError(
+            f"{path}: is there already, and is not what rlhf wrote there; choose another {flag}, or add --overwrite"
+            if flag != "--output-dir"
+            else f"{path}: is there already, and is not what rlhf wrote there; move it away, or choose another {flag}"
+        )
+    check_writable(_target(path).parent, flag)
+
+
+def write_output(path: Path, content: str | bytes, flag: str = "--output-dir", *, overwrite: bool = False) -> None:
+    """Write a file in one step, and its checksum into the folder's record; text as UTF-8.
+
+    Raises:
+        UserError: as `check_output`; or the disk is full.
+    """
+    check_output(path, flag, overwrite=overwrite)
+    data = content.encode() if isinstance(content, str) else content
+    if _is_stream(path):
+        with clear_write_errors(path, flag), path.open("wb") as stream:
+            stream.write(data)
+        return
+    target = _target(path)
+    with clear_write_errors(path, flag):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    digests = _record(target.parent)
+    before = digests.get(target.name, [])[-1:]  # of what is there until the file is replaced
+    digests[target.name] = [*before, _digest(data)]
+    text = json.dumps({"format": 1, "files": digests}, indent=1) + "\n"
+    write_bytes(target.parent / _RECORD, text.encode(), flag)
+    write_bytes(target, data, flag)
+
+
+def write_json(path: Path, value: Any, flag: str = "--output-dir", *, overwrite: bool = False) -> None:
+    """`write_output` of readable JSON."""
+    write_output(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", flag, overwrite=overwrite)
+
+
+def remove_output(path: Path) -> None:
+    """Remove a file that a program of ours wrote; anything else stays."""
+    if is_ours(path):
+        path.unlink(missing_ok=True)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is there and has the content that a program of ours wrote last."""
+    target = _target(path)
+    return target.is_file() and sha256(target) in _record(target.parent).get(target.name, [])
+
+
+def has_record(folder: Path) -> bool:
+    """Whether this version of rlhf has written to a folder."""
+    return (folder / _RECORD).is_file()
+
+
+def _record(folder: Path) -> dict[str, list[str]]:
+    """Checksums by file name; empty where there is no record that can be read."""
+    path = folder / _RECORD
+    try:
+        files = read_json(path)["files"] if path.is_file() else {}
+        return {str(name): [str(digest) for digest in digests] for name, digests in files.items()}
+    except (UserError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a device, a pipe or a file that another process has open under /dev or /proc."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    opened = str(path.absolute()).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    return opened or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _target(path: Path) -> Path:
+    """What a link points to, even if that is not there yet."""
+    return Path(os.path.realpath(path))
