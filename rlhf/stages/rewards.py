@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
-from rlhf.io.model_folder import RewardModel, load_reward_model, weights_digest
+from rlhf.io.model_folder import RewardModel, load_reward_model
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.stages.user_functions import call_function, check_signature, load_function
 
@@ -100,19 +100,13 @@ def check_vocabulary(folder: Path, tokenizer: Tokenizer | None, policy: Tokenize
         )
 
 
-def source_digests(specs: Sequence[str]) -> list[str]:
-    """`weights_digest` of the sources that are folders, in order. Errors as there."""
-    targets = [Path(_parse(spec)[1]) for spec in specs]
-    return [weights_digest(target) for target in targets if target.is_dir()]
-
-
 def names_folder(spec: str, folder: Path) -> bool:
     """Whether a source is the reward model in a folder, which may not be there yet."""
-    return Path(_parse(spec)[1]).absolute() == folder.absolute()
+    return Path(parse_source(spec)[1]).resolve() == folder.resolve()
 
 
 def _open(spec: str, tokenizer: Tokenizer | None, untrained: Path | None) -> RewardSource:
-    weight, target = _parse(spec)
+    weight, target = parse_source(spec)
     folder = Path(target)
     if untrained is not None and names_folder(spec, untrained):
         return RewardSource(folder.name, weight, None, None)
@@ -124,8 +118,12 @@ def _open(spec: str, tokenizer: Tokenizer | None, untrained: Path | None) -> Rew
     return RewardSource(folder.name, weight, model, None)
 
 
-def _parse(spec: str) -> tuple[float, str]:
-    """(weight, folder or function)."""
+def parse_source(spec: str) -> tuple[float, str]:
+    """Return a source's weight, and its folder or function.
+
+    Raises:
+        UserError: it is empty, or the weight is no finite number.
+    """
     match = _SOURCE.fullmatch(spec)
     if match is None:
         raise UserError("--ppo.reward: a source is empty; give a folder or module:function")

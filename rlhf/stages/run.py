@@ -37,7 +37,7 @@ from rlhf.stages.compute import (
     find_device,
     limit_threads,
 )
-from rlhf.stages.identity import Facts, changes, settings_of
+from rlhf.stages.resume import Facts, diff_settings, settings_of
 from rlhf.stages.signals import Stop, stop_on_signal
 from rlhf.stages.sink import open_sink
 from rlhf.tree import all_finite, leaves
@@ -255,7 +255,8 @@ def train(
     _write_config(config)
 
     def save(step: int) -> None:
-        plain = {"carried": facts, "identity": identity, "threads": compute_threads(config)}
+        plain = {"carried": facts, "identity": identity}
+        plain |= {"threads": compute_threads(config), "workers": config.dist.num_workers}
         _save_state(run, executor, log, step, plain)
 
     log = RunLog(
@@ -360,9 +361,9 @@ def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tup
     checkpoint = load_checkpoint(run.checkpoints, like) if run.config.resume else None
     if checkpoint is None:
         return 0, facts
-    changed = changes(run.config, run.stage, checkpoint.facts["identity"], identity)
-    if changed:
-        shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+    changes, notes = diff_settings(run.config, run.stage, checkpoint.facts["identity"], identity)
+    if changes:
+        shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
         raise UserError(
             f"{run.checkpoints}: cannot be continued, because the run has changed: {shown}. "
             "Undo the change, or choose another --output-dir"
@@ -372,9 +373,17 @@ def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tup
     except ValueError as error:
         raise UserError(f"{run.checkpoints}: the checkpoint is of another shape: {error}") from error
     run.note(f"continuing after step {checkpoint.step}")
+    for note in notes:
+        run.note(note)
     before, now = checkpoint.facts["threads"], compute_threads(run.config)
     if before != now:
         run.note(f"it was made with {before} threads per process and goes on with {now}: rounding may differ from here")
+    dist, workers = run.config.dist, checkpoint.facts.get("workers", run.config.dist.num_workers)
+    if dist.reduce == "ring" and workers != dist.num_workers:
+        run.note(
+            f"it was made with {workers} workers and goes on with {dist.num_workers}: with --dist.reduce ring, rounding "
+            "may differ from here"
+        )
     return checkpoint.step, checkpoint.facts["carried"]
 
 
