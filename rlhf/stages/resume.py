@@ -1,19 +1,25 @@
 """What must agree between a run and its continuation: settings by their values, files by their content."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import RunConfig
+from rlhf.errors import UserError
+from rlhf.execution.executor import Executor
+from rlhf.io.checkpoint import Checkpoint, load_checkpoint
 from rlhf.io.files import sha256
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.ranges import flat_fields
-from rlhf.stages.reward_identity import diff_sources, same_place, upgrade_sources
+from rlhf.stages.compute import compute_threads
+from rlhf.stages.paths import same_place
+from rlhf.stages.reward_identity import diff_sources, upgrade_sources
 
 Facts = dict[str, Any]
 """Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
 
 _FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist", "threads")
-"""Prefixes of settings that may differ when a run is resumed: but for the threads, they change no bit of its results."""
+"""Prefixes of settings that may differ when a run is resumed: but for the threads, they change no bit of it."""
 
 _NOT_FREE = ("dist.reduce",)
 """Settings that change bits, although one of those prefixes is theirs."""
@@ -101,6 +107,67 @@ def diff_settings(config: RunConfig, stage: str, before: Facts, now: Facts) -> D
     return Difference(changes, notes)
 
 
+def restore(
+    config: RunConfig,
+    stage: str,
+    checkpoints: Path,
+    executor: Executor,
+    facts: Facts,
+    identity: Facts,
+    *,
+    tell: Callable[[str], None],
+) -> tuple[int, Facts]:
+    """Give the executor the newest checkpoint's state, where the run is to be resumed.
+
+    Args:
+        config: of the run.
+        stage: of the run.
+        checkpoints: folder of the stage's checkpoints.
+        executor: takes the state.
+        facts: values at the start of the run.
+        identity: of the run.
+        tell: says a line to the user.
+
+    Returns:
+        The first step to make, and the values that it reads.
+
+    Raises:
+        UserError: the checkpoint belongs to another configuration, data or shape.
+    """
+    expected = {"carried": facts, "identity": {}, "threads": 1, "version": 0}
+    checkpoint = load_checkpoint(checkpoints, expected) if config.resume else None
+    if checkpoint is None:
+        return 0, facts
+    changes, notes = diff_settings(config, stage, checkpoint.facts["identity"], identity)
+    if changes:
+        shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+        raise UserError(
+            f"{checkpoints}: cannot be continued, because the run has changed: {shown}. "
+            "Undo the change, or choose another --output-dir"
+        )
+    try:
+        executor.restore(checkpoint.tensors, checkpoint.facts["version"])
+    except ValueError as error:
+        raise UserError(f"{checkpoints}: the checkpoint is of another shape: {error}") from error
+    for line in (f"continuing after step {checkpoint.step}", *notes, *_rounding_notes(config, checkpoint)):
+        tell(line)
+    return checkpoint.step, checkpoint.facts["carried"]
+
+
+def _rounding_notes(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a line for each change of threads or workers by which rounding may differ."""
+    before, now = checkpoint.facts["threads"], compute_threads(config)
+    if before != now:
+        yield f"it was made with {before} threads per process and goes on with {now}: rounding may differ from here"
+    workers = config.dist.num_workers
+    before = checkpoint.facts.get("workers", workers)
+    if config.dist.reduce == "ring" and before != workers:
+        yield (
+            f"it was made with {before} workers and goes on with {workers}: with --dist.reduce ring, rounding may "
+            "differ from here"
+        )
+
+
 def _upgrade(config: RunConfig, before: Facts, now: Facts) -> tuple[Facts, Facts]:
     """Return both identities in today's form.
 
@@ -109,7 +176,8 @@ def _upgrade(config: RunConfig, before: Facts, now: Facts) -> tuple[Facts, Facts
     """
     values = flat_fields(config)
     paths = {name: path for name, path in before.items() if name in _FILES}
-    before = {"dist.reduce": now.get("dist.reduce")} | {name: before[name] for name in before if name not in paths}
+    reduce = {name: now[name] for name in _NOT_FREE if name in now}
+    before = reduce | {name: value for name, value in before.items() if name not in paths}
     now = dict(now)
     if "ppo.reward" in paths and "sources" in now:
         before["sources"] = upgrade_sources(paths.pop("ppo.reward"), before.pop("reward"), now["sources"])

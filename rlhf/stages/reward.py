@@ -82,6 +82,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     max_length = length_limit(settings, start)
     path = config.preference_data or embedded_file(run, "preferences")
     split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
+    digests = digests_of(path, start.tokenizer, config.preference_val_data)
     check_margin(config, split.dataset.keys)
     run.note(f"trunk from {source}")
     plan = make_plan(settings, len(split.train))

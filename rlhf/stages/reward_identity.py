@@ -10,10 +10,11 @@ from typing import Any
 
 from rlhf.io.files import sha256
 from rlhf.io.model_folder import weights_digest
+from rlhf.stages.paths import same_place
 from rlhf.stages.rewards import parse_source
 
 Source = dict[str, Any]
-"""One source as JSON: `spec` as the user wrote it, `weight`, and a `model`'s digest or a `function` with its `code`'s."""
+"""A source as JSON: its `spec`, its `weight`, and a `model`'s digest, or a `function` with the digest of its `code`."""
 
 
 def identify_sources(specs: Sequence[str]) -> list[Source]:
@@ -56,7 +57,7 @@ def upgrade_sources(specs: Sequence[str], digests: Sequence[str], now: Sequence[
     for place, spec in enumerate(specs or ["reward"]):
         weight, target = parse_source(spec)
         module, _, function = target.rpartition(":")
-        source = {"spec": spec, "weight": weight, "model": None, "function": None, "code": None}
+        source: Source = {"spec": spec, "weight": weight, "model": None, "function": None, "code": None}
         if not module or Path(target).is_dir():
             source["model"] = remaining.pop(0) if remaining else None
         else:
@@ -65,13 +66,6 @@ def upgrade_sources(specs: Sequence[str], digests: Sequence[str], now: Sequence[
             source |= {"function": function, "code": match["code"] if same else ""}
         sources.append(source)
     return sources
-
-
-def same_place(before: str | None, now: Path | None) -> bool:
-    """Return whether two paths, which may be None, lead to one place."""
-    if before is None or now is None:
-        return before is None and now is None
-    return Path(before).resolve() == now.resolve()
 
 
 def code_digest(target: str) -> str:

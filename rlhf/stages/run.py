@@ -18,7 +18,7 @@ from rlhf.distributed import open_executor
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.executor import Executor, Fault, Models, Program
 from rlhf.io.cache import default_cache_dir
-from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint, save_refused
+from rlhf.io.checkpoint import Checkpoint, last_step, save_checkpoint, save_refused
 from rlhf.io.files import check_free_space, check_writable, lock_folder, write_text
 from rlhf.io.manifest import has_manifest
 from rlhf.io.presets import dump_config, load_config
@@ -37,7 +37,8 @@ from rlhf.stages.compute import (
     find_device,
     limit_threads,
 )
-from rlhf.stages.resume import Facts, diff_settings, settings_of
+from rlhf.stages.paths import absolute_paths
+from rlhf.stages.resume import Facts, restore, settings_of
 from rlhf.stages.signals import Stop, stop_on_signal
 from rlhf.stages.sink import open_sink
 from rlhf.tree import all_finite, leaves
@@ -248,14 +249,14 @@ def train(
     """
     config = run.config
     identity = identity | settings_of(config, run.stage) | {"compiled": executor.compiled}
-    start, facts = _restore(run, executor, facts, identity)
+    start, facts = restore(config, run.stage, run.checkpoints, executor, facts, identity, tell=run.note)
     every = config.checkpoint.every or _CHECKPOINT_EVERY[run.stage]
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
     check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))
     _write_config(config)
 
     def save(step: int) -> None:
-        plain = {"carried": facts, "identity": identity}
+        plain: Facts = {"carried": facts, "identity": identity}
         plain |= {"threads": compute_threads(config), "workers": config.dist.num_workers}
         _save_state(run, executor, log, step, plain)
 
@@ -348,43 +349,11 @@ def _checkpoints(config: RunConfig, stage: str) -> Path:
 
 
 def _write_config(config: RunConfig) -> None:
-    """Write config.yaml; sections of stages that ran here before stay as they were."""
-    path = config.output_dir / "config.yaml"
+    """Write config.yaml with absolute paths; sections of stages that ran here before stay as they were."""
+    path, config = config.output_dir / "config.yaml", absolute_paths(config)
     before = load_config(str(path)) if path.is_file() else PipelineRun()
     fields = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
     write_text(path, dump_config(dataclasses.replace(before, **fields)))
-
-
-def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tuple[int, Facts]:
-    """(first step, facts) from the newest checkpoint, whose state goes to the executor."""
-    like = {"carried": facts, "identity": {}, "threads": 1, "version": 0}
-    checkpoint = load_checkpoint(run.checkpoints, like) if run.config.resume else None
-    if checkpoint is None:
-        return 0, facts
-    changes, notes = diff_settings(run.config, run.stage, checkpoint.facts["identity"], identity)
-    if changes:
-        shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
-        raise UserError(
-            f"{run.checkpoints}: cannot be continued, because the run has changed: {shown}. "
-            "Undo the change, or choose another --output-dir"
-        )
-    try:
-        executor.restore(checkpoint.tensors, checkpoint.facts["version"])
-    except ValueError as error:
-        raise UserError(f"{run.checkpoints}: the checkpoint is of another shape: {error}") from error
-    run.note(f"continuing after step {checkpoint.step}")
-    for note in notes:
-        run.note(note)
-    before, now = checkpoint.facts["threads"], compute_threads(run.config)
-    if before != now:
-        run.note(f"it was made with {before} threads per process and goes on with {now}: rounding may differ from here")
-    dist, workers = run.config.dist, checkpoint.facts.get("workers", run.config.dist.num_workers)
-    if dist.reduce == "ring" and workers != dist.num_workers:
-        run.note(
-            f"it was made with {workers} workers and goes on with {dist.num_workers}: with --dist.reduce ring, rounding "
-            "may differ from here"
-        )
-    return checkpoint.step, checkpoint.facts["carried"]
 
 
 def _save_state(run: Run, executor: Executor, log: RunLog, step: int, facts: Facts) -> None:

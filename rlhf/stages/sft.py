@@ -72,6 +72,7 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     settings, rows = config.sft, config.sft.micro_batch_size
     model, start_digest, path = _start(run, config)
     split = open_split(run, path, config.sft_val_data, DEMONSTRATIONS, settings, model)
+    digests = digests_of(path, model.tokenizer, config.sft_val_data)
     plan, max_length = make_plan(settings, len(split.train)), length_limit(settings, model)
 
     def batches(source: Dataset, records: Sequence[int], key: Tensor) -> list[TokenBatch]:
@@ -141,8 +142,7 @@ def make_program(
 def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
     """Return the model that training starts from, the digest of its folder's weights, and the data file.
 
-    Without a folder the weights are random and the digest is empty.
-
+    The digest is empty where the weights are random.
     What can be refused is refused before the embedded example is written.
     """
     outline, folder = check(config), config.sft.model_path
@@ -155,4 +155,4 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
     params = gpt2.init(shape, key=run.key(Purpose.INIT))
     size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
     run.note(f"new GPT-2: {size}, vocabulary {shape.vocab_size}, context {shape.n_positions}")
-    return LanguageModel(params, shape, tokenizer), "", path
+    return LanguageModel(params, shape, tokenizer), outline.digest, path
