@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from rlhf.cli.command import base_config
 
 from rlhf.config import (
     DistConfig,
@@ -25,7 +26,7 @@ from rlhf.errors import UserError
 from rlhf.io.model_folder import weights_digest
 from rlhf.io.presets import load_config
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.stages.paths import absolute_paths, places
+from rlhf.stages.paths import absolute_paths, places, relocate
 from rlhf.stages.ppo import run_ppo
 from rlhf.stages.resume import diff_settings, digests_of, settings_of
 from rlhf.stages.reward_identity import code_digest, diff_sources, identify_sources, upgrade_sources
@@ -325,6 +326,31 @@ def test_a_run_resumes_by_its_config_from_another_working_directory(copied, monk
     settings = load_config("project/elsewhere/config.yaml")
     run_ppo(dataclasses.replace(settings, output_dir=Path("project/elsewhere"), resume=True))
     assert load_config("project/elsewhere/config.yaml").output_dir == copied / "elsewhere"
+
+
+def test_the_paths_of_a_run_move_with_it(copied, monkeypatch, tmp_path):
+    """The original is still where config.yaml says, and is then taken; where it is gone, what lies beside the run."""
+    settings = load_config("out/config.yaml")
+    assert relocate(settings, Path("out")) == settings
+    recorded = absolute_paths(config(output_dir=Path("/gone/out"), log=LogConfig(sink="/gone/rewards.py:f")))
+    moved = {
+        "sft_data": Path("/gone/sft.json"), "prompt_data": Path("/gone/absent.json"),
+        "ppo": PPOConfig(reward=("0.5*/gone/out/sft", "/gone/rewards.py:longer", "module:f")),
+    }  # fmt: skip
+    found = relocate(dataclasses.replace(recorded, **moved), Path("out"))
+    assert (found.output_dir, found.sft_data) == (copied / "out", copied / "sft.json")
+    assert found.prompt_data == Path("/gone/absent.json")
+    assert found.ppo.reward == (f"0.5*{copied}/out/sft", f"{copied}/rewards.py:longer", "module:f")
+    assert found.log.sink == f"{copied}/rewards.py:f"
+    monkeypatch.chdir(tmp_path)
+    assert base_config(["--config", "project/out/config.yaml"]).output_dir == settings.output_dir
+
+
+@pytest.mark.parametrize("folder", [".", "start"])
+def test_only_the_folder_of_a_run_is_where_its_paths_moved_to(copied, folder):
+    """A configuration elsewhere, such as one for a run that is yet to begin, is taken as it is written."""
+    settings = config(output_dir=Path("/gone/out"), sft_data=Path("/gone/sft.json"))
+    assert relocate(settings, Path(folder)) == settings
 
 
 @pytest.mark.parametrize(

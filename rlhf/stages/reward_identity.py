@@ -10,8 +10,7 @@ from typing import Any
 
 from rlhf.io.files import sha256
 from rlhf.io.model_folder import weights_digest
-from rlhf.stages.paths import same_place
-from rlhf.stages.rewards import parse_source
+from rlhf.stages.paths import parse_source, same_place
 
 Source = dict[str, Any]
 """A source as JSON: its `spec`, its `weight`, and a `model`'s digest, or a `function` with the digest of its `code`."""

@@ -5,8 +5,6 @@ signature of TRL's reward functions: it is called with `prompts`, `completions` 
 the prompt file that it accepts, all by keyword, and returns one float per completion.
 """
 
-import math
-import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +12,8 @@ from typing import Any, NamedTuple
 from rlhf.errors import UserError
 from rlhf.io.model_folder import RewardModel, load_reward_model
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.stages.paths import parse_source
 from rlhf.stages.user_functions import call_function, check_signature, load_function
-
-_SOURCE = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\*)?(?P<target>.+)", re.DOTALL)
 
 
 class RewardSource(NamedTuple):
@@ -116,21 +113,3 @@ def _open(spec: str, tokenizer: Tokenizer | None, untrained: Path | None) -> Rew
     model = load_reward_model(folder)
     check_vocabulary(folder, model.tokenizer, tokenizer)
     return RewardSource(folder.name, weight, model, None)
-
-
-def parse_source(spec: str) -> tuple[float, str]:
-    """Return a source's weight, and its folder or function.
-
-    Raises:
-        UserError: it is empty, or the weight is no finite number.
-    """
-    match = _SOURCE.fullmatch(spec)
-    if match is None:
-        raise UserError("--ppo.reward: a source is empty; give a folder or module:function")
-    try:
-        weight = float(match["weight"] or 1.0)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise UserError(f"--ppo.reward {spec}: the weight {match['weight']!r} is not a number")
-    return weight, match["target"]
