@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rlhf.cli.process import discard_output, flush_output, prepared_process
 
@@ -13,12 +14,13 @@ from rlhf.config import PipelineRun, RunConfig
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.io.presets import load_config, load_dist_config
 from rlhf.ranges import flat_fields
+from rlhf.stages.paths import relocate
 
 
 def base_config(argv: Sequence[str]) -> PipelineRun:
     """The configuration that flags are put on top of: that of --config, or the defaults; then that of --dist-config."""
     name, dist_name = _last_value(argv, "--config"), _last_value(argv, "--dist-config")
-    config = PipelineRun() if name is None else load_config(name)
+    config = PipelineRun() if name is None else relocate(load_config(name), Path(name).expanduser().parent)
     return config if dist_name is None else dataclasses.replace(config, dist=load_dist_config(dist_name))
 
 

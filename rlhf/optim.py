@@ -96,7 +96,7 @@ def adamw(
         step = torch.zeros((), dtype=torch.int64)  # the CPU needs the rate
         return AdamState(step, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
-    def update(grads: Tree, state: AdamState, params: Tree, rate: float | None = None) -> tuple[Tree, AdamState]:
+    def update(grads: Tree, state: AdamState, params: Tree, rate: Any = None) -> tuple[Tree, AdamState]:
         step = state.step + 1
         rate = learning_rate(state.step) if rate is None else rate
         step_size = rate / (1.0 - b1 ** step.double())

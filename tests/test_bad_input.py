@@ -598,7 +598,7 @@ def test_another_runs_checkpoints_are_refused_without_resume(refused, shelf, con
         (["--seed", "9"], "seed was 0, is 9"),
         (["--model.n-layer", "2"], "model.n_layer was 1, is 2"),
         (["--sft.batch-size", "8"], "sft.batch_size was 4, is 8"),
-        (["--sft-data", "other.json"], "data was "),
+        (["--sft-data", "other.json"], "sft_data other.json: the data have changed"),
     ],
 )
 def test_resuming_with_another_setting_is_refused_with_both_values(refused, shelf, continued, changes, piece):

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -410,6 +411,71 @@ def test_a_file_of_the_run_that_is_gone_is_named(trained, shelf, tmp_path):
     report = run_evaluation(EvaluateConfig(model_dir=folder, threads=1))
     gone = f"{tmp_path / 'gone.json'}, which the run had, is no longer there; give another file as --test-data"
     assert report.skipped == {"policy": gone}
+
+
+@pytest.fixture
+def moved(trained, tmp_path):
+    """The project of the trained run, data and all, at another place; the original is not there any more."""
+    shutil.copytree(trained[0].parent, tmp_path / "project")
+    config = load_config(str(tmp_path / "project" / "run" / "config.yaml"))
+    gone = {
+        name: tmp_path / "gone" / getattr(config, name).name for name in ("sft_data", "preference_data", "prompt_data")
+    }
+    config = dataclasses.replace(config, output_dir=tmp_path / "gone" / "run", **gone)
+    (tmp_path / "project" / "run" / "config.yaml").write_text(dump_config(config))
+    return tmp_path / "project"
+
+
+def evaluated(folder, kind, **settings):
+    report = run_evaluation(EvaluateConfig(model_dir=folder, eval_type=kind, threads=1, limit=4, **settings))
+    (evaluation,) = report.evaluations
+    return evaluation.data
+
+
+@pytest.mark.parametrize("recorded", ["manifest", "checkpoint", "nowhere"])
+@pytest.mark.parametrize(("kind", "name"), [("sft", "demonstrations.json"), ("reward", "pairs.json")])
+def test_held_out_records_are_those_of_the_data_that_the_run_had(moved, kind, name, recorded, monkeypatch, tmp_path):
+    """Wherever they lie, from wherever one evaluates; the digest may be in the model's manifest or the checkpoint's."""
+    run, data = moved / "run", moved / name
+    if recorded != "manifest":
+        (run / kind / "manifest.json").unlink()
+    if recorded != "checkpoint":
+        shutil.rmtree(run / "checkpoints")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write(tmp_path / "elsewhere" / name, [PAIRS, DEMONSTRATIONS][kind == "sft"][:3])
+    test = evaluated(run, kind)
+    assert (test.path, test.origin) == (data, "held out by the run")
+    write(data, json.loads(data.read_text())[::-1])
+    if recorded == "nowhere":  # an older run: nothing to compare with
+        assert evaluated(run, kind).path == data
+        return
+    with pytest.raises(UserError, match=f"{name} is no longer what the run learnt from; give another file as --test-d"):
+        evaluated(run, kind)
+    data.unlink()
+    with pytest.raises(UserError, match=f"{name}, which the run had, is no longer there"):
+        evaluated(run, kind)
+
+
+def test_relative_paths_of_an_older_run_are_those_beside_it(moved, monkeypatch, tmp_path):
+    path = moved / "run" / "config.yaml"
+    config = dataclasses.replace(
+        load_config(str(path)), output_dir=Path("run"), sft_data=Path("demonstrations.json"), sft_val_data=None
+    )
+    path.write_text(dump_config(config))
+    write(tmp_path / "demonstrations.json", DEMONSTRATIONS[:3])
+    monkeypatch.chdir(tmp_path)
+    assert evaluated(Path("project/run"), "sft").path == moved / "demonstrations.json"
+
+
+@pytest.mark.parametrize("part", ["run", "run/sft"])
+def test_a_test_file_that_the_model_was_trained_on_is_told(moved, part, capsys):
+    data = (shutil.copy(moved / "demonstrations.json", moved / "renamed.json"),)
+    test = evaluated(moved / part, "sft", test_data=tuple(map(Path, data)))
+    assert test.origin == "which the model was trained on"
+    assert "(which the model was trained on)" in " ".join(capsys.readouterr().err.split())
+    write(moved / "renamed.json", DEMONSTRATIONS[::-1])
+    assert evaluated(moved / part, "sft", test_data=tuple(map(Path, data))).origin == ""
 
 
 @pytest.mark.parametrize("width", [80, 120])

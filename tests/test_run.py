@@ -10,8 +10,8 @@ import torch
 from rlhf.config import CheckpointConfig, LogConfig, PPORun, RunConfig, SFTRun
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
-from rlhf.stages.identity import changes
 from rlhf.stages.output_folder import check_output_folder
+from rlhf.stages.resume import diff_settings
 from rlhf.stages.run import open_run, train
 
 
@@ -45,18 +45,17 @@ def test_a_run_says_that_there_is_nothing_to_resume(tmp_path, capsys, resume, th
             SFTRun(sft_data=Path("b.json")),
             "sft",
             "data",
-            "data was other: b.json has changed",
+            "sft_data b.json: the data have changed",
         ),
-        (SFTRun(), "sft", "data", "data was other: the embedded example has changed"),
-        (PPORun(), "ppo", "model", "model was other: the weights that the stage starts from have changed"),
-        (PPORun(), "ppo", "reward", "reward was other: a reward model's weights or statistics have changed"),
+        (SFTRun(), "sft", "data", "the embedded example: the data have changed"),
+        (PPORun(), "ppo", "model", "the start of ppo: the weights that the stage starts from have changed"),
         (PPORun(), "ppo", "seed", "seed was 0a, is 1b"),
     ],
 )
 def test_what_has_changed_is_told_in_words(config: RunConfig, stage, name, said):
     same = {"compiled": False, "threads": 1}
-    assert changes(config, stage, same | {name: "0a"}, same | {name: "1b"}) == [said]
-    assert changes(config, stage, same, same) == []
+    assert diff_settings(config, stage, same | {name: "0a"}, same | {name: "1b"}) == ([said], [])
+    assert diff_settings(config, stage, same, same) == ([], [])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -210,7 +210,10 @@ def test_resume_compares_what_has_a_say_in_the_stage(base, tmp_path):
     statistics = run.output_dir / "reward" / "reward_statistics.json"
     (statistics.parent / "manifest.json").unlink()
     statistics.write_text(json.dumps({"mean": 1.0, "std": 2.0, "completions": 3}))
-    with pytest.raises(UserError, match="cannot be continued, because the run has changed: reward was"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot be continued, because the run has changed: ppo\.reward .*/reward: a reward model's weights",
+    ):
         run_ppo(dataclasses.replace(run, resume=True))
 
 

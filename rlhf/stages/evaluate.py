@@ -14,15 +14,14 @@ from rlhf.io.progress import tell, working
 from rlhf.setting_rules import COMPUTE_RULES, check_rules
 from rlhf.stages.compute import Workplace, compute_threads, open_workplace
 from rlhf.stages.evaluate_config import NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
+from rlhf.stages.evaluate_held_out import held_out_data, mark_trained, training_pairs
 from rlhf.stages.evaluate_inputs import (
     Folders,
     TestData,
     find_folders,
     given_data,
-    held_out_data,
     prompts_of,
     run_config,
-    training_pairs,
 )
 from rlhf.stages.evaluate_policy import evaluate_policy
 from rlhf.stages.evaluate_result import Evaluation
@@ -98,7 +97,7 @@ def _plan(
         UserError: what was asked for cannot be done.
     """
     if config.test_data:
-        data = given_data(config.test_data)
+        data = mark_trained(given_data(config.test_data), config.model_dir)
     elif run is not None:
         data = held_out_data(config.model_dir, run)
     else:
@@ -127,8 +126,8 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
         return f"{config.model_dir} is no {wanted}" if single else f"{config.model_dir} has no {kind}/"
     if not usable:
         return f"no {_SCHEMAS[kind].name} among the test data"
-    gone = [data.path for data in usable if not data.path.is_file()]
-    return f"{gone[0]}, which the run had, is no longer there; give another file as --test-data" if gone else ""
+    problems = [data.problem for data in usable if data.problem]
+    return f"{problems[0]}; give another file as --test-data" if problems else ""
 
 
 def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge], kinds: set[str]) -> None:

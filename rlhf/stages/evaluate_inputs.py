@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf.config import PipelineRun, SupervisedConfig
+from rlhf.config import PipelineRun
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.records import read_records
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
@@ -14,9 +14,7 @@ from rlhf.io.model_folder import check_model_folder, is_reward_model
 from rlhf.io.presets import load_config
 from rlhf.io.progress import tell
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.random import Purpose, fold_in, key
 from rlhf.stages.evaluate_config import EvaluateConfig
-from rlhf.stages.supervised import hold_out
 
 
 class Folders(NamedTuple):
@@ -43,6 +41,8 @@ class TestData(NamedTuple):
     """Which; None is all."""
     origin: str
     """Where they come from, for the user: "", "held out by the run"."""
+    problem: str = ""
+    """Why the file cannot be used; empty where it can."""
 
 
 def find_folders(config: EvaluateConfig) -> Folders:
@@ -107,36 +107,8 @@ def prompts_of(data: TestData) -> TestData:
     first: dict[str, int] = {}
     for number, record in enumerate(read_records(data.path)):
         first.setdefault(str(record.fields.get("prompt")), number)
-    return TestData(data.path, PROMPTS, sorted(first.values()), f"the prompts of its {data.schema.name}")
-
-
-def held_out_data(model_dir: Path, run: PipelineRun) -> list[TestData]:
-    """What a run kept for testing: the records that each stage held out, and the example's held-out prompts.
-
-    Without those, the prompts that PPO was trained on; the user is told. A file may no longer be there.
-    """
-    example = model_dir / "data"
-    found = [
-        _held_out(run, DEMONSTRATIONS, run.sft_data or example / "demonstrations.json", run.sft_val_data, run.sft),
-        _held_out(
-            run, PREFERENCES, run.preference_data or example / "preferences.json", run.preference_val_data, run.reward
-        ),
-    ]
-    prompts = run.prompt_data or example / "prompts.json"
-    kept = prompts.with_name("heldout_prompts.json")
-    origin = "held out by the run" if kept.is_file() else "which PPO was trained on"
-    return [*found, TestData(kept if kept.is_file() else prompts, PROMPTS, None, origin)]
-
-
-def training_pairs(model_dir: Path, run: PipelineRun) -> TestData | None:
-    """The preference pairs that a run learnt from; None where the file is no longer there."""
-    path = run.preference_data or model_dir / "data" / "preferences.json"
-    if not path.is_file():
-        return None
-    if run.preference_val_data is not None:
-        return TestData(path, PREFERENCES, None, "of the run's training")
-    train, _ = _split(run, path, PREFERENCES, run.reward)
-    return TestData(path, PREFERENCES, train, "of the run's training")
+    origin = f"the prompts of its {data.schema.name}" + (f", {data.origin}" if data.origin else "")
+    return TestData(data.path, PROMPTS, sorted(first.values()), origin)
 
 
 def open_data(data: TestData, tokenizer: Tokenizer, config: EvaluateConfig) -> tuple[Dataset, list[int]]:
@@ -153,23 +125,3 @@ def usable_pairs(path: Path) -> list[dict[str, str]]:
     """The pairs of a file whose members differ: the records of its `Dataset`, in the same order."""
     fields = (record.fields for record in read_records(path))
     return [pair for pair in fields if pair["chosen"] != pair["rejected"]]
-
-
-def _held_out(
-    run: PipelineRun, schema: Schema, path: Path, validation: Path | None, settings: SupervisedConfig
-) -> TestData:
-    origin = "held out by the run"
-    if validation is not None:
-        return TestData(validation, schema, None, origin)
-    if not path.is_file():
-        return TestData(path, schema, None, origin)
-    _, held_out = _split(run, path, schema, settings)
-    return (
-        TestData(path, schema, held_out, origin) if held_out else TestData(path, schema, None, "which it learnt from")
-    )
-
-
-def _split(run: PipelineRun, path: Path, schema: Schema, settings: SupervisedConfig) -> tuple[list[int], list[int]]:
-    """(records trained on, records held out), as the stage drew them."""
-    count = len(usable_pairs(path)) if schema is PREFERENCES else sum(1 for _ in read_records(path))
-    return hold_out(fold_in(key(run.seed), int(Purpose.SPLIT)), count, settings.val_fraction)

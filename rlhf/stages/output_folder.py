@@ -9,6 +9,7 @@ from rlhf.io.checkpoint import last_step
 from rlhf.io.manifest import has_manifest, read_manifest
 from rlhf.io.output import has_record, is_ours, write_output
 from rlhf.io.presets import dump_config, load_config
+from rlhf.stages.paths import absolute_paths
 
 MODEL_FOLDERS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
 """In the output folder, what a stage leaves behind."""
@@ -60,7 +61,8 @@ def write_config(config: RunConfig) -> None:
 def _resolved(config: RunConfig) -> PipelineRun | None:
     """The configuration to be written to config.yaml; None where it is there, perhaps with comments of the user's."""
     path = config.output_dir / "config.yaml"
-    fields = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
+    whole = absolute_paths(config)
+    fields = {spec.name: getattr(whole, spec.name) for spec in dataclasses.fields(whole)}
     if not path.exists():
         return dataclasses.replace(PipelineRun(), **fields)
     older = any(last_step(checkpoint_folder(config, stage)) is not None for stage in MODEL_FOLDERS)

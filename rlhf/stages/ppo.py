@@ -18,23 +18,23 @@ from rlhf.data.schema import PROMPTS
 from rlhf.errors import UserError
 from rlhf.evaluation import spread
 from rlhf.experience import Experience, make_experience
-from rlhf.io.files import check_folder, sha256
+from rlhf.io.files import check_folder
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
 from rlhf.io.run_log import RunLog
 from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.stages.compute import compile_obstacle
-from rlhf.stages.identity import Facts
 from rlhf.stages.inputs import Outline, embedded_file, open_dataset, start_folder, start_outline
 from rlhf.stages.ppo_program import learning_rate, make_program, shapes_of, start_models
 from rlhf.stages.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
+from rlhf.stages.resume import Facts, digests_of
+from rlhf.stages.reward_identity import identify_sources
 from rlhf.stages.rewards import (
     RewardSource,
     check_columns,
     check_vocabulary,
     names_folder,
     open_sources,
-    source_digests,
 )
 from rlhf.stages.run import Run, StageResult, open_run, train
 
@@ -67,7 +67,7 @@ def run_ppo(config: PPORun) -> StageResult:
             identity=identity,
             advance=advance,
         )
-        return StageResult(_save(ppo, config), last)
+        return StageResult(_save(ppo, config, identity["data"]), last)
 
 
 class Start(NamedTuple):
@@ -145,7 +145,8 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     compile_to = run.compile_to(models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
     executor = run.open_executor(functools.partial(make_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
-    return ppo, {"data": sha256(path), "model": outline.digest, "reward": source_digests(specs)}
+    digests = digests_of(path, policy.tokenizer)
+    return ppo, digests | {"model": outline.digest, "sources": identify_sources(specs)}
 
 
 def _with_spread(run: Run, source: RewardSource) -> RewardSource:
@@ -253,8 +254,8 @@ def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:
     return minibatches
 
 
-def _save(ppo: PPO, config: PPORun) -> Path:
-    """Write OUTPUT_DIR/policy, with the value function beside it."""
+def _save(ppo: PPO, config: PPORun, data: str) -> Path:
+    """Write OUTPUT_DIR/policy, with the value function beside it; its manifest has the digest of the `data`."""
     folder = ppo.run.model_folder
     if ppo.run.is_saved:
         return folder
@@ -264,7 +265,7 @@ def _save(ppo: PPO, config: PPORun) -> Path:
     save_language_model(
         folder,
         ppo.policy._replace(params=params["policy"]),
-        facts={"stage": "ppo", "seed": config.seed, "iterations": config.ppo.num_iterations},
+        facts={"stage": "ppo", "seed": config.seed, "iterations": config.ppo.num_iterations, "data": data},
         value_head=params.get("value_head"),
         critic=critic,
     )

@@ -16,12 +16,12 @@ from rlhf.evaluation import preference_metrics, spread
 from rlhf.execution.executor import Executor, Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
 from rlhf.heads import init_reward_head
-from rlhf.io.files import sha256
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
 from rlhf.objectives import make_pair_scores, make_reward_objective
 from rlhf.random import Purpose
 from rlhf.stages.compute import compile_obstacle
 from rlhf.stages.inputs import Outline, check_validation, embedded_file, make_schedule, start_folder, start_outline
+from rlhf.stages.resume import digests_of
 from rlhf.stages.run import Run, StageResult, open_run
 from rlhf.stages.supervised import check_pairs_differ, length_limit, make_adamw, make_plan, open_split, train_supervised
 
@@ -82,6 +82,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     max_length = length_limit(settings, start)
     path = config.preference_data or embedded_file(run, "preferences")
     split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
+    digests = digests_of(path, start.tokenizer, config.preference_val_data)
     check_margin(config, split.dataset.keys)
     run.note(f"trunk from {source}")
     plan = make_plan(settings, len(split.train))
@@ -119,7 +120,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
             | measure(split.dataset, split.train[: max(len(split.held_out), 2)], "train")
         ),
         shown=("loss/reward", "eval/reward/accuracy"),
-        identity={"data": sha256(path), "model": outline.digest},
+        identity=digests | {"model": outline.digest},
     )
     if run.is_saved:
         return StageResult(run.model_folder, metrics)
@@ -129,6 +130,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     )
     params = run.trained(executor, statistics.mean, statistics.std)
     facts = {"stage": "reward", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+    facts |= {"data": digests["data"], "validation": digests["validation"]}
     model = RewardModel(params, start.config, start.tokenizer, statistics)
     save_reward_model(run.model_folder, model, facts=facts)
     return StageResult(run.model_folder, metrics)

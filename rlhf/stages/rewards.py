@@ -5,18 +5,15 @@ signature of TRL's reward functions: it is called with `prompts`, `completions` 
 the prompt file that it accepts, all by keyword, and returns one float per completion.
 """
 
-import math
-import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
-from rlhf.io.model_folder import RewardModel, load_reward_model, weights_digest
+from rlhf.io.model_folder import RewardModel, load_reward_model
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.stages.paths import parse_source
 from rlhf.stages.user_functions import call_function, check_signature, load_function
-
-_SOURCE = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\*)?(?P<target>.+)", re.DOTALL)
 
 
 class RewardSource(NamedTuple):
@@ -100,19 +97,13 @@ def check_vocabulary(folder: Path, tokenizer: Tokenizer | None, policy: Tokenize
         )
 
 
-def source_digests(specs: Sequence[str]) -> list[str]:
-    """`weights_digest` of the sources that are folders, in order. Errors as there."""
-    targets = [Path(_parse(spec)[1]) for spec in specs]
-    return [weights_digest(target) for target in targets if target.is_dir()]
-
-
 def names_folder(spec: str, folder: Path) -> bool:
     """Whether a source is the reward model in a folder, which may not be there yet."""
-    return Path(_parse(spec)[1]).absolute() == folder.absolute()
+    return Path(parse_source(spec)[1]).resolve() == folder.resolve()
 
 
 def _open(spec: str, tokenizer: Tokenizer | None, untrained: Path | None) -> RewardSource:
-    weight, target = _parse(spec)
+    weight, target = parse_source(spec)
     folder = Path(target)
     if untrained is not None and names_folder(spec, untrained):
         return RewardSource(folder.name, weight, None, None)
@@ -122,17 +113,3 @@ def _open(spec: str, tokenizer: Tokenizer | None, untrained: Path | None) -> Rew
     model = load_reward_model(folder)
     check_vocabulary(folder, model.tokenizer, tokenizer)
     return RewardSource(folder.name, weight, model, None)
-
-
-def _parse(spec: str) -> tuple[float, str]:
-    """(weight, folder or function)."""
-    match = _SOURCE.fullmatch(spec)
-    if match is None:
-        raise UserError("--ppo.reward: a source is empty; give a folder or module:function")
-    try:
-        weight = float(match["weight"] or 1.0)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise UserError(f"--ppo.reward {spec}: the weight {match['weight']!r} is not a number")
-    return weight, match["target"]

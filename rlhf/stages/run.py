@@ -17,7 +17,7 @@ from rlhf.distributed import open_executor
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.executor import Executor, Fault, Models, Program
 from rlhf.io.cache import default_cache_dir
-from rlhf.io.checkpoint import Checkpoint, last_step, load_checkpoint, save_checkpoint, save_refused
+from rlhf.io.checkpoint import Checkpoint, last_step, save_checkpoint, save_refused
 from rlhf.io.files import check_free_space, check_writable, lock_folder
 from rlhf.io.progress import StageProgress, console
 from rlhf.io.run_log import FORMAT, RunLog
@@ -34,8 +34,8 @@ from rlhf.stages.compute import (
     find_device,
     limit_threads,
 )
-from rlhf.stages.identity import Facts, changes, settings_of
 from rlhf.stages.output_folder import MODEL_FOLDERS, check_output_folder, checkpoint_folder, write_config
+from rlhf.stages.resume import Facts, restore, settings_of
 from rlhf.stages.signals import Stop, stop_on_signal
 from rlhf.stages.sink import open_sink
 from rlhf.tree import all_finite, leaves
@@ -220,14 +220,15 @@ def train(
     """
     config = run.config
     identity = identity | settings_of(config, run.stage) | {"compiled": executor.compiled}
-    start, facts = _restore(run, executor, facts, identity)
+    start, facts = restore(config, run.stage, run.checkpoints, executor, facts, identity, tell=run.note)
     every = config.checkpoint.every or _CHECKPOINT_EVERY[run.stage]
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
     check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))
     write_config(config)
 
     def save(step: int) -> None:
-        plain = {"carried": facts, "identity": identity, "threads": compute_threads(config)}
+        plain: Facts = {"carried": facts, "identity": identity}
+        plain |= {"threads": compute_threads(config), "workers": config.dist.num_workers}
         _save_state(run, executor, log, step, plain)
 
     log = RunLog(
@@ -312,30 +313,6 @@ def _report_at_end(run: Run) -> Iterator[None]:
 def _say(stage: str, text: str) -> None:
     console.print(f"[bold]{stage}[/]: ", end="")
     console.print(text, markup=False, soft_wrap=True)
-
-
-def _restore(run: Run, executor: Executor, facts: Facts, identity: Facts) -> tuple[int, Facts]:
-    """(first step, facts) from the newest checkpoint, whose state goes to the executor."""
-    like = {"carried": facts, "identity": {}, "threads": 1, "version": 0}
-    checkpoint = load_checkpoint(run.checkpoints, like) if run.config.resume else None
-    if checkpoint is None:
-        return 0, facts
-    changed = changes(run.config, run.stage, checkpoint.facts["identity"], identity)
-    if changed:
-        shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-        raise UserError(
-            f"{run.checkpoints}: cannot be continued, because the run has changed: {shown}. "
-            "Undo the change, or choose another --output-dir"
-        )
-    try:
-        executor.restore(checkpoint.tensors, checkpoint.facts["version"])
-    except ValueError as error:
-        raise UserError(f"{run.checkpoints}: the checkpoint is of another shape: {error}") from error
-    run.note(f"continuing after step {checkpoint.step}")
-    before, now = checkpoint.facts["threads"], compute_threads(run.config)
-    if before != now:
-        run.note(f"it was made with {before} threads per process and goes on with {now}: rounding may differ from here")
-    return checkpoint.step, checkpoint.facts["carried"]
 
 
 def _save_state(run: Run, executor: Executor, log: RunLog, step: int, facts: Facts) -> None:

@@ -17,7 +17,6 @@ from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.errors import UserError
 from rlhf.execution.executor import Models, Program, StepSpec
 from rlhf.gpt2_config import GPT2Config
-from rlhf.io.files import sha256
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.objectives import make_sft_objective
@@ -33,6 +32,7 @@ from rlhf.stages.inputs import (
     read_outline,
     train_tokenizer,
 )
+from rlhf.stages.resume import digests_of
 from rlhf.stages.run import Run, StageResult, open_run
 from rlhf.stages.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
 from rlhf.tree import tree_sum
@@ -70,8 +70,9 @@ def check(config: SFTRun) -> Outline:
 
 def _run(run: Run, config: SFTRun) -> StageResult:
     settings, rows = config.sft, config.sft.micro_batch_size
-    model, path = _start(run, config)
+    model, start_digest, path = _start(run, config)
     split = open_split(run, path, config.sft_val_data, DEMONSTRATIONS, settings, model)
+    digests = digests_of(path, model.tokenizer, config.sft_val_data)
     plan, max_length = make_plan(settings, len(split.train)), length_limit(settings, model)
 
     def batches(source: Dataset, records: Sequence[int], key: Tensor) -> list[TokenBatch]:
@@ -104,11 +105,12 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         batches=lambda records, key: batches(split.dataset, records, key),
         evaluate=evaluate,
         shown=("loss/sft", "eval/perplexity"),
-        identity={"data": sha256(path)},
+        identity=digests | {"model": start_digest},
     )
     if not run.is_saved:
         params = run.trained(executor, metrics.get("eval/loss", 0.0))
         facts = {"stage": "sft", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+        facts |= {"data": digests["data"], "validation": digests["validation"]}
         save_language_model(run.model_folder, model._replace(params=params), facts=facts)
     return StageResult(run.model_folder, metrics)
 
@@ -138,19 +140,20 @@ def make_program(
     )
 
 
-def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, Path]:
-    """The model training starts from, a folder's or random weights, and the data file.
+def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
+    """Return the model that training starts from, the digest of its folder's weights, and the data file.
 
+    The digest is empty where the weights are random.
     What can be refused is refused before the embedded example is written.
     """
     outline, folder = check(config), config.sft.model_path
     if folder is not None:
         model = load_language_model(folder)
-        return model, config.sft_data or embedded_file(run, "demonstrations")
+        return model, outline.digest, config.sft_data or embedded_file(run, "demonstrations")
     path = config.sft_data or embedded_file(run, "demonstrations")
     tokenizer = outline.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS)
     shape = new_config(config.model, tokenizer.vocab_size)
     params = gpt2.init(shape, key=run.key(Purpose.INIT))
     size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
     run.note(f"new GPT-2: {size}, vocabulary {shape.vocab_size}, context {shape.n_positions}")
-    return LanguageModel(params, shape, tokenizer), path
+    return LanguageModel(params, shape, tokenizer), outline.digest, path

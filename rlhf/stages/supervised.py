@@ -21,8 +21,8 @@ from rlhf.optim import Optimizer, adamw
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.schedules import Schedule
 from rlhf.setting_rules import flag_of
-from rlhf.stages.identity import Facts
 from rlhf.stages.inputs import Outline, make_schedule, open_dataset, rate_at, record_order
+from rlhf.stages.resume import Facts
 from rlhf.stages.run import Run, train
 
 _EVAL_RECORDS = 1024
