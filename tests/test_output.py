@@ -158,6 +158,12 @@ def test_devices_and_pipes_are_written_to(tmp_path):
             assert received == [NEW]
 
 
+def test_a_pipe_that_nobody_reads_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.io.output._PATIENCE_S", 0.0)
+    with pytest.raises(UserError, match="is a pipe that no program reads"):
+        write_output(pipe(tmp_path), NEW, "--output")
+
+
 def test_an_input_is_never_an_output(tmp_path):
     path = tmp_path / "in"
     write_output(path, "ours")

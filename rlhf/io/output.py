@@ -4,18 +4,21 @@ A file is replaced only if it is as a program of ours left it, or if the user sa
 has a record of that, `.rlhf.json`: the sha256 of each file. Devices and pipes are written to, links are followed.
 """
 
+import errno
 import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlhf.errors import UserError
 from rlhf.io.files import check_writable, clear_write_errors, read_json, sha256, write_bytes
 
 _RECORD = ".rlhf.json"
+_PATIENCE_S = 10.0
 
 
 def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
@@ -52,7 +55,7 @@ def write_output(path: Path, content: str | bytes, flag: str = "--output-dir", *
     check_output(path, flag, overwrite=overwrite)
     data = content.encode() if isinstance(content, str) else content
     if _is_stream(path):
-        with clear_write_errors(path, flag), path.open("wb") as stream:
+        with clear_write_errors(path, flag), _open_stream(path, flag) as stream:
             stream.write(data)
         return
     target = _target(path)
@@ -110,6 +113,23 @@ def _is_stream(path: Path) -> bool:
         return False
     opened = str(path.absolute()).startswith(("/dev/std", "/dev/fd/", "/proc/"))
     return opened or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _open_stream(path: Path, flag: str) -> IO[bytes]:
+    """Open a device or pipe; of a pipe that nobody reads, wait for a reader as long as `_PATIENCE_S`."""
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            stream = open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb")  # noqa: SIM115 (closed by the caller)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > end:
+                raise UserError(f"{flag} {path}: is a pipe that no program reads; nothing was written") from None
+            time.sleep(0.1)
+        else:
+            os.set_blocking(stream.fileno(), True)
+            return stream
 
 
 def _target(path: Path) -> Path:
