@@ -86,7 +86,7 @@ def read_outline(folder: Path, settings: ModelConfig) -> Outline:
             contradicts it.
     """
     check_model_folder(folder, "GPT2LMHeadModel")
-    config = load_shape(folder)
+    config, tokenizer = load_shape(folder)
     for name in ("n_layer", "n_head", "n_embd", "n_positions"):
         wanted, got = getattr(settings, name), getattr(config, name)
         if wanted not in (None, got):
@@ -94,7 +94,7 @@ def read_outline(folder: Path, settings: ModelConfig) -> Outline:
             raise UserError(
                 f"{folder}: the model there has {name} {got}, but {flag} is {wanted}; drop it, or train anew"
             )
-    return Outline(config, Tokenizer.load(folder), weights_digest(folder))
+    return Outline(config, tokenizer, weights_digest(folder))
 
 
 def start_folder(config: RunConfig, given: Path | None) -> Path:
