@@ -6,7 +6,7 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.gpt2_config import GPT2Config
 from rlhf.io.files import check_folder, read_json
-from rlhf.io.near_misses import file_remedy, folder_remedy
+from rlhf.io.near_misses import folder_remedy
 from rlhf.io.tokenizer_files import read_ids
 from rlhf.io.weights import read_names
 
@@ -33,8 +33,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: the folder is none, or holds something else than a model, or the file cannot be read.
     """
     path = folder / "config.json"
-    if remedy := file_remedy(folder):
-        raise UserError(f"{folder}: {remedy}")
     check_folder(folder, "it should be a model folder with config.json and model.safetensors on this machine")
     is_adapter = (folder / "adapter_config.json").is_file()
     if (is_adapter or not path.exists()) and (remedy := folder_remedy(folder)):

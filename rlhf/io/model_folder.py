@@ -31,7 +31,7 @@ from rlhf.io.model_config import (
     read_shape,
 )
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.io.weights import check_tied, read_trunk, read_weights, weight_files
+from rlhf.io.weights import check_tied, check_weights, read_trunk, read_weights, weight_files
 from rlhf.types import Params
 
 _DEFAULTS = {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True}
@@ -156,9 +156,14 @@ def load_reward_model(folder: Path) -> RewardModel:
 
 
 def load_shape(folder: Path) -> tuple[GPT2Config, Tokenizer]:
-    """Shape and tokenizer of the model that a folder holds, without its weights. Errors as `load_language_model`."""
-    config = read_shape(folder, read_config(folder))
-    return _fit_vocabulary(folder, config)
+    """Shape and tokenizer of the language model in a folder, whose weights are checked by their names alone.
+
+    Errors as `load_language_model`.
+    """
+    shape = read_shape(folder, check_model_folder(folder, LANGUAGE_MODEL))
+    config, tokenizer = _fit_vocabulary(folder, shape)
+    check_weights(folder, shape, config.vocab_size)
+    return config, tokenizer
 
 
 def is_reward_model(folder: Path) -> bool:

@@ -1,11 +1,10 @@
-"""Folders and files that are taken for a model folder and are none, each with the remedy in one line."""
+"""Folders that are taken for a model folder and are none, each with the remedy in one line."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_MODEL_FILES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".json")
 
 
 def folder_remedy(folder: Path) -> str:
@@ -36,16 +35,9 @@ def folder_remedy(folder: Path) -> str:
     return ""
 
 
-def file_remedy(path: Path) -> str:
-    """What to name instead of a model's file; empty where `path` is none."""
-    if not path.is_file() or path.suffix not in _MODEL_FILES:
-        return ""
-    return f"is a file and no folder; name the folder that holds it, {path.absolute().parent}"
-
-
 def weights_remedy(folder: Path) -> str:
     """Why a folder with config.json has no safetensors that can be read, and what to do."""
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
     pickled = [name for name in pickled if name != "training_args.bin"]
     if not pickled:
         return folder_remedy(folder)

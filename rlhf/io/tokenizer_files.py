@@ -25,6 +25,7 @@ _FILES = (
     "tokenizer_config.json", "chat_template.jinja",
 )  # fmt: skip
 _SPECIAL = ("bos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -111,7 +112,8 @@ def read_end_of_text(folder: Path, backend: Backend) -> EndOfText:
             f"{folder}: names several end-of-text tokens, {texts}; each of them ends a completion, and texts that are "
             f"learnt or scored end with {end!r}"
         )
-    return EndOfText(end, tuple(backend.token_to_id(token) for token in (end, *others)), tuple(notes))
+    stop_ids = tuple(number for token in (end, *others) if (number := backend.token_to_id(token)) is not None)
+    return EndOfText(end, stop_ids, tuple(notes))
 
 
 def read_pad_token(folder: Path) -> str | None:
@@ -187,7 +189,7 @@ def _declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, tup
     if (folder / "tokenizer.json").is_file():
         file = folder / "tokenizer.json"
         added = _read_object(file).get("added_tokens") or []
-        entries += [(file, fields.get("id"), {k: v for k, v in fields.items() if k != "id"}) for fields in added]
+        entries += [(file, fields.get("id"), fields) for fields in added]
     if "added_tokens_decoder" in settings:
         decoder = settings["added_tokens_decoder"]
         if not isinstance(decoder, dict):
@@ -198,10 +200,10 @@ def _declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, tup
         entries += [(path, number, {"content": content}) for content, number in _read_object(path).items()]
     for file, number, fields in entries:
         try:
-            token = AddedToken(**fields)
-            declared[token.content] = (int(number), token)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{file}: {fields!r} with id {number!r} is no added token ({error})") from error
+            flags = {name: fields[name] for name in _FLAGS if name in fields}
+            declared[fields["content"]] = (int(number), AddedToken(fields["content"], **flags))
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(f"{file}: {fields!r} with id {number!r} is no added token") from error
     return declared
 
 

@@ -4,11 +4,11 @@ Names that do not decide the output are left out; what does, and has no place in
 refused.
 """
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import UserError
@@ -27,8 +27,9 @@ _SAVED_BY = {
     "pretrained_model.": "TRL",
 }
 _MASKS = (".attn.bias", ".attn.masked_bias")
+_HEAD = "lm_head."
 _VALUE_HEAD = "v_head."
-_HEADS = ("lm_head.", "score.")
+_ASIDE = (_HEAD, _VALUE_HEAD, "score.")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -53,34 +54,38 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_names(folder: Path) -> set[str]:
     """The names of the weights, read without their values. Errors as `read_weights`."""
-    names: set[str] = set()
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as stream:
-                names |= set(stream.keys())
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(file, error) from error
-    return names
+    return set(_read(folder, lambda name: False))
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The weights by name, and lines for the user about those left out.
 
     Raises:
-        UserError: a file is missing, cut off or damaged, or the names are not those of a GPT-2.
+        UserError: a file is missing, cut off or damaged.
     """
-    state: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            state |= as_new(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(file, error) from error
-    _check_prefix(folder, state)
-    value_head = [name for name in state if name.startswith(_VALUE_HEAD)]
-    if not value_head:
-        return state, ()
-    rest = {name: leaf for name, leaf in state.items() if name not in value_head}
-    return rest, (f"{folder}: the weights have a value head ({_VALUE_HEAD}*), which is not read",)
+    state = {name: leaf for name, leaf in _read(folder, lambda name: True).items() if leaf is not None}
+    has_value_head = any(name.startswith(_VALUE_HEAD) for name in state)
+    return state, (f"{folder}: the weights have a value head ({_VALUE_HEAD}*), which is not read",) * has_value_head
+
+
+def check_weights(folder: Path, config: GPT2Config, rows: int) -> None:
+    """Refuse what can be refused by the names of a language model's weights and by its output layer.
+
+    Args:
+        folder: of the model.
+        config: the shape that config.json says.
+        rows: of the embedding, that are used.
+
+    Raises:
+        UserError: as `read_weights`, `read_trunk` and `check_tied`.
+    """
+    names = read_names(folder)
+    _check_names(folder, names, config)
+    if any(name.startswith(_HEAD) for name in names):
+        parts = _read(folder, lambda name: name.startswith(_HEAD) or name.endswith("wte.weight"))
+        state = {name: leaf for name, leaf in parts.items() if leaf is not None}
+        embedding = next(leaf for name, leaf in state.items() if name.endswith("wte.weight"))
+        check_tied(folder, state, embedding[:rows].float())
 
 
 def read_trunk(folder: Path, state: dict[str, Tensor], config: GPT2Config) -> Params:
@@ -94,19 +99,15 @@ def read_trunk(folder: Path, state: dict[str, Tensor], config: GPT2Config) -> Pa
     Raises:
         UserError: a tensor is missing, unknown, of another shape, or not finite.
     """
-    aside = [name for name in state if name.startswith("lm_head.") or name.endswith(_MASKS)]
-    named = {name: leaf for name, leaf in state.items() if name not in aside}
+    _check_names(folder, state.keys(), config)
+    named = {
+        name: leaf for name, leaf in state.items() if not name.startswith((_HEAD, _VALUE_HEAD)) and not _is_mask(name)
+    }
     for name, leaf in named.items():
         if not leaf.is_floating_point():
             raise UserError(f"{folder}: {name} has dtype {leaf.dtype}, expected floating-point numbers")
         if not all_finite(leaf):
             raise UserError(f"{folder}: {name} holds values that are not finite; the model is damaged")
-    names = {name.removeprefix("transformer."): name for name in named if not name.startswith(_HEADS)}
-    expected = named_leaves(empty(config)).keys()
-    unknown = [names[name] for name in names if name not in expected]
-    if expected <= names.keys() and unknown:
-        count = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UserError(f"{folder}: the weights have {unknown[0]}{count}, which a GPT-2 as in config.json has not")
     try:
         params: Params = cast(from_hugging_face(named, config=config), torch.float32)
     except ValueError as error:
@@ -136,26 +137,47 @@ def check_tied(folder: Path, state: dict[str, Tensor], embedding: Tensor) -> Non
         raise UserError(f"{folder}: lm_head.bias is not 0; only GPT-2 models without a bias on the logits can be read")
 
 
-def _check_prefix(folder: Path, state: dict[str, Tensor]) -> None:
-    """Refuse names with something before those of a GPT-2, as wrappers around a model leave it."""
-    if any("lora_" in name for name in state):
+def _check_names(folder: Path, names: Collection[str], config: GPT2Config) -> None:
+    """Refuse other names than those of a GPT-2, above all those that wrappers around a model leave."""
+    if any("lora_" in name for name in names):
         raise UserError(
             f"{folder}: the weights have LoRA layers that are not merged; merge them first, with peft's "
             "merge_and_unload() and save_pretrained()"
         )
-    full = next((name for name in state if name.endswith("wte.weight")), None)
-    if full is None or (prefix := full.removesuffix("wte.weight")) in ("", "transformer."):
-        return
-    strip = prefix.removesuffix("transformer.")
-    writer = next((f" ({writer})" for start, writer in _SAVED_BY.items() if strip.startswith(start)), "")
-    raise UserError(
-        f"{folder}: the names of the weights begin with {strip!r}{writer}, expected 'transformer.'; strip it: "
-        f"load_file and save_file of safetensors.torch, with {{name.removeprefix({strip!r}): tensor for name, tensor "
-        "in state.items()}"
-    )
+    prefix = next((name.removesuffix("wte.weight") for name in names if name.endswith("wte.weight")), "")
+    if prefix not in ("", "transformer."):
+        strip = prefix.removesuffix("transformer.")
+        writer = next((f" ({writer})" for start, writer in _SAVED_BY.items() if strip.startswith(start)), "")
+        raise UserError(
+            f"{folder}: the names of the weights begin with {strip!r}{writer}, expected 'transformer.'; strip it: "
+            f"load_file and save_file of safetensors.torch, with {{name.removeprefix({strip!r}): tensor for name, "
+            "tensor in state.items()}"
+        )
+    own = {name.removeprefix("transformer.") for name in names if not name.startswith(_ASIDE) and not _is_mask(name)}
+    expected = named_leaves(empty(config)).keys()
+    for difference, problem in ((expected - own, "is missing"), (own - expected, "is in no GPT-2 of that shape")):
+        if difference:
+            more = f", and {len(difference) - 1} more" if len(difference) > 1 else ""
+            raise UserError(
+                f"{folder}: model.safetensors does not match config.json ({min(difference)} {problem}{more})"
+            )
 
 
-def _unreadable(file: Path, error: Exception) -> UserError:
-    if remedy := pointer_remedy(file):
-        return UserError(f"{file}: {remedy}")
-    return UserError(f"{file}: cannot be read ({error}); the file is missing, cut off or damaged")
+def _is_mask(name: str) -> bool:
+    """Whether it is a buffer of the causal mask, which older versions of transformers saved."""
+    return name.endswith(_MASKS)
+
+
+def _read(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor | None]:
+    """All weights by name, with the values of those that are wanted."""
+    state: dict[str, Tensor | None] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as stream:
+                names = list(stream.keys())
+                state |= {name: as_new(stream.get_tensor(name)) if wanted(name) else None for name in names}
+        except (SafetensorError, OSError) as error:
+            if remedy := pointer_remedy(file):
+                raise UserError(f"{file}: {remedy}") from error
+            raise UserError(f"{file}: cannot be read ({error}); the file is missing, cut off or damaged") from error
+    return state
