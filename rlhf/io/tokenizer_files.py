@@ -112,7 +112,7 @@ def read_end_of_text(folder: Path, backend: Backend) -> EndOfText:
             f"{folder}: names several end-of-text tokens, {texts}; each of them ends a completion, and texts that are "
             f"learnt or scored end with {end!r}"
         )
-    stop_ids = tuple(number for token in (end, *others) if (number := backend.token_to_id(token)) is not None)
+    stop_ids = tuple(stop for token in (end, *others) if (stop := backend.token_to_id(token)) is not None)
     return EndOfText(end, stop_ids, tuple(notes))
 
 
