@@ -222,7 +222,7 @@ class PPOConfig(OptimizerConfig):
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Sample from the nucleus of this mass."""
     stop_at_eos: bool = True
-    """End a completion at the end-of-text token; otherwise it always runs to max_new_tokens."""
+    """End a completion at an end-of-text token; otherwise it always runs to max_new_tokens."""
 
     normalize_reward: bool = True
     """Shift and scale a reward model's scores by the mean and std stored with it."""

@@ -1,5 +1,6 @@
 """Model folders: transformers and we load what the other saved, to the same numbers; anything damaged is refused."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -25,6 +26,7 @@ from rlhf.io.model_folder import (
     is_reward_model,
     load_language_model,
     load_reward_model,
+    load_shape,
     save_language_model,
     save_reward_model,
 )
@@ -186,11 +188,19 @@ def test_we_load_a_reward_model_that_transformers_saved(tmp_path, config, tokeni
     torch.testing.assert_close(apply_head(ours.params["head"], hidden)[:, -1], scores, rtol=0, atol=1e-4)
 
 
-def test_a_base_model_without_heads_is_refused_by_its_name(tmp_path, config, tokenizer):
-    their_model("GPT2Model", config).save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
-    with pytest.raises(UserError, match="holds a GPT2Model, expected a GPT2LMHeadModel"):
-        load_language_model(tmp_path)
+def test_a_base_model_is_read_as_a_language_model(tmp_path, config, tokenizer, tokens):
+    import transformers  # here, because it takes seconds that most tests need not wait
+
+    their_model("GPT2Model", config).save_pretrained(tmp_path / "start")
+    tokenizer.save(tmp_path / "start")
+    ours = load_language_model(tmp_path / "start")
+    theirs = quietly(lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "start")).eval()
+    logits = gpt2.forward(ours.params, tokens, config=config)
+    torch.testing.assert_close(theirs(tokens).logits, logits, rtol=0, atol=1e-4)
+    save_language_model(tmp_path / "lm", ours, facts={})
+    assert json.loads((tmp_path / "lm" / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+    with pytest.raises(UserError, match="holds a GPT2Model, expected a GPT2ForSequenceClassification"):
+        load_reward_model(tmp_path / "start")
 
 
 def test_two_labels_are_refused(tmp_path, config, tokenizer):
@@ -267,6 +277,24 @@ def weighted(name: str, change: Callable[[Tensor], Tensor] | None) -> Callable[[
         save_file(state, folder / "model.safetensors")
 
     return apply
+
+
+def added(prefix: str = "", **tensors: Tensor) -> Callable[[Path], None]:
+    """Another prefix of all names, and more tensors."""
+
+    def apply(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        extra = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+        save_file({prefix + name: leaf for name, leaf in state.items()} | extra, folder / "model.safetensors")
+
+    return apply
+
+
+def bare(source: Path, target: Path) -> Path:
+    """A copy without a manifest, as somebody else may have saved it."""
+    shutil.copytree(source, target)
+    (target / "manifest.json").unlink()
+    return target
 
 
 def written(name: str, content: str | bytes | None) -> Callable[[Path], None]:
@@ -395,8 +423,39 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
         written("reward_statistics.json", '{"mean": "0", "std": 1, "completions": 3}'),
         ["reward_statistics"],
     ),
+    "another output layer": ("lm", added(lm_head__weight=torch.ones(300, 16)), ["lm_head.weight differs", "tie_word"]),
+    "a small output layer": ("lm", added(lm_head__weight=torch.ones(2, 16)), ["lm_head.weight differs"]),
+    "a bias on the logits": ("lm", added(lm_head__bias=torch.ones(300)), ["lm_head.bias is not 0"]),
+    "tensor unknown": ("lm", added(extra__weight=torch.ones(2)), ["extra.weight is in no GPT-2"]),
+    "torch.compile": ("lm", added("_orig_mod."), ["begin with '_orig_mod.'", "torch.compile", "removeprefix"]),
+    "DDP": ("lm", added("module."), ["begin with 'module.'", "DataParallel", "removeprefix"]),
+    "PEFT": ("lm", added("base_model.model."), ["begin with 'base_model.model.'", "PEFT"]),
+    "trlX": ("rm", added("base_model."), ["begin with 'base_model.'", "trlX"]),
+    "FSDP of a compiled model": ("lm", added("_fsdp_wrapped_module._orig_mod."), ["'_fsdp_wrapped_module._orig_mod.'"]),
+    "LoRA": ("lm", added(transformer__h__0__lora_A__weight=torch.ones(2)), ["LoRA", "merge_and_unload"]),
+    "architectures a text": ("lm", configured(architectures="GPT2LMHeadModel"), ["architectures must be a list"]),
+    "generation config cut off": ("lm", written("generation_config.json", "{"), ["generation_config.json: cannot"]),
+    "generation config a list": ("lm", written("generation_config.json", "[]"), ["generation_config.json: is not"]),
+    "end of text a word": ("lm", configured(eos_token_id="0"), ["config.json: eos_token_id must be a token id"]),
+    "pointers of Git LFS": (
+        "lm",
+        written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
+        ["model.safetensors: is a pointer of Git LFS", "git lfs pull"],
+    ),
+    "tokenizer a pointer": (
+        "lm",
+        written("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
+        ["tokenizer.json: is a pointer of Git LFS", "git lfs pull"],
+    ),
     "more tokens than embeddings": ("lm", larger_tokenizer, ["vocab"]),
 }
+
+
+DEEP = [
+    "longer context", "other vocabulary", "tensor transposed", "tensor of another model", "whole numbers", "NaN",
+    "one infinity", "no shape", "generation config cut off", "generation config a list",
+]  # fmt: skip
+"""What only a look at all weights shows."""
 
 
 @pytest.mark.parametrize("wrong", REFUSED)
@@ -413,6 +472,12 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path, saved, wrong):
     for piece in pieces:
         assert piece in str(caught.value)
     assert len(str(caught.value)) < 500
+    if load is load_language_model and wrong not in DEEP:  # found out before any stage is trained
+        with pytest.raises(UserError) as early:
+            load_shape(folder)
+        assert str(early.value) == str(caught.value)
+    for function in ("from_hugging_face", "with_leaves", "load_file:"):  # names of functions tell a user nothing
+        assert function not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "reward_statistics.json"])
@@ -473,7 +538,9 @@ def test_no_pickle_is_ever_read(tmp_path, saved, monkeypatch):
     (folder / "manifest.json").unlink()
     for name in ("pytorch_model.bin", "model.pt"):
         (folder / name).write_bytes(pickle.dumps({"transformer.wte.weight": Bomb()}))
-    with pytest.raises(UserError, match=r"safetensors alone \(convert pickled \.bin files first\)"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: no such file; .* pytorch_model\.bin, and pickles are not"
+    ):
         load_language_model(folder)
     assert not (tmp_path / "unpickled").exists()
 
@@ -485,11 +552,109 @@ def test_a_folder_without_manifest_is_fine(tmp_path, saved, model):
     assert_same_params(load_language_model(folder).params, model.params)
 
 
-def test_a_vocabulary_rounded_up_beyond_the_tokenizer_is_fine(tmp_path, model):
-    config = GPT2Config(vocab_size=model.config.vocab_size + 20, n_positions=8, n_embd=16, n_layer=1, n_head=2)
-    larger = LanguageModel(gpt2.init(config, key=random.key(0)), config, model.tokenizer)
-    save_language_model(tmp_path / "lm", larger, facts={})
-    assert load_language_model(tmp_path / "lm").config == config
+@pytest.mark.parametrize("kind", ["lm", "rm"])
+def test_rows_beyond_the_tokenizer_are_left_out(tmp_path, kind, model, reward_model, tokens):
+    """Log-probs are those of transformers' logits of the tokenizer's ids alone."""
+    import transformers  # here, because it takes seconds that most tests need not wait
+
+    size, folder = model.config.vocab_size, tmp_path / kind
+    wider = dataclasses.replace(model.config, vocab_size=size + 20)
+    rows = torch.cat([model.params["wte"]["weight"], torch.ones(20, wider.n_embd)])
+    trunk = model.params | {"wte": {"weight": rows}}
+    if kind == "lm":
+        save_language_model(folder, model._replace(params=trunk, config=wider), facts={})
+        ours = load_language_model(folder)
+        theirs = quietly(lambda: transformers.AutoModelForCausalLM.from_pretrained(folder)).eval()
+        expected = theirs(tokens).logits[..., :size].log_softmax(-1)
+        logits = gpt2.forward(ours.params, tokens, config=ours.config)
+        assert logits.shape[-1] == size
+        torch.testing.assert_close(logits.log_softmax(-1), expected, rtol=0, atol=1e-4)
+        save_language_model(tmp_path / "again", ours, facts={})
+        again = quietly(lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")).eval()
+        torch.testing.assert_close(again(tokens).logits, logits, rtol=0, atol=1e-4)
+    else:
+        params = {"trunk": trunk, "head": reward_model.params["head"]}
+        save_reward_model(folder, reward_model._replace(params=params, config=wider), facts={})
+        ours = load_reward_model(folder)
+        assert_same_params(ours.params, reward_model.params)
+    assert ours.config == model.config
+    assert kind == "rm" or load_shape(folder)[0] == model.config
+    (note,) = ours.notes
+    assert note.startswith(f"{folder}: the embedding has {size + 20} rows and the tokenizer {size} entries")
+
+
+def test_a_vocabulary_as_large_as_the_tokenizer_needs_no_line(saved):
+    assert load_language_model(saved / "lm").notes == load_reward_model(saved / "rm").notes == ()
+
+
+@pytest.mark.parametrize("architectures", [None, [], ...], ids=["null", "empty", "absent"])
+@pytest.mark.parametrize("kind", ["lm", "rm"])
+def test_without_architectures_the_weights_tell_the_kind_of_model(tmp_path, saved, kind, architectures):
+    folder = bare(saved / kind, tmp_path / "model")
+    configured(architectures=architectures)(folder)
+    load, wrong = (load_language_model, load_reward_model)[:: 1 if kind == "lm" else -1]
+    assert is_reward_model(folder) == (kind == "rm")
+    assert load(folder).config == load(saved / kind).config
+    with pytest.raises(UserError, match="expected a GPT2"):
+        wrong(folder)
+
+
+def test_an_output_layer_that_equals_the_embedding_is_left_aside(tmp_path, saved, model):
+    folder = bare(saved / "lm", tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state |= {"lm_head.weight": state[WTE].clone(), "lm_head.bias": torch.zeros(len(state[WTE]))}
+    save_file(state, folder / "model.safetensors")
+    loaded = load_language_model(folder)
+    assert_same_params(loaded.params, model.params)
+    assert loaded.notes == ()
+
+
+def test_an_output_layer_of_another_size_but_the_same_used_rows_is_left_aside(tmp_path, saved, model):
+    folder = bare(saved / "lm", tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"lm_head.weight": torch.cat([state[WTE], torch.ones(3, 16)])}, folder / "model.safetensors")
+    assert_same_params(load_language_model(folder).params, model.params)
+
+
+def test_a_value_head_among_the_weights_is_told(tmp_path, saved, model):
+    folder = bare(saved / "lm", tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"v_head.summary.weight": torch.zeros(1, 16)}, folder / "model.safetensors")
+    loaded = load_language_model(folder)
+    assert_same_params(loaded.params, model.params)
+    assert loaded.notes == (f"{folder}: the weights have a value head (v_head.*), which is not read",)
+
+
+def test_a_reward_model_that_pads_with_its_end_of_text_is_told(tmp_path, saved, tokens):
+    """transformers reads its score one token earlier."""
+    import transformers  # here, because it takes seconds that most tests need not wait
+
+    folder = bare(saved / "rm", tmp_path / "model")
+    (folder / "reward_statistics.json").unlink()
+    configured(pad_token_id=0)(folder)
+    ours = load_reward_model(folder)
+    (note,) = ours.notes
+    assert "transformers reads the score at the token before it" in note
+    theirs = quietly(lambda: transformers.AutoModelForSequenceClassification.from_pretrained(folder)).eval()
+    sequence = torch.cat([tokens[:1].clamp(min=2), torch.tensor([[0]])], dim=1)
+    hidden = gpt2.trunk(ours.params["trunk"], sequence, config=ours.config)
+    scores = apply_head(ours.params["head"], hidden)[0]
+    torch.testing.assert_close(theirs(sequence).logits[0, 0], scores[-2], rtol=0, atol=1e-4)
+
+
+def test_a_reward_folder_of_ours_without_its_manifest_is_told(tmp_path, saved):
+    folder = bare(saved / "rm", tmp_path / "model")
+    (note,) = load_reward_model(folder).notes
+    assert note.startswith(f"{folder}: has no manifest.json")
+
+
+def test_the_generation_config_is_saved_again_without_ids_that_are_gone(tmp_path, saved):
+    folder = bare(saved / "lm", tmp_path / "model")
+    settings = {"eos_token_id": [0, 5, 9999], "pad_token_id": 9999, "temperature": 0.7, "max_new_tokens": 9}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    save_language_model(tmp_path / "again", load_language_model(folder), facts={})
+    kept = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert kept == settings | {"eos_token_id": [0, 5], "pad_token_id": None}
 
 
 def test_what_is_written_out_though_it_is_the_default_is_fine(tmp_path, saved, model):

@@ -3,36 +3,38 @@
 A language model is a `GPT2LMHeadModel`, a reward model a `GPT2ForSequenceClassification` with one label. Beside
 `config.json`, `model.safetensors` and the tokenizer there may be `value_head.safetensors` (a value head on the trunk),
 `critic/` (a separate critic: a folder of the same form) and `reward_statistics.json`.
+
+What decides tokens or logits is read, or refused; the rest of a folder's settings is saved again as it was. Embedding
+rows beyond the tokenizer's entries are left out, so that no model draws, learns or scores an id without a token.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.gpt2 import from_hugging_face, to_hugging_face
+from rlhf.gpt2 import to_hugging_face
 from rlhf.gpt2_config import GPT2Config
-from rlhf.io.files import atomic_folder, check_folder, read_json, save_tensors, sha256
+from rlhf.io.files import atomic_folder, read_json, save_tensors, sha256
 from rlhf.io.manifest import check_replaceable, has_manifest, read_manifest, write_manifest
+from rlhf.io.model_config import (
+    ALIASES,
+    LANGUAGE_MODEL,
+    REWARD_MODEL,
+    SHAPE_KEYS,
+    read_architectures,
+    read_config,
+    read_generation_config,
+    read_shape,
+)
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.tree import all_finite, as_new, cast
+from rlhf.io.weights import check_tied, check_weights, read_trunk, read_weights, weight_files
 from rlhf.types import Params
 
-_SHAPE_KEYS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
-_REQUIRED = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
 _DEFAULTS = {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True}
 
 
@@ -43,6 +45,10 @@ class LanguageModel(NamedTuple):
     """float32."""
     config: GPT2Config
     tokenizer: Tokenizer
+    generation_config: dict[str, Any] | None = None
+    """generation_config.json of the folder it was read from; None where there was none."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user about that folder."""
 
 
 class RewardStatistics(NamedTuple):
@@ -63,6 +69,8 @@ class RewardModel(NamedTuple):
     tokenizer: Tokenizer
     statistics: RewardStatistics
     """Mean 0 and std 1 where the folder has none."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user about the folder it was read from."""
 
 
 def save_language_model(
@@ -87,7 +95,9 @@ def save_language_model(
     """
     check_replaceable(folder)
     with atomic_folder(folder) as temporary:
-        _write_model(temporary, to_hugging_face(model.params), model.config, model.tokenizer, "GPT2LMHeadModel")
+        _write_model(temporary, to_hugging_face(model.params), model.config, model.tokenizer, LANGUAGE_MODEL)
+        if model.generation_config is not None:
+            _write_json(temporary / "generation_config.json", model.generation_config)
         if value_head is not None:
             save_tensors(temporary / "value_head.safetensors", value_head)
         if critic is not None:
@@ -106,23 +116,27 @@ def save_reward_model(folder: Path, model: RewardModel, *, facts: dict[str, Any]
 
 
 def load_language_model(folder: Path) -> LanguageModel:
-    """Read a `GPT2LMHeadModel` folder, ours or one that `transformers` saved.
+    """Read a `GPT2LMHeadModel` folder (or a `GPT2Model`'s), ours or one that `transformers` saved.
 
     Raises:
         UserError: a file is missing, cut off, altered or holds another kind of model, or a weight is not finite.
     """
-    config, state = _read_model(folder, "GPT2LMHeadModel")
-    return LanguageModel(_trunk(folder, state, config), config, _tokenizer(folder, config))
+    source = _read_model(folder, LANGUAGE_MODEL)
+    check_tied(folder, source.state, source.trunk["wte"]["weight"])
+    generation = read_generation_config(folder, source.config.vocab_size)
+    return LanguageModel(source.trunk, source.config, source.tokenizer, generation, source.notes)
 
 
 def load_reward_model(folder: Path) -> RewardModel:
     """Read a one-label `GPT2ForSequenceClassification` folder. Errors as `load_language_model`."""
-    config, state = _read_model(folder, "GPT2ForSequenceClassification")
-    head = state.get("score.weight")
-    if head is None or head.shape != (1, config.n_embd):
+    source = _read_model(folder, REWARD_MODEL)
+    head, notes = source.state.get("score.weight"), list(source.notes)
+    if head is None or head.shape != (1, source.config.n_embd):
         got = "no score.weight" if head is None else f"score.weight of shape {tuple(head.shape)}"
-        raise UserError(f"{folder}: has {got}, expected shape (1, {config.n_embd}): a reward model with one label")
-    params = {"trunk": _trunk(folder, state, config), "head": {"weight": head.float()}}
+        raise UserError(
+            f"{folder}: has {got}, expected shape (1, {source.config.n_embd}): a reward model with one label"
+        )
+    params = {"trunk": source.trunk, "head": {"weight": head.float()}}
     path = folder / "reward_statistics.json"
     statistics = RewardStatistics(0.0, 1.0, 0)
     if path.is_file():
@@ -132,17 +146,32 @@ def load_reward_model(folder: Path) -> RewardModel:
                 raise ValueError("mean must be finite and std above 0")
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
-    return RewardModel(params, config, _tokenizer(folder, config), statistics)
+        if not has_manifest(folder):
+            notes.append(
+                f"{folder}: has no manifest.json, so a change of its weights, statistics or tokenizer is not noticed"
+            )
+    if source.settings.get("pad_token_id") == source.tokenizer.eos_id:
+        notes.append(
+            f"{folder}: pads with its end-of-text token, so that transformers reads the score at the token before it; "
+            "here it is read at the end-of-text token"
+        )
+    return RewardModel(params, source.config, source.tokenizer, statistics, tuple(notes))
 
 
-def load_shape(folder: Path) -> GPT2Config:
-    """The shape of the model that a folder holds, from config.json alone. Errors as `load_language_model`."""
-    return _shape(folder, _read_config(folder))
+def load_shape(folder: Path) -> tuple[GPT2Config, Tokenizer]:
+    """Shape and tokenizer of the language model in a folder, whose weights are checked by their names alone.
+
+    Errors as `load_language_model`.
+    """
+    shape = read_shape(folder, check_model_folder(folder, LANGUAGE_MODEL))
+    config, tokenizer = _fit_vocabulary(folder, shape)
+    check_weights(folder, shape, config.vocab_size)
+    return config, tokenizer
 
 
 def is_reward_model(folder: Path) -> bool:
-    """Whether config.json says that the folder holds a `GPT2ForSequenceClassification`."""
-    return "GPT2ForSequenceClassification" in _read_config(folder).get("architectures", [])
+    """Whether the folder holds a `GPT2ForSequenceClassification`."""
+    return read_architectures(folder, read_config(folder)) == [REWARD_MODEL]
 
 
 def check_model_folder(folder: Path, architecture: str) -> dict[str, Any]:
@@ -151,9 +180,10 @@ def check_model_folder(folder: Path, architecture: str) -> dict[str, Any]:
     Raises:
         UserError: it does, there is no such folder, or it has no config.json that can be read.
     """
-    settings = _read_config(folder)
-    if architecture not in (found := settings.get("architectures") or [architecture]):
-        raise UserError(f"{folder}: holds a {found[0]}, expected a {architecture}")
+    settings = read_config(folder)
+    architectures = read_architectures(folder, settings)
+    if architecture not in [ALIASES.get(name, name) for name in architectures]:
+        raise UserError(f"{folder}: holds a {architectures[0]}, expected a {architecture}")
     return settings
 
 
@@ -161,20 +191,22 @@ def _write_model(
     folder: Path, state: dict[str, Tensor], config: GPT2Config, tokenizer: Tokenizer, architecture: str
 ) -> None:
     settings: dict[str, Any] = {"architectures": [architecture], "model_type": "gpt2"}
-    settings |= {key: getattr(config, key) for key in _SHAPE_KEYS} | _DEFAULTS
-    settings |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    settings |= {key: getattr(config, key) for key in SHAPE_KEYS} | _DEFAULTS
+    stop_ids = list(tokenizer.stop_ids)
+    settings |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": stop_ids if len(stop_ids) > 1 else tokenizer.eos_id}
+    settings |= {"pad_token_id": tokenizer.pad_id}
     settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dtype": "float32"}
-    if architecture == "GPT2ForSequenceClassification":
+    if architecture == REWARD_MODEL:
         settings |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     _write_json(folder / "config.json", settings)
     save_tensors(folder / "model.safetensors", state)
-    tokenizer.save(folder)
+    tokenizer.save(folder, pads_with_eos=architecture == LANGUAGE_MODEL)
 
 
 def _write_reward_model(folder: Path, model: RewardModel) -> None:
     """A trunk with a scalar head; a critic's head, which has a bias, goes to value_head.safetensors as well."""
     state = to_hugging_face(model.params["trunk"]) | {"score.weight": model.params["head"]["weight"]}
-    _write_model(folder, state, model.config, model.tokenizer, "GPT2ForSequenceClassification")
+    _write_model(folder, state, model.config, model.tokenizer, REWARD_MODEL)
     if "bias" in model.params["head"]:
         save_tensors(folder / "value_head.safetensors", model.params["head"])
 
@@ -183,37 +215,35 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    check_folder(folder, "it should be a model folder with config.json and model.safetensors on this machine")
-    if not path.exists():
-        raise UserError(f"{path}: no such file; {folder} is no model folder")
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: is not a JSON object; {folder} is no model folder")
-    return settings
+class _Source(NamedTuple):
+    """What a folder holds, whatever the kind of model."""
+
+    settings: dict[str, Any]
+    """config.json."""
+    state: dict[str, Tensor]
+    trunk: Params
+    config: GPT2Config
+    tokenizer: Tokenizer
+    notes: tuple[str, ...]
 
 
-def _read_model(folder: Path, architecture: str) -> tuple[GPT2Config, dict[str, Tensor]]:
-    """Shape and raw state dict, after all checks that need no parameters."""
-    config = _shape(folder, check_model_folder(folder, architecture))
+def _read_model(folder: Path, architecture: str) -> _Source:
+    """Settings, weights and tokenizer, after all checks that language models and reward models share."""
+    settings = check_model_folder(folder, architecture)
+    shape = read_shape(folder, settings)
     if has_manifest(folder):
         read_manifest(folder)
-    return config, _read_tensors(folder)
-
-
-def _shape(folder: Path, settings: dict[str, Any]) -> GPT2Config:
-    path = folder / "config.json"
-    for key, allowed in _REQUIRED.items():
-        if (got := settings.get(key, allowed[0])) not in allowed:
-            raise UserError(f"{path}: {key} is {got!r}, expected {allowed[0]!r}; only plain GPT-2 models can be read")
-    try:
-        config = GPT2Config(**{key: settings[key] for key in _SHAPE_KEYS if key in settings})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from error
-    if settings.get("n_inner") not in (None, 4 * config.n_embd):
-        raise UserError(f"{path}: n_inner is {settings['n_inner']}, expected {4 * config.n_embd} (4 n_embd)")
-    return config
+    state, notes = read_weights(folder)
+    trunk = read_trunk(folder, state, shape)
+    config, tokenizer = _fit_vocabulary(folder, shape)
+    notes += tokenizer.notes
+    if surplus := shape.vocab_size - config.vocab_size:
+        trunk |= {"wte": {"weight": trunk["wte"]["weight"][: config.vocab_size].clone()}}
+        notes += (
+            f"{folder}: the embedding has {shape.vocab_size} rows and the tokenizer {config.vocab_size} entries; the "
+            f"last {surplus} rows are left out",
+        )
+    return _Source(settings, state, trunk, config, tokenizer, notes)
 
 
 def weights_digest(folder: Path) -> str:
@@ -223,58 +253,15 @@ def weights_digest(folder: Path) -> str:
         UserError: there are no weights.
     """
     statistics = folder / "reward_statistics.json"
-    return "+".join(map(sha256, [*_weight_files(folder), *([statistics] if statistics.is_file() else [])]))
+    return "+".join(map(sha256, [*weight_files(folder), *([statistics] if statistics.is_file() else [])]))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        try:
-            names = read_json(index)["weight_map"].values()
-            return sorted({folder / name for name in names})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: cannot be read ({error})") from error
-    raise UserError(
-        f"{whole}: no such file; weights are read from safetensors alone (convert pickled .bin files first)"
-    )
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        try:
-            state |= as_new(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); the file is missing, cut off or damaged") from error
-    return state
-
-
-def _tokenizer(folder: Path, config: GPT2Config) -> Tokenizer:
-    tokenizer = Tokenizer.load(folder)
+def _fit_vocabulary(folder: Path, config: GPT2Config) -> tuple[GPT2Config, Tokenizer]:
+    """The shape with as many rows as the folder's tokenizer has entries, and that tokenizer."""
+    tokenizer = Tokenizer.load(folder, config.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, but the model's vocab_size is "
             f"{config.vocab_size}; use the tokenizer that the model was trained with"
         )
-    return tokenizer
-
-
-def _trunk(folder: Path, state: dict[str, Tensor], config: GPT2Config) -> Params:
-    _check_values(folder, {name: leaf for name, leaf in state.items() if not name.startswith("lm_head.")})
-    try:
-        params: Params = cast(from_hugging_face(state, config=config), torch.float32)
-    except ValueError as error:
-        raise UserError(f"{folder}: model.safetensors does not match config.json ({error})") from error
-    return params
-
-
-def _check_values(folder: Path, state: dict[str, Tensor]) -> None:
-    for name, leaf in state.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # causal-mask buffers
-        if not leaf.is_floating_point():
-            raise UserError(f"{folder}: {name} has dtype {leaf.dtype}, expected floating-point numbers")
-        if not all_finite(leaf):
-            raise UserError(f"{folder}: {name} holds values that are not finite; the model is damaged")
+    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size), tokenizer

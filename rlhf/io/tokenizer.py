@@ -1,42 +1,78 @@
 """Text to token ids and back, through the `tokenizers` library.
 
-Three sources: a folder with `tokenizer.json`; a folder with GPT-2's `vocab.json` and `merges.txt`; or a byte-level BPE
-trained on the user's texts. Text never becomes a control token: "<|endoftext|>" in a text is encoded letter by letter.
+Two sources: a folder in any form that `rlhf.io.tokenizer_files` reads, or a byte-level BPE trained on the user's
+texts. Text never becomes a control token: "<|endoftext|>" in a text is encoded letter by letter.
 """
 
 import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from rlhf.errors import UserError
-from rlhf.io.files import check_folder, read_json
+from rlhf.io.tokenizer_files import (
+    EOS,
+    PAD,
+    byte_level,
+    read_backend,
+    read_end_of_text,
+    read_files,
+    read_pad_token,
+    without_pad_token,
+    write_files,
+)
 
-EOS = "<|endoftext|>"
-PAD = "<|pad|>"
 _LONGEST = 10_000  # characters that training takes at once
 
 
 class Tokenizer:
     """An immutable tokenizer with an end-of-text token."""
 
-    def __init__(self, backend: Backend, eos: str, source: str) -> None:
-        """Wrap a `tokenizers.Tokenizer`; raises UserError (naming `source`) unless it knows `eos`."""
+    def __init__(
+        self,
+        backend: Backend,
+        eos: str,
+        source: str,
+        *,
+        stop_ids: Sequence[int] = (),
+        pad: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Wrap a `tokenizers.Tokenizer`.
+
+        Args:
+            backend: encodes and decodes.
+            eos: the end-of-text token.
+            source: names the tokenizer in errors.
+            stop_ids: ids that end a completion; empty is that of `eos` alone.
+            pad: the token that marks padding; None chooses one, see `pad_id`.
+            files: of the folder that it was read from, which `save` writes again.
+            notes: lines for the user about that folder.
+
+        Raises:
+            UserError: the tokenizer does not know `eos`.
+        """
         eos_id = backend.token_to_id(eos)
         if eos_id is None:
             raise UserError(f"{source}: the tokenizer has no end-of-text token {eos!r}; add it to the vocabulary")
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
-        self._backend = backend
+        self._backend, self._pad, self._files = backend, pad, dict(files or {})
         self.eos = eos
         self.eos_id = eos_id
-        self.vocab_size: int = max(backend.get_vocab().values()) + 1  # ids may have holes
+        self.stop_ids: tuple[int, ...] = tuple(stop_ids) or (eos_id,)
+        self.notes = tuple(notes)
+        vocabulary = backend.get_vocab()
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        if holes := self.vocab_size - len(set(vocabulary.values())):
+            self.notes += (f"{source}: {holes} ids below {self.vocab_size} have no token, yet a model can draw them",)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -44,7 +80,7 @@ class Tokenizer:
 
         The same texts give the same tokenizer. Fewer entries come out of texts too small for more merges.
         """
-        backend = _byte_level(models.BPE())
+        backend = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[EOS, PAD],
@@ -55,30 +91,33 @@ class Tokenizer:
         return cls(backend, EOS, "trained tokenizer")
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
+    def load(cls, folder: Path, rows: int | None = None) -> "Tokenizer":
         """Read a tokenizer folder.
 
-        Raises:
-            UserError: files are missing or broken, or there is no end-of-text token.
-        """
-        check_folder(folder, "it should hold tokenizer.json, or vocab.json and merges.txt")
-        whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-        try:
-            if whole.is_file():
-                backend = Backend.from_file(str(whole))
-            elif vocab.is_file() and merges.is_file():
-                backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
-                backend.add_special_tokens([token for token in (EOS, PAD) if backend.token_to_id(token) is not None])
-            else:
-                raise UserError(f"{folder}: has neither tokenizer.json nor vocab.json and merges.txt; save them there")
-        except UserError:
-            raise
-        except Exception as error:  # the library raises bare Exception for anything wrong with a file
-            raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from error
-        return cls(backend, _eos_name(folder), str(folder))
+        Args:
+            folder: with files as `transformers` saves them.
+            rows: of the embedding of the folder's model; None is a tokenizer without a model.
 
-    def save(self, folder: Path) -> None:
-        """Write the files that `transformers.AutoTokenizer` reads."""
+        Raises:
+            UserError: files are missing, damaged or contradictory, or there is no end-of-text token.
+        """
+        backend, notes = read_backend(folder, rows)
+        end, pad, files = read_end_of_text(folder, backend), read_pad_token(folder), read_files(folder)
+        notes += end.notes
+        return cls(backend, end.token, str(folder), stop_ids=end.stop_ids, pad=pad, files=files, notes=notes)
+
+    def save(self, folder: Path, *, pads_with_eos: bool = True) -> None:
+        """Write the files that `transformers.AutoTokenizer` reads: those it was read from, as they were.
+
+        Args:
+            folder: to write into.
+            pads_with_eos: keep a setting that end-of-text tokens are padding. Beside a reward model it may not stay:
+                `transformers` reads a score at the last token that is no padding.
+        """
+        if self._files:
+            drop = not pads_with_eos and self._pad == self.eos
+            write_files(folder, without_pad_token(self._files) if drop else self._files)
+            return
         pad = PAD if self._backend.token_to_id(PAD) is not None else None
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -129,9 +168,13 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int | None:
-        """A token that no text contains, to mark padding by: `<|pad|>`, or the byte 0xFF, which UTF-8 never uses."""
-        pad = self._backend.token_to_id(PAD)
-        return pad if pad is not None else self._backend.token_to_id("ÿ")
+        """A token that no text contains, to mark padding by; None where there is none.
+
+        It is the one that the folder names, unless that is the end of text, else `<|pad|>`, else the byte 0xFF, which
+        UTF-8 never uses.
+        """
+        ids = [self._backend.token_to_id(token) for token in (self._pad, PAD, "ÿ") if token is not None]
+        return next((number for number in ids if number not in (None, self.eos_id)), None)
 
 
 def _interruptible(work: Callable[[], None]) -> None:
@@ -164,23 +207,3 @@ def _shared(text: str, other: str) -> int:
         (place for place, pair in enumerate(zip(text, other, strict=False)) if pair[0] != pair[1]),
         min(len(text), len(other)),
     )
-
-
-def _byte_level(model: models.BPE) -> Backend:
-    backend = Backend(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _eos_name(folder: Path) -> str:
-    """The end-of-text token that tokenizer_config.json names, else GPT-2's."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return EOS
-    settings = read_json(path)
-    token = settings.get("eos_token", EOS) if isinstance(settings, dict) else settings
-    token = token.get("content", token) if isinstance(token, dict) else EOS if token is None else token
-    if not isinstance(token, str):
-        raise UserError(f"{path}: eos_token must be a text, got {token!r}")
-    return token

@@ -103,12 +103,14 @@ def load_panel(writers: Mapping[str, Path], reference: Path | None, reward_model
 def open_panel(place: Workplace, panel: Panel, sampling: Sampling) -> Iterator[Callable[..., Answers]]:
     """`answer` with the models at hand, until the block ends."""
     reference = panel.reference
+    for model in (*panel.writers.values(), *panel.reward_models.values(), reference):
+        place.note_all(() if model is None else model.notes)
     program = functools.partial(
         make_program,
         {part: model.config for part, model in panel.writers.items()},
         None if reference is None else reference.config,
         tuple(model.config for model in panel.reward_models.values()),
-        next(iter(panel.writers.values())).tokenizer.eos_id,
+        {part: model.tokenizer.stop_ids for part, model in panel.writers.items()},
         sampling,
         place.dtype,
     )
@@ -124,7 +126,7 @@ def make_program(
     writers: dict[str, GPT2Config],
     reference: GPT2Config | None,
     reward_models: tuple[GPT2Config, ...],
-    eos_id: int,
+    stop_ids: dict[str, tuple[int, ...]],
     sampling: Sampling,
     dtype: torch.dtype,
 ) -> Program:
@@ -142,7 +144,7 @@ def make_program(
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_k=1 if decoding == "greedy" else 0,
-                stop_tokens=(eos_id,),
+                stop_tokens=stop_ids[part],
             )
             maps[f"{decoding}/{part}"] = _on(own, functools.partial(_roll_out, rollout))
         maps[f"measure/{part}"] = _on(

@@ -37,5 +37,6 @@ def complete(
 
 def texts_of(tokenizer: Tokenizer, completions: Completions) -> list[str]:
     """The text of every completion, without its stop token."""
-    rows = zip(completions.tokens.tolist(), completions.mask.sum(dim=1).tolist(), strict=True)
+    lengths = completions.mask.sum(dim=1) - completions.ended.long()
+    rows = zip(completions.tokens.tolist(), lengths.tolist(), strict=True)
     return [tokenizer.decode(tokens[:length]) for tokens, length in rows]

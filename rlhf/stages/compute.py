@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -97,6 +97,15 @@ class Workplace(NamedTuple):
 
     config: ComputeConfig
     device: torch.device
+    notes: set[str]
+    """What the user has been told about the models."""
+
+    def note_all(self, lines: Iterable[str]) -> None:
+        """Tell the user each line once."""
+        for line in lines:
+            if line not in self.notes:
+                self.notes.add(line)
+                tell(line)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,4 +131,4 @@ def open_workplace(config: ComputeConfig) -> Iterator[Workplace]:
     if config.dist.num_workers:
         tell(describe_workers(config.dist))
     with limit_threads(compute_threads(config)), connected(config.dist):
-        yield Workplace(config, device)
+        yield Workplace(config, device, set())

@@ -11,6 +11,7 @@ from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import check_model_folder, is_reward_model
+from rlhf.io.near_misses import folder_remedy
 from rlhf.io.presets import load_config
 from rlhf.io.progress import tell
 from rlhf.io.tokenizer import Tokenizer
@@ -66,6 +67,8 @@ def find_folders(config: EvaluateConfig) -> Folders:
         folder / name if (folder / name / "config.json").is_file() else None for name in ("sft", "reward", "policy")
     )
     if not (sft or reward or policy):
+        if remedy := folder_remedy(folder):
+            raise UserError(f"{folder}: {remedy}")
         raise UserError(
             f"{folder}: holds no model, expected a run's sft/, reward/ or policy/, or a model folder with config.json "
             "and model.safetensors"

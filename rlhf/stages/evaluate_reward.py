@@ -62,6 +62,7 @@ def evaluate_reward(
         UserError: the model or the data cannot be used.
     """
     model = load_reward_model(folder)
+    place.note_all(model.notes)
     dataset, records = open_data(data, model.tokenizer, config)
     context, texts = model.config.n_positions, usable_pairs(data.path)
     equal = set(dataset.equal_pairs(context))

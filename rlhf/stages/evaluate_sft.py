@@ -32,6 +32,7 @@ def evaluate_sft(config: EvaluateConfig, place: Workplace, folder: Path, data: T
         UserError: the model or the data cannot be used.
     """
     model = load_language_model(folder)
+    place.note_all(model.notes)
     dataset, records = open_data(data, model.tokenizer, config)
     context = model.config.n_positions
     program = functools.partial(make_program, model.config, place.dtype)

@@ -88,18 +88,19 @@ class Piece(NamedTuple):
 
 
 def pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Piece]:
-    """The text of tokens as they come, whole characters only; together it is `tokenizer.decode` of all of them."""
+    """The text of tokens as they come, whole characters only; together it is the text of all but the stop token."""
     seen: list[int] = []
-    shown = 0
+    shown, ended = 0, False
     for token in tokens:
-        seen.append(token)
+        ended = token in tokenizer.stop_ids
+        seen += [] if ended else [token]
         text = tokenizer.decode(seen)
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character whose rest is still to come
-        yield Piece(whole[shown:], token == tokenizer.eos_id)
+        yield Piece(whole[shown:], ended)
         shown = max(shown, len(whole))
     rest = tokenizer.decode(seen)[shown:]
     if rest:
-        yield Piece(rest, bool(seen) and seen[-1] == tokenizer.eos_id)
+        yield Piece(rest, ended)
 
 
 class Writer:
@@ -131,7 +132,7 @@ class Writer:
     def write(self, prompt: str, key: Tensor) -> Iterator[Piece]:
         """The completion of one prompt, as it is drawn."""
         tokens, model = torch.from_numpy(self.encode(prompt)).to(self._device), self.model
-        stops = (model.tokenizer.eos_id,)
+        stops = model.tokenizer.stop_ids
         drawn = stream(
             self._params, tokens, key.to(self._device), config=model.config, stop_tokens=stops, **self._sampling()
         )
@@ -141,7 +142,7 @@ class Writer:
         """The completions of many prompts, drawn together; [n, 2] keys."""
         model = self.model
         rollout = make_rollout(
-            model.config, dtype=self._dtype, stop_tokens=(model.tokenizer.eos_id,), **self._sampling()
+            model.config, dtype=self._dtype, stop_tokens=model.tokenizer.stop_ids, **self._sampling()
         )
         program = Program({}, {"rollout": rollout}, {})
         executor = LocalExecutor(program, Models({"policy": model.params}, {}), self._device)

@@ -53,6 +53,8 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
     device = find_device(config.device)
     with limit_threads(config.threads or available_cores()):
         writers = [Writer(folder, config, device) for folder in _folders(config)]
+        for line in dict.fromkeys(line for writer in writers for line in writer.model.notes):
+            tell(line)
         try:
             if config.output is not None:
                 _write_file(config, config.output, list(given if given is not None else _typed(console)), writers)

@@ -13,7 +13,7 @@ from rlhf.data.schema import Schema
 from rlhf.errors import UserError
 from rlhf.gpt2_config import PRESETS, GPT2Config
 from rlhf.io.files import check_folder
-from rlhf.io.model_folder import check_model_folder, load_shape, weights_digest
+from rlhf.io.model_folder import load_shape, weights_digest
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.random import fold_in, permutation
 from rlhf.schedules import Schedule, constant, cosine, linear
@@ -85,8 +85,7 @@ def read_outline(folder: Path, settings: ModelConfig) -> Outline:
         UserError: a file is missing or cannot be read, it is another kind of model, or a field set in `settings`
             contradicts it.
     """
-    check_model_folder(folder, "GPT2LMHeadModel")
-    config = load_shape(folder)
+    config, tokenizer = load_shape(folder)
     for name in ("n_layer", "n_head", "n_embd", "n_positions"):
         wanted, got = getattr(settings, name), getattr(config, name)
         if wanted not in (None, got):
@@ -94,7 +93,7 @@ def read_outline(folder: Path, settings: ModelConfig) -> Outline:
             raise UserError(
                 f"{folder}: the model there has {name} {got}, but {flag} is {wanted}; drop it, or train anew"
             )
-    return Outline(config, Tokenizer.load(folder), weights_digest(folder))
+    return Outline(config, tokenizer, weights_digest(folder))
 
 
 def start_folder(config: RunConfig, given: Path | None) -> Path:

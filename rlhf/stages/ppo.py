@@ -133,6 +133,9 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     sources = [_with_spread(run, source) for source in sources] if config.ppo.normalize_reward else sources
     settings, specs, folder = config.ppo, _specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
+    reward_notes = [line for source in sources if source.model is not None for line in source.model.notes]
+    for line in dict.fromkeys((*policy.notes, *reward_notes)):
+        run.note(line)
     path = config.prompt_data or embedded_file(run, "prompts")
     prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.max_new_tokens)
     check_columns(sources, prompts.keys)

@@ -31,7 +31,8 @@ class Shapes(NamedTuple):
     critic: GPT2Config | None
     """The separate critic's; None with a value head on the policy."""
     reward_models: tuple[GPT2Config, ...]
-    eos_id: int
+    stop_ids: tuple[int, ...]
+    """Ids that end a completion."""
 
 
 def shapes_of(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> Shapes:
@@ -40,7 +41,7 @@ def shapes_of(settings: PPOConfig, policy: LanguageModel, sources: Sequence[Rewa
     if settings.critic == "separate":
         critic = start.model.config if start and start.model else policy.config
     reward_models = tuple(source.model.config for source in sources if source.model is not None)
-    return Shapes(policy.config, critic, reward_models, policy.tokenizer.eos_id)
+    return Shapes(policy.config, critic, reward_models, policy.tokenizer.stop_ids)
 
 
 def start_models(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> Models:
@@ -139,7 +140,7 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
                 temperature=settings.temperature,
                 top_k=settings.top_k,
                 top_p=settings.top_p,
-                stop_tokens=(shapes.eos_id,) if settings.stop_at_eos else (),
+                stop_tokens=shapes.stop_ids if settings.stop_at_eos else (),
                 slots=settings.rollout_slots,
                 draw=draw_tokens if compile_to is None else compiled_draw(compile_to),
             ),

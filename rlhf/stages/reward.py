@@ -79,6 +79,8 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     settings, outline = config.reward, check(config)
     source = start_folder(config, settings.model_path)
     start = load_language_model(source)
+    for line in start.notes:
+        run.note(line)
     max_length = length_limit(settings, start)
     path = config.preference_data or embedded_file(run, "preferences")
     split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)

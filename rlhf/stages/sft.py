@@ -149,9 +149,13 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
     outline, folder = check(config), config.sft.model_path
     if folder is not None:
         model = load_language_model(folder)
+        for line in model.notes:
+            run.note(line)
         return model, outline.digest, config.sft_data or embedded_file(run, "demonstrations")
     path = config.sft_data or embedded_file(run, "demonstrations")
     tokenizer = outline.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS)
+    for line in tokenizer.notes:
+        run.note(line)
     shape = new_config(config.model, tokenizer.vocab_size)
     params = gpt2.init(shape, key=run.key(Purpose.INIT))
     size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"

@@ -1,0 +1,183 @@
+"""A model folder's weights: which files hold them, their names, and the checks that need no model.
+
+Names that do not decide the output are left out; what does, and has no place in a GPT-2 with tied embeddings, is
+refused.
+"""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rlhf.errors import UserError
+from rlhf.gpt2 import empty, from_hugging_face
+from rlhf.gpt2_config import GPT2Config
+from rlhf.io.files import read_json
+from rlhf.io.near_misses import pointer_remedy, weights_remedy
+from rlhf.tree import all_finite, as_new, cast, named_leaves
+from rlhf.types import Params
+
+_SAVED_BY = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel or DistributedDataParallel",
+    "base_model.model.": "PEFT",
+    "base_model.": "trlX",
+    "pretrained_model.": "TRL",
+}
+_MASKS = (".attn.bias", ".attn.masked_bias")
+_HEAD = "lm_head."
+_VALUE_HEAD = "v_head."
+_ASIDE = (_HEAD, _VALUE_HEAD, "score.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        UserError: there are none, or their index cannot be read.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        try:
+            names = read_json(index)["weight_map"].values()
+            return sorted({folder / name for name in names})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: cannot be read ({error})") from error
+    if remedy := weights_remedy(folder):
+        raise UserError(f"{whole}: no such file; {folder} {remedy}")
+    raise UserError(f"{whole}: no such file; weights are read from safetensors alone")
+
+
+def read_names(folder: Path) -> set[str]:
+    """The names of the weights, read without their values. Errors as `read_weights`."""
+    return set(_read(folder, lambda name: False))
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The weights by name, and lines for the user about those left out.
+
+    Raises:
+        UserError: a file is missing, cut off or damaged.
+    """
+    state = {name: leaf for name, leaf in _read(folder, lambda name: True).items() if leaf is not None}
+    has_value_head = any(name.startswith(_VALUE_HEAD) for name in state)
+    return state, (f"{folder}: the weights have a value head ({_VALUE_HEAD}*), which is not read",) * has_value_head
+
+
+def check_weights(folder: Path, config: GPT2Config, rows: int) -> None:
+    """Refuse what can be refused by the names of a language model's weights and by its output layer.
+
+    Args:
+        folder: of the model.
+        config: the shape that config.json says.
+        rows: of the embedding, that are used.
+
+    Raises:
+        UserError: as `read_weights`, `read_trunk` and `check_tied`.
+    """
+    names = read_names(folder)
+    _check_names(folder, names, config)
+    if any(name.startswith(_HEAD) for name in names):
+        parts = _read(folder, lambda name: name.startswith(_HEAD) or name.endswith("wte.weight"))
+        state = {name: leaf for name, leaf in parts.items() if leaf is not None}
+        embedding = next(leaf for name, leaf in state.items() if name.endswith("wte.weight"))
+        check_tied(folder, state, embedding[:rows].float())
+
+
+def read_trunk(folder: Path, state: dict[str, Tensor], config: GPT2Config) -> Params:
+    """The GPT-2 among the weights, in float32.
+
+    Args:
+        folder: of the model, for errors.
+        state: from `read_weights`.
+        config: the shape that config.json says.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of another shape, or not finite.
+    """
+    _check_names(folder, state.keys(), config)
+    named = {
+        name: leaf for name, leaf in state.items() if not name.startswith((_HEAD, _VALUE_HEAD)) and not _is_mask(name)
+    }
+    for name, leaf in named.items():
+        if not leaf.is_floating_point():
+            raise UserError(f"{folder}: {name} has dtype {leaf.dtype}, expected floating-point numbers")
+        if not all_finite(leaf):
+            raise UserError(f"{folder}: {name} holds values that are not finite; the model is damaged")
+    try:
+        params: Params = cast(from_hugging_face(named, config=config), torch.float32)
+    except ValueError as error:
+        problem = str(error).removeprefix("from_hugging_face: ")
+        raise UserError(f"{folder}: model.safetensors does not match config.json ({problem})") from error
+    return params
+
+
+def check_tied(folder: Path, state: dict[str, Tensor], embedding: Tensor) -> None:
+    """Refuse an output layer other than the embedding.
+
+    Args:
+        folder: of the model, for errors.
+        state: from `read_weights`.
+        embedding: [V, D] float32, the rows that are used.
+
+    Raises:
+        UserError: lm_head.weight differs from the embedding, or lm_head.bias from 0.
+    """
+    weight, bias = state.get("lm_head.weight"), state.get("lm_head.bias")
+    if weight is not None and not torch.equal(weight[: len(embedding)].float(), embedding):
+        raise UserError(
+            f"{folder}: lm_head.weight differs from the embedding (transformer.wte.weight); only GPT-2 models whose "
+            "output layer is their embedding (tie_word_embeddings) can be read"
+        )
+    if bias is not None and bool((bias != 0).any()):
+        raise UserError(f"{folder}: lm_head.bias is not 0; only GPT-2 models without a bias on the logits can be read")
+
+
+def _check_names(folder: Path, names: Collection[str], config: GPT2Config) -> None:
+    """Refuse other names than those of a GPT-2, above all those that wrappers around a model leave."""
+    if any("lora_" in name for name in names):
+        raise UserError(
+            f"{folder}: the weights have LoRA layers that are not merged; merge them first, with peft's "
+            "merge_and_unload() and save_pretrained()"
+        )
+    prefix = next((name.removesuffix("wte.weight") for name in names if name.endswith("wte.weight")), "")
+    if prefix not in ("", "transformer."):
+        strip = prefix.removesuffix("transformer.")
+        writer = next((f" ({writer})" for start, writer in _SAVED_BY.items() if strip.startswith(start)), "")
+        raise UserError(
+            f"{folder}: the names of the weights begin with {strip!r}{writer}, expected 'transformer.'; strip it: "
+            f"load_file and save_file of safetensors.torch, with {{name.removeprefix({strip!r}): tensor for name, "
+            "tensor in state.items()}"
+        )
+    own = {name.removeprefix("transformer.") for name in names if not name.startswith(_ASIDE) and not _is_mask(name)}
+    expected = named_leaves(empty(config)).keys()
+    for difference, problem in ((expected - own, "is missing"), (own - expected, "is in no GPT-2 of that shape")):
+        if difference:
+            more = f", and {len(difference) - 1} more" if len(difference) > 1 else ""
+            raise UserError(
+                f"{folder}: model.safetensors does not match config.json ({min(difference)} {problem}{more})"
+            )
+
+
+def _is_mask(name: str) -> bool:
+    """Whether it is a buffer of the causal mask, which older versions of transformers saved."""
+    return name.endswith(_MASKS)
+
+
+def _read(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor | None]:
+    """All weights by name, with the values of those that are wanted."""
+    state: dict[str, Tensor | None] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as stream:
+                names = list(stream.keys())
+                state |= {name: as_new(stream.get_tensor(name)) if wanted(name) else None for name in names}
+        except (SafetensorError, OSError) as error:
+            if remedy := pointer_remedy(file):
+                raise UserError(f"{file}: {remedy}") from error
+            raise UserError(f"{file}: cannot be read ({error}); the file is missing, cut off or damaged") from error
+    return state
