@@ -90,13 +90,17 @@ def bits(key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def uniform_at(key: Tensor, position: Tensor) -> Tensor:
-    """float32 in [0, 1), a multiple of 2**-23, for each (key, position); see `bits` for the shapes."""
-    word, _ = bits(key, position)
-    return _unit(word)
+    """float64 in [0, 1), a multiple of 2**-53, for each (key, position); see `bits` for the shapes.
+
+    Both words of the hash go into it, so that no token of a large vocabulary lies between two values it can take.
+    """
+    high, low = bits(key, position)
+    number = ((high.long() & (_WORD - 1)) << 21) | ((low.long() >> 11) & ((1 << 21) - 1))
+    return number.double() * 2.0**-53
 
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """float32 `shape` in [0, 1), multiples of 2**-23. Element i (row-major) is `uniform_at(key, i)`."""
+    """float32 `shape` in [0, 1), multiples of 2**-23: element i (row-major) is `uniform_at(key, i)` cut to 23 bits."""
     return _unit(_words(key, math.prod(shape))[0]).view(shape)
 
 

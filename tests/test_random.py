@@ -147,7 +147,17 @@ def test_uniform_is_a_multiple_of_2_to_the_minus_23_below_1(seed):
 
 @pytest.mark.parametrize("count", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
 def test_uniform_is_addressed_by_position(count):
-    assert_same_bits(uniform(key(6), (count,)), uniform_at(key(6), torch.arange(count)))
+    found = uniform_at(key(6), torch.arange(count))
+    assert_same_bits(uniform(key(6), (count,)), ((found * 2**23).floor() * 2**-23).float())
+
+
+def test_uniform_at_has_53_bits_of_both_words():
+    positions = torch.arange(1000)
+    found = uniform_at(key(2**40 + 3), positions)
+    words = [(int(a) % 2**32, int(b) % 2**32) for a, b in zip(*bits(key(2**40 + 3), positions), strict=True)]
+    assert found.tolist() == [(high * 2**21 + (low >> 11)) * 2.0**-53 for high, low in words]
+    assert found.max() < 1
+    assert len(found.unique()) == 1000
 
 
 def test_uniform_shapes():
@@ -169,7 +179,7 @@ def test_uniform_fills_its_range_evenly(seed):
 
 
 def test_uniform_successive_keys_and_positions_are_independent():
-    draws = uniform_at(split(key(8), 200)[:, None], torch.arange(200)).double() - 0.5
+    draws = uniform_at(split(key(8), 200)[:, None], torch.arange(200)) - 0.5
     for neighbour in (draws[1:] * draws[:-1], draws[:, 1:] * draws[:, :-1]):
         assert abs(neighbour.mean()) < 4 / 12 / math.sqrt(neighbour.numel())
 
