@@ -79,3 +79,56 @@ def test_a_returned_coroutine_is_refused_without_a_warning():
 
     with pytest.raises(UserError, match="async"):
         call_function(lambda prompts, completions: scores(), "reward r", [{}], prompts=["p"], completions=["c"])
+
+
+def write_module(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(text)
+    return folder / f"{name}.py"
+
+
+def test_modules_beside_a_file_are_found(tmp_path):
+    write_module(tmp_path / "beside", "helper_beside_judge", "def value(text):\n    return float(len(text))\n")
+    path = write_module(
+        tmp_path / "beside",
+        "judge",
+        "import helper_beside_judge\ndef score(prompts, completions):\n"
+        "    return [helper_beside_judge.value(text) for text in completions]\n"
+        "def late(prompts, completions):\n    import late_helper_of_judge\n    return late_helper_of_judge.scores\n",
+    )
+    write_module(tmp_path / "beside", "late_helper_of_judge", "scores = [7.0]\n")
+    score = load_function(f"{path}:score", "--ppo.reward")
+    assert call_function(score, "reward score", [{}], prompts=["a"], completions=["abc"]) == [3.0]
+    late = load_function(f"{path}:late", "--ppo.reward")
+    assert call_function(late, "reward late", [{}], prompts=["a"], completions=["abc"]) == [7.0]
+
+
+@pytest.mark.parametrize("name", ["torch", "random", "json", "numpy", "rlhf"])
+def test_a_users_module_never_shadows_an_installed_one(tmp_path, name):
+    write_module(tmp_path / name, name, "raise SystemExit('shadowed')\n")
+    path = write_module(
+        tmp_path / name, "judge", f"import {name}\ndef score(prompts, completions):\n    return [1.0]\n"
+    )
+    if name in ("random", "json"):
+        load_function(f"{path}:score", "--ppo.reward")
+    else:
+        with pytest.raises(UserError, match=rf"{name} comes from .*, though .* lies beside it; rename one"):
+            load_function(f"{path}:score", "--ppo.reward")
+
+
+def test_files_of_one_name_in_two_folders_are_two_modules_and_their_helpers_are_not_mixed_up(tmp_path):
+    functions = []
+    for number in (1, 2):
+        folder = tmp_path / f"folder{number}"
+        path = write_module(folder, "same", f"def score(prompts, completions):\n    return [{number}.0]\n")
+        functions.append(load_function(f"{path}:score", "--ppo.reward"))
+    assert [function(prompts=[], completions=[]) for function in functions] == [[1.0], [2.0]]
+    for number in (1, 2):
+        folder = tmp_path / f"folder{number}"
+        write_module(folder, "helper_of_same", f"x = {number}\n")
+        path = write_module(folder, "user", "import helper_of_same\ndef score(prompts, completions):\n    return []\n")
+        if number == 1:
+            load_function(f"{path}:score", "--ppo.reward")
+        else:
+            with pytest.raises(UserError, match=r"helper_of_same comes from .*folder1"):
+                load_function(f"{path}:score", "--ppo.reward")

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf.data.findings import Findings, Inspector
-from rlhf.data.records import Record, read_records
-from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, check_record
+from rlhf.data.records import Record
+from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, read_checked
 from rlhf.data.truncation import Fit, fit
 from rlhf.errors import UserError
 from rlhf.io.cache import default_cache_dir
@@ -156,7 +156,7 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
         cache_dir: None is `default_cache_dir()`.
 
     Raises:
-        UserError: the file or a record is not usable (`read_records`, `check_record`), or nothing is left.
+        UserError: the file or a record is not usable (`read_checked`), or nothing is left.
     """
     if not path.is_file():
         raise UserError(
@@ -177,8 +177,7 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
 def check_file(path: Path, schema: Schema) -> set[str]:
     """Read a data file through; `Dataset.keys` of it. Errors as `load_dataset`."""
     keys: set[str] = set()
-    for record in read_records(path):
-        check_record(path, record, schema)
+    for record in read_checked(path, schema):
         if not _is_tie(record, schema):
             keys |= record.fields.keys()
     if not keys:
@@ -188,8 +187,7 @@ def check_file(path: Path, schema: Schema) -> set[str]:
 
 def texts(path: Path, schema: Schema) -> Iterator[str]:
     """Every text of a data file, checked: what a tokenizer is trained on."""
-    for record in read_records(path):
-        check_record(path, record, schema)
+    for record in read_checked(path, schema):
         yield from (record.fields[key] for key in schema.keys)
 
 
@@ -199,11 +197,9 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
     lengths, prompts, margins, column_ends, dropped = [], [], [], [0], 0
     keys: set[str] = set()
     inspector = Inspector(schema, tokenizer)
-    records = read_records(path)
+    records = read_checked(path, schema)
     with (folder / "tokens.bin").open("wb") as stream, (folder / "columns.jsonl").open("wb") as columns:
         while block := list(itertools.islice(records, _RECORDS_AT_ONCE)):
-            for record in block:
-                check_record(path, record, schema)
             kept = [record for record in block if not _is_tie(record, schema)]
             dropped += len(block) - len(kept)
             encoded = iter(tokenizer.encode([record.fields[key] for record in kept for key in schema.keys]))

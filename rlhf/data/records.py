@@ -5,6 +5,7 @@ The two forms are told apart by the first character. Only the record being read 
 
 import codecs
 import contextlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -95,12 +96,14 @@ class _Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
+            if path.is_fifo() or path.is_char_device():
+                raise UserError(f"{path}: is a pipe or device, and data are read more than once; write them to a file")
             raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
         try:
             self.stream = path.open("rb")
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        self.decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        self.decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("strict"), translate=True)
         self.json = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_literal)
         self.window, self.position = "", 0
         self.column_before = 0  # of the text dropped from the window

@@ -1,10 +1,11 @@
 """The three kinds of data file and what makes a record valid."""
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf.data.records import Record
+from rlhf.data.records import Record, read_records
 from rlhf.errors import UserError
 
 _LARGEST_MARGIN = 3.4e38
@@ -81,3 +82,10 @@ def _remedy(key: str, record: Record, schema: Schema) -> str:
     hint = f"did you mean it by {close[0]!r}? " if close else ""
     got = ", ".join(map(repr, found))
     return f"{hint}{schema.name} need {needed}, found {got or 'nothing'}"
+
+
+def read_checked(path: Path, schema: Schema) -> Iterator[Record]:
+    """Yield a file's records; each is checked first. Errors as `read_records` and `check_record`."""
+    for record in read_records(path):
+        check_record(path, record, schema)
+        yield record

@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.run_log import FORMAT
 from rlhf.monitor.sample_store import Place, SampleStore
-from rlhf.monitor.tail import Tail, parse_line
+from rlhf.monitor.tail import Tail, is_number, parse_line
 
 _HEAD = re.compile(rb'\{"stage": "([\w-]+)", "step": (\d{1,18}), ')
 """How every sample line begins, so that the rest need not be parsed until somebody asks for it."""
@@ -165,7 +165,7 @@ class LogReader:
 
     def _take_metrics(self, line: bytes) -> None:
         fields = parse_line(line)
-        if fields is None or not (isinstance(fields.get("event"), str) or "step" in fields):
+        if fields is None or not isinstance(fields.get("event", ""), str) or not fields.keys() & {"event", "step"}:
             self._unread["metrics.jsonl"] += bool(line.strip())
             return
         stage = fields["stage"]
@@ -195,7 +195,7 @@ class LogReader:
                 f"metrics.jsonl: written by a newer version of rlhf (log format {written}, this one reads {FORMAT}); "
                 "something may be missing or wrong here; install that version"
             )
-        self.events.append(fields)
+        self.events.append({name: value for name, value in fields.items() if _has_its_type(name, value)})
 
     def _start_over(self, stage: str) -> None:
         """Another run of the same stage begins in the same file: what the first one wrote no longer counts."""
@@ -232,6 +232,17 @@ def read_logs(folders: Sequence[Path]) -> list[LogReader]:
         if not reader.stages:
             raise UserError(f"{reader.folder}: there is nothing to show yet: no line of metrics.jsonl can be read")
     return readers
+
+
+def _has_its_type(name: str, value: Any) -> bool:
+    """Whether a field of an event is what readers take it for."""
+    if name in ("time", "recovery_s", "peak_bytes", "total"):
+        return is_number(value)
+    if name in ("message", "what", "unit"):
+        return isinstance(value, str)
+    if name == "final":
+        return isinstance(value, bool)
+    return name != "notes" or (isinstance(value, list) and all(isinstance(note, str) for note in value))
 
 
 def _pace(times: Series) -> float:

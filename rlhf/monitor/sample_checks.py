@@ -18,7 +18,7 @@ _SAMPLES = 128
 def constant_rewards(reader: LogReader, stage: str) -> Reading:
     """Scores that are all the same teach nothing."""
     samples = _samples(reader, stage)
-    scores = Counter(score for sample in samples if isinstance(score := sample.get("score"), int | float))
+    scores = Counter(sample["score"] for sample in samples if "score" in sample)
     if not scores:
         raise Unknown("no completion in samples.jsonl has a number as its score")
     score, count = scores.most_common(1)[0]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from rlhf.monitor.tail import parse_line
+from rlhf.monitor.tail import is_number, parse_line
 
 
 class Place(NamedTuple):
@@ -71,4 +71,29 @@ def _sample(place: Place, line: bytes) -> dict[str, Any]:
     fields = parse_line(line) or {}
     if (fields.get("stage"), fields.get("step")) != place[:2]:
         fields = {"stage": place.stage, "step": place.step}
-    return fields | {name: str(fields.get(name, "")) for name in ("prompt", "completion")}
+    texts = {name: str(fields.get(name, "")) for name in ("prompt", "completion")}
+    return {name: value for name, value in fields.items() if _has_its_type(name, value)} | texts
+
+
+def _has_its_type(name: str, value: Any) -> bool:
+    """Whether a field of a sample is what readers take it for; all but a few are numbers."""
+    if name in ("stage", "step"):
+        return True
+    if name == "ended":
+        return isinstance(value, bool)
+    if name == "per_token":
+        return _is_per_token(value)
+    return value is None or is_number(value)
+
+
+def _is_per_token(value: Any) -> bool:
+    """Whether it has the pieces of a text, and for each of them numbers."""
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return False
+    pieces = value.get("pieces", [])
+    numbers = [item for name, column in value.items() if name != "pieces" for item in column]
+    return (
+        all(isinstance(piece, str) for piece in pieces)
+        and all(item is None or is_number(item) for item in numbers)
+        and {len(column) for column in value.values()} == {len(pieces)}
+    )

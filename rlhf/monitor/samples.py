@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from rlhf.monitor.log import LogReader
+from rlhf.monitor.tail import is_number
 
 Sort = Literal["newest", "oldest", "score_high", "score_low", "kl_high", "kl_low"]
 SORTS: tuple[str, ...] = get_args(Sort)
@@ -161,7 +162,7 @@ def _entry(number: int, step: int, fields: dict[str, Any], tokens: bool) -> _Ent
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
+    return float(value) if is_number(value) and abs(value) < 1e300 else math.nan
 
 
 def _nan_last(value: float) -> float:

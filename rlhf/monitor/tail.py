@@ -63,3 +63,8 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         return None
     step = fields.get("step", 0)
     return fields if type(step) is int and 0 <= step < 2**63 else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can hold, if not a finite one."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300)

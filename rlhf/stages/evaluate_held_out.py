@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import PipelineRun, SupervisedConfig
-from rlhf.data.records import read_records
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked
 from rlhf.errors import UserError
 from rlhf.io.checkpoint import last_step
 from rlhf.io.files import read_json, sha256
@@ -135,5 +134,5 @@ def _read(manifest: Path) -> dict[str, Any]:
 def _split(run: PipelineRun, path: Path, schema: Schema) -> tuple[list[int], list[int]]:
     """Return (records trained on, records held out), as the stage drew them."""
     settings: SupervisedConfig = run.reward if schema is PREFERENCES else run.sft
-    count = len(usable_pairs(path)) if schema is PREFERENCES else sum(1 for _ in read_records(path))
+    count = len(usable_pairs(path)) if schema is PREFERENCES else sum(1 for _ in read_checked(path, schema))
     return hold_out(fold_in(key(run.seed), int(Purpose.SPLIT)), count, settings.val_fraction)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rlhf.config import PipelineRun
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.records import read_records
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import check_model_folder, is_reward_model
@@ -108,8 +108,8 @@ def kind_of(path: Path) -> Schema:
 def prompts_of(data: TestData) -> TestData:
     """The prompts of demonstrations or preference pairs, each once."""
     first: dict[str, int] = {}
-    for number, record in enumerate(read_records(data.path)):
-        first.setdefault(str(record.fields.get("prompt")), number)
+    for number, record in enumerate(read_checked(data.path, data.schema)):
+        first.setdefault(record.fields["prompt"], number)
     origin = f"the prompts of its {data.schema.name}" + (f", {data.origin}" if data.origin else "")
     return TestData(data.path, PROMPTS, sorted(first.values()), origin)
 
@@ -126,5 +126,5 @@ def open_data(data: TestData, tokenizer: Tokenizer, config: EvaluateConfig) -> t
 
 def usable_pairs(path: Path) -> list[dict[str, str]]:
     """The pairs of a file whose members differ: the records of its `Dataset`, in the same order."""
-    fields = (record.fields for record in read_records(path))
+    fields = (record.fields for record in read_checked(path, PREFERENCES))
     return [pair for pair in fields if pair["chosen"] != pair["rejected"]]

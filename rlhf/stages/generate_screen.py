@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from rlhf.data.records import read_records
-from rlhf.data.schema import PROMPTS, check_record
+from rlhf.data.schema import PROMPTS, read_checked
 from rlhf.errors import Interrupted, UserError
 from rlhf.io.files import read_text
 from rlhf.io.output import check_output, write_output
@@ -74,13 +74,12 @@ def read_prompts(path: Path) -> list[str]:
         UserError: it cannot be read, or holds no prompt.
     """
     if path.suffix == ".txt":
-        lines = read_text(path).splitlines()
+        lines = re.split(r"\r\n|\r|\n", read_text(path))  # and not at the other ends of lines that Python knows
         if not (prompts := [line for line in lines if line.strip()]):
             raise UserError(f"{path}: the file is empty; it needs a prompt per line")
         return prompts
     prompts = []
-    for record in read_records(path):
-        check_record(path, record, PROMPTS)
+    for record in read_checked(path, PROMPTS):
         prompts.append(record.fields["prompt"])
     return prompts
 

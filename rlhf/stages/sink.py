@@ -1,5 +1,7 @@
 """Every line of metrics, handed to a function of the user's as well: to Weights & Biases, a data base, a chat."""
 
+import inspect
+
 from rlhf.io.progress import console
 from rlhf.io.run_log import Sink
 from rlhf.stages.process_state import restored_process
@@ -22,7 +24,10 @@ def open_sink(target: str | None) -> Sink | None:
         nonlocal told
         try:
             with restored_process(f"--log.sink {target}"):
-                function(stage, step, metrics)
+                result = function(stage, step, metrics)
+            if inspect.iscoroutine(result):
+                result.close()  # or Python warns that it was never awaited
+                raise TypeError("it returned a coroutine (async), which is not awaited here")
         except (Exception, SystemExit) as error:  # it is the user's code, and the run is worth more
             if not told:
                 line = f"--log.sink {target}: raised {type(error).__name__}: {error} at {stage} {step}; going on"

@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,9 @@ def load_function(target: str, where: str, problem: str = "it is not") -> Callab
     with restored_process(where):
         function = getattr(_import(module, where), name, None)
     if not callable(function):
-        raise UserError(f"{where}: {module} has no function {name!r}")
+        file = Path(getattr(sys.modules.get(module), "__file__", None) or Path.cwd() / module)
+        place = "" if Path.cwd() in file.parents else f" ({file})"  # perhaps an installed one of the same name
+        raise UserError(f"{where}: {module}{place} has no function {name!r}")
     called = (function, getattr(function, "__call__", None))  # noqa: B004
     if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in called):
         raise UserError(f"{where}: {name} is an async function, which is not awaited here; write it with plain def")
@@ -121,18 +124,40 @@ def _as_floats(what: str, scores: Any, count: int) -> list[float]:
 def _import(module: str, where: str) -> ModuleType:
     """A module by name, looked for in the working directory too, or a file by path."""
     try:
-        if module.endswith(".py"):
-            location = importlib.util.spec_from_file_location(f"rlhf_reward_{Path(module).stem}", module)
-            if location is None or location.loader is None:
-                raise ImportError("not a Python file")
-            loaded = importlib.util.module_from_spec(location)
-            sys.modules[location.name] = loaded  # dataclasses and pickle look there
-            location.loader.exec_module(loaded)
-            return loaded
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        return importlib.import_module(module)
+        if not module.endswith(".py"):
+            _search(Path.cwd())
+            return importlib.import_module(module)
+        path = Path(module).resolve()
+        _search(path.parent)
+        name = f"rlhf_user_{path.stem}_{zlib.crc32(str(path).encode('utf-8', 'surrogateescape')):08x}"
+        location = importlib.util.spec_from_file_location(name, module)
+        if location is None or location.loader is None:
+            raise ImportError("not a Python file")
+        loaded = importlib.util.module_from_spec(location)
+        sys.modules[location.name] = loaded  # dataclasses and pickle look there
+        location.loader.exec_module(loaded)
     except (ImportError, OSError, SyntaxError) as error:
         raise UserError(f"{where}: {module} cannot be imported ({error})") from error
     except (Exception, SystemExit) as error:  # it is the user's code
         raise UserError(f"{where}: {module} cannot be imported ({type(error).__name__}: {error})") from error
+    _check_siblings(loaded, path.parent, where)
+    return loaded
+
+
+def _search(folder: Path) -> None:
+    """Let modules be found in a folder, after all that is installed: a user's random.py is not the library's."""
+    if str(folder) not in sys.path and not (Path() in map(Path, sys.path) and folder == Path.cwd()):
+        sys.path.append(str(folder))
+
+
+def _check_siblings(loaded: ModuleType, folder: Path, where: str) -> None:
+    """Refuse a module that imports one by name which lies beside it, but got another of that name.
+
+    Python keeps one module of a name: the first one that was imported, from whichever folder.
+    """
+    imported = {getattr(value, "__module__", None) for value in vars(loaded).values()}
+    imported |= {value.__name__ for value in vars(loaded).values() if isinstance(value, ModuleType)}
+    for path in folder.glob("*.py"):
+        file = getattr(sys.modules.get(path.stem), "__file__", None)
+        if path.stem in imported and path.stem not in sys.stdlib_module_names and file and Path(file).resolve() != path:
+            raise UserError(f"{where}: {path.stem} comes from {file}, though {path} lies beside it; rename one of them")
