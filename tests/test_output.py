@@ -38,7 +38,7 @@ def test_a_file_that_we_wrote_is_replaced_and_nobody_elses(tmp_path):
     with pytest.raises(
         UserError, match=r"out\.jsonl: is there already, and is not what rlhf wrote there; .*--overwrite"
     ):
-        write_output(path, NEW, "--output")
+        write_output(path, NEW, "--output", overwrite=False)
     remove_output(path)
     assert path.read_bytes() == OLD
     write_output(path, NEW, "--output", overwrite=True)

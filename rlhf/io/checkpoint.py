@@ -52,6 +52,13 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     return folder
 
 
+def check_checkpoints(root: Path) -> None:
+    """Raise UserError if something below `root` has a checkpoint's name and is none."""
+    for path in sorted(root.glob("step-*")):
+        if re.fullmatch(r"step-\d{6,}", path.name) and not (has_manifest(path) or _is_ours(path)):
+            raise UserError(f"{path}: is there already, and is no checkpoint; move it away, or choose another folder")
+
+
 def _is_ours(path: Path) -> bool:
     """Whether it is a checkpoint, or what a killed run left of one, and nothing else is in it."""
     if _LEFTOVER.fullmatch(path.name):

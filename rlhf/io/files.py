@@ -92,8 +92,9 @@ def read_json(path: Path) -> Any:
 def write_bytes(path: Path, content: bytes, flag: str = "--output-dir") -> None:
     """Replace a file's content in one step, whoever wrote it: see `rlhf.io.output` for what a user may have written.
 
-    Errors as `atomic_folder`.
+    A link stays, and its target is replaced. Errors as `atomic_folder`.
     """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with clear_write_errors(path, flag):
@@ -118,18 +119,18 @@ def clear_write_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another {flag}") from error
 
 
-def check_writable(folder: Path, flag: str) -> None:
+def check_writable(folder: Path, flag: str, name: str = "trial") -> None:
     """Raise UserError, before the work is done, unless files can be written below `folder`, which may not exist yet.
 
-    A small file goes through everything that a checkpoint goes through later.
+    A small file goes through everything that a checkpoint goes through later; `name` is what it is to be called.
     """
-    with clear_write_errors(folder, flag), tempfile.TemporaryDirectory(prefix=".rlhf-", dir=_existing(folder)) as name:
-        trial = Path(name) / "trial"
+    with clear_write_errors(folder, flag), tempfile.TemporaryDirectory(prefix=".rlhf-", dir=_existing(folder)) as place:
+        trial = Path(place) / f".{name}.{os.getpid()}.tmp"
         trial.mkdir()
         (trial / "file").write_bytes(b"rlhf")
         _sync(trial / "file")
         _sync(trial)
-        trial.rename(Path(name) / "renamed")
+        trial.rename(Path(place) / name)
 
 
 def check_free_space(folder: Path, needed: int) -> None:
@@ -166,6 +167,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if lock_file.exists() and not (lock_file.is_file() and lock_file.stat().st_size == 0):
+            raise UserError(f"{lock_file}: is no lock of rlhf; move it away, or choose another --output-dir")
         try:
             lock = acquire_lock(lock_file, blocking=False)
         except Timeout as error:

@@ -2,12 +2,14 @@
 
 A file is replaced only if it is as a program of ours left it, or if the user says so. Every folder that is written to
 has a record of that, `.rlhf.json`: the sha256 of each file. Devices and pipes are written to, links are followed.
+Disks are never written to.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Iterable
@@ -21,32 +23,39 @@ _RECORD = ".rlhf.json"
 _PATIENCE_S = 10.0
 
 
-def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
+def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrite: bool | None = None) -> None:
     """Raise UserError, before the work is done, unless `path` may be written.
 
     Args:
         path: of a file, which may not exist yet.
         flag: by which the user named it, or the folder it is in.
-        inputs: files that the same command reads, which are never written.
-        overwrite: whether the user lets a file be replaced whoever wrote it.
+        inputs: files that the same command reads, beside standard input; they are never written.
+        overwrite: whether the user lets a file be replaced whoever wrote it; None where there is no such flag.
     """
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder, expected the name of a file")
-    for file in inputs:
+    if path.is_block_device():
+        raise UserError(f"{flag} {path}: is a disk, expected the name of a file")
+    if path.is_char_device():  # as a terminal, which may be read too
+        return
+    if _target(path).is_symlink():
+        raise UserError(f"{flag} {path}: is a link that leads to itself; remove it, or name another file")
+    for file in (*inputs, Path("/dev/stdin")):
         if path.exists() and file.exists() and path.samefile(file):
             raise UserError(f"{flag} {path}: is read by this command too; name another file")
     if _is_stream(path):
         return
     if path.exists() and not overwrite and not is_ours(path):
+        remedy = "move it away" if overwrite is None else "add --overwrite"
         raise UserError(
-            f"{path}: is there already, and is not what rlhf wrote there; choose another {flag}, or add --overwrite"
-            if flag != "--output-dir"
-            else f"{path}: is there already, and is not what rlhf wrote there; move it away, or choose another {flag}"
+            f"{path}: is there already, and is not what rlhf wrote there; choose another {flag}, or {remedy}"
         )
-    check_writable(_target(path).parent, flag)
+    check_writable(_target(path).parent, flag, _target(path).name)
 
 
-def write_output(path: Path, content: str | bytes, flag: str = "--output-dir", *, overwrite: bool = False) -> None:
+def write_output(
+    path: Path, content: str | bytes, flag: str = "--output-dir", *, overwrite: bool | None = None
+) -> None:
     """Write a file in one step, and its checksum into the folder's record; text as UTF-8.
 
     Raises:
@@ -69,7 +78,7 @@ def write_output(path: Path, content: str | bytes, flag: str = "--output-dir", *
     write_bytes(target, data, flag)
 
 
-def write_json(path: Path, value: Any, flag: str = "--output-dir", *, overwrite: bool = False) -> None:
+def write_json(path: Path, value: Any, flag: str = "--output-dir", *, overwrite: bool | None = None) -> None:
     """`write_output` of readable JSON."""
     write_output(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", flag, overwrite=overwrite)
 
@@ -116,11 +125,17 @@ def _is_stream(path: Path) -> bool:
 
 
 def _open_stream(path: Path, flag: str) -> IO[bytes]:
-    """Open a device or pipe; of a pipe that nobody reads, wait for a reader as long as `_PATIENCE_S`."""
+    """Open a device or pipe to write behind what is there: `--output /dev/stdout >> log` keeps what the log has.
+
+    Of a pipe that nobody reads, wait for a reader as long as `_PATIENCE_S`.
+    """
+    name = str(path.absolute()).replace("/dev/stdout", "/dev/fd/1").replace("/dev/stderr", "/dev/fd/2")
+    if opened := re.fullmatch(r"(?:/dev|/proc/self)/fd/(\d+)", name):
+        return open(os.dup(int(opened[1])), "wb")
     end = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            stream = open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb")  # noqa: SIM115 (closed by the caller)
+            stream = open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK), "wb")  # noqa: SIM115 (the caller's)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise

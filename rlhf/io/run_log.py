@@ -14,10 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.errors import UserError
 from rlhf.io.files import clear_write_errors, write_bytes
 
 FORMAT = 1
 """Version of the lines' form, named in every `start` event."""
+
+_FILES = ("metrics.jsonl", "samples.jsonl")
 
 
 Sink = Callable[[str, int, dict[str, float]], None]
@@ -44,12 +47,16 @@ class RunLog:
             after_step: where a resumed run continues; this stage's later lines are removed. None for a new run.
             tensorboard: write event files too, to folder/tensorboard/<stage>.
             sink: gets every step's metrics too.
+
+        Raises:
+            UserError: as `check_logs`; or the files cannot be written.
         """
         self._stage, self._sink = stage, sink
         self._board = _Board(folder / "tensorboard" / stage, after_step) if tensorboard else None
         with clear_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            paths = [folder / "metrics.jsonl", folder / "samples.jsonl"]
+            check_logs(folder)
+            paths = [folder / name for name in _FILES]
             if after_step is not None:
                 for path in paths:
                     _drop_later(path, stage, after_step)
@@ -97,9 +104,25 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_logs(folder: Path) -> None:
+    """Raise UserError if a file of a log's name is there whose lines are not a log's."""
+    for path in (folder / name for name in _FILES):
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        if lines and not any(map(_is_ours, lines)):
+            raise UserError(f"{path}: is there already, and is no log of rlhf; move it away, or choose another folder")
+
+
+def _is_ours(line: bytes) -> bool:
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and "stage" in fields and ("event" in fields or "step" in fields)
+
+
 def _drop_later(path: Path, stage: str, step: int) -> None:
     """Remove a stage's lines after `step`, and whatever a crash cut off."""
-    if not path.exists():
+    if not path.is_file():
         return
     kept = []
     for line in path.read_bytes().split(b"\n")[:-1]:

@@ -114,7 +114,7 @@ LINE_PLOTS = (
 
 
 def write_plots(
-    log_dirs: Sequence[Path], kind: PlotType, folder: Path | None = None, *, overwrite: bool = False
+    log_dirs: Sequence[Path], kind: PlotType, folder: Path | None = None, *, overwrite: bool | None = None
 ) -> list[Path]:
     """Write PNGs of everything that the logs hold; the files written.
 
@@ -122,7 +122,7 @@ def write_plots(
         log_dirs: logs/ folders or output folders; several are drawn as one band.
         kind: which plots.
         folder: where to; None is report/ in the first run's output folder.
-        overwrite: replace files there whoever wrote them.
+        overwrite: replace files there whoever wrote them; None where the user cannot choose that.
 
     Raises:
         UserError: a folder is no run's, the logs hold nothing for such a plot, or the files cannot be written.

@@ -25,13 +25,13 @@ _SAMPLE_BYTES = 2_200_000
 """What a report may spend on completions; the curves of a thousand iterations take about a megabyte."""
 
 
-def write_report(log_dirs: Sequence[Path], path: Path, *, overwrite: bool = False) -> list[LogReader]:
+def write_report(log_dirs: Sequence[Path], path: Path, *, overwrite: bool | None = None) -> list[LogReader]:
     """Write the page with everything in it that the logs hold by now; several runs are compared.
 
     Args:
         log_dirs: logs/ folders, or output folders.
         path: the HTML file; its folder is made.
-        overwrite: replace it whoever wrote it.
+        overwrite: replace it whoever wrote it; None where the user cannot choose that.
 
     Returns:
         The runs as they were read.

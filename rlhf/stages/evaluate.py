@@ -71,7 +71,7 @@ def run_evaluation(config: EvaluateConfig) -> Report:
     plans, skipped = _plan(config, folders, run, judges)
     train = _train_data(config, run)
     folder = config.output or config.model_dir / "report"
-    _check_files(config, folder, folders, {plan.kind for plan in plans})
+    _check_files(config, folder, folders, plans, train)
     evaluations: list[Evaluation] = []
     lines: dict[str, list[dict[str, Any]]] = {"completions": [], "pairs": []}
     try:
@@ -185,11 +185,14 @@ def _evaluate(
             yield evaluation, "completions", lines if number == 0 else []
 
 
-def _check_files(config: EvaluateConfig, folder: Path, folders: Folders, kinds: set[str]) -> None:
+def _check_files(
+    config: EvaluateConfig, folder: Path, folders: Folders, plans: list[_Plan], train: TestData | None
+) -> None:
     """Refuse to write over what the evaluation reads, and over files that are not of an evaluation."""
     models = [model for model in folders if model is not None]
-    inputs = [*config.test_data, *([config.train_data] if config.train_data else [])]
+    inputs = [*config.test_data, *(plan.data.path for plan in plans), *([train.path] if train else [])]
     inputs += [file for model in models for file in model.iterdir()]
+    kinds = {plan.kind for plan in plans}
     names = {"reward": "pairs.jsonl", "policy": "completions.jsonl"}
     for name in ("evaluation.json", *(names[kind] for kind in sorted(kinds & names.keys()))):
         check_output(folder / name, "--output", inputs=inputs, overwrite=config.overwrite)

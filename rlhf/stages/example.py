@@ -9,7 +9,7 @@ from rich.table import Table
 from rlhf.config import PipelineRun
 from rlhf.data.embedded import EmbeddedFiles, gold_score
 from rlhf.evaluation import mean_interval
-from rlhf.io.output import write_json
+from rlhf.io.output import check_output, write_json
 from rlhf.io.progress import console
 from rlhf.io.terminal import printable
 from rlhf.stages.answers import Sampling
@@ -55,10 +55,11 @@ def run_example(config: PipelineRun, files: EmbeddedFiles) -> Comparison:
     Raises:
         UserError, NonFiniteError, Interrupted: see `rlhf.stages.run`.
     """
+    path = config.output_dir / "report" / "comparison.json"
+    check_output(path, "--output-dir")
     results = run_pipeline(config)
     comparison = _compare(config, results["sft"].model, results["ppo"].model, files.heldout_prompts)
-    folder = config.output_dir / "report"
-    write_json(folder / "comparison.json", _plain(comparison))
+    write_json(path, _plain(comparison))
     return comparison
 
 

@@ -1,14 +1,16 @@
 """A run's output folder: what may be put there, where, and the resolved configuration."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from rlhf.config import PipelineRun, RunConfig
 from rlhf.errors import UserError
-from rlhf.io.checkpoint import last_step
+from rlhf.io.checkpoint import check_checkpoints, last_step
 from rlhf.io.manifest import has_manifest, read_manifest
 from rlhf.io.output import has_record, is_ours, write_output
 from rlhf.io.presets import dump_config, load_config
+from rlhf.io.run_log import check_logs
 from rlhf.stages.paths import absolute_paths
 
 MODEL_FOLDERS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
@@ -25,12 +27,15 @@ def check_output_folder(config: RunConfig, stage: str) -> None:
 
     Raises:
         UserError: it holds the stage's checkpoints although `resume` is off, or, in the place of the model or of
-            config.yaml, something that no run wrote or that has been changed since.
+            config.yaml, something that no run wrote or that has been changed since; or checkpoints or logs that are
+            none of ours.
     """
     folder = config.output_dir
     _resolved(config)
+    check_logs(folder / "logs")
+    check_checkpoints(checkpoint_folder(config, stage))
     done, model = last_step(checkpoint_folder(config, stage)), folder / MODEL_FOLDERS[stage]
-    if model.exists() and (done is None or not has_manifest(model)):
+    if os.path.lexists(model) and (done is None or not has_manifest(model)):
         raise UserError(
             f"{model}: is there already, and would be replaced by what {stage} trains; move it away, or choose another "
             "--output-dir"
