@@ -76,7 +76,7 @@ def test_bad_verdicts_are_refused(answer, error, message):
     [
         (["nothing"], "--judge nothing: it is not module:function or file.py:function"),
         (["no_such_module:f"], "--judge no_such_module:f: no_such_module cannot be imported"),
-        (["my_judges:absent"], "--judge my_judges:absent: my_judges has no function 'absent'"),
+        (["my_judges:absent"], "--judge my_judges:absent: my_judges.* has no function 'absent'"),
         (["my_judges:Both"], r"--judge my_judges:Both: got an unexpected keyword argument '\w+'; it is called with"),
         (["my_judges:scores", "my_judges.py:scores"], "--judge: two judges are called scores; rename one"),
     ],
