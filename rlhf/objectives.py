@@ -35,8 +35,11 @@ Objective = Callable[[Params, Frozen, Any], tuple[Tensor, Metrics]]
 
 
 @dataclass(frozen=True)
-class InParts:
-    """A sum of objectives of models that share nothing. Where memory counts, each is differentiated by itself."""
+class SumOfLosses:
+    """A sum of objectives, each with a forward pass of its own, which may share parameters.
+
+    Where memory counts, each is differentiated by itself, and the gradients are added up.
+    """
 
     parts: tuple[Objective, ...]
 
@@ -200,7 +203,7 @@ def make_ppo_objective(
 
     if critic_config is None:
         return both
-    return InParts((policy, critic))
+    return SumOfLosses((policy, critic))
 
 
 def make_rollout(

@@ -10,7 +10,7 @@ from torch.func import grad_and_value
 
 from rlhf import random
 from rlhf.execution.gradients import make_gradient
-from rlhf.objectives import InParts
+from rlhf.objectives import SumOfLosses
 from rlhf.tree import flat_layout, leaves, tree_map, unflatten
 
 BATCH = random.normal(random.key(2), (5, 3))
@@ -100,7 +100,7 @@ def test_what_one_part_keeps_is_gone_before_the_next_begins():
 
         return objective
 
-    objective = InParts((part("a"), part("b")))
+    objective = SumOfLosses((part("a"), part("b")))
     with torch.autograd.graph.saved_tensors_hooks(noting(kept), lambda of: of.tensor):
         flat, (loss, metrics) = make_gradient(objective, flat_layout(params), None)(params, {}, BATCH)
     assert alive == [0, 2, 0, 2]
