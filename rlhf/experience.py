@@ -54,7 +54,8 @@ def shape_scores(
     check_value("shape_scores", missing_eos_penalty >= 0, "at least 0", missing_eos_penalty=missing_eos_penalty)
     check_value("shape_scores", clip > 0, "above 0", clip=clip)
     scores = upcast(scores)
-    return scores.clamp(-clip, clip) - missing_eos_penalty * (~ended).to(scores.dtype)
+    clipped = torch.clamp(scores, -clip, clip)  # type: ignore[arg-type]  # both floats, or both tensors
+    return clipped - missing_eos_penalty * (~ended).to(scores.dtype)
 
 
 def make_experience(
@@ -103,9 +104,7 @@ def make_experience(
         ValueError: shapes do not match, or a number is out of range.
         TypeError: mask is not bool.
     """
-    scores, log_probs, ref_log_probs, values = (
-        upcast(x.detach()) for x in (scores, log_probs, ref_log_probs, values)
-    )
+    scores, log_probs, ref_log_probs, values = (upcast(x.detach()) for x in (scores, log_probs, ref_log_probs, values))
     kl = kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
     check_mask("make_experience", mask, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values, kl=kl)
     kl = torch.where(mask, kl, 0.0)

@@ -5,7 +5,7 @@ upcast to float32 first; float64 stays float64.
 """
 
 import math
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float | Tensor 
 
     Returns:
         [...] float32 (float64 for float64 logits), nats. A token of probability 0 under the policy adds nothing; one
-        that is possible under the policy alone makes the KL infinite, as a constant: the gradient is that of the others.
+        that the policy alone allows makes the KL infinite, as a constant: the gradient is that of the others.
 
     Raises:
         ValueError: shapes differ, or temperature is not positive.
@@ -96,17 +96,14 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float | Tensor 
     return torch.where(unsupported, torch.inf, log_p.exp() * difference).sum(dim=-1)
 
 
-Number = TypeVar("Number", float, Tensor)
-
-
 def adaptive_kl_coef(
-    kl_coef: Number,
+    kl_coef: float | Tensor,
     kl: float | Tensor,
     *,
     num_samples: int | Tensor,
     target: float | Tensor = 6.0,
     horizon: float | Tensor = 10_000.0,
-) -> Number:
+) -> Any:
     """Move the KL coefficient so that the KL per sequence approaches `target`.
 
         kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon)
@@ -121,6 +118,9 @@ def adaptive_kl_coef(
         num_samples: sequences it was measured on, at most `horizon`.
         target: nats per sequence, > 0.
         horizon: sequences over which the coefficient moves by about 20% at most, > 0.
+
+    Returns:
+        The new coefficient: a float, or a [] tensor where an argument is one.
 
     Raises:
         ValueError: target or horizon is not positive, or num_samples is above horizon: the coefficient could turn

@@ -140,7 +140,7 @@ def ppo_policy_loss(
     advantages = torch.where(mask, _constant(advantages), 0.0)
     ratio = ratio_of(log_ratio)
     unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps) * advantages
+    clipped = -torch.clamp(ratio, 1.0 - clip_eps, 1.0 + clip_eps) * advantages  # type: ignore[arg-type]
     per_token = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)

@@ -110,6 +110,23 @@ def test_what_one_part_keeps_is_gone_before_the_next_begins():
     assert metrics.keys() == {"a", "b", "count"}
 
 
+def test_gradients_of_a_parameter_that_parts_share_add_up():
+    params = {"both": torch.tensor([1.0, 2.0]), "one": torch.ones(2)}
+
+    def first(params, frozen, batch):
+        return params["both"].sum(), {"count": torch.tensor(1)}
+
+    def second(params, frozen, batch):
+        return (10 * params["both"] * params["one"]).sum(), {"count": torch.tensor(1)}
+
+    objective, layout = SumOfLosses((first, second, first)), flat_layout(params)
+    flat, (loss, _) = make_gradient(objective, layout, None)(params, {}, BATCH)
+    expected, (whole, _) = grad_and_value(objective, has_aux=True)(params, {}, BATCH)
+    torch.testing.assert_close(unflatten(flat, layout), expected, atol=0, rtol=0)
+    assert unflatten(flat, layout)["both"].tolist() == [12.0, 12.0]
+    assert loss == whole
+
+
 class Look(torch.autograd.Function):
     """The identity, whose backward pass calls something."""
 

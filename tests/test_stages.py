@@ -340,6 +340,7 @@ OPTIONS = {
     "no stop": {"stop_at_eos": False, "missing_eos_penalty": 1.0},
     "dual clip, entropy": {"dual_clip": 3.0, "entropy_coef": 0.01, "min_new_tokens": 3},
     "recomputed": {"recompute_log_probs": True, "critic": "shared"},
+    "bootstrap": {"bootstrap_truncated": True},
     "unnormalised": {"normalize_reward": False, "reward_clip": 0.5, "missing_eos_penalty": 1.0},
 }
 
