@@ -1,12 +1,16 @@
 """From scores to advantages: token rewards and generalised advantage estimation.
 
-All arrays are [B, T] over completion tokens, right-padded: the mask of a row is True on a prefix.
+Arrays are [..., T] over completion tokens, with any leading dimensions. A mask may have holes, such as the results of
+tools between the turns of a conversation: the result is that of the row without them. What lies at masked positions,
+NaN included, does not matter, and the result there is 0. Everything is computed and returned in float32 at least:
+half-precision inputs are upcast first, float64 stays float64.
 """
 
 import torch
 from torch import Tensor
 
-from rlhf.checks import check_mask, check_rank, check_value
+from rlhf.checks import check_mask, check_value
+from rlhf.ops import upcast
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float | Tensor) -> Tensor:
@@ -18,31 +22,39 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float | 
     Source: Ziegler et al. 2019, eq. 2, https://arxiv.org/abs/1909.08593, spread over tokens as in their code.
 
     Args:
-        scores: [B] float, reward units; constant.
-        kl: [B, T] float, nats per token (`rlhf.kl.kl_estimate`); constant.
-        mask: [B, T] bool, True on each row's tokens, a prefix.
+        scores: [...] float, reward units; differentiated.
+        kl: [..., T] float, nats per token (`rlhf.kl.kl_estimate`); differentiated.
+        mask: [..., T] bool, True on each row's tokens.
         kl_coef: reward units per nat.
 
     Returns:
-        [B, T] reward units, 0 where the mask is False. A row without tokens drops its score.
+        [..., T] reward units, 0 where the mask is False. A row without tokens drops its score.
 
     Raises:
         ValueError: shapes do not match.
         TypeError: mask is not bool.
     """
-    check_rank("token_rewards", 2, kl=kl)
     check_mask("token_rewards", mask, kl=kl)
-    check_value("token_rewards", scores.shape == kl.shape[:1], f"shape ({kl.shape[0]},)", scores=tuple(scores.shape))
-    last = mask & ~_next(mask)
-    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(last, scores[:, None], 0.0)
+    _check_time("token_rewards", kl=kl)
+    rows = tuple(kl.shape[:-1])
+    check_value("token_rewards", tuple(scores.shape) == rows, f"shape {rows}", scores=tuple(scores.shape))
+    last = mask & (mask.cumsum(dim=-1) == mask.sum(dim=-1, keepdim=True))
+    penalties = torch.where(mask, -kl_coef * upcast(kl), 0.0)
+    return penalties + torch.where(last, upcast(scores).unsqueeze(-1), 0.0)
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    bootstrap_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, in O(log T) whole-array steps.
 
-        delta_t = r_t + gamma V_{t+1} - V_t,   V after the last token = 0
+        delta_t = r_t + gamma V_{t+1} - V_t,   V after the last token = bootstrap_value
         A_t = sum_l (gamma lam)^l delta_{t+l},   returns_t = A_t + V_t
 
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
@@ -50,53 +62,84 @@ def gae(
     l < 2^i, and A_t + (gamma lam)^(2^i) A_{t + 2^i} those below 2^(i+1). `gae_loop` is the form it is tested against.
 
     Args:
-        rewards: [B, T] float; constant.
-        values: [B, T] float, value of the state in which token t is chosen; constant.
-        mask: [B, T] bool, True on each row's tokens, a prefix.
+        rewards: [..., T] float; differentiated.
+        values: [..., T] float, value of the state in which token t is chosen; differentiated.
+        mask: [..., T] bool, True on each row's tokens. Over a hole, token t + 1 is the next one that counts.
         gamma: discount per token, in [0, 1].
         lam: lambda of GAE, in [0, 1]; 1 gives return-to-go minus value, 0 the TD error.
+        bootstrap_value: [...] float, value of the state after each row's last token; None is 0, the value of an end.
+            A row that was cut before its end goes on from there. Differentiated.
 
     Returns:
-        (advantages, returns), each [B, T], 0 where the mask is False.
+        (advantages, returns), each [..., T], 0 where the mask is False.
 
     Raises:
         ValueError: shapes differ, or gamma or lam is outside [0, 1].
         TypeError: mask is not bool.
     """
-    values, advantages = _td_errors("gae", rewards, values, mask, gamma, lam)
-    steps, decay, reach = advantages.shape[1], gamma * lam, 1
+    rewards, values, bootstrap_value = _prepare("gae", rewards, values, mask, gamma, lam, bootstrap_value)
+    front = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)  # the tokens in order, then the rest
+    inside, rewards, values_in_front = (x.gather(-1, front) for x in (mask, rewards, values))
+    last = inside & ~_shift(inside, 1)
+    next_values = torch.where(last, bootstrap_value.unsqueeze(-1), _shift(values_in_front, 1))
+    advantages = torch.where(inside, rewards + gamma * next_values - values_in_front, 0.0)
+    steps, decay, reach = advantages.shape[-1], gamma * lam, 1
     while reach < steps:
-        ahead = torch.nn.functional.pad(advantages[:, reach:], (0, reach))
-        advantages = advantages + decay**reach * ahead
+        advantages = advantages + decay**reach * _shift(advantages, reach)
         reach *= 2
+    place = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    advantages = torch.where(mask, advantages.gather(-1, place), 0.0)
     return advantages, advantages + values
 
 
 def gae_loop(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    bootstrap_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`gae` by the backward recursion A_t = delta_t + gamma lam A_{t+1}: the textbook form, one step per token."""
-    values, deltas = _td_errors("gae_loop", rewards, values, mask, gamma, lam)
-    advantage, columns = torch.zeros_like(deltas[:, :1]), [deltas[:, :0]]
-    for t in reversed(range(deltas.shape[1])):
-        advantage = deltas[:, t : t + 1] + gamma * lam * advantage
-        columns.append(advantage)
-    advantages = torch.cat(columns[::-1], dim=1)
+    rewards, values, next_value = _prepare("gae_loop", rewards, values, mask, gamma, lam, bootstrap_value)
+    advantage, columns = torch.zeros_like(next_value), [torch.zeros_like(rewards[..., :0])]
+    for t in reversed(range(mask.shape[-1])):
+        delta = rewards[..., t] + gamma * next_value - values[..., t]
+        advantage = torch.where(mask[..., t], delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(mask[..., t], values[..., t], next_value)
+        columns.append(advantage.unsqueeze(-1))
+    advantages = torch.where(mask, torch.cat(columns[::-1], dim=-1), 0.0)
     return advantages, advantages + values
 
 
-def _td_errors(
-    function: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """(values, TD errors), both 0 where the mask is False."""
-    check_rank(function, 2, rewards=rewards)
+def _prepare(
+    function: str,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    bootstrap_value: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards, values, bootstrap value), checked and upcast, 0 where the mask is False or nothing was given."""
     check_mask(function, mask, rewards=rewards, values=values)
-    check_value(function, 0 <= gamma <= 1, "in [0, 1]", gamma=gamma)
-    check_value(function, 0 <= lam <= 1, "in [0, 1]", lam=lam)
-    values = torch.where(mask, values, 0.0)
-    return values, torch.where(mask, rewards + gamma * _next(values) - values, 0.0)
+    _check_time(function, rewards=rewards)
+    check_value(function, (gamma >= 0) & (gamma <= 1), "in [0, 1]", gamma=gamma)
+    check_value(function, (lam >= 0) & (lam <= 1), "in [0, 1]", lam=lam)
+    rewards, values = (torch.where(mask, upcast(x), 0.0) for x in (rewards, values))
+    if bootstrap_value is None:
+        return rewards, values, values.new_zeros(values.shape[:-1])
+    got, rows = tuple(bootstrap_value.shape), tuple(rewards.shape[:-1])
+    check_value(function, got == rows, f"shape {rows}", bootstrap_value=got)
+    return rewards, values, upcast(bootstrap_value)
 
 
-def _next(x: Tensor) -> Tensor:
-    """x one step later, zero (False) after the end."""
-    return torch.nn.functional.pad(x[:, 1:], (0, 1))
+def _check_time(function: str, **tensor: Tensor) -> None:
+    ((name, x),) = tensor.items()
+    check_value(function, x.ndim > 0, "at least 1 dimension, time the last", **{name: tuple(x.shape)})
+
+
+def _shift(x: Tensor, steps: int) -> Tensor:
+    """x some steps later, zero (False) after the end."""
+    return torch.nn.functional.pad(x[..., steps:], (0, steps))

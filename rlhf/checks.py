@@ -1,6 +1,8 @@
-"""Argument checks for pure functions: shapes and dtypes only, so that they cost nothing under `torch.compile`.
+"""Argument checks for pure functions: shapes, dtypes and Python numbers, so that they cost nothing when compiled.
 
-Values (finite, in range) are checked on the host before a batch is handed over; see `rlhf.execution.executor`.
+The values of tensors are never read: a hyperparameter that is a tensor passes unchecked, which keeps it open to `vmap`,
+`grad` and `torch.compile`. Values in batches are checked on the host before a batch is handed over; see
+`rlhf.execution.executor`.
 Every message reads `<function>: <argument> <what it is>, expected <rule>`.
 """
 
@@ -39,8 +41,11 @@ def check_integer(function: str, **tensors: Tensor) -> None:
             raise TypeError(f"{function}: {name} has dtype {tensor.dtype}, expected torch.int64")
 
 
-def check_value(function: str, ok: bool, rule: str, **value: object) -> None:
-    """Raise ValueError unless `ok`, naming the one keyword argument given, its value and the `rule` it breaks."""
-    if not ok:
+def check_value(function: str, ok: bool | Tensor, rule: str, **value: object) -> None:
+    """Raise ValueError unless `ok`, naming the one keyword argument given, its value and the `rule` it breaks.
+
+    A tensor passes whatever it holds. Write a range as `(x >= 0) & (x <= 1)`: `0 <= x <= 1` would read the tensor.
+    """
+    if not isinstance(ok, Tensor) and not ok:
         ((name, got),) = value.items()
         raise ValueError(f"{function}: {name} is {got}, expected {rule}")

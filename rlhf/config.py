@@ -254,6 +254,8 @@ class PPOConfig(OptimizerConfig):
     """Discount per token."""
     lam: UnitInterval = 0.95
     """Lambda of generalised advantage estimation."""
+    bootstrap_truncated: bool = False
+    """Go on from the critic's value where a completion was cut at max_new_tokens; otherwise it counts as ended."""
     whiten_advantages: bool = True
     """Zero mean and unit variance over the whole batch."""
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from rlhf.advantages import gae, token_rewards
 from rlhf.checks import check_mask, check_value
 from rlhf.kl import KLEstimator, kl_estimate
-from rlhf.ops import masked_mean, masked_var, whiten
+from rlhf.ops import masked_mean, masked_var, upcast, whiten
 from rlhf.types import Metrics
 
 
 class Experience(NamedTuple):
-    """What one iteration's completions teach; all constants in the update."""
+    """What one iteration's completions teach, as constants: nothing has a gradient to scores, log-probs or values."""
 
     advantages: Tensor
     """[B, T] float32, reward units or whitened."""
@@ -26,7 +26,11 @@ class Experience(NamedTuple):
 
 
 def shape_scores(
-    scores: Tensor, ended: Tensor, *, missing_eos_penalty: float = 0.0, clip: float = float("inf")
+    scores: Tensor,
+    ended: Tensor,
+    *,
+    missing_eos_penalty: float | Tensor = 0.0,
+    clip: float | Tensor = float("inf"),
 ) -> Tensor:
     """Clip the scores of completions, then penalise those that did not end by themselves.
 
@@ -40,7 +44,7 @@ def shape_scores(
         clip: scores are clipped to [-clip, clip]; above 0.
 
     Returns:
-        [B] float.
+        [B] float32 (float64 for float64 scores).
 
     Raises:
         ValueError: shapes differ, or a number is out of range.
@@ -49,7 +53,9 @@ def shape_scores(
     check_mask("shape_scores", ended, scores=scores)
     check_value("shape_scores", missing_eos_penalty >= 0, "at least 0", missing_eos_penalty=missing_eos_penalty)
     check_value("shape_scores", clip > 0, "above 0", clip=clip)
-    return scores.clamp(-clip, clip) - missing_eos_penalty * (~ended).to(scores.dtype)
+    scores = upcast(scores)
+    clipped = torch.clamp(scores, -clip, clip)  # type: ignore[arg-type]  # both floats, or both tensors
+    return clipped - missing_eos_penalty * (~ended).to(scores.dtype)
 
 
 def make_experience(
@@ -59,13 +65,14 @@ def make_experience(
     values: Tensor,
     mask: Tensor,
     *,
-    kl_coef: float,
+    kl_coef: float | Tensor,
     kl_estimator: KLEstimator = "k1",
     kl_in_loss: bool = False,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
+    bootstrap_value: Tensor | None = None,
 ) -> Experience:
     """Token rewards (KL penalty and score), GAE, and whitening over the whole batch.
 
@@ -73,11 +80,12 @@ def make_experience(
     https://arxiv.org/abs/2403.17031.
 
     Args:
-        scores: [B] float, shaped (`shape_scores`).
-        log_probs: [B, T] float, nats, policy.
-        ref_log_probs: [B, T] float, nats, reference.
-        values: [B, T] float, reward units.
-        mask: [B, T] bool, True on each row's tokens, a prefix.
+        scores: [B] float, shaped (`shape_scores`); constant.
+        log_probs: [B, T] float, nats, policy; constant.
+        ref_log_probs: [B, T] float, nats, reference; constant.
+        values: [B, T] float, reward units; constant.
+        mask: [B, T] bool, True on each row's tokens. It may have holes, such as the results of tools: a row then gives
+            what it would without them.
         kl_coef: reward units per nat.
         kl_estimator: per-token KL.
         kl_in_loss: leave the KL out of the rewards, because the loss has it.
@@ -85,6 +93,7 @@ def make_experience(
         lam: lambda of GAE.
         whiten_rewards: scale token rewards to unit variance, keeping their mean.
         whiten_advantages: zero mean and unit variance over the batch's tokens.
+        bootstrap_value: of `rlhf.advantages.gae`; constant.
 
     Returns:
         An `Experience`. Its metrics: `objective/kl`, `objective/entropy` (minus the sum of log-probs),
@@ -95,6 +104,7 @@ def make_experience(
         ValueError: shapes do not match, or a number is out of range.
         TypeError: mask is not bool.
     """
+    scores, log_probs, ref_log_probs, values = (upcast(x.detach()) for x in (scores, log_probs, ref_log_probs, values))
     kl = kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
     check_mask("make_experience", mask, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values, kl=kl)
     kl = torch.where(mask, kl, 0.0)
@@ -102,17 +112,19 @@ def make_experience(
     rewards = token_rewards(scores, kl, mask, kl_coef=penalty)
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
-    non_score = -penalty * kl.sum(dim=1)
+    bootstrap_value = None if bootstrap_value is None else bootstrap_value.detach()
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_value=bootstrap_value)
+    non_score = -penalty * kl.sum(dim=-1)
     unexplained = masked_var(returns - values, mask)
     metrics = {
-        "objective/kl": kl.sum(dim=1).mean(),
-        "objective/entropy": -torch.where(mask, log_probs, 0.0).sum(dim=1).mean(),
+        "objective/kl": kl.sum(dim=-1).mean(),
+        "objective/entropy": -torch.where(mask, log_probs, 0.0).sum(dim=-1).mean(),
         "objective/scores": scores.mean(),
         "objective/non_score_reward": non_score.mean(),
         "objective/rlhf_reward": (scores + non_score).mean(),
         "val/mean": masked_mean(values, mask),
         "val/explained_variance": 1.0 - unexplained / masked_var(returns, mask).clamp(min=1e-8),
-        "response_length/mean": mask.sum(dim=1).float().mean(),
+        "response_length/mean": mask.sum(dim=-1).float().mean(),
     }
+    metrics = {name: metric.detach() for name, metric in metrics.items()}
     return Experience(whiten(advantages, mask) if whiten_advantages else advantages, returns, kl, metrics)

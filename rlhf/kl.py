@@ -1,17 +1,37 @@
 """Kullback-Leibler divergence: per-token estimators, the exact value, and the coefficient's controller.
 
-Everywhere KL means KL(policy || reference), in nats, and the samples come from the policy.
+Everywhere KL means KL(policy || reference), in nats, and the samples come from the policy. Half-precision inputs are
+upcast to float32 first; float64 stays float64.
 """
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf.checks import check_same_shape, check_value
-from rlhf.ops import scale_logits
+from rlhf.ops import scale_logits, upcast
 
 KLEstimator = Literal["k1", "k2", "k3"]
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratio of two policies above which `exp` is continued by its tangent. A ratio of e^20 = 4.9e8 has left every trust
+region, and float32 still squares it and adds it up; verl clamps the log-ratio there."""
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), continued by its tangent above `MAX_LOG_RATIO`: finite, with a finite gradient that is not 0.
+
+    Exact below. A plain clamp would have gradient 0 above, and so would not bring back a token whose probability has
+    exploded; a plain `exp` overflows at 89, where a gradient of 0 times infinity is NaN.
+    """
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp() + _beyond(log_ratio)
+
+
+def _beyond(log_ratio: Tensor) -> Tensor:
+    """What the tangent at `MAX_LOG_RATIO` adds above it, 0 below."""
+    return math.exp(MAX_LOG_RATIO) * torch.relu(log_ratio - MAX_LOG_RATIO)
 
 
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: KLEstimator = "k1") -> Tensor:
@@ -22,31 +42,32 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: KLEstima
         k2 = d^2 / 2              biased, its gradient is the KL's own
         k3 = exp(-d) - 1 + d      unbiased, never negative
 
-    Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
+    Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. Where -d is above
+    `MAX_LOG_RATIO`, k3's exp is continued by its tangent (`ratio_of`).
 
     Args:
         log_probs: [...] float, nats, policy; differentiated.
-        ref_log_probs: [...] float, nats, reference.
+        ref_log_probs: [...] float, nats, reference; differentiated.
         estimator: "k1", "k2" or "k3".
 
     Returns:
-        [...] nats.
+        [...] float32 (float64 for float64 inputs), nats.
 
     Raises:
         ValueError: shapes differ, or the estimator is unknown.
     """
     check_same_shape("kl_estimate", log_probs=log_probs, ref_log_probs=ref_log_probs)
-    difference = log_probs - ref_log_probs
+    difference = upcast(log_probs) - upcast(ref_log_probs)
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return 0.5 * difference.square()
     if estimator == "k3":
-        return torch.expm1(-difference) + difference
+        return torch.expm1((-difference).clamp(max=MAX_LOG_RATIO)) + _beyond(-difference) + difference
     raise ValueError(f"kl_estimate: estimator is {estimator!r}, expected one of k1, k2, k3")
 
 
-def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     """KL(policy || reference) of the next-token distributions, summed over the whole vocabulary.
 
         sum_v p_v (log p_v - log q_v),   p = softmax(logits / temperature), q likewise
@@ -54,12 +75,14 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) ->
     Source: the definition; zero exactly where the logits differ by a constant.
 
     Args:
-        logits: [..., V] float, policy; finite; differentiated.
-        ref_logits: [..., V] float, reference; finite.
+        logits: [..., V] float, policy; differentiated. -inf is a token of probability 0, here and in `ref_logits`; one
+            logit at least is finite.
+        ref_logits: [..., V] float, reference; differentiated.
         temperature: > 0, applied to both.
 
     Returns:
-        [...] float32 (float64 for float64 logits), nats.
+        [...] float32 (float64 for float64 logits), nats. A token of probability 0 under the policy adds nothing; one
+        that the policy alone allows makes the KL infinite, as a constant: the gradient is that of the others.
 
     Raises:
         ValueError: shapes differ, or temperature is not positive.
@@ -67,12 +90,20 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) ->
     check_same_shape("exact_kl", logits=logits, ref_logits=ref_logits)
     log_p = torch.log_softmax(scale_logits(logits, temperature), dim=-1)
     log_q = torch.log_softmax(scale_logits(ref_logits, temperature), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    impossible = log_p == -torch.inf  # p log p tends to 0, where 0 * inf is NaN
+    unsupported = (log_q == -torch.inf) & ~impossible
+    difference = torch.where(impossible | unsupported, 0.0, log_p - log_q)
+    return torch.where(unsupported, torch.inf, log_p.exp() * difference).sum(dim=-1)
 
 
 def adaptive_kl_coef(
-    kl_coef: float, kl: float, *, num_samples: int, target: float = 6.0, horizon: float = 10_000.0
-) -> float:
+    kl_coef: float | Tensor,
+    kl: float | Tensor,
+    *,
+    num_samples: int | Tensor,
+    target: float | Tensor = 6.0,
+    horizon: float | Tensor = 10_000.0,
+) -> Any:
     """Move the KL coefficient so that the KL per sequence approaches `target`.
 
         kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon)
@@ -81,11 +112,15 @@ def adaptive_kl_coef(
     https://arxiv.org/abs/1909.08593; the constants are those of their code.
 
     Args:
-        kl_coef: the present coefficient, > 0.
+        kl_coef: the present coefficient, > 0. This and all that follow are numbers or [] tensors, which `vmap` and
+            `grad` may take.
         kl: the mean KL per sequence just measured, nats.
         num_samples: sequences it was measured on, at most `horizon`.
         target: nats per sequence, > 0.
         horizon: sequences over which the coefficient moves by about 20% at most, > 0.
+
+    Returns:
+        The new coefficient: a float, or a [] tensor where an argument is one.
 
     Raises:
         ValueError: target or horizon is not positive, or num_samples is above horizon: the coefficient could turn
@@ -93,6 +128,8 @@ def adaptive_kl_coef(
     """
     check_value("adaptive_kl_coef", target > 0, "above 0", target=target)
     check_value("adaptive_kl_coef", horizon > 0, "above 0", horizon=horizon)
-    check_value("adaptive_kl_coef", num_samples <= horizon, f"at most horizon = {horizon:g}", num_samples=num_samples)
-    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    most = "at most horizon" if isinstance(horizon, Tensor) else f"at most horizon = {horizon:g}"
+    check_value("adaptive_kl_coef", num_samples <= horizon, most, num_samples=num_samples)
+    error = kl / target - 1.0
+    error = error.clamp(-0.2, 0.2) if isinstance(error, Tensor) else min(max(error, -0.2), 0.2)
     return kl_coef * (1.0 + error * num_samples / horizon)

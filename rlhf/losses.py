@@ -4,6 +4,10 @@ Each returns `(loss_sum, metrics)`: the sum over the mask, and detached sums und
 `"count"`, the weight that everything is divided by, once, over the global batch (`rlhf.ops.mean_metrics`). So
 splitting a batch in any way changes nothing. Masked positions may hold anything, NaN included; an all-False mask
 gives 0 with zero gradient.
+
+Inputs called constant are detached: they receive no gradient, whatever they were computed from. Everything is computed
+and returned in float32 at least: half-precision inputs are upcast first, float64 stays float64. Coefficients may be
+[] tensors, so that `vmap` and `grad` can take them.
 """
 
 import torch
@@ -11,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.checks import check_mask, check_same_shape, check_value
+from rlhf.kl import ratio_of
+from rlhf.ops import upcast
 from rlhf.types import Metrics
 
 
@@ -35,7 +41,7 @@ def sft_loss(log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
         TypeError: mask is not bool.
     """
     check_mask("sft_loss", mask, log_probs=log_probs)
-    loss = -torch.where(mask, log_probs, 0.0).sum()
+    loss = -torch.where(mask, upcast(log_probs), 0.0).sum()
     return loss, {"loss/sft": loss.detach(), "count": mask.sum()}
 
 
@@ -45,7 +51,7 @@ def reward_loss(
     mask: Tensor | None = None,
     *,
     margin: Tensor | None = None,
-    centre_coef: float = 0.0,
+    centre_coef: float | Tensor = 0.0,
 ) -> tuple[Tensor, Metrics]:
     """Bradley-Terry loss of preference pairs.
 
@@ -59,7 +65,7 @@ def reward_loss(
         chosen_scores: [B] float, reward units; differentiated.
         rejected_scores: [B] float; differentiated.
         mask: [B] bool, True on real pairs; None counts all.
-        margin: [B] float, how much better the chosen must be; None is 0.
+        margin: [B] float, how much better the chosen must be; constant; None is 0.
         centre_coef: >= 0; pulls the pair's sum to zero, which the comparison itself leaves free.
 
     Returns:
@@ -73,12 +79,12 @@ def reward_loss(
     mask = torch.ones_like(chosen_scores, dtype=torch.bool) if mask is None else mask
     check_mask("reward_loss", mask, chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     check_value("reward_loss", centre_coef >= 0, "at least 0", centre_coef=centre_coef)
-    chosen, rejected = torch.where(mask, chosen_scores, 0.0), torch.where(mask, rejected_scores, 0.0)
+    chosen, rejected = (torch.where(mask, upcast(scores), 0.0) for scores in (chosen_scores, rejected_scores))
     difference = chosen - rejected
     required = difference
     if margin is not None:
         check_same_shape("reward_loss", chosen_scores=chosen_scores, margin=margin)
-        required = difference - torch.where(mask, margin, 0.0)
+        required = difference - torch.where(mask, _constant(margin), 0.0)
     per_pair = -F.logsigmoid(required) + centre_coef * (chosen + rejected).square()
     loss = torch.where(mask, per_pair, 0.0).sum()
     correct = (difference > 0).float() + 0.5 * (difference == 0).float()
@@ -96,13 +102,16 @@ def ppo_policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip_eps: float = 0.2,
-    dual_clip: float | None = None,
+    clip_eps: float | Tensor = 0.2,
+    dual_clip: float | Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Clipped surrogate policy loss.
 
         L = - sum_t m_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t),   r_t = exp(log_probs_t - old_log_probs_t)
         with dual_clip c, where A_t < 0:  - max(min(...), c A_t)
+
+    Above `rlhf.kl.MAX_LOG_RATIO` exp is continued by its tangent (`rlhf.kl.ratio_of`): loss and gradient are finite at
+    any finite log-ratio, and the gradient is 0 exactly where the clip, or dual clip, binds.
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7, https://arxiv.org/abs/1707.06347;
     dual clip: Ye et al. 2020, eq. 5, https://arxiv.org/abs/1912.09729. Advantages are used as given.
@@ -116,7 +125,7 @@ def ppo_policy_loss(
         dual_clip: None, or above 1: bounds the loss of a bad token whose ratio has exploded.
 
     Returns:
-        loss: [] sum. Not finite, gradient included, where a log-ratio leaves the range of exp (88 in float32).
+        loss: [] sum.
         metrics: `loss/policy_avg`, `policy/clipfrac_avg` (share of tokens where the clipped term is the larger loss),
             `policy/approxkl_avg` (nats: half the squared log-ratio, as TRL), `val/ratio`, `count` (tokens).
 
@@ -127,11 +136,11 @@ def ppo_policy_loss(
     check_mask("ppo_policy_loss", mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     check_value("ppo_policy_loss", clip_eps > 0, "above 0", clip_eps=clip_eps)
     check_value("ppo_policy_loss", dual_clip is None or dual_clip > 1, "None or above 1", dual_clip=dual_clip)
-    log_ratio = torch.where(mask, log_probs, 0.0) - torch.where(mask, old_log_probs, 0.0)
-    advantages = torch.where(mask, advantages, 0.0)
-    ratio = log_ratio.exp()
+    log_ratio = torch.where(mask, upcast(log_probs), 0.0) - torch.where(mask, _constant(old_log_probs), 0.0)
+    advantages = torch.where(mask, _constant(advantages), 0.0)
+    ratio = ratio_of(log_ratio)
     unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps) * advantages
+    clipped = -torch.clamp(ratio, 1.0 - clip_eps, 1.0 + clip_eps) * advantages  # type: ignore[arg-type]
     per_token = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)
@@ -146,7 +155,7 @@ def ppo_policy_loss(
 
 
 def ppo_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_eps: float = 0.2
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_eps: float | Tensor = 0.2
 ) -> tuple[Tensor, Metrics]:
     """Clipped squared error of the value function.
 
@@ -172,7 +181,9 @@ def ppo_value_loss(
     """
     check_mask("ppo_value_loss", mask, values=values, old_values=old_values, returns=returns)
     check_value("ppo_value_loss", value_clip_eps > 0, "above 0", value_clip_eps=value_clip_eps)
-    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
+    values, old_values, returns = (
+        torch.where(mask, x, 0.0) for x in (upcast(values), _constant(old_values), _constant(returns))
+    )
     within = torch.clamp(values, old_values - value_clip_eps, old_values + value_clip_eps)
     unclipped, clipped = (values - returns).square(), (within - returns).square()
     loss = 0.5 * torch.maximum(unclipped, clipped).sum()
@@ -181,3 +192,7 @@ def ppo_value_loss(
         "val/clipfrac_avg": (clipped > unclipped).float().sum(),
         "count": mask.sum(),
     }
+
+
+def _constant(x: Tensor) -> Tensor:
+    return upcast(x.detach())

@@ -35,8 +35,11 @@ Objective = Callable[[Params, Frozen, Any], tuple[Tensor, Metrics]]
 
 
 @dataclass(frozen=True)
-class InParts:
-    """A sum of objectives of models that share nothing. Where memory counts, each is differentiated by itself."""
+class SumOfLosses:
+    """A sum of objectives, each with a forward pass of its own, which may share parameters.
+
+    Where memory counts, each is differentiated by itself, and the gradients are added up.
+    """
 
     parts: tuple[Objective, ...]
 
@@ -200,7 +203,7 @@ def make_ppo_objective(
 
     if critic_config is None:
         return both
-    return InParts((policy, critic))
+    return SumOfLosses((policy, critic))
 
 
 def make_rollout(
@@ -267,6 +270,8 @@ class Scores(NamedTuple):
     """[C] float32, reward units: a separate critic, or the value head where log-probs were recomputed."""
     scores: Tensor
     """[B, K] float32, reward units: each of the K reward models on the last token."""
+    bootstrap_values: Tensor
+    """[B] float32, reward units: the value function in the state after the last token."""
 
 
 def make_scorer(
@@ -277,6 +282,7 @@ def make_scorer(
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
     log_probs: bool = False,
+    bootstrap: bool = False,
 ) -> Callable[[Params, Frozen, ScoreBatch], Scores]:
     """(params, frozen, ScoreBatch) -> `Scores`: reference log-probs, separate critic's values, reward model's scores.
 
@@ -287,6 +293,7 @@ def make_scorer(
         dtype: of the models' forward pass.
         temperature: as when sampling.
         log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
+        bootstrap: compute the values of the states after the last tokens.
     """
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor]:
@@ -294,21 +301,28 @@ def make_scorer(
         return (token_log_probs(logits, targets, temperature=temperature),)
 
     def look(params: Params, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states and log-probs of a GPT-2."""
+        """Hidden states [R * T, D] and log-probs [C] of a GPT-2."""
         params = compute_copy(params, dtype)
-        hidden = at_predictors(params, batch, config)
-        return hidden, in_chunks(per_token, chunk_size(config.vocab_size))(_tied(params), hidden, batch.targets)[0]
+        hidden = _hidden(params, batch.rows, config)
+        predictors = gather_rows(hidden, batch.predictors)
+        return hidden, in_chunks(per_token, chunk_size(config.vocab_size))(_tied(params), predictors, batch.targets)[0]
 
     def score(params: Params, frozen: Frozen, batch: ScoreBatch) -> Scores:
         _, ref_log_probs = look(frozen["reference"], batch)
         policy_log_probs = values = torch.zeros_like(ref_log_probs)
-        if log_probs:
+        bootstrap_values = torch.zeros(len(batch.last), device=batch.last.device)
+        head, hidden = params.get("value_head"), None
+        if log_probs or (bootstrap and head is not None):
             hidden, policy_log_probs = look(params["policy"], batch)
-            if "value_head" in params:
-                values = apply_head(params["value_head"], hidden)
         if critic_config is not None:
-            values = _critic(params, batch, critic_config, dtype)
-        return Scores(ref_log_probs, policy_log_probs, values, reward_scores(frozen, batch, reward_configs, dtype))
+            head = params["critic"]["head"]
+            hidden = _hidden(compute_copy(params["critic"]["trunk"], dtype), batch.rows, critic_config)
+        if head is not None and hidden is not None:
+            values = apply_head(head, gather_rows(hidden, batch.predictors))
+            if bootstrap:
+                bootstrap_values = apply_head(head, gather_rows(hidden, batch.last))
+        scores = reward_scores(frozen, batch, reward_configs, dtype)
+        return Scores(ref_log_probs, policy_log_probs, values, scores, bootstrap_values)
 
     return score
 
@@ -360,8 +374,6 @@ def _tied(params: Params) -> Params:
     return {"wte": params["wte"]}
 
 
-def _critic(
-    params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config, dtype: torch.dtype, **options: Any
-) -> Tensor:
+def _critic(params: Params, batch: PPOBatch, config: GPT2Config, dtype: torch.dtype, **options: Any) -> Tensor:
     hidden = at_predictors(compute_copy(params["critic"]["trunk"], dtype), batch, config, **options)
     return apply_head(params["critic"]["head"], hidden)

@@ -2,6 +2,8 @@
 
 Masks are bool, True where a position counts. Positions with False may hold anything, NaN included, and
 receive zero gradient. An all-False mask gives zero, never NaN.
+
+Everything is computed and returned in float32 at least: half-precision inputs are upcast first, float64 stays float64.
 """
 
 import torch
@@ -14,23 +16,24 @@ _VARIANCE_EPS = 1e-8
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """[] sum of `values` where `mask` is True.
+    """[] sum of `values` where `mask` is True, float32 at least.
 
     Raises:
         ValueError: shapes differ.
         TypeError: mask is not bool.
     """
     check_mask("masked_sum", mask, values=values)
-    return torch.where(mask, values, 0.0).sum()
+    return torch.where(mask, upcast(values), 0.0).sum()
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """[] mean of `values` where `mask` is True; 0 when it nowhere is. Errors as `masked_sum`."""
+    """[] mean of `values` where `mask` is True, float32 at least; 0 of nothing. Errors as `masked_sum`."""
     return masked_sum(values, mask) / mask.sum().clamp(min=1)
 
 
 def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
-    """[] variance of `values` where `mask` is True; `unbiased` divides by n - 1. Errors as `masked_sum`."""
+    """[] variance of `values` where `mask` is True; `unbiased` divides by n - 1. Dtype and errors as `masked_sum`."""
+    values = upcast(values)
     centred, count = torch.where(mask, values - masked_mean(values, mask), 0.0), mask.sum()
     return centred.square().sum() / (count - int(unbiased)).clamp(min=1)
 
@@ -50,7 +53,7 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = Tru
         unbiased: divide the squares by n - 1 instead of n.
 
     Returns:
-        `values`' shape; 0 where the mask is False.
+        `values`' shape, float32 (float64 for float64 values); 0 where the mask is False.
 
     Raises:
         ValueError: shapes differ.
@@ -59,7 +62,7 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = Tru
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
     check_mask("whiten", mask, values=values)
-    values = torch.where(mask, values, 0.0)
+    values = torch.where(mask, upcast(values), 0.0)
     mean, variance = masked_mean(values, mask), masked_var(values, mask, unbiased=unbiased)
     whitened = (values - mean) * torch.rsqrt(variance + _VARIANCE_EPS)
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
@@ -75,7 +78,7 @@ def gather_rows(table: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, table.shape[1])
 
 
-def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `targets`, in float32 at least.
 
     This is the one definition used in sampling, in the reference and in the update. Filters that only shape
@@ -99,13 +102,14 @@ def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
     return _at(scaled, targets) - torch.logsumexp(scaled, dim=-1)
 
 
-def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def entropy(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     """Entropy of softmax(logits / temperature) over the last axis.
 
         H = logsumexp(z) - sum_v softmax(z)_v z_v,   z = logits / temperature
 
     Args:
-        logits: [..., V] float, finite; differentiated.
+        logits: [..., V] float; differentiated. -inf is a token of probability 0, which adds nothing, nor to the
+            gradient; one logit at least is finite.
         temperature: > 0.
 
     Returns:
@@ -115,7 +119,8 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         ValueError: temperature is not positive.
     """
     scaled = scale_logits(logits, temperature)
-    return torch.logsumexp(scaled, dim=-1) - (torch.softmax(scaled, dim=-1) * scaled).sum(dim=-1)
+    possible = torch.where(scaled == -torch.inf, 0.0, scaled)  # p log p tends to 0, where 0 * inf is NaN
+    return torch.logsumexp(scaled, dim=-1) - (torch.softmax(scaled, dim=-1) * possible).sum(dim=-1)
 
 
 def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
@@ -129,7 +134,7 @@ def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
     return _at(scaled, targets) >= scaled.amax(dim=-1, keepdim=True).squeeze(-1)
 
 
-def scale_logits(logits: Tensor, temperature: float) -> Tensor:
+def scale_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """logits / temperature, at least float32: low-precision logits lose the tail of the softmax.
 
     Raises:
@@ -138,8 +143,13 @@ def scale_logits(logits: Tensor, temperature: float) -> Tensor:
     check_value(
         "scale_logits", temperature > 0, "above 0 (for the most likely token use top_k=1)", temperature=temperature
     )
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide if temperature == 1.0 else wide / temperature
+    wide = upcast(logits)
+    return wide if not isinstance(temperature, Tensor) and temperature == 1.0 else wide / temperature
+
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is that already: the dtype in which the library adds up."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def mean_metrics(sums: Metrics) -> Metrics:

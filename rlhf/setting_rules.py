@@ -234,6 +234,11 @@ STAGE_RULES: dict[str, tuple[Rule, ...]] = {
             lambda config: not config.ppo.stop_at_eos,
             "with --ppo.no-stop-at-eos no completion ends by itself: the same is taken off every score",
         ),
+        Rule(
+            ("ppo.bootstrap_truncated",),
+            lambda config: not config.ppo.stop_at_eos,
+            "has no effect with --ppo.no-stop-at-eos: every completion ends at --ppo.max-new-tokens",
+        ),
         Rule(("ppo.top_p",), lambda config: config.ppo.top_k == 1, "has no effect with --ppo.top-k 1"),
         Rule(
             ("ppo.normalize_reward",),

@@ -114,9 +114,9 @@ def assert_rows_independent(function, *args):
 
 
 def gradients(loss, args):
-    """The gradient of the scalar `loss(*args)` with respect to each of `args`."""
+    """The gradient of the scalar `loss(*args)` with respect to each of `args`; zeros for one that has no part in it."""
     args = [arg.detach().clone().requires_grad_() for arg in args]
-    return torch.autograd.grad(loss(*args), args)
+    return torch.autograd.grad(loss(*args), args, materialize_grads=True)
 
 
 def assert_hidden_ignored(function, args, mask):

@@ -31,7 +31,7 @@ SECONDS = 120  # after which a child is given up
 class Mutant(NamedTuple):
     name: str
     module: str
-    """Of rlhf; its tests are tests/test_<module>.py."""
+    """Of rlhf, dotted; its tests are tests/test_<last part>.py."""
     old: str
     """Occurs exactly once in the module."""
     new: str
@@ -44,9 +44,14 @@ def mutants(module: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 MUTANTS = [
     *mutants(
         "losses",
-        ("sft: sign", "loss = -torch.where(mask, log_probs", "loss = torch.where(mask, log_probs"),
-        ("sft: mask ignored", "loss = -torch.where(mask, log_probs, 0.0).sum()", "loss = -log_probs.sum()"),
-        ("sft: mean for sum", "-torch.where(mask, log_probs, 0.0).sum()", "-torch.where(mask, log_probs, 0.0).mean()"),
+        ("sft: sign", "loss = -torch.where(mask, upcast", "loss = torch.where(mask, upcast"),
+        ("sft: mask ignored", "loss = -torch.where(mask, upcast(log_probs), 0.0).sum()", "loss = -log_probs.sum()"),
+        ("sft: mean for sum", "upcast(log_probs), 0.0).sum()", "upcast(log_probs), 0.0).mean()"),
+        (
+            "sft: low precision kept",
+            "loss = -torch.where(mask, upcast(log_probs)",
+            "loss = -torch.where(mask, log_probs",
+        ),
         ("sft: metric attached", '"loss/sft": loss.detach()', '"loss/sft": loss'),
         (
             "sft: count of all",
@@ -56,7 +61,11 @@ MUTANTS = [
         ("reward: pair swapped", "difference = chosen - rejected", "difference = rejected - chosen"),
         ("reward: unstable log", "-F.logsigmoid(required)", "-torch.sigmoid(required).log()"),
         ("reward: logsigmoid sign", "-F.logsigmoid(required)", "-F.logsigmoid(-required)"),
-        ("reward: margin sign", "difference - torch.where(mask, margin", "difference + torch.where(mask, margin"),
+        (
+            "reward: margin sign",
+            "difference - torch.where(mask, _constant(margin",
+            "difference + torch.where(mask, _constant(margin",
+        ),
         ("reward: centring of the difference", "(chosen + rejected).square()", "(chosen - rejected).square()"),
         ("reward: centring not squared", "(chosen + rejected).square()", "(chosen + rejected)"),
         ("reward: tie counts fully", "0.5 * (difference == 0)", "1.0 * (difference == 0)"),
@@ -66,15 +75,18 @@ MUTANTS = [
         ("reward: margin metric", '"reward/margin": difference', '"reward/margin": required'),
         (
             "policy: ratio inverted",
-            "torch.where(mask, log_probs, 0.0) - torch.where(mask, old_log_probs, 0.0)",
-            "torch.where(mask, old_log_probs, 0.0) - torch.where(mask, log_probs, 0.0)",
+            "log_ratio = torch.where(mask, upcast(log_probs), 0.0) - torch.where(mask, _constant(old_log_probs), 0.0)",
+            "log_ratio = torch.where(mask, _constant(old_log_probs), 0.0) - torch.where(mask, upcast(log_probs), 0.0)",
         ),
-        ("policy: log-probs unmasked", "torch.where(mask, log_probs, 0.0) - ", "log_probs - "),
-        ("policy: ratio not exponentiated", "ratio = log_ratio.exp()", "ratio = 1.0 + log_ratio"),
+        ("policy: log-probs unmasked", "torch.where(mask, upcast(log_probs), 0.0) - ", "log_probs - "),
+        ("policy: ratio overflows", "ratio = ratio_of(log_ratio)", "ratio = log_ratio.exp()"),
+        ("policy: constants differentiated", "return upcast(x.detach())", "return upcast(x)"),
+        ("constants of low precision", "return upcast(x.detach())", "return x.detach()"),
+        ("policy: ratio not exponentiated", "ratio = ratio_of(log_ratio)", "ratio = 1.0 + log_ratio"),
         ("policy: sign", "unclipped = -ratio * advantages", "unclipped = ratio * advantages"),
-        ("policy: no lower clip", "clamp(1.0 - clip_eps, 1.0 + clip_eps)", "clamp(max=1.0 + clip_eps)"),
-        ("policy: no upper clip", "clamp(1.0 - clip_eps, 1.0 + clip_eps)", "clamp(min=1.0 - clip_eps)"),
-        ("policy: clip around 0", "clamp(1.0 - clip_eps, 1.0 + clip_eps)", "clamp(-clip_eps, clip_eps)"),
+        ("policy: no lower clip", "clamp(ratio, 1.0 - clip_eps, 1.0 + clip_eps)", "clamp(ratio, max=1.0 + clip_eps)"),
+        ("policy: no upper clip", "clamp(ratio, 1.0 - clip_eps, 1.0 + clip_eps)", "clamp(ratio, min=1.0 - clip_eps)"),
+        ("policy: clip around 0", "clamp(ratio, 1.0 - clip_eps, 1.0 + clip_eps)", "clamp(ratio, -clip_eps, clip_eps)"),
         (
             "policy: optimistic bound",
             "torch.maximum(unclipped, clipped)\n    if",
@@ -93,7 +105,7 @@ MUTANTS = [
         ),
         ("policy: KL without half", "0.5 * log_ratio.detach()", "log_ratio.detach()"),
         ("policy: ratio of masked tokens", "torch.where(mask, ratio, 0.0).detach()", "ratio.detach()"),
-        ("policy: default clip", "clip_eps: float = 0.2,\n    dual_clip", "clip_eps: float = 0.1,\n    dual_clip"),
+        ("policy: default clip", "    clip_eps: float | Tensor = 0.2", "    clip_eps: float | Tensor = 0.1"),
         ("value: clip around 0", "old_values - value_clip_eps, old_values +", "-value_clip_eps, 0.0 * old_values +"),
         (
             "value: clip of the error",
@@ -104,79 +116,154 @@ MUTANTS = [
         ("value: without half", "loss = 0.5 * torch.maximum", "loss = torch.maximum"),
         ("value: clipped to the old value", "(within - returns).square()", "(within - old_values).square()"),
         ("value: not squared", "(within - returns).square()", "(within - returns).abs()"),
-        ("value: mask ignored", "(torch.where(mask, x, 0.0) for x in", "(x for x in"),
+        ("value: mask ignored", "torch.where(mask, x, 0.0) for x in (upcast(values)", "x for x in (upcast(values)"),
         ("value: metric attached", '"loss/value_avg": loss.detach()', '"loss/value_avg": loss'),
     ),
     *mutants(
         "advantages",
-        ("rewards: KL sign", "-kl_coef * kl", "kl_coef * kl"),
-        ("rewards: score first", "last = mask & ~_next(mask)", "last = mask & (mask.cumsum(dim=1) == 1)"),
+        ("rewards: KL sign", "-kl_coef * upcast(kl)", "kl_coef * upcast(kl)"),
+        ("rewards: score first", "== mask.sum(dim=-1, keepdim=True))", "== 1)"),
+        ("rewards: score in the last column", "== mask.sum(dim=-1, keepdim=True))", "== mask.shape[-1])"),
         (
-            "rewards: score in the last column",
-            "mask & ~_next(mask)",
-            "mask & (mask.sum(dim=1) == mask.shape[1])[:, None] & ~_next(mask)",
+            "rewards: score before every hole",
+            "last = mask & (mask.cumsum(dim=-1) == mask.sum(dim=-1, keepdim=True))",
+            "last = mask & ~_shift(mask, 1)",
         ),
-        ("rewards: score on every token", "torch.where(last, scores", "torch.where(mask, scores"),
+        (
+            "rewards: score on the holes behind",
+            "last = mask & (mask.cumsum",
+            "last = (mask.cumsum",
+        ),
+        ("rewards: score on every token", "torch.where(last, upcast(scores", "torch.where(mask, upcast(scores"),
+        ("rewards: low precision kept", "torch.where(mask, -kl_coef * upcast(kl)", "torch.where(mask, -kl_coef * kl"),
         ("rewards: no KL on the last token", "torch.where(mask, -kl_coef", "torch.where(mask & ~last, -kl_coef"),
-        ("rewards: mask ignored", "torch.where(mask, -kl_coef * kl, 0.0)", "-kl_coef * kl"),
-        ("TD error: no discount", "gamma * _next(values) - values", "_next(values) - values"),
-        ("TD error: no bootstrap", "rewards + gamma * _next(values) - values", "rewards - values"),
-        ("TD error: sign of the value", "gamma * _next(values) - values", "gamma * _next(values) + values"),
+        ("rewards: mask ignored", "torch.where(mask, -kl_coef * upcast(kl), 0.0)", "-kl_coef * kl"),
+        ("TD error: no discount", "gamma * next_values - values", "next_values - values"),
+        ("TD error: no bootstrap", "rewards + gamma * next_values - values", "rewards - values"),
+        ("TD error: sign of the value", "gamma * next_values - values", "gamma * next_values + values"),
         (
-            "TD error: bootstrap from padding",
-            "values = torch.where(mask, values, 0.0)",
-            "values = values.nan_to_num(0.0)",
+            "hidden values kept",
+            "(torch.where(mask, upcast(x), 0.0) for x in",
+            "(upcast(x).nan_to_num(0.0) for x in",
         ),
+        ("low precision kept", "(torch.where(mask, upcast(x), 0.0) for x in", "(torch.where(mask, x, 0.0) for x in"),
         (
             "TD error: mask ignored",
-            "torch.where(mask, rewards + gamma * _next(values) - values, 0.0)",
-            "rewards + gamma * _next(values) - values",
+            "torch.where(inside, rewards + gamma * next_values - values_in_front, 0.0)",
+            "rewards + gamma * next_values - values_in_front",
         ),
-        ("TD error: previous value", "pad(x[:, 1:], (0, 1))", "pad(x[:, :-1], (1, 0))"),
-        ("gae: lambda missing", "advantages.shape[1], gamma * lam, 1", "advantages.shape[1], gamma, 1"),
-        ("gae: gamma missing", "advantages.shape[1], gamma * lam, 1", "advantages.shape[1], lam, 1"),
+        ("TD error: value of the same token", "_shift(values_in_front, 1))", "values_in_front)"),
+        ("TD error: bootstrap nowhere", "last = inside & ~_shift(inside, 1)", "last = inside & ~inside"),
+        ("TD error: bootstrap everywhere", "last = inside & ~_shift(inside, 1)", "last = inside"),
+        (
+            "bootstrap of low precision",
+            "return rewards, values, upcast(bootstrap_value)",
+            "return rewards, values, bootstrap_value",
+        ),
+        ("holes: order not kept", "argsort((~mask).to", "argsort(mask.to"),
+        (
+            "holes: not cut out",
+            "front = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)",
+            "front = torch.arange(mask.shape[-1]).expand(mask.shape)",
+        ),
+        (
+            "holes: results not put back",
+            "torch.where(mask, advantages.gather(-1, place), 0.0)",
+            "torch.where(mask, advantages, 0.0)",
+        ),
+        ("holes: off by one", "(mask.cumsum(dim=-1) - 1)", "mask.cumsum(dim=-1)"),
+        ("gae: lambda missing", "advantages.shape[-1], gamma * lam, 1", "advantages.shape[-1], gamma, 1"),
+        ("gae: gamma missing", "advantages.shape[-1], gamma * lam, 1", "advantages.shape[-1], lam, 1"),
         ("gae: stops one doubling early", "while reach < steps:", "while 2 * reach < steps:"),
-        ("gae: decay not raised", "decay**reach * ahead", "decay * ahead"),
+        ("gae: decay not raised", "decay**reach * _shift", "decay * _shift"),
         ("gae: reach not doubled", "reach *= 2", "reach += 2"),
-        ("gae: looks one too far", "advantages[:, reach:], (0, reach)", "advantages[:, reach + 1 :], (0, reach + 1)"),
+        ("gae: looks one too far", "_shift(advantages, reach)", "_shift(advantages, reach + 1)"),
         (
             "gae: returns without values",
-            "reach *= 2\n    return advantages, advantages + values",
-            "reach *= 2\n    return advantages, advantages",
+            "advantages.gather(-1, place), 0.0)\n    return advantages, advantages + values",
+            "advantages.gather(-1, place), 0.0)\n    return advantages, advantages",
         ),
         (
             "gae: default lambda",
-            'lam: float = 0.95\n) -> tuple[Tensor, Tensor]:\n    """Generalised',
-            'lam: float = 0.9\n) -> tuple[Tensor, Tensor]:\n    """Generalised',
+            '= 0.95,\n    bootstrap_value: Tensor | None = None,\n) -> tuple[Tensor, Tensor]:\n    """Gen',
+            '= 0.9,\n    bootstrap_value: Tensor | None = None,\n) -> tuple[Tensor, Tensor]:\n    """Gen',
         ),
-        ("gae: lambda unchecked", "check_value(function, 0 <= lam <= 1", "check_value(function, 0 <= lam"),
+        ("gae: lambda unchecked", "check_value(function, (lam >= 0) & (lam <= 1)", "check_value(function, lam >= 0"),
         ("gae_loop: lambda missing", "gamma * lam * advantage", "gamma * advantage"),
         ("gae_loop: in reverse", "columns[::-1]", "columns"),
-        ("gae_loop: off by one", "range(deltas.shape[1])):", "range(1, deltas.shape[1])):"),
+        (
+            "gae_loop: value of a hole",
+            "next_value = torch.where(mask[..., t], values[..., t], next_value)",
+            "next_value = values[..., t]",
+        ),
+        (
+            "gae_loop: decays over holes",
+            "delta + gamma * lam * advantage, advantage)",
+            "delta + gamma * lam * advantage, gamma * lam * advantage)",
+        ),
+        ("gamma: tensors are read", "(gamma >= 0) & (gamma <= 1)", "0 <= gamma <= 1"),
     ),
     *mutants(
         "kl",
-        ("estimates: direction", "difference = log_probs - ref_log_probs", "difference = ref_log_probs - log_probs"),
+        (
+            "estimates: direction",
+            "difference = upcast(log_probs) - upcast(ref_log_probs)",
+            "difference = ref_log_probs - log_probs",
+        ),
         ("k2: without half", "0.5 * difference.square()", "difference.square()"),
-        ("k3: other direction", "torch.expm1(-difference) + difference", "torch.expm1(difference) - difference"),
-        ("k3: not unbiased", "torch.expm1(-difference) + difference", "torch.expm1(-difference)"),
-        ("k3: rounding", "torch.expm1(-difference)", "torch.exp(-difference) - 1.0"),
+        ("estimates: low precision kept", "upcast(log_probs) - upcast(ref_log_probs)", "log_probs - ref_log_probs"),
+        ("k3: other direction", "torch.expm1((-difference).clamp", "torch.expm1(difference.clamp"),
+        ("k3: not unbiased", "_beyond(-difference) + difference", "_beyond(-difference)"),
+        ("k3: rounding", "torch.expm1((-difference).clamp(max=MAX_LOG_RATIO))", "(torch.exp(-difference) - 1.0)"),
+        ("k3: overflows", "torch.expm1((-difference).clamp(max=MAX_LOG_RATIO))", "torch.expm1(-difference)"),
+        ("k3: flat above the bound", " + _beyond(-difference)", ""),
+        ("ratio: overflows", "log_ratio.clamp(max=MAX_LOG_RATIO).exp()", "log_ratio.exp()"),
+        ("ratio: flat above the bound", ".exp() + _beyond(log_ratio)", ".exp()"),
+        (
+            "ratio: bounded below too",
+            "log_ratio.clamp(max=MAX_LOG_RATIO)",
+            "log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)",
+        ),
+        ("ratio: a bound of ordinary ratios", "MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 10.0"),
+        ("exact: 0 times infinity", "torch.where(impossible | unsupported, 0.0, log_p - log_q)", "log_p - log_q"),
+        (
+            "exact: finite without support",
+            "torch.where(unsupported, torch.inf, log_p.exp() * difference)",
+            "(log_p.exp() * difference)",
+        ),
+        ("exact: infinite where both are impossible", "& ~impossible", ""),
         ("exact: weighted by the reference", "log_p.exp() *", "log_q.exp() *"),
-        ("exact: sign", "(log_p - log_q)", "(log_q - log_p)"),
+        ("exact: sign", "0.0, log_p - log_q)", "0.0, log_q - log_p)"),
         ("exact: reference at temperature 1", "scale_logits(ref_logits, temperature)", "scale_logits(ref_logits, 1.0)"),
         ("exact: policy at temperature 1", "scale_logits(logits, temperature)", "scale_logits(logits, 1.0)"),
-        ("exact: mean for sum", "(log_p - log_q)).sum(dim=-1)", "(log_p - log_q)).mean(dim=-1)"),
-        ("controller: no upper clip", "min(max(kl / target - 1.0, -0.2), 0.2)", "max(kl / target - 1.0, -0.2)"),
-        ("controller: no lower clip", "min(max(kl / target - 1.0, -0.2), 0.2)", "min(kl / target - 1.0, 0.2)"),
+        ("exact: mean for sum", "difference).sum(dim=-1)", "difference).mean(dim=-1)"),
+        ("controller: no upper clip", "min(max(error, -0.2), 0.2)", "max(error, -0.2)"),
+        ("controller: no lower clip", "min(max(error, -0.2), 0.2)", "min(error, 0.2)"),
         ("controller: absolute error", "kl / target - 1.0", "kl - target"),
         ("controller: number of samples", "error * num_samples / horizon", "error / horizon"),
         ("controller: sign", "(1.0 + error *", "(1.0 - error *"),
-        ("controller: default target", "target: float = 6.0", "target: float = 5.0"),
+        ("controller: default target", "target: float | Tensor = 6.0", "target: float | Tensor = 5.0"),
     ),
     *mutants(
         "ops",
-        ("sum: multiplies by the mask", "torch.where(mask, values, 0.0).sum()", "(values * mask).sum()"),
-        ("sum: mask ignored", "torch.where(mask, values, 0.0).sum()", "values.sum()"),
+        (
+            "sum: multiplies by the mask",
+            "torch.where(mask, upcast(values), 0.0).sum()",
+            "(upcast(values) * mask).sum()",
+        ),
+        (
+            "sum: low precision kept",
+            "torch.where(mask, upcast(values), 0.0).sum()",
+            "torch.where(mask, values, 0.0).sum()",
+        ),
+        ("variance: low precision kept", "values = upcast(values)\n", "values = values\n"),
+        (
+            "whiten: low precision kept",
+            "values = torch.where(mask, upcast(values), 0.0)",
+            "values = torch.where(mask, values, 0.0)",
+        ),
+        ("entropy: 0 times infinity", "torch.where(scaled == -torch.inf, 0.0, scaled)", "scaled"),
+        ("sum: mask ignored", "torch.where(mask, upcast(values), 0.0).sum()", "upcast(values).sum()"),
         ("mean: over everything", "/ mask.sum().clamp(min=1)", "/ mask.numel()"),
         ("mean: nothing is NaN", "/ mask.sum().clamp(min=1)", "/ mask.sum()"),
         ("variance: always biased", "(count - int(unbiased))", "count"),
@@ -226,10 +313,10 @@ MUTANTS = [
         ),
         ("entropy: sign", "torch.logsumexp(scaled, dim=-1) - (torch", "torch.logsumexp(scaled, dim=-1) + (torch"),
         ("entropy: weights at temperature 1", "torch.softmax(scaled, dim=-1)", "torch.softmax(logits, dim=-1)"),
-        ("entropy: logits at temperature 1", "* scaled).sum(dim=-1)", "* logits).sum(dim=-1)"),
+        ("entropy: logits at temperature 1", "* possible).sum(dim=-1)", "* logits).sum(dim=-1)"),
         ("entropy: no normaliser", "torch.logsumexp(scaled, dim=-1) - (torch", "-(torch"),
         ("temperature: multiplied", "wide / temperature", "wide * temperature"),
-        ("temperature: low precision kept", "else logits.float()", "else logits"),
+        ("temperature: low precision kept", "else x.float()", "else x"),
         ("temperature: zero allowed", "temperature > 0", "temperature >= 0"),
         ("metrics: count kept", ' if name != "count"}', "}"),
         ("accuracy: of the others", ">= scaled.amax(dim=-1, keepdim=True)", "< scaled.amax(dim=-1, keepdim=True)"),
@@ -240,12 +327,12 @@ MUTANTS = [
         "experience",
         (
             "scores: clip after the penalty",
-            "scores.clamp(-clip, clip) - missing_eos_penalty * (~ended).to(scores.dtype)",
-            "(scores - missing_eos_penalty * (~ended).to(scores.dtype)).clamp(-clip, clip)",
+            "return clipped - missing_eos_penalty * (~ended).to(scores.dtype)",
+            "return (scores - missing_eos_penalty * (~ended).to(scores.dtype)).clamp(-clip, clip)",
         ),
         ("scores: the ended are penalised", "(~ended).to", "ended.to"),
-        ("scores: penalty is a prize", "clamp(-clip, clip) - missing", "clamp(-clip, clip) + missing"),
-        ("scores: clipped above only", "scores.clamp(-clip, clip)", "scores.clamp(max=clip)"),
+        ("scores: penalty is a prize", "return clipped - missing", "return clipped + missing"),
+        ("scores: clipped above only", "torch.clamp(scores, -clip, clip)", "torch.clamp(scores, max=clip)"),
         ("KL of masked tokens", "kl = torch.where(mask, kl, 0.0)", "kl = kl.nan_to_num(0.0, 0.0, 0.0)"),
         ("KL twice", "penalty = 0.0 if kl_in_loss else kl_coef", "penalty = kl_coef"),
         ("KL nowhere", "penalty = 0.0 if kl_in_loss else kl_coef", "penalty = 0.0"),
@@ -258,10 +345,14 @@ MUTANTS = [
         ),
         ("rewards always whitened", "if whiten_rewards:", "if True:"),
         ("gae: arguments swapped", "gae(rewards, values, mask", "gae(values, rewards, mask"),
-        ("gae: gamma and lambda swapped", "gamma=gamma, lam=lam)", "gamma=lam, lam=gamma)"),
+        ("gae: gamma and lambda swapped", "gamma=gamma, lam=lam,", "gamma=lam, lam=gamma,"),
+        ("gae: bootstrap value dropped", ", bootstrap_value=bootstrap_value)", ")"),
+        ("inputs differentiated", "upcast(x.detach()) for x in", "upcast(x) for x in"),
+        ("inputs of low precision", "(upcast(x.detach()) for x in", "(x.detach() for x in"),
+        ("bootstrap value differentiated", "else bootstrap_value.detach()", "else bootstrap_value"),
         ("non-score reward: sign", "non_score = -penalty", "non_score = penalty"),
         ("non-score reward: with the KL in the loss", "non_score = -penalty", "non_score = -kl_coef"),
-        ("metric: KL per token", '"objective/kl": kl.sum(dim=1).mean()', '"objective/kl": kl.mean()'),
+        ("metric: KL per token", '"objective/kl": kl.sum(dim=-1).mean()', '"objective/kl": kl.mean()'),
         ("metric: entropy sign", "-torch.where(mask, log_probs, 0.0)", "torch.where(mask, log_probs, 0.0)"),
         ("metric: rlhf reward", "(scores + non_score).mean()", "(scores - non_score).mean()"),
         ("metric: mean of values unmasked", "masked_mean(values, mask)", "values.mean()"),
@@ -273,8 +364,8 @@ MUTANTS = [
         ),
         (
             "metric: length of everything",
-            "mask.sum(dim=1).float().mean()",
-            "torch.ones_like(mask).sum(dim=1).float().mean()",
+            "mask.sum(dim=-1).float().mean()",
+            "torch.ones_like(mask).sum(dim=-1).float().mean()",
         ),
         ("advantages never whitened", "whiten(advantages, mask) if whiten_advantages else advantages", "advantages"),
         ("advantages whitened without mask", "whiten(advantages, mask) if", "whiten(advantages) if"),
@@ -576,12 +667,26 @@ MUTANTS = [
             "(token_log_probs(logits, targets, temperature=temperature),)",
             "(token_log_probs(logits, targets),)",
         ),
-        ("score: reward at the first", "gather_rows(hidden, batch.last)", "gather_rows(hidden, batch.last * 0)"),
+        (
+            "score: reward at the first",
+            "gather_rows(hidden, batch.last)).unsqueeze",
+            "gather_rows(hidden, batch.last * 0)).unsqueeze",
+        ),
+        (
+            "score: bootstrap value at the first",
+            "apply_head(head, gather_rows(hidden, batch.last))",
+            "apply_head(head, gather_rows(hidden, batch.last * 0))",
+        ),
         (
             "score: critic's values dropped",
-            "values = _critic(params, batch, critic_config, dtype)\n        return Scores",
-            "_critic(params, batch, critic_config, dtype)\n        return Scores",
+            "values = apply_head(head, gather_rows(hidden, batch.predictors))",
+            "apply_head(head, gather_rows(hidden, batch.predictors))",
         ),
+    ),
+    *mutants(
+        "execution.gradients",
+        ("a shared parameter's gradient is overwritten", "place.add_(leaf.grad)", "place.copy_(leaf.grad)"),
+        ("gradients of one leaf are kept", "leaf.grad, empty = None, False", "empty = False"),
     ),
     *mutants(
         "sampling",
@@ -637,7 +742,11 @@ def main(arguments: list[str]) -> int:
 
 
 def source(mutant: Mutant) -> str:
-    return (ROOT / "rlhf" / f"{mutant.module}.py").read_text()
+    return file_of(mutant).read_text(encoding="utf-8")
+
+
+def file_of(mutant: Mutant) -> Path:
+    return (ROOT / "rlhf").joinpath(*mutant.module.split(".")).with_suffix(".py")
 
 
 def import_heavy_modules() -> None:
@@ -701,7 +810,7 @@ def first_failure(module: str) -> str:
 
     plugin = ModuleType("first_failure")
     plugin.pytest_runtest_logreport = plugin.pytest_collectreport = note
-    tests = str(ROOT / "tests" / f"test_{module}.py")
+    tests = str(ROOT / "tests" / f"test_{module.rpartition('.')[2]}.py")
     options = ["-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
     code = pytest.main([tests, *options], plugins=[plugin])
     return failures[0] if failures else "" if code == 0 else f"error: pytest ended with {code}"
@@ -712,10 +821,11 @@ def load(mutant: Mutant) -> None:
     name = f"rlhf.{mutant.module}"
     spec = importlib.util.find_spec(name)
     assert spec is not None
-    assert spec.origin == str(ROOT / "rlhf" / f"{mutant.module}.py")
+    assert spec.origin == str(file_of(mutant))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    setattr(importlib.import_module("rlhf"), mutant.module, module)  # as the import of a submodule does
+    package, _, last = name.rpartition(".")
+    setattr(importlib.import_module(package), last, module)  # as the import of a submodule does
     text = source(mutant)
     exec(compile(text.replace(mutant.old, mutant.new) if mutant.old else text, spec.origin, "exec"), module.__dict__)
 

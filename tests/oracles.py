@@ -150,31 +150,32 @@ def adaptive_kl_coef(kl_coef, kl, *, num_samples, target, horizon):
 # From scores to advantages.
 
 
-def lengths(mask):
-    """Tokens of each row of a prefix mask."""
-    return [sum(bool(keep) for keep in row) for row in mask]
+def positions(mask):
+    """Where the tokens of each row are; what lies between them is never read."""
+    return [[t for t, keep in enumerate(row) if keep] for row in mask]
 
 
 def token_rewards(scores, kl, mask, *, kl_coef):
     """Ziegler et al. 2019, eq. 2: R = r(x, y) - beta log(pi / rho), the score on the last token."""
     rewards = np.zeros(kl.shape)
-    for row, length in enumerate(lengths(mask)):
-        for t in range(length):
+    for row, tokens in enumerate(positions(mask)):
+        for t in tokens:
             rewards[row, t] = -kl_coef * kl[row, t]
-        if length:
-            rewards[row, length - 1] += scores[row]
+        if tokens:
+            rewards[row, tokens[-1]] += scores[row]
     return rewards
 
 
-def gae(rewards, values, mask, *, gamma, lam):
+def gae(rewards, values, mask, *, gamma, lam, bootstrap_value=None):
     """Schulman et al. 2016, eq. 16, as the sum it is: A_t = sum_l (gamma lam)^l delta_{t+l}."""
     advantages, returns = np.zeros(rewards.shape), np.zeros(rewards.shape)
-    for row, length in enumerate(lengths(mask)):
-        for t in range(length):
-            for later in range(t, length):
-                bootstrap = values[row, later + 1] if later + 1 < length else 0.0
-                delta = rewards[row, later] + gamma * bootstrap - values[row, later]
-                advantages[row, t] += (gamma * lam) ** (later - t) * delta
+    for row, tokens in enumerate(positions(mask)):
+        after = 0.0 if bootstrap_value is None else bootstrap_value[row]
+        for now, t in enumerate(tokens):
+            for later in range(now, len(tokens)):
+                following = values[row, tokens[later + 1]] if later + 1 < len(tokens) else after
+                delta = rewards[row, tokens[later]] + gamma * following - values[row, tokens[later]]
+                advantages[row, t] += (gamma * lam) ** (later - now) * delta
             returns[row, t] = advantages[row, t] + values[row, t]
     return advantages, returns
 
@@ -182,9 +183,9 @@ def gae(rewards, values, mask, *, gamma, lam):
 def discounted_returns(rewards, mask, *, gamma):
     """Sutton and Barto 2018, eq. 3.8: G_t = sum_l gamma^l R_{t+l}."""
     returns = np.zeros(rewards.shape)
-    for row, length in enumerate(lengths(mask)):
-        for t in range(length):
-            returns[row, t] = math.fsum(gamma ** (later - t) * rewards[row, later] for later in range(t, length))
+    for row, tokens in enumerate(positions(mask)):
+        for now, t in enumerate(tokens):
+            returns[row, t] = math.fsum(gamma**n * rewards[row, later] for n, later in enumerate(tokens[now:]))
     return returns
 
 
@@ -277,14 +278,26 @@ def shape_scores(scores, ended, *, missing_eos_penalty, clip):
 
 
 def experience(
-    scores, log_probs, values, kl, mask, *, kl_coef, kl_in_loss, gamma, lam, whiten_rewards, whiten_advantages
+    scores,
+    log_probs,
+    values,
+    kl,
+    mask,
+    *,
+    kl_coef,
+    kl_in_loss,
+    gamma,
+    lam,
+    whiten_rewards,
+    whiten_advantages,
+    bootstrap_value=None,
 ):
     """Ziegler et al. 2019, section 2: (advantages, returns, metrics) from a batch and its KL per token."""
     penalty = 0.0 if kl_in_loss else kl_coef
     rewards = token_rewards(scores, kl, mask, kl_coef=penalty)
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_value=bootstrap_value)
     row_kl = [masked_sum(kl[row], mask[row]) for row in range(len(scores))]
     surprise = [-masked_sum(log_probs[row], mask[row]) for row in range(len(scores))]
     total = [float(score) - penalty * nats for score, nats in zip(scores, row_kl, strict=True)]
@@ -296,7 +309,7 @@ def experience(
         "objective/rlhf_reward": np.mean(total),
         "val/mean": masked_mean(values, mask),
         "val/explained_variance": 1 - masked_var(returns - values, mask) / max(masked_var(returns, mask), 1e-8),
-        "response_length/mean": np.mean(lengths(mask)),
+        "response_length/mean": np.mean([len(tokens) for tokens in positions(mask)]),
     }
     return whiten(advantages, mask) if whiten_advantages else advantages, returns, metrics
 

@@ -12,6 +12,7 @@ from laws import (
     assert_rows_independent,
     assert_same_bits,
     assert_vmaps,
+    coins,
     floats,
     numpy,
     ragged_mask,
@@ -68,15 +69,45 @@ def test_token_rewards_put_the_score_on_the_last_token():
     assert_close(found, [[0, 7, 0], [0, 0, 8], [0, 0, 0]])
 
 
+@given(seed=SEEDS, width=WIDTHS, kl_coef=st.floats(-2.0, 2.0))
+def test_invariant_4_the_score_is_paid_once_where_the_mask_has_holes(seed, width, kl_coef):
+    scores, kl, mask = floats(seed, 6), floats(seed + 1, 6, width), coins(seed, 6, width, share=0.5)
+    found = token_rewards(scores, kl, mask, kl_coef=kl_coef)
+    assert_close(found, oracles.token_rewards(*numpy(scores, kl, mask), kl_coef=kl_coef))
+    totals = torch.where(mask.any(dim=1), scores, 0.0) - kl_coef * torch.where(mask, kl, 0.0).sum(dim=1)
+    assert_close(found.sum(dim=1), totals, 1e-11)
+
+
+@given(seed=SEEDS, width=WIDTHS, gamma=SHARES, lam=SHARES)
+def test_invariant_5_holes_give_what_the_row_without_them_gives(seed, width, gamma, lam):
+    """Rewards, advantages and returns; whatever lies in the holes, which come before, between and after the tokens."""
+    mask = coins(seed, width, share=0.6)
+    kl, values = (torch.where(mask, floats(seed + n, width), torch.nan) for n in range(2))
+    score, after = floats(seed + 2), floats(seed + 3)
+
+    def rewarded(kl, values, mask):
+        rewards = token_rewards(score, kl, mask, kl_coef=0.3)
+        both = [form(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_value=after) for form in (gae, gae_loop)]
+        return [rewards, *both[0], *both[1]]
+
+    with_holes = rewarded(kl, values, mask)
+    without = rewarded(kl[mask], values[mask], mask[mask])
+    assert_close([x[mask] for x in with_holes], without)
+    assert not any(x[~mask].any() for x in with_holes)
+
+
 @FORMS
 @DTYPES
-@given(seed=SEEDS, rows=st.integers(1, 5), width=WIDTHS, gamma=SHARES, lam=SHARES)
-def test_invariant_5_gae_is_its_brute_force_sum(form, dtype, seed, rows, width, gamma, lam):
+@given(seed=SEEDS, rows=st.integers(1, 5), width=WIDTHS, gamma=SHARES, lam=SHARES, holes=st.booleans())
+def test_invariant_5_gae_is_its_brute_force_sum(form, dtype, seed, rows, width, gamma, lam, holes):
     rewards, values = floats(seed, rows, width, dtype=dtype), floats(seed + 1, rows, width, dtype=dtype)
-    mask = ragged_mask(seed, rows, width)
-    found = form(rewards, values, mask, gamma=gamma, lam=lam)
+    mask = coins(seed, rows, width) if holes else ragged_mask(seed, rows, width)
+    after = floats(seed + 2, rows, dtype=dtype) if seed % 2 else None
+    found = form(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_value=after)
     assert [x.dtype for x in found] == [dtype, dtype]
-    expected = oracles.gae(*numpy(rewards, values, mask), gamma=gamma, lam=lam)
+    expected = oracles.gae(
+        *numpy(rewards, values, mask), gamma=gamma, lam=lam, bootstrap_value=None if after is None else numpy(after)
+    )
     assert_close(found, expected, 10 * TOLERANCE[dtype])  # sums of up to 20 numbers
 
 
@@ -131,6 +162,27 @@ def test_gae_defaults_are_gamma_1_and_lambda_095(form):
     assert_same_bits(form(*arguments), form(*arguments, gamma=1.0, lam=0.95))
 
 
+@FORMS
+def test_invariant_5_the_bootstrap_value_is_that_of_one_more_token(form):
+    """A row cut after 4 of its 6 tokens has the advantages of the whole one, if it is worth what the rest brings."""
+    rewards, values = floats(21, 3, 6), floats(22, 3, 6)
+    whole = torch.ones(3, 6, dtype=torch.bool)
+    advantages, returns = form(rewards, values, whole, gamma=0.9, lam=1.0)
+    cut = form(rewards[:, :4], values[:, :4], whole[:, :4], gamma=0.9, lam=1.0, bootstrap_value=returns[:, 4])
+    assert_close(cut, (advantages[:, :4], returns[:, :4]))
+    zero = form(rewards, values, whole, bootstrap_value=torch.zeros(3, dtype=torch.float64))
+    assert_same_bits(zero, form(rewards, values, whole))
+
+
+@FUNCTION_CASES
+def test_advantages_take_any_leading_dimensions(function):
+    scores, rewards, mask = floats(31, 2, 3), floats(32, 2, 3, 5), coins(33, 2, 3, 5)
+    expected = tree_leaves(function(scores.flatten(), rewards.flatten(0, 1), mask.flatten(0, 1)))
+    assert_same_bits(tree_leaves(function(scores, rewards, mask)), [x.view(2, 3, 5) for x in expected])
+    alone = tree_leaves(function(scores[1, 2], rewards[1, 2], mask[1, 2]))
+    assert_same_bits(alone, [x[-1] for x in expected])
+
+
 @FUNCTION_CASES
 def test_invariant_2_more_padding_changes_no_bit(function):
     scores, rewards, mask = scored(7, 5, 6)
@@ -171,10 +223,14 @@ def test_advantages_treat_rows_alone(function):
 
 
 @FUNCTION_CASES
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"])
-def test_advantages_keep_the_dtype(function, dtype):
-    found = function(*scored(13, 5, 6, dtype=dtype))
-    assert {x.dtype for x in tree_leaves(found)} == {dtype}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_advantages_of_half_precision_are_float32(function, dtype):
+    scores, rewards, mask = scored(13, 5, 6, dtype=dtype)
+    half = [scores, rewards, mask] if function is FUNCTIONS["token_rewards"] else [scores, rewards.cos().acos(), mask]
+    wide = function(*(x.float() if x.is_floating_point() else x for x in half))
+    found = function(*half)
+    assert {x.dtype for x in tree_leaves(found)} == {torch.float32}
+    assert_close(found, wide, TOLERANCE[torch.bfloat16])
 
 
 @FUNCTION_CASES
@@ -201,9 +257,9 @@ ZEROS = torch.zeros(2, 3)
     ("arguments", "error", "message"),
     [
         pytest.param(
-            (torch.zeros(2), torch.zeros(3), TRUE[0]),
+            (torch.zeros(()), torch.zeros(()), TRUE[0, 0]),
             ValueError,
-            r"kl has shape \(3,\), expected 2 dimensions",
+            r"kl is \(\), expected at least 1 dimension, time the last",
             id="rank",
         ),
         pytest.param(
@@ -233,7 +289,18 @@ def test_token_rewards_rejects(arguments, error, message):
     ("arguments", "numbers", "error", "message"),
     [
         pytest.param(
-            (ZEROS[0], ZEROS[0], TRUE[0]), {}, ValueError, r"rewards has shape \(3,\), expected 2 dimensions", id="rank"
+            (ZEROS[0, 0], ZEROS[0, 0], TRUE[0, 0]),
+            {},
+            ValueError,
+            r"rewards is \(\), expected at least 1 dimension, time the last",
+            id="rank",
+        ),
+        pytest.param(
+            (ZEROS, ZEROS, TRUE),
+            {"bootstrap_value": ZEROS},
+            ValueError,
+            r"bootstrap_value is \(2, 3\), expected shape \(2,\)",
+            id="bootstrap",
         ),
         pytest.param(
             (ZEROS, ZEROS[:, :2], TRUE),

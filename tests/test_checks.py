@@ -13,6 +13,12 @@ def test_checks_pass_what_fits():
     check_value("f", True, "anything", x=1)
 
 
+def test_numbers_in_tensors_are_not_read():
+    """So that vmap, grad and torch.compile can take hyperparameters."""
+    check_value("f", torch.tensor(-1.0) > 0, "above 0", x=torch.tensor(-1.0))
+    torch.vmap(lambda x: (check_value("f", (x >= 0) & (x <= 1), "in [0, 1]", x=x), x)[1])(torch.tensor([0.5, 2.0]))
+
+
 @pytest.mark.parametrize(
     ("check", "error", "message"),
     [

@@ -14,6 +14,7 @@ from laws import (
     assert_rows_independent,
     assert_same_bits,
     assert_vmaps,
+    coins,
     floats,
     numpy,
     prefix_mask,
@@ -68,7 +69,7 @@ def test_shape_scores_laws():
     assert_rows_independent(function, scores, ended)
     assert_compiles(function, scores, ended)
     assert_vmaps(function, scores.view(2, 3), ended.view(2, 3))
-    assert function(scores.bfloat16(), ended).dtype == torch.bfloat16
+    assert_same_bits(function(scores.bfloat16(), ended), function(scores.bfloat16().float(), ended))
 
 
 @pytest.mark.parametrize(
@@ -98,13 +99,19 @@ def test_shape_scores_rejects(options, message):
             "whiten_advantages": st.booleans(),
         }
     ),
+    holes=st.booleans(),
 )
-def test_make_experience_value(kl_estimator, dtype, seed, options):
+def test_make_experience_value(kl_estimator, dtype, seed, options, holes):
     tensors = scored(seed, dtype=dtype)
-    found = make_experience(*tensors, kl_estimator=kl_estimator, **options)
+    if holes:
+        tensors = (*tensors[:4], coins(seed, 8, 7, share=0.5))
+    after = floats(seed + 4, 8, dtype=dtype) if seed % 2 else None
+    found = make_experience(*tensors, kl_estimator=kl_estimator, bootstrap_value=after, **options)
     scores, log_probs, ref_log_probs, values, mask = numpy(*tensors)
     kl = oracles.kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
-    advantages, returns, metrics = oracles.experience(scores, log_probs, values, kl, mask, **options)
+    advantages, returns, metrics = oracles.experience(
+        scores, log_probs, values, kl, mask, bootstrap_value=None if after is None else numpy(after), **options
+    )
     tolerance = 20 * TOLERANCE[dtype]  # whitening divides sums of a dozen numbers by their spread
     assert_close(found, Experience(advantages, returns, kl * mask, metrics), tolerance)
 
@@ -212,6 +219,18 @@ def test_make_experience_laws():
     assert_pure(function, *scored(10))
     assert_compiles(function, *scored(11))
     assert_vmaps(function, *(torch.stack(pair) for pair in zip(scored(12), scored(13), strict=True)))
+
+
+def test_an_experience_is_constant_in_what_it_is_made_of():
+    tensors = [x.requires_grad_() if x.is_floating_point() else x for x in (*scored(14), floats(15, 8))]
+    found = make_experience(*tensors[:5], kl_coef=0.2, bootstrap_value=tensors[5])
+    assert not any(x.requires_grad for x in (*found[:3], *found.metrics.values()))
+
+
+def test_make_experience_of_half_precision_is_float32():
+    half = [x.bfloat16() if x.is_floating_point() else x for x in scored(16)]
+    wide = [x.float() if x.is_floating_point() else x for x in half]
+    assert_same_bits(make_experience(*half, kl_coef=0.2), make_experience(*wide, kl_coef=0.2))
 
 
 ZEROS, TRUE = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)

@@ -10,7 +10,7 @@ from torch.func import grad_and_value
 
 from rlhf import random
 from rlhf.execution.gradients import make_gradient
-from rlhf.objectives import InParts
+from rlhf.objectives import SumOfLosses
 from rlhf.tree import flat_layout, leaves, tree_map, unflatten
 
 BATCH = random.normal(random.key(2), (5, 3))
@@ -100,7 +100,7 @@ def test_what_one_part_keeps_is_gone_before_the_next_begins():
 
         return objective
 
-    objective = InParts((part("a"), part("b")))
+    objective = SumOfLosses((part("a"), part("b")))
     with torch.autograd.graph.saved_tensors_hooks(noting(kept), lambda of: of.tensor):
         flat, (loss, metrics) = make_gradient(objective, flat_layout(params), None)(params, {}, BATCH)
     assert alive == [0, 2, 0, 2]
@@ -108,6 +108,23 @@ def test_what_one_part_keeps_is_gone_before_the_next_begins():
     torch.testing.assert_close(unflatten(flat, flat_layout(params)), whole, atol=0, rtol=0)
     assert loss == 6 * torch.e**2
     assert metrics.keys() == {"a", "b", "count"}
+
+
+def test_gradients_of_a_parameter_that_parts_share_add_up():
+    params = {"both": torch.tensor([1.0, 2.0]), "one": torch.ones(2)}
+
+    def first(params, frozen, batch):
+        return params["both"].sum(), {"count": torch.tensor(1)}
+
+    def second(params, frozen, batch):
+        return (10 * params["both"] * params["one"]).sum(), {"count": torch.tensor(1)}
+
+    objective, layout = SumOfLosses((first, second, first)), flat_layout(params)
+    flat, (loss, _) = make_gradient(objective, layout, None)(params, {}, BATCH)
+    expected, (whole, _) = grad_and_value(objective, has_aux=True)(params, {}, BATCH)
+    torch.testing.assert_close(unflatten(flat, layout), expected, atol=0, rtol=0)
+    assert unflatten(flat, layout)["both"].tolist() == [12.0, 12.0]
+    assert loss == whole
 
 
 class Look(torch.autograd.Function):

@@ -1,3 +1,5 @@
+import math
+
 import oracles
 import pytest
 import torch
@@ -14,9 +16,9 @@ from laws import (
     floats,
     numpy,
 )
-from torch.func import grad
+from torch.func import grad, grad_and_value
 
-from rlhf.kl import adaptive_kl_coef, exact_kl, kl_estimate
+from rlhf.kl import adaptive_kl_coef, exact_kl, kl_estimate, ratio_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 ESTIMATORS = pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -115,12 +117,52 @@ def test_invariant_7_gradient_of_expected_k2_is_that_of_the_kl(seed):
 
 
 @ESTIMATORS
-def test_kl_estimate_keeps_the_dtype(estimator):
+def test_kl_estimate_of_half_precision_is_float32(estimator):
     log_probs, ref_log_probs = two(2, 3, 7, dtype=torch.bfloat16)
     found = kl_estimate(log_probs, ref_log_probs, estimator=estimator)
-    assert found.dtype == torch.bfloat16
-    wide = kl_estimate(log_probs.double(), ref_log_probs.double(), estimator=estimator)
-    assert_close(found, wide, TOLERANCE[torch.bfloat16])
+    assert_same_bits(found, kl_estimate(log_probs.float(), ref_log_probs.float(), estimator=estimator))
+
+
+@ESTIMATORS
+@pytest.mark.parametrize("difference", [-20.0, -30.0, -89.0, -1000.0, 89.0, 1000.0])
+def test_kl_estimate_is_finite_with_its_gradient_at_any_log_ratio(estimator, difference):
+    step = grad_and_value(lambda x: kl_estimate(x, torch.zeros(()), estimator=estimator))
+    gradient, value = step(torch.tensor(difference))
+    assert torch.isfinite(gradient)
+    assert torch.isfinite(value)
+    assert estimator == "k1" or value * gradient * difference > 0  # it still pulls towards the reference
+
+
+def test_ratio_is_exp_up_to_the_bound_and_its_tangent_above():
+    inside = torch.tensor([-torch.inf, -300.0, -20.0, -1e-3, 0.0, 0.3, 19.999], dtype=torch.float32)
+    assert_same_bits(ratio_of(inside), inside.exp())
+    assert_same_bits(torch.vmap(grad(ratio_of))(inside), inside.exp())
+    above = torch.tensor([21.0, 89.0, 1000.0], dtype=torch.float64)
+    top = math.exp(20.0)
+    assert_close(ratio_of(above) / top, above - 19.0)
+    assert_close(torch.vmap(grad(ratio_of))(above) / top, torch.ones(3))
+
+
+INF = float("inf")
+
+
+@DTYPES
+def test_exact_kl_takes_tokens_of_probability_0(dtype):
+    logits = torch.tensor([[0.3, -INF, 1.0], [0.3, -INF, 1.0], [0.3, 2.0, 1.0]], dtype=dtype)
+    ref_logits = torch.tensor([[0.1, -INF, -1.0], [0.1, 5.0, -1.0], [0.1, -INF, -1.0]], dtype=dtype)
+    found = exact_kl(logits, ref_logits, temperature=0.7)
+    both = exact_kl(logits[:1, ::2], ref_logits[:1, ::2], temperature=0.7)
+    dominated = oracles.exact_kl(
+        logits[1:2].clamp(min=-1e3).double().numpy(), ref_logits[1:2].double().numpy(), temperature=0.7
+    )
+    assert_close(found, [float(both[0]), float(dominated[0]), INF], TOLERANCE[dtype])
+    for gradient in grad(lambda x, y: exact_kl(x, y).sum(), argnums=(0, 1))(logits, ref_logits):
+        assert torch.isfinite(gradient).all()
+    assert_close(grad(lambda x: exact_kl(x, ref_logits)[0])(logits)[0, 1], 0.0)
+
+
+def test_exact_kl_is_infinite_where_the_policys_probability_underflows_and_the_references_is_0():
+    assert exact_kl(torch.tensor([0.0, -200.0]), torch.tensor([0.0, -INF])) == INF
 
 
 @FUNCTION_CASES

@@ -23,7 +23,7 @@ from laws import (
     gradients,
     numpy,
 )
-from torch.func import grad, grad_and_value
+from torch.func import grad, grad_and_value, jvp
 
 from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
 from rlhf.tree import tree_sum
@@ -33,7 +33,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 
 
 class Loss(NamedTuple):
-    """A loss as a function of (tensors, mask), its oracle, and which of the tensors it is differentiated in."""
+    """A loss as a function of (tensors, mask), its oracle, and in which of the tensors it is differentiated; the others
+    are constant."""
 
     function: object
     oracle: object
@@ -143,12 +144,30 @@ def test_loss_shape_does_not_matter(loss):
 
 
 @LOSS_CASES
-def test_loss_keeps_the_dtype(loss):
-    tensors, mask = batch(loss, 7, 3, 4, dtype=torch.bfloat16)
-    value, metrics = loss.function(*tensors, mask)
-    expected = loss.function(*(x.double() for x in tensors), mask)
-    assert value.dtype == torch.bfloat16
-    assert_close((value, metrics["count"]), (expected[0], expected[1]["count"]), 2 * TOLERANCE[torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_loss_of_half_precision_is_that_of_float32(loss, dtype):
+    tensors, mask = batch(loss, 7, 3, 4, dtype=dtype)
+    assert_same_bits(loss.function(*tensors, mask), loss.function(*(x.float() for x in tensors), mask))
+
+
+@LOSS_CASES
+def test_constant_inputs_receive_no_gradient(loss):
+    """Neither from a backward pass, nor under one or two levels of torch.func.grad, nor as a tangent."""
+    tensors, mask = batch(loss, 20, 3, 5)
+    constants = [number for number in range(loss.inputs) if number not in loss.differentiated]
+
+    def value(*inputs):
+        return loss.function(*inputs, mask)[0]
+
+    inputs = [x.clone().requires_grad_() for x in tensors]
+    value(*inputs).backward()
+    for number, x in enumerate(inputs):
+        assert (x.grad is None) == (number in constants)
+    for number in constants:
+        assert not grad(value, argnums=number)(*tensors).any()
+        assert not grad(lambda *x, n=number: grad(value)(*x).sum(), argnums=number)(*tensors).any()
+        tangents = [torch.ones_like(x) if n == number else torch.zeros_like(x) for n, x in enumerate(tensors)]
+        assert jvp(value, tuple(tensors), tuple(tangents))[1] == 0
 
 
 @LOSS_CASES
@@ -283,6 +302,26 @@ def test_invariant_8_without_clipping_the_surrogate_is_the_policy_gradient():
     # At the policy that sampled this is REINFORCE: minus the advantage times the gradient of the log-prob.
     ones = torch.ones_like(ratios)
     assert_close(policy_gradient(ones, advantages, clip_eps=1e9), -advantages)
+
+
+@pytest.mark.parametrize("log_ratio", [20.0, 21.0, 89.0, 1000.0, -89.0, -1000.0])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@DTYPES
+def test_invariant_8_loss_and_gradient_are_finite_at_any_log_ratio(dtype, dual_clip, log_ratio):
+    """The gradient is 0 where a clip binds, and brings a bad token back where none does."""
+    advantages = torch.tensor([2.0, -3.0, 0.0], dtype=dtype)
+    mask = torch.ones(3, dtype=torch.bool)
+    step = grad_and_value(partial(ppo_policy_loss, dual_clip=dual_clip), has_aux=True)
+    log_probs = torch.full_like(advantages, log_ratio)
+    gradient, (loss, metrics) = step(log_probs, torch.zeros_like(log_probs), advantages, mask)
+    assert all(torch.isfinite(x).all() for x in (gradient, loss, *metrics.values()))
+    assert gradient[2] == 0
+    if log_ratio > 0:
+        assert gradient[0] == 0
+        assert gradient[1] == 0 if dual_clip else gradient[1] >= 3.0 * math.exp(20.0) * (1 - 1e-6)
+    else:
+        assert gradient[1] == 0
+        assert_close(gradient[0], -2.0 * math.exp(log_ratio))
 
 
 def test_policy_dual_clip_bounds_the_loss_of_bad_tokens_alone():

@@ -309,7 +309,7 @@ def test_scorer_equals_one_sequence_at_a_time(model, config, sequences, layout):
         build_rows([s.numpy() for s in sequences], LAYOUTS[layout]).starts,
     )
     last = torch.tensor([start + len(s) - 1 for start, s in zip(starts, sequences, strict=True)])
-    scorer = make_scorer(config, config, [config], temperature=0.8, log_probs=True)
+    scorer = make_scorer(config, config, [config], temperature=0.8, log_probs=True, bootstrap=True)
     scores = scorer(params, frozen, ScoreBatch(*batch[:4], last))
     start = 0
     for number, (sequence, prompt, count) in enumerate(zip(sequences, PROMPTS, LENGTHS, strict=True)):
@@ -329,6 +329,7 @@ def test_scorer_equals_one_sequence_at_a_time(model, config, sequences, layout):
         torch.testing.assert_close(scores.values[part], values, **close)
         whole = gpt2.trunk(critic["trunk"], sequence[None], config=config)[0, -1]
         torch.testing.assert_close(scores.scores[number, 0], apply_head(critic["head"], whole), **close)
+        torch.testing.assert_close(scores.bootstrap_values[number], apply_head(critic["head"], whole), **close)
 
 
 def test_scorer_computes_only_what_was_asked_for(model, config, sequences):
@@ -336,7 +337,7 @@ def test_scorer_computes_only_what_was_asked_for(model, config, sequences):
     batch = ScoreBatch(*token_batch(sequences, LAYOUTS["packed"])[:4], torch.tensor([3, 4]))
     scores = make_scorer(config, None, [])(params, frozen, batch)
     assert scores.scores.shape == (2, 0)
-    assert not any(tensor.any() for tensor in (scores.log_probs, scores.values))
+    assert not any(tensor.any() for tensor in (scores.log_probs, scores.values, scores.bootstrap_values))
     assert scores.ref_log_probs.all()
 
 
@@ -351,6 +352,10 @@ def test_scorer_values_of_a_shared_trunk_come_with_recomputed_log_probs(model, c
     one = make_scorer(config, None, [], log_probs=True)(shared, frozen, batch)
     two = make_scorer(config, config, [], log_probs=True)(twin, frozen, batch)
     torch.testing.assert_close(one.values, two.values)
+    one, two = (make_scorer(config, critic, [], bootstrap=True) for critic in (None, config))
+    after = one(shared, frozen, batch).bootstrap_values
+    assert after.all()
+    torch.testing.assert_close(after, two(twin, frozen, batch).bootstrap_values)
 
 
 def test_reward_objective_and_scores_read_the_last_tokens(params, config, sequences):

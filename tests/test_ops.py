@@ -92,12 +92,15 @@ def test_masked_statistics_gradient(function):
 
 
 @MASKED_CASES
-def test_masked_statistics_keep_the_dtype(function):
-    values, mask = floats(4, 3, 5), coins(4, 3, 5)
-    expected = function(values.bfloat16().double(), mask)
-    found = function(values.bfloat16(), mask)
-    assert found.dtype == torch.bfloat16
-    assert_close(found, expected, TOLERANCE[torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_masked_statistics_of_half_precision_are_those_of_float32(function, dtype):
+    values, mask = floats(4, 3, 5, dtype=dtype), coins(4, 3, 5)
+    assert_same_bits(function(values, mask), function(values.float(), mask))
+
+
+def test_masked_sum_counts_past_256_in_bfloat16():
+    """bfloat16 has no 257: a sum in it would stop there, or round."""
+    assert masked_sum(torch.ones(1001, dtype=torch.bfloat16), torch.ones(1001, dtype=torch.bool)) == 1001
 
 
 @MASKED_CASES
@@ -263,6 +266,16 @@ def test_entropy_gradient(temperature):
 def test_entropy_of_the_uniform_and_of_the_certain():
     assert_close(entropy(torch.full((2, 7), 3.0, dtype=torch.float64)), torch.full((2,), 7.0).double().log())
     assert_close(entropy(torch.tensor([1e4, 0.0, -1e4], dtype=torch.float64)), 0.0)
+
+
+@DTYPES
+def test_entropy_ignores_tokens_of_probability_0(dtype):
+    logits = torch.tensor([0.3, -torch.inf, 1.0, -torch.inf], dtype=dtype)
+    assert_close(entropy(logits, temperature=0.7), entropy(logits[::2], temperature=0.7), TOLERANCE[dtype])
+    gradient = torch.func.grad(entropy)(logits)
+    assert_close(gradient[::2], torch.func.grad(entropy)(logits[::2]), TOLERANCE[dtype])
+    assert not gradient[1::2].any()
+    assert entropy(torch.tensor([0.0, -torch.inf])) == 0
 
 
 def test_entropy_is_the_expected_surprise():

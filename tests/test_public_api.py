@@ -23,8 +23,8 @@ SIGNATURES = {
     "exact_kl": "logits, ref_logits, temperature",
     "expected_calibration_error": "margins, bins",
     "filter_logits": "logits, top_k, top_p",
-    "gae": "rewards, values, mask, gamma, lam",
-    "gae_loop": "rewards, values, mask, gamma, lam",
+    "gae": "rewards, values, mask, gamma, lam, bootstrap_value",
+    "gae_loop": "rewards, values, mask, gamma, lam, bootstrap_value",
     "generate": "params, prompts, prompt_lengths, keys, config, max_new_tokens, source, slots, temperature, top_k, "
     "top_p, min_new_tokens, stop_tokens, value_head, with_entropies, draw, draws_per_call",
     "init_reward_head": "n_embd, key",
@@ -32,7 +32,7 @@ SIGNATURES = {
     "kl_estimate": "log_probs, ref_log_probs, estimator",
     "linear": "value, total_steps, warmup_steps, final",
     "make_experience": "scores, log_probs, ref_log_probs, values, mask, kl_coef, kl_estimator, kl_in_loss, gamma, lam, "
-    "whiten_rewards, whiten_advantages",
+    "whiten_rewards, whiten_advantages, bootstrap_value",
     "masked_mean": "values, mask",
     "masked_sum": "values, mask",
     "masked_var": "values, mask, unbiased",

@@ -32,6 +32,7 @@ from rlhf.monitor.log import read_logs
 from rlhf.stages.inputs import record_order
 from rlhf.stages.pipeline import run_pipeline, run_ppo_alone
 from rlhf.stages.ppo import run_ppo
+from rlhf.stages.ppo_rollout import score_rollout
 from rlhf.stages.reward import run_reward
 from rlhf.stages.run import open_run
 from rlhf.stages.sft import run_sft
@@ -343,6 +344,7 @@ OPTIONS = {
     "no stop": {"stop_at_eos": False, "missing_eos_penalty": 1.0},
     "dual clip, entropy": {"dual_clip": 3.0, "entropy_coef": 0.01, "min_new_tokens": 3},
     "recomputed": {"recompute_log_probs": True, "critic": "shared"},
+    "bootstrap of a value head": {"bootstrap_truncated": True, "critic": "shared"},
     "unnormalised": {"normalize_reward": False, "reward_clip": 0.5, "missing_eos_penalty": 1.0},
 }
 
@@ -371,10 +373,26 @@ def test_ppo_options_run_and_differ_from_the_default(base, tmp_path, option):
         for sample in samples:
             expected = min(max(sample["reward/reward"], -0.5), 0.5) - (not sample["ended"])
             assert sample["score"] == pytest.approx(expected, abs=1e-6)
-    if option == "shared critic":
-        assert (changed.output_dir / "policy" / "value_head.safetensors").is_file()
-    else:
-        assert (changed.output_dir / "policy" / "critic").is_dir() == (option != "recomputed")
+    shared = changed.ppo.critic == "shared"
+    assert (changed.output_dir / "policy" / "value_head.safetensors").is_file() == shared
+    assert (changed.output_dir / "policy" / "critic").is_dir() == (not shared)
+
+
+def test_ppo_goes_on_from_the_critics_value_only_where_a_completion_was_cut(base, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(ppo, rollout):
+        scored = score_rollout(ppo, rollout)
+        seen.append((ppo.settings.bootstrap_truncated, rollout.completions.ended, scored.bootstrap_values))
+        return scored
+
+    monkeypatch.setattr("rlhf.stages.ppo.score_rollout", watched)
+    for on in (False, True):
+        settings = dataclasses.replace(base.ppo, num_iterations=1, batch_size=32, bootstrap_truncated=on)
+        run_ppo(copy_run(base, tmp_path / str(on), "ppo", ppo=settings))
+    for on, ended, values in seen:
+        assert 0 < ended.sum() < 32
+        assert torch.equal(values != 0, ~ended if on else torch.zeros_like(ended))
 
 
 def test_ppo_stops_an_iterations_updates_at_the_target_kl(base, tmp_path):

@@ -1,4 +1,4 @@
-"""How the gradient of a step's loss comes about: compiled, or by a backward pass that frees what it has used."""
+"""The gradient of a step's loss: compiled, or by a backward pass that frees what it has used."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from rlhf.execution.compiled import compiled
-from rlhf.objectives import InParts, Objective, add_results
+from rlhf.objectives import Objective, SumOfLosses, add_results
 from rlhf.tree import FlatLayout, flatten, leaves, tree_map, unflatten
 from rlhf.types import Metrics, Params
 
@@ -42,9 +42,9 @@ def _eager(objective: Objective, layout: FlatLayout) -> Gradient:
     """The same bits without `torch.func`, which keeps all that a second derivative would need: twice the memory.
 
     Each leaf's gradient is laid into the flat buffer, and freed, as soon as it is complete. What one part of the
-    objective kept is gone before the next begins.
+    objective kept is gone before the next begins; gradients of a leaf that several parts read add up.
     """
-    parts = objective.parts if isinstance(objective, InParts) else (objective,)
+    parts = objective.parts if isinstance(objective, SumOfLosses) else (objective,)
 
     def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, Metrics]]:
         own = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
@@ -64,10 +64,15 @@ def _eager(objective: Objective, layout: FlatLayout) -> Gradient:
 
 
 def _lay_into(leaf: Tensor, place: Tensor) -> None:
-    """Let the backward pass put the leaf's gradient there."""
+    """Let the backward pass put the leaf's gradient there, and later ones add to it."""
+    empty = True
 
     def lay(leaf: Tensor) -> None:
-        place.copy_(leaf.grad)  # type: ignore[arg-type]  # it has just been made
-        leaf.grad = None
+        nonlocal empty
+        if empty:
+            place.copy_(leaf.grad)  # type: ignore[arg-type]  # it has just been made
+        else:
+            place.add_(leaf.grad)  # type: ignore[arg-type]
+        leaf.grad, empty = None, False
 
     leaf.register_post_accumulate_grad_hook(lay)  # type: ignore[no-untyped-call]

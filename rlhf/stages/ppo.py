@@ -187,6 +187,7 @@ def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, 
         lam=settings.lam,
         whiten_rewards=settings.whiten_rewards,
         whiten_advantages=settings.whiten_advantages,
+        bootstrap_value=scored.bootstrap_values,
     )
     times.append(time.perf_counter())
     update = _learn(ppo, step, rollout, scored, experience, kl_coef)

@@ -124,6 +124,7 @@ def make_program(shapes: Shapes, settings: PPOConfig, dtype: torch.dtype, compil
         dtype=dtype,
         temperature=settings.temperature,
         log_probs=recomputes_log_probs(settings, dtype),
+        bootstrap=settings.bootstrap_truncated,
     )
     warmup_adamw = make_adamw(settings, rate, lambda name: float(not name.startswith("policy.")))
     return Program(

@@ -66,6 +66,8 @@ class Scored(NamedTuple):
     """[B] reward units, shaped: what the policy is rewarded with."""
     raw: dict[str, Tensor]
     """[B] by source's metric, as the source gave them."""
+    bootstrap_values: Tensor
+    """[B] reward units: value after the last token; 0 where that is an end, and without ppo.bootstrap_truncated."""
 
 
 def make_rollout(ppo: PPO, step: int) -> Rollout:
@@ -113,10 +115,12 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     if not recomputes_log_probs(settings, ppo.run.dtype):
         log_probs = completions.log_probs
         values = completions.values if ppo.shapes.critic is None else values
+    bootstrap_values = unpack_sequences(packs, [result.bootstrap_values for result in results])
     for name, array in {
         "log-prob": log_probs,
         "reference log-prob": ref_log_probs,
         "value": values,
+        "value after the last token": bootstrap_values,
         "reward": total,
     }.items():
         if not torch.isfinite(array).all():
@@ -124,7 +128,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
             raise NonFiniteError(f"a {name} is not finite for the completion {rollout.texts[row]!r}", completions)
     finished = completions.ended | torch.tensor(not settings.stop_at_eos)
     scores = shape_scores(total, finished, missing_eos_penalty=settings.missing_eos_penalty, clip=settings.reward_clip)
-    return Scored(log_probs, ref_log_probs, values, scores, raw)
+    return Scored(log_probs, ref_log_probs, values, scores, raw, torch.where(finished, 0.0, bootstrap_values))
 
 
 def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experience) -> list[dict[str, Any]]:
