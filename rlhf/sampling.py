@@ -95,7 +95,7 @@ def sample_token(logits: Tensor, uniform: Tensor) -> Tensor:
         [...] int64 in [0, V), also where logits are NaN.
     """
     if logits.is_cpu and logits.ndim == 2 and not torch.compiler.is_compiling():
-        rows = zip(logits.split(_CACHED_ROWS), uniform.split(_CACHED_ROWS), strict=True)
+        rows = zip(torch.split(logits, _CACHED_ROWS), torch.split(uniform, _CACHED_ROWS), strict=True)
         return torch.cat([_sample_in_blocks(*part) for part in rows])
     return _sample_in_blocks(logits, uniform)
 
