@@ -653,4 +653,4 @@ def test_workers_give_the_same_numbers(shelf, tmp_path):
         run_evaluation(config)
         found.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert found[0] == found[1]
-    assert found[0].keys() == {"evaluation.json", "completions.jsonl", "pairs.jsonl"}
+    assert found[0].keys() == {"evaluation.json", "completions.jsonl", "pairs.jsonl", ".rlhf.json"}
