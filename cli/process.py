@@ -49,7 +49,7 @@ def prepared_process() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8")  # what is piped in is read as files are
+        sys.stdin.reconfigure(encoding="utf-8", newline=None)  # what is piped in is read as files are
     for name in ("COLUMNS", "LINES"):
         if os.environ.get(name, "").strip("0") == "":
             os.environ.pop(name, None)

@@ -240,7 +240,7 @@ def test_a_damaged_cache_is_written_anew(tmp_path, tokenizer, damage):
         assert sorted(os.listdir(folder)) == sorted(names)
 
 
-@pytest.mark.parametrize("text", ["null", "[]", "{}", '{"sizes": {}}', '{"sizes": 3}', '{"sizes": {"tokens.npy": 0}}'])
+@pytest.mark.parametrize("text", ["null", "[]", "{}", '{"checksums": {}}', '{"checksum": 3}', '{"checksum": {}}'])
 def test_a_cache_with_another_meta_file_is_written_anew(tmp_path, tokenizer, text):
     first = content(loaded(tmp_path, "prompts", tokenizer))
     (folder,) = cache_folders(tmp_path / "cache")

@@ -82,6 +82,13 @@ def test_work_goes_on_when_its_messages_cannot_be_written(monkeypatch, number):
     stream.buffer.raw.write = len  # so that it can be closed
 
 
+def test_lines_of_what_is_piped_in_end_at_any_of_three_and_at_nothing_else(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a\rb\r\nc\x0bd\u2028e\n".encode()), newline="\n"))
+    read = []
+    assert run_command(lambda: read.extend(sys.stdin)) == 0
+    assert read == ["a\n", "b\n", "c\x0bd\u2028e\n"]
+
+
 def test_what_is_piped_in_is_read_as_utf8(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本".encode()), encoding="latin-1"))
     read = []

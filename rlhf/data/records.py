@@ -198,7 +198,7 @@ class _Source:
         try:
             text = self.decoder.decode(block, final=self.at_end)
         except UnicodeDecodeError as error:
-            line = self.line_of(len(self.window)) + error.object[: error.start].count(b"\n")
+            line = self.line_of(len(self.window)) + len(re.findall(rb"\r\n|\r|\n", error.object[: error.start]))
             byte = error.object[error.start] if error.start < len(error.object) else 0
             raise UserError(
                 f"{self.path}: line {line}: byte 0x{byte:02x} is not UTF-8 ({error.reason}); save the file as UTF-8"

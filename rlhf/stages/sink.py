@@ -1,11 +1,9 @@
 """Every line of metrics, handed to a function of the user's as well: to Weights & Biases, a data base, a chat."""
 
-import inspect
-
 from rlhf.io.progress import console
 from rlhf.io.run_log import Sink
 from rlhf.stages.process_state import restored_process
-from rlhf.stages.user_functions import load_function
+from rlhf.stages.user_functions import is_async, load_function
 
 
 def open_sink(target: str | None) -> Sink | None:
@@ -25,8 +23,7 @@ def open_sink(target: str | None) -> Sink | None:
         try:
             with restored_process(f"--log.sink {target}"):
                 result = function(stage, step, metrics)
-            if inspect.iscoroutine(result):
-                result.close()  # or Python warns that it was never awaited
+            if is_async(result):
                 raise TypeError("it returned a coroutine (async), which is not awaited here")
         except (Exception, SystemExit) as error:  # it is the user's code, and the run is worth more
             if not told:

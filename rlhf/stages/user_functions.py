@@ -97,8 +97,7 @@ def call_function(
     except (Exception, SystemExit) as error:  # it is the user's code: whatever it raises is theirs to see, in one line
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{what}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
-    if inspect.iscoroutine(scores):
-        scores.close()  # or Python warns that it was never awaited
+    if is_async(scores):
         raise UserError(f"{what}: returned a coroutine (async), expected a list of numbers; write it with plain def")
     values = _as_floats(what, scores, len(columns))
     judged = list(texts.values())[-1]
@@ -106,6 +105,13 @@ def call_function(
         if not math.isfinite(value):
             raise NonFiniteError(f"{what} is {value} for the completion {text!r} of {prompt!r}")
     return values
+
+
+def is_async(result: Any) -> bool:
+    """Return whether a function's result is to be awaited, and close it: or Python warns that it never was."""
+    if inspect.iscoroutine(result):
+        result.close()
+    return inspect.isawaitable(result) or inspect.isasyncgen(result)
 
 
 def _as_floats(what: str, scores: Any, count: int) -> list[float]:
