@@ -238,6 +238,17 @@ def test_training_leaves_alone_what_is_not_of_a_run(tmp_path, shelf, place, caps
     assert path.read_bytes() == MINE
 
 
+@pytest.mark.parametrize("place", ["logs/metrics.jsonl", "logs/samples.jsonl", "config.yaml", ".lock", "sft"])
+def test_pipes_in_a_run_folder_are_refused_before_the_work(tmp_path, shelf, place, capsys):
+    path = tmp_path / "out" / place
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert train(shelf, tmp_path / "out") == 2
+    assert f"out/{place}: is " in capsys.readouterr().err
+    assert path.is_fifo()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("place", ["sft", "config.yaml", "logs/metrics.jsonl", "logs", "checkpoints"])
 def test_links_in_a_run_folder_are_followed_or_refused_before_the_work(tmp_path, shelf, place):
     path, target = tmp_path / "out" / place, tmp_path / "elsewhere"

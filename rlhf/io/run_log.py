@@ -105,8 +105,10 @@ def finite(value: Any) -> Any:
 
 
 def check_logs(folder: Path) -> None:
-    """Raise UserError if a file of a log's name is there whose lines are not a log's."""
+    """Raise UserError if something of a log's name is there that is no file, or whose lines are not a log's."""
     for path in (folder / name for name in _FILES):
+        if path.exists() and not path.is_file():  # such as a pipe, which the report would wait for
+            raise UserError(f"{path}: is no file; move it away, or choose another folder")
         lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
         if lines and not any(map(_is_ours, lines)):
             raise UserError(f"{path}: is there already, and is no log of rlhf; move it away, or choose another folder")
