@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf.data.findings import Findings, Inspector
-from rlhf.data.records import Record
+from rlhf.data.records import Record, not_a_file
 from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, read_checked
 from rlhf.data.truncation import Fit, fit
 from rlhf.errors import UserError
@@ -159,9 +159,7 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
         UserError: the file or a record is not usable (`read_checked`), or nothing is left.
     """
     if not path.is_file():
-        raise UserError(
-            f"{path}: {'not a file' if path.exists() else 'no such file'}; a file of {schema.name} is needed"
-        )
+        raise UserError(f"{path}: {not_a_file(path)}; a file of {schema.name} is needed")
     try:
         digest = sha256(path)
     except OSError as error:

@@ -39,6 +39,13 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
+def not_a_file(path: Path) -> str:
+    """Return what is wrong with a path at which there is no file."""
+    if path.is_fifo() or path.is_char_device():
+        return "is a pipe or device, and data are read more than once; write them to a file"
+    return "not a file" if path.exists() else "no such file"
+
+
 def read_records(path: Path) -> Iterator[Record]:
     """Yield the records of a JSON list of objects, or of JSON Lines, in the file's order.
 
@@ -96,9 +103,7 @@ class _Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            if path.is_fifo() or path.is_char_device():
-                raise UserError(f"{path}: is a pipe or device, and data are read more than once; write them to a file")
-            raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+            raise UserError(f"{path}: {not_a_file(path)}")
         try:
             self.stream = path.open("rb")
         except OSError as error:
