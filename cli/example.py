@@ -44,21 +44,16 @@ def _example(example: Example) -> None:
     from rlhf.data.embedded import EmbeddedFiles, write_embedded  # from here on it may take a second
     from rlhf.io.progress import console
     from rlhf.stages.compute import available_cores
-    from rlhf.stages.example import run_example, show_comparison
+    from rlhf.stages.example import check_example, run_example, show_comparison
 
     output_dir = _free_name(example.output_dir)
     data = output_dir / "data"
-    if example.create_dummy_data:
-        files = write_embedded(data, seed=example.seed)
-        console.print(f"wrote {', '.join(path.name for path in files)} to {data}", markup=False, soft_wrap=True)
-    else:
-        files = EmbeddedFiles(*(data / f"{name}.json" for name in EmbeddedFiles._fields))
-        if not files.demonstrations.is_file():
-            raise UserError(f"{files.demonstrations}: no such file; add --create-dummy-data")
+    files = EmbeddedFiles(*(data / f"{name}.json" for name in EmbeddedFiles._fields))
+    if not example.create_dummy_data and not files.demonstrations.is_file():
+        raise UserError(f"{files.demonstrations}: no such file; add --create-dummy-data")
     workers = example.workers if example.workers is not None else 2 * (available_cores() > 1)
     dist = dataclasses.replace(base.dist, num_workers=workers)
     where = f"on {workers} Ray workers with one core each" if workers else "in one process"
-    console.print(f"training {where}", markup=False)
     config = dataclasses.replace(
         base,
         dist=dist,
@@ -69,6 +64,11 @@ def _example(example: Example) -> None:
         preference_data=files.preferences,
         prompt_data=files.prompts,
     )
+    check_example(config)
+    if example.create_dummy_data:
+        write_embedded(data, seed=example.seed)
+        console.print(f"wrote {', '.join(path.name for path in files)} to {data}", markup=False, soft_wrap=True)
+    console.print(f"training {where}", markup=False)
     show_comparison(run_example(config, files), output_dir)
 
 

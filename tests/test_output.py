@@ -52,10 +52,10 @@ def test_a_file_is_ours_while_a_killed_process_has_not_replaced_it_yet(tmp_path,
     write_output(path, "first")
     write = files.write_bytes
 
-    def killed(target, content, flag):
+    def killed(target, content, *flag):
         if target == path:
             raise KeyboardInterrupt
-        write(target, content, flag)
+        write(target, content, *flag)
 
     monkeypatch.setattr("rlhf.io.output.write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -212,7 +212,7 @@ NASTY += [
 
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
 def test_any_text_survives_a_round_trip(text):
-    made = PipelineRun(config=text, output_dir=Path(text), ppo=PPOConfig(reward=(text, f"x{text}x")))
+    made = PipelineRun(config=text, output_dir=Path(text.replace("\0", "")), ppo=PPOConfig(reward=(text, f"x{text}x")))
     dumped = dump_config(made).encode().decode()
     assert parse_config(dumped, source="x") == made
 
@@ -248,6 +248,8 @@ REFUSED = {
     "text for a flag": ("resume: 'yes'", "resume must be true or false, got 'yes'"),
     "null for a number": ("sft:\n  batch_size:", "line 2: sft.batch_size must be a whole number, got None"),
     "null for a path": ("output_dir: null", "output_dir must be a path, got None"),
+    "empty path": ("output_dir: ''", "output_dir must be a path, got ''"),
+    "path with a null character": ('sft_data: "a\\0b"', r"sft_data must be a path or null, got 'a\x00b'"),
     "number for a path": ("sft_data: 17", "sft_data must be a path or null, got 17"),
     "date for a path": ("sft_data: 2020-01-02", "sft_data must be a path or null"),
     "list for a number": ("seed: [1]", "seed must be a whole number, got [1]"),

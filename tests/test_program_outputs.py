@@ -16,6 +16,7 @@ from rlhf.cli import monitor as monitor_program
 from rlhf.cli import train as train_program
 from rlhf.cli.arguments import flag_types, join_flags
 from rlhf.cli.example import Example
+from rlhf.cli.example import main as run_example
 
 from rlhf import gpt2, random
 from rlhf.config import PipelineRun, PPORun, RewardRun, SFTRun
@@ -127,7 +128,7 @@ def test_pipes_and_devices_stay(tmp_path, shelf, program, kind):
         assert len(received[0]) > 50
 
 
-@pytest.mark.parametrize("kind", ["folder", "loop", "disk"])
+@pytest.mark.parametrize("kind", ["folder", "loop", "disk", "socket"])
 def test_what_is_no_file_is_refused(tmp_path, shelf, program, kind, capsys):
     write, name = program
     path = tmp_path / name
@@ -135,11 +136,13 @@ def test_what_is_no_file_is_refused(tmp_path, shelf, program, kind, capsys):
         path.mkdir()
     elif kind == "loop":
         path.symlink_to(name)
+    elif kind == "socket":
+        make_node(path, stat.S_IFSOCK, (0, 0))
     else:
         make_node(path, stat.S_IFBLK, (7, 200))
     before = identity_of(path)
     assert write(shelf, tmp_path, "--overwrite") == 2
-    assert {"folder": "is a folder", "loop": "leads to itself", "disk": "is a disk"}[kind] in capsys.readouterr().err
+    assert f"is a {kind}" in (error := capsys.readouterr().err) or (kind == "loop" and "leads to itself" in error)
     assert identity_of(path) == before
 
 
@@ -266,6 +269,16 @@ def test_links_in_a_run_folder_are_followed_or_refused_before_the_work(tmp_path,
         assert train(shelf, tmp_path / "out", "--resume") == 0
         assert path.is_symlink()
         assert target.stat().st_size > 0
+
+
+@pytest.mark.parametrize("place", ["config.yaml", "policy", "logs/metrics.jsonl", "report/comparison.json"])
+def test_the_example_writes_nothing_into_a_folder_that_holds_what_is_not_its_own(tmp_path, place, capsys):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(MINE)
+    assert run_example(["--create-dummy-data", "--output-dir", str(tmp_path), "--workers", "0"]) == 2
+    assert f"{path}: is there already" in capsys.readouterr().err
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
 def test_data_that_a_run_held_out_are_inputs_of_its_evaluation(tmp_path, shelf, monkeypatch, capsys):

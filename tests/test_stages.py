@@ -530,6 +530,10 @@ def test_a_loss_that_is_not_finite_is_refused_and_everything_saved(base, tmp_pat
     folder = run.output_dir / "nonfinite" / "sft-step-000002"
     assert (folder / "batch.safetensors").is_file()
     assert not (run.output_dir / "sft").exists()
+    (folder / "notes.txt").write_text("the user's own\n")
+    with pytest.raises(NonFiniteError, match=r"sft step 2: main: loss nan.*notes\.txt: is not part of what was saved"):
+        run_sft(dataclasses.replace(run, resume=True))
+    assert (folder / "notes.txt").read_text() == "the user's own\n"
 
 
 def test_pipeline_starts_at_a_stage(base, tmp_path):

@@ -92,7 +92,7 @@ def read_json(path: Path) -> Any:
 def write_bytes(path: Path, content: bytes, flag: str = "--output-dir") -> None:
     """Replace a file's content in one step, whoever wrote it: see `rlhf.io.output` for what a user may have written.
 
-    A link stays, and its target is replaced. Errors as `atomic_folder`.
+    A link stays, and its target is replaced; the permissions stay. Errors as `atomic_folder`.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -101,7 +101,14 @@ def write_bytes(path: Path, content: bytes, flag: str = "--output-dir") -> None:
             _clear_leftovers(path)
             temporary.write_bytes(content)
             _sync(temporary)
-            temporary.rename(path)
+            with contextlib.suppress(OSError):  # there is no such file yet, or the disk has no permissions
+                shutil.copymode(path, temporary)
+            try:
+                temporary.rename(path)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                path.write_bytes(content)  # a file that is mounted by itself, as into a container
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

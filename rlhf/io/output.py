@@ -5,14 +5,16 @@ has a record of that, `.rlhf.json`: the sha256 of each file. Devices and pipes a
 Disks are never written to.
 """
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,8 +36,9 @@ def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrit
     """
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder, expected the name of a file")
-    if path.is_block_device():
-        raise UserError(f"{flag} {path}: is a disk, expected the name of a file")
+    if path.is_block_device() or path.is_socket():
+        kind = "disk" if path.is_block_device() else "socket"
+        raise UserError(f"{flag} {path}: is a {kind}, expected the name of a file")
     if path.is_char_device():  # as a terminal, which may be read too
         return
     if _target(path).is_symlink():
@@ -70,11 +73,7 @@ def write_output(
     target = _target(path)
     with clear_write_errors(path, flag):
         target.parent.mkdir(parents=True, exist_ok=True)
-    digests = _record(target.parent)
-    before = digests.get(target.name, [])[-1:]  # of what is there until the file is replaced
-    digests[target.name] = [*before, _digest(data)]
-    text = json.dumps({"format": 1, "files": digests}, indent=1) + "\n"
-    write_bytes(target.parent / _RECORD, text.encode(), flag)
+    _add_to_record(target, data)
     write_bytes(target, data, flag)
 
 
@@ -86,13 +85,13 @@ def write_json(path: Path, value: Any, flag: str = "--output-dir", *, overwrite:
 def remove_output(path: Path) -> None:
     """Remove a file that a program of ours wrote; anything else stays."""
     if is_ours(path):
-        path.unlink(missing_ok=True)
+        _target(path).unlink(missing_ok=True)
 
 
 def is_ours(path: Path) -> bool:
     """Whether a file is there and has the content that a program of ours wrote last."""
     target = _target(path)
-    return target.is_file() and sha256(target) in _record(target.parent).get(target.name, [])
+    return target.is_file() and sha256(target) in (_record(target.parent) or {}).get(target.name, [])
 
 
 def has_record(folder: Path) -> bool:
@@ -100,18 +99,41 @@ def has_record(folder: Path) -> bool:
     return (folder / _RECORD).is_file()
 
 
-def _record(folder: Path) -> dict[str, list[str]]:
-    """Checksums by file name; empty where there is no record that can be read."""
+def _record(folder: Path) -> dict[str, list[str]] | None:
+    """Checksums by file name; None where something else is in the record's place, or it cannot be read."""
     path = folder / _RECORD
+    if not os.path.lexists(path):
+        return {}
     try:
-        files = read_json(path)["files"] if path.is_file() else {}
+        files = read_json(path)["files"]
         return {str(name): [str(digest) for digest in digests] for name, digests in files.items()}
     except (UserError, KeyError, TypeError, AttributeError):
-        return {}
+        return None
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _add_to_record(target: Path, data: bytes) -> None:
+    """Put the checksum of what a file is to hold into its folder's record.
+
+    Where the record is another user's, as in /tmp, or none of ours, nothing is recorded: the file is then replaced only
+    with --overwrite.
+    """
+    with _locked(target.parent), contextlib.suppress(UserError):
+        if (digests := _record(target.parent)) is not None:
+            before = digests.get(target.name, [])[-1:]  # of what is there until the file is replaced
+            digests[target.name] = [*before, hashlib.sha256(data).hexdigest()]
+            text = json.dumps({"format": 1, "files": digests}, indent=1) + "\n"
+            write_bytes(target.parent / _RECORD, text.encode())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let no other program change the folder's record meanwhile, where the disk has locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def _is_stream(path: Path) -> bool:

@@ -187,7 +187,8 @@ def _convert(option: Any, value: Any) -> tuple[bool, Any]:
         except (TypeError, ValueError, OverflowError):
             return False, None
     if option is Path:
-        return isinstance(value, str) and value != "", Path(value) if isinstance(value, str) else None
+        named = isinstance(value, str) and value != "" and "\0" not in value
+        return named, Path(value) if named else None
     if get_origin(option) is Literal:
         return value in get_args(option), value
     if get_origin(option) is tuple:

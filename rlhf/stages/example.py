@@ -17,6 +17,7 @@ from rlhf.stages.evaluate_config import EvaluateConfig
 from rlhf.stages.evaluate_policy import Judged as Side
 from rlhf.stages.evaluate_policy import compare
 from rlhf.stages.judges import Judge
+from rlhf.stages.output_folder import MODEL_FOLDERS, check_output_folder
 from rlhf.stages.pipeline import run_pipeline
 
 _SHOWN = 4
@@ -55,12 +56,22 @@ def run_example(config: PipelineRun, files: EmbeddedFiles) -> Comparison:
     Raises:
         UserError, NonFiniteError, Interrupted: see `rlhf.stages.run`.
     """
-    path = config.output_dir / "report" / "comparison.json"
-    check_output(path, "--output-dir")
+    check_example(config)
     results = run_pipeline(config)
     comparison = _compare(config, results["sft"].model, results["ppo"].model, files.heldout_prompts)
-    write_json(path, _plain(comparison))
+    write_json(_comparison_file(config), _plain(comparison))
     return comparison
+
+
+def check_example(config: PipelineRun) -> None:
+    """Raise UserError if something in OUTPUT_DIR would be replaced that is not the example's."""
+    for stage in MODEL_FOLDERS:
+        check_output_folder(config, stage)
+    check_output(_comparison_file(config), "--output-dir")
+
+
+def _comparison_file(config: PipelineRun) -> Path:
+    return config.output_dir / "report" / "comparison.json"
 
 
 def show_comparison(comparison: Comparison, output_dir: Path) -> None:

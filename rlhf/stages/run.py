@@ -337,8 +337,13 @@ def _save_nonfinite(
     state = executor.snapshot()
     saved = save is not None and all_finite(state)
     facts = {"stage": run.stage, "step": step, "message": str(error)}
-    save_refused(folder, error.batch, None if saved else state, facts)
+    where = "The batch is" if saved else "Batch and state are"
+    try:
+        save_refused(folder, error.batch, None if saved else state, facts)
+        where += f" in {folder}"
+    except UserError as problem:  # which does not hide the error that is being reported
+        where += f" not saved ({problem})"
     if save is None or not saved:
-        return f"Batch and state are in {folder}; --resume goes on from step {last_step(run.checkpoints) or 0}"
+        return f"{where}; --resume goes on from step {last_step(run.checkpoints) or 0}"
     save(step)
-    return f"The batch is in {folder}, the state in {run.checkpoints}"
+    return f"{where}, the state in {run.checkpoints}"
