@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import signal
 import socket
 import struct
 import threading
@@ -34,7 +35,11 @@ class Browser:
 def test_it_serves_before_the_browser_is_opened(tmp_path, monkeypatch):
     browser = Browser("curl")
     monkeypatch.setattr(webbrowser, "get", lambda: browser)
-    serve([write_log(tmp_path, count=3)], port=0, open_browser=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background ignores it
+    try:
+        serve([write_log(tmp_path, count=3)], port=0, open_browser=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert b"<html" in browser.pages[0]
 
 
