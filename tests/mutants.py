@@ -384,8 +384,8 @@ MUTANTS = [
         ("correction one step late", "1.0 - b2 ** step.double()", "1.0 - b2 ** (step + 1).double()"),
         (
             "rate of the next step",
-            "rate, step = learning_rate(state.step)",
-            "rate, step = learning_rate(state.step + 1)",
+            "rate = learning_rate(state.step) if",
+            "rate = learning_rate(state.step + 1) if",
         ),
         ("step not counted", "mu, nu), AdamState(step, mu, nu)", "mu, nu), AdamState(state.step, mu, nu)"),
         ("state swapped", "mu, nu), AdamState(step, mu, nu)", "mu, nu), AdamState(step, nu, mu)"),
