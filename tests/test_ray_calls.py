@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import sys
 import threading
 import time
 
@@ -120,3 +121,11 @@ def test_bundles_on_machines_that_are_lost_or_silent_have_no_place():
     ]
     table = {"bundles_to_node_id": {0: "here", 1: "dead", 2: "silent", 3: "", 4: "here"}}
     assert placed_bundles(table, nodes, lambda daemon: daemon.host != "silent") == {0, 4}
+
+
+@pytest.mark.parametrize(("imported", "setting"), [(True, "RAY_AUTH_MODE"), (False, "RAY_AUTH_TOKEN")])
+def test_a_cluster_of_our_own_does_without_a_token_where_ray_has_been_imported_before(monkeypatch, imported, setting):
+    """Ray reads its mode once, at import."""
+    modules = {name: module for name, module in sys.modules.items() if name != "ray"}
+    monkeypatch.setattr(session.sys, "modules", modules | ({"ray": object()} if imported else {}))
+    assert list(session._authentication.__wrapped__()) == [setting]

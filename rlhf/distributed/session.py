@@ -124,7 +124,7 @@ def _joined(folder: str | None) -> Iterator[None]:
 def _own_cluster(dist: DistConfig) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="rlhf-", dir="/tmp" if Path("/tmp").is_dir() else None)  # sockets: a short path
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # Ray, once interrupted, writes to it again at our exit
-    with _swept(folder), _environment(_OWN_CLUSTER | {"RAY_AUTH_TOKEN": _token()}):
+    with _swept(folder), _environment(_OWN_CLUSTER | _authentication()):
         import ray
 
         cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers)
@@ -145,6 +145,15 @@ def _own_cluster(dist: DistConfig) -> Iterator[None]:
             ) from error
         with _joined(folder):
             yield
+
+
+@functools.cache
+def _authentication() -> dict[str, str]:
+    """Return the settings by which only we may use a cluster of our own.
+
+    Ray reads its mode once, at import: where a program has imported it before us, the cluster can only do without.
+    """
+    return {"RAY_AUTH_MODE": "disabled"} if "ray" in sys.modules else {"RAY_AUTH_TOKEN": _token()}
 
 
 @contextlib.contextmanager
