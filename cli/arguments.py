@@ -103,7 +103,7 @@ def _number(hint: Any, text: str) -> float | None:
 
 
 def _names_something(hint: Any) -> bool:
-    """Whether the values of a flag are paths or names, which cannot be empty, and not any text."""
+    """Return whether a flag takes paths or names, which cannot be empty, and not any text."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType, tuple) else (hint,)
     return Path in options or (str in options and type(None) in options)
 

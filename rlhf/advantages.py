@@ -82,7 +82,7 @@ def gae(
     inside, rewards, values_in_front = (x.gather(-1, front) for x in (mask, rewards, values))
     last = inside & ~_shift(inside, 1)
     next_values = torch.where(last, bootstrap_value.unsqueeze(-1), _shift(values_in_front, 1))
-    advantages = torch.where(inside, rewards + gamma * next_values - values_in_front, 0.0)
+    advantages = rewards + gamma * next_values - values_in_front  # 0 behind the last token, as all three are
     steps, decay, reach = advantages.shape[-1], gamma * lam, 1
     while reach < steps:
         advantages = advantages + decay**reach * _shift(advantages, reach)

@@ -147,11 +147,6 @@ MUTANTS = [
             "(upcast(x).nan_to_num(0.0) for x in",
         ),
         ("low precision kept", "(torch.where(mask, upcast(x), 0.0) for x in", "(torch.where(mask, x, 0.0) for x in"),
-        (
-            "TD error: mask ignored",
-            "torch.where(inside, rewards + gamma * next_values - values_in_front, 0.0)",
-            "rewards + gamma * next_values - values_in_front",
-        ),
         ("TD error: value of the same token", "_shift(values_in_front, 1))", "values_in_front)"),
         ("TD error: bootstrap nowhere", "last = inside & ~_shift(inside, 1)", "last = inside & ~inside"),
         ("TD error: bootstrap everywhere", "last = inside & ~_shift(inside, 1)", "last = inside"),

@@ -249,6 +249,24 @@ def test_advantages_vmap(function):
     assert_vmaps(function, *(torch.stack(leaves) for leaves in zip(*batches, strict=True)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_advantages_of_half_precision_are_those_of_float32(dtype):
+    (scores, rewards, mask), values = scored(13, 5, 6, dtype=dtype), floats(14, 5, 6, dtype=dtype)
+
+    def everything(scores, rewards, values):
+        both = [form(rewards, values, mask, gamma=0.9, bootstrap_value=scores) for form in (gae, gae_loop)]
+        return token_rewards(scores, rewards, mask, kl_coef=0.3), *both[0], *both[1]
+
+    assert_same_bits(everything(scores, rewards, values), everything(scores.float(), rewards.float(), values.float()))
+
+
+@FORMS
+def test_gae_vmaps_over_gamma_and_lambda(form):
+    rewards, values, mask = floats(41, 3, 6), floats(42, 3, 6), coins(43, 3, 6)
+    gammas, lams = (torch.tensor(numbers, dtype=torch.float64) for numbers in ([0.9, 1.0, 0.0], [0.5, 0.0, 1.0]))
+    assert_vmaps(lambda gamma, lam: form(rewards, values, mask, gamma=gamma, lam=lam), gammas, lams)
+
+
 TRUE = torch.ones(2, 3, dtype=torch.bool)
 ZEROS = torch.zeros(2, 3)
 

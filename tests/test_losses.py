@@ -150,6 +150,23 @@ def test_loss_of_half_precision_is_that_of_float32(loss, dtype):
     assert_same_bits(loss.function(*tensors, mask), loss.function(*(x.float() for x in tensors), mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_clips_at_half_precision_constants_are_those_of_float32(dtype):
+    """Where clips bind, constants are computed with among themselves, before they meet anything in float32."""
+    half, mask = floats(31, 64, dtype=dtype), torch.ones(64, dtype=torch.bool)
+    wide, zeros = half.float(), torch.zeros(64)
+    far = wide + 2.0
+
+    def policy(advantages):
+        return ppo_policy_loss(far, zeros, advantages, mask, dual_clip=1.3)
+
+    def value(old_values):
+        return ppo_value_loss(far, old_values, zeros, mask, value_clip_eps=0.123)
+
+    assert_same_bits(policy(half), policy(wide))
+    assert_same_bits(value(half), value(wide))
+
+
 @LOSS_CASES
 def test_constant_inputs_receive_no_gradient(loss):
     """Neither from a backward pass, nor under one or two levels of torch.func.grad, nor as a tangent."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import UserError
@@ -79,14 +79,10 @@ def save_refused(folder: Path, batch: object, state: Mapping[str, Tensor] | None
     check_replaceable(folder)
     with atomic_folder(folder) as temporary:
         if batch is not None:
-            save_file(_contiguous(named_leaves(batch)), temporary / "batch.safetensors")
+            save_tensors(temporary / "batch.safetensors", named_leaves(batch))
         if state is not None:
-            save_file(_contiguous(state), temporary / _TENSORS)
+            save_tensors(temporary / _TENSORS, state)
         write_manifest(temporary, facts)
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def load_checkpoint(root: Path, like: Mapping[str, Any] | None = None) -> Checkpoint | None:

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     """`safetensors.torch.save_file`, with the permissions that other new files have."""
     from safetensors.torch import save_file
 

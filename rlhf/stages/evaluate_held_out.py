@@ -11,10 +11,10 @@ from rlhf.io.checkpoint import last_step
 from rlhf.io.files import read_json, sha256
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages.evaluate_inputs import TestData, usable_pairs
+from rlhf.stages.output_folder import MODEL_FOLDERS
 from rlhf.stages.paths import places
 from rlhf.stages.supervised import hold_out
 
-_MODELS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
 _STAGES = {DEMONSTRATIONS.name: "sft", PREFERENCES.name: "reward", PROMPTS.name: "ppo"}
 """Stages by what they learn from."""
 
@@ -45,9 +45,9 @@ def training_pairs(model_dir: Path, run: PipelineRun) -> TestData | None:
 
 def mark_trained(data: Sequence[TestData], model_dir: Path) -> list[TestData]:
     """Return test data whose `origin` says so where the models in a folder were trained on that very file."""
-    folders = [model_dir, *(model_dir / name for name in _MODELS.values())]
+    folders = [model_dir, *(model_dir / name for name in MODEL_FOLDERS.values())]
     digests = {_read(folder / "manifest.json").get("data") for folder in folders}
-    digests |= {_recorded(model_dir, stage).get("data") for stage in _MODELS}
+    digests |= {_recorded(model_dir, stage).get("data") for stage in MODEL_FOLDERS}
     return [
         test._replace(origin="which the model was trained on")
         if test.path.is_file() and sha256(test.path) in digests
@@ -113,7 +113,7 @@ def _locate(candidates: Sequence[Path], digest: str | None, use: str) -> tuple[P
 
 def _recorded(model_dir: Path, stage: str) -> dict[str, Any]:
     """Return the digests of a stage's data, from its model's manifest or its last checkpoint; empty where unknown."""
-    manifest = _read(model_dir / _MODELS[stage] / "manifest.json")
+    manifest = _read(model_dir / MODEL_FOLDERS[stage] / "manifest.json")
     root = model_dir / "checkpoints" / stage
     if "data" in manifest or (step := last_step(root)) is None:
         return manifest

@@ -71,7 +71,8 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
     if not path.exists():
         return dataclasses.replace(PipelineRun(), **fields)
     older = any(last_step(checkpoint_folder(config, stage)) is not None for stage in MODEL_FOLDERS)
-    if not is_ours(path) and not older:
+    ours = is_ours(path)
+    if not ours and not older:
         raise UserError(
             f"{path}: is there already, and no run of rlhf wrote it; it would be replaced by the resolved "
             "configuration. Choose another --output-dir"
@@ -79,7 +80,7 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
     before = load_config(str(path))
     now = dataclasses.replace(before, **fields)
     same = dataclasses.replace(now, config=before.config, resume=before.resume) == before
-    if not (same or is_ours(path) or not has_record(config.output_dir)):
+    if not (same or ours or not has_record(config.output_dir)):
         raise UserError(
             f"{path}: has been changed since a run wrote it, and says something else than this run; move it away, or "
             f"start from it: --config {path}"
