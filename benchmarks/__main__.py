@@ -67,7 +67,7 @@ def _measure(names: list[str], asked: Benchmarks) -> None:
     from benchmarks.bench import Bench
     from benchmarks.ours import make_material
     from benchmarks.peers.environment import check
-    from rlhf.stages.compute import available_cores
+    from rlhf.distributed.compute_context import available_cores
 
     if names != ["phases"]:
         check(asked.peers)

@@ -11,10 +11,10 @@ from torch import multiprocessing
 from torch.distributed import PrefixStore
 
 from benchmarks.timing import interleave, ratio, report, summary
-from rlhf.distributed.collectives import Place, connect_store, serve_store
+from rlhf.distributed.collectives import RankInfo, connect_store, serve_store
 from rlhf.distributed.messages import ShardState
 from rlhf.distributed.worker import Worker
-from rlhf.execution.executor import Program, StepSpec
+from rlhf.execution.program import Program, StepSpec
 from rlhf.optim import Optimizer
 from rlhf.tree import flat_layout, flatten
 
@@ -61,7 +61,7 @@ def _rank(rank: int, ranks: int, port: int, megabytes: int, rounds: int, result:
     def open_worker(generation: int, backend: str) -> Worker:
         worker = Worker(device="cpu", threads=1, backend=backend, timeout_s=60)
         worker.load(_program, layout, {})
-        worker.join(Place(generation, rank, ranks, 0), "127.0.0.1", port)
+        worker.join(RankInfo(generation, rank, ranks, 0), "127.0.0.1", port)
         worker.restore(0, {}, ShardState(0, flatten(params, layout).numpy(), None))
         return worker
 

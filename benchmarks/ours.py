@@ -14,19 +14,17 @@ import torch
 from benchmarks import material
 from benchmarks.bench import Made
 from benchmarks.session import Session
-from rlhf import gpt2
 from rlhf.batches import PairBatch, TokenBatch
 from rlhf.config import CheckpointConfig, DistConfig, LogConfig, PPOConfig, PPORun, RewardConfig, SFTConfig
-from rlhf.data.batching import Ahead, pair_batches, token_batches
+from rlhf.data.collate import Prefetch, pair_batches, token_batches
 from rlhf.data.dataset import TokenSequence, default_cache_dir, texts
-from rlhf.data.embedded import write_embedded
+from rlhf.data.demo_data import write_embedded
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.distributed import open_executor
 from rlhf.errors import UserError
 from rlhf.execution.draws import compiled_draw
-from rlhf.execution.executor import Models, Program
-from rlhf.gpt2_config import GPT2Config
-from rlhf.heads import init_reward_head
+from rlhf.execution.program import ModelState, Program
+from rlhf.generate.complete import complete, make_completion_fn
 from rlhf.io.model_folder import (
     LanguageModel,
     RewardModel,
@@ -37,13 +35,14 @@ from rlhf.io.model_folder import (
     save_reward_model,
 )
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.objectives import make_rollout
+from rlhf.models import gpt2
+from rlhf.models.decoding import decode_steps
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.heads import init_reward_head
 from rlhf.random import key, split
-from rlhf.sampling import draw_tokens
-from rlhf.stages import reward as reward_stage
-from rlhf.stages import sft as sft_stage
-from rlhf.stages.completions import complete
-from rlhf.stages.ppo import run_ppo
+from rlhf.train import reward as reward_stage
+from rlhf.train import sft as sft_stage
+from rlhf.train.ppo import run_ppo
 from rlhf.tree import named_leaves
 
 FP32: tuple[dict[str, Any], ...] = ({"precision": "fp32"},)
@@ -98,7 +97,7 @@ def generate(
     program = functools.partial(_rollout, loaded.config, work.completion, tuple(stops), batch, precision, compile)
     lengths = material.fixed_lengths(prompts, work.prompt)
     queue = [np.array(tokens) for tokens in material.sequences(lengths, work.shape.vocab_size)]
-    with _executor(program, Models({"policy": loaded.params}, {}), device) as executor:
+    with _executor(program, ModelState({"policy": loaded.params}, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
         for number, _ in enumerate(session.rounds()):
             completions = complete(executor, queue, split(key(number), len(queue)), rows=len(queue))
@@ -139,13 +138,13 @@ def sft(
         records = data.of_step(step, count)
         return token_batches(data, records, max_length=longest, rows=rows, loss_on="all", key=key(step))
 
-    with _executor(program, Models(loaded.params, {}), device) as executor:
+    with _executor(program, ModelState(loaded.params, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
-        coming = Ahead(map(batches_of, itertools.count()))
+        prefetched = Prefetch(map(batches_of, itertools.count()))
         for _ in session.rounds():
             tokens = 0
-            for batches in itertools.islice(coming, work.steps):
-                metrics = executor.step("main", batches, meanwhile=coming.prepare)
+            for batches in itertools.islice(prefetched, work.steps):
+                metrics = executor.step("main", batches, overlap=prefetched.prepare)
                 tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
             session.answer(tokens=tokens, loss=metrics["loss/sft"] * sum(len(batch.targets) for batch in batches))
 
@@ -154,17 +153,19 @@ def _rollout(
     config: GPT2Config,
     longest: int,
     stops: tuple[int, ...],
-    slots: int,
+    max_concurrent: int,
     precision: str,
     compile: str,  # noqa: A002
 ) -> Program:
     _, dtype, folder = _computing(precision, compile)
-    draw = draw_tokens if folder is None else compiled_draw(folder)
-    rollout = make_rollout(config, dtype=dtype, max_new_tokens=longest, stop_tokens=stops, slots=slots, draw=draw)
+    draw = decode_steps if folder is None else compiled_draw(folder)
+    rollout = make_completion_fn(
+        config, dtype=dtype, max_new_tokens=longest, stop_tokens=stops, max_concurrent=max_concurrent, draw=draw
+    )
     return Program({}, {"rollout": rollout}, {})
 
 
-def _executor(make_program: Any, models: Models, device: str) -> Any:
+def _executor(make_program: Any, models: ModelState, device: str) -> Any:
     return open_executor(make_program, models, DistConfig(), device=torch.device(device), tell=print)
 
 
@@ -228,13 +229,13 @@ def reward(session: Session, *, model: str, size: str, device: str, precision: s
         packs = pair_batches(data, data.of_step(step, count), max_length=longest, rows=2 * count)
         return [pack.batch for pack in packs]
 
-    with _executor(program, Models(loaded.params, {}), device) as executor:
+    with _executor(program, ModelState(loaded.params, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
-        coming = Ahead(map(batches_of, itertools.count()))
+        prefetched = Prefetch(map(batches_of, itertools.count()))
         for _ in session.rounds():
             tokens = 0
-            for batches in itertools.islice(coming, work.steps):
-                metrics = executor.step("main", batches, meanwhile=coming.prepare)
+            for batches in itertools.islice(prefetched, work.steps):
+                metrics = executor.step("main", batches, overlap=prefetched.prepare)
                 tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
             session.answer(tokens=tokens, loss=metrics["loss/reward"])
 

@@ -16,15 +16,17 @@ import torch
 from benchmarks import ours
 from benchmarks.session import Session
 from benchmarks.timing import interleave, ratio, report, summary
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.batches import Rows, TokenBatch
 from rlhf.config import DistConfig, SFTConfig
 from rlhf.distributed import connected, open_executor
 from rlhf.distributed.ray_executor import RayExecutor
 from rlhf.distributed.worker import Worker
-from rlhf.execution.executor import Executor, Models
-from rlhf.gpt2_config import PRESETS, GPT2Config
-from rlhf.stages.sft import make_program
+from rlhf.execution.executor import Executor
+from rlhf.execution.program import ModelState
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import PRESETS, GPT2Config
+from rlhf.train.sft import make_program
 
 SIZES = {
     "tiny": (GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2), 2, 16),
@@ -66,7 +68,7 @@ def _executor(config: GPT2Config, **dist: Any) -> Iterator[Any]:
     program = functools.partial(make_program, config, SFTConfig(), 1000, torch.float32)
     params = gpt2.init(config, key=random.key(0))
     settings = DistConfig(snapshot_every=10_000, **dist)
-    with open_executor(program, Models(params, {}), settings, device=torch.device("cpu"), tell=print) as executor:
+    with open_executor(program, ModelState(params, {}), settings, device=torch.device("cpu"), tell=print) as executor:
         yield executor
 
 

@@ -12,9 +12,9 @@ from rlhf.cli.process import discard_output, flush_output, prepared_process
 
 from rlhf.config import PipelineRun, RunConfig
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
+from rlhf.io.paths import relocate
 from rlhf.io.presets import load_config, load_dist_config
 from rlhf.ranges import flat_fields
-from rlhf.stages.paths import relocate
 
 
 def base_config(argv: Sequence[str]) -> PipelineRun:

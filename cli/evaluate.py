@@ -12,7 +12,7 @@ from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, run_command
 from rlhf.cli.process import command_line
 
-from rlhf.stages.evaluate_config import EvaluateConfig
+from rlhf.evaluate.evaluate_config import EvaluateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +33,8 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
 def _evaluate(argv: list[str]) -> None:
     config = parse(argv)
     from rich.console import Console  # from here on it may take a second
+    from rlhf.cli.evaluate_tables import show_report
 
-    from rlhf.stages.evaluate import run_evaluation
-    from rlhf.stages.evaluate_tables import show_report
+    from rlhf.evaluate.evaluation import run_evaluation
 
     show_report(run_evaluation(config), Console(highlight=False))

@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _example(example: Example) -> None:
     base = load_config(example.config)
-    from rlhf.data.embedded import EmbeddedFiles, write_embedded  # from here on it may take a second
+    from rlhf.data.demo_data import EmbeddedFiles, write_embedded  # from here on it may take a second
+    from rlhf.demo.demo import check_example, run_example, show_comparison
+    from rlhf.distributed.compute_context import available_cores
     from rlhf.io.progress import console
-    from rlhf.stages.compute import available_cores
-    from rlhf.stages.example import check_example, run_example, show_comparison
 
     output_dir = _free_name(example.output_dir)
     data = output_dir / "data"

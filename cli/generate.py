@@ -12,7 +12,7 @@ from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
 from rlhf.cli.process import command_line
 
-from rlhf.stages.generate_config import GenerateConfig
+from rlhf.generate.generate_config import GenerateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,6 @@ def parse(argv: Sequence[str]) -> GenerateConfig:
 
 def _generate(config: GenerateConfig) -> None:
     from rich.console import Console  # from here on it may take a second
-
-    from rlhf.stages.generate_screen import run_generate
+    from rlhf.cli.generate_screen import run_generate
 
     run_generate(config, Console(highlight=False))

@@ -94,8 +94,7 @@ def _live(settings: Monitor) -> int:
     if len(settings.log_dir) > 1:
         raise UserError("--live follows one run; give one --log-dir, or compare several with --serve")
     from rich.console import Console  # from here on it may take a second
-
-    from rlhf.monitor.live import follow
+    from rlhf.cli.monitor_live import follow
 
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how one leaves
         follow(settings.log_dir[0], Console(highlight=False))
@@ -129,8 +128,7 @@ def _plot(settings: Monitor) -> int:
 
 def _check(settings: Monitor) -> int:
     from rich.console import Console
-
-    from rlhf.monitor.panel import print_findings
+    from rlhf.cli.monitor_panel import print_findings
 
     return int(print_findings(settings.log_dir, Console(highlight=False)))
 

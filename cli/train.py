@@ -67,7 +67,7 @@ def _train(argv: list[str]) -> None:
     from rich.text import Text  # from here on it may take a second
 
     from rlhf.io.progress import console
-    from rlhf.stages import pipeline, sft
+    from rlhf.train import pipeline, sft
 
     console.print(Text.assemble((f"rlhf-train {argv[0]}", "bold"), f" → {config.output_dir}"), soft_wrap=True)
     console.print(describe(config), markup=False, soft_wrap=True)

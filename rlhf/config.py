@@ -150,7 +150,7 @@ class SupervisedConfig(OptimizerConfig):
     batch_size: BatchSize = 32
     """Records per optimiser step."""
     max_length: Annotated[int, Ge(2), Le(2**20)] | None = None
-    """Tokens kept of one record; none is the model's context. The rule for longer ones: `rlhf.data.truncation`."""
+    """Tokens kept of one record; none is the model's context. The rule for longer ones: `rlhf.data.truncate`."""
     val_fraction: HalfOpenUnitInterval = 0.05
     """Share of the records held out when no validation file is given."""
     eval_every: PositiveInt = 100

@@ -25,7 +25,7 @@ class Experience(NamedTuple):
     """[] float32 by name: means over the batch, under TRL's names."""
 
 
-def shape_scores(
+def postprocess_scores(
     scores: Tensor,
     ended: Tensor,
     *,
@@ -50,9 +50,9 @@ def shape_scores(
         ValueError: shapes differ, or a number is out of range.
         TypeError: ended is not bool.
     """
-    check_mask("shape_scores", ended, scores=scores)
-    check_value("shape_scores", missing_eos_penalty >= 0, "at least 0", missing_eos_penalty=missing_eos_penalty)
-    check_value("shape_scores", clip > 0, "above 0", clip=clip)
+    check_mask("postprocess_scores", ended, scores=scores)
+    check_value("postprocess_scores", missing_eos_penalty >= 0, "at least 0", missing_eos_penalty=missing_eos_penalty)
+    check_value("postprocess_scores", clip > 0, "above 0", clip=clip)
     scores = upcast(scores)
     clipped = torch.clamp(scores, -clip, clip)  # type: ignore[arg-type]  # both floats, or both tensors
     return clipped - missing_eos_penalty * (~ended).to(scores.dtype)
@@ -80,7 +80,7 @@ def make_experience(
     https://arxiv.org/abs/2403.17031.
 
     Args:
-        scores: [B] float, shaped (`shape_scores`); constant.
+        scores: [B] float, shaped (`postprocess_scores`); constant.
         log_probs: [B, T] float, nats, policy; constant.
         ref_log_probs: [B, T] float, nats, reference; constant.
         values: [B, T] float, reward units; constant.

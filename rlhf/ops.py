@@ -123,7 +123,7 @@ def entropy(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     return torch.logsumexp(scaled, dim=-1) - (torch.softmax(scaled, dim=-1) * possible).sum(dim=-1)
 
 
-def is_likeliest(logits: Tensor, targets: Tensor) -> Tensor:
+def is_argmax(logits: Tensor, targets: Tensor) -> Tensor:
     """[...] bool: whether no token has a higher logit than the target. The mean is the token accuracy.
 
     Args:

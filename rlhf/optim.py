@@ -25,11 +25,11 @@ class Optimizer(NamedTuple):
     update: Callable[..., tuple[Tree, Any]]
     """(grads, state, params) -> (params, state). The caller may choose the learning rate of a step where the optimiser
     takes it as the keyword `rate`, a float."""
-    update_: Callable[..., Any] | None = None
+    update_inplace: Callable[..., Any] | None = None
     """(grads, state, params, scale) -> state: the same step with grads times scale, for the owner of the buffers: it is
     written into those of params and state, and grads are overwritten. Counters (leaves []) are not written, so that a
     buffer can be updated in parts. None where there is no such form."""
-    alike: Callable[[str], Hashable] = str
+    hyperparameter_group: Callable[[str], Hashable] = str
     """Dotted name -> what is equal for leaves that are treated alike: laid behind one another, they may be updated as
     one leaf with the name of any of them."""
 
@@ -53,7 +53,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decays: Callable[[str], bool] | None = None,
-    rate_scale: Callable[[str], float] | None = None,
+    lr_multiplier: Callable[[str], float] | None = None,
 ) -> Optimizer:
     """AdamW: Adam with weight decay decoupled from the gradient.
 
@@ -61,8 +61,8 @@ def adamw(
         p  = p (1 - lr decay) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
 
     Source: Loshchilov and Hutter 2019, algorithm 2, https://arxiv.org/abs/1711.05101, in the arrangement of
-    `torch.optim.AdamW`, which it equals. An element's bits do not depend on how the buffer it lies in is cut: `update`
-    is built from single multiplications, additions, divisions and roots, each correctly rounded; `update_` is torch's
+    `torch.optim.AdamW`, which it equals. An element's bits do not depend on how its buffer is cut: `update` is built
+    from single multiplications, additions, divisions and roots, each correctly rounded; `update_inplace` is torch's
     fused kernel, which works on whole cache lines, so parts must begin at a multiple of 64 bytes (its rounding differs
     from `update`'s by one or two units in the last place).
 
@@ -73,11 +73,11 @@ def adamw(
         eps: above 0, added to the root.
         weight_decay: at least 0, per unit of learning rate.
         decays: whether the leaf of this dotted name decays; None is `is_matrix`: all but biases and norms.
-        rate_scale: factor on the learning rate for the leaf of this dotted name; 0 keeps its bits; None is 1.
+        lr_multiplier: factor on the learning rate for the leaf of this dotted name; 0 keeps its bits; None is 1.
 
     Returns:
-        An `Optimizer`; `update` changes none of its arguments, `update_` writes into the buffers of all three. The
-        keyword `rate` of both replaces the schedule's rate in that step.
+        An `Optimizer`; `update` changes none of its arguments, `update_inplace` writes into the buffers of all
+        three. The keyword `rate` of both replaces the schedule's rate in that step.
 
     Raises:
         ValueError: a number is out of range.
@@ -88,9 +88,9 @@ def adamw(
     check_value("adamw", weight_decay >= 0, "at least 0", weight_decay=weight_decay)
     decays = decays or is_matrix
 
-    def alike(name: str) -> tuple[float, float]:
+    def hyperparameter_group(name: str) -> tuple[float, float]:
         """Factor on the rate, and weight decay."""
-        return rate_scale(name) if rate_scale else 1.0, weight_decay if decays(name) else 0.0
+        return lr_multiplier(name) if lr_multiplier else 1.0, weight_decay if decays(name) else 0.0
 
     def init(params: Tree) -> AdamState:
         step = torch.zeros((), dtype=torch.int64)  # the CPU needs the rate
@@ -105,7 +105,7 @@ def adamw(
         nu = tree_map(lambda v, g: v * b2 + g * g * (1.0 - b2), state.nu, grads)
 
         def leaf(name: str, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            factor, decay = alike(name)
+            factor, decay = hyperparameter_group(name)
             if factor == 0:
                 return p
             decayed = p * (1.0 - rate * (decay * factor)) if decay else p
@@ -113,12 +113,14 @@ def adamw(
 
         return tree_map_named(leaf, params, mu, nu), AdamState(step, mu, nu)
 
-    def update_(grads: Tree, state: AdamState, params: Tree, scale: float, rate: float | None = None) -> AdamState:
+    def update_inplace(
+        grads: Tree, state: AdamState, params: Tree, scale: float, rate: float | None = None
+    ) -> AdamState:
         step = state.step + 1
         rate = float(learning_rate(state.step)) if rate is None else rate
         groups: defaultdict[tuple[float, float], list[list[Tensor]]] = defaultdict(list)
         for name, parts in zip_named(params, grads, state.mu, state.nu):
-            groups[alike(name)].append(parts)
+            groups[hyperparameter_group(name)].append(parts)
         for (factor, decay), group in groups.items():
             p, g, m, v = map(list, zip(*group, strict=True))
             if factor == 0:  # subtracting 0.0 turns -0.0 into 0.0
@@ -131,7 +133,7 @@ def adamw(
             )  # fmt: skip
         return state._replace(step=step)
 
-    return Optimizer(init, update, update_, alike)
+    return Optimizer(init, update, update_inplace, hyperparameter_group)
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = None) -> tuple[Tree, Tensor]:

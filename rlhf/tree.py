@@ -91,7 +91,7 @@ def to_device(tree: Tree, device: torch.device | str) -> Tree:
     return tree_map(lambda leaf: leaf.to(device, non_blocking=to_gpu), tree)
 
 
-def as_new(tree: Tree) -> Tree:
+def realign(tree: Tree) -> Tree:
     """Every leaf as new tensors lie in memory, contiguous, from a multiple of 64 bytes on; copied where it does not.
 
     Matrix products of the same numbers have other last bits where they begin elsewhere or have other strides: results
@@ -205,7 +205,7 @@ def unflatten(flat: Tensor, layout: FlatLayout) -> Tree:
     return pytree.tree_unflatten([views[at] for at in layout.order], layout.spec)
 
 
-def chunk_square_sums(flat: Tensor) -> Tensor:
+def chunked_squared_norms(flat: Tensor) -> Tensor:
     """[n / CHUNK] float64: the sum of squares of each chunk of a flat float32 buffer, to 1e-6 of it.
 
     A shard's chunks are the buffer's, so a norm put together from them has the same bits for any number of shards.

@@ -22,7 +22,10 @@ Tree = Any
 Params = dict[str, Any]
 """A pytree of parameter tensors, `requires_grad=False`; nested dicts and lists under OpenAI's names."""
 
+FrozenParams = dict[str, Params]
+"""Constant models by name: the reference, reward models."""
+
 Metrics = dict[str, Tensor]
 """Detached [] tensors by metric name. Losses return sums; `"count"` is the weight they are divided by, once."""
 
-__all__ = ["Metrics", "Params", "Tensor", "Tree"]
+__all__ = ["FrozenParams", "Metrics", "Params", "Tensor", "Tree"]

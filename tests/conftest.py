@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import gpt2, random
-from rlhf.gpt2_config import GPT2Config
+from rlhf import random
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
 from rlhf.types import Params
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

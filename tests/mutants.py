@@ -387,18 +387,18 @@ MUTANTS = [
         ("in place: rate of the next step", "float(learning_rate(state.step))", "float(learning_rate(state.step + 1))"),
         ("in place: step of the next", "[step.float().to(", "[(step + 1).float().to("),
         ("in place: step not counted", "state._replace(step=step)", "state"),
-        ("in place: rate_scale ignored", "lr=rate * factor", "lr=rate"),
+        ("in place: lr_multiplier ignored", "lr=rate * factor", "lr=rate"),
         ("in place: decay ignored", "weight_decay=decay", "weight_decay=0.0"),
         ("in place: epsilon", "eps=eps,", "eps=0.0,"),
         ("in place: gradient not scaled", "grad_scale=divisor", "grad_scale=None"),
         ("in place: gradient scaled the other way", "torch.tensor(1.0 / scale,", "torch.tensor(scale,"),
         ("decay without rate", "1.0 - rate * (decay * factor)", "1.0 - decay * factor"),
         ("decay: sign", "1.0 - rate * (decay * factor)", "1.0 + rate * (decay * factor)"),
-        ("decay: rate_scale ignored", "rate * (decay * factor)", "rate * decay"),
+        ("decay: lr_multiplier ignored", "rate * (decay * factor)", "rate * decay"),
         ("decay of everything", "weight_decay if decays(name) else 0.0", "weight_decay"),
-        ("alike: rate_scale ignored", "rate_scale(name) if rate_scale else 1.0", "1.0"),
+        ("hyperparameter_group: lr_multiplier ignored", "lr_multiplier(name) if lr_multiplier else 1.0", "1.0"),
         ("decay: own choice ignored", "decays = decays or is_matrix", "decays = is_matrix"),
-        ("step: rate_scale ignored", "(step_size * factor)", "step_size"),
+        ("step: lr_multiplier ignored", "(step_size * factor)", "step_size"),
         ("step: sign", "decayed - m /", "decayed + m /"),
         ("step: epsilon in the root", "(v.sqrt() / root_scale + eps)", "((v + eps).sqrt() / root_scale)"),
         ("step: epsilon corrected", "(v.sqrt() / root_scale + eps)", "((v.sqrt() + eps) / root_scale)"),
@@ -471,7 +471,7 @@ MUTANTS = [
         ("flatten: gaps not zero", "part.new_zeros(end", "part.new_ones(end"),
         ("unflatten: copies", ".view(shape)", ".view(shape).clone()"),
         ("unflatten: in sorted order", "[views[at] for at in layout.order]", "views"),
-        ("chunk_square_sums: norms", "dim=1).double().square()", "dim=1).double()"),
+        ("chunked_squared_norms: norms", "dim=1).double().square()", "dim=1).double()"),
         ("global_norm: squared", ".sum().sqrt()", ".sum()"),
     ),
     *mutants(
@@ -489,7 +489,7 @@ MUTANTS = [
         ("check: nothing but warm-up", "0 <= warmup_steps < total_steps", "0 <= warmup_steps <= total_steps"),
     ),
     *mutants(
-        "heads",
+        "models.heads",
         ("reward: std", "(n_embd + 1) ** 0.5", "n_embd**0.5"),
         ("value: not zero", '"weight": torch.zeros(1, n_embd)', '"weight": torch.ones(1, n_embd)'),
         ("critic: mean added", "-mean * weight / std", "mean * weight / std"),
@@ -499,7 +499,7 @@ MUTANTS = [
         ("apply: bias ignored", 'if "bias" in head else scalar', 'if "offset" in head else scalar'),
     ),
     *mutants(
-        "evaluation",
+        "statistics",
         ("correlation: covariance", "/ (x.square().sum() * y.square().sum()).sqrt()", "/ x.numel()"),
         (
             "correlation: no root",
@@ -535,7 +535,7 @@ MUTANTS = [
         ("n-grams: the last is missing", "range(len(tokens) - n + 1)", "range(len(tokens) - n)"),
     ),
     *mutants(
-        "measures",
+        "evaluate.measures",
         (
             "log-probs at temperature 1",
             "log_probs = token_log_probs(logits, targets, temperature=temperature)\n        ref_log_probs =",
@@ -548,7 +548,7 @@ MUTANTS = [
         ("reward models left out", "reward_scores(frozen, batch, reward_models,", "reward_scores(frozen, batch, (),"),
     ),
     *mutants(
-        "remat",
+        "kernels.remat",
         (
             "gradients of another argument",
             "for place in range(len(leaves)))",
@@ -562,7 +562,7 @@ MUTANTS = [
         ("chunks: kept", "again = remat(function)", "again = function"),
     ),
     *mutants(
-        "attention",
+        "kernels.attention",
         ("attention sees what comes", "device=device).tril()", "device=device).tril(1)"),
         ("attention misses itself", "device=device).tril()", "device=device).tril(-1)"),
         ("segments: later ones too", "segments[:, :, None] == segments", "segments[:, :, None] >= segments"),
@@ -594,7 +594,7 @@ MUTANTS = [
         ("compiled, one query: sum over slots", "keys.to(wide)).sum(-2)", "keys.to(wide)).sum(-2).flip(-1)"),
     ),
     *mutants(
-        "gpt2",
+        "models.gpt2",
         ("gelu: exact form", 'approximate="tanh"', 'approximate="none"'),
         ("norms swapped", '_layer_norm(x, p["ln_2"], config)', '_layer_norm(x, p["ln_1"], config)'),
         ("attention: no residual", "x = x + drop(_affine(attended_BTD", "x = drop(_affine(attended_BTD"),
@@ -620,7 +620,7 @@ MUTANTS = [
         ("embeddings rounded", ' | {"wte": params["wte"], "wpe": params["wpe"]}', ""),
     ),
     *mutants(
-        "objectives",
+        "models.objectives",
         (
             "sft: predictors ignored",
             "gather_rows(hidden, batch.predictors), batch.targets",

@@ -267,7 +267,7 @@ def ppo_value_loss(values, old_values, returns, mask, *, value_clip_eps):
 # Experience.
 
 
-def shape_scores(scores, ended, *, missing_eos_penalty, clip):
+def postprocess_scores(scores, ended, *, missing_eos_penalty, clip):
     """Stiennon et al. 2020: what did not end by itself is worse by a constant."""
     return np.array(
         [

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from rlhf import attention, random
+from rlhf import random
+from rlhf.kernels import attention
 
 B, N, T, H = 2, 3, 7, 4
 SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 2, 2], [3, 3, 0, 0, 3, 3, 3]])
@@ -99,6 +100,6 @@ def test_attend_once_value(dtype, compiling, monkeypatch):
     for row, slots in zip(bias, seen, strict=True):
         row[slots] = 0.0
     wanted = [[oracle(q[b, n], keys[b, n].T, values[b, n], seen[b]) for n in range(N)] for b in range(B)]
-    found = attention.attend_once(q, keys, values, bias)
+    found = attention.decode_attention(q, keys, values, bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), atol=TOLERANCE[dtype], rtol=0)

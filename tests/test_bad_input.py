@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.data.dataset import default_cache_dir
-from rlhf.gpt2_config import GPT2Config
 from rlhf.io.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rlhf.io.manifest import read_manifest
 from rlhf.io.model_folder import (
@@ -29,6 +28,8 @@ from rlhf.io.model_folder import (
     save_reward_model,
 )
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
 
 SECONDS = 15  # within which a refusal must come
 PROGRAMS = Path(sys.executable).parent
@@ -260,7 +261,7 @@ def test_what_cannot_be_compiled_is_refused_when_it_is_asked_for(refused, shelf,
     flags = ["sft", "--sft-data", shelf / "sft.json", *TINY, *ONE_STEP[:4], "--compile", "on"]
     refused(*flags, "--sft.dropout", "0.1", pieces=("--compile on: dropout", "--sft.dropout 0", "--compile off"))
     refused(*flags, "--sft.gradient-checkpointing", pieces=("--sft.gradient-checkpointing computes", "--compile off"))
-    monkeypatch.setattr("rlhf.stages.compute.has_compiler", lambda: False)
+    monkeypatch.setattr("rlhf.distributed.compute_context.has_compiler", lambda: False)
     refused(*flags, "--device", "cpu", pieces=("--compile on: no C++ compiler", "install g++", "--compile off"))
 
 

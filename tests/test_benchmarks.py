@@ -27,8 +27,8 @@ from benchmarks import compare, generate, material, ours, ppo, roofline, session
 from benchmarks.bench import Bench
 from benchmarks.peers import environment
 from benchmarks.peers.module_gpt2 import GPT2
-from rlhf import gpt2
-from rlhf.gpt2_config import GPT2Config
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
 from rlhf.random import key
 from rlhf.tree import named_leaves
 

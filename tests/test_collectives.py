@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from rlhf.distributed import collectives, shared_memory
-from rlhf.distributed.collectives import Group, Place
+from rlhf.distributed.collectives import Group, RankInfo
 
-ALONE = Place(generation=0, rank=0, workers=1, servers=0)
+ALONE = RankInfo(generation=0, rank=0, workers=1, servers=0)
 
 
 class StrictNCCL:
@@ -48,7 +48,7 @@ def in_group(size, backend, work, capacity=0):
     store = HashStore()
 
     def member(rank):
-        group = Group(store, Place(0, rank, size, 0), backend=backend, timeout_s=20.0, capacity=capacity)
+        group = Group(store, RankInfo(0, rank, size, 0), backend=backend, timeout_s=20.0, capacity=capacity)
         try:
             return work(group)
         finally:

@@ -12,7 +12,7 @@ import torch
 from laws import assert_close, assert_same_bits
 from torch._dynamo.utils import counters
 
-from rlhf import decoding, gpt2, random
+from rlhf import random
 from rlhf.config import (
     CheckpointConfig,
     DistConfig,
@@ -23,18 +23,22 @@ from rlhf.config import (
     RewardConfig,
     SFTConfig,
 )
-from rlhf.data.batching import pack_completions, pair_batches, ppo_batch, token_batches
+from rlhf.data.collate import pack_completions, pair_batches, ppo_batch, token_batches
 from rlhf.data.dataset import TokenSequence
 from rlhf.execution.compiled import compiled, has_compiler
 from rlhf.execution.draws import compiled_draw
 from rlhf.execution.gradients import make_gradient
 from rlhf.experience import Experience
-from rlhf.gpt2_config import GPT2Config
-from rlhf.heads import init_reward_head, init_value_head
-from rlhf.objectives import make_ppo_objective, make_reward_objective, make_sft_objective
+from rlhf.kernels import products as decoding
+from rlhf.models import gpt2
+from rlhf.models.decoding import generate_completions as generate
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.heads import init_reward_head, init_value_head
 from rlhf.ops import token_log_probs
-from rlhf.sampling import generate
-from rlhf.stages.pipeline import run_pipeline
+from rlhf.train.pipeline import run_pipeline
+from rlhf.train.ppo_objective import make_ppo_objective
+from rlhf.train.reward import make_reward_objective
+from rlhf.train.sft import make_sft_objective
 from rlhf.tree import flat_layout
 
 pytestmark = [
@@ -183,10 +187,12 @@ def test_compiled_draws_make_the_same_completions(params, config, folder, option
         "weight": random.normal(random.key(5), (1, config.n_embd))
     }
     graphs = []
-    for seed, slots in ((1, 8), (2, 8), (3, 5), (4, 11)):
+    for seed, max_concurrent in ((1, 8), (2, 8), (3, 5), (4, 11)):
         keys = random.split(random.key(seed), 11)
-        expected = generate(params, prompts, lengths, keys, slots=slots, **settings)
-        found = generate(params, prompts, lengths, keys, slots=slots, draw=draw, draws_per_call=3, **settings)
+        expected = generate(params, prompts, lengths, keys, max_concurrent=max_concurrent, **settings)
+        found = generate(
+            params, prompts, lengths, keys, max_concurrent=max_concurrent, draw=draw, draws_per_call=3, **settings
+        )
         for name in ("tokens", "mask", "ended"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         for name in ("log_probs", "values", "entropies"):
@@ -201,8 +207,8 @@ def test_compiled_draws_in_bfloat16_have_the_log_probs_of_the_full_forward(folde
     """Wide enough for the compiler's own products; what one row says depends neither on its slot nor on the others."""
     monkeypatch.setattr(decoding, "_SMALL", small)
     config = GPT2Config(vocab_size=96, n_positions=48, n_embd=64, n_layer=2, n_head=2)
-    params = gpt2.compute_copy(gpt2.init(config, key=random.key(1)), torch.bfloat16)
-    to_draw_with = decoding.decoding_copy(params, torch.bfloat16)
+    params = gpt2.cast_for_compute(gpt2.init(config, key=random.key(1)), torch.bfloat16)
+    to_draw_with = decoding.prepare_for_decoding(params, torch.bfloat16)
     draw = compiled_draw(folder)
     prompts = torch.from_numpy(np.stack([sequence(seed, 6, config) for seed in range(9)]))
     lengths, keys = torch.tensor([6, 2, 3, 1, 5, 4, 6, 6, 2]), random.split(random.key(3), 9)

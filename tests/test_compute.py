@@ -3,8 +3,8 @@
 import pytest
 
 from rlhf.config import DistConfig
+from rlhf.distributed import compute_context as compute
 from rlhf.errors import UserError
-from rlhf.stages import compute
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import random
-from rlhf.data.embedded import write_embedded
+from rlhf.data.demo_data import write_embedded
 
 PROGRAM = Path(sys.executable).with_name("rlhf-train")
 SETTINGS = """

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.func import grad
 
-from rlhf import decoding, random
+from rlhf import random
+from rlhf.kernels import products as decoding
 from rlhf.kl import exact_kl
 from rlhf.ops import entropy, token_log_probs
 from rlhf.tree import cast, named_leaves
@@ -16,7 +17,7 @@ packs = pytest.mark.skipif(not decoding._PACKS, reason="this CPU's library packs
 def test_decoding_copy_is_a_cast_whose_large_matrices_are_packed_in_bfloat16(params, monkeypatch):
     monkeypatch.setattr(decoding, "_SMALL", params["h"][0]["attn"]["c_proj"]["weight"].numel())
     expected = named_leaves(cast(params, torch.bfloat16))
-    copy = named_leaves(decoding.decoding_copy(params, torch.bfloat16))
+    copy = named_leaves(decoding.prepare_for_decoding(params, torch.bfloat16))
     packed = {name: copy.pop(name) for name in list(copy) if name.endswith("packed")}
     large = {"attn.c_attn.packed", "mlp.c_fc.packed", "mlp.c_proj.packed"}
     assert {name.split(".", 2)[2] for name in packed if name.startswith("h.")} == large
@@ -30,7 +31,7 @@ def test_decoding_copy_is_a_cast_whose_large_matrices_are_packed_in_bfloat16(par
 
 
 def test_decoding_copy_in_float32_is_the_parameters_themselves(params):
-    master, copy = named_leaves(params), named_leaves(decoding.decoding_copy(params, torch.float32))
+    master, copy = named_leaves(params), named_leaves(decoding.prepare_for_decoding(params, torch.float32))
     assert copy.keys() == master.keys()
     assert all(leaf is master[name] for name, leaf in copy.items())
 
@@ -65,12 +66,12 @@ def test_columns_that_are_no_tokens_change_no_sum_over_tokens(key):
         )
 
     def total(wide):
-        return sum(part.sum() for part in figures(*(decoding.mask_filling(of, 33) for of in (wide, other))))
+        return sum(part.sum() for part in figures(*(decoding.mask_vocab_padding(of, 33) for of in (wide, other))))
 
-    found, gradient = figures(*(decoding.mask_filling(of, 33) for of in (wide, other))), grad(total)(wide)
+    found, gradient = figures(*(decoding.mask_vocab_padding(of, 33) for of in (wide, other))), grad(total)(wide)
     expected = figures(logits, other[..., :33])
     torch.testing.assert_close(found, expected)
     assert torch.equal(gradient[..., 33:], torch.zeros(3, 7, 7))
     exact = grad(lambda logits: sum(part.sum() for part in figures(logits, other[..., :33])))(logits)
     torch.testing.assert_close(gradient[..., :33], exact)
-    assert decoding.mask_filling(logits, 33) is logits
+    assert decoding.mask_vocab_padding(logits, 33) is logits

@@ -7,7 +7,8 @@ from laws import assert_same_bits
 
 from rlhf import random
 from rlhf.errors import NonFiniteError
-from rlhf.execution.executor import LocalExecutor, MetricLimit, Models, Program, StepSpec
+from rlhf.execution.executor import LocalExecutor
+from rlhf.execution.program import MetricLimit, ModelState, Program, StepSpec
 from rlhf.optim import adamw, clip_by_global_norm
 from rlhf.schedules import constant
 from rlhf.tree import named_leaves, tree_map
@@ -25,16 +26,18 @@ def objective(params, frozen, batch):
 
 
 OPTIMIZER = adamw(constant(0.01), weight_decay=0.1)
-MODELS = Models(
+MODELS = ModelState(
     {"w": random.normal(random.fold_in(KEY, 0), (3,)), "b": torch.zeros(1)}, {"offset": {"w": torch.ones(3)}}
 )
 PROGRAM = Program(
     steps={
         "main": StepSpec(objective, OPTIMIZER, 0.5),
-        "frozen_b": StepSpec(objective, adamw(constant(0.01), rate_scale=lambda name: float(name != "b")), 0.5),
+        "frozen_b": StepSpec(objective, adamw(constant(0.01), lr_multiplier=lambda name: float(name != "b")), 0.5),
     },
-    maps={"predict": lambda params, frozen, batch: batch[0] @ params["w"] + params["b"]},
-    blends={"offset": lambda frozen, params: tree_map(lambda a, b: 0.5 * a + 0.5 * b, frozen, {"w": params["w"]})},
+    eval_fns={"predict": lambda params, frozen, batch: batch[0] @ params["w"] + params["b"]},
+    frozen_updates={
+        "offset": lambda frozen, params: tree_map(lambda a, b: 0.5 * a + 0.5 * b, frozen, {"w": params["w"]})
+    },
 )
 
 
@@ -78,7 +81,7 @@ def test_bits_do_not_depend_on_where_tensors_lie():
     )
     results = []
     for place in places:
-        models = Models(toy.models().params, tree_map(place, toy.models().frozen))
+        models = ModelState(toy.models().params, tree_map(place, toy.models().frozen))
         executor = LocalExecutor(toy.make_program(), models, CPU)
         batches = [tree_map(place, toy.batch(6, number)) for number in range(40)]
         results.append((executor.step("main", batches), executor.map("predict", batches), executor.snapshot()))
@@ -100,7 +103,7 @@ def test_map_keeps_the_order_and_reads_the_present_parameters():
 
 def test_a_step_calls_what_is_to_be_done_meanwhile_before_its_update():
     executor, versions = LocalExecutor(PROGRAM, MODELS, CPU), []
-    executor.step("main", [batch(6, 0), batch(6, 1)], meanwhile=lambda: versions.append(executor.version))
+    executor.step("main", [batch(6, 0), batch(6, 1)], overlap=lambda: versions.append(executor.version))
     assert versions == [0]
 
 
@@ -108,14 +111,14 @@ def test_restore_continues_to_the_same_bits():
     one, two = LocalExecutor(PROGRAM, MODELS, CPU), LocalExecutor(PROGRAM, MODELS, CPU)
     for step in range(3):
         one.step("main", [batch(6, step)])
-        one.blend("offset")
+        one.update_frozen("offset")
     state = {name: tensor.clone() for name, tensor in one.snapshot().items()}
     two.restore(state, 3)
     assert two.version == 3
     for step in range(3, 6):
         for executor in (one, two):
             executor.step("main", [batch(6, step)])
-            executor.blend("offset")
+            executor.update_frozen("offset")
     assert all(torch.equal(a, b) for a, b in zip(one.snapshot().values(), two.snapshot().values(), strict=True))
 
 
@@ -199,7 +202,7 @@ def test_reset_optimizer_starts_its_averages_anew():
 
 def test_blend_moves_a_frozen_model():
     executor = LocalExecutor(PROGRAM, MODELS, CPU)
-    executor.blend("offset")
+    executor.update_frozen("offset")
     expected = 0.5 + 0.5 * MODELS.params["w"]
     assert torch.equal(executor.snapshot()["frozen.offset.w"], expected)
     assert torch.equal(MODELS.frozen["offset"]["w"], torch.ones(3)), "the program itself does not change"
@@ -222,10 +225,10 @@ def test_a_half_applied_update_is_neither_used_nor_saved_and_a_snapshot_mends_it
         failing.append(1)
         if len(failing) == 2:
             raise error
-        return spec.optimizer.update_(*arguments)
+        return spec.optimizer.update_inplace(*arguments)
 
     broken = toy.make_program()._replace(
-        steps={"main": spec, "fails": spec._replace(optimizer=spec.optimizer._replace(update_=update))}
+        steps={"main": spec, "fails": spec._replace(optimizer=spec.optimizer._replace(update_inplace=update))}
     )
     executor, straight = (LocalExecutor(program, toy.models(), CPU) for program in (broken, toy.make_program()))
     executor.step("main", batches)
@@ -238,7 +241,7 @@ def test_a_half_applied_update_is_neither_used_nor_saved_and_a_snapshot_mends_it
         executor.params,
         lambda: executor.map("predict", batches),
         lambda: executor.step("main", batches),
-        lambda: executor.blend("offset"),
+        lambda: executor.update_frozen("offset"),
     ):
         with pytest.raises(RuntimeError, match="an update failed half-way: restore a snapshot or checkpoint"):
             use()

@@ -21,7 +21,7 @@ from laws import (
     ragged_mask,
 )
 
-from rlhf.experience import Experience, make_experience, shape_scores
+from rlhf.experience import Experience, make_experience, postprocess_scores
 
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
@@ -44,25 +44,27 @@ def unwhitened(*tensors, **options):
 @given(seed=SEEDS, penalty=st.floats(0.0, 5.0), clip=st.floats(0.1, 3.0))
 def test_shape_scores_value(dtype, seed, penalty, clip):
     scores, ended = floats(seed, 8, dtype=dtype), floats(seed + 1, 8) > 0
-    found = shape_scores(scores, ended, missing_eos_penalty=penalty, clip=clip)
+    found = postprocess_scores(scores, ended, missing_eos_penalty=penalty, clip=clip)
     assert found.dtype == dtype
-    expected = oracles.shape_scores(*numpy(scores, ended), missing_eos_penalty=penalty, clip=clip)
+    expected = oracles.postprocess_scores(*numpy(scores, ended), missing_eos_penalty=penalty, clip=clip)
     assert_close(found, expected, TOLERANCE[dtype])
 
 
 def test_shape_scores_penalise_after_the_clip():
-    found = shape_scores(torch.tensor([9.0, -9.0]), torch.tensor([False, False]), missing_eos_penalty=1.0, clip=2.0)
+    found = postprocess_scores(
+        torch.tensor([9.0, -9.0]), torch.tensor([False, False]), missing_eos_penalty=1.0, clip=2.0
+    )
     assert_close(found, [1.0, -3.0])
 
 
 def test_shape_scores_change_nothing_by_default():
     scores = floats(1, 6)
-    assert_same_bits(shape_scores(scores, torch.zeros(6, dtype=torch.bool)), scores)
+    assert_same_bits(postprocess_scores(scores, torch.zeros(6, dtype=torch.bool)), scores)
 
 
 def test_shape_scores_laws():
     def function(scores, ended):
-        return shape_scores(scores, ended, missing_eos_penalty=1.0, clip=0.5)
+        return postprocess_scores(scores, ended, missing_eos_penalty=1.0, clip=0.5)
 
     scores, ended = floats(2, 6), floats(3, 6) > 0
     assert_pure(function, scores, ended)
@@ -81,8 +83,8 @@ def test_shape_scores_laws():
     ids=["penalty", "clip"],
 )
 def test_shape_scores_rejects(options, message):
-    with pytest.raises(ValueError, match=f"^shape_scores: {message}$"):
-        shape_scores(torch.zeros(2), torch.ones(2, dtype=torch.bool), **options)
+    with pytest.raises(ValueError, match=f"^postprocess_scores: {message}$"):
+        postprocess_scores(torch.zeros(2), torch.ones(2, dtype=torch.bool), **options)
 
 
 @ESTIMATORS

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from rlhf.evaluation import diversity
-from rlhf.stages.figures import (
+from rlhf.evaluate.estimates import (
     Estimate,
     correlation,
     difference,
@@ -19,9 +18,10 @@ from rlhf.stages.figures import (
     from_influence,
     linearised,
     mean,
-    outcomes,
     ratio,
+    win_indicator,
 )
+from rlhf.statistics import diversity
 
 
 def one(estimate, seed=0):
@@ -133,7 +133,7 @@ def test_what_cannot_be_known_is_nan():
 def test_many_samples_are_resampled_in_parts(monkeypatch):
     values = np.random.default_rng(5).random(50)
     whole = one(mean(values))
-    monkeypatch.setattr("rlhf.stages.figures._ELEMENTS_AT_ONCE", 100)
+    monkeypatch.setattr("rlhf.evaluate.estimates._ELEMENTS_AT_ONCE", 100)
     assert one(mean(values)) == pytest.approx(whole)
 
 
@@ -142,7 +142,7 @@ def test_many_samples_are_resampled_in_parts(monkeypatch):
     [(1, 0.5, 1), (0.5, 1, 0), (1, 1, 0.5), (2.4, 2.4 + 3e-7, 0.5), (-2.4, -2.4 - 3e-7, 0.5), (1e-3, 0, 1)],
 )
 def test_a_difference_within_rounding_is_a_tie(score, other, outcome):
-    assert outcomes(np.array([score]), np.array([other])).tolist() == [outcome]
+    assert win_indicator(np.array([score]), np.array([other])).tolist() == [outcome]
 
 
 def test_values_that_vary_by_rounding_alone_have_no_correlation():

@@ -17,12 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.data.dataset import load_dataset
-from rlhf.data.embedded import write_embedded
+from rlhf.data.demo_data import write_embedded
 from rlhf.data.schema import PROMPTS
 from rlhf.errors import UserError
-from rlhf.gpt2_config import GPT2Config
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
 from rlhf.io.files import (
     atomic_folder,
@@ -35,6 +34,8 @@ from rlhf.io.files import (
 )
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
 from rlhf.io.run_log import RunLog
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
 
 
 def write_text(path: Path, text: str, flag: str = "--output-dir") -> None:

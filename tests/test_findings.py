@@ -7,7 +7,7 @@ import pytest
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.stages.supervised import _tell_shared
+from rlhf.train.supervised import _tell_shared
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:

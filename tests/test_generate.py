@@ -17,20 +17,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rlhf.cli.generate_screen import read_prompts, run_generate
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.errors import UserError
-from rlhf.gpt2_config import GPT2Config
+from rlhf.evaluate.evaluate_config import EvaluateConfig
+from rlhf.evaluate.evaluation import run_evaluation
+from rlhf.generate.complete import default_length
+from rlhf.generate.completer import pieces, stream
+from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.model_folder import LanguageModel, save_language_model
 from rlhf.io.terminal import printable
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.sampling import generate
-from rlhf.stages.completions import default_length
-from rlhf.stages.evaluate import run_evaluation
-from rlhf.stages.evaluate_config import EvaluateConfig
-from rlhf.stages.generate import pieces, stream
-from rlhf.stages.generate_config import GenerateConfig
-from rlhf.stages.generate_screen import read_prompts, run_generate
+from rlhf.models import gpt2
+from rlhf.models.decoding import generate_completions as generate
+from rlhf.models.gpt2_config import GPT2Config
 
 OPTIONS = {
     "plain": {},
@@ -52,7 +53,7 @@ def test_stream_draws_what_generate_draws(params, config, tokens, options):
 def test_stream_gives_each_token_before_the_next_is_drawn(params, config, tokens, monkeypatch):
     drawn = stream(params, tokens[0], random.key(1), config=config, max_new_tokens=5)
     first = next(drawn)
-    monkeypatch.setattr("rlhf.stages.generate.decode", lambda *_, **__: pytest.fail("the second was asked for"))
+    monkeypatch.setattr("rlhf.generate.completer.decode", lambda *_, **__: pytest.fail("the second was asked for"))
     assert 0 <= first < config.vocab_size
     with pytest.raises(pytest.fail.Exception, match="the second"):
         next(drawn)

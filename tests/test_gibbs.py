@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.config import CheckpointConfig, LogConfig, PPOConfig, PPORun
-from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
 from rlhf.io.tokenizer import EOS, Tokenizer
-from rlhf.stages.ppo import run_ppo
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.train.ppo import run_ppo
 
 REWARDS = {"a": 0.0, "b": 1.0, "c": 0.6, "d": -0.7, "": 0.3}
 BETA = 0.5

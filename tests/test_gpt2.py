@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf import gpt2, random
-from rlhf.gpt2_config import PRESETS, GPT2Config
+from rlhf import random
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import PRESETS, GPT2Config
 from rlhf.tree import cast, named_leaves, tree_map
 from rlhf.types import Params
 
@@ -186,7 +187,7 @@ def test_gradient_checkpointing_changes_no_bit(params, config, tokens, key, dtyp
 
     def loss(params, gradient_checkpointing):
         hidden = gpt2.trunk(
-            gpt2.compute_copy(params, dtype),
+            gpt2.cast_for_compute(params, dtype),
             tokens,
             config=config,
             segments=segments,
@@ -227,7 +228,7 @@ def test_trunk_runs_in_the_dtype_of_its_parameters(params, config, tokens):
 
 
 def test_compute_copy_leaves_the_embeddings_in_the_dtype_of_the_master_weights(params):
-    low = gpt2.compute_copy(params, torch.bfloat16)
+    low = gpt2.cast_for_compute(params, torch.bfloat16)
     master = {name for name, leaf in gpt2.named_leaves(low).items() if leaf.dtype == torch.float32}
     assert master == {"wte.weight", "wpe.weight"}
 

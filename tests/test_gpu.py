@@ -9,19 +9,22 @@ import torch
 import toy
 from laws import assert_close, assert_same_bits
 
-from rlhf import gpt2, random
-from rlhf.attention import attend_once, attention, packed_attention, segment_bias
+from rlhf import random
 from rlhf.config import DistConfig
 from rlhf.data.packing import build_rows
-from rlhf.decoding import decoding_copy
 from rlhf.distributed import connected, open_executor
-from rlhf.execution.draws import Recorded, compiled_draw
-from rlhf.execution.executor import LocalExecutor, Models, Program, StepSpec
+from rlhf.execution.draws import CUDAGraphRunner, compiled_draw
+from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.gradients import make_gradient
-from rlhf.gpt2_config import GPT2Config
+from rlhf.execution.program import ModelState, Program, StepSpec
+from rlhf.kernels.attention import attention, decode_attention, packed_attention, segment_bias
+from rlhf.kernels.products import prepare_for_decoding
+from rlhf.models import gpt2
+from rlhf.models.decoding import decode_steps
+from rlhf.models.decoding import generate_completions as generate
+from rlhf.models.gpt2_config import GPT2Config
 from rlhf.ops import token_log_probs
 from rlhf.optim import adamw
-from rlhf.sampling import draw_tokens, generate
 from rlhf.schedules import linear
 from rlhf.tree import flat_layout, to_device, tree_map
 
@@ -53,7 +56,7 @@ def params():
 @pytest.mark.parametrize("kind", ["sft", "reward", "ppo", "ppo_shared"])
 def test_steps_agree_with_the_cpu(params, kind):
     make_objective, make_batches = test_compiled.OBJECTIVES[kind]
-    models = Models(*test_compiled.models(kind, params, CONFIG))
+    models = ModelState(*test_compiled.models(kind, params, CONFIG))
     objective = make_objective(CONFIG)
     program = Program({"main": StepSpec(objective, adamw(linear(1e-3, 50), eps=1e-2), 0.5)}, {}, {})
     states, metrics = [], []
@@ -107,30 +110,30 @@ def test_attention_of_packed_rows_agrees_with_the_masked_form():
 
 @pytest.mark.parametrize(("width", "dtype"), [(16, torch.float32), (64, torch.float32), (24, torch.bfloat16)], ids=str)
 def test_attention_to_a_cache_agrees_with_the_plain_form(width, dtype):
-    from rlhf.decode_kernel import attend_cached
+    from rlhf.kernels.decode_attention import decode_attention_triton
 
     qkv, cache = random.normal(random.key(1), (5, 3, 3, width)), random.normal(random.key(2), (2, 5, 150, 3, width))
     qkv, cache, lengths = qkv.cuda().to(dtype), cache.cuda().to(dtype), torch.tensor([0, 63, 64, 149, 7])
     keys, values = written = cache.clone()
-    found = attend_cached(qkv, keys.permute(0, 2, 3, 1), values.transpose(1, 2), lengths.cuda())
+    found = decode_attention_triton(qkv, keys.permute(0, 2, 3, 1), values.transpose(1, 2), lengths.cuda())
     cache[0, range(5), lengths], cache[1, range(5), lengths] = qkv[:, 1], qkv[:, 2]
     assert_same_bits(written, cache)
     bias = torch.where(torch.arange(150) <= lengths[:, None], 0.0, -torch.inf).double()
     (keys, values), q = cache.cpu().double(), qkv[:, 0].cpu().double()
-    exact = attend_once(q, keys.permute(0, 2, 3, 1), values.transpose(1, 2), bias)
+    exact = decode_attention(q, keys.permute(0, 2, 3, 1), values.transpose(1, 2), bias)
     assert_close(found.cpu().double(), exact, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 # ---- completions
 
 
-def completions(params, device, draw=draw_tokens, dtype=torch.float32, seed=5, **settings):
+def completions(params, device, draw=decode_steps, dtype=torch.float32, seed=5, **settings):
     """26 completions of 13 prompts of several lengths in 7 rows, many of them ended by a stop token."""
-    settings = {"slots": 7, "max_new_tokens": 24, "stop_tokens": range(9), "top_k": 0} | settings
+    settings = {"max_concurrent": 7, "max_new_tokens": 24, "stop_tokens": range(9), "top_k": 0} | settings
     head = {"weight": random.normal(random.key(2), (1, CONFIG.n_embd)), "bias": torch.zeros(1)}
     placed = to_device((params, head, PROMPTS, LENGTHS, random.split(random.key(seed), 26)), device)
     params, head, *tensors = placed
-    params, source = decoding_copy(params, dtype), torch.arange(26, device=device) % 13
+    params, source = prepare_for_decoding(params, dtype), torch.arange(26, device=device) % 13
     return generate(params, *tensors, config=CONFIG, source=source, value_head=head, draw=draw, **settings)
 
 
@@ -149,7 +152,7 @@ def test_completions_are_those_of_the_cpu(params):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"stop_tokens": ()}, {"slots": None, "top_p": 0.9, "min_new_tokens": 3}], ids=str
+    "settings", [{}, {"stop_tokens": ()}, {"max_concurrent": None, "top_p": 0.9, "min_new_tokens": 3}], ids=str
 )
 def test_recorded_completions_are_the_plain_ones(folder, params, settings):
     """Also with other parameters, which a recording has to take in, and again with the first."""
@@ -162,7 +165,7 @@ def test_recorded_completions_are_the_plain_ones(folder, params, settings):
 
 def test_recorded_completions_in_bf16_have_the_log_probs_of_a_full_pass(folder, params):
     found = to_device(
-        completions(params, "cuda", compiled_draw(folder), torch.bfloat16, slots=None, stop_tokens=()), "cpu"
+        completions(params, "cuda", compiled_draw(folder), torch.bfloat16, max_concurrent=None, stop_tokens=()), "cpu"
     )
     assert int(found.mask.sum()) == 26 * 24
     rounded = tree_map(lambda leaf: leaf.bfloat16().float(), params)
@@ -175,7 +178,7 @@ def test_recorded_completions_in_bf16_have_the_log_probs_of_a_full_pass(folder, 
 
 def test_a_replay_does_not_wait_for_the_device(params):
     """Watched from the second time on: the first one records."""
-    draw = Recorded(draw_tokens)
+    draw = CUDAGraphRunner(decode_steps)
     warnings.simplefilter("ignore")  # that looking for it is a prototype
     for mode in ("default", "error"):
 
@@ -186,7 +189,7 @@ def test_a_replay_does_not_wait_for_the_device(params):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        completions(params, "cuda", watched, slots=None, stop_tokens=())
+        completions(params, "cuda", watched, max_concurrent=None, stop_tokens=())
 
 
 def test_a_recording_takes_what_it_is_given():
@@ -194,7 +197,7 @@ def test_a_recording_takes_what_it_is_given():
         cache.copy_(x * model["w"])
         return cache, x + cache
 
-    recorded, w = Recorded(step), torch.ones(3, device="cuda")
+    recorded, w = CUDAGraphRunner(step), torch.ones(3, device="cuda")
     for factor in (1.0, 2.0, 3.0):
         w.fill_(factor)  # the same tensor, changed
         cache, total = recorded({"w": w}, None, torch.zeros(3, device="cuda"), torch.full((3,), 5.0, device="cuda"))

@@ -10,7 +10,7 @@ from torch.func import grad_and_value
 
 from rlhf import random
 from rlhf.execution.gradients import make_gradient
-from rlhf.objectives import SumOfLosses
+from rlhf.execution.program import SumOfLosses
 from rlhf.tree import flat_layout, leaves, tree_map, unflatten
 
 BATCH = random.normal(random.key(2), (5, 3))

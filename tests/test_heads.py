@@ -14,7 +14,7 @@ from laws import (
     numpy,
 )
 
-from rlhf.heads import apply_head, init_reward_head, init_value_head, value_head_from_reward
+from rlhf.models.heads import apply_head, init_reward_head, init_value_head, value_head_from_reward
 from rlhf.random import key, split
 
 WITH_BIAS = pytest.mark.parametrize("with_bias", [False, True], ids=["reward", "value"])

@@ -12,8 +12,8 @@ from synthetic_logs import completion, healthy, write_log
 
 from rlhf.config import PipelineRun
 from rlhf.errors import UserError
-from rlhf.monitor.checks import over_optimisation, recent
 from rlhf.monitor.health import CHECKS, Finding, findings
+from rlhf.monitor.health_checks import over_optimisation, recent
 from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.sample_checks import repetition
 from rlhf.monitor.thresholds import LEVELS, THRESHOLDS, Threshold, worst

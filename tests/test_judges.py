@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rlhf.errors import NonFiniteError, UserError
-from rlhf.stages.judges import Judge, open_judges, prefer, score
+from rlhf.evaluate.judges import Judge, open_judges, prefer, score
 
 PROMPTS, COLUMNS = ["p", "q"], [{"prompt": "p", "item": "tea"}, {"prompt": "q", "item": "mug"}]
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from laws import assert_close
 
-from rlhf import gpt2, random
-from rlhf.data.batching import pack_completions, unpack_tokens
-from rlhf.gpt2_config import GPT2Config
+from rlhf import random
+from rlhf.data.collate import pack_completions, unpack_tokens
+from rlhf.evaluate.measures import make_measure
 from rlhf.kl import exact_kl
-from rlhf.measures import make_measure
+from rlhf.models import gpt2
+from rlhf.models.decoding import generate_completions as generate
+from rlhf.models.gpt2_config import GPT2Config
 from rlhf.ops import entropy, token_log_probs
-from rlhf.sampling import generate
 
 OTHER = GPT2Config(vocab_size=48, n_positions=40, n_embd=24, n_layer=1, n_head=3)
 

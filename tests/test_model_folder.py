@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.errors import UserError
-from rlhf.gpt2_config import GPT2Config
-from rlhf.heads import apply_head, init_reward_head
 from rlhf.io.manifest import read_manifest, write_manifest
 from rlhf.io.model_folder import (
     LanguageModel,
@@ -31,6 +29,9 @@ from rlhf.io.model_folder import (
     save_reward_model,
 )
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.heads import apply_head, init_reward_head
 from rlhf.tree import named_leaves, tree_map_named
 
 

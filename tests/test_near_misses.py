@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.errors import UserError
-from rlhf.gpt2_config import GPT2Config
+from rlhf.evaluate.evaluate_config import EvaluateConfig
+from rlhf.evaluate.evaluation_inputs import find_folders
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
 from rlhf.io.model_folder import (
     LanguageModel,
@@ -20,8 +21,8 @@ from rlhf.io.model_folder import (
     load_shape,
     save_language_model,
 )
-from rlhf.stages.evaluate_config import EvaluateConfig
-from rlhf.stages.evaluate_inputs import find_folders
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,20 @@ import pytest
 import torch
 from torch.func import grad_and_value
 
-from rlhf import gpt2, random, remat
+from rlhf import random
 from rlhf.batches import PairBatch, PPOBatch, ScoreBatch, TokenBatch
 from rlhf.data.packing import build_rows
-from rlhf.heads import apply_head
+from rlhf.generate.complete import make_completion_fn
+from rlhf.kernels import remat
 from rlhf.kl import exact_kl, kl_estimate
 from rlhf.losses import ppo_policy_loss, ppo_value_loss
-from rlhf.objectives import (
-    make_pair_scores,
-    make_ppo_objective,
-    make_reward_objective,
-    make_rollout,
-    make_scorer,
-    make_sft_objective,
-)
+from rlhf.models import gpt2
+from rlhf.models.heads import apply_head
+from rlhf.models.scoring import make_pair_scores, make_scorer
 from rlhf.ops import entropy, mean_metrics, token_log_probs
+from rlhf.train.ppo_objective import make_ppo_objective
+from rlhf.train.reward import make_reward_objective
+from rlhf.train.sft import make_sft_objective
 from rlhf.tree import named_leaves, tree_map, tree_sum
 
 PROMPTS, LENGTHS = [3, 1, 5, 2], [4, 6, 2, 5]
@@ -147,7 +146,7 @@ def test_logits_in_chunks_and_checkpointed_blocks_change_nothing(
         largest.append(len(hidden))
         return unembed(params, hidden, **options)
 
-    monkeypatch.setattr("rlhf.objectives.unembed", watched)
+    monkeypatch.setattr("rlhf.models.objectives.unembed", watched)
     sft = make_sft_objective(config, gradient_checkpointing=True)
     ppo = make_ppo_objective(config, config, gradient_checkpointing=True, **options)
     chunked = grad_and_value(sft, has_aux=True)(params["policy"], {}, token_batch(sequences, LAYOUTS["packed"]))
@@ -276,7 +275,7 @@ def test_invariant_1_first_minibatch_has_ratio_one(model, config, tokens, temper
     from rlhf.batches import PromptBatch
 
     params, frozen = model
-    rollout = make_rollout(config, max_new_tokens=9, temperature=temperature, stop_tokens=[5], top_k=30)
+    rollout = make_completion_fn(config, max_new_tokens=9, temperature=temperature, stop_tokens=[5], top_k=30)
     lengths = torch.tensor([6, 2, 4])
     out = rollout(params, frozen, PromptBatch(tokens[:, :6], lengths, torch.arange(3), random.split(random.key(4), 3)))
     counts = out.mask.sum(dim=1).tolist()

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rlhf.cli.generate_screen import read_prompts
+from rlhf.cli.monitor_live import follow
 from test_plots import pipeline
 
 from rlhf.data.records import read_records
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, read_checked
 from rlhf.errors import UserError
+from rlhf.evaluate.evaluation_inputs import TestData as DataFile
+from rlhf.evaluate.evaluation_inputs import prompts_of, usable_pairs
 from rlhf.monitor.health import findings
-from rlhf.monitor.live import follow
 from rlhf.monitor.log import read_logs
 from rlhf.monitor.plots import write_plots
 from rlhf.monitor.report import write_report
-from rlhf.stages.evaluate_inputs import TestData as DataFile
-from rlhf.stages.evaluate_inputs import prompts_of, usable_pairs
-from rlhf.stages.generate_screen import read_prompts
 
 ENDS = {"newline": "\n", "both": "\r\n", "return": "\r"}
 

@@ -21,7 +21,7 @@ from laws import (
 
 from rlhf.ops import (
     entropy,
-    is_likeliest,
+    is_argmax,
     masked_mean,
     masked_sum,
     masked_var,
@@ -368,7 +368,7 @@ def test_mean_metrics_of_weights_below_one():
 def test_is_likeliest_lets_ties_count(compiling, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     logits = torch.tensor([[0.0, 2.0, 2.0], [0.0, -1.0, -2.0]])
-    found = [is_likeliest(logits, torch.tensor([token, token])).tolist() for token in range(3)]
+    found = [is_argmax(logits, torch.tensor([token, token])).tolist() for token in range(3)]
     assert found == [[False, True], [True, False], [True, False]]
 
 

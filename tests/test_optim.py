@@ -39,7 +39,7 @@ def run(optimizer, params, steps, *, update=None, in_place=False):
         params = tree_map(torch.clone, params)
         for step in range(steps):
             larger = tree_map(lambda grad: 4.0 * grad, example_grads(params, step))
-            state = optimizer.update_(larger, state, params, 0.25)
+            state = optimizer.update_inplace(larger, state, params, 0.25)
         return params, state
     for step in range(steps):
         params, state = (update or optimizer.update)(example_grads(params, step), state, params)
@@ -144,7 +144,7 @@ def test_adamw_rate_scale_0_keeps_the_bits_of_a_leaf(in_place):
 
     params = example_params(dtype=torch.float32)
     params["h"][0]["attn"]["c_attn"]["bias"].fill_(-0.0)  # adding 0.0 would change its sign
-    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, rate_scale=scale), params, 5, in_place=in_place)
+    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, lr_multiplier=scale), params, 5, in_place=in_place)
     everywhere, _ = run(adamw(constant(1e-2), weight_decay=0.1), params, 5, in_place=in_place)
     assert_same_bits(found["h"], params["h"])
     assert_same_bits(found["wte"], everywhere["wte"])
@@ -159,7 +159,7 @@ def test_adamw_takes_the_callers_rate_in_place_of_the_schedules(in_place):
         optimizer, own = adamw(schedule, weight_decay=0.1), tree_map(torch.clone, params)
         state = optimizer.init(own)
         if in_place:
-            optimizer.update_(tree_map(torch.clone, grads), state, own, 1.0, **options)
+            optimizer.update_inplace(tree_map(torch.clone, grads), state, own, 1.0, **options)
         else:
             own, _ = optimizer.update(grads, state, own, **options)
         results.append(own["w"])
@@ -167,7 +167,7 @@ def test_adamw_takes_the_callers_rate_in_place_of_the_schedules(in_place):
 
 
 def test_adamw_rate_scale_multiplies_the_rate():
-    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, rate_scale=lambda name: 0.5), example_params(), 5)
+    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, lr_multiplier=lambda name: 0.5), example_params(), 5)
     assert_same_bits(found, run(adamw(constant(5e-3), weight_decay=0.1), example_params(), 5)[0])
 
 
@@ -183,7 +183,9 @@ def test_adamw_in_place_equals_the_pure_step(dtype, tolerance):
     def scale(name):
         return 0.5 if name.startswith("wte") else 1.0
 
-    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, rate_scale=scale)
+    optimizer = adamw(
+        cosine(1e-2, 10, warmup_steps=2), b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, lr_multiplier=scale
+    )
     params = example_params(dtype=dtype)
     assert_close(run(optimizer, params, 6, in_place=True), run(optimizer, params, 6), tolerance)
 
@@ -193,7 +195,7 @@ def test_adamw_in_place_writes_into_the_buffers_of_params_and_state():
     optimizer = adamw(constant(1e-2))
     state = optimizer.init(params)
     addresses = [leaf.data_ptr() for leaf in leaves((params, state.mu, state.nu))]
-    found = optimizer.update_(example_grads(params, 0), state, params, 1.0)
+    found = optimizer.update_inplace(example_grads(params, 0), state, params, 1.0)
     assert [leaf.data_ptr() for leaf in leaves((params, found.mu, found.nu))] == addresses
     assert not torch.equal(params["wte"]["weight"], example_params()["wte"]["weight"])
     assert (int(state.step), int(found.step)) == (0, 1)  # a buffer may be updated in parts with one counter
@@ -204,7 +206,7 @@ def test_update_in_place_pairs_leaves_by_name_whatever_the_order_of_keys():
     grads = {"b": torch.full((4,), -1.0), "a": torch.ones(4)}
     optimizer = adamw(constant(0.1))
     expected, _ = optimizer.update(grads, optimizer.init(params), params)
-    optimizer.update_(grads, optimizer.init(params), params, 1.0)
+    optimizer.update_inplace(grads, optimizer.init(params), params, 1.0)
     assert (expected["a"] < 0).all()
     assert (expected["b"] > 0).all()
     assert_close(params, expected)
@@ -217,10 +219,10 @@ def test_adamw_in_place_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
     optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1)
     grads, params = ({"w": floats(seed, 5003, dtype=torch.float32)} for seed in (6, 7))
     whole, pieces = tree_map(torch.clone, params), tree_map(torch.clone, params)
-    optimizer.update_(tree_map(torch.clone, grads), optimizer.init(whole), whole, 0.3)
+    optimizer.update_inplace(tree_map(torch.clone, grads), optimizer.init(whole), whole, 0.3)
     state = optimizer.init(pieces)
     for part in parts:
-        optimizer.update_(cut(grads, part), cut(state, part), cut(pieces, part), 0.3)
+        optimizer.update_inplace(cut(grads, part), cut(state, part), cut(pieces, part), 0.3)
     assert_same_bits(pieces, whole)
 
 
@@ -287,7 +289,7 @@ def test_adamw_is_pure():
 
 def test_adamw_compiles_once_for_all_steps_and_keeps_its_bits():
     torch.compiler.reset()
-    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1, rate_scale=lambda name: 0.5)
+    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1, lr_multiplier=lambda name: 0.5)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(optimizer.update, backend=counter, fullgraph=True)
     params = example_params(dtype=torch.float32)

@@ -15,7 +15,7 @@ from rlhf.cli import evaluate as evaluate_program
 from rlhf.cli import generate as generate_program
 from rlhf.cli import train as train_program
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.errors import UserError
 from rlhf.io import files
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint, save_refused
@@ -23,6 +23,7 @@ from rlhf.io.files import check_writable, lock_folder, save_tensors
 from rlhf.io.manifest import check_replaceable, write_manifest
 from rlhf.io.model_folder import LanguageModel, save_language_model
 from rlhf.io.output import check_output, is_ours, remove_output, write_json, write_output
+from rlhf.models import gpt2
 
 OLD, NEW = b"the user's own\n", "what is written"
 

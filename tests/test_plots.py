@@ -275,7 +275,7 @@ from rlhf.cli.monitor import parse
 assert parse(["--log-dir", "a", "b", "--plot-type", "all"]).plot_type == "all"
 heavy = {"torch", "matplotlib", "ray", "scipy", "numpy"}
 assert heavy.isdisjoint(sys.modules), heavy & set(sys.modules)
-import rlhf.monitor.plots, rlhf.monitor.live
+import rlhf.monitor.plots, rlhf.cli.monitor_live
 assert {"torch", "matplotlib", "ray", "scipy"}.isdisjoint(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

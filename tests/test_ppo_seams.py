@@ -13,9 +13,9 @@ from rlhf.config import CheckpointConfig, PipelineRun, PPOConfig
 from rlhf.errors import UserError
 from rlhf.io.checkpoint import load_checkpoint
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_reward_model, save_reward_model
-from rlhf.stages.ppo import run_ppo
-from rlhf.stages.ppo_program import critic_source, learning_rate, start_models, updates_per_iteration
-from rlhf.stages.rewards import RewardSource
+from rlhf.io.reward_sources import RewardSource
+from rlhf.train.ppo import run_ppo
+from rlhf.train.ppo_program import critic_source, learning_rate, start_models, updates_per_iteration
 from rlhf.tree import tree_map
 
 base = test_stages.base  # the fixture

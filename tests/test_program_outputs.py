@@ -18,15 +18,16 @@ from rlhf.cli.arguments import flag_types, join_flags
 from rlhf.cli.example import Example
 from rlhf.cli.example import main as run_example
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.config import PipelineRun, PPORun, RewardRun, SFTRun
 from rlhf.errors import UserError
+from rlhf.evaluate.evaluate_config import EvaluateConfig
+from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.files import write_bytes
 from rlhf.io.model_folder import LanguageModel, save_language_model
 from rlhf.io.output import check_output, write_output
 from rlhf.io.run_log import RunLog
-from rlhf.stages.evaluate_config import EvaluateConfig
-from rlhf.stages.generate_config import GenerateConfig
+from rlhf.models import gpt2
 from tests.conftest import TINY
 
 MINE = b"# the user's own\n"

@@ -11,7 +11,7 @@ import torch
 import rlhf
 
 SIGNATURES = {
-    "adamw": "learning_rate, b1, b2, eps, weight_decay, decays, rate_scale",
+    "adamw": "learning_rate, b1, b2, eps, weight_decay, decays, lr_multiplier",
     "adaptive_kl_coef": "kl_coef, kl, num_samples, target, horizon",
     "apply_head": "head, hidden",
     "clip_by_global_norm": "grads, max_norm, norm",
@@ -46,7 +46,7 @@ SIGNATURES = {
     "reward_loss": "chosen_scores, rejected_scores, mask, margin, centre_coef",
     "sample_token": "logits, uniform",
     "sft_loss": "log_probs, mask",
-    "shape_scores": "scores, ended, missing_eos_penalty, clip",
+    "postprocess_scores": "scores, ended, missing_eos_penalty, clip",
     "token_log_probs": "logits, targets, temperature",
     "token_rewards": "scores, kl, mask, kl_coef",
     "value_head_from_reward": "head, mean, std, weight",

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from rlhf.distributed import session
+from rlhf.distributed import ray_session as session
 from rlhf.distributed.cluster import placed_bundles
 from rlhf.distributed.ray_calls import Daemon, RayCalls, RayLostError, is_alive, speaks_grpc
 from rlhf.errors import UserError

@@ -43,7 +43,7 @@ def run(dist, steps=STEPS):
     told = []
     with open_executor(toy.make_program, toy.models(), dist, device=CPU, tell=told.append) as executor:
         seen, state = toy.drive(executor, steps)
-        executor.blend("offset")
+        executor.update_frozen("offset")
         more, state = toy.drive(executor, 2)
         seen += more
         params = executor.params()

@@ -23,15 +23,15 @@ from rlhf.config import (
 )
 from rlhf.data.dataset import load_dataset
 from rlhf.data.schema import DEMONSTRATIONS
+from rlhf.evaluate.comparison import Sampling
+from rlhf.evaluate.evaluate_config import EvaluateConfig
+from rlhf.evaluate.evaluation import run_evaluation
+from rlhf.evaluate.judges import Judge
+from rlhf.evaluate.policy_evaluation import compare, contest_figures
 from rlhf.io.model_folder import load_language_model, load_reward_model
-from rlhf.stages.answers import Sampling
-from rlhf.stages.evaluate import run_evaluation
-from rlhf.stages.evaluate_config import EvaluateConfig
-from rlhf.stages.evaluate_policy import compare, contest_figures
-from rlhf.stages.judges import Judge
-from rlhf.stages.ppo import run_ppo
-from rlhf.stages.reward import run_reward
-from rlhf.stages.sft import run_sft
+from rlhf.train.ppo import run_ppo
+from rlhf.train.reward import run_reward
+from rlhf.train.sft import run_sft
 
 pytestmark = pytest.mark.slow
 QUIET = LogConfig(tensorboard=False)

@@ -24,13 +24,13 @@ from rlhf.config import (
 )
 from rlhf.errors import UserError
 from rlhf.io.model_folder import weights_digest
+from rlhf.io.paths import absolute_paths, places, relocate
 from rlhf.io.presets import load_config
+from rlhf.io.reward_identity import code_digest, diff_sources, identify_sources, upgrade_sources
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.stages.paths import absolute_paths, places, relocate
-from rlhf.stages.ppo import run_ppo
-from rlhf.stages.resume import diff_settings, digests_of, settings_of
-from rlhf.stages.reward_identity import code_digest, diff_sources, identify_sources, upgrade_sources
-from rlhf.stages.sft import run_sft
+from rlhf.train.ppo import run_ppo
+from rlhf.train.resume import diff_settings, digests_of, settings_of
+from rlhf.train.sft import run_sft
 
 TEXTS = [["red green blue"], ["red green blue yellow"]]
 CODE = (

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.errors import NonFiniteError, UserError
-from rlhf.gpt2_config import GPT2Config
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
+from rlhf.io.reward_sources import RewardSource, call_reward_function, check_columns, open_sources
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.stages.ppo import _with_spread
-from rlhf.stages.reward import _statistics
-from rlhf.stages.rewards import RewardSource, call_reward_function, check_columns, open_sources
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.train.ppo import _with_spread
+from rlhf.train.reward import _statistics
 
 FUNCTIONS = """
 from __future__ import annotations

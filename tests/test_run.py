@@ -10,9 +10,9 @@ import torch
 from rlhf.config import CheckpointConfig, LogConfig, PPORun, RunConfig, SFTRun
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
-from rlhf.stages.output_folder import check_output_folder
-from rlhf.stages.resume import diff_settings
-from rlhf.stages.run import open_run, train
+from rlhf.io.output_folder import check_output_folder
+from rlhf.train.resume import diff_settings
+from rlhf.train.run import open_run, train
 
 
 def test_a_finished_folder_tells_how_another_run_starts_from_its_models(tmp_path):

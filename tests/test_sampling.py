@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-from rlhf import gpt2, random
-from rlhf.heads import apply_head
+from rlhf import random
+from rlhf.models import gpt2
+from rlhf.models.decoding import generate_completions as generate
+from rlhf.models.heads import apply_head
 from rlhf.ops import entropy, token_log_probs
-from rlhf.sampling import _sample_in_blocks, filter_logits, generate, sample_token
+from rlhf.sampling import _sample_in_blocks, filter_logits, sample_token
 
 LENGTHS = torch.tensor([6, 1, 4])
 
@@ -161,14 +163,16 @@ ENDS = {"ends": [3, 17, 20, 21, 22, 23], "full": []}
 
 
 @pytest.mark.parametrize("ends", ENDS, ids=str)
-@pytest.mark.parametrize("slots", [1, 2, 3, 8, 9, 16, 40])
-def test_generate_slots_and_shared_prompts_change_nothing(params, config, tokens, slots, ends):
+@pytest.mark.parametrize("max_concurrent", [1, 2, 3, 8, 9, 16, 40])
+def test_generate_slots_and_shared_prompts_change_nothing(params, config, tokens, max_concurrent, ends):
     """Refilling, dropping rows and reading a prompt once for its samples: the same tokens as row by row."""
     count, head = 19, {"weight": random.normal(random.key(9), (1, config.n_embd)), "bias": torch.tensor([0.5])}
     source, keys = torch.arange(count) % 3, random.split(random.key(8), count)
     settings = {"config": config, "max_new_tokens": 11, "stop_tokens": ENDS[ends], "value_head": head}
     given = {"with_entropies": True, "temperature": 0.8}
-    out = generate(params, tokens[:, :6], LENGTHS, keys, source=source, slots=slots, **settings, **given)
+    out = generate(
+        params, tokens[:, :6], LENGTHS, keys, source=source, max_concurrent=max_concurrent, **settings, **given
+    )
     assert len(set(out.mask.sum(dim=1).tolist())) > (3 if ENDS[ends] else 0), (
         "lengths must differ for refills to matter"
     )

@@ -12,11 +12,11 @@ from rlhf.cli.train import parse
 
 from rlhf.config import PipelineRun, PPORun, RewardRun, SFTRun
 from rlhf.errors import UserError
+from rlhf.evaluate.evaluate_config import NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
+from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.presets import load_config, narrow
 from rlhf.ranges import flat_fields
 from rlhf.setting_rules import COMPUTE_RULES, STAGE_RULES, Rule, check_rules, check_settings
-from rlhf.stages.evaluate_config import NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
-from rlhf.stages.generate_config import GENERATE_RULES, GenerateConfig
 
 OPTIMIZER = {
     "learning_rate": "every step",

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from rlhf import random
-from rlhf.execution.shard import apply, cut, init_shard, update_scale
+from rlhf.execution.shard import apply, init_shard, slice_shard, update_scale
 from rlhf.optim import adamw
 from rlhf.schedules import linear
-from rlhf.tree import CHUNK, chunk_square_sums, flat_layout, flatten, leaves, tree_map, unflatten
+from rlhf.tree import CHUNK, chunked_squared_norms, flat_layout, flatten, leaves, tree_map, unflatten
 
 OPTIMIZER = adamw(linear(1e-2, 50), weight_decay=0.1)
 
@@ -28,17 +28,17 @@ LAYOUT = flat_layout(TREE)
 
 
 def applied(shard, step, gradient, scale=1.0):
-    return apply(shard, step, cut(shard, gradient, OPTIMIZER, LAYOUT), scale, OPTIMIZER)
+    return apply(shard, step, slice_shard(shard, gradient, OPTIMIZER, LAYOUT), scale, OPTIMIZER)
 
 
 def run(cuts: list[int], steps: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Parameters and optimiser state after some steps, with shards cut at these chunks."""
     flat = flatten(TREE, LAYOUT)
-    bounds = [0, *(cut * CHUNK for cut in cuts), LAYOUT.size]
+    bounds = [0, *(slice_shard * CHUNK for slice_shard in cuts), LAYOUT.size]
     shards = [init_shard(flat, OPTIMIZER, start=a, stop=b) for a, b in itertools.pairwise(bounds)]
     for step in range(steps):
         gradient = flatten(normals(10 + step), LAYOUT)
-        squares = torch.cat([chunk_square_sums(gradient[a:b]) for a, b in itertools.pairwise(bounds)])
+        squares = torch.cat([chunked_squared_norms(gradient[a:b]) for a, b in itertools.pairwise(bounds)])
         scale, _ = update_scale(squares, 3.0, 0.5)
         shards = [
             applied(shard, step, gradient[shard.start : shard.start + len(shard.params)], scale) for shard in shards
@@ -80,7 +80,7 @@ def test_apply_gives_the_same_bits_for_any_group_size(group, monkeypatch):
 
 def test_apply_of_an_optimiser_without_a_form_in_place(monkeypatch):
     params, state = run([])
-    monkeypatch.setattr(f"{__name__}.OPTIMIZER", OPTIMIZER._replace(update_=None))
+    monkeypatch.setattr(f"{__name__}.OPTIMIZER", OPTIMIZER._replace(update_inplace=None))
     pure_params, pure_state = run([])
     torch.testing.assert_close(pure_params, params, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(pure_state, state, rtol=1e-5, atol=1e-7)

@@ -8,7 +8,7 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.io.run_log import RunLog
 from rlhf.monitor.log import LogReader
-from rlhf.stages.sink import open_sink
+from rlhf.train.sink import open_sink
 
 
 def written(tmp_path, code: str, steps: int = 3):

@@ -23,19 +23,19 @@ from rlhf.config import (
     SFTConfig,
     TokenizerConfig,
 )
-from rlhf.data.embedded import write_embedded
+from rlhf.data.demo_data import write_embedded
 from rlhf.errors import Interrupted, NonFiniteError, UserError
 from rlhf.execution.executor import Fault
 from rlhf.io.checkpoint import last_step, load_checkpoint
 from rlhf.io.model_folder import load_language_model, load_reward_model
 from rlhf.monitor.log import read_logs
-from rlhf.stages.inputs import record_order
-from rlhf.stages.pipeline import run_pipeline, run_ppo_alone
-from rlhf.stages.ppo import run_ppo
-from rlhf.stages.ppo_rollout import score_rollout
-from rlhf.stages.reward import run_reward
-from rlhf.stages.run import open_run
-from rlhf.stages.sft import run_sft
+from rlhf.train.pipeline import run_pipeline, run_ppo_alone
+from rlhf.train.ppo import run_ppo
+from rlhf.train.ppo_rollout import score_rollout
+from rlhf.train.reward import run_reward
+from rlhf.train.run import open_run
+from rlhf.train.sft import run_sft
+from rlhf.train.stage_inputs import record_order
 from rlhf.tree import named_leaves
 
 RUNS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
@@ -386,7 +386,7 @@ def test_ppo_goes_on_from_the_critics_value_only_where_a_completion_was_cut(base
         seen.append((ppo.settings.bootstrap_truncated, rollout.completions.ended, scored.bootstrap_values))
         return scored
 
-    monkeypatch.setattr("rlhf.stages.ppo.score_rollout", watched)
+    monkeypatch.setattr("rlhf.train.ppo.score_rollout", watched)
     for on in (False, True):
         settings = dataclasses.replace(base.ppo, num_iterations=1, batch_size=32, bootstrap_truncated=on)
         run_ppo(copy_run(base, tmp_path / str(on), "ppo", ppo=settings))
@@ -558,7 +558,7 @@ def test_pipeline_resumes_where_it_was_interrupted(base, tmp_path):
 @pytest.mark.parametrize("named", [False, True])
 def test_a_bare_ppo_run_trains_what_it_needs_on_the_embedded_example(base, tmp_path, monkeypatch, named):
     """Also the run's own reward model where a gold score stands beside it."""
-    monkeypatch.setattr("rlhf.stages.inputs.write_embedded", lambda folder: write_embedded(folder, size=60))
+    monkeypatch.setattr("rlhf.train.stage_inputs.write_embedded", lambda folder: write_embedded(folder, size=60))
     (tmp_path / "gold.py").write_text(
         "def long(prompts, completions, item): return [float(len(c)) for c in completions]"
     )
@@ -586,7 +586,7 @@ def test_what_goes_wrong_after_the_last_step_is_in_the_log(tmp_path, monkeypatch
         def faults(self):
             return [Fault("worker 1", 2.5, False)]
 
-    monkeypatch.setattr("rlhf.stages.run.open_executor", lambda *given, **more: contextlib.nullcontext(Executor()))
+    monkeypatch.setattr("rlhf.train.run.open_executor", lambda *given, **more: contextlib.nullcontext(Executor()))
     with open_run(PipelineRun(output_dir=tmp_path), "sft") as run:
         run.open_executor(None, None)
     (line,) = map(json.loads, (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines())

@@ -25,9 +25,9 @@ from rlhf.config import (
     SFTConfig,
 )
 from rlhf.distributed import connected
-from rlhf.distributed.janitor import processes_of
+from rlhf.distributed.reaper import processes_of
 from rlhf.errors import WorkersLostError
-from rlhf.stages.pipeline import run_pipeline
+from rlhf.train.pipeline import run_pipeline
 
 STAGES = ("sft", "reward", "ppo")
 FOLDERS = ("sft", "reward", "policy")

@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf import gpt2, random
+from rlhf import random
 from rlhf.config import LogConfig, PipelineRun, PPOConfig, PPORun, RewardConfig, RewardRun, SFTConfig, SFTRun
-from rlhf.gpt2_config import GPT2Config
+from rlhf.evaluate.evaluate_config import EvaluateConfig
+from rlhf.evaluate.evaluation import run_evaluation
+from rlhf.generate.completer import Writer
+from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.model_folder import (
     LanguageModel,
     RewardModel,
@@ -23,13 +26,11 @@ from rlhf.io.model_folder import (
 )
 from rlhf.io.presets import narrow
 from rlhf.io.tokenizer import EOS, Tokenizer
-from rlhf.stages.evaluate import run_evaluation
-from rlhf.stages.evaluate_config import EvaluateConfig
-from rlhf.stages.generate import Writer
-from rlhf.stages.generate_config import GenerateConfig
-from rlhf.stages.ppo import run_ppo
-from rlhf.stages.reward import run_reward
-from rlhf.stages.sft import run_sft
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.train.ppo import run_ppo
+from rlhf.train.reward import run_reward
+from rlhf.train.sft import run_sft
 
 END, SURPLUS = "<|im_end|>", 19
 DATA = {

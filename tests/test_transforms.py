@@ -18,13 +18,13 @@ from torch.utils import _pytree as pytree
 
 from rlhf import advantages, experience, kl, losses, ops
 from rlhf.advantages import gae, gae_loop, token_rewards
-from rlhf.experience import make_experience, shape_scores
+from rlhf.experience import make_experience, postprocess_scores
 from rlhf.kl import adaptive_kl_coef, exact_kl, kl_estimate, ratio_of
 from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
 from rlhf.ops import (
     entropy,
     gather_rows,
-    is_likeliest,
+    is_argmax,
     masked_mean,
     masked_sum,
     masked_var,
@@ -155,12 +155,12 @@ CASES = {
     "token_log_probs": Case(lambda x, t, targets: token_log_probs(x, targets, temperature=t), logits(1, 0.7), (0, 1)),
     "entropy": Case(lambda x, t, targets: entropy(x, temperature=t), logits(1, 0.7), (0, 1)),
     "scale_logits": Case(lambda x, t, targets: scale_logits(x, t), logits(1, 0.7), (0, 1)),
-    "is_likeliest": Case(is_likeliest, logits(1), ()),
+    "is_argmax": Case(is_argmax, logits(1), ()),
     "mean_metrics": Case(
         lambda x, mask: mean_metrics({"a": masked_sum(x, mask), "count": mask.sum()})["a"], per_token(1), (0,)
     ),
-    "shape_scores": Case(
-        lambda scores, kl, values, after, penalty, clip, mask: shape_scores(
+    "postprocess_scores": Case(
+        lambda scores, kl, values, after, penalty, clip, mask: postprocess_scores(
             scores, mask[:, 0], missing_eos_penalty=penalty, clip=clip
         ),
         per_row(0.5, 1.1),

@@ -14,14 +14,14 @@ from rlhf.tree import (
     ALIGNMENT,
     CHUNK,
     all_finite,
-    as_new,
     cast,
-    chunk_square_sums,
+    chunked_squared_norms,
     flat_layout,
     flatten,
     global_norm,
     leaves,
     named_leaves,
+    realign,
     to_device,
     tree_map,
     tree_map_named,
@@ -311,21 +311,21 @@ def test_unflatten_gives_views():
 
 def test_chunk_square_sums_value():
     flat = floats(3, 3 * CHUNK, dtype=torch.float32)
-    found = chunk_square_sums(flat)
+    found = chunked_squared_norms(flat)
     assert found.dtype == torch.float64
     assert_close(found, np.square(flat.double().numpy()).reshape(3, CHUNK).sum(axis=1), 1e-6)
 
 
 def test_chunk_square_sums_are_finite_as_far_as_float32_holds_a_square():
     flat = torch.cat([torch.full((CHUNK,), value) for value in (2.8e17, 2.9e17, float("nan"), float("inf"))])
-    assert chunk_square_sums(flat).isfinite().tolist() == [True, False, False, False]
+    assert chunked_squared_norms(flat).isfinite().tolist() == [True, False, False, False]
 
 
 @given(cut=st.integers(1, 4))
 def test_chunk_square_sums_of_shards_have_the_bits_of_the_whole(cut):
     flat = floats(4, 5 * CHUNK, dtype=torch.float32)
-    shards = [chunk_square_sums(part) for part in (flat[: cut * CHUNK], flat[cut * CHUNK :])]
-    assert_same_bits(torch.cat(shards), chunk_square_sums(flat))
+    shards = [chunked_squared_norms(part) for part in (flat[: cut * CHUNK], flat[cut * CHUNK :])]
+    assert_same_bits(torch.cat(shards), chunked_squared_norms(flat))
 
 
 @given(tree=TREES)
@@ -339,7 +339,7 @@ def test_global_norm_value(tree):
 @given(tree=TREES)
 def test_global_norm_is_that_of_the_flat_buffer(tree):
     flat = flatten(tree, flat_layout(tree))
-    assert_close(chunk_square_sums(flat).sum().sqrt(), global_norm(tree), 1e-6)
+    assert_close(chunked_squared_norms(flat).sum().sqrt(), global_norm(tree), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_global_norm_is_that_of_the_flat_buffer(tree):
         pytest.param(lambda tree: tree_sum([tree, tree, tree]), id="tree_sum"),
         pytest.param(lambda tree: flatten(tree, flat_layout(tree)), id="flatten"),
         pytest.param(global_norm, id="global_norm"),
-        pytest.param(lambda tree: chunk_square_sums(flatten(tree, flat_layout(tree))), id="chunk_square_sums"),
+        pytest.param(lambda tree: chunked_squared_norms(flatten(tree, flat_layout(tree))), id="chunked_squared_norms"),
     ],
 )
 def test_tree_functions_are_pure(function):
@@ -366,9 +366,9 @@ def test_named_leaves_refuses_names_that_collide():
 def test_leaves_lie_as_new_tensors_do(start, turned):
     part = floats(3, 100, dtype=torch.float32)[start : start + 60].view(5, 12)
     leaf = part.T if turned else part
-    (found,) = as_new((leaf,))
+    (found,) = realign((leaf,))
     assert_same_bits(found, leaf)
     assert found.is_contiguous()
     assert found.data_ptr() % 64 == 0
-    assert as_new(found) is found
+    assert realign(found) is found
     assert (found is leaf) == (not turned and start % 16 == 0)

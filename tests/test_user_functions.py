@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.stages import process_state
-from rlhf.stages.sink import open_sink
-from rlhf.stages.user_functions import call_function, load_function
+from rlhf.io import process_state
+from rlhf.io.user_functions import call_function, load_function
+from rlhf.train.sink import open_sink
 
 CHANGES = {
     "os.chdir('/')": "the working directory",

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from rlhf import random
-from rlhf.data.batching import Ahead
+from rlhf.data.collate import Prefetch
 from rlhf.distributed import shared_memory
 from rlhf.distributed.worker import Worker
-from rlhf.execution.executor import MetricLimit, Models, Program, StepSpec
+from rlhf.execution.program import MetricLimit, ModelState, Program, StepSpec
 from rlhf.optim import adamw
 from rlhf.schedules import linear
 from rlhf.tree import tree_map
@@ -56,7 +56,7 @@ def make_program():
 
 
 def models():
-    return Models(
+    return ModelState(
         {"w": random.normal(random.fold_in(KEY, 0), (64, WIDTH)), "b": torch.zeros(1)},
         {
             "offset": {"w": displaced(torch.ones(64, WIDTH))},
@@ -73,11 +73,11 @@ def batch(size, seed):
 def drive(executor, steps, micro_batches=7):
     """Everything an executor can do, in turn; (what it returned, its state)."""
     seen = []
-    coming = Ahead([batch(6, 100 * step + number) for number in range(micro_batches)] for step in range(steps))
-    for step, batches in enumerate(coming):
+    prefetched = Prefetch([batch(6, 100 * step + number) for number in range(micro_batches)] for step in range(steps))
+    for step, batches in enumerate(prefetched):
         seen.append(executor.step("limited", batches))  # passed over
         rate = 0.02 if step % 2 else None  # the caller's, or the schedule's
-        seen.append(executor.step("main", batches, rate, meanwhile=coming.prepare))
+        seen.append(executor.step("main", batches, rate, overlap=prefetched.prepare))
         seen.append(torch.cat(executor.map("predict", [batch(3, number) for number in range(5)])).tolist())
         if step % 3 == 1:
             executor.reset_optimizer()

@@ -16,7 +16,7 @@ import numpy as np
 from rlhf.data.findings import Findings, Inspector
 from rlhf.data.records import Record, not_a_file
 from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, read_checked
-from rlhf.data.truncation import Fit, fit
+from rlhf.data.truncate import Fit, fit
 from rlhf.errors import UserError
 from rlhf.io.cache import default_cache_dir
 from rlhf.io.files import atomic_folder, sha256

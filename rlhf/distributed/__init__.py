@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from rlhf.config import DistConfig
-from rlhf.execution.executor import Executor, LocalExecutor, Models, Program
+from rlhf.execution.executor import Executor, LocalExecutor
+from rlhf.execution.program import ModelState, Program
 
 
 @contextlib.contextmanager
 def open_executor(
     make_program: Callable[[], Program],
-    models: Models,
+    models: ModelState,
     dist: DistConfig,
     *,
     device: torch.device,
@@ -53,7 +54,7 @@ def connected(dist: DistConfig) -> Iterator[None]:
     if not dist.num_workers:
         yield
         return
-    from rlhf.distributed import session
+    from rlhf.distributed import ray_session as session
 
     with session.connected(dist):
         yield

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rlhf.config import DistConfig
 from rlhf.distributed.collectives import GroupError, serve_store
 from rlhf.distributed.ray_calls import Daemon, LostError, RayCalls, RayLostError, is_alive
-from rlhf.distributed.session import START_S, connected, daemons, leave
+from rlhf.distributed.ray_session import START_S, connected, daemons, leave
 from rlhf.distributed.worker import Worker
 from rlhf.errors import UserError, WorkersLostError
 

@@ -33,7 +33,7 @@ class GroupError(Exception):
     """A member of the group died, stopped or was too slow. The group is closed; nothing it was about to give counts."""
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """A process's place in a group, whose first ranks are the workers."""
 
     generation: int
@@ -65,7 +65,7 @@ class Group:
     def __init__(
         self,
         store: Store,
-        place: Place,
+        place: RankInfo,
         *,
         backend: str,
         timeout_s: float,

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.distributed.dealing import Span
+from rlhf.distributed.partition import Range
 from rlhf.execution.shard import Shard, init_shard
 from rlhf.optim import Optimizer
-from rlhf.tree import as_new, leaves, tree_map
+from rlhf.tree import leaves, realign, tree_map
 from rlhf.types import Tree
 
 
@@ -43,7 +43,7 @@ def from_numpy(tree: Any, device: torch.device, *, copy: bool = False) -> Tree:
     """Every array as a tensor; on the CPU a view of it, unless `copy` or it lies otherwise than new tensors do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # we do not write
-        return as_new(
+        return realign(
             tree_map(
                 lambda array: (torch.tensor(array) if copy else torch.from_numpy(np.asarray(array))).to(device), tree
             )
@@ -61,7 +61,7 @@ def write_shard(shard: Shard) -> ShardState:
 
 
 def read_shard(
-    state: Sequence[ShardState], optimizer: Optimizer, part: Span, version: int, device: torch.device
+    state: Sequence[ShardState], optimizer: Optimizer, part: Range, version: int, device: torch.device
 ) -> Shard:
     """A shard from copies of shards that were cut in any way.
 
@@ -80,12 +80,12 @@ def read_shard(
     return shard._replace(start=part[0], version=version)
 
 
-def read_params(state: Sequence[ShardState], part: Span) -> Tensor:
+def read_params(state: Sequence[ShardState], part: Range) -> Tensor:
     """A new tensor of some elements of the whole parameter buffer; arguments as `read_shard`'s."""
     return _elements([copy.params for copy in state], part)
 
 
-def _elements(parts: Sequence[np.ndarray], part: Span) -> Tensor:
+def _elements(parts: Sequence[np.ndarray], part: Range) -> Tensor:
     """A new tensor of some elements of arrays that lie behind one another."""
     whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
     return torch.tensor(whole[slice(*part)])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rlhf.config import DistConfig
 from rlhf.distributed import open_executor
-from rlhf.execution.executor import Fault, Models, Program, StepSpec
+from rlhf.execution.executor import Fault
+from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.optim import Optimizer
 from rlhf.tree import tree_map
 from rlhf.types import Metrics, Params
@@ -73,7 +74,7 @@ class ParameterServer:
         make_program = functools.partial(_make_program, loss, optimizer, max_grad_norm)
         self._resources = contextlib.ExitStack()
         self._executor = self._resources.enter_context(
-            open_executor(make_program, Models(params, {}), dist, device=torch.device("cpu"), tell=tell)
+            open_executor(make_program, ModelState(params, {}), dist, device=torch.device("cpu"), tell=tell)
         )
 
     @property

@@ -14,20 +14,12 @@ import torch
 from torch import Tensor
 
 from rlhf.distributed.cluster import Cluster, Member
-from rlhf.distributed.collectives import Place
-from rlhf.distributed.dealing import deal
+from rlhf.distributed.collectives import RankInfo
 from rlhf.distributed.messages import ShardState, copy_arrays, from_numpy, read_shard, to_numpy
+from rlhf.distributed.partition import assign_micro_batches
 from rlhf.distributed.ray_calls import LostError, RayLostError
-from rlhf.execution.executor import (
-    Fault,
-    LocalExecutor,
-    Models,
-    Program,
-    copy_state,
-    named_state,
-    not_finite,
-    step_metrics,
-)
+from rlhf.execution.executor import Fault, LocalExecutor, copy_state, named_state, not_finite, step_metrics
+from rlhf.execution.program import ModelState, Program
 from rlhf.tree import flat_layout, flatten, leaves, tree_map, unflatten
 from rlhf.types import Params, Tree
 
@@ -50,7 +42,7 @@ class RayExecutor:
     """Micro-batches on Ray workers, parameters on a sharded server; the bits are those of `LocalExecutor`."""
 
     def __init__(
-        self, cluster: Cluster, make_program: Callable[[], Program], models: Models, tell: Callable[[str], None]
+        self, cluster: Cluster, make_program: Callable[[], Program], models: ModelState, tell: Callable[[str], None]
     ) -> None:
         """Start the processes.
 
@@ -95,14 +87,14 @@ class RayExecutor:
         batches: Sequence[Any],
         learning_rate: float | None = None,
         *,
-        meanwhile: Callable[[], Any] = lambda: None,
+        overlap: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
         """See `Executor.step`."""
-        metrics: dict[str, float] = self._change("step", name, batches, learning_rate, meanwhile=meanwhile)
+        metrics: dict[str, float] = self._change("step", name, batches, learning_rate, overlap=overlap)
         return metrics
 
-    def blend(self, name: str) -> None:
-        """See `Executor.blend`."""
+    def update_frozen(self, name: str) -> None:
+        """See `Executor.update_frozen`."""
         self._change("blend", name)
 
     def reset_optimizer(self) -> None:
@@ -131,7 +123,7 @@ class RayExecutor:
         """See `Executor.restore`."""
         params = flatten(self._models.params, self._layout)
         opt_state = self._program.optimizer.init(params)
-        blended = {name: tree_map(torch.clone, self._models.frozen[name]) for name in self._program.blends}
+        blended = {name: tree_map(torch.clone, self._models.frozen[name]) for name in self._program.frozen_updates}
         copy_state(named_state(params, opt_state, blended, self._layout), state)
         whole = ShardState(0, params.numpy(), [leaf.numpy() for leaf in leaves(opt_state)])
         self._snapshot = _Snapshot(version, [whole], to_numpy(blended))
@@ -186,9 +178,9 @@ class RayExecutor:
         name: str,
         batches: Sequence[Any],
         learning_rate: float | None,
-        meanwhile: Callable[[], Any] = lambda: None,
+        overlap: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
-        shares = deal(len(batches), len(self._workers)) + ((len(batches),) * 2,) * len(self._servers)
+        shares = assign_micro_batches(len(batches), len(self._workers)) + ((len(batches),) * 2,) * len(self._servers)
         arrays, mode = [to_numpy(batch) for batch in batches], self._dist.reduce
         calls = [
             (
@@ -199,7 +191,7 @@ class RayExecutor:
             )
             for member, share in zip(self._members, shares, strict=True)
         ]
-        meanwhile()
+        overlap()
         answers = self._collect(calls)
         update = answers[0][1]
         results = [from_numpy(result, _CPU, copy=True) for of_member, _ in answers for result in of_member]
@@ -302,7 +294,9 @@ class RayExecutor:
         members = self._members
         self._collect([(member, member.loaded) for member in members])
         self._generation += 1
-        places = [Place(self._generation, rank, len(self._workers), len(self._servers)) for rank in range(len(members))]
+        places = [
+            RankInfo(self._generation, rank, len(self._workers), len(self._servers)) for rank in range(len(members))
+        ]
         store = (self._cluster.host, self._cluster.store.port)
         self._collect(
             [
@@ -334,5 +328,5 @@ class RayExecutor:
     def _named(self, state: Sequence[ShardState], blended: dict[str, Any]) -> dict[str, Tensor]:
         """A snapshot as `Executor.snapshot` gives it."""
         shard = read_shard(state, self._program.optimizer, (0, self._layout.size), 0, _CPU)
-        frozen = {name: self._models.frozen[name] for name in self._program.blends} | from_numpy(blended, _CPU)
+        frozen = {name: self._models.frozen[name] for name in self._program.frozen_updates} | from_numpy(blended, _CPU)
         return named_state(shard.params, shard.opt_state, frozen, self._layout)

@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.distributed.collectives import Exchange, Group, GroupError, Place, connect_store
-from rlhf.distributed.dealing import SUBTREES, Span, join_sums, shard_ranges, subtrees
+from rlhf.distributed.collectives import Exchange, Group, GroupError, RankInfo, connect_store
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
-from rlhf.execution.executor import Program, StepSpec, Update, plan_update, sums_of_results
+from rlhf.distributed.partition import SUBTREES, Range, join_sums, shard_ranges, subtrees
+from rlhf.execution.executor import Update, plan_update, sums_of_results
+from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
-from rlhf.execution.shard import Shard, apply, cut
-from rlhf.tree import CHUNK, FlatLayout, all_finite, chunk_square_sums, to_device, tree_sum, unflatten
+from rlhf.execution.program import Program, StepSpec
+from rlhf.execution.shard import Shard, apply, slice_shard
+from rlhf.tree import CHUNK, FlatLayout, all_finite, chunked_squared_norms, to_device, tree_sum, unflatten
 from rlhf.types import Tree
 
 
@@ -53,9 +55,9 @@ class Worker:
         torch.set_num_threads(self._threads)
         self._program, self._layout = make_program(), layout
         self._frozen: dict[str, Tree] = from_numpy(frozen, self._device)
-        self._gradients = self._program.gradients(layout)
+        self._gradients = make_gradients(self._program, layout)
 
-    def join(self, place: Place, host: str, port: int) -> None:
+    def join(self, place: RankInfo, host: str, port: int) -> None:
         """Form a new generation with the other members.
 
         Raises:
@@ -73,7 +75,7 @@ class Worker:
         )
         self._place, self._computes = place, place.rank < place.workers
         self._ranges = dict(zip(place.owners, shard_ranges(self._layout.size, len(place.owners)), strict=True))
-        self._sums: dict[Span, Tensor] = {}
+        self._sums: dict[Range, Tensor] = {}
 
     def leave(self) -> None:
         """Close the connections to the other members."""
@@ -104,14 +106,14 @@ class Worker:
         """`program.maps[name]` of one micro-batch, at the parameters of that version."""
         self._check(version)
         with torch.no_grad():
-            result = self._program.maps[name](self._params, self._frozen, self._batch(batch))
+            result = self._program.eval_fns[name](self._params, self._frozen, self._batch(batch))
         return to_numpy(result)
 
     def step(
         self,
         name: str,
         version: int,
-        shares: Sequence[Span],
+        shares: Sequence[Range],
         mode: str,
         batches: Sequence[Any],
         learning_rate: float | None = None,
@@ -142,14 +144,14 @@ class Worker:
             if update.finite and update.allowed:
                 self._updating = True  # whoever fails before the end has parts of two versions
                 if self._shard is not None:
-                    pieces = cut(self._shard, self._gradient, spec.optimizer, self._layout)
+                    pieces = slice_shard(self._shard, self._gradient, spec.optimizer, self._layout)
                     self._shard = apply(self._shard, version, pieces, update.scale, spec.optimizer, learning_rate)
                 self.publish()
                 self._version, self._updating = version + 1, False
             on_error.pop_all()
         return [to_numpy(result) for result in results], update
 
-    def sum_gradients(self, name: str, shares: Sequence[Span], batches: Sequence[Any]) -> list[Any]:
+    def sum_gradients(self, name: str, shares: Sequence[Range], batches: Sequence[Any]) -> list[Any]:
         """Sum the gradients of the own micro-batches, subtree by subtree; arguments and result as `step`'s."""
         (first, stop), results = shares[self._place.rank], []
 
@@ -164,7 +166,7 @@ class Worker:
         }
         return results
 
-    def reduce(self, shares: Sequence[Span], mode: str) -> None:
+    def reduce(self, shares: Sequence[Range], mode: str) -> None:
         """Add up the gradient of all micro-batches, each owner its range; arguments as `step`'s."""
         if mode == "ring":
             self._reduce_ring()
@@ -172,9 +174,9 @@ class Worker:
             self._reduce_tree(shares)
         self._sums = {}
 
-    def decide(self, results: Sequence[Any], shares: Sequence[Span], spec: StepSpec) -> Update:
+    def decide(self, results: Sequence[Any], shares: Sequence[Range], spec: StepSpec) -> Update:
         """Tell all members what one knows of the update, and come to the same decision."""
-        squares = chunk_square_sums(self._gradient).cpu() if self._shard is not None else torch.zeros(0).double()
+        squares = chunked_squared_norms(self._gradient).cpu() if self._shard is not None else torch.zeros(0).double()
         own = torch.cat([sums_of_results(results, spec).flatten(), squares]).to(self._device)
         rows = [3 * (stop - start) for start, stop in shares]
         ranges = [self._ranges.get(rank, (0, 0)) for rank in range(self._place.size)]
@@ -197,9 +199,9 @@ class Worker:
         """Whether loss, metrics and gradient of a micro-batch are finite."""
         return all_finite(self._gradients[name](self._params, self._frozen, self._batch(batch)))
 
-    def blend(self, name: str) -> None:
+    def update_frozen(self, name: str) -> None:
         """Replace a frozen model by `program.blends[name]` of it and the parameters."""
-        self._frozen[name] = self._program.blends[name](self._frozen[name], self._params)
+        self._frozen[name] = self._program.frozen_updates[name](self._frozen[name], self._params)
 
     def reset_optimizer(self) -> None:
         """Start the optimiser's state anew."""
@@ -214,7 +216,7 @@ class Worker:
     def blended(self, version: int) -> dict[str, Any]:
         """The frozen models that change, at that version."""
         self._check(version)
-        return {name: to_numpy(self._frozen[name]) for name in self._program.blends}
+        return {name: to_numpy(self._frozen[name]) for name in self._program.frozen_updates}
 
     def params(self, version: int) -> np.ndarray:
         """[n] float32: all parameters, flat, at that version."""
@@ -238,12 +240,12 @@ class Worker:
             raise GroupError("the group was left after an error")
         return self._group
 
-    def _reduce_tree(self, shares: Sequence[Span]) -> None:
+    def _reduce_tree(self, shares: Sequence[Range]) -> None:
         """An all-to-all, in which every owner adds up what arrives."""
         me, total = self._place.rank, _total(shares)
         parts = [(owner, slice(*part)) for owner, part in self._ranges.items() if owner != me]
         sends = [(owner, own[part]) for owner, part in parts for own in self._sums.values()]
-        theirs: list[tuple[int, Span]] = []  # subtrees, and whose they are
+        theirs: list[tuple[int, Range]] = []  # subtrees, and whose they are
         if self._shard is not None:
             theirs = [
                 (rank, span) for rank, share in enumerate(shares) if rank != me for span in subtrees(*share, total)
@@ -253,7 +255,7 @@ class Worker:
             self.add_up(exchange, [span for _, span in theirs], total)
         exchange.finish()
 
-    def add_up(self, exchange: Exchange, spans: Sequence[Span], total: int) -> None:
+    def add_up(self, exchange: Exchange, spans: Sequence[Range], total: int) -> None:
         """Sum the own range, piece by piece as others' subtrees arrive.
 
         Args:
@@ -274,5 +276,5 @@ class Worker:
             self._gradient.copy_(total[slice(*self._ranges[self._place.rank])])
 
 
-def _total(shares: Sequence[Span]) -> int:
+def _total(shares: Sequence[Range]) -> int:
     return max(stop for _, stop in shares)

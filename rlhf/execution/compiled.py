@@ -43,7 +43,7 @@ def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool =
         function: pure; its whole graph must be traceable.
         folder: made if missing. Code depends on the number of threads, so each number has a folder of its own.
         own_products: let the compiler write bfloat16 products of batches of matrices where the CPU has matrix tiles
-            (AMX); those that `rlhf.decoding.product` makes take half to a third of the library's time.
+            (AMX); those that `rlhf.kernels.products.product` makes take half to a third of the library's time.
     """
     graph: Callable[..., Any] | None = None
 

@@ -1,4 +1,4 @@
-"""Fast forms of `rlhf.sampling.draw_tokens`: compiled, and on a GPU recorded."""
+"""Fast forms of `rlhf.models.decoding.decode_steps`: compiled, and on a GPU recorded."""
 
 import itertools
 import weakref
@@ -10,37 +10,39 @@ import torch
 from torch import Tensor
 
 from rlhf.execution.compiled import compiled
-from rlhf.sampling import Batch, Drawn, draw_tokens
+from rlhf.models.decoding import DecodeOutput, DecodeState, decode_steps
 from rlhf.tree import tree_map
 
-Draw = Callable[..., tuple[Batch, Drawn]]
+DecodeSteps = Callable[..., tuple[DecodeState, DecodeOutput]]
 
 
-def compiled_draw(folder: Path) -> Draw:
-    """`draw_tokens` as compiled code that is kept in `folder`; on a GPU all its draws are one CUDA graph."""
-    on_cpu = compiled(draw_tokens, folder, own_products=True)
-    on_gpu = Recorded(one_by_one(compiled(draw_tokens, folder)))
+def compiled_draw(folder: Path) -> DecodeSteps:
+    """`decode_steps` as compiled code that is kept in `folder`; on a GPU all its draws are one CUDA graph."""
+    on_cpu = compiled(decode_steps, folder, own_products=True)
+    on_gpu = CUDAGraphRunner(one_by_one(compiled(decode_steps, folder)))
 
-    def draw(params: Any, value_head: Any, batch: Batch, *rest: Tensor, **options: Any) -> tuple[Batch, Drawn]:
+    def draw(
+        params: Any, value_head: Any, batch: DecodeState, *rest: Tensor, **options: Any
+    ) -> tuple[DecodeState, DecodeOutput]:
         return (on_cpu if batch.hidden.is_cpu else on_gpu)(params, value_head, batch, *rest, **options)
 
     return draw
 
 
-def one_by_one(draw: Draw) -> Draw:
+def one_by_one(draw: DecodeSteps) -> DecodeSteps:
     """`draw` called for every token, so that there is no more to compile than for one."""
 
-    def call(params: Any, value_head: Any, batch: Batch, *rest: Tensor, count: int, **options: Any) -> Any:
+    def call(params: Any, value_head: Any, batch: DecodeState, *rest: Tensor, count: int, **options: Any) -> Any:
         parts = []
         for _ in range(count):
             batch, drawn = draw(params, value_head, batch, *rest, count=1, **options)
             parts.append(drawn)
-        return batch, Drawn(*(torch.cat(same) for same in zip(*parts, strict=True)))
+        return batch, DecodeOutput(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
     return call
 
 
-class Recorded:
+class CUDAGraphRunner:
     """A function on a GPU, recorded once for each combination of shapes and options and then replayed.
 
     A replay launches all kernels together: between them the host has nothing to do. They read and write the same

@@ -6,86 +6,31 @@ A stage describes its work once, as a `Program` of pure functions over micro-bat
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rlhf.errors import NonFiniteError
-from rlhf.execution.gradients import Gradient, make_gradient
+from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import keep_freed_memory, peak_bytes, reset_peak
-from rlhf.execution.shard import apply, cut, init_shard, update_scale
-from rlhf.objectives import Objective
+from rlhf.execution.program import ModelState, Program, StepSpec
+from rlhf.execution.shard import apply, init_shard, slice_shard, update_scale
 from rlhf.ops import mean_metrics
-from rlhf.optim import Optimizer
 from rlhf.tree import (
     FlatLayout,
     all_finite,
-    as_new,
-    chunk_square_sums,
+    chunked_squared_norms,
     flat_layout,
     flatten,
     named_leaves,
+    realign,
     to_device,
     tree_map,
     tree_sum,
     unflatten,
 )
 from rlhf.types import Params, Tree
-
-
-class MetricLimit(NamedTuple):
-    """The largest mean of a metric with which a step is still applied."""
-
-    metric: str
-    most: float
-
-
-class StepSpec(NamedTuple):
-    """How one kind of optimiser step is made."""
-
-    objective: Objective
-    """Its gradient is summed over the micro-batches."""
-    optimizer: Optimizer
-    """Element-wise; all steps of a program share its state."""
-    max_grad_norm: float
-    """Of the mean gradient; inf is off."""
-    limit: MetricLimit | None = None
-    """A step beyond it changes nothing."""
-
-
-class Program(NamedTuple):
-    """A stage's work as pure functions; any process can make it, so it holds no tensors."""
-
-    steps: dict[str, StepSpec]
-    """Optimiser steps by name."""
-    maps: dict[str, Callable[[Params, dict[str, Params], Any], Tree]]
-    """(params, frozen, micro-batch) -> any tree of tensors, by name."""
-    blends: dict[str, Callable[[Params, Params], Params]]
-    """(frozen model, params) -> its new value, by the frozen model's name (a reference that follows the policy)."""
-    compile_to: Path | None = None
-    """Where compiled code is kept, if the steps' gradients are to be compiled; None runs them as they are."""
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """Whose state all steps share: the first's; without steps (evaluation) one without state."""
-        for spec in self.steps.values():
-            return spec.optimizer
-        return Optimizer(lambda params: (), lambda grads, state, params: (params, state))
-
-    def gradients(self, layout: FlatLayout) -> dict[str, Gradient]:
-        """Of each step's objective, with the parameters laid out as `layout`."""
-        return {name: make_gradient(spec.objective, layout, self.compile_to) for name, spec in self.steps.items()}
-
-
-class Models(NamedTuple):
-    """What a program starts from."""
-
-    params: Params
-    """Where training starts, float32."""
-    frozen: dict[str, Params]
-    """Constant models by name."""
 
 
 class Fault(NamedTuple):
@@ -119,7 +64,7 @@ class Executor(Protocol):
         batches: Sequence[Any],
         learning_rate: float | None = None,
         *,
-        meanwhile: Callable[[], Any] = lambda: None,
+        overlap: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
         """Apply one optimiser step on the summed gradient of the micro-batches; means of the metrics, `grad_norm`.
 
@@ -129,13 +74,13 @@ class Executor(Protocol):
             name: of the step.
             batches: its micro-batches.
             learning_rate: of this step; None takes that of the optimiser's schedule.
-            meanwhile: called while others, or a GPU, compute the gradients; more than once where a step is repeated.
+            overlap: called while others, or a GPU, compute the gradients; more than once where a step is repeated.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; nothing has changed.
         """
 
-    def blend(self, name: str) -> None:
+    def update_frozen(self, name: str) -> None:
         """Replace a frozen model by `program.blends[name]` of it and the parameters."""
 
     def reset_optimizer(self) -> None:
@@ -167,17 +112,17 @@ class Executor(Protocol):
 class LocalExecutor:
     """Everything in this process: one shard, micro-batches one after the other."""
 
-    def __init__(self, program: Program, models: Models, device: torch.device) -> None:
+    def __init__(self, program: Program, models: ModelState, device: torch.device) -> None:
         """Take over a program and its models; `device` is where all of it lives and runs."""
         keep_freed_memory()
         reset_peak(device)
         self._program, self._device = program, device
-        self._frozen = as_new(to_device(models.frozen, device))
+        self._frozen = realign(to_device(models.frozen, device))
         self._layout = flat_layout(models.params)
         flat = flatten(to_device(models.params, device), self._layout)
         self._shard = init_shard(flat, program.optimizer)
         self._params = unflatten(self._shard.params, self._layout)  # views: every update shows in them
-        self._gradients = program.gradients(self._layout)
+        self._gradients = make_gradients(program, self._layout)
         self._updating = False  # True for good where an update fails half-way
 
     @property
@@ -193,7 +138,7 @@ class LocalExecutor:
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
         """See `Executor.map`."""
         self._check_whole()
-        function = self._program.maps[name]
+        function = self._program.eval_fns[name]
         with torch.no_grad():
             return [to_device(function(self._params, self._frozen, self._batch(batch)), "cpu") for batch in batches]
 
@@ -203,7 +148,7 @@ class LocalExecutor:
         batches: Sequence[Any],
         learning_rate: float | None = None,
         *,
-        meanwhile: Callable[[], Any] = lambda: None,
+        overlap: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
         """See `Executor.step`."""
         self._check_whole()
@@ -218,9 +163,9 @@ class LocalExecutor:
             return flat
 
         gradient_sum = tree_sum(map(flat_gradient, batches), donated=True)
-        squares = chunk_square_sums(gradient_sum)
-        pieces = cut(self._shard, gradient_sum, spec.optimizer, self._layout)
-        meanwhile()
+        squares = chunked_squared_norms(gradient_sum)
+        pieces = slice_shard(self._shard, gradient_sum, spec.optimizer, self._layout)
+        overlap()
         results = to_device(results, "cpu")  # here alone a GPU is waited for: it applies the update while we go on
         update = plan_update(sums_of_results(results, spec), squares.cpu(), spec)
         if not update.finite:
@@ -231,10 +176,10 @@ class LocalExecutor:
             self._updating = False
         return step_metrics(results, update)
 
-    def blend(self, name: str) -> None:
-        """See `Executor.blend`."""
+    def update_frozen(self, name: str) -> None:
+        """See `Executor.update_frozen`."""
         self._check_whole()
-        self._frozen[name] = self._program.blends[name](self._frozen[name], self._params)
+        self._frozen[name] = self._program.frozen_updates[name](self._frozen[name], self._params)
 
     def reset_optimizer(self) -> None:
         """See `Executor.reset_optimizer`."""
@@ -253,7 +198,7 @@ class LocalExecutor:
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
         """See `Executor.restore`."""
-        for name in self._program.blends:  # may alias the models' own tensors: replaced, not written into
+        for name in self._program.frozen_updates:  # may alias the models' own tensors: replaced, not written into
             self._frozen[name] = tree_map(torch.clone, self._frozen[name])
         copy_state(self._state(), state)
         self._shard, self._updating = self._shard._replace(version=version), False
@@ -272,10 +217,10 @@ class LocalExecutor:
             raise RuntimeError("an update failed half-way: restore a snapshot or checkpoint before anything else")
 
     def _batch(self, batch: Any) -> Any:
-        return as_new(to_device(batch, self._device))
+        return realign(to_device(batch, self._device))
 
     def _state(self) -> dict[str, Tensor]:
-        blended = {name: self._frozen[name] for name in self._program.blends}
+        blended = {name: self._frozen[name] for name in self._program.frozen_updates}
         return named_state(self._shard.params, self._shard.opt_state, blended, self._layout)
 
 
@@ -311,7 +256,7 @@ def plan_update(table: Tensor, squares: Tensor, spec: StepSpec) -> Update:
 
     Args:
         table: [M, 3], `sums_of_results` of all micro-batches.
-        squares: [chunks] float64, `rlhf.tree.chunk_square_sums` of the summed gradient.
+        squares: [chunks] float64, `rlhf.tree.chunked_squared_norms` of the summed gradient.
         spec: of the step.
     """
     _, count, limited = tree_sum(table).tolist()

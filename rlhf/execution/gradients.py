@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from rlhf.execution.compiled import compiled
-from rlhf.objectives import Objective, SumOfLosses, add_results
+from rlhf.execution.program import Objective, Program, SumOfLosses, add_results
 from rlhf.tree import FlatLayout, flatten, leaves, tree_map, unflatten
 from rlhf.types import Metrics, Params
 
@@ -26,6 +26,11 @@ def make_gradient(objective: Objective, layout: FlatLayout, compile_to: Path | N
         compile_to: where compiled code is kept; None runs the functions as they are.
     """
     return _eager(objective, layout) if compile_to is None else compiled(_traceable(objective, layout), compile_to)
+
+
+def make_gradients(program: Program, layout: FlatLayout) -> dict[str, Gradient]:
+    """The gradient of each step's objective, with the parameters laid out as `layout`."""
+    return {name: make_gradient(spec.objective, layout, program.compile_to) for name, spec in program.steps.items()}
 
 
 def _traceable(objective: Objective, layout: FlatLayout) -> Gradient:

@@ -57,7 +57,7 @@ def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float,
     return min(1.0, max_norm / (norm + 1e-6)) / (count or 1.0), norm
 
 
-class Piece(NamedTuple):
+class UpdateSlice(NamedTuple):
     """Views of elements of a shard that are updated at once, by the name of a leaf for each block treated alike."""
 
     gradient: dict[str, Tensor]
@@ -66,7 +66,7 @@ class Piece(NamedTuple):
     params: dict[str, Tensor]
 
 
-def cut(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout: FlatLayout) -> list[Piece]:
+def slice_shard(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout: FlatLayout) -> list[UpdateSlice]:
     """What `apply` updates. Nothing is read, so this can be done while a GPU is at the gradient.
 
     Args:
@@ -77,22 +77,22 @@ def cut(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout: FlatLa
     """
     size = _GROUP * (1 if shard.params.is_cpu else 32)
 
-    def piece(group: _Group) -> Piece:
+    def piece(group: _Group) -> UpdateSlice:
         def part(leaf: Tensor) -> dict[str, Tensor]:
             blocks = leaf[group.start : group.stop].split_with_sizes(list(group.blocks.values()))
             return dict(zip(group.blocks, blocks, strict=True))
 
         state = tree_map(lambda leaf: part(leaf) if leaf.ndim else leaf, shard.opt_state)
-        return Piece(part(gradient_sum), state, part(shard.params))
+        return UpdateSlice(part(gradient_sum), state, part(shard.params))
 
-    groups = _groups(shard.start, shard.params.numel(), size, layout, optimizer.alike)
+    groups = _groups(shard.start, shard.params.numel(), size, layout, optimizer.hyperparameter_group)
     return [piece(group) for group in groups]
 
 
 def apply(
     shard: Shard,
     step: int,
-    pieces: Sequence[Piece],
+    pieces: Sequence[UpdateSlice],
     scale: float,
     optimizer: Optimizer,
     learning_rate: float | None = None,
@@ -103,9 +103,9 @@ def apply(
         shard: its buffers are updated in place and belong to the result.
         step: the step that this is; must be the shard's version. The step before it was applied already, and is
             answered with the shard as it is.
-        pieces: of `cut`; the gradient may be overwritten (a donated buffer).
+        pieces: of `slice_shard`; the gradient may be overwritten (a donated buffer).
         scale: from `update_scale`.
-        optimizer: as in `cut`.
+        optimizer: as in `slice_shard`.
         learning_rate: replaces the optimiser's own in this step.
 
     Returns:
@@ -121,8 +121,8 @@ def apply(
     updated: Any = shard.opt_state
     options = {} if learning_rate is None else {"rate": learning_rate}
     for gradient, state, params in pieces:
-        if optimizer.update_ is not None:
-            updated = optimizer.update_(gradient, state, params, scale, **options)
+        if optimizer.update_inplace is not None:
+            updated = optimizer.update_inplace(gradient, state, params, scale, **options)
         else:
             scaled = {name: block * scale for name, block in gradient.items()}
             new_params, updated = optimizer.update(scaled, state, params, **options)
@@ -132,7 +132,7 @@ def apply(
 
 
 class _Group(NamedTuple):
-    """Where a `Piece` lies in its shard: elements [start, stop)."""
+    """Where a `UpdateSlice` lies in its shard: elements [start, stop)."""
 
     start: int
     stop: int
@@ -141,7 +141,9 @@ class _Group(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)  # the same in every step
-def _groups(start: int, count: int, size: int, layout: FlatLayout, alike: Callable[[str], Hashable]) -> list[_Group]:
+def _groups(
+    start: int, count: int, size: int, layout: FlatLayout, hyperparameter_group: Callable[[str], Hashable]
+) -> list[_Group]:
     """Cut a shard of [start, start + count) into groups of `size` elements, and these into blocks treated alike.
 
     A block is a leaf, or several, with the gaps behind them, in which all is zero; it begins at a multiple of
@@ -152,7 +154,7 @@ def _groups(start: int, count: int, size: int, layout: FlatLayout, alike: Callab
     last = layout.names[0]  # of a shard that is nothing but a gap
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
         inside = offset < start + count and offset + shape.numel() > start
-        if inside and not (firsts and alike(last) == alike(name)):
+        if inside and not (firsts and hyperparameter_group(last) == hyperparameter_group(name)):
             firsts[name] = offset - start if firsts else 0
             last = name
     firsts = firsts or {last: 0}

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.gpt2_config import GPT2Config
 from rlhf.io.files import check_folder, read_json
 from rlhf.io.near_misses import folder_remedy
 from rlhf.io.tokenizer_files import read_ids
 from rlhf.io.weights import read_names
+from rlhf.models.gpt2_config import GPT2Config
 
 LANGUAGE_MODEL = "GPT2LMHeadModel"
 REWARD_MODEL = "GPT2ForSequenceClassification"

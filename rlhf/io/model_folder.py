@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.gpt2 import to_hugging_face
-from rlhf.gpt2_config import GPT2Config
 from rlhf.io.files import atomic_folder, read_json, save_tensors, sha256
 from rlhf.io.manifest import check_replaceable, has_manifest, read_manifest, write_manifest
 from rlhf.io.model_config import (
@@ -33,6 +31,8 @@ from rlhf.io.model_config import (
 )
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.io.weights import check_tied, check_weights, read_trunk, read_weights, weight_files
+from rlhf.models.gpt2 import to_hugging_face
+from rlhf.models.gpt2_config import GPT2Config
 from rlhf.types import Params
 
 _DEFAULTS = {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True}

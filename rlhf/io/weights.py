@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.gpt2 import empty, from_hugging_face
-from rlhf.gpt2_config import GPT2Config
 from rlhf.io.files import read_json
 from rlhf.io.near_misses import pointer_remedy, weights_remedy
-from rlhf.tree import all_finite, as_new, cast, named_leaves
+from rlhf.models.gpt2 import empty, from_hugging_face
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.tree import all_finite, cast, named_leaves, realign
 from rlhf.types import Params
 
 _SAVED_BY = {
@@ -175,7 +175,7 @@ def _read(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor | Non
         try:
             with safe_open(file, "pt") as stream:
                 names = list(stream.keys())
-                state |= {name: as_new(stream.get_tensor(name)) if wanted(name) else None for name in names}
+                state |= {name: realign(stream.get_tensor(name)) if wanted(name) else None for name in names}
         except (SafetensorError, OSError) as error:
             if remedy := pointer_remedy(file):
                 raise UserError(f"{file}: {remedy}") from error

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rlhf.monitor import checks, sample_checks
-from rlhf.monitor.checks import Reading, Unknown
+from rlhf.monitor import health_checks as checks
+from rlhf.monitor import sample_checks
+from rlhf.monitor.health_checks import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import LEVELS, Level
 

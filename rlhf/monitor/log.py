@@ -16,7 +16,7 @@ import numpy as np
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.run_log import FORMAT
-from rlhf.monitor.sample_store import Place, SampleStore
+from rlhf.monitor.sample_store import SampleOffset, SampleStore
 from rlhf.monitor.tail import Tail, is_number, parse_line
 
 _HEAD = re.compile(rb'\{"stage": "([\w-]+)", "step": (\d{1,18}), ')
@@ -215,7 +215,7 @@ class LogReader:
                 self._unread["samples.jsonl"] += bool(line.strip())
                 return
             stage, step = fields["stage"], fields["step"]
-        if self.samples.add(Place(stage, step, place, len(line))):
+        if self.samples.add(SampleOffset(stage, step, place, len(line))):
             self.generation += 1
             self._notes.append(f"samples.jsonl: holds more than one run of {stage}; the last one is shown")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.io.terminal import shorten
-from rlhf.monitor.checks import Reading, Unknown
+from rlhf.monitor.health_checks import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import THRESHOLDS, worst
 

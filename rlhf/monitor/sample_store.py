@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, overload
 from rlhf.monitor.tail import is_number, parse_line
 
 
-class Place(NamedTuple):
+class SampleOffset(NamedTuple):
     """Where a sample's line lies."""
 
     stage: str
@@ -24,7 +24,7 @@ class SampleStore(Sequence[dict[str, Any]]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.places: list[Place] = []
+        self.places: list[SampleOffset] = []
         """Stage and step of every sample, without reading it."""
         self._last: dict[str, int] = {}
 
@@ -43,7 +43,7 @@ class SampleStore(Sequence[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self._read(self.places)
 
-    def add(self, place: Place) -> bool:
+    def add(self, place: SampleOffset) -> bool:
         """Append a sample; whether it begins another run, whose stage's earlier samples are dropped."""
         over = place.step < self._last.get(place.stage, 0)
         if over:
@@ -56,7 +56,7 @@ class SampleStore(Sequence[dict[str, Any]]):
         """The samples of one step."""
         return list(self._read(place for place in self.places if place.step == step and place.stage == stage))
 
-    def _read(self, places: Iterable[Place]) -> Iterator[dict[str, Any]]:
+    def _read(self, places: Iterable[SampleOffset]) -> Iterator[dict[str, Any]]:
         try:
             with self._path.open("rb") as stream:
                 for place in places:
@@ -66,7 +66,7 @@ class SampleStore(Sequence[dict[str, Any]]):
             yield from (_sample(place, b"") for place in places)
 
 
-def _sample(place: Place, line: bytes) -> dict[str, Any]:
+def _sample(place: SampleOffset, line: bytes) -> dict[str, Any]:
     """A sample with texts that are texts; blank if its line is no longer there."""
     fields = parse_line(line) or {}
     if (fields.get("stage"), fields.get("step")) != place[:2]:

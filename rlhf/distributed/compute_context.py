@@ -1,0 +1,135 @@
+"""Where a program computes: its device, its threads, its workers."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+
+from rlhf.config import ComputeConfig, DistConfig, OptimizerConfig, RunConfig, SFTConfig
+from rlhf.distributed import connected, open_executor
+from rlhf.errors import UserError
+from rlhf.execution.compiled import has_compiler
+from rlhf.execution.executor import Executor
+from rlhf.execution.program import ModelState, Program
+from rlhf.io.progress import tell
+
+
+def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that a configuration names.
+
+    Raises:
+        UserError: it asks for a GPU and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compile_obstacle(config: RunConfig, stage: str, settings: OptimizerConfig) -> str:
+    """Why a stage with these settings cannot be compiled here; empty where it can.
+
+    Raises:
+        UserError: there is an obstacle, and `--compile on` asks for it.
+    """
+    obstacle = ""
+    if settings.gradient_checkpointing:
+        obstacle = f"compiled code would keep what --{stage}.gradient-checkpointing computes again"
+    elif isinstance(settings, SFTConfig) and settings.dropout:
+        obstacle = "dropout's code would be another for every shape: set --sft.dropout 0"
+    elif find_device(config.device).type == "cpu" and not has_compiler():
+        obstacle = "no C++ compiler is on the PATH: install g++"
+    if obstacle and config.compile == "on":
+        raise UserError(f"--compile on: {obstacle}; or use --compile off")
+    return obstacle
+
+
+def compute_threads(config: ComputeConfig) -> int:
+    """CPU threads of each process that computes. The bits of a result depend on it."""
+    return config.dist.threads_per_worker if config.dist.num_workers else config.threads or available_cores()
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def limit_threads(number: int) -> Iterator[None]:
+    """Let torch use so many CPU threads until the block ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_CROWD = 4
+"""Threads that may share a core; with more, a run would hardly move."""
+
+
+def check_workers(dist: DistConfig) -> None:
+    """Refuse more workers than this machine can move.
+
+    Raises:
+        UserError: their threads are more than four times its cores.
+    """
+    threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
+    if dist.num_workers and dist.address is None and threads > _CROWD * cores:
+        raise UserError(
+            f"--dist.num-workers {dist.num_workers}: workers and servers have {threads} threads, but this machine has "
+            f"{cores} cores, for at most {_CROWD * cores} threads; lower --dist.num-workers, --dist.num-servers or "
+            "--dist.threads-per-worker, or name a cluster with --dist.address"
+        )
+
+
+def describe_workers(dist: DistConfig) -> str:
+    """The workers in words, and whether they share cores."""
+    servers = f" and {dist.num_servers} parameter servers" if dist.num_servers else ""
+    threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
+    crowded = f"; their {threads} threads share {cores} cores" if not dist.address and threads > cores else ""
+    return f"{dist.num_workers} Ray workers{servers}{crowded}"
+
+
+class ComputeContext(NamedTuple):
+    """Where the models run."""
+
+    config: ComputeConfig
+    device: torch.device
+    notes: set[str]
+    """What the user has been told about the models."""
+
+    def note_all(self, lines: Iterable[str]) -> None:
+        """Tell the user each line once."""
+        for line in lines:
+            if line not in self.notes:
+                self.notes.add(line)
+                tell(line)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the models' passes."""
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    def open_executor(
+        self, make_program: Callable[[], Program], models: ModelState
+    ) -> contextlib.AbstractContextManager[Executor]:
+        """The executor that the configuration asks for, until the block ends; arguments as `rlhf.distributed`'s."""
+        return open_executor(make_program, models, self.config.dist, device=self.device, tell=tell)
+
+
+@contextlib.contextmanager
+def open_compute_context(config: ComputeConfig) -> Iterator[ComputeContext]:
+    """Set up device, threads and Ray.
+
+    Raises:
+        UserError: there is no such device, or the cluster cannot be reached.
+    """
+    device = find_device(config.device)
+    check_workers(config.dist)
+    if config.dist.num_workers:
+        tell(describe_workers(config.dist))
+    with limit_threads(compute_threads(config)), connected(config.dist):
+        yield ComputeContext(config, device, set())

@@ -1,0 +1,217 @@
+"""rlhf-evaluate: find the models and the test data, evaluate what they allow, and write down what came of it."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.config import PipelineRun
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
+from rlhf.distributed.compute_context import ComputeContext, compute_threads, open_compute_context
+from rlhf.errors import Interrupted, UserError
+from rlhf.evaluate.evaluate_config import NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
+from rlhf.evaluate.evaluation_inputs import (
+    Folders,
+    TestData,
+    find_folders,
+    given_data,
+    prompts_of,
+    run_config,
+)
+from rlhf.evaluate.evaluation_result import Evaluation
+from rlhf.evaluate.held_out import held_out_data, mark_trained, training_pairs
+from rlhf.evaluate.judges import Judge, open_judges
+from rlhf.evaluate.policy_evaluation import evaluate_policy
+from rlhf.evaluate.reward_evaluation import evaluate_reward
+from rlhf.evaluate.sft_evaluation import evaluate_sft
+from rlhf.io.output import check_output, remove_output, write_json, write_output
+from rlhf.io.progress import tell, working
+from rlhf.setting_rules import COMPUTE_RULES, check_rules
+
+FORMAT = 1
+"""Of evaluation.json."""
+
+_KINDS = ("sft", "reward", "policy")
+_SCHEMAS: dict[str, Schema] = {"sft": DEMONSTRATIONS, "reward": PREFERENCES, "policy": PROMPTS}
+
+
+class Report(NamedTuple):
+    """Everything that was found."""
+
+    evaluations: list[Evaluation]
+    skipped: dict[str, str]
+    """Why, by kind of evaluation."""
+    folder: Path
+    """Where it was written to."""
+
+
+class _Plan(NamedTuple):
+    """One evaluation to make."""
+
+    kind: str
+    data: TestData
+
+
+def run_evaluation(config: EvaluateConfig) -> Report:
+    """Evaluate, and write evaluation.json, completions.jsonl and pairs.jsonl.
+
+    Raises:
+        UserError: models, data, judges or settings cannot be used, or there is nothing to evaluate.
+        NonFiniteError: a judge gives NaN or infinity.
+        Interrupted: Ctrl-C.
+    """
+    if config.output is not None and config.output.is_file():
+        raise UserError(f"--output {config.output}: is a file, expected a folder")
+    for line in check_rules(config, COMPUTE_RULES):
+        tell(line)
+    folders = find_folders(config)
+    run = run_config(config.model_dir)
+    judges = open_judges(config.judge)
+    plans, skipped = _plan(config, folders, run, judges)
+    train = _train_data(config, run)
+    folder = config.output or config.model_dir / "report"
+    _check_files(config, folder, folders, plans, train)
+    evaluations: list[Evaluation] = []
+    lines: dict[str, list[dict[str, Any]]] = {"completions": [], "pairs": []}
+    try:
+        with open_compute_context(config) as place:
+            for plan in plans:
+                with working(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}"):
+                    for evaluation, name, written in _evaluate(plan, config, place, folders, judges, run, train):
+                        evaluations.append(evaluation)
+                        lines[name] += written
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; nothing was written", signal.SIGINT) from None
+    report = Report(evaluations, skipped, folder)
+    _write(config, report, lines)
+    return report
+
+
+def _plan(
+    config: EvaluateConfig, folders: Folders, run: PipelineRun | None, judges: list[Judge]
+) -> tuple[list[_Plan], dict[str, str]]:
+    """(what to do, why the rest is left out).
+
+    Raises:
+        UserError: what was asked for cannot be done.
+    """
+    if config.test_data:
+        data = mark_trained(given_data(config.test_data), config.model_dir)
+    elif run is not None:
+        data = held_out_data(config.model_dir, run)
+    else:
+        raise UserError(f"--test-data: give files to evaluate on; {_why_no_run(config.model_dir)}")
+    plans, skipped = [], {}
+    for kind in _KINDS if config.eval_type == "all" else (config.eval_type,):
+        usable = [found for found in data if found.schema is _SCHEMAS[kind]]
+        if kind == "policy" and not usable:
+            usable = [prompts_of(found) for found in data]
+        if reason := _missing(kind, config, folders, usable):
+            skipped[kind] = reason
+        else:
+            plans += [_Plan(kind, found) for found in usable]
+    if not plans:
+        raise UserError("nothing to evaluate: " + "; ".join(f"{kind}: {reason}" for kind, reason in skipped.items()))
+    _check_options(config, folders, judges, {plan.kind for plan in plans})
+    return plans, skipped
+
+
+def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[TestData]) -> str:
+    """Why an evaluation cannot be made; empty where it can."""
+    model = {"sft": folders.sft, "reward": folders.reward, "policy": folders.policy}[kind]
+    single = (config.model_dir / "config.json").is_file()
+    if model is None:
+        wanted = "reward model" if kind == "reward" else "language model"
+        return f"{config.model_dir} is no {wanted}" if single else f"{config.model_dir} has no {kind}/"
+    if not usable:
+        return f"no {_SCHEMAS[kind].name} among the test data"
+    problems = [data.problem for data in usable if data.problem]
+    return f"{problems[0]}; give another file as --test-data" if problems else ""
+
+
+def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge], kinds: set[str]) -> None:
+    """Refuse or tell what has no effect."""
+    for line in check_rules(config, POLICY_RULES if "policy" in kinds else NO_POLICY_RULES):
+        tell(line)
+    if "policy" in kinds and folders.reward is not None and folders.reward.name in {judge.name for judge in judges}:
+        name = folders.reward.name
+        raise UserError(
+            f"--judge: {name} is also the name of the reward model {folders.reward}; rename one, so that their figures "
+            "can be told apart"
+        )
+    if "reward" not in kinds and config.train_data is not None:
+        raise UserError("--train-data: a baseline of the reward evaluation learns from it, and there is none here")
+    if folders.against is None and any(judge.pairwise for judge in judges):
+        raise UserError("--judge: a pairwise judge needs a second model; give its folder as --against")
+
+
+def _why_no_run(folder: Path) -> str:
+    """Why there are no held-out records to fall back to."""
+    run = folder.absolute().parent
+    if run_config(run) is not None:
+        return f"{folder} is one model of a run, whose held-out records --model-dir {run} takes"
+    return f"{folder} has no config.yaml of a run, whose held-out records could be taken"
+
+
+def _train_data(config: EvaluateConfig, run: PipelineRun | None) -> TestData | None:
+    """What the bag of words learns from."""
+    if config.train_data is not None:
+        (found,) = given_data([config.train_data])
+        if found.schema is not PREFERENCES:
+            raise UserError(f"--train-data {config.train_data}: has {found.schema.name}, expected preference pairs")
+        return found
+    return training_pairs(config.model_dir, run) if run is not None and not config.test_data else None
+
+
+def _evaluate(
+    plan: _Plan,
+    config: EvaluateConfig,
+    place: ComputeContext,
+    folders: Folders,
+    judges: list[Judge],
+    run: PipelineRun | None,
+    train: TestData | None,
+) -> Iterator[tuple[Evaluation, str, list[dict[str, Any]]]]:
+    """Each evaluation, and the file and lines that go with it."""
+    if plan.kind == "sft" and folders.sft is not None:
+        yield evaluate_sft(config, place, folders.sft, plan.data), "pairs", []
+    elif plan.kind == "reward" and folders.reward is not None:
+        evaluation, lines = evaluate_reward(config, place, folders.reward, plan.data, train)
+        yield evaluation, "pairs", lines
+    else:
+        evaluations, lines = evaluate_policy(config, place, folders, plan.data, judges, run)
+        for number, evaluation in enumerate(evaluations):
+            yield evaluation, "completions", lines if number == 0 else []
+
+
+def _check_files(
+    config: EvaluateConfig, folder: Path, folders: Folders, plans: list[_Plan], train: TestData | None
+) -> None:
+    """Refuse to write over what the evaluation reads, and over files that are not of an evaluation."""
+    models = [model for model in folders if model is not None]
+    inputs = [*config.test_data, *(plan.data.path for plan in plans), *([train.path] if train else [])]
+    inputs += [file for model in models for file in model.iterdir()]
+    kinds = {plan.kind for plan in plans}
+    names = {"reward": "pairs.jsonl", "policy": "completions.jsonl"}
+    for name in ("evaluation.json", *(names[kind] for kind in sorted(kinds & names.keys()))):
+        check_output(folder / name, "--output", inputs=inputs, overwrite=config.overwrite)
+
+
+def _write(config: EvaluateConfig, report: Report, lines: dict[str, list[dict[str, Any]]]) -> None:
+    for name, records in lines.items():
+        path = report.folder / f"{name}.jsonl"
+        if records:
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            write_output(path, text, "--output", overwrite=config.overwrite)
+        else:
+            remove_output(path)  # an earlier evaluation's, which would not belong to evaluation.json
+    facts = {"format": FORMAT, "model_dir": str(config.model_dir), "seed": config.seed}
+    facts |= {"threads": compute_threads(config), "precision": config.precision}
+    evaluations = [evaluation.plain() for evaluation in report.evaluations]
+    facts |= {"evaluations": evaluations, "skipped": report.skipped}
+    write_json(report.folder / "evaluation.json", facts, "--output", overwrite=config.overwrite)
+
+
+def _brackets(text: str) -> str:
+    return f" ({text})" if text else ""

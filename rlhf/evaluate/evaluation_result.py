@@ -1,0 +1,41 @@
+"""What comes out of an evaluation."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.evaluate.estimates import Figure
+from rlhf.evaluate.evaluation_inputs import TestData
+
+
+class Evaluation(NamedTuple):
+    """Figures about one file of test data."""
+
+    kind: str
+    """sft, reward or policy."""
+    models: dict[str, Path]
+    """Folders by the part they play."""
+    data: TestData
+    unit: str
+    """What the figures count as samples: records, pairs, prompts."""
+    figures: dict[str, dict[str, Figure]]
+    """By column (a model, or the difference of two) and by name."""
+    facts: dict[str, Any]
+    """Other plain values: counts, settings, curves."""
+
+    def plain(self) -> dict[str, Any]:
+        """It as JSON values."""
+        return {
+            "eval_type": self.kind,
+            "models": {part: str(folder) for part, folder in self.models.items()},
+            "data": str(self.data.path),
+            **({"data_origin": self.data.origin} if self.data.origin else {}),
+            **self.facts,
+            "unit": self.unit,
+            "figures": {column: {name: plain(f) for name, f in of.items()} for column, of in self.figures.items()},
+        }
+
+
+def plain(figure: Figure) -> dict[str, Any]:
+    """A figure as JSON values; what is not finite is null."""
+    return {name: value if math.isfinite(value) else None for name, value in figure._asdict().items()}

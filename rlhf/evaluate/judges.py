@@ -1,0 +1,101 @@
+"""Who judges completions: Python functions that score one, or compare two.
+
+A scorer has the signature of a reward function. A pairwise judge is told apart by its arguments:
+
+    def judge(prompts: list[str], first: list[str], second: list[str], **columns: list) -> list[float]
+
+It returns, for each prompt, the probability that `first` is the better one: 1 or 0 for a verdict, 0.5 for a tie. It is
+asked twice, with the completions in both orders, so that a liking for one place cancels and shows.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf.errors import UserError
+from rlhf.evaluate.estimates import Array
+from rlhf.io.user_functions import call_function, check_signature, load_function
+
+
+class Judge(NamedTuple):
+    """A Python function that judges."""
+
+    name: str
+    """As in the figures: eval/judge/<name>, eval/win_rate/<name>."""
+    function: Callable[..., Any]
+    pairwise: bool
+    """Whether it compares two completions instead of scoring one."""
+
+
+def open_judges(specs: Sequence[str]) -> list[Judge]:
+    """Import every judge.
+
+    Raises:
+        UserError: one cannot be imported or cannot be called as a judge, or two have the same name.
+    """
+    judges = [_open(spec) for spec in specs]
+    names = [judge.name for judge in judges]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"--judge: two judges are called {name}; rename one, so that their figures can be told apart"
+            )
+    return judges
+
+
+def score(judge: Judge, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]) -> Array:
+    """[B] scores of completions. Errors as `rlhf.io.user_functions.call_function`."""
+    scores = call_function(judge.function, f"judge {judge.name}", columns, prompts=prompts, completions=completions)
+    return np.array(scores)
+
+
+class Preferences(NamedTuple):
+    """What a pairwise judge says about two models' completions."""
+
+    first: Array
+    """[B] probability that the one model's is better, shown first."""
+    second: Array
+    """[B] the same, shown second."""
+
+    @property
+    def outcome(self) -> Array:
+        """[B] mean over both orders: above 0.5 a win of the one model, 0.5 a tie."""
+        return (self.first + self.second) / 2
+
+
+def prefer(
+    judge: Judge, prompts: Sequence[str], one: Sequence[str], other: Sequence[str], columns: Sequence[dict[str, Any]]
+) -> Preferences:
+    """Ask a pairwise judge in both orders.
+
+    A judge that always names the first place thus gives ties, as in Zheng et al. 2023, "Judging LLM-as-a-Judge",
+    section 3.4, https://arxiv.org/abs/2306.05685.
+
+    Raises:
+        UserError: the function raises, or does not return one number in [0, 1] per prompt.
+        NonFiniteError: a number is NaN or infinite.
+    """
+    what = f"judge {judge.name}"
+    forward = np.array(call_function(judge.function, what, columns, prompts=prompts, first=one, second=other))
+    backward = np.array(call_function(judge.function, what, columns, prompts=prompts, first=other, second=one))
+    for values in (forward, backward):
+        if ((values < 0) | (values > 1)).any():
+            bad = float(values[(values < 0) | (values > 1)][0])
+            raise UserError(
+                f"{what}: returned {bad:g}, expected the probability in [0, 1] that `first` is better "
+                "(1 is first, 0 is second, 0.5 is a tie)"
+            )
+    return Preferences(forward, 1.0 - backward)
+
+
+def _open(spec: str) -> Judge:
+    function = load_function(spec, f"--judge {spec}")
+    try:
+        arguments = set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a built-in
+        arguments = set()
+    pairwise = {"first", "second"} <= arguments
+    check_signature(function, f"--judge {spec}", ["prompts", *(("first", "second") if pairwise else ("completions",))])
+    return Judge(spec.rpartition(":")[2], function, pairwise)

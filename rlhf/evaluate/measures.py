@@ -1,0 +1,74 @@
+"""What evaluation measures of finished texts, token by token: language models and reward models over a micro-batch."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.batches import ScoreBatch
+from rlhf.kernels.remat import chunk_size, in_chunks
+from rlhf.kl import exact_kl
+from rlhf.models.forward import at_predictors
+from rlhf.models.gpt2 import cast_for_compute, unembed
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.scoring import reward_scores
+from rlhf.ops import entropy, is_argmax, token_log_probs
+from rlhf.types import Params
+
+
+class Measures(NamedTuple):
+    """What models make of finished texts."""
+
+    log_probs: Tensor
+    """[C] float32, nats: of each token under the model."""
+    correct: Tensor
+    """[C] bool: whether it was the model's most likely token."""
+    entropy: Tensor
+    """[C] float32, nats: of the model's distribution before it."""
+    ref_log_probs: Tensor
+    """[C] float32, nats: under the reference; zeros without one."""
+    exact_kl: Tensor
+    """[C] float32, nats: KL(model || reference) over the vocabulary; zeros without a reference."""
+    scores: Tensor
+    """[B, K] float32, reward units: each of the K reward models on the last token."""
+
+
+def make_measure(
+    config: GPT2Config,
+    *,
+    reference: GPT2Config | None = None,
+    reward_models: Sequence[GPT2Config] = (),
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+) -> Callable[[Params, dict[str, Params], ScoreBatch], Measures]:
+    """(GPT-2, frozen, ScoreBatch) -> `Measures`.
+
+    Args:
+        config: the model's shape.
+        reference: shape of frozen["reference"]; None where there is none. Its vocabulary is the model's.
+        reward_models: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
+        dtype: of the models' forward pass.
+        temperature: of model and reference.
+    """
+
+    def per_token(models: Params, targets: Tensor, hidden: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
+        logits = unembed(models["model"], hidden, aligned=True)
+        log_probs = token_log_probs(logits, targets, temperature=temperature)
+        ref_log_probs = kl = torch.zeros_like(log_probs)
+        if ref_hidden:
+            ref_logits = unembed(models["reference"], *ref_hidden, aligned=True)
+            ref_log_probs = token_log_probs(ref_logits, targets, temperature=temperature)
+            kl = exact_kl(logits, ref_logits, temperature=temperature)
+        return log_probs, is_argmax(logits, targets), entropy(logits, temperature=temperature), ref_log_probs, kl
+
+    def measure(params: Params, frozen: dict[str, Params], batch: ScoreBatch) -> Measures:
+        shapes = {"model": config} if reference is None else {"model": config, "reference": reference}
+        models = {"model": cast_for_compute(params, dtype)}
+        if reference is not None:
+            models["reference"] = cast_for_compute(frozen["reference"], dtype)
+        hidden = [at_predictors(models[name], batch, shape) for name, shape in shapes.items()]
+        of_tokens = in_chunks(per_token, chunk_size(config.vocab_size))(models, batch.targets, *hidden)
+        return Measures._make([*of_tokens, reward_scores(frozen, batch, reward_models, dtype)])
+
+    return measure

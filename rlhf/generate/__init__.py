@@ -1,0 +1,1 @@
+"""Completion of prompts by a model."""

@@ -1,0 +1,100 @@
+"""Completing prompts through an executor, in length order, and putting the results back in the prompts' order."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.batches import PromptBatch
+from rlhf.data.collate import prompt_batches
+from rlhf.execution.executor import Executor
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.kernels.products import prepare_for_decoding
+from rlhf.models.decoding import Completions, decode_steps, generate_completions
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.types import FrozenParams, Params
+
+
+def default_length(context: int) -> int:
+    """Tokens of the longest completion where nobody says how many: 64, or half of a shorter context."""
+    return max(1, min(64, context // 2))
+
+
+def complete(
+    executor: Executor, prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int, name: str = "rollout"
+) -> Completions:
+    """Run a map of the program that makes completions on all prompts.
+
+    Args:
+        executor: its program has the map (`rlhf.generate.complete.make_completion_fn`).
+        prompts: token ids, each [n].
+        keys: [len(prompts), 2] int32: the randomness of each.
+        rows: prompts per micro-batch.
+        name: of the map.
+    """
+    batches = prompt_batches(prompts, keys, rows=rows)
+    results = executor.map(name, [batch for batch, _ in batches])
+    back = torch.argsort(torch.tensor([number for _, numbers in batches for number in numbers]))
+    return Completions(*(torch.cat(parts)[back] for parts in zip(*results, strict=True)))
+
+
+def texts_of(tokenizer: Tokenizer, completions: Completions) -> list[str]:
+    """The text of every completion, without its stop token."""
+    lengths = completions.mask.sum(dim=1) - completions.ended.long()
+    rows = zip(completions.tokens.tolist(), lengths.tolist(), strict=True)
+    return [tokenizer.decode(tokens[:length]) for tokens, length in rows]
+
+
+def make_completion_fn(
+    config: GPT2Config,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+    max_concurrent: int | None = None,
+    draw: Callable[..., Any] = decode_steps,
+) -> Callable[[Params, FrozenParams, PromptBatch], Completions]:
+    """(params, frozen, PromptBatch) -> completions of the policy, with values where the head is on its trunk.
+
+    Args:
+        config: shape of the policy.
+        dtype: of its passes.
+        max_new_tokens: of `rlhf.models.decoding.generate_completions`, as all that follow but the last.
+        min_new_tokens: same.
+        temperature: same.
+        top_k: same.
+        top_p: same.
+        stop_tokens: same.
+        max_concurrent: same.
+        draw: same, or a compiled form (`rlhf.execution.draws`). Each call on a CPU then goes through 16 layers or more
+            (32 with one row), beside which the way into compiled code costs little.
+    """
+    per_call = 1 if draw is decode_steps else max(1, (32 if max_concurrent == 1 else 16) // config.n_layer)
+
+    def rollout(params: Params, frozen: FrozenParams, batch: PromptBatch) -> Completions:
+        return generate_completions(
+            prepare_for_decoding(params["policy"], dtype),
+            batch.prompts,
+            batch.lengths,
+            batch.keys,
+            config=config,
+            source=batch.source,
+            max_concurrent=max_concurrent,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+            value_head=params.get("value_head"),
+            draw=draw,
+            draws_per_call=per_call if batch.prompts.is_cpu else None,
+        )
+
+    return rollout

@@ -1,0 +1,160 @@
+"""Completing prompts with one model: token by token for a person who watches, or all at once for a file."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.errors import UserError
+from rlhf.execution.executor import LocalExecutor
+from rlhf.execution.program import ModelState, Program
+from rlhf.generate.complete import complete, default_length, make_completion_fn, texts_of
+from rlhf.generate.generate_config import GenerateConfig
+from rlhf.io.model_folder import load_language_model
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.kernels.products import prepare_for_decoding
+from rlhf.models.gpt2 import decode, init_cache, prefill, unembed
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.ops import scale_logits
+from rlhf.random import uniform_at
+from rlhf.sampling import filter_logits, sample_token
+from rlhf.tree import to_device
+from rlhf.types import Params
+
+_ROWS = 64
+
+
+@torch.no_grad()
+def stream(
+    params: Params,
+    prompt: Tensor,
+    key: Tensor,
+    *,
+    config: GPT2Config,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+) -> Iterator[int]:
+    """Draw the tokens of a completion one at a time: those that `generate_completions` draws for this prompt and key.
+
+    Args:
+        params: GPT-2 parameters.
+        prompt: [P] int64, at least one token; P + max_new_tokens must fit in n_positions.
+        key: [2] int32.
+        config: the shape of `params`.
+        max_new_tokens: at least 1.
+        temperature: above 0.
+        top_k: 0 keeps all tokens, 1 is greedy.
+        top_p: in (0, 1].
+        stop_tokens: end the completion; the one drawn is the last.
+
+    Yields:
+        Token ids.
+
+    Raises:
+        ValueError: an argument is out of range, or prompt and completion do not fit.
+    """
+    length = len(prompt)
+    max_concurrent = length + max_new_tokens
+    if not 1 <= length < max_concurrent <= config.n_positions:
+        raise ValueError(
+            f"stream: prompt and completion have {length} + {max_new_tokens} tokens, expected at least 1 each and at "
+            f"most n_positions = {config.n_positions} in all"
+        )
+    cache = init_cache(params, 1, max_concurrent, config=config)
+    lengths = torch.tensor([length], device=prompt.device)
+    hidden = prefill(params, prompt[None], lengths, cache, config=config)
+    for step in range(max_new_tokens):
+        logits = filter_logits(scale_logits(unembed(params, hidden), temperature), top_k=top_k, top_p=top_p)
+        token = sample_token(logits, uniform_at(key, torch.tensor([step], device=key.device)))
+        yield int(token)
+        if int(token) in stop_tokens or step + 1 == max_new_tokens:
+            return
+        hidden = decode(params, token, lengths + step, cache, config=config, used=length + step + 1)
+
+
+class Piece(NamedTuple):
+    """A bit of a completion's text."""
+
+    text: str
+    """New characters; may be empty while a character's bytes are incomplete."""
+    ended: bool
+    """Whether the model has ended the completion by itself."""
+
+
+def pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Piece]:
+    """The text of tokens as they come, whole characters only; together it is the text of all but the stop token."""
+    seen: list[int] = []
+    shown, ended = 0, False
+    for token in tokens:
+        ended = token in tokenizer.stop_ids
+        seen += [] if ended else [token]
+        text = tokenizer.decode(seen)
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character whose rest is still to come
+        yield Piece(whole[shown:], ended)
+        shown = max(shown, len(whole))
+    rest = tokenizer.decode(seen)[shown:]
+    if rest:
+        yield Piece(rest, ended)
+
+
+class Writer:
+    """A model that completes prompts as it was asked to."""
+
+    def __init__(self, folder: Path, config: GenerateConfig, device: torch.device) -> None:
+        """Load the model.
+
+        Raises:
+            UserError: it cannot be read, or its context is too short for the completions asked for.
+        """
+        model = load_language_model(folder)
+        self.max_new_tokens = config.max_new_tokens or default_length(model.config.n_positions)
+        self.room = model.config.n_positions - self.max_new_tokens
+        if self.room < 1:
+            raise UserError(
+                f"--max-new-tokens {self.max_new_tokens}: {folder} reads {model.config.n_positions} tokens in all; "
+                f"give at most {model.config.n_positions - 1}"
+            )
+        self.folder, self.model, self._config, self._device = folder, model, config, device
+        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._params: Params = prepare_for_decoding(to_device(model.params, device), self._dtype)
+
+    def encode(self, prompt: str) -> np.ndarray:
+        """[n] int64: the prompt's last tokens that leave room for the completion."""
+        (tokens,) = self.model.tokenizer.encode([prompt])
+        return np.array(tokens[-self.room :] or [self.model.tokenizer.eos_id], dtype=np.int64)
+
+    def write(self, prompt: str, key: Tensor) -> Iterator[Piece]:
+        """The completion of one prompt, as it is drawn."""
+        tokens, model = torch.from_numpy(self.encode(prompt)).to(self._device), self.model
+        stops = model.tokenizer.stop_ids
+        drawn = stream(
+            self._params, tokens, key.to(self._device), config=model.config, stop_tokens=stops, **self._sampling()
+        )
+        return pieces(model.tokenizer, drawn)
+
+    def write_all(self, prompts: Sequence[str], keys: Tensor) -> list[Piece]:
+        """The completions of many prompts, drawn together; [n, 2] keys."""
+        model = self.model
+        rollout = make_completion_fn(
+            model.config, dtype=self._dtype, stop_tokens=model.tokenizer.stop_ids, **self._sampling()
+        )
+        program = Program({}, {"rollout": rollout}, {})
+        executor = LocalExecutor(program, ModelState({"policy": model.params}, {}), self._device)
+        completions = complete(executor, [self.encode(prompt) for prompt in prompts], keys, rows=_ROWS)
+        texts = texts_of(model.tokenizer, completions)
+        return [Piece(text, ended) for text, ended in zip(texts, completions.ended.tolist(), strict=True)]
+
+    def _sampling(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": config.temperature,
+            "top_k": 1 if config.greedy else config.top_k,
+            "top_p": config.top_p,
+        }

@@ -1,0 +1,115 @@
+"""Where PPO's scores come from: reward-model folders, Python functions, or a weighted mix of them.
+
+A source is written `[WEIGHT*]FOLDER`, `[WEIGHT*]module:function` or `[WEIGHT*]file.py:function`. A function has the
+signature of TRL's reward functions: it is called with `prompts`, `completions` and one list for each other column of
+the prompt file that it accepts, all by keyword, and returns one float per completion.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.errors import UserError
+from rlhf.io.model_folder import RewardModel, load_reward_model
+from rlhf.io.paths import parse_source
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.io.user_functions import call_function, check_signature, load_function
+
+
+class RewardSource(NamedTuple):
+    """One term of the reward."""
+
+    name: str
+    weight: float
+    """0 makes it a gold score: logged, and never optimised."""
+    model: RewardModel | None
+    """Either a reward model …"""
+    function: Callable[..., Any] | None
+    """… or a Python function. A model that is yet to be trained is neither."""
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is a reward model that is yet to be trained."""
+        return self.model is None and self.function is None
+
+    @property
+    def metric(self) -> str:
+        """Its name in the log."""
+        return f"{'reward' if self.weight else 'gold'}/{self.name}"
+
+
+def open_sources(
+    specs: Sequence[str], tokenizer: Tokenizer | None, untrained: Path | None = None
+) -> list[RewardSource]:
+    """Load every source.
+
+    Args:
+        specs: as the user wrote them.
+        tokenizer: the policy's; None where it is yet to be trained.
+        untrained: folder of the reward model that is trained first.
+
+    Raises:
+        UserError: a source is neither a folder nor a function that can be imported, has a weight that is no number,
+            or is a reward model with another vocabulary than the policy's; or all weights are 0.
+    """
+    sources: list[RewardSource] = []
+    for spec in specs:
+        source = _open(spec, tokenizer, untrained)
+        same = sum(source.name == other.name.partition("#")[0] for other in sources)
+        sources.append(source._replace(name=f"{source.name}#{same + 1}") if same else source)
+    if sources and not any(source.weight for source in sources):
+        raise UserError(f"--ppo.reward {' '.join(specs)}: every weight is 0, so there is nothing to optimise")
+    return sorted(sources, key=lambda source: source.weight == 0)  # a critic starts from the first reward model
+
+
+def call_reward_function(
+    source: RewardSource, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]
+) -> list[float]:
+    """One float per completion from a Python function.
+
+    Args:
+        source: its `function` is called.
+        prompts: texts.
+        completions: texts, without the stop token.
+        columns: each completion's record of the prompt file.
+
+    Raises:
+        UserError: the function raises, or does not return one number per completion.
+        NonFiniteError: a number is NaN or infinite.
+    """
+    assert source.function is not None, "only Python sources are called"
+    return call_function(source.function, f"reward {source.name}", columns, prompts=prompts, completions=completions)
+
+
+def check_columns(sources: Sequence[RewardSource], columns: Collection[str]) -> None:
+    """Raise UserError if a function cannot be called with prompts, completions and those columns that it accepts."""
+    for source in sources:
+        if source.function is not None:
+            check_signature(source.function, f"reward {source.name}", ("prompts", "completions"), columns)
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer | None, policy: Tokenizer | None) -> None:
+    """Raise UserError if the reward model's tokenizer is not the policy's; None is one that is yet to be trained."""
+    if tokenizer is not None and policy is not None and not tokenizer.same_vocabulary(policy):
+        raise UserError(
+            f"{folder}: the reward model's vocabulary ({tokenizer.vocab_size} entries) is not the policy's "
+            f"({policy.vocab_size} entries); train it from the same SFT model"
+        )
+
+
+def names_folder(spec: str, folder: Path) -> bool:
+    """Whether a source is the reward model in a folder, which may not be there yet."""
+    return Path(parse_source(spec)[1]).resolve() == folder.resolve()
+
+
+def _open(spec: str, tokenizer: Tokenizer | None, untrained: Path | None) -> RewardSource:
+    weight, target = parse_source(spec)
+    folder = Path(target)
+    if untrained is not None and names_folder(spec, untrained):
+        return RewardSource(folder.name, weight, None, None)
+    if not folder.is_dir():
+        function = load_function(target, f"--ppo.reward {spec}", "there is no such folder, and it is not")
+        return RewardSource(target.rpartition(":")[2], weight, None, function)
+    model = load_reward_model(folder)
+    check_vocabulary(folder, model.tokenizer, tokenizer)
+    return RewardSource(folder.name, weight, model, None)

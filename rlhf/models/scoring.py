@@ -1,0 +1,117 @@
+"""Frozen looks at finished texts: log-probs, values and scores of completions, and scores of preference pairs."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.batches import PairBatch, ScoreBatch
+from rlhf.kernels.remat import chunk_size, in_chunks
+from rlhf.models.forward import packed_hidden_states, unembedding_params
+from rlhf.models.gpt2 import cast_for_compute, unembed
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.heads import apply_head
+from rlhf.ops import gather_rows, token_log_probs
+from rlhf.types import FrozenParams, Params
+
+
+class Scores(NamedTuple):
+    """What a frozen look at finished completions gives; [C] tensors are zeros where they were not asked for."""
+
+    ref_log_probs: Tensor
+    """[C] float32, nats, reference."""
+    log_probs: Tensor
+    """[C] float32, nats, policy, in one full forward pass."""
+    values: Tensor
+    """[C] float32, reward units: a separate critic, or the value head where log-probs were recomputed."""
+    scores: Tensor
+    """[B, K] float32, reward units: each of the K reward models on the last token."""
+    bootstrap_values: Tensor
+    """[B] float32, reward units: the value function in the state after the last token."""
+
+
+def make_scorer(
+    config: GPT2Config,
+    critic_config: GPT2Config | None,
+    reward_configs: Sequence[GPT2Config],
+    *,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    log_probs: bool = False,
+    bootstrap: bool = False,
+) -> Callable[[Params, FrozenParams, ScoreBatch], Scores]:
+    """(params, frozen, ScoreBatch) -> `Scores`: reference log-probs, separate critic's values, reward model's scores.
+
+    Args:
+        config: shape of policy and reference (frozen["reference"]).
+        critic_config: shape of params["critic"]; None where there is none.
+        reward_configs: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
+        dtype: of the models' forward pass.
+        temperature: as when sampling.
+        log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
+        bootstrap: compute the values of the states after the last tokens.
+    """
+
+    def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor]:
+        logits = unembed(params, hidden, aligned=True)
+        return (token_log_probs(logits, targets, temperature=temperature),)
+
+    def look(params: Params, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states [R * T, D] and log-probs [C] of a GPT-2."""
+        params = cast_for_compute(params, dtype)
+        hidden = packed_hidden_states(params, batch.rows, config)
+        predictors = gather_rows(hidden, batch.predictors)
+        return hidden, in_chunks(per_token, chunk_size(config.vocab_size))(
+            unembedding_params(params), predictors, batch.targets
+        )[0]
+
+    def score(params: Params, frozen: FrozenParams, batch: ScoreBatch) -> Scores:
+        _, ref_log_probs = look(frozen["reference"], batch)
+        policy_log_probs = values = torch.zeros_like(ref_log_probs)
+        bootstrap_values = torch.zeros(len(batch.last), device=batch.last.device)
+        head, hidden = params.get("value_head"), None
+        if log_probs or (bootstrap and head is not None):
+            hidden, policy_log_probs = look(params["policy"], batch)
+        if critic_config is not None:
+            head = params["critic"]["head"]
+            hidden = packed_hidden_states(cast_for_compute(params["critic"]["trunk"], dtype), batch.rows, critic_config)
+        if head is not None and hidden is not None:
+            values = apply_head(head, gather_rows(hidden, batch.predictors))
+            if bootstrap:
+                bootstrap_values = apply_head(head, gather_rows(hidden, batch.last))
+        scores = reward_scores(frozen, batch, reward_configs, dtype)
+        return Scores(ref_log_probs, policy_log_probs, values, scores, bootstrap_values)
+
+    return score
+
+
+def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[GPT2Config], dtype: torch.dtype) -> Tensor:
+    """[B, K] float32, reward units: what frozen["reward_model_0"], … give the last token of each sequence.
+
+    Args:
+        frozen: holds the K reward models.
+        batch: finished texts.
+        configs: their shapes.
+        dtype: of their forward pass.
+    """
+    scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
+    for number, config in enumerate(configs):
+        model = frozen[f"reward_model_{number}"]
+        hidden = packed_hidden_states(cast_for_compute(model["trunk"], dtype), batch.rows, config)
+        scores.append(apply_head(model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
+    return torch.cat(scores, dim=1)
+
+
+def make_pair_scores(
+    config: GPT2Config, *, dtype: torch.dtype = torch.float32
+) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, Tensor]]:
+    """(reward model, frozen, PairBatch) -> scores [B] of the chosen and of the rejected, reward units."""
+
+    def scores(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        hidden = packed_hidden_states(cast_for_compute(params["trunk"], dtype), batch.rows, config)
+        return apply_head(params["head"], gather_rows(hidden, batch.chosen)), apply_head(
+            params["head"], gather_rows(hidden, batch.rejected)
+        )
+
+    return scores

@@ -1,1 +1,0 @@
-"""The train loops: SFT, reward model, PPO, and the three in order."""

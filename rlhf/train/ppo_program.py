@@ -1,0 +1,178 @@
+"""PPO's work as a `Program`: what is trained, what is frozen, and the pure functions over micro-batches."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rlhf.config import PPOConfig
+from rlhf.execution.compiled import compiled
+from rlhf.execution.draws import compiled_draw
+from rlhf.execution.program import MetricLimit, ModelState, Program, StepSpec
+from rlhf.generate.complete import make_completion_fn
+from rlhf.io.model_folder import LanguageModel
+from rlhf.io.reward_sources import RewardSource
+from rlhf.models.decoding import decode_steps
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.heads import init_value_head, value_head_from_reward
+from rlhf.models.scoring import make_scorer
+from rlhf.schedules import constant
+from rlhf.train.ppo_objective import make_ppo_objective
+from rlhf.train.stage_inputs import lr_at_step, make_schedule
+from rlhf.train.supervised import make_adamw
+from rlhf.tree import tree_map
+from rlhf.types import Params
+
+
+class ModelShapes(NamedTuple):
+    """The models involved."""
+
+    policy: GPT2Config
+    critic: GPT2Config | None
+    """The separate critic's; None with a value head on the policy."""
+    reward_models: tuple[GPT2Config, ...]
+    stop_ids: tuple[int, ...]
+    """Ids that end a completion."""
+
+
+def shapes_of(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> ModelShapes:
+    """The shapes of a policy, of the reward models among the sources, and of a separate critic."""
+    critic, start = None, critic_source(sources)
+    if settings.critic == "separate":
+        critic = start.model.config if start and start.model else policy.config
+    reward_models = tuple(source.model.config for source in sources if source.model is not None)
+    return ModelShapes(policy.config, critic, reward_models, policy.tokenizer.stop_ids)
+
+
+def start_models(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> ModelState:
+    """Policy and value function; reference and reward models, frozen.
+
+    Args:
+        settings: the ppo section.
+        policy: the SFT model: where the policy starts, and the reference.
+        sources: of reward; a separate critic starts from `critic_source` of them.
+    """
+    reward_models = [source.model for source in sources if source.model is not None]
+    frozen = {f"reward_model_{n}": model.params for n, model in enumerate(reward_models)}
+    value_function = _value_function(settings, policy, critic_source(sources))
+    return ModelState({"policy": policy.params} | value_function, {"reference": policy.params} | frozen)
+
+
+def critic_source(sources: Sequence[RewardSource]) -> RewardSource | None:
+    """The first reward model that is optimised, from which a separate critic starts; None where there is none."""
+    return next((source for source in sources if source.model is not None and source.weight), None)
+
+
+def updates_per_iteration(settings: PPOConfig) -> int:
+    """Minibatches of one iteration, over all its epochs."""
+    completions = settings.batch_size * settings.samples_per_prompt
+    return settings.num_epochs * -(-completions // settings.minibatch_size)
+
+
+def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
+    """The rate of one update: the full one while the critic warms up, that of the schedule after it.
+
+    The schedule counts minibatches, those included that `target_kl` passes over, so that it always reaches its end.
+
+    Args:
+        settings: the ppo section.
+        iteration: from 0.
+        minibatch: of the iteration, from 0.
+    """
+    per_iteration = updates_per_iteration(settings)
+    iterations = settings.num_iterations - settings.critic_warmup
+    if iteration < settings.critic_warmup:
+        return settings.learning_rate
+    schedule = make_schedule(settings, iterations * per_iteration)
+    return lr_at_step(schedule, (iteration - settings.critic_warmup) * per_iteration + minibatch)
+
+
+def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
+    """Whether the scorer's log-probs (and values of a head on the policy) replace those captured while sampling."""
+    return settings.recompute_log_probs if settings.recompute_log_probs is not None else dtype == torch.bfloat16
+
+
+def make_program(
+    shapes: ModelShapes, settings: PPOConfig, dtype: torch.dtype, compile_to: Path | None = None
+) -> Program:
+    """PPO's work: `rollout` and `score`, then `ppo` steps, or `critic` steps while it warms up.
+
+    Args:
+        shapes: of the models.
+        settings: the ppo section.
+        dtype: of the models' passes.
+        compile_to: see `Program`.
+    """
+    rate = constant(settings.learning_rate)  # replaced in every step by `learning_rate`
+    limit = None if settings.target_kl is None else MetricLimit("policy/approxkl_avg", settings.target_kl)
+    objective = functools.partial(
+        make_ppo_objective,
+        shapes.policy,
+        shapes.critic,
+        dtype=dtype,
+        temperature=settings.temperature,
+        clip_eps=settings.clip_eps,
+        dual_clip=settings.dual_clip,
+        value_clip_eps=settings.value_clip_eps,
+        value_coef=settings.value_coef,
+        entropy_coef=settings.entropy_coef,
+        loss_kl=settings.kl_estimator if settings.kl_in_loss else "none",
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    score = make_scorer(
+        shapes.policy,
+        shapes.critic,
+        shapes.reward_models,
+        dtype=dtype,
+        temperature=settings.temperature,
+        log_probs=recomputes_log_probs(settings, dtype),
+        bootstrap=settings.bootstrap_truncated,
+    )
+    warmup_adamw = make_adamw(settings, rate, lambda name: float(not name.startswith("policy.")))
+    return Program(
+        steps={
+            "ppo": StepSpec(objective(), make_adamw(settings, rate), settings.max_grad_norm, limit),
+            "critic": StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm),
+        },
+        eval_fns={
+            "rollout": make_completion_fn(
+                shapes.policy,
+                dtype=dtype,
+                max_new_tokens=settings.max_new_tokens,
+                min_new_tokens=settings.min_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                stop_tokens=shapes.stop_ids if settings.stop_at_eos else (),
+                max_concurrent=settings.rollout_slots,
+                draw=decode_steps if compile_to is None else compiled_draw(compile_to),
+            ),
+            "score": score if compile_to is None else compiled(score, compile_to),
+        },
+        frozen_updates={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
+        compile_to=compile_to,
+    )
+
+
+def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSource | None) -> Params:
+    """The value head, or a separate critic that starts by predicting its source's part of the score."""
+    if settings.critic == "shared":
+        return {"value_head": init_value_head(policy.config.n_embd)}
+    if source is None or source.model is None:
+        return {"critic": {"trunk": policy.params, "head": init_value_head(policy.config.n_embd)}}
+    params, statistics = source.model.params, source.model.statistics
+    mean, std, _ = statistics if settings.normalize_reward else (0.0, 1.0, 0)
+    head = value_head_from_reward(params["head"], mean=mean, std=std, weight=source.weight)
+    return {"critic": {"trunk": params["trunk"], "head": head}}
+
+
+def _follow(decay: float) -> Callable[[Params, Params], Params]:
+    """A reference that moves towards the policy."""
+
+    def update_frozen(reference: Params, params: Params) -> Params:
+        moved: Params = tree_map(lambda old, new: decay * old + (1.0 - decay) * new, reference, params["policy"])
+        return moved
+
+    return update_frozen

@@ -1,0 +1,191 @@
+"""The first half of a PPO iteration: completing prompts and scoring what came out."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.config import PPOConfig
+from rlhf.data.collate import PackedCompletions, pack_completions, unpack_sequences, unpack_tokens
+from rlhf.data.dataset import Dataset
+from rlhf.errors import NonFiniteError
+from rlhf.execution.executor import Executor
+from rlhf.experience import Experience, postprocess_scores
+from rlhf.generate.complete import complete, texts_of
+from rlhf.io.model_folder import LanguageModel
+from rlhf.io.reward_sources import RewardSource, call_reward_function
+from rlhf.models.decoding import Completions
+from rlhf.random import Purpose, fold_in
+from rlhf.train.ppo_program import ModelShapes, recomputes_log_probs
+from rlhf.train.run import Run
+from rlhf.train.stage_inputs import record_order
+
+_ROW_LENGTH = 256
+"""Tokens per packed row, where the context allows and no sequence needs more."""
+
+
+class PPO(NamedTuple):
+    """Everything an iteration works with."""
+
+    run: Run
+    settings: PPOConfig
+    policy: LanguageModel
+    shapes: ModelShapes
+    prompts: Dataset
+    sources: list[RewardSource]
+    executor: Executor
+    context: int
+    """Tokens that every model involved can read."""
+
+
+class Rollout(NamedTuple):
+    """An iteration's completions, in the order of its prompts."""
+
+    columns: list[dict[str, Any]]
+    """Each completion's record of the prompt file."""
+    prompts: list[np.ndarray]
+    """Token ids of each prompt."""
+    completions: Completions
+    texts: list[str]
+    version: int
+    """Of the policy that made them."""
+
+
+class Scored(NamedTuple):
+    """What is known of an iteration's completions before learning from them."""
+
+    log_probs: Tensor
+    """[B, T] nats, policy."""
+    ref_log_probs: Tensor
+    """[B, T] nats, reference."""
+    values: Tensor
+    """[B, T] reward units."""
+    scores: Tensor
+    """[B] reward units, shaped: what the policy is rewarded with."""
+    raw: dict[str, Tensor]
+    """[B] by source's metric, as the source gave them."""
+    bootstrap_values: Tensor
+    """[B] reward units: value after the last token; 0 where that is an end, and without ppo.bootstrap_truncated."""
+
+
+def make_rollout(ppo: PPO, step: int) -> Rollout:
+    """Complete the iteration's prompts; a completion depends on seed, iteration, its place and the policy alone."""
+    settings = ppo.settings
+    order = record_order(ppo.run.key(Purpose.ORDER), len(ppo.prompts), step * settings.batch_size, settings.batch_size)
+    records = [record for record in order for _ in range(settings.samples_per_prompt)]
+    prompts = [ppo.prompts.prompt(record, ppo.context - settings.max_new_tokens) for record in records]
+    places = torch.arange(len(order)).repeat_interleave(settings.samples_per_prompt)
+    samples = torch.arange(settings.samples_per_prompt).repeat(len(order))
+    keys = fold_in(fold_in(fold_in(ppo.run.key(Purpose.SAMPLING), step).expand(len(records), 2), places), samples)
+    version = ppo.executor.version
+    completions = complete(ppo.executor, prompts, keys, rows=settings.rollout_batch_size)
+    texts = texts_of(ppo.policy.tokenizer, completions)
+    return Rollout([ppo.prompts.columns(record) for record in records], prompts, completions, texts, version)
+
+
+def pack_rollout(ppo: PPO, rollout: Rollout, which: Sequence[int]) -> list[PackedCompletions]:
+    """Micro-batches of some of the completions."""
+    needed = max(map(len, rollout.prompts)) + ppo.settings.max_new_tokens
+    return pack_completions(
+        rollout.prompts,
+        rollout.completions.tokens,
+        rollout.completions.mask.sum(dim=1),
+        which,
+        rows=ppo.settings.micro_batch_size,
+        row_length=max(needed, min(_ROW_LENGTH, ppo.context)),
+    )
+
+
+def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
+    """Reference log-probs, values and scores of all completions.
+
+    Raises:
+        NonFiniteError: one of them is not finite.
+        UserError: a reward function fails.
+    """
+    settings, completions = ppo.settings, rollout.completions
+    packs = pack_rollout(ppo, rollout, range(len(rollout.texts)))
+    results = ppo.executor.map("score", [pack.batch for pack in packs])
+    ref_log_probs, log_probs, values = (
+        unpack_tokens(packs, [result[field] for result in results], completions.mask.shape) for field in range(3)
+    )
+    raw, total = _sum_sources(ppo, rollout, unpack_sequences(packs, [result.scores for result in results]))
+    if not recomputes_log_probs(settings, ppo.run.dtype):
+        log_probs = completions.log_probs
+        values = completions.values if ppo.shapes.critic is None else values
+    bootstrap_values = unpack_sequences(packs, [result.bootstrap_values for result in results])
+    for name, array in {
+        "log-prob": log_probs,
+        "reference log-prob": ref_log_probs,
+        "value": values,
+        "value after the last token": bootstrap_values,
+        "reward": total,
+    }.items():
+        if not torch.isfinite(array).all():
+            row = int((~torch.isfinite(array)).nonzero()[0, 0])
+            raise NonFiniteError(f"a {name} is not finite for the completion {rollout.texts[row]!r}", completions)
+    finished = completions.ended | torch.tensor(not settings.stop_at_eos)
+    scores = postprocess_scores(
+        total, finished, missing_eos_penalty=settings.missing_eos_penalty, clip=settings.reward_clip
+    )
+    return Scored(log_probs, ref_log_probs, values, scores, raw, torch.where(finished, 0.0, bootstrap_values))
+
+
+def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experience) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl for the first completions, as many as `log.samples` asks for.
+
+    The first `log.token_samples` of them have `per_token`: the pieces of the text and what PPO knows of each token.
+    """
+    settings, lengths, kl = ppo.run.config.log, rollout.completions.mask.sum(dim=1), experience.kl.sum(dim=1)
+    lines = [
+        {
+            "prompt": columns["prompt"],
+            "completion": text,
+            "score": float(scored.scores[row]),
+            "kl": float(kl[row]),
+            "tokens": int(lengths[row]),
+            "ended": bool(rollout.completions.ended[row]),
+            "policy_version": rollout.version,
+        }
+        | {name: float(values[row]) for name, values in scored.raw.items()}
+        for row, (columns, text) in enumerate(zip(rollout.columns, rollout.texts, strict=True))
+        if row < settings.samples
+    ]
+    arrays = {
+        "log_probs": scored.log_probs,
+        "ref_log_probs": scored.ref_log_probs,
+        "values": scored.values,
+        "advantages": experience.advantages,
+    }
+    for row, line in enumerate(lines[: settings.token_samples]):
+        length = line["tokens"]
+        pieces = ppo.policy.tokenizer.pieces(rollout.completions.tokens[row, :length].tolist())
+        # last in its line, so that a reader can leave it out unparsed
+        line["per_token"] = {"pieces": pieces} | {name: _rounded(rows[row, :length]) for name, rows in arrays.items()}
+    return lines
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """Four decimals: a third of the bytes."""
+    return [round(value, 4) for value in values.tolist()]
+
+
+def _sum_sources(ppo: PPO, rollout: Rollout, by_model: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """(raw scores by source's metric, weighted sum [B] with reward models normalised)."""
+    raw, total = {}, torch.zeros(len(rollout.texts))
+    columns_of_models = iter(by_model.T.contiguous())  # sums of strided columns round otherwise
+    prompts = [columns["prompt"] for columns in rollout.columns]
+    for source in ppo.sources:
+        if source.model is not None:
+            raw[source.metric] = scores = next(columns_of_models)
+            mean, std, _ = source.model.statistics
+            normal = (scores - mean) / std if ppo.settings.normalize_reward else scores
+        else:
+            raw[source.metric] = normal = torch.tensor(
+                call_reward_function(source, prompts, rollout.texts, rollout.columns)
+            )
+        if source.weight:
+            total = total + source.weight * normal
+    return raw, total

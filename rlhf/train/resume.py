@@ -1,0 +1,202 @@
+"""What must agree between a run and its continuation: settings by their values, files by their content."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.config import RunConfig
+from rlhf.distributed.compute_context import compute_threads
+from rlhf.errors import UserError
+from rlhf.execution.executor import Executor
+from rlhf.io.checkpoint import Checkpoint, load_checkpoint
+from rlhf.io.files import sha256
+from rlhf.io.paths import same_place
+from rlhf.io.reward_identity import diff_sources, upgrade_sources
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.ranges import flat_fields
+
+Facts = dict[str, Any]
+"""Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
+
+_FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist", "threads")
+"""Prefixes of settings that may differ when a run is resumed: but for the threads, they change no bit of it."""
+
+_NOT_FREE = ("dist.reduce",)
+"""Settings that change bits, although one of those prefixes is theirs."""
+
+_OF_STAGE = {"sft": ("sft.", "model.", "tokenizer."), "reward": ("reward.",), "ppo": ("ppo.",)}
+"""Prefixes of settings that one stage alone reads."""
+
+_FILES = {
+    "sft_data": "data",
+    "preference_data": "data",
+    "prompt_data": "data",
+    "sft_val_data": "validation",
+    "preference_val_data": "validation",
+    "tokenizer.path": "tokenizer",
+    "sft.model_path": "model",
+    "reward.model_path": "model",
+    "ppo.model_path": "model",
+    "ppo.reward": "sources",
+}
+"""Settings that name files, and the names under which the files' content is compared instead."""
+
+_STAGE_FILES = {
+    "sft": ("sft_data", "sft_val_data", "tokenizer.path", "sft.model_path"),
+    "reward": ("preference_data", "preference_val_data", "reward.model_path"),
+    "ppo": ("prompt_data", "ppo.model_path", "ppo.reward"),
+}
+
+_CONTENTS = {
+    "data": "the data have changed",
+    "validation": "the validation file has changed, so the evaluations before and after would be of different records",
+    "tokenizer": "the tokenizer has changed",
+    "model": "the weights that the stage starts from have changed",
+}
+
+
+class Difference(NamedTuple):
+    """What differs between a run and its continuation."""
+
+    changes: list[str]
+    """What forbids to continue."""
+    notes: list[str]
+    """What the user is told."""
+
+
+def settings_of(config: RunConfig, stage: str) -> Facts:
+    """Return every setting that decides the stage's results, as JSON values, but for those that name files."""
+    others = tuple(prefix for name, prefixes in _OF_STAGE.items() if name != stage for prefix in prefixes)
+    return {
+        name: _json(value)
+        for name, value in flat_fields(config).items()
+        if name in _NOT_FREE or (name not in _FILES and not name.startswith((*_FREE_TO_CHANGE, *others)))
+    }
+
+
+def digests_of(data: Path, tokenizer: Tokenizer, validation: Path | None = None) -> Facts:
+    """Return the digests of a stage's data files and tokenizer, by the names under which they are compared."""
+    return {
+        "data": sha256(data),
+        "validation": sha256(validation) if validation is not None else None,
+        "tokenizer": f"{tokenizer.fingerprint}:{tokenizer.eos_id}",
+    }
+
+
+def diff_settings(config: RunConfig, stage: str, before: Facts, now: Facts) -> Difference:
+    """Return what differs between the identity in a checkpoint and that of the run.
+
+    A setting that the checkpoint lacks, because a newer version added it, had its default. A digest that it lacks is
+    not compared. A setting that this version does not know is a change, since its effect is not known either.
+
+    Args:
+        config: of the run.
+        stage: of the run.
+        before: identity in the checkpoint.
+        now: identity of the run.
+    """
+    before, now = _upgrade(config, before, now)
+    defaults = settings_of(type(config)(), stage)
+    changes, notes = diff_sources(before.pop("sources", []), now.pop("sources", []))
+    for name in sorted({*before, *now}):
+        if name not in now:
+            changes.append(f"{name} was {before[name]}, and this version of rlhf has no such setting")
+        elif (value := before.get(name, defaults.get(name, now[name]))) != now[name]:
+            described = f"{_origin(config, stage, name)}: {_CONTENTS[name]}" if name in _CONTENTS else None
+            changes.append(described or f"{name} was {value}, is {now[name]}")
+    return Difference(changes, notes)
+
+
+def restore(
+    config: RunConfig,
+    stage: str,
+    checkpoints: Path,
+    executor: Executor,
+    facts: Facts,
+    identity: Facts,
+    *,
+    tell: Callable[[str], None],
+) -> tuple[int, Facts]:
+    """Give the executor the newest checkpoint's state, where the run is to be resumed.
+
+    Args:
+        config: of the run.
+        stage: of the run.
+        checkpoints: folder of the stage's checkpoints.
+        executor: takes the state.
+        facts: values at the start of the run.
+        identity: of the run.
+        tell: says a line to the user.
+
+    Returns:
+        The first step to make, and the values that it reads.
+
+    Raises:
+        UserError: the checkpoint belongs to another configuration, data or shape.
+    """
+    expected = {"carried": facts, "identity": {}, "threads": 1, "version": 0}
+    checkpoint = load_checkpoint(checkpoints, expected) if config.resume else None
+    if checkpoint is None:
+        return 0, facts
+    changes, notes = diff_settings(config, stage, checkpoint.facts["identity"], identity)
+    if changes:
+        shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+        raise UserError(
+            f"{checkpoints}: cannot be continued, because the run has changed: {shown}. "
+            "Undo the change, or choose another --output-dir"
+        )
+    try:
+        executor.restore(checkpoint.tensors, checkpoint.facts["version"])
+    except ValueError as error:
+        raise UserError(f"{checkpoints}: the checkpoint is of another shape: {error}") from error
+    for line in (f"continuing after step {checkpoint.step}", *notes, *_rounding_notes(config, checkpoint)):
+        tell(line)
+    return checkpoint.step, checkpoint.facts["carried"]
+
+
+def _rounding_notes(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a line for each change of threads or workers by which rounding may differ."""
+    before, now = checkpoint.facts["threads"], compute_threads(config)
+    if before != now:
+        yield f"it was made with {before} threads per process and goes on with {now}: rounding may differ from here"
+    workers = config.dist.num_workers
+    before = checkpoint.facts.get("workers", workers)
+    if config.dist.reduce == "ring" and before != workers:
+        yield (
+            f"it was made with {before} workers and goes on with {workers}: with --dist.reduce ring, rounding may "
+            "differ from here"
+        )
+
+
+def _upgrade(config: RunConfig, before: Facts, now: Facts) -> tuple[Facts, Facts]:
+    """Return both identities in today's form.
+
+    Older checkpoints have paths where newer ones have digests. Where a digest is missing, the path must still lead to
+    the same place. They do not have `dist.reduce`.
+    """
+    values = flat_fields(config)
+    paths = {name: path for name, path in before.items() if name in _FILES}
+    reduce = {name: now[name] for name in _NOT_FREE if name in now}
+    before = reduce | {name: value for name, value in before.items() if name not in paths}
+    now = dict(now)
+    if "ppo.reward" in paths and "sources" in now:
+        before["sources"] = upgrade_sources(paths.pop("ppo.reward"), before.pop("reward"), now["sources"])
+    for name, path in paths.items():
+        if _FILES[name] not in before and not same_place(path, values[name]):
+            before[name], now[name] = path, _json(values[name])
+    return before, now
+
+
+def _origin(config: RunConfig, stage: str, content: str) -> str:
+    """Return the setting that names a file, with its value."""
+    setting = next((name for name in _STAGE_FILES[stage] if _FILES[name] == content), None)
+    value = flat_fields(config)[setting] if setting else None
+    if value is not None:
+        return f"{setting} {value}"
+    return {"data": "the embedded example", "validation": f"{setting}"}.get(content, f"the start of {stage}")
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

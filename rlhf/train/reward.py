@@ -1,0 +1,208 @@
+"""The reward model: preference pairs in, a scalar model and its statistics out."""
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.batches import PairBatch
+from rlhf.config import RewardConfig, RewardRun
+from rlhf.data.collate import PackedPairs, pair_batches
+from rlhf.data.dataset import Dataset, load_dataset
+from rlhf.data.schema import PREFERENCES
+from rlhf.distributed.compute_context import compile_obstacle
+from rlhf.errors import UserError
+from rlhf.execution.executor import Executor
+from rlhf.execution.program import ModelState, Program, StepSpec
+from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
+from rlhf.losses import reward_loss
+from rlhf.models.forward import packed_hidden_states
+from rlhf.models.gpt2 import cast_for_compute
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.heads import apply_head, init_reward_head
+from rlhf.models.scoring import make_pair_scores
+from rlhf.ops import gather_rows
+from rlhf.random import Purpose
+from rlhf.statistics import preference_metrics, spread
+from rlhf.train.resume import digests_of
+from rlhf.train.run import Run, StageResult, open_run
+from rlhf.train.stage_inputs import (
+    ModelSpec,
+    check_validation,
+    embedded_file,
+    make_schedule,
+    start_folder,
+    start_model_spec,
+)
+from rlhf.train.supervised import check_pairs_differ, length_limit, make_adamw, make_plan, open_split, train_supervised
+from rlhf.types import FrozenParams, Metrics, Params
+
+_REFERENCE_PAIRS = 1024
+"""Training pairs whose chosen completions give the reward's mean and standard deviation."""
+
+
+def run_reward(config: RewardRun) -> StageResult:
+    """Train on preference pairs and write OUTPUT_DIR/reward.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted: see `rlhf.train.run`.
+    """
+    with open_run(config, "reward") as run:
+        return _run(run, config)
+
+
+def check(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
+    """What the reward model starts from; refuses what can be refused before the data is read.
+
+    Args:
+        config: of the stage.
+        sft: what OUTPUT_DIR/sft will hold, where it is trained first.
+
+    Raises:
+        UserError: the model to start from is not there or not fit, or a setting contradicts another.
+    """
+    compile_obstacle(config, "reward", config.reward)
+    check_validation(config.preference_data, config.preference_val_data, PREFERENCES)
+    return start_model_spec(config, config.reward.model_path, "--reward.model-path", sft)
+
+
+def check_margin(config: RewardRun, keys: Collection[str]) -> None:
+    """Raise UserError if margins are asked for that are none of the `keys` of the training pairs."""
+    if config.reward.use_margin and "margin" not in keys:
+        where = config.preference_data or "the embedded example"
+        raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
+
+
+def check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
+    """Raise UserError if truncation makes all training pairs equal; nothing where the tokenizer is yet to be trained.
+
+    Args:
+        config: of the stage.
+        outline: from `check`.
+    """
+    if config.preference_data is not None and model_spec.tokenizer is not None:
+        dataset = load_dataset(config.preference_data, PREFERENCES, model_spec.tokenizer, config.cache_dir)
+        max_length = length_limit(config.reward, model_spec)
+        different = len(dataset) - len(dataset.equal_pairs(max_length))
+        check_pairs_differ(config.preference_data, different, max_length)
+
+
+def _run(run: Run, config: RewardRun) -> StageResult:
+    settings, model_spec = config.reward, check(config)
+    source = start_folder(config, settings.model_path)
+    start = load_language_model(source)
+    for line in start.notes:
+        run.note(line)
+    max_length = length_limit(settings, start)
+    path = config.preference_data or embedded_file(run, "preferences")
+    split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
+    digests = digests_of(path, start.tokenizer, config.preference_val_data)
+    check_margin(config, split.dataset.keys)
+    run.note(f"trunk from {source}")
+    plan = make_plan(settings, len(split.train))
+    head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
+    models = ModelState({"trunk": start.params, "head": head}, {})
+    compile_to = run.compile_to(models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
+    executor = run.open_executor(
+        functools.partial(make_program, start.config, settings, plan.steps, run.dtype, compile_to), models
+    )
+
+    def batches(source: Dataset, records: Sequence[int]) -> list[PackedPairs]:
+        return pair_batches(
+            source, records, max_length=max_length, rows=settings.micro_batch_size, margins=settings.use_margin
+        )
+
+    def measure(source: Dataset, records: Sequence[int], prefix: str) -> dict[str, float]:
+        if not records:
+            return {}
+        packs = batches(source, records)
+        chosen, rejected = _score(executor, packs)
+        lengths = torch.tensor([source.answer_lengths(record) for pack in packs for record in pack.records])
+        figures = preference_metrics(chosen, rejected, lengths[:, 0], lengths[:, 1])
+        return {f"{prefix}/{name}": value for name, value in figures.items()}
+
+    metrics = train_supervised(
+        run,
+        executor,
+        settings,
+        plan,
+        split,
+        batches=lambda records, key: [pack.batch for pack in batches(split.dataset, records)],
+        evaluate=lambda: (
+            measure(split.validation, split.held_out, "eval")
+            | {"eval/reward/pairs": float(len(split.held_out))}
+            | measure(split.dataset, split.train[: max(len(split.held_out), 2)], "train")
+        ),
+        shown=("loss/reward", "eval/reward/accuracy"),
+        identity=digests | {"model": model_spec.digest},
+    )
+    if run.is_saved:
+        return StageResult(run.model_folder, metrics)
+    statistics = _statistics(run, *_score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS])))
+    run.note(
+        f"reward of {statistics.completions} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}"
+    )
+    params = run.trained(executor, statistics.mean, statistics.std)
+    facts = {"stage": "reward", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+    facts |= {"data": digests["data"], "validation": digests["validation"]}
+    model = RewardModel(params, start.config, start.tokenizer, statistics)
+    save_reward_model(run.model_folder, model, facts=facts)
+    return StageResult(run.model_folder, metrics)
+
+
+def _statistics(run: Run, chosen: Tensor, rejected: Tensor) -> RewardStatistics:
+    """The statistics of the chosen completions' scores [B]; the user is told where they do not differ."""
+    size = float(torch.cat([chosen, rejected]).double().square().mean().sqrt())
+    measured = float(chosen.double().std()) if len(chosen) > 1 else 0.0
+    std = spread(measured, size, run.dtype)
+    if not std:
+        run.note(
+            f"WARNING: the scores of the {len(chosen)} chosen completions do not differ beyond rounding (standard "
+            f"deviation {measured:.1e}), so PPO will not scale by it; are the chosen texts all the same?"
+        )
+    return RewardStatistics(float(chosen.double().mean()), std or 1.0, len(chosen))
+
+
+def make_reward_objective(
+    config: GPT2Config,
+    *,
+    dtype: torch.dtype = torch.float32,
+    centre_coef: float = 0.0,
+    gradient_checkpointing: bool = False,
+) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, Metrics]]:
+    """(reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
+
+    def objective(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, Metrics]:
+        trunk_params = cast_for_compute(params["trunk"], dtype)
+        hidden = packed_hidden_states(trunk_params, batch.rows, config, gradient_checkpointing=gradient_checkpointing)
+        chosen, rejected = (
+            apply_head(params["head"], gather_rows(hidden, last)) for last in (batch.chosen, batch.rejected)
+        )
+        return reward_loss(chosen, rejected, batch.mask, margin=batch.margin, centre_coef=centre_coef)
+
+    return objective
+
+
+def make_program(
+    config: GPT2Config, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
+) -> Program:
+    """The reward model's work: `main` steps, and `scores` of pairs; arguments as `rlhf.train.sft.make_program`."""
+    objective = make_reward_objective(
+        config, dtype=dtype, centre_coef=settings.centre_coef, gradient_checkpointing=settings.gradient_checkpointing
+    )
+    optimizer = make_adamw(settings, make_schedule(settings, steps))
+    return Program(
+        steps={"main": StepSpec(objective, optimizer, settings.max_grad_norm)},
+        eval_fns={"scores": make_pair_scores(config, dtype=dtype)},
+        frozen_updates={},
+        compile_to=compile_to,
+    )
+
+
+def _score(executor: Executor, packs: Sequence[PackedPairs]) -> tuple[Tensor, Tensor]:
+    """Scores [B] of chosen and rejected, in the order of the packs."""
+    results = executor.map("scores", [pack.batch for pack in packs])
+    pairs = torch.cat([torch.stack(result)[:, pack.batch.mask] for result, pack in zip(results, packs, strict=True)], 1)
+    return pairs[0], pairs[1]

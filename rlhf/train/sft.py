@@ -1,0 +1,194 @@
+"""Supervised fine-tuning: demonstrations in, a language model out."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.batches import TokenBatch
+from rlhf.config import SFTConfig, SFTRun
+from rlhf.data.collate import token_batches
+from rlhf.data.dataset import Dataset
+from rlhf.data.schema import DEMONSTRATIONS
+from rlhf.distributed.compute_context import compile_obstacle
+from rlhf.errors import UserError
+from rlhf.execution.program import ModelState, Program, StepSpec
+from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
+from rlhf.io.tokenizer import Tokenizer
+from rlhf.kernels.remat import chunk_size, in_chunks
+from rlhf.losses import sft_loss
+from rlhf.models import gpt2
+from rlhf.models.forward import packed_hidden_states, unembedding_params
+from rlhf.models.gpt2 import cast_for_compute, unembed
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.ops import gather_rows, is_argmax, masked_sum, mean_metrics, token_log_probs
+from rlhf.random import Purpose
+from rlhf.train.resume import digests_of
+from rlhf.train.run import Run, StageResult, open_run
+from rlhf.train.stage_inputs import (
+    ModelSpec,
+    check_validation,
+    embedded_file,
+    make_schedule,
+    new_config,
+    read_model_spec,
+    train_tokenizer,
+)
+from rlhf.train.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
+from rlhf.tree import tree_sum
+from rlhf.types import FrozenParams, Metrics, Params
+
+
+def run_sft(config: SFTRun) -> StageResult:
+    """Train on demonstrations and write OUTPUT_DIR/sft.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted: see `rlhf.train.run`.
+    """
+    with open_run(config, "sft") as run:
+        return _run(run, config)
+
+
+def check(config: SFTRun) -> ModelSpec:
+    """What the model will be; refuses what can be refused before the data is read.
+
+    Raises:
+        UserError: the model to start from is not fit, the shape impossible, or a setting contradicts another.
+    """
+    compile_obstacle(config, "sft", config.sft)
+    check_validation(config.sft_data, config.sft_val_data, DEMONSTRATIONS)
+    folder, given = config.sft.model_path, config.tokenizer.path
+    tokenizer = None if given is None else Tokenizer.load(given)
+    if folder is None:
+        return ModelSpec(new_config(config.model, tokenizer.vocab_size if tokenizer else 1), tokenizer, "")
+    start = read_model_spec(folder, config.model)
+    if tokenizer is not None and start.tokenizer is not None and not tokenizer.same_vocabulary(start.tokenizer):
+        raise UserError(
+            f"{folder}: the model there has another vocabulary than --tokenizer.path {given}; drop the flag"
+        )
+    return start
+
+
+def _run(run: Run, config: SFTRun) -> StageResult:
+    settings, rows = config.sft, config.sft.micro_batch_size
+    model, start_digest, path = _start(run, config)
+    split = open_split(run, path, config.sft_val_data, DEMONSTRATIONS, settings, model)
+    digests = digests_of(path, model.tokenizer, config.sft_val_data)
+    plan, max_length = make_plan(settings, len(split.train)), length_limit(settings, model)
+
+    def batches(source: Dataset, records: Sequence[int], key: Tensor) -> list[TokenBatch]:
+        return token_batches(source, records, max_length=max_length, rows=rows, loss_on=settings.loss_on, key=key)
+
+    models = ModelState(model.params, {})
+    compile_to = run.compile_to(models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
+    executor = run.open_executor(
+        functools.partial(make_program, model.config, settings, plan.steps, run.dtype, compile_to), models
+    )
+    held_out = batches(split.validation, split.held_out, run.key(Purpose.DROPOUT)) if split.held_out else []
+
+    def evaluate() -> dict[str, float]:
+        if not held_out:
+            return {}
+        means = mean_metrics(tree_sum(executor.map("measure", held_out)))
+        loss = float(means["loss/sft"])
+        return {
+            "eval/loss": loss,
+            "eval/perplexity": math.exp(min(loss, 700.0)),
+            "eval/accuracy": float(means["sft/accuracy"]),
+        }
+
+    metrics = train_supervised(
+        run,
+        executor,
+        settings,
+        plan,
+        split,
+        batches=lambda records, key: batches(split.dataset, records, key),
+        evaluate=evaluate,
+        shown=("loss/sft", "eval/perplexity"),
+        identity=digests | {"model": start_digest},
+    )
+    if not run.is_saved:
+        params = run.trained(executor, metrics.get("eval/loss", 0.0))
+        facts = {"stage": "sft", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+        facts |= {"data": digests["data"], "validation": digests["validation"]}
+        save_language_model(run.model_folder, model._replace(params=params), facts=facts)
+    return StageResult(run.model_folder, metrics)
+
+
+def make_sft_objective(
+    config: GPT2Config,
+    *,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    gradient_checkpointing: bool = False,
+) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, Metrics]]:
+    """(GPT-2, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
+
+    def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = unembed(params, hidden, aligned=True)
+        return token_log_probs(logits, targets), is_argmax(logits.detach(), targets).float()
+
+    def objective(params: Params, frozen: FrozenParams, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        params = cast_for_compute(params, dtype)
+        hidden = packed_hidden_states(
+            params, batch.rows, config, dropout=dropout, key=batch.key, gradient_checkpointing=gradient_checkpointing
+        )
+        log_probs, correct = in_chunks(per_token, chunk_size(config.vocab_size))(
+            unembedding_params(params), gather_rows(hidden, batch.predictors), batch.targets
+        )
+        loss, metrics = sft_loss(log_probs, batch.mask)
+        return loss, metrics | {"sft/accuracy": masked_sum(correct, batch.mask)}
+
+    return objective
+
+
+def make_program(
+    config: GPT2Config, settings: SFTConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
+) -> Program:
+    """SFT's work: `main` steps, and `measure` for evaluation.
+
+    Args:
+        config: of the model.
+        settings: the sft section.
+        steps: of the whole run, for the schedule.
+        dtype: of the model's passes.
+        compile_to: see `Program`.
+    """
+    objective = make_sft_objective(
+        config, dtype=dtype, dropout=settings.dropout, gradient_checkpointing=settings.gradient_checkpointing
+    )
+    measure = make_sft_objective(config, dtype=dtype)
+    optimizer = make_adamw(settings, make_schedule(settings, steps))
+    return Program(
+        steps={"main": StepSpec(objective, optimizer, settings.max_grad_norm)},
+        eval_fns={"measure": lambda params, frozen, batch: measure(params, frozen, batch)[1]},
+        frozen_updates={},
+        compile_to=compile_to,
+    )
+
+
+def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
+    """Return the model that training starts from, the digest of its folder's weights, and the data file.
+
+    The digest is empty where the weights are random.
+    What can be refused is refused before the embedded example is written.
+    """
+    model_spec, folder = check(config), config.sft.model_path
+    if folder is not None:
+        model = load_language_model(folder)
+        for line in model.notes:
+            run.note(line)
+        return model, model_spec.digest, config.sft_data or embedded_file(run, "demonstrations")
+    path = config.sft_data or embedded_file(run, "demonstrations")
+    tokenizer = model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS)
+    for line in tokenizer.notes:
+        run.note(line)
+    shape = new_config(config.model, tokenizer.vocab_size)
+    params = gpt2.init(shape, key=run.key(Purpose.INIT))
+    size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
+    run.note(f"new GPT-2: {size}, vocabulary {shape.vocab_size}, context {shape.n_positions}")
+    return LanguageModel(params, shape, tokenizer), model_spec.digest, path

@@ -1,0 +1,182 @@
+"""What SFT and reward-model training share: shuffled epochs, one step per batch, evaluation on held-out records."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf.config import SupervisedConfig
+from rlhf.data.collate import Prefetch
+from rlhf.data.dataset import Dataset
+from rlhf.data.hold_out import hold_out
+from rlhf.data.schema import Schema
+from rlhf.errors import UserError
+from rlhf.execution.executor import Executor
+from rlhf.io.model_folder import LanguageModel
+from rlhf.io.run_log import RunLog
+from rlhf.optim import Optimizer, adamw
+from rlhf.random import Purpose, fold_in
+from rlhf.schedules import Schedule
+from rlhf.setting_rules import flag_of
+from rlhf.train.resume import Facts
+from rlhf.train.run import Run, train
+from rlhf.train.stage_inputs import ModelSpec, lr_at_step, make_schedule, open_dataset, record_order
+
+_EVAL_RECORDS = 1024
+"""Held-out records that an evaluation reads at most."""
+
+
+class DataSplit(NamedTuple):
+    """Records to learn from and records held out."""
+
+    dataset: Dataset
+    train: list[int]
+    """Records of `dataset`."""
+    validation: Dataset
+    """Where the held-out records are: the same file, or one of their own."""
+    held_out: list[int]
+    """Records of `validation`."""
+
+
+def open_split(
+    run: Run, path: Path, validation: Path | None, schema: Schema, settings: SupervisedConfig, model: LanguageModel
+) -> DataSplit:
+    """Open the data; hold out the validation file's records, or a random share (one at least, of two or more).
+
+    Raises:
+        UserError: as `rlhf.data.dataset.load_dataset`, or every pair to learn from is equal after truncation.
+    """
+    max_length = length_limit(settings, model)
+    dataset = source = open_dataset(run, path, schema, model.tokenizer, max_length)
+    equal = equal_held_out = _equal_pairs(run, path, dataset, max_length)
+    if validation is not None:
+        source = open_dataset(run, validation, schema, model.tokenizer, max_length)
+        equal_held_out = _equal_pairs(run, validation, source, max_length)
+        _tell_shared(run, validation, dataset, source)
+        train, held_out = list(range(len(dataset))), list(range(len(source)))
+    else:
+        train, held_out = hold_out(run.key(Purpose.SPLIT), len(dataset), settings.val_fraction)
+    train = [record for record in train if record not in equal]
+    held_out = [record for record in held_out if record not in equal_held_out]
+    check_pairs_differ(path, len(train), max_length)
+    split = DataSplit(dataset, train, source, held_out[:_EVAL_RECORDS])
+    run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
+    return split
+
+
+def check_pairs_differ(path: Path, different: int, max_length: int) -> None:
+    """Raise UserError if no pair of a file is `different` after truncation."""
+    if not different:
+        raise UserError(
+            f"{path}: after truncation to {max_length} tokens the chosen text equals the rejected one in every pair; "
+            "nothing is left to learn from. Shorten the texts, or take a model with a longer context"
+        )
+
+
+def _equal_pairs(run: Run, path: Path, dataset: Dataset, max_length: int) -> set[int]:
+    """`Dataset.equal_pairs`; the user is told."""
+    equal = set(dataset.equal_pairs(max_length))
+    if equal:
+        run.note(
+            f"{path}: dropped {len(equal)} pairs whose chosen text equals the rejected one after truncation to "
+            f"{max_length} tokens"
+        )
+    return equal
+
+
+def _tell_shared(run: Run, path: Path, train: Dataset, validation: Dataset) -> None:
+    """Tell the user what share of the validation file is also learnt from."""
+    if shared := int(np.isin(validation.digests, train.digests).sum()):
+        run.note(
+            f"{path}: {shared} of {len(validation)} records are also among those to learn from; what is measured on "
+            "them says nothing about new text"
+        )
+
+
+def length_limit(settings: SupervisedConfig, model: LanguageModel | ModelSpec) -> int:
+    """Tokens kept of one record."""
+    context = model.config.n_positions
+    return min(settings.max_length or context, context)
+
+
+class TrainPlan(NamedTuple):
+    """How long a supervised stage trains, and how fast."""
+
+    steps: int
+    schedule: Schedule
+
+
+def make_plan(settings: SupervisedConfig, records: int) -> TrainPlan:
+    """Steps for `settings.epochs` passes over `records`, and their schedule."""
+    steps = max(1, math.ceil(settings.epochs * records / settings.batch_size))
+    steps = min(steps, settings.max_steps or steps)
+    return TrainPlan(steps, make_schedule(settings, steps))
+
+
+def make_adamw(settings: Any, schedule: Schedule, lr_multiplier: Callable[[str], float] | None = None) -> Optimizer:
+    """AdamW with a section's constants."""
+    return adamw(
+        schedule,
+        b1=settings.adam_b1,
+        b2=settings.adam_b2,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        lr_multiplier=lr_multiplier,
+    )
+
+
+def train_supervised(
+    run: Run,
+    executor: Executor,
+    settings: SupervisedConfig,
+    plan: TrainPlan,
+    split: DataSplit,
+    *,
+    batches: Callable[[Sequence[int], Any], list[Any]],
+    evaluate: Callable[[], dict[str, float]],
+    shown: tuple[str, ...],
+    identity: Facts,
+) -> dict[str, float]:
+    """Train for `plan.steps` steps and return the last evaluation.
+
+    Args:
+        run: as in `rlhf.train.run.train`.
+        executor: as in `rlhf.train.run.train`.
+        settings: batch size and evaluation interval.
+        plan: from `make_plan`.
+        split: from `open_split`.
+        batches: (records, key) -> micro-batches of one optimiser step.
+        evaluate: metrics of the present parameters on held-out records.
+        shown: metrics on the progress display.
+        identity: as in `rlhf.train.run.train`.
+    """
+    if 0 < settings.warmup_fraction * plan.steps < 1 and settings.warmup_fraction != type(settings)().warmup_fraction:
+        flag = flag_of(f"{run.stage}.warmup_fraction", settings.warmup_fraction)
+        run.note(f"{flag}: has no effect: it is less than one of the run's {plan.steps} steps")
+    order_key, dropout_key = run.key(Purpose.ORDER), run.key(Purpose.DROPOUT)
+    last: dict[str, float] = {}
+    prefetched: Prefetch[list[Any]] | None = None
+
+    def batches_of(step: int) -> list[Any]:
+        order = record_order(order_key, len(split.train), step * settings.batch_size, settings.batch_size)
+        return batches([split.train[place] for place in order], fold_in(dropout_key, step))
+
+    def advance(step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:
+        nonlocal prefetched
+        begun = time.perf_counter()
+        prefetched = prefetched or Prefetch(map(batches_of, range(step, plan.steps)))
+        micro_batches = next(prefetched)
+        metrics = executor.step("main", micro_batches, overlap=prefetched.prepare)
+        tokens = sum(int((batch.rows.segments > 0).sum()) for batch in micro_batches)
+        metrics |= {"lr": lr_at_step(plan.schedule, step), "perf/tokens_per_s": tokens / (time.perf_counter() - begun)}
+        if (step + 1) % settings.eval_every == 0 or step + 1 == plan.steps:
+            evaluated = evaluate()
+            last.update(evaluated)
+            metrics |= evaluated
+        return metrics, facts
+
+    train(run, executor, total=plan.steps, unit="step", shown=shown, facts={}, identity=identity, advance=advance)
+    return last or evaluate()
