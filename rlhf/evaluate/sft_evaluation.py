@@ -18,7 +18,7 @@ from rlhf.evaluate.measures import make_measure
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program
 from rlhf.io.model_folder import load_language_model
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape
 
 ROW_LENGTH = 256
 """Tokens per packed row, where no sequence needs more."""
@@ -53,7 +53,7 @@ def evaluate_sft(config: EvaluateConfig, place: ComputeContext, folder: Path, da
     return Evaluation("sft", {"model": folder}, data, "records", found, facts)
 
 
-def make_program(config: GPT2Config, dtype: torch.dtype) -> Program:
+def make_program(config: ModelShape, dtype: torch.dtype) -> Program:
     """The work: `measure` (`rlhf.evaluate.measures.make_measure`)."""
     return Program({}, {"measure": make_measure(config, dtype=dtype)}, {})
 
