@@ -103,7 +103,7 @@ class Worker:
             self._gradient = torch.empty_like(shard.params)
 
     def map(self, name: str, version: int, batch: Any) -> Any:
-        """`program.maps[name]` of one micro-batch, at the parameters of that version."""
+        """`program.eval_fns[name]` of one micro-batch, at the parameters of that version."""
         self._check(version)
         with torch.no_grad():
             result = self._program.eval_fns[name](self._params, self._frozen, self._batch(batch))
@@ -200,7 +200,7 @@ class Worker:
         return all_finite(self._gradients[name](self._params, self._frozen, self._batch(batch)))
 
     def update_frozen(self, name: str) -> None:
-        """Replace a frozen model by `program.blends[name]` of it and the parameters."""
+        """Replace a frozen model by `program.frozen_updates[name]` of it and the parameters."""
         self._frozen[name] = self._program.frozen_updates[name](self._frozen[name], self._params)
 
     def reset_optimizer(self) -> None:

@@ -56,7 +56,7 @@ class Executor(Protocol):
         """Whether its steps run as compiled code."""
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
-        """Run `program.maps[name]` on every micro-batch; results on the CPU, in order."""
+        """Run `program.eval_fns[name]` on every micro-batch; results on the CPU, in order."""
 
     def step(
         self,
@@ -81,7 +81,7 @@ class Executor(Protocol):
         """
 
     def update_frozen(self, name: str) -> None:
-        """Replace a frozen model by `program.blends[name]` of it and the parameters."""
+        """Replace a frozen model by `program.frozen_updates[name]` of it and the parameters."""
 
     def reset_optimizer(self) -> None:
         """Start the optimiser's state anew."""
