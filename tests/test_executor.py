@@ -10,7 +10,7 @@ from rlhf.errors import NonFiniteError
 from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.program import MetricLimit, ModelState, Program, StepSpec
 from rlhf.optim import adamw, clip_by_global_norm
-from rlhf.schedules import constant
+from rlhf.schedules import constant_schedule
 from rlhf.tree import named_leaves, tree_map
 
 KEY = random.key(3)
@@ -25,14 +25,16 @@ def objective(params, frozen, batch):
     return loss, {"loss/squares": loss.detach(), "count": torch.tensor(len(targets))}
 
 
-OPTIMIZER = adamw(constant(0.01), weight_decay=0.1)
+OPTIMIZER = adamw(constant_schedule(0.01), weight_decay=0.1)
 MODELS = ModelState(
     {"w": random.normal(random.fold_in(KEY, 0), (3,)), "b": torch.zeros(1)}, {"offset": {"w": torch.ones(3)}}
 )
 PROGRAM = Program(
     steps={
         "main": StepSpec(objective, OPTIMIZER, 0.5),
-        "frozen_b": StepSpec(objective, adamw(constant(0.01), lr_multiplier=lambda name: float(name != "b")), 0.5),
+        "frozen_b": StepSpec(
+            objective, adamw(constant_schedule(0.01), lr_multiplier=lambda name: float(name != "b")), 0.5
+        ),
     },
     eval_fns={"predict": lambda params, frozen, batch: batch[0] @ params["w"] + params["b"]},
     frozen_updates={

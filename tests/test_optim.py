@@ -10,7 +10,7 @@ from laws import TOLERANCE, assert_close, assert_pure, assert_same_bits, floats
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from rlhf.optim import AdamState, adamw, clip_by_global_norm, is_matrix
-from rlhf.schedules import constant, cosine
+from rlhf.schedules import constant_schedule, cosine_schedule
 from rlhf.tree import global_norm, leaves, named_leaves, tree_map
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
@@ -48,7 +48,7 @@ def run(optimizer, params, steps, *, update=None, in_place=False):
 
 @pytest.mark.parametrize(
     "make_schedule",
-    [lambda: constant(1e-2), lambda: cosine(1e-2, 100, warmup_steps=10, final=1e-4)],
+    [lambda: constant_schedule(1e-2), lambda: cosine_schedule(1e-2, 100, warmup_steps=10, final=1e-4)],
     ids=["constant", "cosine"],
 )
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -89,7 +89,7 @@ def test_adamw_equals_torch(make_schedule, weight_decay, eps, betas, dtype, tole
 def test_adamw_value(dtype, b1, b2, eps, weight_decay, warmup_steps):
     options = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
     params = {"w": floats(5, 4, dtype=dtype)}
-    found, _ = run(adamw(constant(1e-2, warmup_steps=warmup_steps), **options), params, 8)
+    found, _ = run(adamw(constant_schedule(1e-2, warmup_steps=warmup_steps), **options), params, 8)
     gradients = torch.stack([example_grads(params, step)["w"] for step in range(8)])
     rates = [oracles.warmed(1e-2, step, warmup_steps) for step in range(8)]
     expected = [oracles.adamw(float(params["w"][at]), gradients[:, at].tolist(), rates, **options) for at in range(4)]
@@ -97,14 +97,14 @@ def test_adamw_value(dtype, b1, b2, eps, weight_decay, warmup_steps):
 
 
 def test_adamw_defaults():
-    explicit = adamw(constant(1e-2), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, decays=is_matrix)
-    assert_same_bits(run(adamw(constant(1e-2)), example_params(), 3), run(explicit, example_params(), 3))
+    explicit = adamw(constant_schedule(1e-2), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, decays=is_matrix)
+    assert_same_bits(run(adamw(constant_schedule(1e-2)), example_params(), 3), run(explicit, example_params(), 3))
 
 
 def test_adamw_decays_matrices_alone():
     params = example_params()
     zero = tree_map(torch.zeros_like, params)
-    optimizer = adamw(constant(0.5), weight_decay=0.1)
+    optimizer = adamw(constant_schedule(0.5), weight_decay=0.1)
     found, _ = optimizer.update(zero, optimizer.init(params), params)
     for name, leaf in named_leaves(found).items():
         before = named_leaves(params)[name]
@@ -113,7 +113,7 @@ def test_adamw_decays_matrices_alone():
 
 def test_adamw_decays_what_it_is_told():
     params = example_params()
-    optimizer = adamw(constant(0.5), weight_decay=0.1, decays=lambda name: name.endswith("ln_1.weight"))
+    optimizer = adamw(constant_schedule(0.5), weight_decay=0.1, decays=lambda name: name.endswith("ln_1.weight"))
     found, _ = optimizer.update(tree_map(torch.zeros_like, params), optimizer.init(params), params)
     changed = [name for name, leaf in named_leaves(found).items() if not torch.equal(leaf, named_leaves(params)[name])]
     assert changed == ["h.0.ln_1.weight"]
@@ -144,8 +144,8 @@ def test_adamw_rate_scale_0_keeps_the_bits_of_a_leaf(in_place):
 
     params = example_params(dtype=torch.float32)
     params["h"][0]["attn"]["c_attn"]["bias"].fill_(-0.0)  # adding 0.0 would change its sign
-    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, lr_multiplier=scale), params, 5, in_place=in_place)
-    everywhere, _ = run(adamw(constant(1e-2), weight_decay=0.1), params, 5, in_place=in_place)
+    found, _ = run(adamw(constant_schedule(1e-2), weight_decay=0.1, lr_multiplier=scale), params, 5, in_place=in_place)
+    everywhere, _ = run(adamw(constant_schedule(1e-2), weight_decay=0.1), params, 5, in_place=in_place)
     assert_same_bits(found["h"], params["h"])
     assert_same_bits(found["wte"], everywhere["wte"])
 
@@ -155,7 +155,7 @@ def test_adamw_takes_the_callers_rate_in_place_of_the_schedules(in_place):
     params = {"w": torch.ones(16)}
     grads = {"w": torch.linspace(-1, 1, 16)}
     results = []
-    for schedule, options in ((constant(0.5), {}), (constant(0.1), {"rate": 0.5})):
+    for schedule, options in ((constant_schedule(0.5), {}), (constant_schedule(0.1), {"rate": 0.5})):
         optimizer, own = adamw(schedule, weight_decay=0.1), tree_map(torch.clone, params)
         state = optimizer.init(own)
         if in_place:
@@ -167,14 +167,16 @@ def test_adamw_takes_the_callers_rate_in_place_of_the_schedules(in_place):
 
 
 def test_adamw_rate_scale_multiplies_the_rate():
-    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, lr_multiplier=lambda name: 0.5), example_params(), 5)
-    assert_same_bits(found, run(adamw(constant(5e-3), weight_decay=0.1), example_params(), 5)[0])
+    found, _ = run(
+        adamw(constant_schedule(1e-2), weight_decay=0.1, lr_multiplier=lambda name: 0.5), example_params(), 5
+    )
+    assert_same_bits(found, run(adamw(constant_schedule(5e-3), weight_decay=0.1), example_params(), 5)[0])
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["pure", "in_place"])
 def test_invariant_12_learning_rate_0_keeps_the_bits_of_all_parameters(in_place):
     params = example_params(dtype=torch.float32)
-    found, _ = run(adamw(constant(0.0), weight_decay=0.1), params, 5, in_place=in_place)
+    found, _ = run(adamw(constant_schedule(0.0), weight_decay=0.1), params, 5, in_place=in_place)
     assert_same_bits(found, params)
 
 
@@ -184,7 +186,7 @@ def test_adamw_in_place_equals_the_pure_step(dtype, tolerance):
         return 0.5 if name.startswith("wte") else 1.0
 
     optimizer = adamw(
-        cosine(1e-2, 10, warmup_steps=2), b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, lr_multiplier=scale
+        cosine_schedule(1e-2, 10, warmup_steps=2), b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, lr_multiplier=scale
     )
     params = example_params(dtype=dtype)
     assert_close(run(optimizer, params, 6, in_place=True), run(optimizer, params, 6), tolerance)
@@ -192,7 +194,7 @@ def test_adamw_in_place_equals_the_pure_step(dtype, tolerance):
 
 def test_adamw_in_place_writes_into_the_buffers_of_params_and_state():
     params = example_params()
-    optimizer = adamw(constant(1e-2))
+    optimizer = adamw(constant_schedule(1e-2))
     state = optimizer.init(params)
     addresses = [leaf.data_ptr() for leaf in leaves((params, state.mu, state.nu))]
     found = optimizer.update_inplace(example_grads(params, 0), state, params, 1.0)
@@ -204,7 +206,7 @@ def test_adamw_in_place_writes_into_the_buffers_of_params_and_state():
 def test_update_in_place_pairs_leaves_by_name_whatever_the_order_of_keys():
     params = {"a": torch.zeros(4), "b": torch.zeros(4)}
     grads = {"b": torch.full((4,), -1.0), "a": torch.ones(4)}
-    optimizer = adamw(constant(0.1))
+    optimizer = adamw(constant_schedule(0.1))
     expected, _ = optimizer.update(grads, optimizer.init(params), params)
     optimizer.update_inplace(grads, optimizer.init(params), params, 1.0)
     assert (expected["a"] < 0).all()
@@ -216,7 +218,7 @@ def test_update_in_place_pairs_leaves_by_name_whatever_the_order_of_keys():
 def test_adamw_in_place_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
     """As the parameter server cuts it: at multiples of a cache line."""
     parts = [slice(16 * start, 16 * stop) for start, stop in pairwise([0, *sorted(cuts), 313])]
-    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1)
+    optimizer = adamw(cosine_schedule(1e-2, 10, warmup_steps=2), weight_decay=0.1)
     grads, params = ({"w": floats(seed, 5003, dtype=torch.float32)} for seed in (6, 7))
     whole, pieces = tree_map(torch.clone, params), tree_map(torch.clone, params)
     optimizer.update_inplace(tree_map(torch.clone, grads), optimizer.init(whole), whole, 0.3)
@@ -228,7 +230,7 @@ def test_adamw_in_place_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
 
 def test_adamw_zero_gradient_and_zero_decay_keep_the_bits_of_all_parameters():
     params = example_params(dtype=torch.float32)
-    optimizer = adamw(constant(1e-2))
+    optimizer = adamw(constant_schedule(1e-2))
     state = optimizer.init(params)
     found = params
     for _ in range(3):
@@ -248,7 +250,7 @@ def joined(trees):
 def test_adamw_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
     """Odd sizes leave tails for the processor's vectors, which must round as their bodies do."""
     parts = [slice(start, stop) for start, stop in pairwise([0, *sorted(cuts | {1, 8}), 5003])]
-    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1)
+    optimizer = adamw(cosine_schedule(1e-2, 10, warmup_steps=2), weight_decay=0.1)
     params = {"w": floats(6, 5003, dtype=torch.float32)}
     whole = pieces = params, optimizer.init(params)
     for step in range(3):
@@ -261,7 +263,7 @@ def test_adamw_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
 
 
 def test_adamw_init_is_zero():
-    state = adamw(constant(1.0)).init(example_params())
+    state = adamw(constant_schedule(1.0)).init(example_params())
     zeros = tree_map(torch.zeros_like, example_params())
     assert_same_bits(state, AdamState(torch.tensor(0), zeros, zeros))
 
@@ -269,7 +271,7 @@ def test_adamw_init_is_zero():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"])
 def test_adamw_keeps_the_tree_shapes_and_dtypes(dtype):
     params = example_params(dtype=dtype) | {"log_temperature": torch.tensor(0.5, dtype=dtype)}
-    optimizer = adamw(cosine(1e-2, 10), weight_decay=0.1)
+    optimizer = adamw(cosine_schedule(1e-2, 10), weight_decay=0.1)
     state = optimizer.init(params)
     found = optimizer.update(example_grads(params, 0), state, params)
 
@@ -281,7 +283,7 @@ def test_adamw_keeps_the_tree_shapes_and_dtypes(dtype):
 
 def test_adamw_is_pure():
     params = example_params()
-    optimizer = adamw(constant(1e-2), weight_decay=0.1)
+    optimizer = adamw(constant_schedule(1e-2), weight_decay=0.1)
     _, state = run(optimizer, params, 2)
     assert_pure(optimizer.init, params)
     assert_pure(optimizer.update, example_grads(params, 2), state, params)
@@ -289,7 +291,7 @@ def test_adamw_is_pure():
 
 def test_adamw_compiles_once_for_all_steps_and_keeps_its_bits():
     torch.compiler.reset()
-    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1, lr_multiplier=lambda name: 0.5)
+    optimizer = adamw(cosine_schedule(1e-2, 10, warmup_steps=2), weight_decay=0.1, lr_multiplier=lambda name: 0.5)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(optimizer.update, backend=counter, fullgraph=True)
     params = example_params(dtype=torch.float32)
@@ -300,7 +302,7 @@ def test_adamw_compiles_once_for_all_steps_and_keeps_its_bits():
 def test_adamw_converges_on_a_parabola():
     target = {"w": torch.tensor([3.0, -2.0]), "b": torch.tensor([100.0])}
     params = tree_map(torch.zeros_like, target)
-    optimizer = adamw(cosine(2.0, 300))
+    optimizer = adamw(cosine_schedule(2.0, 300))
     state = optimizer.init(params)
     for _ in range(300):
         params, state = optimizer.update(tree_map(torch.sub, params, target), state, params)
@@ -321,7 +323,7 @@ def test_adamw_converges_on_a_parabola():
 )
 def test_adamw_rejects(options, message):
     with pytest.raises(ValueError, match=f"^adamw: {message}$"):
-        adamw(constant(1.0), **options)
+        adamw(constant_schedule(1.0), **options)
 
 
 @DTYPES

@@ -8,10 +8,10 @@ import torch
 from rlhf import random
 from rlhf.execution.shard import apply, init_shard, slice_shard, update_scale
 from rlhf.optim import adamw
-from rlhf.schedules import linear
+from rlhf.schedules import linear_schedule
 from rlhf.tree import CHUNK, chunked_squared_norms, flat_layout, flatten, leaves, tree_map, unflatten
 
-OPTIMIZER = adamw(linear(1e-2, 50), weight_decay=0.1)
+OPTIMIZER = adamw(linear_schedule(1e-2, 50), weight_decay=0.1)
 
 
 def normals(seed: int):

@@ -18,7 +18,7 @@ from rlhf.models.decoding import decode_steps
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.heads import init_value_head, value_head_from_reward
 from rlhf.models.scoring import make_scorer
-from rlhf.schedules import constant
+from rlhf.schedules import constant_schedule
 from rlhf.train.ppo_objective import make_ppo_objective
 from rlhf.train.stage_inputs import lr_at_step, make_schedule
 from rlhf.train.supervised import make_adamw
@@ -105,7 +105,7 @@ def make_program(
         dtype: of the models' passes.
         compile_to: see `Program`.
     """
-    rate = constant(settings.learning_rate)  # replaced in every step by `learning_rate`
+    rate = constant_schedule(settings.learning_rate)  # replaced in every step by `learning_rate`
     limit = None if settings.target_kl is None else MetricLimit("policy/approxkl_avg", settings.target_kl)
     objective = functools.partial(
         make_ppo_objective,
