@@ -34,7 +34,8 @@ def batches(seed):
 
 def test_it_is_torchs_adamw_on_the_mean_loss():
     leaves = [leaf.clone().requires_grad_() for leaf in params()["hidden"]]
-    optimizer = torch.optim.AdamW(leaves, lr=0.02, weight_decay=0.1)
+    groups = [{"params": [leaf], "weight_decay": 0.1 if leaf.ndim == 2 else 0.0} for leaf in leaves]
+    optimizer = torch.optim.AdamW(groups, lr=0.02)
     with ParameterServer(loss, params(), adamw(constant_schedule(0.02), weight_decay=0.1), DistConfig()) as server:
         for step in range(20):
             metrics = server.step(batches(step))

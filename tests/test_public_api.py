@@ -11,7 +11,7 @@ import torch
 import rlhf
 
 SIGNATURES = {
-    "adamw": "learning_rate, b1, b2, eps, weight_decay, decays, lr_multiplier",
+    "adamw": "learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, lr_multiplier",
     "adaptive_kl_coef": "kl_coef, kl, num_samples, target, horizon",
     "apply_head": "head, hidden",
     "clip_by_global_norm": "grads, max_norm, norm",

@@ -70,6 +70,7 @@ class ParameterServer:
 
         Raises:
             UserError: the Ray cluster cannot be reached, or has too few resources.
+            ValueError: the optimiser needs whole leaves.
         """
         make_program = functools.partial(_make_program, loss, optimizer, max_grad_norm)
         self._resources = contextlib.ExitStack()

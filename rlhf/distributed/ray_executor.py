@@ -51,9 +51,13 @@ class RayExecutor:
             make_program: an importable function, or a partial of one.
             models: shared with the processes of this machine without a copy for each.
             tell: gets one line for the user whenever something goes wrong.
+
+        Raises:
+            ValueError: an optimiser needs whole leaves.
         """
         self._cluster, self._dist, self._tell = cluster, cluster.dist, tell
         self._program, self._models, self._layout = make_program(), models, flat_layout(models.params)
+        self._program.check_optimizers()
         self._load_arguments = (make_program, self._layout, cluster.put(to_numpy(models.frozen)))
         self._version = self._generation = self._restarts = 0
         self._faults: list[Fault] = []

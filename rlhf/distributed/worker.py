@@ -161,7 +161,7 @@ class Worker:
             return flat
 
         self._sums = {
-            (start, end): tree_sum(map(gradient, batches[start - first : end - first]), donated=True)
+            (start, end): tree_sum(map(gradient, batches[start - first : end - first]), add=Tensor.add_)
             for start, end in subtrees(first, stop, _total(shares))
         }
         return results
@@ -270,7 +270,7 @@ class Worker:
 
     def _reduce_ring(self) -> None:
         own = list(self._sums.values())
-        total = tree_sum(own, donated=True) if own else torch.zeros(self._layout.size, device=self._device)
+        total = tree_sum(own, add=Tensor.add_) if own else torch.zeros(self._layout.size, device=self._device)
         self._group_now().all_reduce(total)
         if self._shard is not None:
             self._gradient.copy_(total[slice(*self._ranges[self._place.rank])])

@@ -113,7 +113,12 @@ class LocalExecutor:
     """Everything in this process: one shard, micro-batches one after the other."""
 
     def __init__(self, program: Program, models: ModelState, device: torch.device) -> None:
-        """Take over a program and its models; `device` is where all of it lives and runs."""
+        """Take over a program and its models; `device` is where all of it lives and runs.
+
+        Raises:
+            ValueError: an optimiser needs whole leaves.
+        """
+        program.check_optimizers()
         keep_freed_memory()
         reset_peak(device)
         self._program, self._device = program, device
@@ -162,7 +167,7 @@ class LocalExecutor:
             results.append(result)
             return flat
 
-        gradient_sum = tree_sum(map(flat_gradient, batches), donated=True)
+        gradient_sum = tree_sum(map(flat_gradient, batches), add=Tensor.add_)
         squares = chunked_squared_norms(gradient_sum)
         pieces = slice_shard(self._shard, gradient_sum, spec.optimizer, self._layout)
         overlap()
