@@ -82,9 +82,9 @@ class Program(NamedTuple):
             if not elementwise:
                 function = f"{update.__module__}.{getattr(update, '__qualname__', update)}"
                 raise ValueError(
-                    f"step {name!r}: its optimizer ({function}) has elementwise=False, but executors keep parameters in "
-                    "shards, which hold parts of matrices; take an element-wise one, such as rlhf.adamw, or call its "
-                    "update on whole trees in a loop of your own"
+                    f"step {name!r}: its optimizer ({function}) has elementwise=False, but executors keep "
+                    "parameters in shards, which hold parts of matrices; take an element-wise one, such as "
+                    "rlhf.adamw, or call its update on whole trees in a loop of your own"
                 )
 
 

@@ -146,9 +146,8 @@ def write_update(
     Counters of the state are not written, so that a shard can be updated in parts; the state returned has the new ones.
     Arguments are the fields of `UpdateSlice`, and those of `apply`.
     """
-    options: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
-    if hyperparameters is not None:
-        options["hyperparameters"] = hyperparameters
+    options = {"learning_rate": learning_rate, "hyperparameters": hyperparameters}
+    options = {name: value for name, value in options.items() if value is not None}
     scaled = {name: block * scale for name, block in grads.items()}
     new_params, new_state = optimizer.update(scaled, state, params, **options)
     _write((params, _leaves_of(state)), (new_params, _leaves_of(new_state)))
