@@ -11,13 +11,13 @@ import torch
 import rlhf
 
 SIGNATURES = {
-    "adamw": "learning_rate, b1, b2, eps, weight_decay, decays, lr_multiplier",
+    "adamw": "learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, lr_multiplier",
     "adaptive_kl_coef": "kl_coef, kl, num_samples, target, horizon",
     "apply_head": "head, hidden",
     "clip_by_global_norm": "grads, max_norm, norm",
-    "constant": "value, warmup_steps",
+    "constant_schedule": "value, warmup_steps",
     "correlation": "x, y",
-    "cosine": "value, total_steps, warmup_steps, final",
+    "cosine_schedule": "value, total_steps, warmup_steps, final",
     "diversity": "texts, n",
     "entropy": "logits, temperature",
     "exact_kl": "logits, ref_logits, temperature",
@@ -30,7 +30,7 @@ SIGNATURES = {
     "init_reward_head": "n_embd, key",
     "init_value_head": "n_embd",
     "kl_estimate": "log_probs, ref_log_probs, estimator",
-    "linear": "value, total_steps, warmup_steps, final",
+    "linear_schedule": "value, total_steps, warmup_steps, final",
     "make_experience": "scores, log_probs, ref_log_probs, values, mask, kl_coef, kl_estimator, kl_in_loss, gamma, lam, "
     "whiten_rewards, whiten_advantages, bootstrap_value",
     "masked_mean": "values, mask",

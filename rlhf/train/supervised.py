@@ -24,6 +24,7 @@ from rlhf.setting_rules import flag_of
 from rlhf.train.resume import Facts
 from rlhf.train.run import Run, train
 from rlhf.train.stage_inputs import ModelSpec, lr_at_step, make_schedule, open_dataset, record_order
+from rlhf.types import Tree
 
 _EVAL_RECORDS = 1024
 """Held-out records that an evaluation reads at most."""
@@ -116,7 +117,7 @@ def make_plan(settings: SupervisedConfig, records: int) -> TrainPlan:
     return TrainPlan(steps, make_schedule(settings, steps))
 
 
-def make_adamw(settings: Any, schedule: Schedule, lr_multiplier: Callable[[str], float] | None = None) -> Optimizer:
+def make_adamw(settings: Any, schedule: Schedule, lr_multiplier: Callable[[Tree], Tree] | None = None) -> Optimizer:
     """AdamW with a section's constants."""
     return adamw(
         schedule,
