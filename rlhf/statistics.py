@@ -141,8 +141,8 @@ def expected_calibration_error(margins: Tensor, *, bins: int = 10) -> float:
     return float(gaps.abs().sum() / max(len(margins), 1))
 
 
-def repetition(tokens: Sequence[int], *, n: int = 4) -> float:
-    """Share of a text's n-grams that have stood in it before: 1 - distinct / all; 0 for a text shorter than n tokens.
+def token_repetition(tokens: Sequence[int], *, n: int = 4) -> float:
+    """Share of a text's n-grams that the text has before: 1 - distinct / all; 0 for a text shorter than n tokens.
 
     Source: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", eq. 8,
     https://arxiv.org/abs/1908.04319.
