@@ -18,34 +18,10 @@ from rich.text import Text
 from rlhf.cli.monitor_panel import finding_line, verdict
 
 from rlhf.io.terminal import visible
+from rlhf.metrics import describe, in_order
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import LogReader, Progress, Series
 
-SHOWN = {
-    "sft": {"loss/sft": "loss", "eval/loss": "held-out loss", "sft/accuracy": "accuracy", "grad_norm": "grad norm"},
-    "reward": {
-        "loss/reward": "loss",
-        "reward/accuracy": "accuracy",
-        "eval/reward/accuracy": "held-out acc.",
-        "eval/reward/margin": "held-out margin",
-        "grad_norm": "grad norm",
-    },
-    "ppo": {
-        "objective/scores": "score",
-        "gold/": "gold",
-        "objective/kl": "KL, nats",
-        "response_length/mean": "length, tokens",
-        "policy/entropy_avg": "entropy/token",
-        "response_length/ended": "ended, share",
-        "val/explained_variance": "value expl. var.",
-        "policy/clipfrac_avg": "clipped, share",
-        "policy/approxkl_avg": "approx. KL",
-        "loss/value_avg": "value loss",
-        "grad_norm": "grad norm",
-    },
-}
-"""Metrics by stage, the most wanted first; a name that ends in / stands for all that begin so."""
-_ALWAYS = {"perf/tokens_per_s": "tokens/s"}
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 _SILENT = 120.0  # seconds without a line, and twenty steps' time, after which a run may be dead; as on the page
 _SPACIOUS = 18  # lines from which there are headings
@@ -198,15 +174,11 @@ def _duration(seconds: float) -> str:
 
 def _metrics(reader: LogReader, stage: str, width: int, ascii_only: bool) -> list[Text]:
     """Label, sparkline and newest value of each metric."""
-    wanted = SHOWN.get(stage, {name: name for name in reader.names(stage)}) | _ALWAYS
-    pairs = [
-        (name, label if name == key else f"{label} {name.removeprefix(key)}")
-        for key, label in wanted.items()
-        for name in reader.names(stage)
-        if name == key or (key.endswith("/") and name.startswith(key))
-    ]
     lines = []
-    for name, label in pairs:
+    labels = {name: describe(name).short for name in in_order(reader.names(stage))}
+    for name, label in labels.items():
+        if not label:
+            continue
         series = reader.series(stage, name)
         known = series.values[np.isfinite(series.values)]
         value = f"{known[-1]:.4g}" if known.size else "-"

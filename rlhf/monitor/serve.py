@@ -18,7 +18,7 @@ from rlhf.io.progress import tell
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.report import content_policy, document, to_json
 from rlhf.monitor.samples import SORTS, Query, SampleIndex
-from rlhf.monitor.view import POINTS, run_names, run_state, stage_curves
+from rlhf.monitor.view import POINTS, metric_table, run_names, run_state, stage_curves
 
 _HOSTS = {"localhost", "127.0.0.1", "[::1]"}
 _TEXT_BROWSERS = {"www-browser", "lynx", "links", "links2", "elinks", "w3m", "browsh"}
@@ -100,7 +100,7 @@ class Runs:
         self._states: list[dict[str, Any]] = []
 
     def state(self, given: Parameters) -> dict[str, Any]:
-        """Where all runs stand; without `runs` if the caller has this version already."""
+        """Where all runs stand; without `runs` and `table` if the caller has this version already."""
         with self._lock:
             self._update()
             known = {"version": self._version, "now": time.time()}
@@ -110,7 +110,7 @@ class Runs:
                 self._states = [
                     run_state(reader, name) for reader, name in zip(self._readers, self._names, strict=True)
                 ]
-            return known | {"runs": self._states}
+            return known | {"runs": self._states, "table": metric_table(self._readers)}
 
     def curves(self, given: Parameters) -> dict[str, Any]:
         """Curves of a stage, from one step to another."""

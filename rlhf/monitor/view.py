@@ -1,5 +1,6 @@
 """A run's log as the page shows it, in JSON values: where it stands, what the checks say, and thinned curves."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -7,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.metrics import describe, in_order
+from rlhf.monitor.charts import charts
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import LogReader, Series
 
@@ -43,6 +46,15 @@ def run_state(reader: LogReader, name: str) -> dict[str, Any]:
         "problems": reader.problems,
         "findings": [finding._asdict() for finding in findings(reader)],
         "samples": len(reader.samples),
+    }
+
+
+def metric_table(readers: Sequence[LogReader]) -> dict[str, Any]:
+    """What the page needs to know of the runs' metrics: each metric in the table's order, and the charts in theirs."""
+    names = list(dict.fromkeys(name for reader in readers for stage in reader.stages for name in reader.names(stage)))
+    return {
+        "metrics": {name: dataclasses.asdict(describe(name)) for name in in_order(names)},
+        "charts": [chart._asdict() for chart in charts(names).values()],
     }
 
 

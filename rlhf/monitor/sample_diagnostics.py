@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.io.terminal import shorten
-from rlhf.monitor.health_checks import Reading, Unknown
+from rlhf.monitor.diagnostics import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import THRESHOLDS, worst
 
@@ -34,7 +34,7 @@ def constant_rewards(reader: LogReader, stage: str) -> Reading:
 def repeated_text(reader: LogReader, stage: str) -> Reading:
     """The same words again and again in one completion, or the same completion for every prompt."""
     samples = _samples(reader, stage)
-    repeated = float(np.mean([repetition(sample["completion"]) for sample in samples]))
+    repeated = float(np.mean([word_repetition(sample["completion"]) for sample in samples]))
     prompts = {sample["prompt"] for sample in samples}
     text, count = Counter(sample["completion"] for sample in samples).most_common(1)[0]
     several = len(prompts) > 4
@@ -48,7 +48,7 @@ def repeated_text(reader: LogReader, stage: str) -> Reading:
     )
 
 
-def repetition(text: str) -> float:
+def word_repetition(text: str) -> float:
     """Share of a text's 4-grams that it had before (Welleck et al. 2020, https://arxiv.org/abs/1908.04319, seq-rep-4).
 
     Of words; of characters where there are no spaces; 0 for a text of fewer than four.
