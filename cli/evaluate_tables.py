@@ -118,21 +118,21 @@ def _wins(evaluation: Evaluation) -> Table:
     table.add_column(f"policy against {_other(evaluation)}, by")
     for heading in ("win rate", "wins", "ties", "losses"):
         table.add_column(heading, justify="right")
-    found = evaluation.figures["wins"]
-    for name in [name.removeprefix("eval/win_rate/") for name in found if name.startswith("eval/win_rate/")]:
-        shares = [found[f"eval/{share}/{name}"] for share in ("wins", "ties", "losses")]
-        cells = [_cell(found[f"eval/win_rate/{name}"], ".3f"), *(f"{share.value:.3f}" for share in shares)]
+    figures = evaluation.figures["wins"]
+    for name in [name.removeprefix("eval/win_rate/") for name in figures if name.startswith("eval/win_rate/")]:
+        shares = [figures[f"eval/{share}/{name}"] for share in ("wins", "ties", "losses")]
+        cells = [_cell(figures[f"eval/win_rate/{name}"], ".3f"), *(f"{share.value:.3f}" for share in shares)]
         table.add_row(Text(name), *cells)
-    for name in [name for name in found if name.startswith("eval/first_place/")]:
+    for name in [name for name in figures if name.startswith("eval/first_place/")]:
         judge = name.removeprefix("eval/first_place/")
         table.caption = f"{table.caption or ''}{judge} was asked in both orders; it favoured the first place with " + (
-            f"{found[name].value:.3f} (0.5 is fair). "
+            f"{figures[name].value:.3f} (0.5 is fair). "
         )
     return table
 
 
 def _other(evaluation: Evaluation) -> str:
-    """What the policy is compared with, by its folder's name where that tells them apart."""
+    """Name of the model that the policy is compared with: its folder's, where that tells them apart."""
     if "against" not in evaluation.models:
         return ""
     name = evaluation.models["against"].name

@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
-from rlhf.cli.monitor_panel import finding_line, verdict
+from rlhf.cli.monitor_health import finding_line, verdict
 
 from rlhf.io.terminal import visible
 from rlhf.metrics import describe, in_order
@@ -76,8 +76,8 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
         return _fit(waiting, width, height, ascii_only)
     stage = reader.stages[-1]
     head = [_title(reader), _bar(reader.progress(stage), width, now, ascii_only)]
-    metrics, found = _metrics(reader, stage, width, ascii_only), findings(reader)
-    bad, doubtful = ([finding_line(one) for one in found if one.level == level] for level in ("problem", "warning"))
+    metrics, results = _metrics(reader, stage, width, ascii_only), findings(reader)
+    bad, doubtful = ([finding_line(one) for one in results if one.level == level] for level in ("problem", "warning"))
     health = [*bad, *_problems(reader), *doubtful]  # the verdict does not count what the log lacks
     spacious = height >= _SPACIOUS
     room = height - 1 - len(head) - 1 - 4 * spacious  # the verdict, and two headings with a blank line each
@@ -88,7 +88,7 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
         *head,
         *metrics,
         *_heading("health", spacious),
-        verdict(found),
+        verdict(results),
         *health,
         *_heading("newest completions", spacious and bool(samples)),
         *samples,

@@ -22,12 +22,12 @@ class Metric:
     unit: str = ""
     """A unit that begins with `share` is written in per cent on the page."""
     direction: Direction = "none"
-    """Where better values lie; `none` where neither end is better."""
+    """The direction of better values; `none` where neither end is better."""
     chart: str = ""
     """Chart of `rlhf.monitor.charts` that it is drawn in, or the title of a new one; without it, a chart of its own."""
     meaning: str = ""
     good: str = ""
-    """What it looks like when all is well."""
+    """Its course when all is well."""
     short: str = ""
     """Name in the terminal, of at most 16 columns; a metric without one is not shown there."""
     row: str = ""
@@ -255,7 +255,7 @@ def register(metric: Metric) -> None:
 
 
 def is_registered(key: str) -> bool:
-    """Whether a metric is in the table, by its own key or by a prefix."""
+    """True for a metric that the table has by its key or by a prefix."""
     return _row_of(key) is not None
 
 
@@ -278,7 +278,7 @@ def in_order(keys: Iterable[str]) -> list[str]:
 
 
 def _row_of(key: str) -> str | None:
-    """Key of the table's row for a metric: its own, or the longest prefix."""
+    """Key of the table's row for a metric: the same key, or its longest prefix; None where there is none."""
     if key in METRICS and not key.endswith("/"):
         return key
     parts = key.split("/")

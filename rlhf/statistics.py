@@ -47,7 +47,7 @@ def _centred(values: Tensor) -> Tensor:
 def preference_metrics(
     chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> dict[str, float]:
-    """How well scores order preference pairs, and whether they follow length.
+    """Metrics of how well scores order preference pairs, and of how far they follow length.
 
     Args:
         chosen: [B] float, scores in reward units.
@@ -95,7 +95,7 @@ def mean_interval(values: Tensor) -> tuple[float, float]:
 
 
 class Reliability(NamedTuple):
-    """How often a preference model is right, by how sure it says it is; see `reliability`."""
+    """The correctness of a preference model by its confidence; see `reliability`."""
 
     bin: Tensor
     """[B] int64: the bin of each pair."""

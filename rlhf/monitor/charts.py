@@ -14,7 +14,7 @@ class Chart(NamedTuple):
     title: str
     metrics: tuple[str, ...]
     scatter: bool = False
-    """Whether it draws the first metric against the second, instead of both over steps."""
+    """True draws the first metric against the second instead of both over steps."""
 
 
 QUESTIONS = {
@@ -59,12 +59,12 @@ def charts(keys: Iterable[str]) -> dict[str, Chart]:
     for key in keys:
         members.setdefault(describe(key).chart or f"{key} alone", []).append(key)
     members |= {name: list(pair) if set(pair) <= set(keys) else [] for name, pair in SCATTERS.items()}
-    found = {}
+    present = {}
     for name, metrics in members.items():
         if metrics:
             question, title = titles.get(name, (OTHERS, describe(metrics[0]).chart))
-            found[name] = Chart(question, title or describe(metrics[0]).label, tuple(metrics), name in SCATTERS)
-    return found
+            present[name] = Chart(question, title or describe(metrics[0]).label, tuple(metrics), name in SCATTERS)
+    return present
 
 
 def curve_label(key: str, title: str) -> str:

@@ -1,4 +1,4 @@
-"""What the health checks measure in a stage's metrics and events.
+"""Measurements of the health checks in a stage's metrics and events.
 
 Those of metrics take the metric that is judged, then the ones that its check reads beside it.
 """
@@ -19,7 +19,7 @@ _ONE_SIDED = 1.645
 
 
 class Reading(NamedTuple):
-    """What a check found."""
+    """The finding of one measurement."""
 
     level: Level
     summary: str
@@ -121,7 +121,7 @@ def clip_fraction(reader: LogReader, stage: str, metric: str) -> Reading:
 
 
 def approx_kl(reader: LogReader, stage: str, metric: str) -> Reading:
-    """How far one iteration's updates carry the policy."""
+    """The KL that one iteration's updates add to the policy."""
     return _level_of_median(reader, stage, metric, "approx-kl", "updates move the policy {:.2g} nats per token")
 
 
@@ -147,12 +147,12 @@ def _level_of_median(reader: LogReader, stage: str, metric: str, threshold: str,
 def entropy_collapse(reader: LogReader, stage: str, metric: str) -> Reading:
     """A policy that is sure of every token explores no more."""
     entropy = need(reader, stage, metric)
-    now, begun = recent(entropy), early(entropy)
-    share = _median(now) / max(_median(begun), 1e-9)
+    now, start = recent(entropy), early(entropy)
+    share = _median(now) / max(_median(start), 1e-9)
     return Reading(
         THRESHOLDS["entropy-collapse"].level(share),
         f"entropy is {_median(now):.2g} nats per token, {share:.0%} of that at the start",
-        f"median {metric} {_median(begun):.3g} at first, {_median(now):.3g} now",
+        f"median {metric} {_median(start):.3g} at first, {_median(now):.3g} now",
         _span(now),
     )
 
@@ -160,12 +160,12 @@ def entropy_collapse(reader: LogReader, stage: str, metric: str) -> Reading:
 def length_drift(reader: LogReader, stage: str, metric: str) -> Reading:
     """Completions that become ever longer, or shrink."""
     lengths = need(reader, stage, metric)
-    now, begun = recent(lengths), early(lengths)
-    growth = _median(now) / max(_median(begun), 1e-9)
+    now, start = recent(lengths), early(lengths)
+    growth = _median(now) / max(_median(start), 1e-9)
     return Reading(
         worst(THRESHOLDS["length-growth"].level(growth), THRESHOLDS["length-shrinkage"].level(growth)),
         f"completions are {_median(now):.3g} tokens long, {growth:.2g} times the length at the start",
-        f"median {metric} {_median(begun):.3g} tokens at first, {_median(now):.3g} now",
+        f"median {metric} {_median(start):.3g} tokens at first, {_median(now):.3g} now",
         _span(now),
     )
 
@@ -260,23 +260,23 @@ def recoveries(reader: LogReader, stage: str) -> Reading:
 
 def not_finite(reader: LogReader, stage: str) -> Reading:
     """NaN or infinity, refused by the run or in its log."""
-    told = [event for event in reader.events if event["stage"] == stage and event["event"] != "fault"]
-    refused = [event for event in told if event["event"] == "nonfinite"]
+    events = [event for event in reader.events if event["stage"] == stage and event["event"] != "fault"]
+    refused = [event for event in events if event["event"] == "nonfinite"]
     if refused:
         step = refused[-1].get("step", 0) + 1
-        stands = told[-1] is refused[-1]
+        stands = events[-1] is refused[-1]
         summary = f"an update was refused at step {step}" + (", and the run went on since" if not stands else "")
         return Reading("problem" if stands else "warning", summary, str(refused[-1].get("message", "")), (step, step))
     names = [
         name for name in reader.names(stage) if describe(name).unit != "correlation"
     ]  # undefined if nothing varies
-    found = [name for name in names if np.isnan(reader.series(stage, name).values[-_FEWEST:]).any()]
-    if not found:
+    bad = [name for name in names if np.isnan(reader.series(stage, name).values[-_FEWEST:]).any()]
+    if not bad:
         return Reading("ok", "all figures are finite", "no nonfinite event, no null in the newest lines")
     return Reading(
         "warning",
-        f"{len(found)} {'metric is' if len(found) == 1 else 'metrics are'} not finite",
-        "null in the newest lines: " + ", ".join(found[:5]),
+        f"{len(bad)} {'metric is' if len(bad) == 1 else 'metrics are'} not finite",
+        "null in the newest lines: " + ", ".join(bad[:5]),
     )
 
 

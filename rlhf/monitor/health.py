@@ -11,7 +11,7 @@ from rlhf.monitor.thresholds import LEVELS, Level
 
 
 class Finding(NamedTuple):
-    """What one check says of one stage."""
+    """The result of one check in one stage."""
 
     check: str
     """Its name, such as `kl-explosion`."""
@@ -22,15 +22,15 @@ class Finding(NamedTuple):
     evidence: str
     """The figures it goes by."""
     cause: str
-    """What it usually comes from."""
+    """The usual reason."""
     advice: str
-    """What to change, by our flags."""
+    """The change to make, by our flags."""
     steps: tuple[int, int] | None
     """First and last step that the evidence is about."""
 
 
 class Check(NamedTuple):
-    """A check, and what is to be said where it does not pass.
+    """A check, with the cause and the advice for where it does not pass.
 
     It judges the metrics whose `checks` name it, in every stage that logs one; one that no metric names judges
     completions or events.
@@ -42,7 +42,7 @@ class Check(NamedTuple):
     cause: str
     advice: str
     stages: tuple[str, ...] = ("ppo",)
-    """Where it applies even if the log has no such metric."""
+    """Stages in which it applies even if the log has no such metric."""
     beside: tuple[str, ...] = ()
     """Metrics that it reads beside the one that it judges."""
 
@@ -180,11 +180,11 @@ CHECKS = (
 
 
 def findings(reader: LogReader) -> list[Finding]:
-    """What the checks say of every stage so far; problems first, then by stage, in the order of `CHECKS`."""
-    found = [
+    """The findings of every stage so far; problems first, then by stage, in the order of `CHECKS`."""
+    results = [
         _finding(check, reader, stage) for stage in reader.stages for check in CHECKS if _applies(check, reader, stage)
     ]
-    return sorted(found, key=lambda finding: -LEVELS.index(finding.level))
+    return sorted(results, key=lambda finding: -LEVELS.index(finding.level))
 
 
 def _applies(check: Check, reader: LogReader, stage: str) -> bool:

@@ -44,7 +44,7 @@ _RAW = 1000  # points that noise is drawn with
 
 
 class AxesStyle(NamedTuple):
-    """How the y axis of a chart is drawn."""
+    """Style of a chart's y axis."""
 
     level: tuple[float, str] | None = None
     """A line to compare with, and what it is."""
@@ -89,7 +89,7 @@ def draw_chart(
     style = style or AxesStyle()
     drawn = 0
     for metric in chart.metrics:
-        runs = [finite(reader.series(stage, metric)) for reader in readers]
+        runs = [drop_nan(reader.series(stage, metric)) for reader in readers]
         runs = [series for series in runs if len(series.steps)]
         if runs:
             draw_curve(axes, runs, COLOURS[drawn % len(COLOURS)], visible(curve_label(metric, chart.title)))
@@ -131,7 +131,7 @@ def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) ->
     axes.plot(steps, centre, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=label)
 
 
-def finite(series: Series) -> Series:
+def drop_nan(series: Series) -> Series:
     """A series without its NaN."""
     keep = np.isfinite(series.values)
     return Series(series.steps[keep], series.values[keep])

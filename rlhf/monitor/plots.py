@@ -20,7 +20,7 @@ from rlhf.monitor.plot_axes import (
     AxesStyle,
     add_legend,
     draw_chart,
-    finite,
+    drop_nan,
     name_y_axis,
     new_figure,
     on_one_grid,
@@ -188,7 +188,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
     """Score and gold score against the root of the KL, as in Gao et al. 2022, https://arxiv.org/abs/2210.10760."""
     golds = dict.fromkeys(n for reader in readers for n in reader.names("ppo") if n.startswith("gold/"))
     points = {name: _against_kl(readers, name) for name in ("objective/scores", *golds)}
-    points = {name: found for name, found in points.items() if found.size}
+    points = {name: columns for name, columns in points.items() if columns.size}
     if not points:
         return None
     figure, axes = new_figure(
@@ -197,7 +197,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
     )
     from matplotlib.ticker import AutoLocator, MaxNLocator
 
-    last = max(found[2].max() for found in points.values())
+    last = max(columns[2].max() for columns in points.values())
     for ax, (name, (root_kl, values, steps)) in zip(axes, points.items(), strict=True):
         dots = ax.scatter(
             root_kl,
@@ -220,7 +220,7 @@ def _against_kl(readers: Sequence[LogReader], name: str) -> np.ndarray:
     """[3, n]: √KL, value and step of every line that has both."""
     parts = []
     for reader in readers:
-        kl, values = finite(reader.series("ppo", "objective/kl")), finite(reader.series("ppo", name))
+        kl, values = drop_nan(reader.series("ppo", "objective/kl")), drop_nan(reader.series("ppo", name))
         steps, at_kl, at_value = np.intersect1d(kl.steps, values.steps, return_indices=True)
         parts.append(np.array([np.sqrt(np.maximum(kl.values[at_kl], 0.0)), values.values[at_value], steps]))
     return np.concatenate(parts, axis=1)
@@ -229,7 +229,7 @@ def _against_kl(readers: Sequence[LogReader], name: str) -> np.ndarray:
 def _timing(readers: Sequence[LogReader]) -> "Figure | None":
     """Seconds of each phase, stacked, and tokens per second."""
     present = {stage: _charts(readers, stage) for stage in _stages(readers)}
-    speed = {stage: found["throughput"] for stage, found in present.items() if "throughput" in found}
+    speed = {stage: group["throughput"] for stage, group in present.items() if "throughput" in group}
     phases = "step-time" in present.get("ppo", {})
     if not speed and not phases:
         return None
@@ -265,7 +265,7 @@ def _phases(axes: "Axes", readers: Sequence[LogReader]) -> None:
 
 
 def _mean_bars(readers: Sequence[LogReader], name: str) -> tuple[np.ndarray, np.ndarray]:
-    runs = [series for reader in readers if len((series := finite(reader.series("ppo", name))).steps)]
+    runs = [series for reader in readers if len((series := drop_nan(reader.series("ppo", name))).steps)]
     if not runs:
         return np.empty(0), np.empty(0)
     steps, table = on_one_grid(runs)

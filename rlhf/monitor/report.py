@@ -22,7 +22,7 @@ SCRIPTS = ("uPlot.iife.min.js", "dom.js", "source.js", "metrics.js", "curves.js"
 """In the order in which they need each other."""
 
 _SAMPLE_BYTES = 2_200_000
-"""What a report may spend on completions; the curves of a thousand iterations take about a megabyte."""
+"""Bytes that a report may spend on completions; the curves of a thousand iterations take about a megabyte."""
 
 
 def write_report(log_dirs: Sequence[Path], path: Path, *, overwrite: bool | None = None) -> list[LogReader]:

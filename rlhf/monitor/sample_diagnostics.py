@@ -1,4 +1,4 @@
-"""What the health checks see in the newest completions."""
+"""Measurements of the health checks in the newest completions."""
 
 import re
 from collections import Counter
@@ -27,7 +27,7 @@ def constant_rewards(reader: LogReader, stage: str) -> Reading:
         THRESHOLDS["constant-rewards"].level(count / len(samples)),
         f"{len(scores)} different scores in {len(samples)} completions",
         f"the score {shown} is that of {count} of the newest {len(samples)} completions",
-        _of_samples(samples),
+        _step_range(samples),
     )
 
 
@@ -44,7 +44,7 @@ def repeated_text(reader: LogReader, stage: str) -> Reading:
         f"{repeated:.0%} of 4-grams repeat within a completion"
         + (f"; the commonest completion has a share of {same:.0%}" if several else ""),
         f"of the newest {len(samples)} completions of {len(prompts)} prompts, {count} are {shorten(text, 60)!r}",
-        _of_samples(samples),
+        _step_range(samples),
     )
 
 
@@ -68,5 +68,5 @@ def _samples(reader: LogReader, stage: str) -> list[dict[str, Any]]:
     return store[places[0] : places[-1] + 1]
 
 
-def _of_samples(samples: list[dict[str, Any]]) -> tuple[int, int]:
+def _step_range(samples: list[dict[str, Any]]) -> tuple[int, int]:
     return samples[0]["step"], samples[-1]["step"]

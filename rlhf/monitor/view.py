@@ -24,7 +24,7 @@ _EVENTS = 300
 
 
 def run_names(readers: Sequence[LogReader]) -> list[str]:
-    """What to call each run: its folder's name, with its parent's or a number where that is not enough."""
+    """Name of each run: that of its folder, with its parent's or a number where that is not enough."""
     names = [reader.name for reader in readers]
     many = Counter(names)
     names = [
@@ -50,7 +50,7 @@ def run_state(reader: LogReader, name: str) -> dict[str, Any]:
 
 
 def metric_table(readers: Sequence[LogReader]) -> dict[str, Any]:
-    """What the page needs to know of the runs' metrics: each metric in the table's order, and the charts in theirs."""
+    """The runs' metrics in the table's order and their charts in theirs, as JSON values for the page."""
     names = list(dict.fromkeys(name for reader in readers for stage in reader.stages for name in reader.names(stage)))
     return {
         "metrics": {name: dataclasses.asdict(describe(name)) for name in in_order(names)},
