@@ -2,7 +2,8 @@
 
 A new metric is one `Metric` in `METRICS`, or one `register` call in the file of the stage that logs it. It then has its
 label and chart on the page and in the report, its curve in the plot of that chart, a line in `rlhf-monitor --live` if
-it has a `short` name, and a row in the table of `rlhf-evaluate`. The health check named in `checks` reads it.
+it has a `short` name, and a row in the table of `rlhf-evaluate`. The health checks named in `checks` judge it. A metric
+that nobody has registered is shown under its key.
 """
 
 from collections.abc import Iterable
@@ -244,6 +245,8 @@ METRICS: dict[str, Metric] = {metric.key: metric for metric in _TABLE}
 
 def register(metric: Metric) -> None:
     """Add a metric at the end of `METRICS`, as the file of a new stage does when it is imported.
+
+    Only programs that import that file know it; the report that a stage leaves behind is written by one.
 
     Raises:
         ValueError: the key stands for another metric already.
