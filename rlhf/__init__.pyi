@@ -45,6 +45,6 @@ from .statistics import expected_calibration_error as expected_calibration_error
 from .statistics import mean_interval as mean_interval
 from .statistics import preference_metrics as preference_metrics
 from .statistics import reliability as reliability
-from .statistics import repetition as repetition
+from .statistics import token_repetition as token_repetition
 
 __version__: str
