@@ -9,6 +9,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def reference_of(function: Callable[P, T]) -> Callable[P, T]:
+    """Return the reference of an accelerated function; any other function itself."""
+    reference: Callable[P, T] = getattr(function, "__wrapped__", function)
+    return reference
+
+
 def accelerated(kernel: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a reference function with its fast form; without the folder `rlhf.kernels` the reference runs.
 

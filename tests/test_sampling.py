@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf import random
+from rlhf.accelerate import reference_of
 from rlhf.sampling import filter_logits, sample_token
 
 
@@ -46,7 +47,7 @@ def test_filter_logits_top_k_1_is_greedy_among_ties():
     assert kept.tolist() == [[False, True, False], [True, False, False]]
 
 
-FORMS = pytest.mark.parametrize("sample", [sample_token, sample_token.__wrapped__], ids=["in parts", "at once"])
+FORMS = pytest.mark.parametrize("sample", [sample_token, reference_of(sample_token)], ids=["in parts", "at once"])
 
 
 @FORMS

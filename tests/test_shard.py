@@ -7,6 +7,7 @@ import torch
 from laws import assert_same_bits
 
 from rlhf import random
+from rlhf.accelerate import reference_of
 from rlhf.execution import shard as shard_module
 from rlhf.execution.shard import apply, init_shard, slice_shard, update_scale
 from rlhf.optim import Optimizer, adamw, clip_scale
@@ -82,7 +83,7 @@ def test_apply_gives_the_same_bits_for_any_group_size(group, monkeypatch):
 
 def test_apply_without_kernels_is_the_optimisers_update(monkeypatch):
     params, state = run([])
-    monkeypatch.setattr(shard_module, "write_update", shard_module.write_update.__wrapped__)
+    monkeypatch.setattr(shard_module, "write_update", reference_of(shard_module.write_update))
     pure_params, pure_state = run([])
     torch.testing.assert_close(pure_params, params, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(pure_state, state, rtol=1e-5, atol=1e-7)
