@@ -28,10 +28,23 @@ WORKERS = 2
 SECONDS = 120  # after which a child is given up
 
 
+TESTS = {
+    "kernels.compiled_ops": "accelerate",
+    "models.attention": "fused_attention",
+    "models.forward": "gpt2",
+    "models.layers": "gpt2",
+    "models.scoring": "objectives",
+    "train.ppo_objective": "objectives",
+    "train.reward": "objectives",
+    "train.sft": "objectives",
+}
+"""Tests of modules whose test file has another name."""
+
+
 class Mutant(NamedTuple):
     name: str
     module: str
-    """Of rlhf, dotted; its tests are tests/test_<last part>.py."""
+    """Of rlhf, dotted; its tests are tests/test_<last part>.py, or as `TESTS` has it."""
     old: str
     """Occurs exactly once in the module."""
     new: str
@@ -284,27 +297,30 @@ MUTANTS = [
             "whitened if shift_mean else whitened + mean, 0.0)",
             "whitened if shift_mean else whitened + mean, mean)",
         ),
-        ("log-probs: not normalised", "_at(scaled, targets) - torch.logsumexp(scaled, dim=-1)", "_at(scaled, targets)"),
+        (
+            "log-probs: not normalised",
+            "target_logits(scaled, targets) - torch.logsumexp(scaled, dim=-1)",
+            "target_logits(scaled, targets)",
+        ),
         (
             "log-probs: sign of the normaliser",
-            "_at(scaled, targets) - torch.logsumexp(scaled, dim=-1)",
-            "_at(scaled, targets) + torch.logsumexp(scaled, dim=-1)",
+            "target_logits(scaled, targets) - torch.logsumexp(scaled, dim=-1)",
+            "target_logits(scaled, targets) + torch.logsumexp(scaled, dim=-1)",
         ),
         (
             "log-probs: normaliser at temperature 1",
-            "_at(scaled, targets) - torch.logsumexp(scaled,",
-            "_at(scaled, targets) - torch.logsumexp(logits,",
+            "target_logits(scaled, targets) - torch.logsumexp(scaled,",
+            "target_logits(scaled, targets) - torch.logsumexp(logits,",
         ),
-        ("log-probs: logit at temperature 1", "return _at(scaled, targets) - ", "return _at(logits, targets) - "),
         (
-            "log-probs, compiled: another token",
-            "token == targets.int().unsqueeze(-1)",
-            "token > targets.int().unsqueeze(-1)",
+            "log-probs: logit at temperature 1",
+            "return target_logits(scaled, targets) - ",
+            "return target_logits(logits, targets) - ",
         ),
         (
             "log-probs: overflow",
-            "_at(scaled, targets) - torch.logsumexp(scaled, dim=-1)",
-            "_at(scaled, targets) - scaled.exp().sum(dim=-1).log()",
+            "target_logits(scaled, targets) - torch.logsumexp(scaled, dim=-1)",
+            "target_logits(scaled, targets) - scaled.exp().sum(dim=-1).log()",
         ),
         ("entropy: sign", "torch.logsumexp(scaled, dim=-1) - (torch", "torch.logsumexp(scaled, dim=-1) + (torch"),
         ("entropy: weights at temperature 1", "torch.softmax(scaled, dim=-1)", "torch.softmax(logits, dim=-1)"),
@@ -317,6 +333,10 @@ MUTANTS = [
         ("accuracy: of the others", ">= scaled.amax(dim=-1, keepdim=True)", "< scaled.amax(dim=-1, keepdim=True)"),
         ("accuracy: ties do not count", ">= scaled.amax(dim=-1, keepdim=True)", "> scaled.amax(dim=-1, keepdim=True)"),
         ("metrics: count of 0", 'torch.where(sums["count"] == 0, 1, sums["count"])', 'sums["count"]'),
+    ),
+    *mutants(
+        "kernels.compiled_ops",
+        ("another token", "token == targets.int().unsqueeze(-1)", "token > targets.int().unsqueeze(-1)"),
     ),
     *mutants(
         "experience",
@@ -569,7 +589,7 @@ MUTANTS = [
         ("reward models left out", "reward_scores(frozen, batch, reward_models,", "reward_scores(frozen, batch, (),"),
     ),
     *mutants(
-        "kernels.remat",
+        "kernels.recomputation",
         (
             "gradients of another argument",
             "for place in range(len(leaves)))",
@@ -580,58 +600,68 @@ MUTANTS = [
         ("everything kept", "return _Remat.apply(function, structure, *leaves)", "return function(*arguments)"),
         ("chunks: one more", "torch.split(column, size)", "torch.split(column, size + 1)"),
         ("chunks: never", "len(columns[0]) <= size", "True"),
-        ("chunks: kept", "again = remat(function)", "again = function"),
+        ("chunks: kept", "again = remat(lambda function: function, function)", "again = function"),
     ),
     *mutants(
-        "kernels.attention",
+        "models.attention",
         ("attention sees what comes", "device=device).tril()", "device=device).tril(1)"),
         ("attention misses itself", "device=device).tril()", "device=device).tril(-1)"),
         ("segments: later ones too", "segments[:, :, None] == segments", "segments[:, :, None] >= segments"),
         (
             "segments swapped",
-            "_causal(segments.shape[1], segments.device) & (",
-            "_causal(segments.shape[1], segments.device).T & (",
+            "causal(segments.shape[1], segments.device) & (",
+            "causal(segments.shape[1], segments.device).T & (",
         ),
-        ("bf16 attention: no scale", ".float() * q.shape[-1] ** -0.5", ".float()"),
-        ("bf16 attention: no mask", "q.shape[-1] ** -0.5 + bias", "q.shape[-1] ** -0.5"),
-        ("bf16 attention, compiled: not divided", " / weights.float().sum(-1, keepdim=True)", ""),
-        ("bf16 attention, compiled: the gradient of exp", "gradient.float() * exp.float()", "gradient.float()"),
+        ("no scale", "(products * q.shape[-1] ** -0.5 + bias)", "(products + bias)"),
+        ("no mask", "(products * q.shape[-1] ** -0.5 + bias)", "(products * q.shape[-1] ** -0.5)"),
+        ("causal bias for all", "if bias is None else bias\n    products", "if True else bias\n    products"),
         (
-            "bf16 attention: causal bias for all",
-            "if bias is None else bias\n        scores",
-            "if True else bias\n        scores",
+            "one query: no scale",
+            "(scores * q.shape[-1] ** -0.5 + bias[:, None, None])",
+            "(scores + bias[:, None, None])",
         ),
         (
-            "decode: no scale",
-            "weights = (scores * scale + bias[:, None, None])",
-            "weights = (scores + bias[:, None, None])",
+            "one query: no mask",
+            "(scores * q.shape[-1] ** -0.5 + bias[:, None, None])",
+            "(scores * q.shape[-1] ** -0.5)",
         ),
-        ("decode: no mask", "(scores * scale + bias[:, None, None])", "(scores * scale)"),
+        ("prompts: keys into other rows", "cache.keys[layer][rows,", "cache.keys[layer][rows.flip(0),"),
+        ("prompts: values of another", "= v[source]", "= v[source.flip(0)]"),
+        ("decode: written one further", "values[rows, :, lengths] =", "values[rows, :, lengths + 1] ="),
+    ),
+    *mutants(
+        "kernels.fused_attention",
         (
-            "compiled, one query: no scale",
-            "weights = (scores * scale + bias[:, None])",
-            "weights = (scores + bias[:, None])",
+            "compiled: no scale",
+            "(q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5",
+            "(q @ k.transpose(-1, -2)).float()",
         ),
+        ("compiled: no mask", "q.shape[-1] ** -0.5 + bias\n", "q.shape[-1] ** -0.5\n"),
+        ("compiled: not divided", " / weights.float().sum(-1, keepdim=True)", ""),
+        ("compiled: the gradient of exp", "gradient.float() * exp.float()", "gradient.float()"),
+        ("compiled, one query: no scale", "(scores * q.shape[-1] ** -0.5 + bias[:, None])", "(scores + bias[:, None])"),
         ("compiled, one query: sum over slots", "keys.to(wide)).sum(-2)", "keys.to(wide)).sum(-2).flip(-1)"),
+        ("fused: no mask", "attn_mask=bias, is_causal=bias is None", "is_causal=True"),
+        (
+            "differentiated twice: the fused pass",
+            "if not torch.is_grad_enabled() and not is_transformed():",
+            "if True:",
+        ),
+        ("under transforms: the fused form", "if reference_needed(q, k, v):", "if False:"),
     ),
     *mutants(
         "models.gpt2",
-        ("gelu: exact form", 'approximate="tanh"', 'approximate="none"'),
-        ("norms swapped", '_layer_norm(x, p["ln_2"], config)', '_layer_norm(x, p["ln_1"], config)'),
-        ("attention: no residual", "x = x + drop(_affine(attended_BTD", "x = drop(_affine(attended_BTD"),
-        ("no final norm", 'return _layer_norm(x, params["ln_f"], config)', "return x"),
+        ("norms swapped", 'layer_norm(x, p["ln_2"], eps=eps)', 'layer_norm(x, p["ln_1"], eps=eps)'),
+        ("attention: no residual", "x = x + drop(affine(attended_BTD", "x = drop(affine(attended_BTD"),
+        ("no final norm", 'return layer_norm(x, params["ln_f"], eps=eps)', "return x"),
         ("no positions", ' + gather_rows(params["wpe"]["weight"], positions)', ""),
-        ("left padding counted", "(real.cumsum(dim=1) - 1)", "real.cumsum(dim=1)"),
         ("prefill: state of the padding", "hidden_UTD[each, lengths - 1]", "hidden_UTD[each, -1]"),
-        ("prefill: keys into other rows", "cache.keys[layer][rows,", "cache.keys[layer][rows.flip(0),"),
-        ("prefill: values of another prompt", "= v[source]", "= v[source.flip(0)]"),
         (
             "decode: sees one slot more",
             "device=tokens.device) > lengths[:, None]",
             "device=tokens.device) > lengths[:, None] + 1",
         ),
         ("decode: not itself", "device=tokens.device) > lengths[:, None]", "device=tokens.device) >= lengths[:, None]"),
-        ("decode: written one further", "values[rows, :, lengths] =", "values[rows, :, lengths + 1] ="),
         (
             "decode: position of another",
             "lengths[:, None]), config, attend)[:, 0]",
@@ -640,15 +670,23 @@ MUTANTS = [
         ("init: residual std", "/ (2 * config.n_layer) ** 0.5", "/ config.n_layer ** 0.5"),
         ("embeddings rounded", ' | {"wte": params["wte"], "wpe": params["wpe"]}', ""),
     ),
+    *mutants("models.layers", ("gelu: exact form", 'approximate="tanh"', 'approximate="none"')),
+    *mutants("models.forward", ("left padding counted", "(real.cumsum(dim=1) - 1)", "real.cumsum(dim=1)")),
     *mutants(
-        "models.objectives",
+        "train.sft",
         (
             "sft: predictors ignored",
             "gather_rows(hidden, batch.predictors), batch.targets",
             "hidden[: len(batch.targets)], batch.targets",
         ),
+    ),
+    *mutants(
+        "train.reward",
         ("reward: mask left out", "batch.mask, margin=batch.margin", "None, margin=batch.margin"),
         ("reward: margin left out", "margin=batch.margin, centre_coef", "centre_coef"),
+    ),
+    *mutants(
+        "train.ppo_objective",
         (
             "ppo: log-probs at temperature 1",
             "log_probs = token_log_probs(logits, targets, temperature=temperature)",
@@ -671,12 +709,19 @@ MUTANTS = [
             "return policy_coef * policy_total, metrics, hidden",
             "return value_coef * policy_total, metrics, hidden",
         ),
-        ("ppo: exact KL turned around", "exact_kl(logits, of, temperature", "exact_kl(of, logits, temperature"),
+        (
+            "ppo: exact KL turned around",
+            "exact_kl(logits, ref_logits, temperature",
+            "exact_kl(ref_logits, logits, temperature",
+        ),
         (
             "ppo: reference's hidden from the policy",
             "columns.append(at_predictors(reference,",
             "columns.append(at_predictors(policy,",
         ),
+    ),
+    *mutants(
+        "models.scoring",
         ("score: reference is the policy", 'look(frozen["reference"], batch)', 'look(params["policy"], batch)'),
         (
             "score: at temperature 1",
@@ -716,6 +761,9 @@ MUTANTS = [
         ("draw: a token without weight", "(inside <= rest)", "(inside < rest)"),
         ("draw: float32 exponentials", "fill=-torch.inf).double()", "fill=-torch.inf).float()"),
         ("draw: weight of the blocks before", "(threshold - F.pad", "(threshold + 0 * F.pad"),
+    ),
+    *mutants(
+        "models.decoding",
         ("log-probs of the filtered", "token_log_probs(logits, token)", "token_log_probs(filtered, token)"),
         ("stop tokens ignored", "(token[:, None] == stops).any(1) | (batch.step == last)", "batch.step == last"),
         ("min_new_tokens: one fewer", "batch.step < min_new_tokens", "batch.step + 1 < min_new_tokens"),
@@ -730,6 +778,7 @@ MUTANTS = [
         ("prompts mixed up", "source=place)", "source=place.flip(0))"),
         ("other rows are kept", "kept = torch.tensor(rows,", "kept = torch.tensor(rows[::-1],"),
         ("value of no head", "zeros if value_head is None else", "zeros if True else"),
+        ("left padding: one further", "(place + first[:, None]).clamp", "(place + first[:, None] + 1).clamp"),
     ),
 ]
 
@@ -826,7 +875,7 @@ def first_failure(module: str) -> str:
 
     plugin = ModuleType("first_failure")
     plugin.pytest_runtest_logreport = plugin.pytest_collectreport = note
-    tests = str(ROOT / "tests" / f"test_{module.rpartition('.')[2]}.py")
+    tests = str(ROOT / "tests" / f"test_{TESTS.get(module, module.rpartition('.')[2])}.py")
     options = ["-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
     code = pytest.main([tests, *options], plugins=[plugin])
     return failures[0] if failures else "" if code == 0 else f"error: pytest ended with {code}"
