@@ -30,7 +30,7 @@ SECONDS = 120  # after which a child is given up
 
 TESTS = {
     "kernels.compiled_ops": "accelerate",
-    "models.attention": "fused_attention",
+    "models.attention": "fused_attention gpt2",
     "models.forward": "gpt2",
     "models.layers": "gpt2",
     "models.scoring": "objectives",
@@ -875,9 +875,10 @@ def first_failure(module: str) -> str:
 
     plugin = ModuleType("first_failure")
     plugin.pytest_runtest_logreport = plugin.pytest_collectreport = note
-    tests = str(ROOT / "tests" / f"test_{TESTS.get(module, module.rpartition('.')[2])}.py")
+    names = TESTS.get(module, module.rpartition(".")[2]).split()
+    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
     options = ["-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
-    code = pytest.main([tests, *options], plugins=[plugin])
+    code = pytest.main([*tests, *options], plugins=[plugin])
     return failures[0] if failures else "" if code == 0 else f"error: pytest ended with {code}"
 
 
