@@ -15,12 +15,13 @@ from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.io.paths import relocate
 from rlhf.io.presets import load_config, load_dist_config
 from rlhf.ranges import flat_fields
+from rlhf.train.stage import pipeline_type
 
 
 def base_config(argv: Sequence[str]) -> PipelineRun:
     """The configuration that flags are put on top of: that of --config, or the defaults; then that of --dist-config."""
     name, dist_name = _last_value(argv, "--config"), _last_value(argv, "--dist-config")
-    config = PipelineRun() if name is None else relocate(load_config(name), Path(name).expanduser().parent)
+    config = pipeline_type()() if name is None else relocate(load_config(name), Path(name).expanduser().parent)
     return config if dist_name is None else dataclasses.replace(config, dist=load_dist_config(dist_name))
 
 

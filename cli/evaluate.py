@@ -36,5 +36,7 @@ def _evaluate(argv: list[str]) -> None:
     from rlhf.cli.evaluate_tables import show_report
 
     from rlhf.evaluate.evaluation import run_evaluation
+    from rlhf.execution.memory import keep_freed_memory
 
+    keep_freed_memory()
     show_report(run_evaluation(config), Console(highlight=False))

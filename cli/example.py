@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _example(example: Example) -> None:
     base = load_config(example.config)
+    from rlhf.cli.training import open_training
+
     from rlhf.data.demo_data import EmbeddedFiles, write_embedded  # from here on it may take a second
     from rlhf.demo.demo import check_example, run_example, show_comparison
     from rlhf.distributed.compute_context import available_cores
@@ -69,7 +71,9 @@ def _example(example: Example) -> None:
         write_embedded(data, seed=example.seed)
         console.print(f"wrote {', '.join(path.name for path in files)} to {data}", markup=False, soft_wrap=True)
     console.print(f"training {where}", markup=False)
-    show_comparison(run_example(config, files), output_dir)
+    with open_training() as training:
+        comparison = run_example(config, files, *training)
+    show_comparison(comparison, output_dir)
 
 
 def _free_name(folder: Path) -> Path:

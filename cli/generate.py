@@ -29,4 +29,7 @@ def _generate(config: GenerateConfig) -> None:
     from rich.console import Console  # from here on it may take a second
     from rlhf.cli.generate_screen import run_generate
 
+    from rlhf.execution.memory import keep_freed_memory
+
+    keep_freed_memory()
     run_generate(config, Console(highlight=False))

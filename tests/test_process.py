@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 from rlhf.cli.command import run_command
 from rlhf.cli.process import command_line
+from rlhf.cli.progress import StageProgress
 
+from rlhf.config import SFTRun
 from rlhf.errors import UserError
 from rlhf.io import cache
 from rlhf.io.cache import default_cache_dir, home_folder
-from rlhf.io.progress import StageProgress, tell
+from rlhf.io.progress import tell
+from rlhf.train.observers import StageStart
+from rlhf.train.stage import STAGES
 
 PROGRAMS = ["train", "evaluate", "generate", "example", "monitor"]
 
@@ -72,9 +76,11 @@ def test_work_goes_on_when_its_messages_cannot_be_written(monkeypatch, number):
 
     def train() -> None:
         tell("a message")
-        with StageProgress("sft", 2, "step", ("loss",)) as progress:
-            for step in (1, 2):
-                progress.update(step, {"loss": 1.0})
+        progress = StageProgress()
+        progress.on_start(StageStart(STAGES["sft"], SFTRun(), 0, 2, ()))
+        for step in (1, 2):
+            progress.on_step(step, {"loss/sft": 1.0})
+        progress.on_end(None)
         done.append(True)
 
     assert run_command(train) == 0

@@ -1,5 +1,6 @@
 """The demo: the whole pipeline on the embedded example, ending with a judgement that a person understands."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,14 @@ from rlhf.evaluate.judges import Judge
 from rlhf.evaluate.policy_evaluation import ScoredCompletions as Side
 from rlhf.evaluate.policy_evaluation import compare
 from rlhf.io.output import check_output, write_json
-from rlhf.io.output_folder import MODEL_FOLDERS, check_output_folder
+from rlhf.io.output_folder import check_output_folder
 from rlhf.io.progress import console
 from rlhf.io.terminal import printable
 from rlhf.statistics import mean_interval
-from rlhf.train.pipeline import run_pipeline
+from rlhf.train.observers import Observer
+from rlhf.train.pipeline import run_stages
+from rlhf.train.signals import StopRequest
+from rlhf.train.stage import STAGES
 
 _SHOWN = 4
 """Prompts shown with both models' replies."""
@@ -48,16 +52,18 @@ class Comparison(NamedTuple):
     """Mean over completions of KL(after || before), nats per completion, exact over the vocabulary."""
 
 
-def run_example(config: PipelineRun, files: EmbeddedFiles) -> Comparison:
+def run_example(
+    config: PipelineRun, files: EmbeddedFiles, observers: Sequence[Observer] = (), stop: StopRequest | None = None
+) -> Comparison:
     """Run the pipeline on the example's files, then let the gold judge compare SFT and PPO on held-out prompts.
 
     Writes OUTPUT_DIR/report/comparison.json.
 
     Raises:
-        UserError, NonFiniteError, Interrupted: see `rlhf.train.run`.
+        UserError, NonFiniteError, Interrupted: see `rlhf.train.loop.train`.
     """
     check_example(config)
-    results = run_pipeline(config)
+    results = run_stages(config, observers=observers, stop=stop)
     comparison = _compare(config, results["sft"].model, results["ppo"].model, files.heldout_prompts)
     write_json(_comparison_file(config), _plain(comparison))
     return comparison
@@ -65,7 +71,7 @@ def run_example(config: PipelineRun, files: EmbeddedFiles) -> Comparison:
 
 def check_example(config: PipelineRun) -> None:
     """Raise UserError if something in OUTPUT_DIR would be replaced that is not the example's."""
-    for stage in MODEL_FOLDERS:
+    for stage in STAGES.values():
         check_output_folder(config, stage)
     check_output(_comparison_file(config), "--output-dir")
 

@@ -11,12 +11,12 @@ from rlhf.errors import UserError
 from rlhf.evaluate.evaluation_inputs import TestData, usable_pairs
 from rlhf.io.checkpoint import last_step
 from rlhf.io.files import read_json, sha256
-from rlhf.io.output_folder import MODEL_FOLDERS
 from rlhf.io.paths import places
 from rlhf.random import Purpose, fold_in, key
+from rlhf.train.stage import STAGES
 
-_STAGES = {DEMONSTRATIONS.name: "sft", PREFERENCES.name: "reward", PROMPTS.name: "ppo"}
-"""Stages by what they learn from."""
+_STAGES = {stage.schema: stage.name for stage in reversed(STAGES.values())}
+"""The first stage that learns from each schema, by the name of the schema."""
 
 _HELD_OUT = "held out by the run"
 
@@ -45,9 +45,9 @@ def training_pairs(model_dir: Path, run: PipelineRun) -> TestData | None:
 
 def mark_trained(data: Sequence[TestData], model_dir: Path) -> list[TestData]:
     """Return test data whose `origin` says so where the models in a folder were trained on that very file."""
-    folders = [model_dir, *(model_dir / name for name in MODEL_FOLDERS.values())]
+    folders = [model_dir, *(model_dir / stage.folder for stage in STAGES.values())]
     digests = {_read(folder / "manifest.json").get("data") for folder in folders}
-    digests |= {_recorded(model_dir, stage).get("data") for stage in MODEL_FOLDERS}
+    digests |= {_recorded(model_dir, stage).get("data") for stage in STAGES}
     return [
         test._replace(origin="which the model was trained on")
         if test.path.is_file() and sha256(test.path) in digests
@@ -113,7 +113,7 @@ def _locate(candidates: Sequence[Path], digest: str | None, use: str) -> tuple[P
 
 def _recorded(model_dir: Path, stage: str) -> dict[str, Any]:
     """Return the digests of a stage's data, from its model's manifest or its last checkpoint; empty where unknown."""
-    manifest = _read(model_dir / MODEL_FOLDERS[stage] / "manifest.json")
+    manifest = _read(model_dir / STAGES[stage].folder / "manifest.json")
     root = model_dir / "checkpoints" / stage
     if "data" in manifest or (step := last_step(root)) is None:
         return manifest

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.distributed.compute_context import compute_dtype
 from rlhf.errors import UserError
 from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.program import ModelState, Program
@@ -121,7 +122,7 @@ class Writer:
                 f"give at most {model.config.n_positions - 1}"
             )
         self.folder, self.model, self._config, self._device = folder, model, config, device
-        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._dtype = compute_dtype(config.precision)
         self._params: Params = prepare_for_decoding(to_device(model.params, device), self._dtype)
 
     def encode(self, prompt: str) -> np.ndarray:
