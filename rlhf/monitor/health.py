@@ -8,6 +8,7 @@ from rlhf.monitor import sample_checks
 from rlhf.monitor.health_checks import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import LEVELS, Level
+from rlhf.train.stage import STAGES
 
 
 class Finding(NamedTuple):
@@ -40,7 +41,7 @@ class Check(NamedTuple):
     """Where it applies."""
 
 
-_ALL = ("sft", "reward", "ppo")
+_ALL = tuple(STAGES)
 
 CHECKS = (
     Check(

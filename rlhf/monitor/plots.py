@@ -25,6 +25,7 @@ from rlhf.monitor.figures import (
 from rlhf.monitor.log import LogReader, Series, read_logs
 from rlhf.monitor.samples_plot import draw_samples
 from rlhf.monitor.view import run_names, thin
+from rlhf.train.stage import STAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 PlotType = Literal["all", "loss", "reward", "kl", "lengths", "timing", "samples"]
 _BARS = 60
-_STAGES = {"sft": "SFT", "reward": "reward model", "ppo": "PPO"}
+_STAGES = {stage.name: stage.title for stage in STAGES.values()}
 _PHASES = {"timing_s/generate": "generate", "timing_s/score": "score", "timing_s/update": "update"}
 
 
