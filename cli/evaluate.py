@@ -34,7 +34,8 @@ def _evaluate(argv: list[str]) -> None:
     config = parse(argv)
     from rich.console import Console  # from here on it may take a second
     from rlhf.cli.evaluate_tables import show_report
+    from rlhf.cli.terminal import spinner
 
     from rlhf.evaluate.evaluation import run_evaluation
 
-    show_report(run_evaluation(config), Console(highlight=False))
+    show_report(run_evaluation(config, spinner), Console(highlight=False))

@@ -16,7 +16,8 @@ from rlhf.cli.process import command_line
 from rlhf.errors import UserError
 from rlhf.io import cache
 from rlhf.io.cache import default_cache_dir, home_folder
-from rlhf.io.progress import StageProgress, tell
+from rlhf.io.progress import StageProgress
+from rlhf.io.user_log import log_user
 
 PROGRAMS = ["train", "evaluate", "generate", "example", "monitor"]
 
@@ -71,7 +72,7 @@ def test_work_goes_on_when_its_messages_cannot_be_written(monkeypatch, number):
     done = []
 
     def train() -> None:
-        tell("a message")
+        log_user("a message")
         with StageProgress("sft", 2, "step", ("loss",)) as progress:
             for step in (1, 2):
                 progress.update(step, {"loss": 1.0})
@@ -157,12 +158,13 @@ def _no_home(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_no_home")
-def test_without_a_home_the_cache_is_temporary_and_the_user_told_once(monkeypatch, capsys, tmp_path):
+def test_without_a_home_the_cache_is_temporary_and_the_user_told_once(monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO", logger="rlhf")
     assert home_folder() is None
     folder = default_cache_dir()
     assert folder.is_dir()
     assert default_cache_dir() == folder
-    assert capsys.readouterr().err.count("the cache is in") == 1
+    assert caplog.text.count("the cache is in") == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / "rlhf"
 

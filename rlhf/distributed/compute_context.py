@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 from rlhf.execution.compiled import has_compiler
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program
-from rlhf.io.progress import tell
+from rlhf.io.user_log import log_user
 
 
 def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -106,7 +106,7 @@ class ComputeContext(NamedTuple):
         for line in lines:
             if line not in self.notes:
                 self.notes.add(line)
-                tell(line)
+                log_user(line)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +117,7 @@ class ComputeContext(NamedTuple):
         self, make_program: Callable[[], Program], models: ModelState
     ) -> contextlib.AbstractContextManager[Executor]:
         """The executor that the configuration asks for, until the block ends; arguments as `rlhf.distributed`'s."""
-        return open_executor(make_program, models, self.config.dist, device=self.device, tell=tell)
+        return open_executor(make_program, models, self.config.dist, device=self.device, tell=log_user)
 
 
 @contextlib.contextmanager
@@ -130,6 +130,6 @@ def open_compute_context(config: ComputeConfig) -> Iterator[ComputeContext]:
     device = find_device(config.device)
     check_workers(config.dist)
     if config.dist.num_workers:
-        tell(describe_workers(config.dist))
+        log_user(describe_workers(config.dist))
     with limit_threads(compute_threads(config)), connected(config.dist):
         yield ComputeContext(config, device, set())
