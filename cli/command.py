@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf.cli.process import discard_output, flush_output, prepared_process
+from rlhf.cli.terminal import user_log_on_stderr
 
 from rlhf.config import PipelineRun, RunConfig
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
@@ -50,7 +51,7 @@ def run_command(command: Callable[[], None]) -> int:
     """Run a program; its exit code. Errors that are the user's to mend become one message without a traceback."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read when torch is imported
-    with prepared_process():
+    with prepared_process(), user_log_on_stderr():
         return _exit_code(command)
 
 

@@ -34,9 +34,10 @@ def _evaluate(argv: list[str]) -> None:
     config = parse(argv)
     from rich.console import Console  # from here on it may take a second
     from rlhf.cli.evaluate_tables import show_report
+    from rlhf.cli.terminal import spinner
 
     from rlhf.evaluate.evaluation import run_evaluation
     from rlhf.execution.memory import keep_freed_memory
 
     keep_freed_memory()
-    show_report(run_evaluation(config), Console(highlight=False))
+    show_report(run_evaluation(config, spinner), Console(highlight=False))

@@ -12,8 +12,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rlhf.cli.terminal import stderr_console
 
-from rlhf.io.progress import console
 from rlhf.train.observers import Observer, StageStart
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -24,7 +24,7 @@ class StageProgress(Observer):
 
     def on_start(self, start: StageStart) -> None:
         """Begin a new bar, or print the first line."""
-        self._stage, self._total = start.stage, start.total
+        self._console, self._stage, self._total = stderr_console(), start.stage, start.total
         self._latest: dict[str, float] = {}
         self._last_line = time.monotonic() - _SECONDS_BETWEEN_LINES
         self._task: TaskID | None = None
@@ -35,9 +35,9 @@ class StageProgress(Observer):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
-            console=console,
+            console=self._console,
         )
-        if console.is_terminal:
+        if self._console.is_terminal:
             self._bar.start()
             self._task = self._bar.add_task(start.stage.name, total=start.total, metrics="")
         self.on_step(start.step, {})
@@ -52,7 +52,7 @@ class StageProgress(Observer):
         elif step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             line = f"{self._stage.name:<7} {self._stage.unit} {step}/{self._total}  {text}"
-            console.print(line, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
         return False
 
     def on_end(self, error: BaseException | None) -> None:

@@ -17,6 +17,7 @@ import tyro
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, describe, run_command
 from rlhf.cli.process import command_line
+from rlhf.cli.terminal import stderr_console
 
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -69,9 +70,9 @@ def _train(argv: list[str]) -> None:
     from rich.text import Text  # from here on it may take a second
     from rlhf.cli.training import open_training
 
-    from rlhf.io.progress import console
     from rlhf.train.pipeline import run_stages
 
+    console = stderr_console()
     console.print(Text.assemble((f"rlhf-train {argv[0]}", "bold"), f" → {config.output_dir}"), soft_wrap=True)
     console.print(describe(config), markup=False, soft_wrap=True)
     with open_training() as training:

@@ -18,7 +18,7 @@ from rlhf.config import SFTRun
 from rlhf.errors import UserError
 from rlhf.io import cache
 from rlhf.io.cache import default_cache_dir, home_folder
-from rlhf.io.progress import tell
+from rlhf.io.user_log import log_user
 from rlhf.train.observers import StageStart
 from rlhf.train.stage import STAGES
 
@@ -75,7 +75,7 @@ def test_work_goes_on_when_its_messages_cannot_be_written(monkeypatch, number):
     done = []
 
     def train() -> None:
-        tell("a message")
+        log_user("a message")
         progress = StageProgress()
         progress.on_start(StageStart(STAGES["sft"], SFTRun(), 0, 2, ()))
         for step in (1, 2):
@@ -163,12 +163,13 @@ def _no_home(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_no_home")
-def test_without_a_home_the_cache_is_temporary_and_the_user_told_once(monkeypatch, capsys, tmp_path):
+def test_without_a_home_the_cache_is_temporary_and_the_user_told_once(monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO", logger="rlhf")
     assert home_folder() is None
     folder = default_cache_dir()
     assert folder.is_dir()
     assert default_cache_dir() == folder
-    assert capsys.readouterr().err.count("the cache is in") == 1
+    assert caplog.text.count("the cache is in") == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / "rlhf"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf.io.progress import console
+from rlhf.io.user_log import LOGGER, log_user
 
 
 def _set_default_device(device: torch.device) -> None:
@@ -25,10 +25,12 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         torch.get_deterministic_debug_mode,
         torch.set_deterministic_debug_mode,
     ),
+    "the logger rlhf": (lambda: LOGGER.disabled, lambda disabled: setattr(LOGGER, "disabled", disabled)),
 }
-"""By what an error calls it: how a setting is read and how it is set."""
+"""Functions that read and write each setting, by its name in messages."""
 
 _reported: set[str] = set()
+"""Functions whose changes the user knows."""
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def restored_process(what: str) -> Iterator[None]:
             _SETTINGS[name][1](before[name])
         if changed and what not in _reported:
             _reported.add(what)
-            console.print(f"{what}: changed {', '.join(changed)}; put back", markup=False, soft_wrap=True)
+            log_user(f"{what}: changed {', '.join(changed)}; put back")
 
 
 def _differs(name: str, value: Any) -> bool:

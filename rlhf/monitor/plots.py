@@ -9,8 +9,8 @@ import numpy as np
 
 from rlhf.errors import UserError
 from rlhf.io.output import check_output, write_output
-from rlhf.io.progress import tell
 from rlhf.io.terminal import shorten, visible
+from rlhf.io.user_log import log_user
 from rlhf.monitor.figures import (
     COLOURS,
     SMOOTHED,
@@ -131,7 +131,7 @@ def write_plots(
     readers = read_logs(log_dirs)
     for reader in readers:
         for problem in reader.problems:
-            tell(f"{reader.folder}: {visible(problem)}")
+            log_user(f"{reader.folder}: {visible(problem)}")
     folder = folder or readers[0].folder.absolute().parent / "report"
     with plot_style():
         figures = {name: figure for name, figure in _figures(readers, kind) if figure is not None}
