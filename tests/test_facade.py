@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import signal
 import threading
 from pathlib import Path
@@ -13,15 +12,10 @@ import torch
 
 import rlhf
 from rlhf.config import (
-    LogConfig,
-    ModelConfig,
     PipelineRun,
-    PPOConfig,
     PPORun,
-    RewardConfig,
     SFTConfig,
     SFTRun,
-    TokenizerConfig,
 )
 from rlhf.errors import UserError
 from rlhf.io.model_folder import load_language_model
@@ -30,35 +24,8 @@ from rlhf.models.decoding import Completions
 from rlhf.tree import named_leaves
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> PipelineRun:
-    """A short pipeline on a few records; its output folder is named by the test."""
-    folder = tmp_path_factory.mktemp("facade")
-
-    def write(name: str, records: list[dict[str, str]]) -> Path:
-        (folder / name).write_text(json.dumps(records))
-        return folder / name
-
-    numbers = range(24)
-    return PipelineRun(
-        cache_dir=folder / "cache",
-        threads=1,
-        sft_data=write("sft.json", [{"prompt": f"say {n}", "completion": f" the word {n}"} for n in numbers]),
-        preference_data=write(
-            "pairs.json", [{"prompt": f"say {n}", "chosen": " yes", "rejected": f" no {n}"} for n in numbers]
-        ),
-        prompt_data=write("prompts.json", [{"prompt": f"say {n}"} for n in numbers]),
-        model=ModelConfig(preset="tiny", n_layer=1, n_embd=16, n_head=2, n_positions=64),
-        tokenizer=TokenizerConfig(vocab_size=300),
-        sft=SFTConfig(max_steps=5, batch_size=4, eval_every=2),
-        reward=RewardConfig(max_steps=4, batch_size=4),
-        ppo=PPOConfig(num_iterations=4, batch_size=4, minibatch_size=4, num_epochs=1, max_new_tokens=6),
-        log=LogConfig(tensorboard=False),
-    )
-
-
-def sft_run(pipeline: PipelineRun, folder: Path, **changes) -> SFTRun:
-    return dataclasses.replace(narrow(pipeline, SFTRun), output_dir=folder, **changes)
+def sft_run(short_pipeline: PipelineRun, folder: Path, **changes) -> SFTRun:
+    return dataclasses.replace(narrow(short_pipeline, SFTRun), output_dir=folder, **changes)
 
 
 def stop_after(count: int, seen: list):
@@ -71,9 +38,9 @@ def stop_after(count: int, seen: list):
     return callback
 
 
-def test_a_callback_gets_every_step_and_its_metrics(pipeline, tmp_path):
+def test_a_callback_gets_every_step_and_its_metrics(short_pipeline, tmp_path):
     seen: list = []
-    result = rlhf.train.run(sft_run(pipeline, tmp_path / "run"), callback=lambda *step: seen.append(step))
+    result = rlhf.train.run(sft_run(short_pipeline, tmp_path / "run"), callback=lambda *step: seen.append(step))
     assert [(stage, step) for stage, step, _ in seen] == [("sft", step) for step in range(1, 6)]
     logged = rlhf.load_run(tmp_path / "run").metrics["sft"]
     assert [metrics["loss/sft"] for *_, metrics in seen] == logged["loss/sft"].values.tolist()
@@ -81,12 +48,12 @@ def test_a_callback_gets_every_step_and_its_metrics(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("stops_by", ["result", "exception"])
-def test_a_stopped_run_resumes_to_the_bits_of_the_run_that_never_stopped(pipeline, tmp_path, stops_by):
+def test_a_stopped_run_resumes_to_the_bits_of_the_run_that_never_stopped(short_pipeline, tmp_path, stops_by):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    rlhf.train.run(sft_run(pipeline, whole))
+    rlhf.train.run(sft_run(short_pipeline, whole))
     seen: list = []
     if stops_by == "result":
-        result = rlhf.train.run(sft_run(pipeline, stopped), callback=stop_after(3, seen))
+        result = rlhf.train.run(sft_run(short_pipeline, stopped), callback=stop_after(3, seen))
         assert (result.finished, result.model) == (False, stopped / "sft")
         assert result.metrics == seen[-1][2]
     else:
@@ -97,13 +64,13 @@ def test_a_stopped_run_resumes_to_the_bits_of_the_run_that_never_stopped(pipelin
                 raise error
 
         with pytest.raises(ValueError, match="enough") as caught:
-            rlhf.train.run(sft_run(pipeline, stopped), callback=callback)
+            rlhf.train.run(sft_run(short_pipeline, stopped), callback=callback)
         assert caught.value is error
     assert len(seen) == 3
     assert [path.name for path in (stopped / "checkpoints" / "sft").iterdir()] == ["step-000003"]
     assert [event["event"] for event in rlhf.load_run(stopped).events] == ["start", "interrupted"]
     assert not (stopped / "sft").exists()
-    assert rlhf.train.run(sft_run(pipeline, stopped, resume=True)).finished
+    assert rlhf.train.run(sft_run(short_pipeline, stopped, resume=True)).finished
     assert (whole / "sft/model.safetensors").read_bytes() == (stopped / "sft/model.safetensors").read_bytes()
     first, second = (rlhf.load_run(folder).metrics["sft"] for folder in (whole, stopped))
     assert first.keys() == second.keys()
@@ -112,9 +79,9 @@ def test_a_stopped_run_resumes_to_the_bits_of_the_run_that_never_stopped(pipelin
             assert np.array_equal(first[name].values, second[name].values), name
 
 
-def test_a_callback_stops_the_whole_pipeline(pipeline, tmp_path):
+def test_a_callback_stops_the_whole_pipeline(short_pipeline, tmp_path):
     seen: list = []
-    config = dataclasses.replace(pipeline, output_dir=tmp_path / "run")
+    config = dataclasses.replace(short_pipeline, output_dir=tmp_path / "run")
     result = rlhf.train.run(config, callback=stop_after(7, seen))
     assert [(stage, step) for stage, step, _ in seen[-2:]] == [("reward", 1), ("reward", 2)]
     assert (result.finished, result.model) == (False, tmp_path / "run" / "reward")
@@ -125,15 +92,17 @@ def test_a_callback_stops_the_whole_pipeline(pipeline, tmp_path):
     assert result.model == tmp_path / "run" / "policy"
 
 
-def test_a_callback_that_stops_the_last_step_leaves_a_finished_stage_and_starts_no_other(pipeline, tmp_path):
-    config = dataclasses.replace(pipeline, output_dir=tmp_path / "run")
+def test_a_callback_that_stops_the_last_step_leaves_a_finished_stage_and_starts_no_other(short_pipeline, tmp_path):
+    config = dataclasses.replace(short_pipeline, output_dir=tmp_path / "run")
     result = rlhf.train.run(config, callback=lambda stage, step, metrics: step == 5)
     assert result.finished
     assert (tmp_path / "run" / "sft").is_dir()
     assert not (tmp_path / "run" / "checkpoints" / "reward").exists()
 
 
-def test_a_run_leaves_signal_handlers_streams_allocator_and_threads_as_they_are(pipeline, tmp_path, monkeypatch, capfd):
+def test_a_run_leaves_signal_handlers_streams_allocator_and_threads_as_they_are(
+    short_pipeline, tmp_path, monkeypatch, capfd
+):
     def never(*args):
         raise AssertionError("mallopt was called")
 
@@ -149,7 +118,7 @@ def test_a_run_leaves_signal_handlers_streams_allocator_and_threads_as_they_are(
         threads = torch.get_num_threads()
         seen = []
         rlhf.train.run(
-            sft_run(pipeline, tmp_path / "run"),
+            sft_run(short_pipeline, tmp_path / "run"),
             callback=lambda *step: seen.append(list(map(signal.getsignal, numbers))),
         )
         assert seen == [[handler] * 3] * 5
@@ -159,25 +128,25 @@ def test_a_run_leaves_signal_handlers_streams_allocator_and_threads_as_they_are(
     assert not (tmp_path / "run" / "report").exists()
 
 
-def test_a_run_in_a_thread_gives_the_same_bits(pipeline, tmp_path):
-    rlhf.train.run(sft_run(pipeline, tmp_path / "main"))
-    thread = threading.Thread(target=rlhf.train.run, args=[sft_run(pipeline, tmp_path / "thread")])
+def test_a_run_in_a_thread_gives_the_same_bits(short_pipeline, tmp_path):
+    rlhf.train.run(sft_run(short_pipeline, tmp_path / "main"))
+    thread = threading.Thread(target=rlhf.train.run, args=[sft_run(short_pipeline, tmp_path / "thread")])
     thread.start()
     thread.join()
     one, other = ((tmp_path / name / "sft/model.safetensors").read_bytes() for name in ("main", "thread"))
     assert one == other
 
 
-def test_messages_are_those_of_a_logger(pipeline, tmp_path, caplog):
+def test_messages_are_those_of_a_logger(short_pipeline, tmp_path, caplog):
     caplog.set_level("INFO", "rlhf")
-    rlhf.train.run(sft_run(pipeline, tmp_path / "run"))
+    rlhf.train.run(sft_run(short_pipeline, tmp_path / "run"))
     lines = [(record.name, record.stage, record.message) for record in caplog.records]
     assert ("rlhf", "sft", "22 demonstrations, 2 held out") in lines
 
 
-def test_paths_may_be_texts(pipeline, tmp_path):
+def test_paths_may_be_texts(short_pipeline, tmp_path):
     folder = str(tmp_path / "run")
-    result = rlhf.train.run(sft_run(pipeline, folder, sft_data=str(pipeline.sft_data)))
+    result = rlhf.train.run(sft_run(short_pipeline, folder, sft_data=str(short_pipeline.sft_data)))
     model = rlhf.load_model(f"{folder}/sft")
     assert result.model == Path(folder) / "sft"
     assert model.config.n_embd == 16
@@ -192,8 +161,8 @@ def test_a_stage_of_no_configuration_is_refused(tmp_path):
         rlhf.train.run(rlhf.config.RunConfig(output_dir=tmp_path))
 
 
-def test_models_and_logs_of_a_whole_run_are_read(pipeline, tmp_path):
-    config = dataclasses.replace(pipeline, output_dir=tmp_path / "run")
+def test_models_and_logs_of_a_whole_run_are_read(short_pipeline, tmp_path):
+    config = dataclasses.replace(short_pipeline, output_dir=tmp_path / "run")
     rlhf.train.run(config)
     reward = rlhf.load_model(str(config.output_dir / "reward"))
     assert reward.params["head"]["weight"].shape == (1, 16)
@@ -211,22 +180,26 @@ def test_models_and_logs_of_a_whole_run_are_read(pipeline, tmp_path):
         rlhf.load_run(tmp_path)
 
 
-def test_a_bare_stage_takes_settings_of_earlier_ones_from_its_base(pipeline, tmp_path, monkeypatch):
+def test_a_bare_stage_takes_settings_of_earlier_ones_from_its_base(short_pipeline, tmp_path, monkeypatch):
     """On the embedded example, here on our own records."""
-    monkeypatch.setattr("rlhf.train.stage_inputs.write_embedded", lambda folder: _files(pipeline))
-    config = dataclasses.replace(narrow(pipeline, PPORun), output_dir=tmp_path / "run", prompt_data=None, resume=False)
-    base = dataclasses.replace(pipeline, sft_data=None, preference_data=None)
+    monkeypatch.setattr("rlhf.train.stage_inputs.write_embedded", lambda folder: _files(short_pipeline))
+    config = dataclasses.replace(
+        narrow(short_pipeline, PPORun), output_dir=tmp_path / "run", prompt_data=None, resume=False
+    )
+    base = dataclasses.replace(short_pipeline, sft_data=None, preference_data=None)
     seen: list = []
     result = rlhf.train.run(config, base=base, callback=stop_after(10**6, seen))
     assert result.model == tmp_path / "run" / "policy"
     assert [stage for stage, *_ in seen] == ["sft"] * 5 + ["reward"] * 4 + ["ppo"] * 4
 
 
-def _files(pipeline: PipelineRun):
+def _files(short_pipeline: PipelineRun):
     from rlhf.data.demo_data import EmbeddedFiles
 
-    names = dict.fromkeys(EmbeddedFiles._fields, pipeline.prompt_data)
-    return EmbeddedFiles(**names | {"demonstrations": pipeline.sft_data, "preferences": pipeline.preference_data})
+    names = dict.fromkeys(EmbeddedFiles._fields, short_pipeline.prompt_data)
+    return EmbeddedFiles(
+        **names | {"demonstrations": short_pipeline.sft_data, "preferences": short_pipeline.preference_data}
+    )
 
 
 def completions_of(rows: list[list[int]], masks: list[list[bool]]) -> Completions:
