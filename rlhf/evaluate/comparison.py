@@ -111,7 +111,7 @@ def open_models(
     for model in (*models.language_models.values(), *models.reward_models.values(), reference):
         context.note_all(() if model is None else model.notes)
     program = functools.partial(
-        make_program,
+        make_comparison_program,
         {role: model.config for role, model in models.language_models.items()},
         None if reference is None else reference.config,
         tuple(model.config for model in models.reward_models.values()),
@@ -127,7 +127,7 @@ def open_models(
         yield functools.partial(complete_and_measure, executor, models, sampling)
 
 
-def make_program(
+def make_comparison_program(
     language_models: dict[str, GPT2Config],
     reference: GPT2Config | None,
     reward_models: tuple[GPT2Config, ...],
@@ -180,7 +180,7 @@ def complete_and_measure(
     """Complete prompts with one model, and measure the completions.
 
     Args:
-        executor: runs `make_program`.
+        executor: runs `make_comparison_program`.
         models: the models of that program.
         sampling: settings of the decoding.
         role: of the model that completes.

@@ -75,7 +75,7 @@ def evaluate_reward(
         )
     equal_count, records = len(records) - len(distinct), distinct
     with context.open_executor(
-        functools.partial(make_program, model.config, context.dtype), ModelState(model.params, {})
+        functools.partial(make_reward_measures, model.config, context.dtype), ModelState(model.params, {})
     ) as executor:
         scores, lengths = _score(executor, dataset, records, max_length, config.micro_batch_size)
     pairs = Pairs([texts[record] for record in records], scores, lengths)
@@ -94,7 +94,7 @@ def evaluate_reward(
     return evaluation, _lines(pairs, data)
 
 
-def make_program(config: GPT2Config, dtype: torch.dtype) -> Program:
+def make_reward_measures(config: GPT2Config, dtype: torch.dtype) -> Program:
     """Return the program: `scores` (`rlhf.models.scoring.make_pair_scores`)."""
     return Program({}, {"scores": make_pair_scores(config, dtype=dtype)}, {})
 

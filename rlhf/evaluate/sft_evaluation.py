@@ -36,7 +36,7 @@ def evaluate_sft(config: EvaluateConfig, context: ComputeContext, folder: Path, 
     context.note_all(model.notes)
     dataset, records = open_data(data, model.tokenizer, config)
     max_length = model.config.n_positions
-    program = functools.partial(make_program, model.config, context.dtype)
+    program = functools.partial(make_sft_measures, model.config, context.dtype)
     losses, correct, tokens = [], [], []
     with context.open_executor(program, ModelState(model.params, {})) as executor:
         for start in range(0, len(records), _RECORDS_AT_ONCE):
@@ -54,7 +54,7 @@ def evaluate_sft(config: EvaluateConfig, context: ComputeContext, folder: Path, 
     return Evaluation("sft", {"model": folder}, data, "records", columns, extras)
 
 
-def make_program(config: GPT2Config, dtype: torch.dtype) -> Program:
+def make_sft_measures(config: GPT2Config, dtype: torch.dtype) -> Program:
     """Return the program: `measure` (`rlhf.evaluate.measures.make_measure`)."""
     return Program({}, {"measure": make_measure(config, dtype=dtype)}, {})
 

@@ -10,31 +10,26 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from rlhf.batches import PPOBatch
 from rlhf.config import PPORun
 from rlhf.data.collate import Prefetch, ppo_batch
 from rlhf.data.schema import PROMPTS
-from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience
-from rlhf.io.files import check_folder
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
 from rlhf.io.reward_identity import identify_sources
 from rlhf.io.reward_sources import (
     RewardSource,
     check_columns,
-    check_vocabulary,
-    names_folder,
-    open_sources,
 )
 from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.statistics import spread
-from rlhf.train.compile_policy import compile_folder, compile_obstacle
+from rlhf.train.compile_policy import compile_folder
 from rlhf.train.context import Run, open_run
 from rlhf.train.loop import train
 from rlhf.train.observers import LoopState, Observer, Observers
+from rlhf.train.ppo_inputs import read_ppo_inputs, reward_specs, scores_with_own_model
 from rlhf.train.ppo_program import learning_rate, make_ppo_program, shapes_of, start_models
 from rlhf.train.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.train.resume import Identity, digests_of
@@ -46,7 +41,6 @@ from rlhf.train.stage_inputs import (
     embedded_file,
     open_dataset,
     start_folder,
-    start_model_spec,
 )
 
 _CANCELLED = 1e-2
@@ -83,7 +77,7 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
 
 def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return what the policy will be, after reading the prompts through: see `rlhf.train.stage.StageProgram`."""
-    inputs = _read_inputs(config, models.get("sft"), models.get("reward"))
+    inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
     check_columns(inputs.sources, check_data(PROMPTS, config.prompt_data))
     return inputs.policy
 
@@ -91,75 +85,14 @@ def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
 def _needs(config: PPORun) -> tuple[str, ...]:
     if config.ppo.model_path:
         return ()
-    return ("sft", "reward") if _scores_with_own_model(config) else ("sft",)
-
-
-class PPOInputs(NamedTuple):
-    """What PPO starts from."""
-
-    policy: ModelSpec
-    sources: list[RewardSource]
-    context: int
-    """Tokens of a prompt and its completion together: the shortest context of the models that read them."""
-
-
-def _read_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelSpec | None = None) -> PPOInputs:
-    """Read what PPO starts from, but for the policy's parameters; refuse what cannot work together.
-
-    Args:
-        config: of the stage.
-        sft: what OUTPUT_DIR/sft will hold, where it is trained first.
-        reward: what OUTPUT_DIR/reward will hold, where it is trained first.
-
-    Raises:
-        UserError: a model or source is not there or not fit, or no prompt fits before the longest completion.
-    """
-    settings = config.ppo
-    compile_obstacle(config, _STAGE)
-    policy = start_model_spec(config, settings.model_path, "--ppo.model-path", sft)
-    own = _own_reward_model(config)
-    if not settings.reward and reward is None:
-        remedy = "name a reward: --ppo.reward FOLDER or --ppo.reward module:function"
-        check_folder(own, f"run `rlhf-train reward` first, or {remedy}")
-    sources = open_sources(_specs(config), policy.tokenizer, untrained=None if reward is None else own)
-    if reward is not None and _scores_with_own_model(config):
-        check_vocabulary(own, reward.tokenizer, policy.tokenizer)
-    contexts = [(source, source.model.config.n_positions) for source in sources if source.model is not None]
-    if reward is not None:
-        contexts += [(source, reward.config.n_positions) for source in sources if source.untrained]
-    context = min([policy.config.n_positions, *(length for source, length in contexts if source.weight)])
-    for source, length in contexts:
-        if length < context:
-            raise UserError(
-                f"--ppo.reward: the gold model {source.name} reads {length} tokens, but prompt and completion may have "
-                f"{context}; cutting them would change the training: leave it out, or evaluate with it afterwards"
-            )
-    if context <= settings.max_new_tokens:
-        raise UserError(
-            f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
-        )
-    return PPOInputs(policy, sources, context)
-
-
-def _scores_with_own_model(config: PPORun) -> bool:
-    """Whether the model in OUTPUT_DIR/reward is among the sources of reward."""
-    return any(names_folder(spec, _own_reward_model(config)) for spec in _specs(config))
-
-
-def _specs(config: PPORun) -> tuple[str, ...]:
-    """The sources of reward that are named, or OUTPUT_DIR/reward."""
-    return config.ppo.reward or (str(_own_reward_model(config)),)
-
-
-def _own_reward_model(config: PPORun) -> Path:
-    return config.output_dir / STAGES["reward"].folder
+    return ("sft", "reward") if scores_with_own_model(config) else ("sft",)
 
 
 def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     """Read models, reward sources and prompts."""
-    model_spec, sources, context = _read_inputs(config)
+    model_spec, sources, context = read_ppo_inputs(config)
     sources = [_with_spread(run, source) for source in sources] if config.ppo.normalize_reward else sources
-    settings, specs, folder = config.ppo, _specs(config), start_folder(config, config.ppo.model_path)
+    settings, specs, folder = config.ppo, reward_specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
     reward_notes = [line for source in sources if source.model is not None for line in source.model.notes]
     for line in dict.fromkeys((*policy.notes, *reward_notes)):
