@@ -594,6 +594,14 @@ MUTANTS = [
         ("compiled, one query: sum over slots", "keys.to(wide)).sum(-2)", "keys.to(wide)).sum(-2).flip(-1)"),
     ),
     *mutants(
+        "models.sequences",
+        ("join: a place too late", "step < 0, place", "step <= 0, place"),
+        ("join: prompts of one length", "width + step", "width + place - width"),
+        ("join: padding of prompts kept", "torch.where(inside, tokens, 0)", "tokens"),
+        ("join: mask of the prompt", "& (step >= 0)", "& (step >= -1)"),
+        ("join: mask of the padding", "mask & inside & (step >= 0)", "mask & (step >= 0)"),
+    ),
+    *mutants(
         "models.gpt2",
         ("gelu: exact form", 'approximate="tanh"', 'approximate="none"'),
         ("norms swapped", '_layer_norm(x, p["ln_2"], config)', '_layer_norm(x, p["ln_1"], config)'),
