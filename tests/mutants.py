@@ -598,8 +598,7 @@ MUTANTS = [
         ("join: a place too late", "step < 0, place", "step <= 0, place"),
         ("join: prompts of one length", "width + step", "width + place - width"),
         ("join: padding of prompts kept", "torch.where(inside, tokens, 0)", "tokens"),
-        ("join: mask of the prompt", "& (step >= 0)", "& (step >= -1)"),
-        ("join: mask of the padding", "mask & inside & (step >= 0)", "mask & (step >= 0)"),
+        ("join: mask of the padding", ", mask & inside", ", mask"),
     ),
     *mutants(
         "models.gpt2",

@@ -36,4 +36,4 @@ def join(prompts: Tensor, lengths: Tensor, completions: Completions) -> tuple[Te
     inside = step < longest
     tokens = torch.cat([prompts, completions.tokens], dim=1).gather(1, source)
     mask = torch.cat([torch.zeros_like(prompts, dtype=torch.bool), completions.mask], dim=1).gather(1, source)
-    return torch.where(inside, tokens, 0), mask & inside & (step >= 0)
+    return torch.where(inside, tokens, 0), mask & inside
