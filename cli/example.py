@@ -45,7 +45,7 @@ class Example(Section):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program and return its exit code."""
     return run_command(lambda: _example(parse_arguments(Example, command_line(argv), prog="rlhf-example")))
 
 
@@ -53,8 +53,8 @@ def _example(example: Example) -> None:
     base = load_config(example.config)
     from rlhf.cli.training import open_training
 
-    from rlhf.data.demo_data import EmbeddedFiles, write_embedded  # from here on it may take a second
-    from rlhf.demo.demo import check_demo, run_demo
+    from rlhf.data.demo_data import EmbeddedFiles, write_embedded  # here, because it may take a second
+    from rlhf.demo.demo import check_example, run_example
     from rlhf.distributed.compute_context import available_cores
 
     output_dir = _free_name(example.output_dir)
@@ -75,13 +75,13 @@ def _example(example: Example) -> None:
         preference_data=files.preferences,
         prompt_data=files.prompts,
     )
-    check_demo(config)
+    check_example(config)
     if example.create_dummy_data:
         write_embedded(data, seed=example.seed)
         log_user(f"wrote {', '.join(path.name for path in files)} to {data}")
     log_user(f"training {where}")
     with open_training() as training:
-        result = run_demo(config, files, *training)
+        result = run_example(config, files, *training)
     _show_result(result, output_dir)
 
 
@@ -117,7 +117,7 @@ def _show_result(result: "DemoResult", output_dir: Path) -> None:
 
 
 def _free_name(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3, … that holds no run."""
+    """Return `folder`, or the first of folder-2, folder-3, … that holds no run."""
     candidate, number = folder, 1
     while (candidate / "checkpoints").exists():
         number += 1

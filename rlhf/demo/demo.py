@@ -45,7 +45,7 @@ class DemoResult(NamedTuple):
     """Mean over completions of KL(after || before), nats per completion, exact over the vocabulary."""
 
 
-def run_demo(
+def run_example(
     config: PipelineRun, files: EmbeddedFiles, observers: Sequence[Observer] = (), stop: StopRequest | None = None
 ) -> DemoResult:
     """Run the pipeline on the example's files, then let the gold judge compare SFT and PPO on held-out prompts.
@@ -55,15 +55,15 @@ def run_demo(
     Raises:
         UserError, NonFiniteError, Interrupted: see `rlhf.train.loop.train`.
     """
-    check_demo(config)
+    check_example(config)
     results = run_stages(config, observers=observers, stop=stop)
     result = _compare(config, results["sft"].model, results["ppo"].model, files.heldout_prompts)
     write_json(_comparison_file(config), _plain(result))
     return result
 
 
-def check_demo(config: PipelineRun) -> None:
-    """Raise UserError if something in OUTPUT_DIR would be replaced that is not the demo's."""
+def check_example(config: PipelineRun) -> None:
+    """Raise UserError if something in OUTPUT_DIR would be replaced that is not the example's."""
     for stage in STAGES.values():
         check_output_folder(config, stage)
     check_output(_comparison_file(config), "--output-dir")

@@ -26,7 +26,7 @@ class Judge(NamedTuple):
     """Name in the figures: eval/judge/<name>, eval/win_rate/<name>."""
     function: Callable[..., Any]
     pairwise: bool
-    """Whether it compares two completions instead of scoring one."""
+    """True where the function compares two completions, False where it scores one."""
 
 
 def open_judges(specs: Sequence[str]) -> list[Judge]:

@@ -1,4 +1,4 @@
-"""Process-wide settings that a user's code may change, and that the run needs as they were."""
+"""Process-wide settings that a user's code may change, restored after it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ _reported: set[str] = set()
 
 @contextmanager
 def restored_process(what: str) -> Iterator[None]:
-    """Put the settings back after a user's code, and report once per `what` which ones it changed."""
+    """Restore the settings after a user's code, and tell the user once per `what` of those it changed."""
     before = {name: read() for name, (read, _) in _SETTINGS.items()}
     try:
         yield
