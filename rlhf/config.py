@@ -32,6 +32,8 @@ from rlhf.ranges import (
 class ModelConfig(Section):
     """Shape of a model trained from scratch. A model folder brings its own, which a field set here must agree with."""
 
+    family: str = "gpt2"
+    """Architecture, by Hugging Face's `model_type`."""
     preset: Literal["tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "small"
     """Named shape that the fields below change."""
     n_layer: Annotated[int, Ge(1), Le(1024)] | None = None

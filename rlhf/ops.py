@@ -9,6 +9,7 @@ Everything is computed and returned in float32 at least: half-precision inputs a
 import torch
 from torch import Tensor
 
+from rlhf.accelerate import accelerated
 from rlhf.checks import check_integer, check_mask, check_same_shape, check_value
 from rlhf.types import Metrics
 
@@ -99,7 +100,7 @@ def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float | Ten
     check_integer("token_log_probs", targets=targets)
     check_same_shape("token_log_probs", targets=targets, **{"logits[..., 0]": logits[..., 0]})
     scaled = scale_logits(logits, temperature)
-    return _at(scaled, targets) - torch.logsumexp(scaled, dim=-1)
+    return target_logits(scaled, targets) - torch.logsumexp(scaled, dim=-1)
 
 
 def entropy(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
@@ -131,7 +132,7 @@ def is_argmax(logits: Tensor, targets: Tensor) -> Tensor:
         targets: [...] int64 in [0, V).
     """
     scaled = scale_logits(logits, 1.0)  # as `token_log_probs` has it: compiled code takes target and maximum from there
-    return _at(scaled, targets) >= scaled.amax(dim=-1, keepdim=True).squeeze(-1)
+    return target_logits(scaled, targets) >= scaled.amax(dim=-1, keepdim=True).squeeze(-1)
 
 
 def scale_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -162,9 +163,7 @@ def mean_metrics(sums: Metrics) -> Metrics:
     return {name: total / count for name, total in sums.items() if name != "count"}
 
 
-def _at(logits: Tensor, targets: Tensor) -> Tensor:
+@accelerated("compiled_ops.target_logits")
+def target_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """[...] logits [..., V] of the targets [...] int64."""
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():  # then its gradient, too, is part of another pass
-        token = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
-        return torch.where(token == targets.int().unsqueeze(-1), logits, 0.0).sum(dim=-1)
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

@@ -4,15 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf.accelerate import accelerated
 from rlhf.checks import check_value
 
 _SUMMED = 128
 """Tokens of the vocabulary in a block."""
-_CACHED_ROWS = 8
-"""Rows drawn at a time on a CPU, whose float64 exponentials then stay in its cache: half of the time for GPT-2."""
 
 
-def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float | Tensor = 1.0) -> Tensor:
     """Set to -inf every token outside the `top_k` most likely, and outside the nucleus of mass `top_p`.
 
     Source: Fan et al. 2018, https://arxiv.org/abs/1805.04833 (top-k); Holtzman et al. 2020,
@@ -30,22 +29,23 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
         ValueError: top_k or top_p is out of range.
     """
     check_value("filter_logits", top_k >= 0, "at least 0", top_k=top_k)
-    check_value("filter_logits", 0 < top_p <= 1, "in (0, 1]", top_p=top_p)
+    check_value("filter_logits", (top_p > 0) & (top_p <= 1), "in (0, 1]", top_p=top_p)
     if top_k == 1:
         token = torch.arange(logits.shape[-1], device=logits.device)
         logits = torch.where(token == logits.argmax(dim=-1, keepdim=True), logits, -torch.inf)
     elif 0 < top_k < logits.shape[-1]:
         weakest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = torch.where(logits >= weakest, logits, -torch.inf)
-    if top_p < 1:
+    if isinstance(top_p, Tensor) or top_p < 1:
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         probs = ranked.softmax(dim=-1)
-        before = _cumulative(probs) - probs  # mass of the more likely tokens
+        before = cumulative(probs) - probs  # mass of the more likely tokens
         dropped = (before >= top_p).scatter(-1, order, before >= top_p)
         logits = torch.where(dropped, -torch.inf, logits)
     return logits
 
 
+@accelerated("blocked_sampling.sample_token")
 def sample_token(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw from softmax(logits) by inverse CDF: the first token whose cumulative probability exceeds `uniform`.
 
@@ -60,33 +60,16 @@ def sample_token(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         [...] int64 in [0, V), also where logits are NaN.
     """
-    if logits.is_cpu and logits.ndim == 2 and not torch.compiler.is_compiling():
-        rows = zip(torch.split(logits, _CACHED_ROWS), torch.split(uniform, _CACHED_ROWS), strict=True)
-        return torch.cat([_sample_in_blocks(*part) for part in rows])
-    return _sample_in_blocks(logits, uniform)
-
-
-def _sample_in_blocks(logits: Tensor, uniform: Tensor) -> Tensor:
-    """`sample_token` of rows whose float64 exponentials are all kept at once."""
     blocks = _in_blocks(logits, fill=-torch.inf).double()  # their differences too are rounded to float64
     weights = (blocks - blocks.amax((-2, -1), keepdim=True)).exp()
-    ends = _short_cumulative(weights.sum(-1))
+    ends = cumulative(weights.sum(-1))
     threshold = uniform.unsqueeze(-1) * ends[..., -1:]
     block = (ends <= threshold).sum(-1, keepdim=True).clamp(max=ends.shape[-1] - 1)
-    inside = _short_cumulative(weights.gather(-2, block.unsqueeze(-1).expand(*block.shape, _SUMMED)).squeeze(-2))
+    inside = cumulative(weights.gather(-2, block.unsqueeze(-1).expand(*block.shape, _SUMMED)).squeeze(-2))
     rest = (threshold - F.pad(ends, (1, 0)).gather(-1, block)).clamp(min=0)
     below = torch.nextafter(inside[..., -1:], torch.zeros_like(rest))
     rest = rest.minimum(below)  # some token exceeds it, however the sums are rounded
     return block.squeeze(-1) * _SUMMED + (inside <= rest).sum(-1)
-
-
-def _cumulative(x: Tensor) -> Tensor:
-    """Running sums of [..., V]; on a GPU in blocks: scans of long rows are slow, and torch 2.11 cannot compile them."""
-    if not x.is_cuda:
-        return x.cumsum(dim=-1)
-    inside = _short_cumulative(_in_blocks(x))
-    before = F.pad(_short_cumulative(inside[..., -1])[..., :-1], (1, 0))
-    return (inside + before.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]]
 
 
 def _in_blocks(x: Tensor, fill: float = 0.0) -> Tensor:
@@ -94,8 +77,7 @@ def _in_blocks(x: Tensor, fill: float = 0.0) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % _SUMMED), value=fill).view(*x.shape[:-1], -1, _SUMMED)
 
 
-def _short_cumulative(x: Tensor) -> Tensor:
-    """Running sums of short rows; on a GPU as a product with ones, which rises too: each sum takes the same order."""
-    if not x.is_cuda:
-        return x.cumsum(dim=-1)
-    return x @ torch.ones(x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device).triu()
+@accelerated("blocked_sampling.cumulative")
+def cumulative(x: Tensor) -> Tensor:
+    """Running sums over the last axis of [..., V]."""
+    return x.cumsum(dim=-1)

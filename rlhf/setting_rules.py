@@ -148,7 +148,7 @@ def _worker_rule(stage: str, size: str, *, rows: int = 1) -> Rule:
 
 
 def _model_rules(data: str) -> tuple[Rule, ...]:
-    names = ("model.preset", "tokenizer.path", "tokenizer.vocab_size")
+    names = ("model.family", "model.preset", "tokenizer.path", "tokenizer.vocab_size")
     return (Rule(names, _starts_elsewhere(data), "has no effect: the model that the stage starts from brings its own"),)
 
 
@@ -168,7 +168,7 @@ SFT_RULES = (
         refused=True,
     ),
     Rule(
-        ("model.preset",),
+        ("model.family", "model.preset"),
         lambda config: config.sft.model_path is not None,
         "has no effect with --sft.model-path: the folder's shape counts",
     ),

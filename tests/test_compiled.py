@@ -32,6 +32,7 @@ from rlhf.experience import Experience
 from rlhf.kernels import products as decoding
 from rlhf.models import gpt2
 from rlhf.models.decoding import generate_completions as generate
+from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.heads import init_reward_head, init_value_head
 from rlhf.ops import token_log_probs
@@ -222,7 +223,7 @@ def test_compiled_draws_in_bfloat16_have_the_log_probs_of_the_full_forward(folde
     assert_same_bits(turned.log_probs.flip(0), out.log_probs)
     for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
         text = torch.cat([prompt[:length], out.tokens[row]])
-        logits = gpt2.forward(params, text[None], config=config)[0, length - 1 : -1]
+        logits = forward(params, text[None], config=config)[0, length - 1 : -1]
         assert_close(out.log_probs[row], token_log_probs(logits, out.tokens[row]), 0.02)
 
 

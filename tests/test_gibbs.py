@@ -10,6 +10,7 @@ from rlhf.config import CheckpointConfig, LogConfig, PPOConfig, PPORun
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
 from rlhf.io.tokenizer import EOS, Tokenizer
 from rlhf.models import gpt2
+from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.train.ppo import run_ppo
 
@@ -36,7 +37,7 @@ def write_toy(folder, *, seed: int):
 
 def distribution(folder) -> torch.Tensor:
     model = load_language_model(folder)
-    return gpt2.forward(model.params, torch.tensor([[0]]), config=model.config)[0, -1].double().softmax(-1)
+    return forward(model.params, torch.tensor([[0]]), config=model.config)[0, -1].double().softmax(-1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from rlhf import random
 from rlhf.models import gpt2
+from rlhf.models.forward import forward, padding_layout
 from rlhf.models.gpt2_config import PRESETS, GPT2Config
+from rlhf.models.layers import dropout
 from rlhf.tree import cast, named_leaves, tree_map
 from rlhf.types import Params
 
@@ -26,13 +28,13 @@ PADDINGS = {
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_forward_equals_transformers(params, config, tokens, oracle, padding):
     mask = PADDINGS[padding]
-    positions, _ = gpt2.padding_layout(mask)
+    positions, _ = padding_layout(mask)
     with torch.no_grad():
         expected = oracle(tokens, attention_mask=mask.long(), position_ids=positions).logits
-    logits = gpt2.forward(params, tokens, config=config, attention_mask=mask)
+    logits = forward(params, tokens, config=config, attention_mask=mask)
     torch.testing.assert_close(logits[mask], expected[mask], atol=1e-4, rtol=0)
     if padding == "unpadded":
-        torch.testing.assert_close(gpt2.forward(params, tokens, config=config), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(forward(params, tokens, config=config), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("head_width", [2, 8])
@@ -43,15 +45,15 @@ def test_forward_equals_transformers_at_other_shapes(head_width, hugging_face):
     tokens = (random.uniform(random.key(5), (2, 20)) * 31).long()
     with torch.no_grad():
         expected = oracle(tokens).logits
-    torch.testing.assert_close(gpt2.forward(params, tokens, config=config), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(forward(params, tokens, config=config), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_invariant_2_padding_changes_no_logit(params, config, tokens, padding):
     mask = PADDINGS[padding]
-    logits = gpt2.forward(params, tokens, config=config, attention_mask=mask)
+    logits = forward(params, tokens, config=config, attention_mask=mask)
     for row in range(3):
-        alone = gpt2.forward(params, tokens[row, mask[row]][None], config=config)
+        alone = forward(params, tokens[row, mask[row]][None], config=config)
         torch.testing.assert_close(logits[row, mask[row]], alone[0], atol=1e-5, rtol=1e-5)
 
 
@@ -61,7 +63,7 @@ def test_invariant_2_content_of_padding_changes_no_logit_or_gradient(params, con
     other = torch.where(mask, tokens, (tokens + 11) % config.vocab_size)
 
     def loss(params: Params, tokens: Tensor) -> Tensor:
-        return gpt2.forward(params, tokens, config=config, attention_mask=mask)[mask].square().sum()
+        return forward(params, tokens, config=config, attention_mask=mask)[mask].square().sum()
 
     for one, two in zip(
         named_leaves(torch.func.grad(loss)(params, tokens)).values(),
@@ -75,10 +77,10 @@ def test_trunk_packed_sequences_do_not_see_each_other(params, config, tokens):
     lengths = [5, 4, 3]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     segments = torch.cat([torch.full((length,), number + 1) for number, length in enumerate(lengths)])[None]
-    packed = gpt2.trunk(params, tokens[:1], config=config, positions=positions, segments=segments)
+    packed = gpt2.hidden_states(params, tokens[:1], config=config, positions=positions, segments=segments)
     start = 0
     for length in lengths:
-        alone = gpt2.trunk(params, tokens[:1, start : start + length], config=config)
+        alone = gpt2.hidden_states(params, tokens[:1, start : start + length], config=config)
         torch.testing.assert_close(packed[:, start : start + length], alone, atol=1e-5, rtol=1e-5)
         start += length
 
@@ -86,7 +88,7 @@ def test_trunk_packed_sequences_do_not_see_each_other(params, config, tokens):
 def test_trunk_is_causal(params, config, tokens):
     changed = tokens.clone()
     changed[:, 7] = (changed[:, 7] + 1) % config.vocab_size
-    before, after = (gpt2.trunk(params, t, config=config) for t in (tokens, changed))
+    before, after = (gpt2.hidden_states(params, t, config=config) for t in (tokens, changed))
     assert torch.equal(before[:, :7], after[:, :7])
     assert not torch.isclose(before[:, 7:], after[:, 7:]).all(dim=-1).any()
 
@@ -101,13 +103,13 @@ def test_invariant_15_cached_decoding_equals_the_full_forward(params, config, to
     sequences = [tokens[row, : lengths[row]] for row in range(3)]
     for step in range(6):
         for row, sequence in enumerate(sequences):
-            full = gpt2.forward(params, sequence[None], config=config)[0, -1]
-            torch.testing.assert_close(gpt2.unembed(params, hidden)[row], full, atol=1e-5, rtol=1e-5)
+            full = forward(params, sequence[None], config=config)[0, -1]
+            torch.testing.assert_close(gpt2.logits(params, hidden, config=config)[row], full, atol=1e-5, rtol=1e-5)
             with torch.no_grad():
                 torch.testing.assert_close(full, oracle(sequence[None]).logits[0, -1], atol=1e-4, rtol=0)
         following = tokens[rows, 6 + step]
         sequences = [torch.cat([s, following[row : row + 1]]) for row, s in enumerate(sequences)]
-        hidden = gpt2.decode(params, following, lengths + step, cache, config=config, used=7 + step)
+        hidden = gpt2.decode(params, following, lengths + step, cache, config=config, cache_length=7 + step)
 
 
 def test_decode_does_not_depend_on_how_much_of_the_cache_is_looked_at(params, config, tokens):
@@ -115,7 +117,8 @@ def test_decode_does_not_depend_on_how_much_of_the_cache_is_looked_at(params, co
     for used in (7, 9, 12):
         cache = gpt2.init_cache(params, 3, 12, config=config)
         gpt2.prefill(params, tokens[:, :6], torch.tensor([6, 2, 4]), cache, config=config)
-        results.append(gpt2.decode(params, tokens[:, 6], torch.tensor([6, 2, 4]), cache, config=config, used=used))
+        lengths = torch.tensor([6, 2, 4])
+        results.append(gpt2.decode(params, tokens[:, 6], lengths, cache, config=config, cache_length=used))
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(results[0], results[2], atol=1e-6, rtol=1e-6)
 
@@ -175,7 +178,7 @@ def test_config_refuses_impossible_shapes():
 
 
 def test_dropout_drops_the_share_asked_for_and_keeps_the_mean(key):
-    dropped = gpt2._dropout(torch.ones(400, 100), 0.3, key)
+    dropped = dropout(torch.ones(400, 100), 0.3, key=key)
     assert (dropped == 0).double().mean().item() == pytest.approx(0.3, abs=0.01)
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
 
@@ -186,12 +189,12 @@ def test_gradient_checkpointing_changes_no_bit(params, config, tokens, key, dtyp
     segments = torch.tensor([[1] * 5 + [2] * 7, [1] * 12, [3] * 9 + [0] * 3])
 
     def loss(params, gradient_checkpointing):
-        hidden = gpt2.trunk(
+        hidden = gpt2.hidden_states(
             gpt2.cast_for_compute(params, dtype),
             tokens,
             config=config,
             segments=segments,
-            dropout=dropout,
+            dropout_rate=dropout,
             key=key,
             gradient_checkpointing=gradient_checkpointing,
         )
@@ -202,29 +205,31 @@ def test_gradient_checkpointing_changes_no_bit(params, config, tokens, key, dtyp
 
 
 def test_gradient_checkpointing_runs_every_block_again(params, config, tokens, monkeypatch):
-    blocks, norm = [], gpt2._layer_norm
-    monkeypatch.setattr(gpt2, "_layer_norm", lambda *arguments: blocks.append(0) or norm(*arguments))
+    blocks, norm = [], gpt2.layer_norm
+    monkeypatch.setattr(gpt2, "layer_norm", lambda *args, **options: blocks.append(0) or norm(*args, **options))
     for checkpointing, norms in ((False, 2 * config.n_layer + 1), (True, 4 * config.n_layer + 1)):
         blocks.clear()
         torch.func.grad(
-            lambda params, on=checkpointing: gpt2.trunk(params, tokens, config=config, gradient_checkpointing=on).sum()
+            lambda params, on=checkpointing: gpt2.hidden_states(
+                params, tokens, config=config, gradient_checkpointing=on
+            ).sum()
         )(params)
         assert len(blocks) == norms
 
 
 def test_dropout_follows_its_key(params, config, tokens, key):
     def run(**arguments):
-        return gpt2.trunk(params, tokens, config=config, **arguments)
+        return gpt2.hidden_states(params, tokens, config=config, **arguments)
 
-    assert torch.equal(run(dropout=0.5, key=key), run(dropout=0.5, key=key))
-    assert not torch.isclose(run(dropout=0.5, key=key), run(dropout=0.5, key=random.key(8))).all()
-    assert torch.equal(run(dropout=0.0, key=key), run())
+    assert torch.equal(run(dropout_rate=0.5, key=key), run(dropout_rate=0.5, key=key))
+    assert not torch.isclose(run(dropout_rate=0.5, key=key), run(dropout_rate=0.5, key=random.key(8))).all()
+    assert torch.equal(run(dropout_rate=0.0, key=key), run())
 
 
 def test_trunk_runs_in_the_dtype_of_its_parameters(params, config, tokens):
-    low = gpt2.forward(cast(params, torch.bfloat16), tokens, config=config)
+    low = forward(cast(params, torch.bfloat16), tokens, config=config)
     assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), gpt2.forward(params, tokens, config=config), atol=0.15, rtol=0.1)
+    torch.testing.assert_close(low.float(), forward(params, tokens, config=config), atol=0.15, rtol=0.1)
 
 
 def test_compute_copy_leaves_the_embeddings_in_the_dtype_of_the_master_weights(params):
@@ -234,42 +239,46 @@ def test_compute_copy_leaves_the_embeddings_in_the_dtype_of_the_master_weights(p
 
 
 def test_trunk_compiles_to_one_graph(params, config, tokens):
-    compiled = torch.compile(gpt2.forward, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(
-        compiled(params, tokens, config=config), gpt2.forward(params, tokens, config=config), atol=1e-5, rtol=1e-5
+        compiled(params, tokens, config=config), forward(params, tokens, config=config), atol=1e-5, rtol=1e-5
     )
 
 
 def test_forward_leaves_its_arguments_alone(params, config, tokens):
     copies = tree_map(torch.clone, params)
-    gpt2.forward(params, tokens, config=config)
+    forward(params, tokens, config=config)
     assert all(
         torch.equal(a, b) for a, b in zip(named_leaves(params).values(), named_leaves(copies).values(), strict=True)
     )
 
 
 def test_wrong_arguments_are_named(params, config, tokens, key):
-    with pytest.raises(TypeError, match=r"trunk: tokens has dtype torch.int32"):
-        gpt2.trunk(params, tokens.int(), config=config)
-    with pytest.raises(ValueError, match=r"trunk: tokens has shape \(12,\), expected 2 dimensions"):
-        gpt2.trunk(params, tokens[0], config=config)
-    with pytest.raises(ValueError, match=r"trunk: length is 33, expected at most n_positions = 32"):
-        gpt2.trunk(params, torch.zeros(1, 33, dtype=torch.int64), config=config)
+    with pytest.raises(TypeError, match=r"hidden_states: tokens has dtype torch.int32"):
+        gpt2.hidden_states(params, tokens.int(), config=config)
+    with pytest.raises(ValueError, match=r"hidden_states: tokens has shape \(12,\), expected 2 dimensions"):
+        gpt2.hidden_states(params, tokens[0], config=config)
+    with pytest.raises(ValueError, match=r"hidden_states: length is 33, expected at most n_positions = 32"):
+        gpt2.hidden_states(params, torch.zeros(1, 33, dtype=torch.int64), config=config)
     with pytest.raises(ValueError, match=r"forward: attention_mask has shape \(3, 11\)"):
-        gpt2.forward(params, tokens, config=config, attention_mask=torch.ones(3, 11, dtype=torch.bool))
+        forward(params, tokens, config=config, attention_mask=torch.ones(3, 11, dtype=torch.bool))
     long = torch.zeros(1, 33, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"forward: length is 33, expected at most n_positions = 32"):
-        gpt2.forward(params, long, config=config, attention_mask=long == 0)
-    with pytest.raises(ValueError, match=r"trunk: positions has shape \(3, 11\), expected \(3, 12\) like tokens"):
-        gpt2.trunk(params, tokens, config=config, positions=tokens[:, 1:])
-    with pytest.raises(ValueError, match=r"trunk: segments has shape \(1, 12\), expected \(3, 12\) like tokens"):
-        gpt2.trunk(params, tokens, config=config, segments=tokens[:1])
-    with pytest.raises(ValueError, match="trunk: segments is None, expected given with bounds"):
-        gpt2.trunk(params, tokens, config=config, bounds=torch.tensor([0, 36], dtype=torch.int32))
-    with pytest.raises(ValueError, match="trunk: key is None"):
-        gpt2.trunk(params, tokens, config=config, dropout=0.1)
-    with pytest.raises(ValueError, match=r"trunk: dropout is 1\.0"):
-        gpt2.trunk(params, tokens, config=config, dropout=1.0, key=key)
+        forward(params, long, config=config, attention_mask=long == 0)
+    with pytest.raises(
+        ValueError, match=r"hidden_states: positions has shape \(3, 11\), expected \(3, 12\) like tokens"
+    ):
+        gpt2.hidden_states(params, tokens, config=config, positions=tokens[:, 1:])
+    with pytest.raises(
+        ValueError, match=r"hidden_states: segments has shape \(1, 12\), expected \(3, 12\) like tokens"
+    ):
+        gpt2.hidden_states(params, tokens, config=config, segments=tokens[:1])
+    with pytest.raises(ValueError, match="hidden_states: segments is None, expected given with bounds"):
+        gpt2.hidden_states(params, tokens, config=config, bounds=torch.tensor([0, 36], dtype=torch.int32))
+    with pytest.raises(ValueError, match="hidden_states: key is None"):
+        gpt2.hidden_states(params, tokens, config=config, dropout_rate=0.1)
+    with pytest.raises(ValueError, match=r"hidden_states: dropout_rate is 1\.0"):
+        gpt2.hidden_states(params, tokens, config=config, dropout_rate=1.0, key=key)
     cache = gpt2.init_cache(params, 3, 10, config=config)
     with pytest.raises(ValueError, match="prefill: width is 12, expected at most 10"):
         gpt2.prefill(params, tokens, torch.full((3,), 12), cache, config=config)

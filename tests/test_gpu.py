@@ -8,6 +8,8 @@ import test_compiled
 import torch
 import toy
 from laws import assert_close, assert_same_bits
+from rlhf.kernels.attention import attention, decode_attention, packed_attention, segment_bias
+from rlhf.kernels.products import prepare_for_decoding
 
 from rlhf import random
 from rlhf.config import DistConfig
@@ -17,11 +19,10 @@ from rlhf.execution.draws import CUDAGraphRunner, compiled_draw
 from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.gradients import make_gradient
 from rlhf.execution.program import ModelState, Program, StepSpec
-from rlhf.kernels.attention import attention, decode_attention, packed_attention, segment_bias
-from rlhf.kernels.products import prepare_for_decoding
 from rlhf.models import gpt2
 from rlhf.models.decoding import decode_steps
 from rlhf.models.decoding import generate_completions as generate
+from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.ops import token_log_probs
 from rlhf.optim import adamw
@@ -172,7 +173,7 @@ def test_recorded_completions_in_bf16_have_the_log_probs_of_a_full_pass(folder, 
     for row, completion in enumerate(found.tokens):
         start = int(LENGTHS[row % 13])
         text = torch.cat([PROMPTS[row % 13, :start], completion])
-        exact = token_log_probs(gpt2.forward(rounded, text[None], config=CONFIG)[0, start - 1 : -1], completion)
+        exact = token_log_probs(forward(rounded, text[None], config=CONFIG)[0, start - 1 : -1], completion)
         assert float((found.log_probs[row] - exact).abs().mean()) < 0.03
 
 
@@ -210,11 +211,11 @@ def test_a_recording_takes_what_it_is_given():
 
 def test_logits_do_not_show_how_the_embedding_is_filled_up(params):
     hidden = random.normal(random.key(9), (5, CONFIG.n_embd))
-    found = gpt2.unembed(to_device(params, "cuda"), hidden.cuda())
+    found = gpt2.logits(to_device(params, "cuda"), hidden.cuda(), config=CONFIG)
     assert found.shape == (5, CONFIG.vocab_size)
-    assert_close(found.cpu(), gpt2.unembed(params, hidden), 1e-5)
+    assert_close(found.cpu(), gpt2.logits(params, hidden, config=CONFIG), 1e-5)
     log_probs = token_log_probs(found, torch.arange(5, device="cuda"))
-    assert_close(log_probs.cpu(), token_log_probs(gpt2.unembed(params, hidden), torch.arange(5)), 1e-5)
+    assert_close(log_probs.cpu(), token_log_probs(gpt2.logits(params, hidden, config=CONFIG), torch.arange(5)), 1e-5)
 
 
 # ---- through Ray

@@ -10,6 +10,7 @@ from rlhf.evaluate.measures import make_measure
 from rlhf.kl import exact_kl
 from rlhf.models import gpt2
 from rlhf.models.decoding import generate_completions as generate
+from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.ops import entropy, token_log_probs
 
@@ -53,7 +54,7 @@ def test_measures_of_packed_texts_are_those_of_each_alone(models, texts, config)
     for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
         whole = torch.cat([torch.from_numpy(prompt), completions[row, :length]])[None]
         own, other = (
-            gpt2.forward(p, whole[:, :-1], config=c)[0, len(prompt) - 1 :]
+            forward(p, whole[:, :-1], config=c)[0, len(prompt) - 1 :]
             for p, c in ((params, config), (frozen["reference"], OTHER))
         )
         targets = whole[0, len(prompt) :]
@@ -67,7 +68,7 @@ def test_measures_of_packed_texts_are_those_of_each_alone(models, texts, config)
         for field, value in enumerate(expected):
             assert_close(found[field][row, :length].float(), value.float(), 1e-4)
         reward_model = frozen["reward_model_0"]
-        hidden = gpt2.trunk(reward_model["trunk"], whole, config=OTHER)[0, -1]
+        hidden = gpt2.hidden_states(reward_model["trunk"], whole, config=OTHER)[0, -1]
         assert_close(scores[row, 0], hidden @ reward_model["head"]["weight"][0], 1e-4)
     assert found[1][0].all(), "the model's own choice"
     assert not found[1].all()

@@ -30,6 +30,7 @@ from rlhf.io.model_folder import (
 )
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models import gpt2
+from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.heads import apply_head, init_reward_head
 from rlhf.tree import named_leaves, tree_map_named
@@ -112,7 +113,7 @@ def test_transformers_computes_the_same_logits(saved, model, tokens):
 
     theirs = quietly(lambda: transformers.AutoModelForCausalLM.from_pretrained(saved / "lm")).eval()
     assert type(theirs).__name__ == "GPT2LMHeadModel"
-    logits = gpt2.forward(model.params, tokens, config=model.config)
+    logits = forward(model.params, tokens, config=model.config)
     assert logits.abs().max() > 1
     torch.testing.assert_close(theirs(tokens).logits, logits, rtol=0, atol=1e-4)
     assert theirs.config.eos_token_id == model.tokenizer.eos_id
@@ -127,7 +128,7 @@ def test_transformers_generates_what_we_would(saved, model):
     made = theirs.generate(**prompt, max_new_tokens=6, do_sample=False)[0].tolist()
     ours = prompt["input_ids"][0].tolist()
     while len(ours) < len(made):
-        logits = gpt2.forward(model.params, torch.tensor([ours]), config=model.config)
+        logits = forward(model.params, torch.tensor([ours]), config=model.config)
         ours.append(int(logits[0, -1].argmax()))
     assert made == ours
 
@@ -148,7 +149,7 @@ def test_transformers_computes_the_same_scores(saved, reward_model, auto):
     assert scores.shape == (len(sequences), 1)
     ours = []
     for sequence in sequences:
-        hidden = gpt2.trunk(reward_model.params["trunk"], torch.tensor([sequence]), config=reward_model.config)
+        hidden = gpt2.hidden_states(reward_model.params["trunk"], torch.tensor([sequence]), config=reward_model.config)
         ours.append(apply_head(reward_model.params["head"], hidden)[0, -1])
     torch.testing.assert_close(scores[:, 0], torch.stack(ours), rtol=0, atol=1e-4)
     assert len({round(float(score), 3) for score in ours}) == len(ours)
@@ -172,7 +173,7 @@ def test_we_load_a_language_model_that_transformers_saved(tmp_path, config, toke
     ours = load_language_model(tmp_path)
     assert ours.config == config
     assert {leaf.dtype for leaf in named_leaves(ours.params).values()} == {torch.float32}
-    logits = gpt2.forward(ours.params, tokens, config=config)
+    logits = forward(ours.params, tokens, config=config)
     torch.testing.assert_close(theirs.float()(tokens).logits, logits, rtol=0, atol=1e-4)
 
 
@@ -184,7 +185,7 @@ def test_we_load_a_reward_model_that_transformers_saved(tmp_path, config, tokeni
     ours = load_reward_model(tmp_path)
     assert ours.statistics == RewardStatistics(0.0, 1.0, 0)
     real = tokens.clamp(min=2)  # no padding among them
-    hidden = gpt2.trunk(ours.params["trunk"], real, config=config)
+    hidden = gpt2.hidden_states(ours.params["trunk"], real, config=config)
     scores = theirs.float()(real).logits[:, 0]
     torch.testing.assert_close(apply_head(ours.params["head"], hidden)[:, -1], scores, rtol=0, atol=1e-4)
 
@@ -196,7 +197,7 @@ def test_a_base_model_is_read_as_a_language_model(tmp_path, config, tokenizer, t
     tokenizer.save(tmp_path / "start")
     ours = load_language_model(tmp_path / "start")
     theirs = quietly(lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "start")).eval()
-    logits = gpt2.forward(ours.params, tokens, config=config)
+    logits = forward(ours.params, tokens, config=config)
     torch.testing.assert_close(theirs(tokens).logits, logits, rtol=0, atol=1e-4)
     save_language_model(tmp_path / "lm", ours, facts={})
     assert json.loads((tmp_path / "lm" / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
@@ -335,7 +336,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
     "config not UTF-8": ("lm", written("config.json", b'{"\xff": 1}'), ["config.json: cannot be read"]),
     "no weights": ("lm", written("model.safetensors", None), ["model.safetensors: no such file", "safetensors alone"]),
     "no tokenizer": ("lm", written("tokenizer.json", None), ["has neither tokenizer.json nor"]),
-    "another family": ("lm", configured(model_type="llama"), ["model_type is 'llama'", "expected 'gpt2'"]),
+    "another family": ("lm", configured(model_type="llama"), ["model_type is 'llama'", "expected one of gpt2"]),
     "no layers": (
         "lm",
         configured(architectures=["GPT2DoubleHeadsModel"]),
@@ -427,7 +428,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
     "another output layer": ("lm", added(lm_head__weight=torch.ones(300, 16)), ["lm_head.weight differs", "tie_word"]),
     "a small output layer": ("lm", added(lm_head__weight=torch.ones(2, 16)), ["lm_head.weight differs"]),
     "a bias on the logits": ("lm", added(lm_head__bias=torch.ones(300)), ["lm_head.bias is not 0"]),
-    "tensor unknown": ("lm", added(extra__weight=torch.ones(2)), ["extra.weight is in no GPT-2"]),
+    "tensor unknown": ("lm", added(extra__weight=torch.ones(2)), ["extra.weight is in no gpt2"]),
     "torch.compile": ("lm", added("_orig_mod."), ["begin with '_orig_mod.'", "torch.compile", "removeprefix"]),
     "DDP": ("lm", added("module."), ["begin with 'module.'", "DataParallel", "removeprefix"]),
     "PEFT": ("lm", added("base_model.model."), ["begin with 'base_model.model.'", "PEFT"]),
@@ -567,7 +568,7 @@ def test_rows_beyond_the_tokenizer_are_left_out(tmp_path, kind, model, reward_mo
         ours = load_language_model(folder)
         theirs = quietly(lambda: transformers.AutoModelForCausalLM.from_pretrained(folder)).eval()
         expected = theirs(tokens).logits[..., :size].log_softmax(-1)
-        logits = gpt2.forward(ours.params, tokens, config=ours.config)
+        logits = forward(ours.params, tokens, config=ours.config)
         assert logits.shape[-1] == size
         torch.testing.assert_close(logits.log_softmax(-1), expected, rtol=0, atol=1e-4)
         save_language_model(tmp_path / "again", ours, facts={})
@@ -638,7 +639,7 @@ def test_a_reward_model_that_pads_with_its_end_of_text_is_told(tmp_path, saved, 
     assert "transformers reads the score at the token before it" in note
     theirs = quietly(lambda: transformers.AutoModelForSequenceClassification.from_pretrained(folder)).eval()
     sequence = torch.cat([tokens[:1].clamp(min=2), torch.tensor([[0]])], dim=1)
-    hidden = gpt2.trunk(ours.params["trunk"], sequence, config=ours.config)
+    hidden = gpt2.hidden_states(ours.params["trunk"], sequence, config=ours.config)
     scores = apply_head(ours.params["head"], hidden)[0]
     torch.testing.assert_close(theirs(sequence).logits[0, 0], scores[-2], rtol=0, atol=1e-4)
 

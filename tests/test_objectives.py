@@ -1,17 +1,18 @@
 """Packed micro-batches through whole objectives, against one sequence at a time and against transformers."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.func import grad_and_value
 
-from rlhf import random
+from rlhf import random, remat
 from rlhf.batches import PairBatch, PPOBatch, ScoreBatch, TokenBatch
 from rlhf.data.packing import build_rows
 from rlhf.generate.complete import make_completion_fn
-from rlhf.kernels import remat
 from rlhf.kl import exact_kl, kl_estimate
 from rlhf.losses import ppo_policy_loss, ppo_value_loss
-from rlhf.models import gpt2
+from rlhf.models import architecture, gpt2
 from rlhf.models.heads import apply_head
 from rlhf.models.scoring import make_pair_scores, make_scorer
 from rlhf.ops import entropy, mean_metrics, token_log_probs
@@ -75,7 +76,7 @@ def ppo_batch(sequences, places, seed=40) -> PPOBatch:
 
 def alone(params, config, sequence, prompt):
     """[C, D] hidden states that predict the completion, from the unpacked sequence."""
-    return gpt2.trunk(params, sequence[None], config=config)[0, prompt - 1 : -1]
+    return gpt2.hidden_states(params, sequence[None], config=config)[0, prompt - 1 : -1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,8 +97,8 @@ def test_sft_objective_equals_transformers_loss_in_any_layout(params, config, se
 
 def test_sft_accuracy_counts_the_tokens_that_are_most_likely(params, config, sequences):
     batch = token_batch(sequences, LAYOUTS["one per row"])
-    hidden = gpt2.trunk(params, batch.rows.tokens, config=config).flatten(0, 1)[batch.predictors]
-    best = gpt2.unembed(params, hidden).argmax(-1)
+    hidden = gpt2.hidden_states(params, batch.rows.tokens, config=config).flatten(0, 1)[batch.predictors]
+    best = gpt2.logits(params, hidden, config=config).argmax(-1)
     some = torch.where(torch.arange(len(best)) < 5, best, (best + 1) % config.vocab_size)
     _, metrics = make_sft_objective(config)(params, {}, batch._replace(targets=some))
     assert metrics["sft/accuracy"].item() == 5
@@ -140,13 +141,14 @@ def test_logits_in_chunks_and_checkpointed_blocks_change_nothing(
     of_sft = grad_and_value(sft, has_aux=True)(params["policy"], {}, token_batch(sequences, LAYOUTS["packed"]))
     of_ppo = grad_and_value(ppo, has_aux=True)(params, frozen, batch)
     monkeypatch.setattr(remat, "_CHUNK", tokens_at_once * config.vocab_size)
-    largest, unembed = [], gpt2.unembed
+    largest = []
 
     def watched(params, hidden, **options):
         largest.append(len(hidden))
-        return unembed(params, hidden, **options)
+        return gpt2.logits(params, hidden, **options)
 
-    monkeypatch.setattr("rlhf.models.objectives.unembed", watched)
+    watched_family = dataclasses.replace(gpt2.ARCHITECTURE, logits=watched)
+    monkeypatch.setitem(architecture._REGISTERED, "gpt2", watched_family)
     sft = make_sft_objective(config, gradient_checkpointing=True)
     ppo = make_ppo_objective(config, config, gradient_checkpointing=True, **options)
     chunked = grad_and_value(sft, has_aux=True)(params["policy"], {}, token_batch(sequences, LAYOUTS["packed"]))
@@ -201,7 +203,7 @@ def test_ppo_objective_equals_its_parts_one_sequence_at_a_time(model, config, se
     for sequence, prompt, count in zip(sequences, PROMPTS, LENGTHS, strict=True):
         part = slice(start, start + count)
         start += count
-        logits = gpt2.unembed(params["policy"], alone(params["policy"], config, sequence, prompt))
+        logits = gpt2.logits(params["policy"], alone(params["policy"], config, sequence, prompt), config=config)
         log_probs = token_log_probs(logits, sequence[prompt:], temperature=temperature)
         values = apply_head(params["critic"]["head"], alone(params["critic"]["trunk"], config, sequence, prompt))
         ones = torch.ones(count, dtype=torch.bool)
@@ -233,7 +235,9 @@ def test_ppo_objective_exact_kl_in_the_loss(model, config, sequences):
     without, _ = make_ppo_objective(config, config)(params, frozen, batch)
     with_kl, metrics = make_ppo_objective(config, config, loss_kl="exact")(params, frozen, batch)
     expected = sum(
-        exact_kl(*(gpt2.unembed(p, alone(p, config, s, n)) for p in (params["policy"], frozen["reference"]))).sum()
+        exact_kl(
+            *(gpt2.logits(p, alone(p, config, s, n), config=config) for p in (params["policy"], frozen["reference"]))
+        ).sum()
         for s, n in zip(sequences, PROMPTS, strict=True)
     )
     torch.testing.assert_close(metrics["loss/kl_avg"], expected, atol=1e-4, rtol=1e-5)
@@ -246,7 +250,8 @@ def test_ppo_objective_entropy_bonus_reaches_the_gradient(model, config, sequenc
 
     def entropies(policy):
         logits = (
-            gpt2.unembed(policy, alone(policy, config, s, prompt)) for s, prompt in zip(sequences, PROMPTS, strict=True)
+            gpt2.logits(policy, alone(policy, config, s, prompt), config=config)
+            for s, prompt in zip(sequences, PROMPTS, strict=True)
         )
         return sum(entropy(of_sequence).sum() for of_sequence in logits)
 
@@ -315,7 +320,8 @@ def test_scorer_equals_one_sequence_at_a_time(model, config, sequences, layout):
         part = slice(start, start + count)
         start += count
         logits, ref_logits = (
-            gpt2.unembed(p, alone(p, config, sequence, prompt)) for p in (params["policy"], frozen["reference"])
+            gpt2.logits(p, alone(p, config, sequence, prompt), config=config)
+            for p in (params["policy"], frozen["reference"])
         )
         targets = sequence[prompt:]
         close = {"atol": 1e-5, "rtol": 1e-5}
@@ -326,7 +332,7 @@ def test_scorer_equals_one_sequence_at_a_time(model, config, sequences, layout):
         critic = params["critic"]
         values = apply_head(critic["head"], alone(critic["trunk"], config, sequence, prompt))
         torch.testing.assert_close(scores.values[part], values, **close)
-        whole = gpt2.trunk(critic["trunk"], sequence[None], config=config)[0, -1]
+        whole = gpt2.hidden_states(critic["trunk"], sequence[None], config=config)[0, -1]
         torch.testing.assert_close(scores.scores[number, 0], apply_head(critic["head"], whole), **close)
         torch.testing.assert_close(scores.bootstrap_values[number], apply_head(critic["head"], whole), **close)
 
@@ -364,7 +370,7 @@ def test_reward_objective_and_scores_read_the_last_tokens(params, config, sequen
     margin, mask = torch.tensor([0.4, -0.2]), torch.tensor([True, True])
     batch = PairBatch(starts.rows, last[[0, 2]], last[[1, 3]], margin, mask)
     expected = torch.stack(
-        [apply_head(model["head"], gpt2.trunk(params, s[None], config=config)[0, -1]) for s in sequences]
+        [apply_head(model["head"], gpt2.hidden_states(params, s[None], config=config)[0, -1]) for s in sequences]
     )
     chosen, rejected = make_pair_scores(config)(model, {}, batch)
     torch.testing.assert_close(torch.stack([chosen, rejected], dim=1).flatten(), expected, atol=1e-5, rtol=1e-5)

@@ -148,7 +148,7 @@ def test_every_end_of_text_ends_a_completion_and_a_row_without_a_token_never_doe
     """Whichever row has the largest logit by far."""
     model = load_language_model(start)
     size, folder = model.config.vocab_size, tmp_path / "m"
-    hidden = gpt2.trunk(model.params, torch.tensor(model.tokenizer.encode(["say"])), config=model.config)[0, -1]
+    hidden = gpt2.hidden_states(model.params, torch.tensor(model.tokenizer.encode(["say"])), config=model.config)[0, -1]
     shutil.copytree(start, folder)
     state = load_file(folder / "model.safetensors")
     place = size - 1 if name.startswith("the end") else size + 3

@@ -2,7 +2,7 @@
 
 Each case is a function of tensors in float64, hyperparameters among them, against the plain loop (`vmap`) and against
 finite differences (the others). To cover a function, add a case to `CASES`; that every public function of `MODULES` has
-one is a test. Models, heads and sampling are not in the table yet: add their modules to `MODULES`, their cases below.
+one is a test, but for those in `OTHERS`, which say why not.
 """
 
 import inspect
@@ -16,11 +16,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from rlhf import advantages, experience, kl, losses, ops
+from rlhf import advantages, experience, kl, losses, ops, random, remat
 from rlhf.advantages import gae, gae_loop, token_rewards
+from rlhf.batches import Rows
 from rlhf.experience import make_experience, postprocess_scores
 from rlhf.kl import adaptive_kl_coef, exact_kl, kl_estimate, ratio_of
 from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
+from rlhf.models import attention, forward, gpt2, heads, layers
 from rlhf.ops import (
     entropy,
     gather_rows,
@@ -30,12 +32,32 @@ from rlhf.ops import (
     masked_var,
     mean_metrics,
     scale_logits,
+    target_logits,
     token_log_probs,
     upcast,
     whiten,
 )
+from rlhf.tree import cast
 
-MODULES = (losses, advantages, kl, ops, experience)
+MODULES = (losses, advantages, kl, ops, experience, remat, layers, attention, heads, forward)
+
+OTHERS = {
+    "chunk_size": "numbers in, a number out",
+    "init_reward_head": "makes parameters of a key",
+    "init_value_head": "makes parameters of a number",
+    "pack_affine": "prepares parameters for decoding, of which no gradient is taken",
+    "pack_embedding": "prepares parameters for decoding, of which no gradient is taken",
+    "init_kv_cache": "makes zeros",
+    "write_prompts": "writes into the cache",
+    "decode_attention": "writes into the cache",
+    "padding_layout": "integers in, integers out",
+    "attention_layout": "integers in, a mask out",
+    "additive_mask": "a mask in, a constant out",
+    "causal": "a number in, a mask out",
+    "at_predictors": "`packed_hidden_states` at some rows",
+    "trunk_states": "`packed_hidden_states` of cast parameters",
+    "prompt_attention": "`attention` without a gradient",
+}
 
 
 class Case(NamedTuple):
@@ -114,7 +136,97 @@ def controlled(kl_coef, kl, samples, target, horizon):
     return adaptive_kl_coef(kl_coef, kl, num_samples=samples, target=target, horizon=horizon)
 
 
+SHAPE = gpt2.GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=2)
+TOKENS = torch.tensor([[1, 4, 0, 2]])
+ROWS = Rows(TOKENS, torch.tensor([[0, 1, 0, 1]]), torch.tensor([[1, 1, 2, 2]]), torch.tensor([0, 2, 4]))
+
+
+def decoder(seed):
+    """seed -> embedding, projections of attention and of the MLP."""
+    shapes = ((5, 4), (4, 12), (4, 16))
+    return tuple(0.5 * floats(10 * seed + n, *shape) for n, shape in enumerate(shapes))
+
+
+def with_params(function):
+    """`function` of a whole GPT-2 in which those three leaves are arguments."""
+    rest = cast(gpt2.init(SHAPE, key=random.key(3)), torch.float64)
+
+    def call(wte, c_attn, c_fc):
+        (block,) = rest["h"]
+        attn = block["attn"] | {"c_attn": block["attn"]["c_attn"] | {"weight": c_attn}}
+        mlp = block["mlp"] | {"c_fc": block["mlp"]["c_fc"] | {"weight": c_fc}}
+        return function(rest | {"wte": {"weight": wte}, "h": [block | {"attn": attn, "mlp": mlp}]})
+
+    return call
+
+
+def heads_of(*shape):
+    return lambda seed: tuple(floats(10 * seed + n, *shape) for n in range(3))
+
+
+def affine_params(seed):
+    return floats(seed, 2, 3, 4), floats(seed + 10, 4, 5), floats(seed + 20, 5)
+
+
+def norm_params(seed):
+    return floats(seed, 2, 3, 4), floats(seed + 10, 4), floats(seed + 20, 4)
+
+
+def per_row_function(shared, x):
+    return (torch.tanh(x @ shared).sum(-1), x.square().sum(-1))
+
+
 CASES = {
+    "remat": Case(lambda x, w, b: remat.remat(per_row_function)(w, x), affine_params, (0, 1)),
+    "remat, of a model": Case(
+        with_params(lambda p: gpt2.hidden_states(p, TOKENS, config=SHAPE, gradient_checkpointing=True)),
+        decoder,
+        (0, 1, 2),
+    ),
+    "in_chunks": Case(
+        lambda x, w, b: remat.in_chunks(per_row_function, 4)(w, x.reshape(-1, x.shape[-1])), affine_params, (0, 1)
+    ),
+    "affine": Case(lambda x, w, b: layers.affine(x, {"weight": w, "bias": b}), affine_params, (0, 1, 2)),
+    "layer_norm": Case(
+        lambda x, w, b: layers.layer_norm(x, {"weight": w, "bias": b}, eps=1e-5), norm_params, (0, 1, 2)
+    ),
+    "gelu": Case(lambda x, mask: layers.gelu(x), per_token(1), (0,)),
+    "dropout": Case(lambda x, mask: layers.dropout(x, 0.3, key=random.key(1)), per_token(1), (0,)),
+    "unembed": Case(
+        lambda x, w, b: layers.unembed(x, {"weight": w.T}, vocab_size=5, padded=True), affine_params, (0, 1)
+    ),
+    "attention": Case(lambda q, k, v: attention.attention(q, k, v, None), heads_of(1, 2, 3, 2), (0, 1, 2)),
+    "attention, segments": Case(
+        lambda q, k, v: attention.attention(q, k, v, attention.attention_layout(ROWS.segments[:, 1:], None, q, 2).bias),
+        heads_of(1, 2, 3, 2),
+        (0, 1, 2),
+    ),
+    "self_attention": Case(
+        lambda q, k, v: attention.self_attention(torch.stack((q, k, v), 2), attention.AttentionLayout(None, None)),
+        heads_of(1, 3, 2, 2),
+        (0, 1, 2),
+    ),
+    "heads_first": Case(
+        lambda q, k, v: attention.heads_first(torch.stack((q, k, v), 2)), heads_of(1, 3, 2, 2), (0, 1, 2)
+    ),
+    "attend_to_cache": Case(
+        lambda q, k, v: attention.attend_to_cache(q[:, :, 0], k.transpose(-1, -2), v, torch.zeros(1, 3)),
+        heads_of(1, 2, 3, 2),
+        (0, 1, 2),
+    ),
+    "apply_head": Case(lambda x, w, b: heads.apply_head({"weight": w[None], "bias": b[:1]}, x), norm_params, (0, 1, 2)),
+    "value_head_from_reward": Case(
+        lambda w, mean, std, weight: heads.value_head_from_reward({"weight": w}, mean=mean, std=std, weight=weight),
+        lambda seed: (floats(seed, 1, 4), tensor(0.3 + seed), tensor(1.5), tensor(0.7)),
+        (0, 1, 2, 3),
+    ),
+    "forward": Case(with_params(lambda p: forward.forward(p, TOKENS, config=SHAPE)), decoder, (0, 1, 2)),
+    "forward, padded": Case(
+        with_params(lambda p: forward.forward(p, TOKENS, config=SHAPE, attention_mask=TOKENS > 0)), decoder, (0, 1, 2)
+    ),
+    "packed_hidden_states": Case(
+        with_params(lambda p: forward.packed_hidden_states(p, ROWS, SHAPE)), decoder, (0, 1, 2)
+    ),
     "sft_loss": Case(lambda x, mask: sft_loss(x, mask)[0], per_token(1), (0,)),
     "reward_loss": Case(
         lambda chosen, rejected, margin, coefficient, mask: reward_loss(
@@ -155,6 +267,7 @@ CASES = {
     "token_log_probs": Case(lambda x, t, targets: token_log_probs(x, targets, temperature=t), logits(1, 0.7), (0, 1)),
     "entropy": Case(lambda x, t, targets: entropy(x, temperature=t), logits(1, 0.7), (0, 1)),
     "scale_logits": Case(lambda x, t, targets: scale_logits(x, t), logits(1, 0.7), (0, 1)),
+    "target_logits": Case(target_logits, logits(1), (0,)),
     "is_argmax": Case(is_argmax, logits(1), ()),
     "mean_metrics": Case(
         lambda x, mask: mean_metrics({"a": masked_sum(x, mask), "count": mask.sum()})["a"], per_token(1), (0,)
@@ -196,7 +309,7 @@ def test_every_public_function_has_a_case():
         for name, member in vars(module).items()
         if inspect.isfunction(member) and member.__module__ == module.__name__ and not name.startswith("_")
     }
-    assert public == {name.partition(",")[0] for name in CASES}
+    assert public == {name.partition(",")[0] for name in CASES} | OTHERS.keys()
 
 
 @DIFFERENTIABLE

@@ -23,8 +23,8 @@ from rlhf.execution.program import ModelState, Program
 from rlhf.generate.complete import complete, make_completion_fn, texts_of
 from rlhf.io.model_folder import LanguageModel, RewardModel, load_language_model, load_reward_model
 from rlhf.kl import KLEstimator, kl_estimate
+from rlhf.models.architecture import ModelShape
 from rlhf.models.decoding import Completions
-from rlhf.models.gpt2_config import GPT2Config
 from rlhf.random import Purpose, fold_in, key
 from rlhf.types import Params
 
@@ -128,9 +128,9 @@ def open_models(
 
 
 def make_comparison_program(
-    language_models: dict[str, GPT2Config],
-    reference: GPT2Config | None,
-    reward_models: tuple[GPT2Config, ...],
+    language_models: dict[str, ModelShape],
+    reference: ModelShape | None,
+    reward_models: tuple[ModelShape, ...],
     stop_ids: dict[str, tuple[int, ...]],
     sampling: Sampling,
     dtype: torch.dtype,

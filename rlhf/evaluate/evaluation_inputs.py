@@ -53,11 +53,10 @@ def find_folders(config: EvaluateConfig) -> Folders:
         UserError: there are none, or --against or --reward-model is no model.
     """
     folder = config.model_dir
-    for other, architecture in (
-        (config.against, "GPT2LMHeadModel"), (config.reward_model, "GPT2ForSequenceClassification")
-    ):  # fmt: skip
-        if other is not None:
-            check_model_folder(other, architecture)
+    if config.against is not None:
+        check_model_folder(config.against, "language model")
+    if config.reward_model is not None:
+        check_model_folder(config.reward_model, "reward model")
     check_folder(folder, "give a run's output folder or a model folder as --model-dir")
     if (folder / "config.json").is_file():
         if is_reward_model(folder):

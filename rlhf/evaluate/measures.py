@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import ScoreBatch
-from rlhf.kernels.remat import chunk_size, in_chunks
 from rlhf.kl import exact_kl
+from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.models.forward import at_predictors
-from rlhf.models.gpt2 import cast_for_compute, unembed
-from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.scoring import reward_scores
 from rlhf.ops import entropy, is_argmax, token_log_probs
+from rlhf.remat import chunk_size, in_chunks
 from rlhf.types import Params
 
 
@@ -35,14 +34,14 @@ class Measures(NamedTuple):
 
 
 def make_measure(
-    config: GPT2Config,
+    config: ModelShape,
     *,
-    reference: GPT2Config | None = None,
-    reward_models: Sequence[GPT2Config] = (),
+    reference: ModelShape | None = None,
+    reward_models: Sequence[ModelShape] = (),
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
 ) -> Callable[[Params, dict[str, Params], ScoreBatch], Measures]:
-    """Return a function (GPT-2, frozen, ScoreBatch) -> `Measures`.
+    """Return a function (decoder, frozen, ScoreBatch) -> `Measures`.
 
     Args:
         config: the model's shape.
@@ -51,22 +50,24 @@ def make_measure(
         dtype: of the models' forward pass.
         temperature: of model and reference.
     """
+    decoder = architecture_of(config)
+    ref_decoder = decoder if reference is None else architecture_of(reference)
 
     def per_token(models: Params, targets: Tensor, hidden: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
-        logits = unembed(models["model"], hidden, aligned=True)
+        logits = decoder.logits(models["model"], hidden, config=config, padded=True)
         log_probs = token_log_probs(logits, targets, temperature=temperature)
         ref_log_probs = kl = torch.zeros_like(log_probs)
         if ref_hidden:
-            ref_logits = unembed(models["reference"], *ref_hidden, aligned=True)
+            ref_logits = ref_decoder.logits(models["reference"], *ref_hidden, config=reference, padded=True)
             ref_log_probs = token_log_probs(ref_logits, targets, temperature=temperature)
             kl = exact_kl(logits, ref_logits, temperature=temperature)
         return log_probs, is_argmax(logits, targets), entropy(logits, temperature=temperature), ref_log_probs, kl
 
     def measure(params: Params, frozen: dict[str, Params], batch: ScoreBatch) -> Measures:
         shapes = {"model": config} if reference is None else {"model": config, "reference": reference}
-        models = {"model": cast_for_compute(params, dtype)}
+        models = {"model": decoder.cast_for_compute(params, dtype)}
         if reference is not None:
-            models["reference"] = cast_for_compute(frozen["reference"], dtype)
+            models["reference"] = ref_decoder.cast_for_compute(frozen["reference"], dtype)
         hidden = [at_predictors(models[name], batch, shape) for name, shape in shapes.items()]
         token_measures = in_chunks(per_token, chunk_size(config.vocab_size))(models, batch.targets, *hidden)
         return Measures._make([*token_measures, reward_scores(frozen, batch, reward_models, dtype)])

@@ -20,7 +20,7 @@ from rlhf.evaluate.evaluation_result import Evaluation, plain
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program
 from rlhf.io.model_folder import load_reward_model
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape
 from rlhf.models.scoring import make_pair_scores
 from rlhf.statistics import reliability
 
@@ -94,7 +94,7 @@ def evaluate_reward(
     return evaluation, _lines(pairs, data)
 
 
-def make_reward_measures(config: GPT2Config, dtype: torch.dtype) -> Program:
+def make_reward_measures(config: ModelShape, dtype: torch.dtype) -> Program:
     """Return the program: `scores` (`rlhf.models.scoring.make_pair_scores`)."""
     return Program({}, {"scores": make_pair_scores(config, dtype=dtype)}, {})
 

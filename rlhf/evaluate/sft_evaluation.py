@@ -18,7 +18,7 @@ from rlhf.evaluate.measures import Measures, make_measure
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program
 from rlhf.io.model_folder import load_language_model
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape
 
 ROW_LENGTH = 256
 """Tokens per packed row, unless a sequence is longer."""
@@ -54,7 +54,7 @@ def evaluate_sft(config: EvaluateConfig, context: ComputeContext, folder: Path, 
     return Evaluation("sft", {"model": folder}, data, "records", columns, extras)
 
 
-def make_sft_measures(config: GPT2Config, dtype: torch.dtype) -> Program:
+def make_sft_measures(config: ModelShape, dtype: torch.dtype) -> Program:
     """Return the program: `measure` (`rlhf.evaluate.measures.make_measure`)."""
     return Program({}, {"measure": make_measure(config, dtype=dtype)}, {})
 

@@ -11,9 +11,8 @@ from rlhf.batches import PromptBatch
 from rlhf.data.collate import prompt_batches
 from rlhf.execution.executor import Executor
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.kernels.products import prepare_for_decoding
+from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.models.decoding import Completions, decode_steps, generate_completions
-from rlhf.models.gpt2_config import GPT2Config
 from rlhf.types import FrozenParams, Params
 
 
@@ -48,7 +47,7 @@ def texts_of(tokenizer: Tokenizer, completions: Completions) -> list[str]:
 
 
 def make_completion_fn(
-    config: GPT2Config,
+    config: ModelShape,
     *,
     dtype: torch.dtype = torch.float32,
     max_new_tokens: int,
@@ -77,9 +76,11 @@ def make_completion_fn(
     """
     per_call = 1 if draw is decode_steps else max(1, (32 if max_concurrent == 1 else 16) // config.n_layer)
 
+    decoder = architecture_of(config)
+
     def rollout(params: Params, frozen: FrozenParams, batch: PromptBatch) -> Completions:
         return generate_completions(
-            prepare_for_decoding(params["policy"], dtype),
+            decoder.prepare_for_decoding(params["policy"], dtype),
             batch.prompts,
             batch.lengths,
             batch.keys,

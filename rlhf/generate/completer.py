@@ -16,9 +16,7 @@ from rlhf.generate.complete import complete, default_length, make_completion_fn,
 from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.model_folder import load_language_model
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.kernels.products import prepare_for_decoding
-from rlhf.models.gpt2 import decode, init_cache, prefill, unembed
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.ops import scale_logits
 from rlhf.random import uniform_at
 from rlhf.sampling import filter_logits, sample_token
@@ -34,7 +32,7 @@ def stream(
     prompt: Tensor,
     key: Tensor,
     *,
-    config: GPT2Config,
+    config: ModelShape,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -44,7 +42,7 @@ def stream(
     """Draw the tokens of a completion one at a time: those that `generate_completions` draws for this prompt and key.
 
     Args:
-        params: GPT-2 parameters.
+        params: prepared for decoding.
         prompt: [P] int64, at least one token; P + max_new_tokens must fit in n_positions.
         key: [2] int32.
         config: the shape of `params`.
@@ -67,16 +65,18 @@ def stream(
             f"stream: prompt and completion have {length} + {max_new_tokens} tokens, expected at least 1 each and at "
             f"most n_positions = {config.n_positions} in all"
         )
-    cache = init_cache(params, 1, max_concurrent, config=config)
+    decoder = architecture_of(config)
+    cache = decoder.init_cache(params, 1, max_concurrent, config=config)
     lengths = torch.tensor([length], device=prompt.device)
-    hidden = prefill(params, prompt[None], lengths, cache, config=config)
+    hidden = decoder.prefill(params, prompt[None], lengths, cache, config=config)
     for step in range(max_new_tokens):
-        logits = filter_logits(scale_logits(unembed(params, hidden), temperature), top_k=top_k, top_p=top_p)
+        logits = scale_logits(decoder.logits(params, hidden, config=config), temperature)
+        logits = filter_logits(logits, top_k=top_k, top_p=top_p)
         token = sample_token(logits, uniform_at(key, torch.tensor([step], device=key.device)))
         yield int(token)
         if int(token) in stop_tokens or step + 1 == max_new_tokens:
             return
-        hidden = decode(params, token, lengths + step, cache, config=config, used=length + step + 1)
+        hidden = decoder.decode(params, token, lengths + step, cache, config=config, cache_length=length + step + 1)
 
 
 class TextChunk(NamedTuple):
@@ -123,7 +123,8 @@ class Completer:
             )
         self.folder, self.model, self._config, self._device = folder, model, config, device
         self._dtype = compute_dtype(config.precision)
-        self._params: Params = prepare_for_decoding(to_device(model.params, device), self._dtype)
+        decoder = architecture_of(model.config)
+        self._params: Params = decoder.prepare_for_decoding(to_device(model.params, device), self._dtype)
 
     def encode(self, prompt: str) -> np.ndarray:
         """Return [n] int64: the prompt's last tokens that leave room for the completion."""

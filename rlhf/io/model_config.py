@@ -1,29 +1,19 @@
 """What a model folder's config.json and generation_config.json say."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder, read_json
 from rlhf.io.near_misses import folder_remedy
 from rlhf.io.tokenizer_files import read_ids
 from rlhf.io.weights import read_names
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import Architecture, ModelShape, architectures, get_architecture
 
-LANGUAGE_MODEL = "GPT2LMHeadModel"
-REWARD_MODEL = "GPT2ForSequenceClassification"
-ALIASES = {"GPT2Model": LANGUAGE_MODEL}
-"""Architectures that are read as another: the output layer of a GPT-2 is its embedding, which a `GPT2Model` has."""
+ModelKind = Literal["language model", "reward model"]
 
-SHAPE_KEYS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
-_REQUIRED = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
+_DEFAULT_TYPE = "gpt2"
+"""The `model_type` of a config.json that has none."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -53,25 +43,37 @@ def read_architectures(folder: Path, settings: dict[str, Any]) -> list[str]:
     """
     names = settings.get("architectures")
     if names is None or names == []:
-        return [REWARD_MODEL if "score.weight" in read_names(folder) else LANGUAGE_MODEL]
+        family = get_architecture(settings.get("model_type", _DEFAULT_TYPE))
+        return [family.sequence_classifier if "score.weight" in read_names(folder) else family.causal_lm]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder / 'config.json'}: architectures must be a list of names, got {names!r}")
     return names
 
 
-def read_shape(folder: Path, settings: dict[str, Any]) -> GPT2Config:
-    """The shape that the settings of config.json describe; UserError if it is not that of a plain GPT-2."""
+def class_of(family: Architecture, kind: ModelKind) -> str:
+    """Hugging Face's class of an architecture's language models, or of its reward models."""
+    return family.causal_lm if kind == "language model" else family.sequence_classifier
+
+
+def kinds_of(name: str) -> set[ModelKind]:
+    """What kinds of model a class of Hugging Face's is read as; empty for one that is not read."""
+    kinds: set[ModelKind] = set()
+    for family in architectures():
+        if name == family.causal_lm or name in family.aliases:
+            kinds.add("language model")
+        if name == family.sequence_classifier:
+            kinds.add("reward model")
+    return kinds
+
+
+def read_shape(folder: Path, settings: dict[str, Any]) -> ModelShape:
+    """The shape that the settings of config.json describe; UserError if no architecture has it."""
     path = folder / "config.json"
-    for key, allowed in _REQUIRED.items():
-        if (got := settings.get(key, allowed[0])) not in allowed:
-            raise UserError(f"{path}: {key} is {got!r}, expected {allowed[0]!r}; only plain GPT-2 models can be read")
     try:
-        config = GPT2Config(**{key: settings[key] for key in SHAPE_KEYS if key in settings})
+        shape: ModelShape = get_architecture(settings.get("model_type", _DEFAULT_TYPE)).settings_to_shape(settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
-    if settings.get("n_inner") not in (None, 4 * config.n_embd):
-        raise UserError(f"{path}: n_inner is {settings['n_inner']}, expected {4 * config.n_embd} (4 n_embd)")
-    return config
+    return shape
 
 
 def read_generation_config(folder: Path, vocab_size: int) -> dict[str, Any] | None:

@@ -20,10 +20,9 @@ from rlhf.errors import UserError
 from rlhf.io.files import atomic_folder, read_json, save_tensors, sha256
 from rlhf.io.manifest import check_replaceable, has_manifest, read_manifest, write_manifest
 from rlhf.io.model_config import (
-    ALIASES,
-    LANGUAGE_MODEL,
-    REWARD_MODEL,
-    SHAPE_KEYS,
+    ModelKind,
+    class_of,
+    kinds_of,
     read_architectures,
     read_config,
     read_generation_config,
@@ -31,19 +30,16 @@ from rlhf.io.model_config import (
 )
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.io.weights import check_tied, check_weights, read_trunk, read_weights, weight_files
-from rlhf.models.gpt2 import to_hugging_face
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape, architecture_of, architectures
 from rlhf.types import Params
-
-_DEFAULTS = {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True}
 
 
 class LanguageModel(NamedTuple):
-    """A GPT-2 with its tokenizer."""
+    """A decoder with its tokenizer."""
 
     params: Params
     """float32."""
-    config: GPT2Config
+    config: ModelShape
     tokenizer: Tokenizer
     generation_config: dict[str, Any] | None = None
     """generation_config.json of the folder it was read from; None where there was none."""
@@ -61,11 +57,11 @@ class RewardStatistics(NamedTuple):
 
 
 class RewardModel(NamedTuple):
-    """A scalar GPT-2 with its tokenizer."""
+    """A decoder with a scalar head, and its tokenizer."""
 
     params: Params
-    """{"trunk": GPT-2, "head": {"weight": [1, D]}}, float32."""
-    config: GPT2Config
+    """{"trunk": decoder, "head": {"weight": [1, D]}}, float32."""
+    config: ModelShape
     tokenizer: Tokenizer
     statistics: RewardStatistics
     """Mean 0 and std 1 where the folder has none."""
@@ -96,7 +92,7 @@ def save_language_model(
     folder = Path(folder)
     check_replaceable(folder)
     with atomic_folder(folder) as temporary:
-        _write_model(temporary, to_hugging_face(model.params), model.config, model.tokenizer, LANGUAGE_MODEL)
+        _write_model(temporary, _state(model.params, model.config), model.config, model.tokenizer, "language model")
         if model.generation_config is not None:
             _write_json(temporary / "generation_config.json", model.generation_config)
         if value_head is not None:
@@ -133,8 +129,8 @@ def load_language_model(folder: str | Path) -> LanguageModel:
         UserError: a file is missing, cut off, altered or holds another kind of model, or a weight is not finite.
     """
     folder = Path(folder)
-    source = _read_model(folder, LANGUAGE_MODEL)
-    check_tied(folder, source.state, source.trunk["wte"]["weight"])
+    source = _read_model(folder, "language model")
+    check_tied(folder, source.state, source.config, source.config.vocab_size)
     generation = read_generation_config(folder, source.config.vocab_size)
     return LanguageModel(source.trunk, source.config, source.tokenizer, generation, source.notes)
 
@@ -142,7 +138,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
 def load_reward_model(folder: str | Path) -> RewardModel:
     """Read a one-label `GPT2ForSequenceClassification` folder. Errors as `load_language_model`."""
     folder = Path(folder)
-    source = _read_model(folder, REWARD_MODEL)
+    source = _read_model(folder, "reward model")
     head, notes = source.state.get("score.weight"), list(source.notes)
     if head is None or head.shape != (1, source.config.n_embd):
         got = "no score.weight" if head is None else f"score.weight of shape {tuple(head.shape)}"
@@ -171,55 +167,62 @@ def load_reward_model(folder: str | Path) -> RewardModel:
     return RewardModel(params, source.config, source.tokenizer, statistics, tuple(notes))
 
 
-def load_shape(folder: Path) -> tuple[GPT2Config, Tokenizer]:
+def load_shape(folder: Path) -> tuple[ModelShape, Tokenizer]:
     """Shape and tokenizer of the language model in a folder, whose weights are checked by their names alone.
 
     Errors as `load_language_model`.
     """
-    shape = read_shape(folder, check_model_folder(folder, LANGUAGE_MODEL))
+    shape = read_shape(folder, check_model_folder(folder, "language model"))
     config, tokenizer = _fit_vocabulary(folder, shape)
     check_weights(folder, shape, config.vocab_size)
     return config, tokenizer
 
 
 def is_reward_model(folder: Path) -> bool:
-    """Whether the folder holds a `GPT2ForSequenceClassification`."""
-    return read_architectures(folder, read_config(folder)) == [REWARD_MODEL]
+    """Return whether the folder holds a model with a scalar head, such as a `GPT2ForSequenceClassification`."""
+    names = read_architectures(folder, read_config(folder))
+    return len(names) == 1 and "reward model" in kinds_of(names[0])
 
 
-def check_model_folder(folder: Path, architecture: str) -> dict[str, Any]:
-    """The settings in config.json, which may not say that the folder holds a model of another architecture.
+def check_model_folder(folder: Path, kind: ModelKind) -> dict[str, Any]:
+    """Return the settings in config.json, which may not say that the folder holds another kind of model.
 
     Raises:
         UserError: it does, there is no such folder, or it has no config.json that can be read.
     """
     settings = read_config(folder)
-    architectures = read_architectures(folder, settings)
-    if architecture not in [ALIASES.get(name, name) for name in architectures]:
-        raise UserError(f"{folder}: holds a {architectures[0]}, expected a {architecture}")
+    names = read_architectures(folder, settings)
+    if not any(kind in kinds_of(name) for name in names):
+        expected = " or ".join(class_of(family, kind) for family in architectures())
+        raise UserError(f"{folder}: holds a {names[0]}, expected a {expected}")
     return settings
 
 
 def _write_model(
-    folder: Path, state: dict[str, Tensor], config: GPT2Config, tokenizer: Tokenizer, architecture: str
+    folder: Path, state: dict[str, Tensor], config: ModelShape, tokenizer: Tokenizer, kind: ModelKind
 ) -> None:
-    settings: dict[str, Any] = {"architectures": [architecture], "model_type": "gpt2"}
-    settings |= {key: getattr(config, key) for key in SHAPE_KEYS} | _DEFAULTS
+    family = architecture_of(config)
+    settings: dict[str, Any] = {"architectures": [class_of(family, kind)], "model_type": family.model_type}
+    settings |= family.shape_to_settings(config)
     stop_ids = list(tokenizer.stop_ids)
     settings |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": stop_ids if len(stop_ids) > 1 else tokenizer.eos_id}
     settings |= {"pad_token_id": tokenizer.pad_id}
-    settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dtype": "float32"}
-    if architecture == REWARD_MODEL:
+    settings |= {"dtype": "float32"}
+    if kind == "reward model":
         settings |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     _write_json(folder / "config.json", settings)
     save_tensors(folder / "model.safetensors", state)
-    tokenizer.save(folder, pads_with_eos=architecture == LANGUAGE_MODEL)
+    tokenizer.save(folder, pads_with_eos=kind == "language model")
+
+
+def _state(params: Params, config: ModelShape) -> dict[str, Tensor]:
+    return architecture_of(config).to_hugging_face(params)
 
 
 def _write_reward_model(folder: Path, model: RewardModel) -> None:
     """A trunk with a scalar head; a critic's head, which has a bias, goes to value_head.safetensors as well."""
-    state = to_hugging_face(model.params["trunk"]) | {"score.weight": model.params["head"]["weight"]}
-    _write_model(folder, state, model.config, model.tokenizer, REWARD_MODEL)
+    state = _state(model.params["trunk"], model.config) | {"score.weight": model.params["head"]["weight"]}
+    _write_model(folder, state, model.config, model.tokenizer, "reward model")
     if "bias" in model.params["head"]:
         save_tensors(folder / "value_head.safetensors", model.params["head"])
 
@@ -235,14 +238,14 @@ class _Source(NamedTuple):
     """config.json."""
     state: dict[str, Tensor]
     trunk: Params
-    config: GPT2Config
+    config: ModelShape
     tokenizer: Tokenizer
     notes: tuple[str, ...]
 
 
-def _read_model(folder: Path, architecture: str) -> _Source:
+def _read_model(folder: Path, kind: ModelKind) -> _Source:
     """Settings, weights and tokenizer, after all checks that language models and reward models share."""
-    settings = check_model_folder(folder, architecture)
+    settings = check_model_folder(folder, kind)
     shape = read_shape(folder, settings)
     if has_manifest(folder):
         read_manifest(folder)
@@ -251,7 +254,7 @@ def _read_model(folder: Path, architecture: str) -> _Source:
     config, tokenizer = _fit_vocabulary(folder, shape)
     notes += tokenizer.notes
     if surplus := shape.vocab_size - config.vocab_size:
-        trunk |= {"wte": {"weight": trunk["wte"]["weight"][: config.vocab_size].clone()}}
+        trunk = architecture_of(config).select_vocab(trunk, config.vocab_size)
         notes += (
             f"{folder}: the embedding has {shape.vocab_size} rows and the tokenizer {config.vocab_size} entries; the "
             f"last {surplus} rows are left out",
@@ -269,7 +272,7 @@ def weights_digest(folder: Path) -> str:
     return "+".join(map(sha256, [*weight_files(folder), *([statistics] if statistics.is_file() else [])]))
 
 
-def _fit_vocabulary(folder: Path, config: GPT2Config) -> tuple[GPT2Config, Tokenizer]:
+def _fit_vocabulary(folder: Path, config: ModelShape) -> tuple[ModelShape, Tokenizer]:
     """The shape with as many rows as the folder's tokenizer has entries, and that tokenizer."""
     tokenizer = Tokenizer.load(folder, config.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
@@ -277,4 +280,5 @@ def _fit_vocabulary(folder: Path, config: GPT2Config) -> tuple[GPT2Config, Token
             f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, but the model's vocab_size is "
             f"{config.vocab_size}; use the tokenizer that the model was trained with"
         )
-    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size), tokenizer
+    fitted: Any = config  # a frozen dataclass
+    return dataclasses.replace(fitted, vocab_size=tokenizer.vocab_size), tokenizer

@@ -1,7 +1,6 @@
 """A model folder's weights: which files hold them, their names, and the checks that need no model.
 
-Names that do not decide the output are left out; what does, and has no place in a GPT-2 with tied embeddings, is
-refused.
+Names that do not decide the output are left out; what does, and has no place in the architecture, is refused.
 """
 
 from collections.abc import Callable, Collection
@@ -14,8 +13,7 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.io.files import read_json
 from rlhf.io.near_misses import pointer_remedy, weights_remedy
-from rlhf.models.gpt2 import empty, from_hugging_face
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.tree import all_finite, cast, named_leaves, realign
 from rlhf.types import Params
 
@@ -26,7 +24,6 @@ _SAVED_BY = {
     "base_model.": "trlX",
     "pretrained_model.": "TRL",
 }
-_MASKS = (".attn.bias", ".attn.masked_bias")
 _HEAD = "lm_head."
 _VALUE_HEAD = "v_head."
 _ASIDE = (_HEAD, _VALUE_HEAD, "score.")
@@ -68,7 +65,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     return state, (f"{folder}: the weights have a value head ({_VALUE_HEAD}*), which is not read",) * has_value_head
 
 
-def check_weights(folder: Path, config: GPT2Config, rows: int) -> None:
+def check_weights(folder: Path, config: ModelShape, rows: int) -> None:
     """Refuse what can be refused by the names of a language model's weights and by its output layer.
 
     Args:
@@ -82,14 +79,14 @@ def check_weights(folder: Path, config: GPT2Config, rows: int) -> None:
     names = read_names(folder)
     _check_names(folder, names, config)
     if any(name.startswith(_HEAD) for name in names):
-        parts = _read(folder, lambda name: name.startswith(_HEAD) or name.endswith("wte.weight"))
+        embedding = architecture_of(config).embedding
+        parts = _read(folder, lambda name: name.startswith(_HEAD) or name.endswith(embedding))
         state = {name: leaf for name, leaf in parts.items() if leaf is not None}
-        embedding = next(leaf for name, leaf in state.items() if name.endswith("wte.weight"))
-        check_tied(folder, state, embedding[:rows].float())
+        check_tied(folder, state, config, rows)
 
 
-def read_trunk(folder: Path, state: dict[str, Tensor], config: GPT2Config) -> Params:
-    """The GPT-2 among the weights, in float32.
+def read_trunk(folder: Path, state: dict[str, Tensor], config: ModelShape) -> Params:
+    """Return the decoder among the weights, in float32.
 
     Args:
         folder: of the model, for errors.
@@ -100,62 +97,73 @@ def read_trunk(folder: Path, state: dict[str, Tensor], config: GPT2Config) -> Pa
         UserError: a tensor is missing, unknown, of another shape, or not finite.
     """
     _check_names(folder, state.keys(), config)
-    named = {
-        name: leaf for name, leaf in state.items() if not name.startswith((_HEAD, _VALUE_HEAD)) and not _is_mask(name)
-    }
+    family = architecture_of(config)
+    aside = (_VALUE_HEAD,) if _has_own_head(config) else (_VALUE_HEAD, _HEAD)
+    named = {name: leaf for name, leaf in state.items() if not name.startswith(aside)}
+    named = {name: leaf for name, leaf in named.items() if not name.endswith(family.ignored_suffixes)}
     for name, leaf in named.items():
         if not leaf.is_floating_point():
             raise UserError(f"{folder}: {name} has dtype {leaf.dtype}, expected floating-point numbers")
         if not all_finite(leaf):
             raise UserError(f"{folder}: {name} holds values that are not finite; the model is damaged")
     try:
-        params: Params = cast(from_hugging_face(named, config=config), torch.float32)
+        params: Params = cast(family.from_hugging_face(named, config=config), torch.float32)
     except ValueError as error:
         problem = str(error).removeprefix("from_hugging_face: ")
         raise UserError(f"{folder}: model.safetensors does not match config.json ({problem})") from error
     return params
 
 
-def check_tied(folder: Path, state: dict[str, Tensor], embedding: Tensor) -> None:
-    """Refuse an output layer other than the embedding.
+def check_tied(folder: Path, state: dict[str, Tensor], config: ModelShape, rows: int) -> None:
+    """Refuse an output layer other than the embedding, where the architecture has none of its own.
 
     Args:
         folder: of the model, for errors.
-        state: from `read_weights`.
-        embedding: [V, D] float32, the rows that are used.
+        state: from `read_weights`; of it, the embedding and the output layer are read.
+        config: the shape of the model.
+        rows: of the embedding, that are used.
 
     Raises:
         UserError: lm_head.weight differs from the embedding, or lm_head.bias from 0.
     """
+    if _has_own_head(config):
+        return
+    family = architecture_of(config)
+    embedding = next(leaf for name, leaf in state.items() if name.endswith(family.embedding))[:rows].float()
     weight, bias = state.get("lm_head.weight"), state.get("lm_head.bias")
-    if weight is not None and not torch.equal(weight[: len(embedding)].float(), embedding):
+    if weight is not None and not torch.equal(weight[:rows].float(), embedding):
         raise UserError(
-            f"{folder}: lm_head.weight differs from the embedding (transformer.wte.weight); only GPT-2 models whose "
-            "output layer is their embedding (tie_word_embeddings) can be read"
+            f"{folder}: lm_head.weight differs from the embedding ({family.prefix}{family.embedding}); only "
+            f"{family.causal_lm} models whose output layer is their embedding (tie_word_embeddings) can be read"
         )
     if bias is not None and bool((bias != 0).any()):
-        raise UserError(f"{folder}: lm_head.bias is not 0; only GPT-2 models without a bias on the logits can be read")
+        raise UserError(
+            f"{folder}: lm_head.bias is not 0; only {family.causal_lm} models without a bias on the logits can be read"
+        )
 
 
-def _check_names(folder: Path, names: Collection[str], config: GPT2Config) -> None:
-    """Refuse other names than those of a GPT-2, above all those that wrappers around a model leave."""
+def _check_names(folder: Path, names: Collection[str], config: ModelShape) -> None:
+    """Refuse other names than the architecture's, above all those that wrappers around a model leave."""
+    family = architecture_of(config)
     if any("lora_" in name for name in names):
         raise UserError(
             f"{folder}: the weights have LoRA layers that are not merged; merge them first, with peft's "
             "merge_and_unload() and save_pretrained()"
         )
-    prefix = next((name.removesuffix("wte.weight") for name in names if name.endswith("wte.weight")), "")
-    if prefix not in ("", "transformer."):
-        strip = prefix.removesuffix("transformer.")
+    prefix = next((name.removesuffix(family.embedding) for name in names if name.endswith(family.embedding)), "")
+    if prefix not in ("", family.prefix):
+        strip = prefix.removesuffix(family.prefix)
         writer = next((f" ({writer})" for start, writer in _SAVED_BY.items() if strip.startswith(start)), "")
         raise UserError(
-            f"{folder}: the names of the weights begin with {strip!r}{writer}, expected 'transformer.'; strip it: "
+            f"{folder}: the names of the weights begin with {strip!r}{writer}, expected {family.prefix!r}; strip it: "
             f"load_file and save_file of safetensors.torch, with {{name.removeprefix({strip!r}): tensor for name, "
             "tensor in state.items()}"
         )
-    own = {name.removeprefix("transformer.") for name in names if not name.startswith(_ASIDE) and not _is_mask(name)}
-    expected = named_leaves(empty(config)).keys()
-    for difference, problem in ((expected - own, "is missing"), (own - expected, "is in no GPT-2 of that shape")):
+    expected = named_leaves(family.empty(config)).keys()
+    weights = {name.removeprefix(family.prefix) for name in names if not name.endswith(family.ignored_suffixes)}
+    weights = {name for name in weights if name in expected or not name.startswith(_ASIDE)}
+    unknown = f"is in no {family.model_type} of that shape"
+    for difference, problem in ((expected - weights, "is missing"), (weights - expected, unknown)):
         if difference:
             more = f", and {len(difference) - 1} more" if len(difference) > 1 else ""
             raise UserError(
@@ -163,9 +171,9 @@ def _check_names(folder: Path, names: Collection[str], config: GPT2Config) -> No
             )
 
 
-def _is_mask(name: str) -> bool:
-    """Whether it is a buffer of the causal mask, which older versions of transformers saved."""
-    return name.endswith(_MASKS)
+def _has_own_head(config: ModelShape) -> bool:
+    """Return whether the output layer is a leaf of its own, untied from the embedding."""
+    return "lm_head.weight" in named_leaves(architecture_of(config).empty(config))
 
 
 def _read(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor | None]:

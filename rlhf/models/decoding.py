@@ -1,26 +1,28 @@
 """Completing prompts with a key-value cache: the decoding engine of every architecture."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.checks import check_integer, check_rank, check_value
-from rlhf.kernels.products import mask_vocab_padding, product
-from rlhf.models.gpt2 import KVCache, decode, init_cache, prefill
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.accelerate import accelerated
+from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
+from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.models.heads import apply_head
 from rlhf.ops import entropy, scale_logits, token_log_probs
 from rlhf.random import uniform_at
 from rlhf.sampling import filter_logits, sample_token
-from rlhf.tree import tree_map
+from rlhf.transforms import check_untransformed
+from rlhf.tree import leaves, tree_map
 from rlhf.types import Params
 
 _BLOCK = 32
 """Slots by which the part of the cache that attention reads grows."""
-_DRAWS = 16
-"""Tokens drawn at a time on a GPU: waiting for it so often costs little, and few draws are in vain."""
+_UNTRANSFORMED = (
+    "the host asks which rows have ended, and the cache is written in place; give one key per completion instead of "
+    "mapping, and differentiate the log-probs of finished completions"
+)
 _REFILLS = 8
 """Rows are refilled when one in so many is idle: reading one prompt at a time would cost more than it brings."""
 
@@ -45,7 +47,8 @@ class Completions(NamedTuple):
 class DecodeState(NamedTuple):
     """Completions in progress, one per row."""
 
-    cache: KVCache
+    cache: Any
+    """Of the architecture: leaves [S, ...]."""
     hidden: Tensor
     """[S, D]: the state that predicts the next token."""
     completion: Tensor
@@ -75,9 +78,9 @@ def decode_steps(
     batch: DecodeState,
     uniforms: Tensor,
     stops: Tensor,
-    span: Tensor,
+    slots: Tensor,
     *,
-    config: GPT2Config,
+    config: ModelShape,
     count: int,
     temperature: float,
     top_k: int,
@@ -88,12 +91,12 @@ def decode_steps(
     """Draw `count` tokens in every row and read them: the part of `generate_completions` that may be compiled.
 
     Args:
-        params: GPT-2 parameters.
+        params: prepared for decoding (`Architecture.prepare_for_decoding`).
         value_head: values are captured where given.
         batch: its cache is written in place.
         uniforms: [N + 1, max_new_tokens] float64: the draws of each of the N completions, and of idle rows.
         stops: int64 ids of the tokens that end a completion.
-        span: [U] int64, 0..U-1: the slots of the cache that are looked at, past those of every row `count` tokens on.
+        slots: [U] int64, 0..U-1: the slots of the cache that are looked at, past those of every row `count` tokens on.
         config: the shape of `params`.
         count: tokens drawn per row.
         temperature: of `generate_completions`, as all that follow.
@@ -103,11 +106,10 @@ def decode_steps(
         with_entropies: same.
     """
     idle, last = uniforms.shape[0] - 1, uniforms.shape[1] - 1
-    wte = params["wte"]
-    unembedding = wte if "packed" in wte else {"weight": wte["weight"].to(batch.hidden.dtype).T}
+    decoder = architecture_of(config)
     drawn = []
     for _ in range(count):
-        raw = mask_vocab_padding(product(batch.hidden[:, None], unembedding)[:, 0], config.vocab_size)
+        raw = decoder.logits(params, batch.hidden[:, None], config=config, padded=True)[:, 0]
         logits = allowed = scale_logits(raw, temperature)
         if min_new_tokens:
             early = (batch.step < min_new_tokens)[:, None]
@@ -123,12 +125,42 @@ def decode_steps(
         ended = (token[:, None] == stops).any(1) | (batch.step == last)
         batch = DecodeState(  # torch 2.11 compiles `_replace` to a tuple of nothing
             batch.cache,
-            decode(params, token, batch.start + batch.step, batch.cache, config=config, used=len(span)),
+            decoder.decode(
+                params, token, batch.start + batch.step, batch.cache, config=config, cache_length=len(slots)
+            ),
             torch.where(ended, idle, batch.completion),
             batch.start,
             (batch.step + 1).clamp(max=last),
         )
     return batch, DecodeOutput(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
+
+
+def align_left(prompts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return prompts [U, P] padded on the right, and their lengths [U].
+
+    Args:
+        prompts: padded on either side.
+        mask: [U, P] bool, True on the tokens of each.
+
+    Raises:
+        ValueError: shapes differ, or a mask has holes.
+    """
+    check_same_shape("align_left", prompts=prompts, mask=mask)
+    lengths, first = mask.sum(dim=1), mask.long().argmax(dim=1)
+    place = torch.arange(prompts.shape[1], device=prompts.device)
+    is_inside = (place >= first[:, None]) & (place < (first + lengths)[:, None])
+    check_value("align_left", torch.equal(is_inside, mask), "without holes", mask=mask.int().tolist())
+    shifted = (place + first[:, None]).clamp(max=prompts.shape[1] - 1)
+    return prompts.gather(1, shifted), lengths
+
+
+def _check_limits(room: int, max_new_tokens: int, min_new_tokens: int, max_concurrent: int | None) -> None:
+    """Check the numbers that say how long completions are, and how many are made at a time."""
+    function = "generate_completions"
+    check_value(function, 1 <= max_new_tokens <= room, f"in [1, {room}]", max_new_tokens=max_new_tokens)
+    check_value(function, max_concurrent is None or max_concurrent >= 1, "at least 1", max_concurrent=max_concurrent)
+    is_reachable = 0 <= min_new_tokens <= max_new_tokens
+    check_value(function, is_reachable, f"in [0, {max_new_tokens}]", min_new_tokens=min_new_tokens)
 
 
 def _sources(source: Tensor | None, prompts: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, list[int]]:
@@ -142,13 +174,14 @@ def _sources(source: Tensor | None, prompts: Tensor, lengths: Tensor, count: int
     return source, starts
 
 
+@torch.no_grad()
 def generate_completions(
     params: Params,
     prompts: Tensor,
     prompt_lengths: Tensor,
     keys: Tensor,
     *,
-    config: GPT2Config,
+    config: ModelShape,
     max_new_tokens: int,
     source: Tensor | None = None,
     max_concurrent: int | None = None,
@@ -172,9 +205,10 @@ def generate_completions(
     is waiting and half of the rows are idle, they are dropped. Attention reads the filled part of the cache alone.
 
     Args:
-        params: GPT-2 parameters.
+        params: prepared for decoding (`Architecture.prepare_for_decoding`).
         prompts: [U, P] int64, right-padded with any valid token.
-        prompt_lengths: [U] int64, at least 1.
+        prompt_lengths: [U] int64, at least 1; or [U, P] bool, True on the prompts' tokens, where they are padded on the
+            left, or on either side.
         keys: [B, 2] int32, one key per completion.
         config: the shape of `params`.
         max_new_tokens: at least 1; P + max_new_tokens must fit in n_positions.
@@ -191,22 +225,18 @@ def generate_completions(
         draws_per_call: tokens drawn before it is asked which rows have ended; None is 1, and up to 16 on a GPU.
 
     Raises:
-        ValueError: shapes or numbers are out of range.
+        ValueError: shapes or numbers are out of range, or a mask has holes.
         TypeError: prompts are not int64.
+        RuntimeError: it is called under a transform of `torch.func`, such as `vmap`.
     """
-    check_integer("generate_completions", prompts=prompts, prompt_lengths=prompt_lengths)
+    check_untransformed("generate_completions", _UNTRANSFORMED)
     check_rank("generate_completions", 2, prompts=prompts, keys=keys)
-    room, device, count = config.n_positions - prompts.shape[1], prompts.device, len(keys)
-    check_value("generate_completions", 1 <= max_new_tokens <= room, f"in [1, {room}]", max_new_tokens=max_new_tokens)
-    check_value(
-        "generate_completions",
-        max_concurrent is None or max_concurrent >= 1,
-        "at least 1",
-        max_concurrent=max_concurrent,
-    )
-    fewest_fit = 0 <= min_new_tokens <= max_new_tokens
-    check_value("generate_completions", fewest_fit, f"in [0, {max_new_tokens}]", min_new_tokens=min_new_tokens)
-    per_call = draws_per_call or (1 if prompts.is_cpu else -(-max_new_tokens // -(-max_new_tokens // _DRAWS)))
+    if prompt_lengths.dtype == torch.bool:
+        prompts, prompt_lengths = align_left(prompts, prompt_lengths)
+    check_integer("generate_completions", prompts=prompts, prompt_lengths=prompt_lengths)
+    device, count = prompts.device, len(keys)
+    _check_limits(config.n_positions - prompts.shape[1], max_new_tokens, min_new_tokens, max_concurrent)
+    per_call = draws_per_call or steps_per_call(max_new_tokens, device)
     stops = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
     uniforms = uniform_at(torch.cat([keys, keys[:1]])[:, None], torch.arange(max_new_tokens, device=device))
     source, starts = _sources(source, prompts, prompt_lengths, count)
@@ -214,36 +244,43 @@ def generate_completions(
     per_token = torch.zeros(count + 1, max_new_tokens, 3, device=device)
     capacity = prompts.shape[1] + max_new_tokens
     batch = _idle_rows(params, min(max_concurrent or count, count), capacity, count, config)
-    begun, used, full = 0, *([0] * len(batch.step) for _ in range(2))  # slots of each row's cache: now, and at the end
-    while begun < count or any(used):
+    started = 0
+    used, full = ([0] * len(batch.step) for _ in range(2))  # slots of each row's cache: now, and at the end
+    while started < count or any(used):
         idle = [row for row, n in enumerate(used) if not n]
-        if begun < count and len(idle) >= max(1, len(used) // _REFILLS):
-            rows = idle[: count - begun]
-            batch = _fill(params, batch, rows, begun, prompts, prompt_lengths, source, config)
+        if started < count and len(idle) >= max(1, len(used) // _REFILLS):
+            rows = idle[: count - started]
+            batch = _fill(params, batch, rows, started, prompts, prompt_lengths, source, config)
             for row in rows:
-                used[row], full[row], begun = starts[begun], starts[begun] + max_new_tokens, begun + 1
-        elif begun == count and 2 < len(used) <= 2 * len(idle):
+                used[row], full[row], started = starts[started], starts[started] + max_new_tokens, started + 1
+        elif started == count and 2 < len(used) <= 2 * len(idle):
             rows = sorted(sorted(range(len(used)), key=lambda row: not used[row])[: len(used) // 2])
             batch, used, full = _keep(batch, rows), *([some[row] for row in rows] for some in (used, full))
-        span = _span(max(used) + per_call, capacity, device)
+        slots = attended_slots(max(used) + per_call, capacity, device)
         batch, drawn = draw(
-            params, value_head, batch, uniforms, stops, span, config=config, count=per_call, temperature=temperature,
+            params, value_head, batch, uniforms, stops, slots, config=config, count=per_call, temperature=temperature,
             top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens, with_entropies=with_entropies,
         )  # fmt: skip
         tokens[drawn.completion, drawn.step], per_token[drawn.completion, drawn.step] = drawn.token, drawn.per_token
         used = [(n + per_call) * (0 < n < end - per_call) for n, end in zip(used, full, strict=True)]
         if stop_tokens:  # only then is the device waited for
             used = [n * (number < count) for n, number in zip(used, batch.completion.tolist(), strict=True)]
-    tokens, (log_probs, values, entropies) = tokens[:count], per_token[:count].unbind(dim=2)
+    return _completions(tokens[:count], per_token[:count], stops)
+
+
+def _completions(tokens: Tensor, per_token: Tensor, stops: Tensor) -> Completions:
+    """Return the completions of tokens [B, T], -1 after each end, and of what was captured with each [B, T, 3]."""
+    log_probs, values, entropies = per_token.unbind(dim=2)
     mask = tokens >= 0
     ended = (mask & torch.isin(tokens, stops)).any(1)
     return Completions(tokens.clamp(min=0), mask, log_probs, values, ended, entropies)
 
 
-def _idle_rows(params: Params, rows: int, capacity: int, idle: int, config: GPT2Config) -> DecodeState:
+def _idle_rows(params: Params, rows: int, capacity: int, idle: int, config: ModelShape) -> DecodeState:
     """Rows with an empty cache."""
-    cache = init_cache(params, rows, capacity + 1, config=config)  # all of it is a case of its own for the compiler
-    like = params["ln_f"]["weight"]
+    decoder = architecture_of(config)
+    cache = decoder.init_cache(params, rows, capacity + 1, config=config)  # all of it is a case of its own if compiled
+    like = leaves(cache)[0]
     nothing = torch.zeros(rows, dtype=torch.int64, device=like.device)
     return DecodeState(cache, like.new_zeros(rows, config.n_embd), nothing + idle, nothing, nothing)
 
@@ -256,7 +293,7 @@ def _fill(
     prompts: Tensor,
     prompt_lengths: Tensor,
     source: Tensor,
-    config: GPT2Config,
+    config: ModelShape,
 ) -> DecodeState:
     """Begin the completions from number `first` on in these rows."""
     row = torch.tensor(rows, device=prompts.device)
@@ -264,7 +301,7 @@ def _fill(
     unique, place = torch.unique(source[number], return_inverse=True)
     lengths = prompt_lengths[unique]
     read = prompts[unique, : int(lengths.max())]
-    hidden = prefill(params, read, lengths, batch.cache, config=config, rows=row, source=place)
+    hidden = architecture_of(config).prefill(params, read, lengths, batch.cache, config=config, rows=row, source=place)
     return DecodeState(
         batch.cache,
         batch.hidden.index_copy(0, row, hidden),
@@ -274,10 +311,17 @@ def _fill(
     )
 
 
-def _span(least: int, capacity: int, device: torch.device) -> Tensor:
-    """Slots to look at; on a GPU all, because each number is a recording of its own, and no unused slot is read."""
+@accelerated("decode_schedule.steps_per_call")
+def steps_per_call(max_new_tokens: int, device: torch.device) -> int:
+    """Return how many tokens are decoded before it is asked which rows have ended."""
+    return 1
+
+
+@accelerated("decode_schedule.attended_slots")
+def attended_slots(least: int, capacity: int, device: torch.device) -> Tensor:
+    """Return the slots of the cache to look at, 0..U-1: a multiple of a block, so that few shapes occur."""
     blocks = -(-least // _BLOCK) * _BLOCK
-    return torch.arange(min(blocks, capacity) if device.type == "cpu" else capacity, device=device)
+    return torch.arange(min(blocks, capacity), device=device)
 
 
 def _keep(batch: DecodeState, rows: list[int]) -> DecodeState:

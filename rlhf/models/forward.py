@@ -2,40 +2,83 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf.batches import PPOBatch, Rows, ScoreBatch
-from rlhf.models.gpt2 import trunk
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.checks import check_same_shape, check_value
+from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.ops import gather_rows
 from rlhf.types import Params
 
 
-def at_predictors(params: Params, batch: ScoreBatch | PPOBatch, config: GPT2Config, **options: Any) -> Tensor:
-    """[C, D] hidden states that predict the completion tokens; no other logits are ever computed.
+def forward(params: Params, tokens: Tensor, *, config: ModelShape, attention_mask: Tensor | None = None) -> Tensor:
+    """Return logits of the next token at every position.
 
     Args:
-        params: GPT-2 parameters.
+        params: of a decoder.
+        tokens: [B, T] int64 in [0, V).
+        config: the shape of `params`.
+        attention_mask: [B, T] bool, False on padding, left or right; None is no padding.
+
+    Returns:
+        [B, T, V] in the parameters' dtype. Rows at padding are meaningless but finite.
+
+    Raises:
+        ValueError: shapes do not match, or T exceeds n_positions.
+        TypeError: tokens are not int64.
+
+    Example:
+        >>> config = rlhf.PRESETS["tiny"]
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> forward(params, torch.tensor([[1, 2, 3]]), config=config).shape
+        torch.Size([1, 3, 512])
+    """
+    decoder, positions, segments = architecture_of(config), None, None
+    if attention_mask is not None:
+        check_same_shape("forward", tokens=tokens, attention_mask=attention_mask)
+        fits = tokens.shape[1] <= config.n_positions
+        check_value("forward", fits, f"at most n_positions = {config.n_positions}", length=tokens.shape[1])
+        positions, segments = padding_layout(attention_mask)
+    hidden = decoder.hidden_states(params, tokens, config=config, positions=positions, segments=segments)
+    return decoder.logits(params, hidden, config=config)
+
+
+def padding_layout(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (positions, segments) [B, T] int64 of padded rows: real tokens count from 0, padding is segment 0."""
+    real = attention_mask.long()
+    return (real.cumsum(dim=1) - 1).clamp(min=0), real
+
+
+def at_predictors(params: Params, batch: ScoreBatch | PPOBatch, config: ModelShape, **options: Any) -> Tensor:
+    """Return [C, D] hidden states that predict the completion tokens; no other logits are ever computed.
+
+    Args:
+        params: of the decoder.
         batch: finished texts.
         config: the shape of `params`.
-        **options: of `rlhf.models.gpt2.trunk`.
+        **options: of `rlhf.models.gpt2.hidden_states`.
     """
     return gather_rows(packed_hidden_states(params, batch.rows, config, **options), batch.predictors)
 
 
-def packed_hidden_states(params: Params, rows: Rows, config: GPT2Config, **options: Any) -> Tensor:
-    """[R * T, D] hidden states of packed rows; options as `rlhf.models.gpt2.trunk`'s."""
-    return trunk(
-        params,
-        rows.tokens,
-        config=config,
-        positions=rows.positions,
-        segments=rows.segments,
-        bounds=rows.bounds,
-        **options,
-    ).flatten(0, 1)
+def packed_hidden_states(params: Params, rows: Rows, config: ModelShape, **options: Any) -> Tensor:
+    """Return [R * T, D] hidden states of packed rows; options as `rlhf.models.gpt2.hidden_states`'s."""
+    return (
+        architecture_of(config)
+        .hidden_states(
+            params,
+            rows.tokens,
+            config=config,
+            positions=rows.positions,
+            segments=rows.segments,
+            bounds=rows.bounds,
+            **options,
+        )
+        .flatten(0, 1)
+    )
 
 
-def unembedding_params(params: Params) -> Params:
-    """What `unembed` reads."""
-    return {"wte": params["wte"]}
+def trunk_states(trunk: Params, rows: Rows, config: ModelShape, dtype: torch.dtype, **options: Any) -> Tensor:
+    """Return [R * T, D] hidden states of packed rows, computed in `dtype` by a trunk whose parameters are float32."""
+    return packed_hidden_states(architecture_of(config).cast_for_compute(trunk, dtype), rows, config, **options)

@@ -10,37 +10,42 @@ without the `transformer.` prefix:
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", https://github.com/openai/gpt-2;
 outputs equal `transformers.GPT2LMHeadModel`. Computation runs in the dtype of the parameters.
-
-Sequences in a row are told apart by `segments`: a token attends to earlier tokens of its own segment. That one
-rule serves left padding, right padding (padding is a segment of its own) and several sequences packed in a row.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
-from rlhf.kernels.attention import attention, decode_attention, packed_attention, packs, segment_bias
-from rlhf.kernels.products import mask_vocab_padding, pad_vocab, product
-from rlhf.kernels.remat import remat
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import Architecture
+from rlhf.models.attention import (
+    KVCache,
+    attention_layout,
+    decode_attention,
+    heads_first,
+    init_kv_cache,
+    prompt_attention,
+    self_attention,
+    write_prompts,
+)
+from rlhf.models.gpt2_config import PRESETS, GPT2Config, settings_to_shape, shape_to_settings
+from rlhf.models.hugging_face import strip_prefix, take_leaves
+from rlhf.models.layers import affine, dropout, gelu, layer_norm, pack_affine, pack_embedding, unembed
 from rlhf.ops import gather_rows
-from rlhf.random import fold_in, normal, uniform
-from rlhf.tree import cast, named_leaves, tree_map_named, with_leaves
+from rlhf.random import fold_in, normal
+from rlhf.remat import remat
+from rlhf.tree import cast, named_leaves, tree_map_named
 from rlhf.types import Params
 
 _INIT_STD = 0.02
-_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
-_GELU_CUBIC = 0.044715 * _GELU_LINEAR
+_MASKS = (".attn.bias", ".attn.masked_bias")
+"""Suffixes of the causal mask's buffers, which older versions of transformers saved."""
 
 
 def init(config: GPT2Config, *, key: Tensor) -> Params:
-    """Random parameters as GPT-2's: normal with std 0.02, projections into the residual stream with 0.02 / sqrt(2L).
+    """Return random parameters: normal with std 0.02, projections into the residual stream with 0.02 / sqrt(2L).
 
     Source: Radford et al. 2019, section 2.3 ("scale the weights of residual layers at initialization by 1/sqrt(N)").
 
@@ -51,8 +56,8 @@ def init(config: GPT2Config, *, key: Tensor) -> Params:
     Returns:
         float32 parameters.
     """
-    blank = empty(config)
-    keys = {name: fold_in(key, index) for index, name in enumerate(named_leaves(blank))}
+    structure = empty(config)
+    keys = {name: fold_in(key, index) for index, name in enumerate(named_leaves(structure))}
 
     def leaf(name: str, like: Tensor) -> Tensor:
         if name.endswith("bias"):
@@ -62,12 +67,12 @@ def init(config: GPT2Config, *, key: Tensor) -> Params:
         std = _INIT_STD / (2 * config.n_layer) ** 0.5 if "c_proj" in name else _INIT_STD
         return std * normal(keys[name], tuple(like.shape))
 
-    params: Params = tree_map_named(leaf, blank)
+    params: Params = tree_map_named(leaf, structure)
     return params
 
 
 def empty(config: GPT2Config) -> Params:
-    """The parameters' structure and shapes without memory: tensors on the `meta` device."""
+    """Return the parameters' structure and shapes without memory: tensors on the `meta` device."""
     width = config.n_embd
 
     def affine(*shape: int) -> Params:
@@ -89,38 +94,7 @@ def empty(config: GPT2Config) -> Params:
     }
 
 
-def forward(params: Params, tokens: Tensor, *, config: GPT2Config, attention_mask: Tensor | None = None) -> Tensor:
-    """Logits of the next token at every position: `unembed(params, trunk(...))`.
-
-    Args:
-        params: GPT-2 parameters.
-        tokens: [B, T] int64 in [0, V).
-        config: the shape of `params`.
-        attention_mask: [B, T] bool, False on padding, left or right; None is no padding.
-
-    Returns:
-        [B, T, V] in the parameters' dtype. Rows at padding are meaningless but finite.
-
-    Raises:
-        ValueError: shapes do not match, or T exceeds n_positions.
-        TypeError: tokens are not int64.
-    """
-    positions = segments = None
-    if attention_mask is not None:
-        check_same_shape("forward", tokens=tokens, attention_mask=attention_mask)
-        fits = tokens.shape[1] <= config.n_positions
-        check_value("forward", fits, f"at most n_positions = {config.n_positions}", length=tokens.shape[1])
-        positions, segments = padding_layout(attention_mask)
-    return unembed(params, trunk(params, tokens, config=config, positions=positions, segments=segments))
-
-
-def padding_layout(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(positions, segments) [B, T] int64 of padded rows: real tokens count from 0, padding is segment 0."""
-    real = attention_mask.long()
-    return (real.cumsum(dim=1) - 1).clamp(min=0), real
-
-
-def trunk(
+def hidden_states(
     params: Params,
     tokens: Tensor,
     *,
@@ -128,24 +102,25 @@ def trunk(
     positions: Tensor | None = None,
     segments: Tensor | None = None,
     bounds: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout_rate: float = 0.0,
     key: Tensor | None = None,
     gradient_checkpointing: bool = False,
 ) -> Tensor:
-    """Hidden states after the final layer norm.
+    """Return the hidden states after the final layer norm.
 
     Args:
         params: GPT-2 parameters.
         tokens: [B, T] int64 in [0, V).
         config: the shape of `params`.
         positions: [B, T] int64 in [0, n_positions); None is 0..T-1 in every row.
-        segments: [B, T] int64, equal for tokens that may see each other; None is one segment per row.
+        segments: [B, T] int64, equal for tokens that may see each other; None is one segment per row. This one rule
+            serves left padding, right padding (a segment of its own) and several sequences packed in a row.
         bounds: [S + 1] int32, where segments lie, if each is in one piece (`rlhf.batches.Rows.bounds`); on a GPU
             attention is faster with them.
-        dropout: share dropped after the embedding, each attention and each MLP, as GPT-2's `resid_pdrop` and
+        dropout_rate: share dropped after the embedding, each attention and each MLP, as GPT-2's `resid_pdrop` and
             `embd_pdrop` (attention weights are not dropped); 0 outside of SFT.
-        key: [2] int32, consumed; needed where dropout is not 0.
-        gradient_checkpointing: the backward pass computes each block again from its input (`rlhf.kernels.remat.remat`).
+        key: [2] int32, consumed; needed where dropout_rate is not 0.
+        gradient_checkpointing: the backward pass computes each block again from its input (`rlhf.remat.remat`).
 
     Returns:
         [B, T, D] in the parameters' dtype.
@@ -155,44 +130,51 @@ def trunk(
             dropout without a key.
         TypeError: tokens are not int64.
     """
-    check_integer("trunk", tokens=tokens)
-    check_rank("trunk", 2, tokens=tokens)
-    check_value("trunk", bounds is None or segments is not None, "given with bounds", segments=segments)
-    length = tokens.shape[1]
+    check_integer("hidden_states", tokens=tokens)
+    check_rank("hidden_states", 2, tokens=tokens)
+    check_value("hidden_states", bounds is None or segments is not None, "given with bounds", segments=segments)
+    length, limit = tokens.shape[1], config.n_positions
     if positions is None:
-        check_value("trunk", length <= config.n_positions, f"at most n_positions = {config.n_positions}", length=length)
+        check_value("hidden_states", length <= limit, f"at most n_positions = {limit}", length=length)
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)
-    check_same_shape("trunk", tokens=tokens, positions=positions, segments=tokens if segments is None else segments)
-    check_value("trunk", 0 <= dropout < 1, "in [0, 1)", dropout=dropout)
-    check_value("trunk", dropout == 0 or key is not None, "given when dropout is not 0", key=key)
-    bounds = bounds if packs(params["ln_f"]["weight"], config.n_head) else None
-    bias_BTT = None if segments is None or bounds is not None else segment_bias(segments)
-
-    def attend(layer: int, qkv: Tensor) -> Tensor:
-        if bounds is not None:
-            return packed_attention(qkv, bounds)
-        q, k, v = _heads_first(qkv)
-        return attention(q, k, v, bias_BTT)
+    segments_like = tokens if segments is None else segments
+    check_same_shape("hidden_states", tokens=tokens, positions=positions, segments=segments_like)
+    check_value("hidden_states", (dropout_rate >= 0) & (dropout_rate < 1), "in [0, 1)", dropout_rate=dropout_rate)
+    check_value("hidden_states", dropout_rate == 0 or key is not None, "given when dropout_rate is not 0", key=key)
+    layout = attention_layout(segments, bounds, params["ln_f"]["weight"], config.n_head)
 
     def drop(x: Tensor, place: int) -> Tensor:
-        return x if key is None or dropout == 0 else _dropout(x, dropout, fold_in(key, place))
+        return x if key is None or dropout_rate == 0 else dropout(x, dropout_rate, key=fold_in(key, place))
 
-    embedded = _embed(params, tokens, positions)
-    return _run(params, embedded, config, attend, drop, gradient_checkpointing=gradient_checkpointing)
+    return _blocks(
+        params,
+        _embed(params, tokens, positions),
+        config,
+        lambda layer, qkv: self_attention(qkv, layout),
+        drop,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
-def unembed(params: Params, hidden: Tensor, *, aligned: bool = False) -> Tensor:
-    """Logits [..., V] of hidden states [..., D] in their dtype, through the embedding (tied weights).
+def logits(params: Params, hidden: Tensor, *, config: GPT2Config, padded: bool = False) -> Tensor:
+    """Return logits [..., V] of hidden states [..., D] in their dtype, through the embedding (tied weights).
 
-    If `aligned`, with the columns that a GPU's products need, as `rlhf.kernels.products.mask_vocab_padding` has them.
+    Args:
+        params: GPT-2 parameters, or their `unembedding`.
+        hidden: hidden states.
+        config: the shape of `params`.
+        padded: of `rlhf.models.layers.unembed`.
     """
-    weight: Tensor = params["wte"]["weight"]
-    logits = hidden @ pad_vocab(weight.to(hidden.dtype)).T
-    return mask_vocab_padding(logits, len(weight)) if aligned else logits[..., : len(weight)]
+    return unembed(hidden, params["wte"], vocab_size=config.vocab_size, padded=padded)
+
+
+def unembedding(params: Params) -> Params:
+    """Return the part of the parameters that `logits` reads."""
+    return {"wte": params["wte"]}
 
 
 def cast_for_compute(params: Params, dtype: torch.dtype) -> Params:
-    """Parameters to compute with in `dtype`: the embeddings stay as they are, and are rounded after the look-up.
+    """Return parameters to compute with in `dtype`; the embeddings stay as they are, and are rounded after the look-up.
 
     So an embedding's gradient adds up in the master weights' dtype: a row that occurs a hundred times in a batch would
     lose most of its gradient in bfloat16.
@@ -200,27 +182,24 @@ def cast_for_compute(params: Params, dtype: torch.dtype) -> Params:
     return cast(params, dtype) | {"wte": params["wte"], "wpe": params["wpe"]}
 
 
-class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, a tensor per layer. Written in place by `prefill` and `decode`.
+def prepare_for_decoding(params: Params, dtype: torch.dtype) -> Params:
+    """Return parameters to read single tokens with, all in `dtype`: without gradients embeddings may be rounded too."""
 
-    On CPUs slots lie together in the keys, components in the values: so both products with a query run along memory.
-    On GPUs all of a slot lies together, for `rlhf.kernels.decode_attention.decode_attention_triton`.
-    """
+    def block(p: Params) -> Params:
+        packed = {part: {name: pack_affine(cast(p[part][name], dtype)) for name in p[part]} for part in ("attn", "mlp")}
+        return {"ln_1": cast(p["ln_1"], dtype), "ln_2": cast(p["ln_2"], dtype)} | packed
 
-    keys: tuple[Tensor, ...]
-    """Each [B, N, H, S]."""
-    values: tuple[Tensor, ...]
-    """Each [B, N, S, H]."""
+    wte, wpe, ln_f = (cast(params[name], dtype) for name in ("wte", "wpe", "ln_f"))
+    return {"wte": pack_embedding(wte), "wpe": wpe, "h": [block(p) for p in params["h"]], "ln_f": ln_f}
 
 
 def init_cache(params: Params, batch_size: int, slots: int, *, config: GPT2Config) -> KVCache:
-    """A cache for `batch_size` sequences of up to `slots` tokens, in the dtype and on the device of the blocks."""
-    heads, width, like = (batch_size, config.n_head), config.n_embd // config.n_head, params["ln_f"]["weight"]
-    if like.is_cuda:
-        keys, values = ([like.new_zeros(batch_size, slots, *heads[1:], width) for _ in params["h"]] for _ in range(2))
-        return KVCache(tuple(k.permute(0, 2, 3, 1) for k in keys), tuple(v.transpose(1, 2) for v in values))
-    keys = [like.new_zeros(*heads, width, slots) for _ in params["h"]]
-    return KVCache(tuple(keys), tuple(like.new_zeros(*heads, slots, width) for _ in keys))
+    """Return an empty cache for `batch_size` sequences of up to `slots` tokens, of the blocks' dtype and device."""
+    width = config.n_embd // config.n_head
+    like = params["ln_f"]["weight"]
+    return init_kv_cache(
+        like, n_layer=len(params["h"]), batch_size=batch_size, n_head=config.n_head, slots=slots, width=width
+    )
 
 
 def prefill(
@@ -233,7 +212,7 @@ def prefill(
     rows: Tensor | None = None,
     source: Tensor | None = None,
 ) -> Tensor:
-    """Read whole prompts, filling the first P slots of cache rows.
+    """Read whole prompts, filling the first P slots of cache rows; return the states that predict what follows.
 
     Args:
         params: GPT-2 parameters.
@@ -255,20 +234,21 @@ def prefill(
     limit = min(cache.values[0].shape[2], config.n_positions)
     check_value("prefill", width <= limit, f"at most {limit}", width=width)
     each = torch.arange(count, device=tokens.device)
-    rows, source = each if rows is None else rows, each if source is None else source
+    filled, prompt = each if rows is None else rows, each if source is None else source
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        q, k, v = _heads_first(qkv)
-        cache.keys[layer][rows, ..., :width] = k[source].transpose(-1, -2)
-        cache.values[layer][rows, :, :width] = v[source]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = heads_first(qkv)
+        write_prompts(cache, layer, k, v, filled, prompt)
+        return prompt_attention(q, k, v)
 
-    hidden_UTD = _run(params, _embed(params, tokens, torch.arange(width, device=tokens.device)), config, attend)
-    return hidden_UTD[each, lengths - 1][source]
+    hidden_UTD = _blocks(params, _embed(params, tokens, torch.arange(width, device=tokens.device)), config, attend)
+    return hidden_UTD[each, lengths - 1][prompt]
 
 
-def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, config: GPT2Config, used: int) -> Tensor:
-    """Read one more token per row.
+def decode(
+    params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, config: GPT2Config, cache_length: int
+) -> Tensor:
+    """Read one more token per row; return the states that predict the tokens after these.
 
     Args:
         params: GPT-2 parameters.
@@ -276,63 +256,50 @@ def decode(params: Params, tokens: Tensor, lengths: Tensor, cache: KVCache, *, c
         lengths: [B] int64, tokens already in the cache: the position of this one.
         cache: written in place at slot `lengths`.
         config: the shape of `params`.
-        used: slots to attend over, above every element of `lengths`: the filled part of the cache.
+        cache_length: slots to attend over, above every element of `lengths`: the filled part of the cache.
 
     Returns:
-        [B, D]: the hidden state that predicts the token after this one.
+        [B, D].
     """
-    rows = torch.arange(len(tokens), device=tokens.device)
-    unseen = torch.arange(used, device=tokens.device) > lengths[:, None]
+    unseen = torch.arange(cache_length, device=tokens.device) > lengths[:, None]
     bias_BU = torch.where(unseen, -torch.inf, 0.0)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        keys, values = cache.keys[layer], cache.values[layer]
-        if qkv.is_cuda:
-            from rlhf.kernels.decode_attention import decode_attention_triton  # here, because it imports Triton
+        attended = decode_attention(qkv[:, 0], cache.keys[layer], cache.values[layer], lengths, bias_BU)
+        return attended[:, :, None]
 
-            return decode_attention_triton(qkv[:, 0], keys, values, lengths)[:, :, None]
-        q, k, v = qkv[:, 0].unbind(1)
-        keys[rows, :, :, lengths] = k
-        values[rows, :, lengths] = v
-        return decode_attention(q, keys[..., :used], values[:, :, :used], bias_BU)[:, :, None]
+    return _blocks(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]
 
-    return _run(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]
+
+def select_vocab(params: Params, rows: int) -> Params:
+    """Return the parameters with the first `rows` rows of the embedding."""
+    return params | {"wte": {"weight": params["wte"]["weight"][:rows].clone()}}
 
 
 def to_hugging_face(params: Params) -> dict[str, Tensor]:
-    """The state dict of `transformers.GPT2LMHeadModel`, without the tied `lm_head.weight`."""
+    """Return the state dict of `transformers.GPT2LMHeadModel`, without the tied `lm_head.weight`."""
     return {f"transformer.{name}": leaf for name, leaf in named_leaves(params).items()}
 
 
 def from_hugging_face(state: dict[str, Tensor], *, config: GPT2Config) -> Params:
-    """Parameters from a state dict of `GPT2Model`, `GPT2LMHeadModel` or `GPT2ForSequenceClassification`.
+    """Return parameters from a state dict of `GPT2Model`, `GPT2LMHeadModel` or `GPT2ForSequenceClassification`.
 
     Names with and without `transformer.` are taken; causal-mask buffers, `lm_head` and `score` are left aside.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape; the message names it.
     """
-    ignored = ("lm_head.", "score.")
-    named = {name.removeprefix("transformer."): leaf for name, leaf in state.items() if not name.startswith(ignored)}
-    named = {name: leaf for name, leaf in named.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    blank = empty(config)
-    for name, like in named_leaves(blank).items():
-        if name not in named:
-            raise ValueError(f"from_hugging_face: {name} is missing")
-        if named[name].shape != like.shape:
-            got, expected = tuple(named[name].shape), tuple(like.shape)
-            raise ValueError(f"from_hugging_face: {name} has shape {got}, expected {expected}")
-    params: Params = with_leaves(blank, named)
-    return params
+    weights = {name: leaf for name, leaf in state.items() if not name.startswith(("lm_head.", "score."))}
+    return take_leaves(empty(config), strip_prefix(weights, "transformer.", _MASKS))
 
 
 def _embed(params: Params, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Sum of the two embeddings in the dtype of the blocks; the tables may be wider than it (`cast_for_compute`)."""
+    """Return the sum of the two embeddings in the dtype of the blocks; the tables may be wider than it."""
     embedded = gather_rows(params["wte"]["weight"], tokens) + gather_rows(params["wpe"]["weight"], positions)
     return embedded.to(params["ln_f"]["weight"].dtype)
 
 
-def _run(
+def _blocks(
     params: Params,
     x: Tensor,
     config: GPT2Config,
@@ -341,7 +308,7 @@ def _run(
     *,
     gradient_checkpointing: bool = False,
 ) -> Tensor:
-    """All blocks and the final norm over embedded [B, T, D].
+    """Return the final norm of embedded tokens [B, T, D] after all blocks.
 
     Args:
         params: GPT-2 parameters.
@@ -349,50 +316,46 @@ def _run(
         config: the shape of `params`.
         attend: (layer, [B, T, 3, N, H]) -> [B, N, T, H].
         drop: of what is added to the residual stream, by place.
-        gradient_checkpointing: of `trunk`.
+        gradient_checkpointing: of `hidden_states`.
     """
+    eps = config.layer_norm_epsilon
 
     def block(x: Tensor, p: Params, *, layer: int) -> Tensor:
-        qkv = _affine(_layer_norm(x, p["ln_1"], config), p["attn"]["c_attn"]).view(*x.shape[:2], 3, config.n_head, -1)
+        qkv = affine(layer_norm(x, p["ln_1"], eps=eps), p["attn"]["c_attn"]).view(*x.shape[:2], 3, config.n_head, -1)
         attended_BTD = attend(layer, qkv).transpose(1, 2).reshape(x.shape)
-        x = x + drop(_affine(attended_BTD, p["attn"]["c_proj"]), 2 * layer + 1)
-        expanded = _gelu(_affine(_layer_norm(x, p["ln_2"], config), p["mlp"]["c_fc"]))
-        return x + drop(_affine(expanded, p["mlp"]["c_proj"]), 2 * layer + 2)
+        x = x + drop(affine(attended_BTD, p["attn"]["c_proj"]), 2 * layer + 1)
+        expanded = gelu(affine(layer_norm(x, p["ln_2"], eps=eps), p["mlp"]["c_fc"]))
+        return x + drop(affine(expanded, p["mlp"]["c_proj"]), 2 * layer + 2)
 
     x = drop(x, 0)
     for layer, p in enumerate(params["h"]):
         step = functools.partial(block, layer=layer)
         x = (remat(step) if gradient_checkpointing else step)(x, p)
-    return _layer_norm(x, params["ln_f"], config)
+    return layer_norm(x, params["ln_f"], eps=eps)
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """GELU in the tanh form. Compiled code has a faster exponential than tanh: x sigmoid(2z) = x (1 + tanh z) / 2."""
-    if not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    wide = x.float()
-    return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide * wide))).to(x.dtype)
-
-
-def _affine(x: Tensor, p: Params) -> Tensor:
-    if torch.compiler.is_compiling() or "packed" in p:  # compiled, the sum is part of whatever comes next
-        return product(x, p) + p["bias"]
-    flat = torch.addmm(p["bias"], x.reshape(-1, x.shape[-1]), p["weight"])
-    return flat.view(*x.shape[:-1], -1)
-
-
-def _layer_norm(x: Tensor, p: Params, config: GPT2Config) -> Tensor:
-    shape, epsilon = (x.shape[-1],), config.layer_norm_epsilon
-    if x.dtype == torch.float32 or not torch.compiler.is_compiling():
-        return F.layer_norm(x, shape, p["weight"], p["bias"], epsilon)
-    weight, bias = (p[name].expand(len(x), 1, -1) for name in ("weight", "bias"))  # gradients add up by row first
-    return F.layer_norm(x, shape, eps=epsilon) * weight + bias
-
-
-def _heads_first(qkv: Tensor) -> tuple[Tensor, ...]:
-    """[B, T, 3, N, H] -> queries, keys and values, each [B, N, T, H]."""
-    return qkv.permute(2, 0, 3, 1, 4).unbind()
-
-
-def _dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:
-    return torch.where(uniform(key, tuple(x.shape)) >= rate, x / (1.0 - rate), 0.0)
+ARCHITECTURE = Architecture(
+    shape=GPT2Config,
+    presets=PRESETS,
+    init=init,
+    empty=empty,
+    hidden_states=hidden_states,
+    logits=logits,
+    unembedding=unembedding,
+    cast_for_compute=cast_for_compute,
+    prepare_for_decoding=prepare_for_decoding,
+    init_cache=init_cache,
+    prefill=prefill,
+    decode=decode,
+    select_vocab=select_vocab,
+    to_hugging_face=to_hugging_face,
+    from_hugging_face=from_hugging_face,
+    settings_to_shape=settings_to_shape,
+    shape_to_settings=shape_to_settings,
+    causal_lm="GPT2LMHeadModel",
+    sequence_classifier="GPT2ForSequenceClassification",
+    aliases=frozenset({"GPT2Model"}),
+    prefix="transformer.",
+    embedding="wte.weight",
+    ignored_suffixes=_MASKS,
+)

@@ -1,11 +1,15 @@
 """The shape of a GPT-2, apart from everything that computes: reading it imports no torch."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config:
-    """Architecture of a GPT-2 language model, in the names of its `config.json`."""
+    """Shape of a GPT-2 language model, in the names of its `config.json`."""
+
+    model_type: ClassVar[str] = "gpt2"
+    """Hugging Face's name of the architecture."""
 
     vocab_size: int = 50257
     """Tokens."""
@@ -40,3 +44,34 @@ PRESETS: dict[str, GPT2Config] = {
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
 }
 """Named shapes: two for a laptop, and the four that OpenAI released (Radford et al. 2019, table 2)."""
+
+_SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
+_REQUIRED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def settings_to_shape(settings: dict[str, Any]) -> GPT2Config:
+    """Return the shape that a config.json describes.
+
+    Raises:
+        ValueError: it is not that of a plain GPT-2.
+    """
+    for name, allowed in _REQUIRED.items():
+        if (got := settings.get(name, allowed[0])) not in allowed:
+            raise ValueError(f"{name} is {got!r}, expected {allowed[0]!r}; only plain GPT-2 models can be read")
+    config = GPT2Config(**{name: settings[name] for name in _SHAPE if name in settings})
+    if settings.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"n_inner is {settings['n_inner']}, expected {4 * config.n_embd} (4 n_embd)")
+    return config
+
+
+def shape_to_settings(config: GPT2Config) -> dict[str, Any]:
+    """Return the part of config.json that describes the shape."""
+    settings = {name: getattr(config, name) for name in _SHAPE}
+    settings |= {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True}
+    return settings | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

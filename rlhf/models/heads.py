@@ -29,7 +29,9 @@ def init_value_head(n_embd: int) -> Params:
     return {"weight": torch.zeros(1, n_embd), "bias": torch.zeros(1)}
 
 
-def value_head_from_reward(head: Params, *, mean: float = 0.0, std: float = 1.0, weight: float = 1.0) -> Params:
+def value_head_from_reward(
+    head: Params, *, mean: float | Tensor = 0.0, std: float | Tensor = 1.0, weight: float | Tensor = 1.0
+) -> Params:
     """The value head that predicts weight (reward - mean) / std of a reward head, as a critic starts.
 
     Args:
@@ -42,7 +44,7 @@ def value_head_from_reward(head: Params, *, mean: float = 0.0, std: float = 1.0,
         ValueError: std is not positive.
     """
     check_value("value_head_from_reward", std > 0, "above 0", std=std)
-    return {"weight": head["weight"] * weight / std, "bias": head["weight"].new_full((1,), -mean * weight / std)}
+    return {"weight": head["weight"] * weight / std, "bias": head["weight"].new_ones(1) * (-mean * weight / std)}
 
 
 def apply_head(head: Params, hidden: Tensor) -> Tensor:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import PairBatch, ScoreBatch
-from rlhf.kernels.remat import chunk_size, in_chunks
-from rlhf.models.forward import packed_hidden_states, unembedding_params
-from rlhf.models.gpt2 import cast_for_compute, unembed
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape, architecture_of
+from rlhf.models.forward import packed_hidden_states, trunk_states
 from rlhf.models.heads import apply_head
 from rlhf.ops import gather_rows, token_log_probs
+from rlhf.remat import chunk_size, in_chunks
 from rlhf.types import FrozenParams, Params
 
 
@@ -32,9 +31,9 @@ class Scores(NamedTuple):
 
 
 def make_scorer(
-    config: GPT2Config,
-    critic_config: GPT2Config | None,
-    reward_configs: Sequence[GPT2Config],
+    config: ModelShape,
+    critic_config: ModelShape | None,
+    reward_configs: Sequence[ModelShape],
     *,
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
@@ -52,18 +51,19 @@ def make_scorer(
         log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
         bootstrap: compute the values of the states after the last tokens.
     """
+    decoder = architecture_of(config)
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor]:
-        logits = unembed(params, hidden, aligned=True)
+        logits = decoder.logits(params, hidden, config=config, padded=True)
         return (token_log_probs(logits, targets, temperature=temperature),)
 
     def look(params: Params, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states [R * T, D] and log-probs [C] of a GPT-2."""
-        params = cast_for_compute(params, dtype)
+        """Return hidden states [R * T, D] and log-probs [C] of a decoder of shape `config`."""
+        params = decoder.cast_for_compute(params, dtype)
         hidden = packed_hidden_states(params, batch.rows, config)
         predictors = gather_rows(hidden, batch.predictors)
         return hidden, in_chunks(per_token, chunk_size(config.vocab_size))(
-            unembedding_params(params), predictors, batch.targets
+            decoder.unembedding(params), predictors, batch.targets
         )[0]
 
     def score(params: Params, frozen: FrozenParams, batch: ScoreBatch) -> Scores:
@@ -75,7 +75,7 @@ def make_scorer(
             hidden, policy_log_probs = look(params["policy"], batch)
         if critic_config is not None:
             head = params["critic"]["head"]
-            hidden = packed_hidden_states(cast_for_compute(params["critic"]["trunk"], dtype), batch.rows, critic_config)
+            hidden = trunk_states(params["critic"]["trunk"], batch.rows, critic_config, dtype)
         if head is not None and hidden is not None:
             values = apply_head(head, gather_rows(hidden, batch.predictors))
             if bootstrap:
@@ -86,7 +86,7 @@ def make_scorer(
     return score
 
 
-def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[GPT2Config], dtype: torch.dtype) -> Tensor:
+def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[ModelShape], dtype: torch.dtype) -> Tensor:
     """[B, K] float32, reward units: what frozen["reward_model_0"], … give the last token of each sequence.
 
     Args:
@@ -98,20 +98,19 @@ def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[GPT
     scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
     for number, config in enumerate(configs):
         model = frozen[f"reward_model_{number}"]
-        hidden = packed_hidden_states(cast_for_compute(model["trunk"], dtype), batch.rows, config)
+        hidden = trunk_states(model["trunk"], batch.rows, config, dtype)
         scores.append(apply_head(model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
     return torch.cat(scores, dim=1)
 
 
 def make_pair_scores(
-    config: GPT2Config, *, dtype: torch.dtype = torch.float32
+    config: ModelShape, *, dtype: torch.dtype = torch.float32
 ) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, Tensor]]:
     """(reward model, frozen, PairBatch) -> scores [B] of the chosen and of the rejected, reward units."""
 
     def scores(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        hidden = packed_hidden_states(cast_for_compute(params["trunk"], dtype), batch.rows, config)
-        return apply_head(params["head"], gather_rows(hidden, batch.chosen)), apply_head(
-            params["head"], gather_rows(hidden, batch.rejected)
-        )
+        hidden = trunk_states(params["trunk"], batch.rows, config, dtype)
+        chosen, rejected = (gather_rows(hidden, last) for last in (batch.chosen, batch.rejected))
+        return apply_head(params["head"], chosen), apply_head(params["head"], rejected)
 
     return scores

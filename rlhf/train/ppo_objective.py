@@ -7,21 +7,20 @@ from torch import Tensor
 
 from rlhf.batches import PPOBatch
 from rlhf.execution.program import Objective, SumOfLosses, add_results
-from rlhf.kernels.remat import chunk_size, in_chunks
 from rlhf.kl import exact_kl, kl_estimate
 from rlhf.losses import ppo_policy_loss, ppo_value_loss
-from rlhf.models.forward import at_predictors, unembedding_params
-from rlhf.models.gpt2 import cast_for_compute, unembed
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape, architecture_of
+from rlhf.models.forward import at_predictors, trunk_states
 from rlhf.models.heads import apply_head
-from rlhf.ops import entropy, masked_sum, token_log_probs
+from rlhf.ops import entropy, gather_rows, masked_sum, token_log_probs
+from rlhf.remat import chunk_size, in_chunks
 from rlhf.tree import tree_map
 from rlhf.types import FrozenParams, Metrics, Params
 
 
 def make_ppo_objective(
-    config: GPT2Config,
-    critic_config: GPT2Config | None,
+    config: ModelShape,
+    critic_config: ModelShape | None,
     *,
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
@@ -51,23 +50,26 @@ def make_ppo_objective(
         entropy_coef: weight of the entropy bonus.
         loss_kl: KL to the reference in the loss, weighted by the batch's kl_coef; "exact" reads frozen["reference"].
         policy_coef: 0 leaves the value loss alone (critic warm-up).
-        gradient_checkpointing: of `rlhf.models.gpt2.trunk`, in policy and critic.
+        gradient_checkpointing: of `rlhf.models.gpt2.hidden_states`, in policy and critic.
     """
+    decoder = architecture_of(config)
 
     def per_token(models: FrozenParams, hidden: Tensor, targets: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
-        logits = unembed(models["policy"], hidden, aligned=True)
+        logits = decoder.logits(models["policy"], hidden, config=config, padded=True)
         log_probs = token_log_probs(logits, targets, temperature=temperature)
         entropies = entropy(logits if entropy_coef else logits.detach(), temperature=temperature)
-        ref_logits = [unembed(models["reference"], of_reference, aligned=True) for of_reference in ref_hidden]
-        return log_probs, entropies, *(exact_kl(logits, of, temperature=temperature) for of in ref_logits)
+        if not ref_hidden:
+            return log_probs, entropies
+        ref_logits = decoder.logits(models["reference"], *ref_hidden, config=config, padded=True)
+        return log_probs, entropies, exact_kl(logits, ref_logits, temperature=temperature)
 
     def of_policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics, Tensor]:
-        policy = cast_for_compute(params["policy"], dtype)
+        policy = decoder.cast_for_compute(params["policy"], dtype)
         hidden = at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
-        models, columns = {"policy": unembedding_params(policy)}, [hidden, batch.targets]
+        models, columns = {"policy": decoder.unembedding(policy)}, [hidden, batch.targets]
         if loss_kl == "exact":
-            reference = cast_for_compute(frozen["reference"], dtype)
-            models["reference"] = unembedding_params(reference)
+            reference = decoder.cast_for_compute(frozen["reference"], dtype)
+            models["reference"] = decoder.unembedding(reference)
             columns.append(at_predictors(reference, batch, config))
         log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config.vocab_size))(models, *columns)
         policy_loss, metrics = ppo_policy_loss(
@@ -110,6 +112,6 @@ def make_ppo_objective(
     return SumOfLosses((policy, critic))
 
 
-def _critic(params: Params, batch: PPOBatch, config: GPT2Config, dtype: torch.dtype, **options: Any) -> Tensor:
-    hidden = at_predictors(cast_for_compute(params["critic"]["trunk"], dtype), batch, config, **options)
-    return apply_head(params["critic"]["head"], hidden)
+def _critic(params: Params, batch: PPOBatch, config: ModelShape, dtype: torch.dtype, **options: Any) -> Tensor:
+    hidden = trunk_states(params["critic"]["trunk"], batch.rows, config, dtype, **options)
+    return apply_head(params["critic"]["head"], gather_rows(hidden, batch.predictors))

@@ -14,8 +14,8 @@ from rlhf.execution.program import MetricLimit, ModelState, Program, StepSpec
 from rlhf.generate.complete import make_completion_fn
 from rlhf.io.model_folder import LanguageModel
 from rlhf.io.reward_sources import RewardSource
+from rlhf.models.architecture import ModelShape
 from rlhf.models.decoding import decode_steps
-from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.heads import init_value_head, value_head_from_reward
 from rlhf.models.scoring import make_scorer
 from rlhf.schedules import constant
@@ -29,10 +29,10 @@ from rlhf.types import Params
 class ModelShapes(NamedTuple):
     """The models involved."""
 
-    policy: GPT2Config
-    critic: GPT2Config | None
+    policy: ModelShape
+    critic: ModelShape | None
     """The separate critic's; None with a value head on the policy."""
-    reward_models: tuple[GPT2Config, ...]
+    reward_models: tuple[ModelShape, ...]
     stop_ids: tuple[int, ...]
     """Ids that end a completion."""
 

@@ -17,9 +17,8 @@ from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
 from rlhf.losses import reward_loss
-from rlhf.models.forward import packed_hidden_states
-from rlhf.models.gpt2 import cast_for_compute
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape
+from rlhf.models.forward import trunk_states
 from rlhf.models.heads import apply_head, init_reward_head
 from rlhf.models.scoring import make_pair_scores
 from rlhf.ops import gather_rows
@@ -183,7 +182,7 @@ def _statistics(run: Run, chosen: Tensor, rejected: Tensor) -> RewardStatistics:
 
 
 def make_reward_objective(
-    config: GPT2Config,
+    config: ModelShape,
     *,
     dtype: torch.dtype = torch.float32,
     centre_coef: float = 0.0,
@@ -192,8 +191,7 @@ def make_reward_objective(
     """(reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
 
     def objective(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, Metrics]:
-        trunk_params = cast_for_compute(params["trunk"], dtype)
-        hidden = packed_hidden_states(trunk_params, batch.rows, config, gradient_checkpointing=gradient_checkpointing)
+        hidden = trunk_states(params["trunk"], batch.rows, config, dtype, gradient_checkpointing=gradient_checkpointing)
         chosen, rejected = (
             apply_head(params["head"], gather_rows(hidden, last)) for last in (batch.chosen, batch.rejected)
         )
@@ -203,7 +201,7 @@ def make_reward_objective(
 
 
 def make_reward_program(
-    config: GPT2Config, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
+    config: ModelShape, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
     """The reward model's work: `main` steps, and `scores` of pairs; arguments as `rlhf.train.sft.make_sft_program`."""
     objective = make_reward_objective(

@@ -17,14 +17,12 @@ from rlhf.errors import UserError
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.kernels.remat import chunk_size, in_chunks
 from rlhf.losses import sft_loss
-from rlhf.models import gpt2
-from rlhf.models.forward import packed_hidden_states, unembedding_params
-from rlhf.models.gpt2 import cast_for_compute, unembed
-from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.architecture import ModelShape, architecture_of
+from rlhf.models.forward import packed_hidden_states
 from rlhf.ops import gather_rows, is_argmax, masked_sum, mean_metrics, token_log_probs
 from rlhf.random import Purpose
+from rlhf.remat import chunk_size, in_chunks
 from rlhf.train.compile_policy import compile_folder, compile_obstacle
 from rlhf.train.context import Run, open_run
 from rlhf.train.observers import Observer
@@ -131,25 +129,31 @@ def _run(run: Run, config: SFTRun) -> StageResult:
 
 
 def make_sft_objective(
-    config: GPT2Config,
+    config: ModelShape,
     *,
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, Metrics]]:
-    """(GPT-2, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
+    """(decoder, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
+    decoder = architecture_of(config)
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = unembed(params, hidden, aligned=True)
+        logits = decoder.logits(params, hidden, config=config, padded=True)
         return token_log_probs(logits, targets), is_argmax(logits.detach(), targets).float()
 
     def objective(params: Params, frozen: FrozenParams, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        params = cast_for_compute(params, dtype)
+        params = decoder.cast_for_compute(params, dtype)
         hidden = packed_hidden_states(
-            params, batch.rows, config, dropout=dropout, key=batch.key, gradient_checkpointing=gradient_checkpointing
+            params,
+            batch.rows,
+            config,
+            dropout_rate=dropout,
+            key=batch.key,
+            gradient_checkpointing=gradient_checkpointing,
         )
         log_probs, correct = in_chunks(per_token, chunk_size(config.vocab_size))(
-            unembedding_params(params), gather_rows(hidden, batch.predictors), batch.targets
+            decoder.unembedding(params), gather_rows(hidden, batch.predictors), batch.targets
         )
         loss, metrics = sft_loss(log_probs, batch.mask)
         return loss, metrics | {"sft/accuracy": masked_sum(correct, batch.mask)}
@@ -158,7 +162,7 @@ def make_sft_objective(
 
 
 def make_sft_program(
-    config: GPT2Config, settings: SFTConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
+    config: ModelShape, settings: SFTConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
     """SFT's work: `main` steps, and `measure` for evaluation.
 
@@ -199,9 +203,9 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
     for line in tokenizer.notes:
         run.note(line)
     shape = new_config(config.model, tokenizer.vocab_size)
-    params = gpt2.init(shape, key=run.key(Purpose.INIT))
-    size = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
-    run.note(f"new GPT-2: {size}, vocabulary {shape.vocab_size}, context {shape.n_positions}")
+    params = architecture_of(shape).init(shape, key=run.key(Purpose.INIT))
+    size = f"{shape.n_layer} layers, {shape.n_embd} wide"
+    run.note(f"new {shape.model_type}: {size}, vocabulary {shape.vocab_size}, context {shape.n_positions}")
     return LanguageModel(params, shape, tokenizer), model_spec.digest, path
 
 

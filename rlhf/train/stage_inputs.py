@@ -1,5 +1,6 @@
 """Resolving what a stage starts from: data files or the embedded example, tokenizers, models, record order."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +15,20 @@ from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import load_shape, weights_digest
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.models.gpt2_config import PRESETS, GPT2Config
+from rlhf.models.architecture import ModelShape, get_architecture
 from rlhf.random import fold_in, permutation
 from rlhf.schedules import Schedule, constant, cosine, linear
 from rlhf.train.context import Run
 from rlhf.train.stage import STAGES
 
+_SIZES = ("n_layer", "n_head", "n_embd", "n_positions")
+"""Settings that are fields of shapes."""
+
 
 class ModelSpec(NamedTuple):
     """What is known of a model before its parameters are read, or trained."""
 
-    config: GPT2Config
+    config: ModelShape
     """Of a model with a tokenizer that is yet to be trained, all but the vocabulary's size."""
     tokenizer: Tokenizer | None
     """None where it is yet to be trained."""
@@ -60,23 +64,27 @@ def train_tokenizer(run: Run, path: Path, schema: Schema) -> Tokenizer:
     return tokenizer
 
 
-def new_config(settings: ModelConfig, vocab_size: int) -> GPT2Config:
+def new_config(settings: ModelConfig, vocab_size: int) -> ModelShape:
     """The shape of a model trained from scratch.
 
     Raises:
         UserError: the shape is impossible.
     """
-    preset = PRESETS[settings.preset]
     try:
-        return GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=settings.n_positions or preset.n_positions,
-            n_embd=settings.n_embd or preset.n_embd,
-            n_layer=settings.n_layer or preset.n_layer,
-            n_head=settings.n_head or preset.n_head,
-        )
+        family = get_architecture(settings.family)
+    except ValueError as error:
+        raise UserError(f"--model.family: {error}") from error
+    if settings.preset not in family.presets:
+        raise UserError(f"--model.preset {settings.preset}: {settings.family} has only {', '.join(family.presets)}")
+    chosen = {name: getattr(settings, name) for name in _SIZES if getattr(settings, name) is not None}
+    fields = {spec.name for spec in dataclasses.fields(family.shape)}
+    if unknown := chosen.keys() - fields:
+        raise UserError(f"model.{min(unknown)}: {settings.family} has no such size; leave it out")
+    try:
+        shape: ModelShape = dataclasses.replace(family.presets[settings.preset], vocab_size=vocab_size, **chosen)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
+    return shape
 
 
 def read_model_spec(folder: Path, settings: ModelConfig) -> ModelSpec:
@@ -87,8 +95,8 @@ def read_model_spec(folder: Path, settings: ModelConfig) -> ModelSpec:
             contradicts it.
     """
     config, tokenizer = load_shape(folder)
-    for name in ("n_layer", "n_head", "n_embd", "n_positions"):
-        wanted, got = getattr(settings, name), getattr(config, name)
+    for name in _SIZES:
+        wanted, got = getattr(settings, name), getattr(config, name, None)
         if wanted not in (None, got):
             flag = f"--model.{name.replace('_', '-')} (or the configuration file's)"
             raise UserError(

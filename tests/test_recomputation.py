@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import grad_and_value
 
-from rlhf.kernels.remat import in_chunks, remat
+from rlhf.remat import in_chunks, remat
 
 WEIGHTS = {"a": torch.linspace(-1, 1, 35, dtype=torch.float64).view(5, 7), "b": [torch.linspace(0, 2, 7).double()]}
 INPUTS = torch.linspace(-2, 2, 55, dtype=torch.float64).view(11, 5).sin()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlhf import random
-from rlhf.kernels import attention
+from rlhf.kernels import fused_attention
+from rlhf.models.attention import attend_to_cache, attention, attention_layout
 
 B, N, T, H = 2, 3, 7, 4
 SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 2, 2], [3, 3, 0, 0, 3, 3, 3]])
@@ -15,6 +16,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 def draws(number: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
     return random.normal(random.fold_in(random.key(9), number), shape).to(dtype)
+
+
+def segment_bias(segments):
+    return attention_layout(segments, None, torch.zeros(1, N * H), N).bias
 
 
 def oracle(q, keys, values, seen):
@@ -51,11 +56,11 @@ def expected(q, k, v, segments):
 @pytest.mark.parametrize("plain", [0, 512], ids=["torch's kernel", "plain"])
 @pytest.mark.parametrize("compiling", [False, True])
 def test_attention_value(dtype, segments, plain, compiling, monkeypatch):
-    monkeypatch.setattr(attention, "_PLAIN", plain)  # of consequence in bf16, as the next
+    monkeypatch.setattr(fused_attention, "_PLAIN", plain)  # of consequence in bf16, as the next
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     q, k, v = (draws(number, B, N, T, H, dtype=dtype) for number in range(3))
-    bias = None if segments is None else attention.segment_bias(segments)
-    found = attention.attention(q, k, v, bias)
+    bias = segment_bias(segments)
+    found = attention(q, k, v, bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected(q, k, v, segments), atol=TOLERANCE[dtype], rtol=0)
 
@@ -64,7 +69,7 @@ def test_attention_value(dtype, segments, plain, compiling, monkeypatch):
 def test_attention_gradient_in_bfloat16(compiling, monkeypatch):
     def gradients(dtype, weights):
         def loss(q, k, v):
-            return (attention.attention(q, k, v, attention.segment_bias(SEGMENTS)).double() * weights).sum()
+            return (attention(q, k, v, segment_bias(SEGMENTS)).double() * weights).sum()
 
         return torch.func.grad(loss, argnums=(0, 1, 2))(
             *(draws(number, B, N, T, H, dtype=dtype) for number in range(3))
@@ -80,7 +85,7 @@ def test_attention_gradient_in_bfloat16(compiling, monkeypatch):
 
 
 def test_segment_bias_value():
-    bias = attention.segment_bias(SEGMENTS)
+    bias = segment_bias(SEGMENTS)
     assert (bias.shape, bias.dtype) == ((B, 1, T, T), torch.float32)
     for b in range(B):
         for t in range(T):
@@ -100,6 +105,6 @@ def test_attend_once_value(dtype, compiling, monkeypatch):
     for row, slots in zip(bias, seen, strict=True):
         row[slots] = 0.0
     wanted = [[oracle(q[b, n], keys[b, n].T, values[b, n], seen[b]) for n in range(N)] for b in range(B)]
-    found = attention.decode_attention(q, keys, values, bias)
+    found = attend_to_cache(q, keys, values, bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), atol=TOLERANCE[dtype], rtol=0)

@@ -1,0 +1,174 @@
+"""Fused and compiled forms of `rlhf.models.attention`: torch's own attention, FlashAttention-2 and a Triton kernel."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.transforms import is_transformed, reference_needed
+
+_PLAIN = 512
+"""Up to this length the plain form is faster in bf16 on a CPU."""
+
+Function = Callable[..., Any]
+
+
+def attention_layout(
+    reference: Function, segments: Tensor | None, bounds: Tensor | None, like: Tensor, n_head: int
+) -> Any:
+    """Leave the bias away where `self_attention` takes bounds instead: on a GPU, in bfloat16."""
+    if bounds is None or not flash_attention_takes(like, n_head):
+        return reference(segments, bounds, like, n_head)
+    return reference(None, None, like, n_head)._replace(bounds=bounds)
+
+
+def flash_attention_takes(like: Tensor, n_head: int) -> bool:
+    """Return whether FlashAttention takes states like these [..., D]."""
+    return like.is_cuda and like.dtype == torch.bfloat16 and like.shape[-1] % (8 * n_head) == 0
+
+
+def self_attention(reference: Function, qkv: Tensor, layout: Any) -> Tensor:
+    """Run FlashAttention on packed sequences, which never looks at another sequence.
+
+    Source: Dao 2023, "FlashAttention-2", https://arxiv.org/abs/2307.08691, as torch has it.
+    """
+    if layout.bounds is None:
+        return reference(qkv, layout)
+    q, k, v = qkv.flatten(0, 1).unbind(1)
+    length = qkv.shape[1]  # no sequence is longer
+    attended: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, layout.bounds, layout.bounds, length, length, 0.0, True, False
+    )[0]
+    return attended.view(*qkv.shape[:2], *attended.shape[1:]).transpose(1, 2)
+
+
+def attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Run torch's fused attention, but in bfloat16 on a CPU, where its backward pass is slow."""
+    if torch.compiler.is_compiling():
+        return _compiled_attention(reference, q, k, v, bias)
+    if reference_needed(q, k, v):
+        return reference(q, k, v, bias)
+    if _is_bfloat16_on_cpu(q):
+        if q.shape[2] <= _PLAIN:
+            return reference(q, k, v, bias)
+        return attention(reference, q.float(), k.float(), v.float(), bias).to(q.dtype)
+    is_differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if is_differentiated and not is_transformed():
+        attended: Tensor = _FusedAttention.apply(reference, q, k, v, bias)  # type: ignore[no-untyped-call]
+        return attended
+    return _fused(q, k, v, bias)
+
+
+def _compiled_attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    if not _is_bfloat16_on_cpu(q):
+        return _fused(q, k, v, bias)
+    length = q.shape[2]
+    if length > _PLAIN:
+        return _fused(q.float(), k.float(), v.float(), bias).to(q.dtype)
+    if bias is None:
+        bias = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().float().log()
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + bias
+    highest = scores.detach().amax(-1, keepdim=True)  # a constant: it cancels
+    weights: Tensor = _Exp.apply(scores - highest)  # type: ignore[no-untyped-call]
+    return (weights @ v / weights.float().sum(-1, keepdim=True)).to(q.dtype)  # one pass less than the softmax
+
+
+def prompt_attention(reference: Function, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Run torch's fused attention in every dtype: there is no backward pass."""
+    return reference(q, k, v) if reference_needed(q, k, v) else _fused(q, k, v, None)
+
+
+def init_kv_cache(
+    reference: Function, like: Tensor, *, n_layer: int, batch_size: int, n_head: int, slots: int, width: int
+) -> Any:
+    """On a GPU let all of a slot lie together, as [B, S, N, H], for `decode_attention`.
+
+    On CPUs slots lie together in the keys, components in the values: so both products with a query run along memory.
+    """
+    if not like.is_cuda:
+        return reference(like, n_layer=n_layer, batch_size=batch_size, n_head=n_head, slots=slots, width=width)
+    empty = reference(like, n_layer=0, batch_size=batch_size, n_head=n_head, slots=slots, width=width)
+    keys, values = ([like.new_zeros(batch_size, slots, n_head, width) for _ in range(n_layer)] for _ in range(2))
+    return empty._replace(
+        keys=tuple(k.permute(0, 2, 3, 1) for k in keys), values=tuple(v.transpose(1, 2) for v in values)
+    )
+
+
+def decode_attention(
+    reference: Function, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, bias: Tensor
+) -> Tensor:
+    """On a GPU run the Triton kernel, which reads no slot that is not in use."""
+    if not qkv.is_cuda:
+        return reference(qkv, keys, values, lengths, bias)
+    from rlhf.kernels.decode_attention_triton import decode_attention_triton  # here, because it imports Triton
+
+    return decode_attention_triton(qkv, keys, values, lengths)
+
+
+def attend_to_cache(reference: Function, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Compiled, sums of products become vector code, where products of so small matrices would cost calls."""
+    if not torch.compiler.is_compiling():
+        return reference(q, keys, values, bias)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide)[..., None] * keys.to(wide)).sum(-2)
+    weights = (scores * q.shape[-1] ** -0.5 + bias[:, None]).softmax(-1)
+    return (weights[..., None] * values.to(wide)).sum(-2).to(q.dtype)
+
+
+def additive_mask(reference: Function, allowed: Tensor) -> Tensor:
+    """Compiled code takes the mask's logarithm: it keeps what took one, and makes anything cheaper in every layer."""
+    return allowed.float().log() if torch.compiler.is_compiling() else reference(allowed)
+
+
+def _is_bfloat16_on_cpu(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.is_cpu
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Fused attention whose backward pass is the reference's where it is to be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, reference: Function, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        with torch.enable_grad():
+            inputs = q, k, v = tuple(x.detach().requires_grad_() for x in (q, k, v))
+            output = _fused(q, k, v, bias)
+        ctx.reference, ctx.fused = reference, (inputs, output)
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled() and not is_transformed():
+            inputs, output = ctx.fused
+            return None, *torch.autograd.grad(output, inputs, gradient, retain_graph=True), None
+        *inputs, bias = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+            output = ctx.reference(*inputs, bias)
+            gradients = torch.autograd.grad(output, inputs, gradient, create_graph=create_graph)
+        return None, *gradients, None
+
+
+class _Exp(torch.autograd.Function):
+    """exp in bfloat16, which its gradient takes as it is: a compiler would keep it in float32 beside."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.exp().bfloat16()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (exp,) = ctx.saved_tensors
+        return gradient.float() * exp.float()

@@ -1,0 +1,148 @@
+"""What the library asks of a decoder, and the table of those it has.
+
+An architecture is one file and one line in `_MODULES`. Its functions are pure, over a pytree of parameters of its own
+and a frozen dataclass that says their shape; a model in hand is such a shape and its parameters, because the shape's
+`model_type` leads to the architecture. One defined elsewhere is entered by `register`, when its module is imported.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from rlhf.types import Params
+
+
+class ModelShape(Protocol):
+    """What the shapes of all architectures have in common: a frozen dataclass with these fields."""
+
+    model_type: ClassVar[str]
+    """Hugging Face's name of the architecture."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+
+    @property
+    def n_positions(self) -> int:
+        """Longest sequence in tokens."""
+
+    @property
+    def n_embd(self) -> int:
+        """Width of the hidden states."""
+
+    @property
+    def n_layer(self) -> int:
+        """Blocks."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Architecture:
+    """A family of decoders as pure functions.
+
+    `rlhf.models.gpt2` is the reference for what each function takes and returns. Sequences in a row are told apart by
+    `segments`: a token's hidden state depends on earlier tokens of its own segment alone.
+    """
+
+    shape: type[Any]
+    """A frozen dataclass, as `ModelShape`."""
+    presets: Mapping[str, Any]
+    """Named shapes, for models from scratch."""
+
+    init: Callable[..., Params]
+    """(shape, *, key) -> random parameters, float32."""
+    empty: Callable[[Any], Params]
+    """(shape) -> the parameters' structure on the `meta` device, without memory."""
+    hidden_states: Callable[..., Tensor]
+    """(params, tokens [B, T], *, config, positions, segments, bounds, dropout, key, gradient_checkpointing) ->
+    [B, T, D]: hidden states after the last norm."""
+    logits: Callable[..., Tensor]
+    """(params, hidden [..., D], *, config, padded=False) -> [..., V] logits; see `rlhf.models.layers.unembed`."""
+    unembedding: Callable[[Params], Params]
+    """(params) -> the part of them that `logits` reads."""
+    cast_for_compute: Callable[..., Params]
+    """(params, dtype) -> parameters to compute with, differentiable."""
+    prepare_for_decoding: Callable[..., Params]
+    """(params, dtype) -> parameters to read single tokens with, for `prefill`, `decode` and `logits` alone."""
+
+    init_cache: Callable[..., Any]
+    """(params, batch_size, slots, *, config) -> a pytree of zeros [B, ...] in the dtype and on the device of the
+    computation, which `prefill` and `decode` write in place."""
+    prefill: Callable[..., Tensor]
+    """(params, tokens [U, P], lengths [U], cache, *, config, rows, source) -> [R, D]: reads whole prompts."""
+    decode: Callable[..., Tensor]
+    """(params, tokens [B], lengths [B], cache, *, config, cache_length) -> [B, D]: reads one more token per row."""
+
+    select_vocab: Callable[[Params, int], Params]
+    """(params, rows) -> the parameters with the first `rows` tokens alone."""
+    to_hugging_face: Callable[[Params], dict[str, Tensor]]
+    """(params) -> the state dict of Hugging Face's model, without tied weights."""
+    from_hugging_face: Callable[..., Params]
+    """(state dict, *, config) -> params; ValueError names a tensor that is missing, unknown or of another shape."""
+    settings_to_shape: Callable[[dict[str, Any]], Any]
+    """(config.json) -> the shape; ValueError names a setting that the architecture does not have."""
+    shape_to_settings: Callable[[Any], dict[str, Any]]
+    """(shape) -> its part of config.json."""
+    causal_lm: str
+    """Hugging Face's class of language models."""
+    sequence_classifier: str
+    """Hugging Face's class of models with a scalar head `score`."""
+    aliases: frozenset[str] = field(default=frozenset())
+    """Further classes that are read as `causal_lm`."""
+    prefix: str
+    """Of the names of Hugging Face's weights, such as `transformer.`."""
+    embedding: str
+    """Name of the token embedding, without the prefix."""
+    ignored_suffixes: tuple[str, ...] = ()
+    """Of weights that are buffers and decide nothing."""
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face's name of the architecture."""
+        name: str = self.shape.model_type
+        return name
+
+
+_MODULES = {"gpt2": "rlhf.models.gpt2"}
+"""Modules by `model_type`; each has its `ARCHITECTURE`."""
+
+_REGISTERED: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Enter an architecture into the table, in place of one of the same `model_type`.
+
+    Call it at the top level of the module that defines the shape: workers then have it as soon as they are sent one.
+    """
+    _REGISTERED[architecture.model_type] = architecture
+    return architecture
+
+
+def model_types() -> list[str]:
+    """Return the `model_type` of every architecture, sorted."""
+    return sorted({*_MODULES, *_REGISTERED})
+
+
+def architectures() -> list[Architecture]:
+    """Return every architecture, by `model_type`."""
+    return [get_architecture(name) for name in model_types()]
+
+
+def get_architecture(model_type: str) -> Architecture:
+    """Return the architecture of Hugging Face's name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if model_type not in _REGISTERED:
+        if model_type not in _MODULES:
+            raise ValueError(f"model_type is {model_type!r}, expected one of {', '.join(model_types())}")
+        register(importlib.import_module(_MODULES[model_type]).ARCHITECTURE)
+    return _REGISTERED[model_type]
+
+
+def architecture_of(config: ModelShape) -> Architecture:
+    """Return the architecture that a shape belongs to."""
+    return get_architecture(config.model_type)

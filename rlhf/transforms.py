@@ -1,0 +1,39 @@
+"""The transforms of `torch.func` that are running, for operators that have no rule for some of them."""
+
+import torch
+from torch import Tensor
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of `torch.func`, or autograd's forward mode, is running."""
+    is_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return is_forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def reference_needed(*tensors: Tensor) -> bool:
+    """Return whether tensors are differentiated twice or forward, or mapped, for which fused operators have no rule.
+
+    They have one outside of transforms, and for tensors of which one `torch.func.grad` alone takes the gradient.
+    """
+    if not is_transformed():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = {interpreter.key() for interpreter in stack}
+    if kinds != {torch._C._functorch.TransformType.Grad}:
+        return True
+    return any(_graphs_of(x) > 1 for x in tensors)
+
+
+def check_untransformed(function: str, reason: str) -> None:
+    """Raise RuntimeError if a transform of `torch.func` is running, which `function` does not allow for a `reason`."""
+    if is_transformed():
+        raise RuntimeError(f"{function}: runs under no transform of torch.func: {reason}")
+
+
+def _graphs_of(x: Tensor) -> int:
+    """Return in how many graphs a tensor takes part: one for each level of `torch.func.grad`, and autograd's own."""
+    count = 0
+    while torch._C._functorch.is_gradtrackingtensor(x):
+        count += x.requires_grad
+        x = torch._C._functorch.get_unwrapped(x)
+    return count + x.requires_grad
