@@ -10,35 +10,8 @@ from rich.text import Text
 from rlhf.evaluate.estimates import Figure
 from rlhf.evaluate.evaluation import Report
 from rlhf.evaluate.evaluation_result import Evaluation
+from rlhf.metrics import Metric, describe, in_order
 
-_TITLES = {
-    "eval/loss": "loss, nats per token",
-    "eval/perplexity": "perplexity",
-    "eval/accuracy": "token accuracy",
-    "eval/reward/accuracy": "accuracy",
-    "eval/baseline/longer": "  always the longer",
-    "eval/baseline/bag_of_words": "  bag of words",
-    "eval/reward/gain_over_longer": "  gain over the longer",
-    "eval/reward/gain_over_bag_of_words": "  gain over bag of words",
-    "eval/reward/margin": "margin, chosen - rejected",
-    "loss/reward": "loss, -log sigmoid(margin)",
-    "eval/reward/mean": "mean reward",
-    "eval/reward/calibration_error": "expected calibration error",
-    "eval/reward/length_correlation": "correlation with length",
-    "eval/objective/kl_exact": "KL, exact, nats",
-    "eval/objective/kl": "KL by k1, nats",
-    "eval/objective/kl_k2": "KL by k2, nats",
-    "eval/objective/kl_k3": "KL by k3, nats",
-    "eval/policy/entropy_avg": "entropy, nats per token",
-    "eval/response_length/mean": "response length, tokens",
-    "eval/ended": "ended by itself",
-    "eval/repeated_4": "repeated 4-grams",
-    "eval/distinct_1": "distinct-1",
-    "eval/distinct_2": "distinct-2",
-    "eval/distinct_3": "distinct-3",
-}
-_SHARES = ("accuracy", "baseline", "ended", "repeated", "distinct", "calibration")
-"""Parts of the titled names whose figures lie between 0 and 1."""
 _PARTS = {"against": "compared with", "reference": "KL to"}
 _ENDS = ("value", "low", "high")
 _NARROW = 0.05
@@ -130,14 +103,13 @@ def _figures(evaluation: Evaluation, columns: list[str], width: int) -> Table:
     for column in columns:
         heading = {"model": "value", "against": _other(evaluation)}.get(column, column)
         table.add_column(heading, justify="right", no_wrap=True)
-    for name in sorted(evaluation.figures[columns[0]], key=_order):
-        signed = "+" if any(word in name for word in ("margin", "gain", "reward/", "judge/", "correlation")) else ""
-        cells: list[str] = []
+    for name in in_order(evaluation.figures[columns[0]]):
+        metric, cells = describe(name), []
         for column in columns:
             figure = evaluation.figures[column].get(name)
-            sign = "+" if column == "difference" else signed if not _is_share(name) else ""
-            cells.append("" if figure is None else _cell(figure, sign + _precision(name, figure), between))
-        table.add_row(Text(_title(name)), *cells)
+            sign = "+" if column == "difference" or metric.signed else ""
+            cells.append("" if figure is None else _cell(figure, sign + _precision(metric, figure), between))
+        table.add_row(Text(metric.row or metric.label), *cells)
     return table
 
 
@@ -146,45 +118,29 @@ def _wins(evaluation: Evaluation) -> Table:
     table.add_column(f"policy against {_other(evaluation)}, by")
     for heading in ("win rate", "wins", "ties", "losses"):
         table.add_column(heading, justify="right")
-    found = evaluation.figures["wins"]
-    for name in [name.removeprefix("eval/win_rate/") for name in found if name.startswith("eval/win_rate/")]:
-        shares = [found[f"eval/{share}/{name}"] for share in ("wins", "ties", "losses")]
-        cells = [_cell(found[f"eval/win_rate/{name}"], ".3f"), *(f"{share.value:.3f}" for share in shares)]
+    figures = evaluation.figures["wins"]
+    for name in [name.removeprefix("eval/win_rate/") for name in figures if name.startswith("eval/win_rate/")]:
+        shares = [figures[f"eval/{share}/{name}"] for share in ("wins", "ties", "losses")]
+        cells = [_cell(figures[f"eval/win_rate/{name}"], ".3f"), *(f"{share.value:.3f}" for share in shares)]
         table.add_row(Text(name), *cells)
-    for name in [name for name in found if name.startswith("eval/first_place/")]:
+    for name in [name for name in figures if name.startswith("eval/first_place/")]:
         judge = name.removeprefix("eval/first_place/")
         table.caption = f"{table.caption or ''}{judge} was asked in both orders; it favoured the first place with " + (
-            f"{found[name].value:.3f} (0.5 is fair). "
+            f"{figures[name].value:.3f} (0.5 is fair). "
         )
     return table
 
 
 def _other(evaluation: Evaluation) -> str:
-    """What the policy is compared with, by its folder's name where that tells them apart."""
+    """Name of the model that the policy is compared with: its folder's, where that tells them apart."""
     if "against" not in evaluation.models:
         return ""
     name = evaluation.models["against"].name
     return "the other" if name in (evaluation.models["policy"].name, "policy", "difference") else name
 
 
-def _title(name: str) -> str:
-    if name in _TITLES:
-        return _TITLES[name]
-    kind, _, own = name.removeprefix("eval/").partition("/")
-    return f"{'reward model' if kind == 'reward' else kind}: {own}"
-
-
-def _order(name: str) -> int:
-    """Known figures in the order of their titles; scores, whose names are the user's, before all."""
-    return list(_TITLES).index(name) if name in _TITLES else -1
-
-
-def _is_share(name: str) -> bool:
-    return name in _TITLES and any(part in name for part in _SHARES)
-
-
-def _precision(name: str, figure: Figure) -> str:
-    if _is_share(name) or "correlation" in name:
+def _precision(metric: Metric, figure: Figure) -> str:
+    if metric.low is not None and metric.high is not None:
         return ".3f"
     return ".1f" if abs(figure.value) >= 100 else ".3f" if figure.high - figure.low < _NARROW else ".2f"
 

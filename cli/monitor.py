@@ -64,9 +64,9 @@ RULES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    found: list[int] = []
-    failed = run_command(lambda: found.append(_monitor(parse(command_line(argv)))))
-    return failed or sum(found)
+    codes: list[int] = []
+    failed = run_command(lambda: codes.append(_monitor(parse(command_line(argv)))))
+    return failed or sum(codes)
 
 
 def parse(argv: Sequence[str]) -> Monitor:
@@ -137,7 +137,7 @@ def _plot(settings: Monitor) -> int:
 
 def _check(settings: Monitor) -> int:
     from rich.console import Console
-    from rlhf.cli.monitor_panel import print_findings
+    from rlhf.cli.monitor_health import print_findings
 
     return int(print_findings(settings.log_dir, Console(highlight=False)))
 

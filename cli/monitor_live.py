@@ -15,37 +15,13 @@ from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
-from rlhf.cli.monitor_panel import finding_line, verdict
+from rlhf.cli.monitor_health import finding_line, verdict
 
 from rlhf.io.terminal import visible
+from rlhf.metrics import describe, in_order
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import LogReader, Progress, Series
 
-SHOWN = {
-    "sft": {"loss/sft": "loss", "eval/loss": "held-out loss", "sft/accuracy": "accuracy", "grad_norm": "grad norm"},
-    "reward": {
-        "loss/reward": "loss",
-        "reward/accuracy": "accuracy",
-        "eval/reward/accuracy": "held-out acc.",
-        "eval/reward/margin": "held-out margin",
-        "grad_norm": "grad norm",
-    },
-    "ppo": {
-        "objective/scores": "score",
-        "gold/": "gold",
-        "objective/kl": "KL, nats",
-        "response_length/mean": "length, tokens",
-        "policy/entropy_avg": "entropy/token",
-        "response_length/ended": "ended, share",
-        "val/explained_variance": "value expl. var.",
-        "policy/clipfrac_avg": "clipped, share",
-        "policy/approxkl_avg": "approx. KL",
-        "loss/value_avg": "value loss",
-        "grad_norm": "grad norm",
-    },
-}
-"""Metrics by stage, the most wanted first; a name that ends in / stands for all that begin so."""
-_ALWAYS = {"perf/tokens_per_s": "tokens/s"}
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 _SILENT = 120.0  # seconds without a line, and twenty steps' time, after which a run may be dead; as on the page
 _SPACIOUS = 18  # lines from which there are headings
@@ -100,8 +76,8 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
         return _fit(waiting, width, height, ascii_only)
     stage = reader.stages[-1]
     head = [_title(reader), _bar(reader.progress(stage), width, now, ascii_only)]
-    metrics, found = _metrics(reader, stage, width, ascii_only), findings(reader)
-    bad, doubtful = ([finding_line(one) for one in found if one.level == level] for level in ("problem", "warning"))
+    metrics, results = _metrics(reader, stage, width, ascii_only), findings(reader)
+    bad, doubtful = ([finding_line(one) for one in results if one.level == level] for level in ("problem", "warning"))
     health = [*bad, *_problems(reader), *doubtful]  # the verdict does not count what the log lacks
     spacious = height >= _SPACIOUS
     room = height - 1 - len(head) - 1 - 4 * spacious  # the verdict, and two headings with a blank line each
@@ -112,7 +88,7 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
         *head,
         *metrics,
         *_heading("health", spacious),
-        verdict(found),
+        verdict(results),
         *health,
         *_heading("newest completions", spacious and bool(samples)),
         *samples,
@@ -198,15 +174,11 @@ def _duration(seconds: float) -> str:
 
 def _metrics(reader: LogReader, stage: str, width: int, ascii_only: bool) -> list[Text]:
     """Label, sparkline and newest value of each metric."""
-    wanted = SHOWN.get(stage, {name: name for name in reader.names(stage)}) | _ALWAYS
-    pairs = [
-        (name, label if name == key else f"{label} {name.removeprefix(key)}")
-        for key, label in wanted.items()
-        for name in reader.names(stage)
-        if name == key or (key.endswith("/") and name.startswith(key))
-    ]
     lines = []
-    for name, label in pairs:
+    labels = {name: describe(name).short for name in in_order(reader.names(stage))}
+    for name, label in labels.items():
+        if not label:
+            continue
         series = reader.series(stage, name)
         known = series.values[np.isfinite(series.values)]
         value = f"{known[-1]:.4g}" if known.size else "-"

@@ -41,15 +41,15 @@ from .optim import adamw as adamw
 from .optim import clip_by_global_norm as clip_by_global_norm
 from .sampling import filter_logits as filter_logits
 from .sampling import sample_token as sample_token
-from .schedules import constant as constant
-from .schedules import cosine as cosine
-from .schedules import linear as linear
+from .schedules import constant_schedule as constant_schedule
+from .schedules import cosine_schedule as cosine_schedule
+from .schedules import linear_schedule as linear_schedule
 from .statistics import correlation as correlation
 from .statistics import diversity as diversity
 from .statistics import expected_calibration_error as expected_calibration_error
 from .statistics import mean_interval as mean_interval
 from .statistics import preference_metrics as preference_metrics
 from .statistics import reliability as reliability
-from .statistics import repetition as repetition
+from .statistics import token_repetition as token_repetition
 
 __version__: str

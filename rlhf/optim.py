@@ -1,11 +1,12 @@
 """Optimisers as pure (init, update) pairs over pytrees.
 
-A flat buffer is a pytree with one leaf, so the same functions update a tree on a laptop and a range of the
-parameter server's buffer.
+A stage's executor keeps all parameters in one flat buffer, cut into shards, and calls `update` on trees of the parts of
+leaves that it has: `Optimizer` says what that asks of an optimiser.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,25 +14,25 @@ from torch import Tensor
 
 from rlhf.checks import check_value
 from rlhf.schedules import Schedule
-from rlhf.tree import global_norm, tree_map, tree_map_named, zip_named
+from rlhf.tree import global_norm, tree_map
 from rlhf.types import Tree
 
 
 class Optimizer(NamedTuple):
-    """A pair of pure functions."""
+    """A pair of pure functions. Whoever writes one fills in these two; the rest tells executors what they may do."""
 
     init: Callable[[Tree], Any]
-    """params -> state."""
+    """params -> state: trees like params, and counters (leaves [])."""
     update: Callable[..., tuple[Tree, Any]]
-    """(grads, state, params) -> (params, state). The caller may choose the learning rate of a step where the optimiser
-    takes it as the keyword `rate`, a float."""
-    update_inplace: Callable[..., Any] | None = None
-    """(grads, state, params, scale) -> state: the same step with grads times scale, for the owner of the buffers: it is
-    written into those of params and state, and grads are overwritten. Counters (leaves []) are not written, so that a
-    buffer can be updated in parts. None where there is no such form."""
-    hyperparameter_group: Callable[[str], Hashable] = str
-    """Dotted name -> what is equal for leaves that are treated alike: laid behind one another, they may be updated as
-    one leaf with the name of any of them."""
+    """(grads, state, params, *, learning_rate=None) -> (params, state). A learning rate that is given replaces the
+    optimiser's own in that step."""
+    elementwise: bool = True
+    """Whether the update of an element reads nothing but that element, and the counters. Executors cut leaves into
+    parts, and refuse an optimiser that needs them whole."""
+    hyperparameters: Callable[[Tree], Tree] | None = None
+    """params -> what is applied to each leaf, a hashable record chosen by its name and shape; None treats all alike.
+    Executors compute it once, from the whole leaves, and hand it to `update` as the keyword `hyperparameters`. A kernel
+    tells by the records that it can take the place of `update`: an optimiser with another one has others, or none."""
 
 
 class AdamState(NamedTuple):
@@ -45,6 +46,19 @@ class AdamState(NamedTuple):
     """Like params: running mean of its square."""
 
 
+@dataclass(frozen=True)
+class AdamWHyperparameters:
+    """What `adamw` applies to one leaf."""
+
+    learning_rate: Schedule
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    """0 where the mask is False."""
+    lr_multiplier: float
+
+
 def adamw(
     learning_rate: Schedule,
     *,
@@ -52,8 +66,8 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    decays: Callable[[str], bool] | None = None,
-    lr_multiplier: Callable[[str], float] | None = None,
+    weight_decay_mask: Callable[[Tree], Tree] | None = None,
+    lr_multiplier: Callable[[Tree], Tree] | None = None,
 ) -> Optimizer:
     """AdamW: Adam with weight decay decoupled from the gradient.
 
@@ -61,10 +75,8 @@ def adamw(
         p  = p (1 - lr decay) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
 
     Source: Loshchilov and Hutter 2019, algorithm 2, https://arxiv.org/abs/1711.05101, in the arrangement of
-    `torch.optim.AdamW`, which it equals. An element's bits do not depend on how its buffer is cut: `update` is built
-    from single multiplications, additions, divisions and roots, each correctly rounded; `update_inplace` is torch's
-    fused kernel, which works on whole cache lines, so parts must begin at a multiple of 64 bytes (its rounding differs
-    from `update`'s by one or two units in the last place).
+    `torch.optim.AdamW`, which it equals. An element's bits do not depend on how its leaf is cut: `update` is built from
+    single multiplications, additions, divisions and roots, each correctly rounded.
 
     Args:
         learning_rate: maps the number of updates made to the rate (`rlhf.schedules`).
@@ -72,76 +84,66 @@ def adamw(
         b2: in [0, 1).
         eps: above 0, added to the root.
         weight_decay: at least 0, per unit of learning rate.
-        decays: whether the leaf of this dotted name decays; None is `is_matrix`: all but biases and norms.
-        lr_multiplier: factor on the learning rate for the leaf of this dotted name; 0 keeps its bits; None is 1.
+        weight_decay_mask: params -> a tree of bools, True for the leaves that decay. It may read names and shapes, not
+            values. None is the leaves of two or more dimensions: matrices and embeddings, neither biases nor norms.
+        lr_multiplier: params -> a tree of factors on the learning rate, as the mask; 0 keeps a leaf's bits. None is 1.
 
     Returns:
-        An `Optimizer`; `update` changes none of its arguments, `update_inplace` writes into the buffers of all
-        three. The keyword `rate` of both replaces the schedule's rate in that step.
+        An `Optimizer`, whose `update` changes none of its arguments.
 
     Raises:
         ValueError: a number is out of range.
+
+    Example:
+        >>> from rlhf.schedules import constant_schedule
+        >>> optimizer = adamw(constant_schedule(0.1), weight_decay=0.01)
+        >>> params = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+        >>> params, state = optimizer.update(params, optimizer.init(params), params)
+        >>> params["weight"][0, 0] < params["bias"][0]
+        tensor(True)
     """
-    check_value("adamw", 0 <= b1 < 1, "in [0, 1)", b1=b1)
-    check_value("adamw", 0 <= b2 < 1, "in [0, 1)", b2=b2)
+    check_value("adamw", (b1 >= 0) & (b1 < 1), "in [0, 1)", b1=b1)
+    check_value("adamw", (b2 >= 0) & (b2 < 1), "in [0, 1)", b2=b2)
     check_value("adamw", eps > 0, "above 0", eps=eps)
     check_value("adamw", weight_decay >= 0, "at least 0", weight_decay=weight_decay)
-    decays = decays or is_matrix
 
-    def hyperparameter_group(name: str) -> tuple[float, float]:
-        """Factor on the rate, and weight decay."""
-        return lr_multiplier(name) if lr_multiplier else 1.0, weight_decay if decays(name) else 0.0
+    schedule = learning_rate
+
+    def leaf_hyperparameters(params: Tree) -> Tree:
+        def record(decays: bool, factor: float) -> AdamWHyperparameters:
+            return AdamWHyperparameters(schedule, b1, b2, eps, weight_decay if decays else 0.0, factor)
+
+        return tree_map(record, (weight_decay_mask or _is_matrix)(params), (lr_multiplier or _ones)(params))
 
     def init(params: Tree) -> AdamState:
         step = torch.zeros((), dtype=torch.int64)  # the CPU needs the rate
         return AdamState(step, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
 
-    def update(grads: Tree, state: AdamState, params: Tree, rate: Any = None) -> tuple[Tree, AdamState]:
+    def update(
+        grads: Tree, state: AdamState, params: Tree, *, learning_rate: Any = None, hyperparameters: Tree = None
+    ) -> tuple[Tree, AdamState]:
+        hyperparameters = leaf_hyperparameters(params) if hyperparameters is None else hyperparameters
         step = state.step + 1
-        rate = learning_rate(state.step) if rate is None else rate
+        rate = schedule(state.step) if learning_rate is None else learning_rate
         step_size = rate / (1.0 - b1 ** step.double())
         root_scale = (1.0 - b2 ** step.double()).sqrt()
         mu = tree_map(lambda m, g: m * b1 + g * (1.0 - b1), state.mu, grads)
         nu = tree_map(lambda v, g: v * b2 + g * g * (1.0 - b2), state.nu, grads)
 
-        def leaf(name: str, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            factor, decay = hyperparameter_group(name)
-            if factor == 0:
+        def leaf(p: Tensor, m: Tensor, v: Tensor, record: AdamWHyperparameters) -> Tensor:
+            decay, factor = record.weight_decay, record.lr_multiplier
+            if factor == 0:  # subtracting 0.0 may turn -0.0 into 0.0
                 return p
-            decayed = p * (1.0 - rate * (decay * factor)) if decay else p
+            decayed = p * (1.0 - rate * (decay * factor))
             return (decayed - m / (v.sqrt() / root_scale + eps) * (step_size * factor)).to(p.dtype)
 
-        return tree_map_named(leaf, params, mu, nu), AdamState(step, mu, nu)
+        return tree_map(leaf, params, mu, nu, hyperparameters), AdamState(step, mu, nu)
 
-    def update_inplace(
-        grads: Tree, state: AdamState, params: Tree, scale: float, rate: float | None = None
-    ) -> AdamState:
-        step = state.step + 1
-        rate = float(learning_rate(state.step)) if rate is None else rate
-        groups: defaultdict[tuple[float, float], list[list[Tensor]]] = defaultdict(list)
-        for name, parts in zip_named(params, grads, state.mu, state.nu):
-            groups[hyperparameter_group(name)].append(parts)
-        for (factor, decay), group in groups.items():
-            p, g, m, v = map(list, zip(*group, strict=True))
-            if factor == 0:  # subtracting 0.0 turns -0.0 into 0.0
-                p = [leaf.clone() for leaf in p]
-            steps = [step.float().to(p[0].device, non_blocking=True)] * len(p)
-            divisor = torch.tensor(1.0 / scale, dtype=torch.float32).to(p[0].device, non_blocking=True)
-            torch._fused_adamw_(
-                p, g, m, v, [], steps, lr=rate * factor, beta1=b1, beta2=b2, weight_decay=decay, eps=eps,
-                amsgrad=False, maximize=False, grad_scale=divisor,
-            )  # fmt: skip
-        return state._replace(step=step)
-
-    return Optimizer(init, update, update_inplace, hyperparameter_group)
+    return Optimizer(init, update, hyperparameters=leaf_hyperparameters)
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = None) -> tuple[Tree, Tensor]:
-    """Scale all gradients so that their common Euclidean norm is at most `max_norm`.
-
-        g * min(1, max_norm / (norm + 1e-6))
-
-    Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, as `torch.nn.utils.clip_grad_norm_`.
+    """Scale all gradients so that their common Euclidean norm is at most `max_norm`: by `clip_scale` of it.
 
     Args:
         grads: any pytree.
@@ -156,12 +158,29 @@ def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = N
     """
     check_value("clip_by_global_norm", max_norm > 0, "above 0", max_norm=max_norm)
     norm = global_norm(grads) if norm is None else norm.double()
-    if max_norm == float("inf"):
-        return grads, norm
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = clip_scale(norm, max_norm)
     return tree_map(lambda g: g * factor.to(g.dtype), grads), norm
 
 
-def is_matrix(name: str) -> bool:
-    """Whether the dotted name of a GPT-2 leaf is that of a matrix or an embedding: neither a bias nor a norm."""
-    return not name.endswith("bias") and "ln_" not in name
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """The factor on gradients that clips their global norm; executors, which have the norm, apply it too.
+
+        min(1, max_norm / (norm + 1e-6))
+
+    Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, as `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        norm: [] float64, before clipping.
+        max_norm: above 0; `inf` gives 1 whatever the norm is.
+    """
+    if not isinstance(max_norm, Tensor) and max_norm == math.inf:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _is_matrix(params: Tree) -> Tree:
+    return tree_map(lambda leaf: leaf.ndim >= 2, params)
+
+
+def _ones(params: Tree) -> Tree:
+    return tree_map(lambda leaf: 1.0, params)

@@ -12,17 +12,17 @@ Schedule = Callable[[Tensor], Tensor]
 """Maps the number of updates already made ([] int64) to the rate of the next one ([] float64)."""
 
 
-def constant(value: float, *, warmup_steps: int = 0) -> Schedule:
+def constant_schedule(value: float, *, warmup_steps: int = 0) -> Schedule:
     """`value` after a linear warm-up: update k (from 0) of the warm-up gets value (k + 1) / (warmup_steps + 1).
 
     Raises:
         ValueError: warmup_steps is negative.
     """
-    check_value("constant", warmup_steps >= 0, "at least 0", warmup_steps=warmup_steps)
+    check_value("constant_schedule", warmup_steps >= 0, "at least 0", warmup_steps=warmup_steps)
     return lambda step: value * _warmup(step, warmup_steps)
 
 
-def linear(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
+def linear_schedule(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
     """Falls linearly from `value` at the end of the warm-up to `final` at `total_steps`.
 
     The rate `final` itself would come one update after the last, so no update is made at 0.
@@ -30,7 +30,7 @@ def linear(value: float, total_steps: int, *, warmup_steps: int = 0, final: floa
     Raises:
         ValueError: warmup_steps is not below total_steps, or negative.
     """
-    _check_steps("linear", warmup_steps, total_steps)
+    _check_steps("linear_schedule", warmup_steps, total_steps)
 
     def schedule(step: Tensor) -> Tensor:
         progress = _progress(step, warmup_steps, total_steps)
@@ -39,7 +39,7 @@ def linear(value: float, total_steps: int, *, warmup_steps: int = 0, final: floa
     return schedule
 
 
-def cosine(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
+def cosine_schedule(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
     """Falls along half a cosine from `value` at the end of the warm-up to `final` at `total_steps`.
 
     Source: Loshchilov and Hutter 2017, eq. 5 without restarts, https://arxiv.org/abs/1608.03983.
@@ -47,7 +47,7 @@ def cosine(value: float, total_steps: int, *, warmup_steps: int = 0, final: floa
     Raises:
         ValueError: warmup_steps is not below total_steps, or negative.
     """
-    _check_steps("cosine", warmup_steps, total_steps)
+    _check_steps("cosine_schedule", warmup_steps, total_steps)
 
     def schedule(step: Tensor) -> Tensor:
         progress = _progress(step, warmup_steps, total_steps)

@@ -47,7 +47,7 @@ def _centred(values: Tensor) -> Tensor:
 def preference_metrics(
     chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> dict[str, float]:
-    """How well scores order preference pairs, and whether they follow length.
+    """Metrics of how well scores order preference pairs, and of how far they follow length.
 
     Args:
         chosen: [B] float, scores in reward units.
@@ -95,7 +95,7 @@ def mean_interval(values: Tensor) -> tuple[float, float]:
 
 
 class Reliability(NamedTuple):
-    """How often a preference model is right, by how sure it says it is; see `reliability`."""
+    """The correctness of a preference model by its confidence; see `reliability`."""
 
     bin: Tensor
     """[B] int64: the bin of each pair."""
@@ -141,8 +141,8 @@ def expected_calibration_error(margins: Tensor, *, bins: int = 10) -> float:
     return float(gaps.abs().sum() / max(len(margins), 1))
 
 
-def repetition(tokens: Sequence[int], *, n: int = 4) -> float:
-    """Share of a text's n-grams that have stood in it before: 1 - distinct / all; 0 for a text shorter than n tokens.
+def token_repetition(tokens: Sequence[int], *, n: int = 4) -> float:
+    """Share of a text's n-grams that the text has before: 1 - distinct / all; 0 for a text shorter than n tokens.
 
     Source: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", eq. 8,
     https://arxiv.org/abs/1908.04319.

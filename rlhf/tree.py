@@ -4,7 +4,7 @@ Anything that leaves the process (checkpoints, the parameter server, allreduce b
 dotted names of its leaves, never by traversal order, so that two processes cannot disagree about it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,18 +33,6 @@ def tree_map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tre
 def leaves(tree: Tree) -> list[Tensor]:
     """The leaves in traversal order: dicts by insertion, lists by index."""
     return pytree.tree_leaves(tree)
-
-
-def zip_named(tree: Tree, *rest: Tree) -> Iterator[tuple[str, list[Tensor]]]:
-    """Of every leaf its dotted name, and it with the leaves at the same places of `rest`."""
-    if _is_flat(tree) and all(_is_flat(other) and other.keys() == tree.keys() for other in rest):  # four times as fast
-        for name, leaf in tree.items():
-            yield str(name), [leaf, *(other[name] for other in rest)]
-        return
-    with_paths, spec = pytree.tree_flatten_with_path(tree)
-    others = [spec.flatten_up_to(other) for other in rest]
-    for (path, leaf), *same in zip(with_paths, *others, strict=True):
-        yield _dotted(path), [leaf, *same]
 
 
 def named_leaves(tree: Tree) -> dict[str, Tensor]:
@@ -111,7 +99,7 @@ def all_finite(tree: Tree) -> bool:
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree) if leaf.is_floating_point())
 
 
-def tree_sum(trees: Iterable[Tree], *, donated: bool = False) -> Tree:
+def tree_sum(trees: Iterable[Tree], *, add: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Tree:
     """Add trees along one fixed binary tree over 0..M-1.
 
         sum(0..M) = sum(0..P) + sum(P..M),   P the largest power of two below M
@@ -121,12 +109,11 @@ def tree_sum(trees: Iterable[Tree], *, donated: bool = False) -> Tree:
 
     Args:
         trees: to add.
-        donated: they are not needed afterwards; sums are written into them.
+        add: of two leaves; `Tensor.add_` writes sums into trees that are not needed afterwards.
 
     Raises:
         ValueError: there is nothing to add.
     """
-    add = Tensor.add_ if donated else torch.add
     partial: list[tuple[int, Tree]] = []  # (how many were added, their sum), sizes falling: a binary counter
     for tree in trees:
         total, size = tree, 1
@@ -217,10 +204,6 @@ def chunked_squared_norms(flat: Tensor) -> Tensor:
 def global_norm(tree: Tree) -> Tensor:
     """[] float64: the Euclidean norm over all leaves."""
     return torch.stack([leaf.double().square().sum() for leaf in leaves(tree)]).sum().sqrt()
-
-
-def _is_flat(tree: Tree) -> bool:
-    return isinstance(tree, dict) and all(isinstance(leaf, Tensor) for leaf in tree.values())
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

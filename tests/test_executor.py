@@ -9,8 +9,8 @@ from rlhf import random
 from rlhf.errors import NonFiniteError
 from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.program import MetricLimit, ModelState, Program, StepSpec
-from rlhf.optim import adamw, clip_by_global_norm
-from rlhf.schedules import constant
+from rlhf.optim import Optimizer, adamw, clip_by_global_norm
+from rlhf.schedules import constant_schedule
 from rlhf.tree import named_leaves, tree_map
 
 KEY = random.key(3)
@@ -25,14 +25,16 @@ def objective(params, frozen, batch):
     return loss, {"loss/squares": loss.detach(), "count": torch.tensor(len(targets))}
 
 
-OPTIMIZER = adamw(constant(0.01), weight_decay=0.1)
+OPTIMIZER = adamw(constant_schedule(0.01), weight_decay=0.1, weight_decay_mask=lambda params: {"w": True, "b": False})
 MODELS = ModelState(
     {"w": random.normal(random.fold_in(KEY, 0), (3,)), "b": torch.zeros(1)}, {"offset": {"w": torch.ones(3)}}
 )
 PROGRAM = Program(
     steps={
         "main": StepSpec(objective, OPTIMIZER, 0.5),
-        "frozen_b": StepSpec(objective, adamw(constant(0.01), lr_multiplier=lambda name: float(name != "b")), 0.5),
+        "frozen_b": StepSpec(
+            objective, adamw(constant_schedule(0.01), lr_multiplier=lambda params: {"w": 1.0, "b": 0.0}), 0.5
+        ),
     },
     eval_fns={"predict": lambda params, frozen, batch: batch[0] @ params["w"] + params["b"]},
     frozen_updates={
@@ -225,11 +227,10 @@ def test_a_half_applied_update_is_neither_used_nor_saved_and_a_snapshot_mends_it
         failing.append(1)
         if len(failing) == 2:
             raise error
-        return spec.optimizer.update_inplace(*arguments)
+        return spec.optimizer.update(*arguments)
 
-    broken = toy.make_program()._replace(
-        steps={"main": spec, "fails": spec._replace(optimizer=spec.optimizer._replace(update_inplace=update))}
-    )
+    fails = spec._replace(optimizer=Optimizer(spec.optimizer.init, update))
+    broken = toy.make_program()._replace(steps={"main": spec, "fails": fails})
     executor, straight = (LocalExecutor(program, toy.models(), CPU) for program in (broken, toy.make_program()))
     executor.step("main", batches)
     state = {name: leaf.clone() for name, leaf in executor.snapshot().items()}

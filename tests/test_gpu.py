@@ -26,7 +26,7 @@ from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.ops import token_log_probs
 from rlhf.optim import adamw
-from rlhf.schedules import linear
+from rlhf.schedules import linear_schedule
 from rlhf.tree import flat_layout, to_device, tree_map
 
 pytestmark = [
@@ -59,7 +59,7 @@ def test_steps_agree_with_the_cpu(params, kind):
     make_objective, make_batches = test_compiled.OBJECTIVES[kind]
     models = ModelState(*test_compiled.models(kind, params, CONFIG))
     objective = make_objective(CONFIG)
-    program = Program({"main": StepSpec(objective, adamw(linear(1e-3, 50), eps=1e-2), 0.5)}, {}, {})
+    program = Program({"main": StepSpec(objective, adamw(linear_schedule(1e-3, 50), eps=1e-2), 0.5)}, {}, {})
     states, metrics = [], []
     for device in ("cpu", "cuda"):
         executor = LocalExecutor(program, models, torch.device(device))

@@ -12,10 +12,10 @@ from synthetic_logs import completion, healthy, write_log
 
 from rlhf.config import PipelineRun
 from rlhf.errors import UserError
+from rlhf.monitor.diagnostics import over_optimisation, recent
 from rlhf.monitor.health import CHECKS, Finding, findings
-from rlhf.monitor.health_checks import over_optimisation, recent
 from rlhf.monitor.log import LogReader, Series
-from rlhf.monitor.sample_checks import repetition
+from rlhf.monitor.sample_diagnostics import word_repetition
 from rlhf.monitor.thresholds import LEVELS, THRESHOLDS, Threshold, worst
 
 COUNT = 60
@@ -177,7 +177,8 @@ def test_each_fault_is_found_and_explained(tmp_path, name):
 
 def test_every_check_and_threshold_is_tried_by_a_fault():
     assert {wanted for wanted, _, _ in FAULTS.values()} == {known.name for known in CHECKS}
-    code = "".join(path.read_text() for path in (Path(__file__).parents[1] / "rlhf" / "monitor").glob("*checks.py"))
+    folder = Path(__file__).parents[1] / "rlhf" / "monitor"
+    code = "".join(path.read_text() for path in folder.glob("*diagnostics.py"))
     assert all(f'"{name}"' in code for name in THRESHOLDS)
 
 
@@ -208,7 +209,8 @@ class Noise:
 
 def test_over_optimisation_is_seen_in_noise_as_rarely_as_its_threshold_says():
     """One short run of a thousand: 4 of 4,000 expected."""
-    assert sum(over_optimisation(Noise(seed), "ppo").level != "ok" for seed in range(4000)) <= 10
+    names = ("gold/judge", "objective/scores")
+    assert sum(over_optimisation(Noise(seed), "ppo", *names).level != "ok" for seed in range(4000)) <= 10
 
 
 def test_a_spike_that_passed_is_told_and_no_fault(tmp_path):
@@ -302,14 +304,14 @@ def test_advice_names_settings_that_exist():
     assert set(re.findall(r"--([a-z-]+)(?![a-z.-])", text)) == {"precision", "preference-data"}
 
 
-def test_repetition_counts_4_grams_that_were_there_before():
-    assert repetition("a b c d e f") == 0.0
-    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
-    assert repetition("no no no no no no no") == pytest.approx(3 / 4)
-    assert repetition("") == repetition("a b c") == 0.0
+def test_word_repetition_counts_4_grams_that_were_there_before():
+    assert word_repetition("a b c d e f") == 0.0
+    assert word_repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert word_repetition("no no no no no no no") == pytest.approx(3 / 4)
+    assert word_repetition("") == word_repetition("a b c") == 0.0
     rng = random.Random(0)
-    assert repetition("".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(60))) == 0.0
-    assert repetition("你好" * 30) > 0.9, "text without spaces is taken by characters"
+    assert word_repetition("".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(60))) == 0.0
+    assert word_repetition("你好" * 30) > 0.9, "text without spaces is taken by characters"
 
 
 @pytest.mark.parametrize(("count", "taken"), [(3, 3), (5, 5), (49, 5), (100, 10), (10_000, 50)])

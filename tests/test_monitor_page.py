@@ -143,6 +143,7 @@ def opened(request, browser, tmp_path, serve) -> Callable[..., None]:
 
 def test_it_shows_progress_health_and_charts(opened, browser, tmp_path):
     opened(write_log(tmp_path / "run"))
+    until(browser, "document.querySelector('#overview').innerText.includes('Then and now')")  # comes a moment later
     overview = text_of(browser, "#overview")
     for words in ("iteration 60 of 60", "done", "Score", "nats per completion", "Then and now", "Before", "After"):
         assert words in overview

@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 from laws import TOLERANCE, assert_close, assert_pure, assert_same_bits, floats
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rlhf.optim import AdamState, adamw, clip_by_global_norm, is_matrix
-from rlhf.schedules import constant, cosine
-from rlhf.tree import global_norm, leaves, named_leaves, tree_map
+from rlhf import random
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.heads import init_reward_head, init_value_head
+from rlhf.optim import AdamState, adamw, clip_by_global_norm, clip_scale
+from rlhf.schedules import constant_schedule, cosine_schedule
+from rlhf.tree import flat_layout, global_norm, leaves, named_leaves, tree_map, tree_map_named
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 DECAYING = ("h.0.attn.c_attn.weight", "wte.weight")
@@ -33,14 +37,12 @@ def example_grads(params, step):
     return tree_map(lambda leaf: floats(10 + step, *leaf.shape, dtype=leaf.dtype) * 10.0 ** (step % 5 - 3), params)
 
 
-def run(optimizer, params, steps, *, update=None, in_place=False):
+def halves(params):
+    return tree_map(lambda leaf: 0.5, params)
+
+
+def run(optimizer, params, steps, *, update=None):
     state = optimizer.init(params)
-    if in_place:
-        params = tree_map(torch.clone, params)
-        for step in range(steps):
-            larger = tree_map(lambda grad: 4.0 * grad, example_grads(params, step))
-            state = optimizer.update_inplace(larger, state, params, 0.25)
-        return params, state
     for step in range(steps):
         params, state = (update or optimizer.update)(example_grads(params, step), state, params)
     return params, state
@@ -48,7 +50,7 @@ def run(optimizer, params, steps, *, update=None, in_place=False):
 
 @pytest.mark.parametrize(
     "make_schedule",
-    [lambda: constant(1e-2), lambda: cosine(1e-2, 100, warmup_steps=10, final=1e-4)],
+    [lambda: constant_schedule(1e-2), lambda: cosine_schedule(1e-2, 100, warmup_steps=10, final=1e-4)],
     ids=["constant", "cosine"],
 )
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -89,7 +91,8 @@ def test_adamw_equals_torch(make_schedule, weight_decay, eps, betas, dtype, tole
 def test_adamw_value(dtype, b1, b2, eps, weight_decay, warmup_steps):
     options = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
     params = {"w": floats(5, 4, dtype=dtype)}
-    found, _ = run(adamw(constant(1e-2, warmup_steps=warmup_steps), **options), params, 8)
+    schedule = constant_schedule(1e-2, warmup_steps=warmup_steps)
+    found, _ = run(adamw(schedule, weight_decay_mask=lambda params: {"w": True}, **options), params, 8)
     gradients = torch.stack([example_grads(params, step)["w"] for step in range(8)])
     rates = [oracles.warmed(1e-2, step, warmup_steps) for step in range(8)]
     expected = [oracles.adamw(float(params["w"][at]), gradients[:, at].tolist(), rates, **options) for at in range(4)]
@@ -97,138 +100,103 @@ def test_adamw_value(dtype, b1, b2, eps, weight_decay, warmup_steps):
 
 
 def test_adamw_defaults():
-    explicit = adamw(constant(1e-2), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, decays=is_matrix)
-    assert_same_bits(run(adamw(constant(1e-2)), example_params(), 3), run(explicit, example_params(), 3))
+    explicit = adamw(constant_schedule(1e-2), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    assert_same_bits(run(adamw(constant_schedule(1e-2)), example_params(), 3), run(explicit, example_params(), 3))
 
 
 def test_adamw_decays_matrices_alone():
     params = example_params()
     zero = tree_map(torch.zeros_like, params)
-    optimizer = adamw(constant(0.5), weight_decay=0.1)
+    optimizer = adamw(constant_schedule(0.5), weight_decay=0.1)
     found, _ = optimizer.update(zero, optimizer.init(params), params)
     for name, leaf in named_leaves(found).items():
         before = named_leaves(params)[name]
         assert_close(leaf, before * 0.95 if name in DECAYING else before)
 
 
-def test_adamw_decays_what_it_is_told():
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (lambda params: tree_map_named(lambda name, leaf: name.endswith("ln_1.weight"), params), ["h.0.ln_1.weight"]),
+        (lambda params: tree_map(lambda leaf: leaf.shape == (5, 4), params), ["wte.weight"]),
+        (lambda params: tree_map(lambda leaf: False, params), []),
+    ],
+    ids=["by_name", "by_shape", "none"],
+)
+def test_adamw_decays_what_the_mask_says(mask, expected):
     params = example_params()
-    optimizer = adamw(constant(0.5), weight_decay=0.1, decays=lambda name: name.endswith("ln_1.weight"))
+    optimizer = adamw(constant_schedule(0.5), weight_decay=0.1, weight_decay_mask=mask)
     found, _ = optimizer.update(tree_map(torch.zeros_like, params), optimizer.init(params), params)
     changed = [name for name, leaf in named_leaves(found).items() if not torch.equal(leaf, named_leaves(params)[name])]
-    assert changed == ["h.0.ln_1.weight"]
+    assert changed == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("wte.weight", True),
-        ("wpe.weight", True),
-        ("h.0.attn.c_attn.weight", True),
-        ("critic.head.weight", True),
-        ("h.0.attn.c_attn.bias", False),
-        ("h.0.ln_1.weight", False),
-        ("h.11.ln_2.bias", False),
-        ("ln_f.weight", False),
-        ("value_head.bias", False),
-    ],
-)
-def test_is_matrix_value(name, expected):
-    assert is_matrix(name) is expected
+def test_adamw_decays_of_gpt2_all_but_biases_and_norms():
+    """As OpenAI's names tell them, in all trees that are trained."""
+    key = random.key(0)
+    trunk = gpt2.init(GPT2Config(vocab_size=300, n_positions=16, n_embd=8, n_layer=2, n_head=2), key=key)
+    reward = {"trunk": trunk, "head": init_reward_head(8, key=key)}
+    params = {"policy": trunk, "value_head": init_value_head(8), "critic": reward | {"head": init_value_head(8)}}
+    for tree in (trunk, reward, params):
+        records = adamw(constant_schedule(0.1), weight_decay=0.1).hyperparameters(tree)
+        decaying = {name for name, record in named_leaves(records).items() if record.weight_decay}
+        names = flat_layout(tree).names
+        assert decaying == {name for name in names if not name.endswith("bias") and "ln_" not in name}
+        assert 0 < len(decaying) < len(names)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["pure", "in_place"])
-def test_adamw_rate_scale_0_keeps_the_bits_of_a_leaf(in_place):
-    def scale(name):
-        return 0.0 if name.startswith("h.") else 1.0
+def test_adamw_lr_multiplier_0_keeps_the_bits_of_a_leaf():
+    def multiplier(params):
+        return tree_map_named(lambda name, leaf: 0.0 if name.startswith("h.") else 1.0, params)
 
     params = example_params(dtype=torch.float32)
     params["h"][0]["attn"]["c_attn"]["bias"].fill_(-0.0)  # adding 0.0 would change its sign
-    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, lr_multiplier=scale), params, 5, in_place=in_place)
-    everywhere, _ = run(adamw(constant(1e-2), weight_decay=0.1), params, 5, in_place=in_place)
+    found, _ = run(adamw(constant_schedule(1e-2), weight_decay=0.1, lr_multiplier=multiplier), params, 5)
+    everywhere, _ = run(adamw(constant_schedule(1e-2), weight_decay=0.1), params, 5)
     assert_same_bits(found["h"], params["h"])
     assert_same_bits(found["wte"], everywhere["wte"])
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_adamw_takes_the_callers_rate_in_place_of_the_schedules(in_place):
-    params = {"w": torch.ones(16)}
-    grads = {"w": torch.linspace(-1, 1, 16)}
-    results = []
-    for schedule, options in ((constant(0.5), {}), (constant(0.1), {"rate": 0.5})):
-        optimizer, own = adamw(schedule, weight_decay=0.1), tree_map(torch.clone, params)
-        state = optimizer.init(own)
-        if in_place:
-            optimizer.update_inplace(tree_map(torch.clone, grads), state, own, 1.0, **options)
-        else:
-            own, _ = optimizer.update(grads, state, own, **options)
-        results.append(own["w"])
-    assert torch.equal(*results)
+def test_adamw_takes_the_callers_learning_rate_in_place_of_the_schedules():
+    params, grads = {"w": torch.ones(4, 4)}, {"w": torch.linspace(-1, 1, 16).view(4, 4)}
+    scheduled, other = (adamw(constant_schedule(rate), weight_decay=0.1) for rate in (0.5, 0.1))
+    found, _ = other.update(grads, other.init(params), params, learning_rate=0.5)
+    assert_same_bits(found, scheduled.update(grads, scheduled.init(params), params)[0])
 
 
-def test_adamw_rate_scale_multiplies_the_rate():
-    found, _ = run(adamw(constant(1e-2), weight_decay=0.1, lr_multiplier=lambda name: 0.5), example_params(), 5)
-    assert_same_bits(found, run(adamw(constant(5e-3), weight_decay=0.1), example_params(), 5)[0])
+def test_adamw_takes_the_hyperparameters_of_whole_leaves_for_parts_of_them():
+    params, grads = {"w": floats(1, 8, 2)}, {"w": floats(2, 8, 2)}
+    optimizer = adamw(constant_schedule(0.1), weight_decay=0.1)
+    whole, _ = optimizer.update(grads, optimizer.init(params), params)
+    part, part_grads = {"w": params["w"].view(-1)[:6]}, {"w": grads["w"].view(-1)[:6]}
+    records = optimizer.hyperparameters(params)
+    found, _ = optimizer.update(part_grads, optimizer.init(part), part, hyperparameters=records)
+    assert_same_bits(found["w"], whole["w"].view(-1)[:6])
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["pure", "in_place"])
-def test_invariant_12_learning_rate_0_keeps_the_bits_of_all_parameters(in_place):
+def test_adamw_lr_multiplier_multiplies_the_rate():
+    found, _ = run(adamw(constant_schedule(1e-2), weight_decay=0.1, lr_multiplier=halves), example_params(), 5)
+    assert_same_bits(found, run(adamw(constant_schedule(5e-3), weight_decay=0.1), example_params(), 5)[0])
+
+
+def test_invariant_12_learning_rate_0_keeps_the_bits_of_all_parameters():
     params = example_params(dtype=torch.float32)
-    found, _ = run(adamw(constant(0.0), weight_decay=0.1), params, 5, in_place=in_place)
+    found, _ = run(adamw(constant_schedule(0.0), weight_decay=0.1), params, 5)
     assert_same_bits(found, params)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["f64", "f32"])
-def test_adamw_in_place_equals_the_pure_step(dtype, tolerance):
-    def scale(name):
-        return 0.5 if name.startswith("wte") else 1.0
-
-    optimizer = adamw(
-        cosine(1e-2, 10, warmup_steps=2), b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, lr_multiplier=scale
-    )
-    params = example_params(dtype=dtype)
-    assert_close(run(optimizer, params, 6, in_place=True), run(optimizer, params, 6), tolerance)
-
-
-def test_adamw_in_place_writes_into_the_buffers_of_params_and_state():
-    params = example_params()
-    optimizer = adamw(constant(1e-2))
-    state = optimizer.init(params)
-    addresses = [leaf.data_ptr() for leaf in leaves((params, state.mu, state.nu))]
-    found = optimizer.update_inplace(example_grads(params, 0), state, params, 1.0)
-    assert [leaf.data_ptr() for leaf in leaves((params, found.mu, found.nu))] == addresses
-    assert not torch.equal(params["wte"]["weight"], example_params()["wte"]["weight"])
-    assert (int(state.step), int(found.step)) == (0, 1)  # a buffer may be updated in parts with one counter
-
-
-def test_update_in_place_pairs_leaves_by_name_whatever_the_order_of_keys():
+def test_adamw_pairs_leaves_by_name_whatever_the_order_of_keys():
     params = {"a": torch.zeros(4), "b": torch.zeros(4)}
     grads = {"b": torch.full((4,), -1.0), "a": torch.ones(4)}
-    optimizer = adamw(constant(0.1))
-    expected, _ = optimizer.update(grads, optimizer.init(params), params)
-    optimizer.update_inplace(grads, optimizer.init(params), params, 1.0)
-    assert (expected["a"] < 0).all()
-    assert (expected["b"] > 0).all()
-    assert_close(params, expected)
-
-
-@given(cuts=st.sets(st.integers(1, 312), max_size=6))
-def test_adamw_in_place_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
-    """As the parameter server cuts it: at multiples of a cache line."""
-    parts = [slice(16 * start, 16 * stop) for start, stop in pairwise([0, *sorted(cuts), 313])]
-    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1)
-    grads, params = ({"w": floats(seed, 5003, dtype=torch.float32)} for seed in (6, 7))
-    whole, pieces = tree_map(torch.clone, params), tree_map(torch.clone, params)
-    optimizer.update_inplace(tree_map(torch.clone, grads), optimizer.init(whole), whole, 0.3)
-    state = optimizer.init(pieces)
-    for part in parts:
-        optimizer.update_inplace(cut(grads, part), cut(state, part), cut(pieces, part), 0.3)
-    assert_same_bits(pieces, whole)
+    optimizer = adamw(constant_schedule(0.1))
+    found, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert (found["a"] < 0).all()
+    assert (found["b"] > 0).all()
 
 
 def test_adamw_zero_gradient_and_zero_decay_keep_the_bits_of_all_parameters():
     params = example_params(dtype=torch.float32)
-    optimizer = adamw(constant(1e-2))
+    optimizer = adamw(constant_schedule(1e-2))
     state = optimizer.init(params)
     found = params
     for _ in range(3):
@@ -248,7 +216,7 @@ def joined(trees):
 def test_adamw_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
     """Odd sizes leave tails for the processor's vectors, which must round as their bodies do."""
     parts = [slice(start, stop) for start, stop in pairwise([0, *sorted(cuts | {1, 8}), 5003])]
-    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1)
+    optimizer = adamw(cosine_schedule(1e-2, 10, warmup_steps=2), weight_decay=0.1)
     params = {"w": floats(6, 5003, dtype=torch.float32)}
     whole = pieces = params, optimizer.init(params)
     for step in range(3):
@@ -261,7 +229,7 @@ def test_adamw_bits_do_not_depend_on_how_a_buffer_is_cut(cuts):
 
 
 def test_adamw_init_is_zero():
-    state = adamw(constant(1.0)).init(example_params())
+    state = adamw(constant_schedule(1.0)).init(example_params())
     zeros = tree_map(torch.zeros_like, example_params())
     assert_same_bits(state, AdamState(torch.tensor(0), zeros, zeros))
 
@@ -269,7 +237,7 @@ def test_adamw_init_is_zero():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"])
 def test_adamw_keeps_the_tree_shapes_and_dtypes(dtype):
     params = example_params(dtype=dtype) | {"log_temperature": torch.tensor(0.5, dtype=dtype)}
-    optimizer = adamw(cosine(1e-2, 10), weight_decay=0.1)
+    optimizer = adamw(cosine_schedule(1e-2, 10), weight_decay=0.1)
     state = optimizer.init(params)
     found = optimizer.update(example_grads(params, 0), state, params)
 
@@ -281,7 +249,7 @@ def test_adamw_keeps_the_tree_shapes_and_dtypes(dtype):
 
 def test_adamw_is_pure():
     params = example_params()
-    optimizer = adamw(constant(1e-2), weight_decay=0.1)
+    optimizer = adamw(constant_schedule(1e-2), weight_decay=0.1)
     _, state = run(optimizer, params, 2)
     assert_pure(optimizer.init, params)
     assert_pure(optimizer.update, example_grads(params, 2), state, params)
@@ -289,7 +257,7 @@ def test_adamw_is_pure():
 
 def test_adamw_compiles_once_for_all_steps_and_keeps_its_bits():
     torch.compiler.reset()
-    optimizer = adamw(cosine(1e-2, 10, warmup_steps=2), weight_decay=0.1, lr_multiplier=lambda name: 0.5)
+    optimizer = adamw(cosine_schedule(1e-2, 10, warmup_steps=2), weight_decay=0.1, lr_multiplier=halves)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(optimizer.update, backend=counter, fullgraph=True)
     params = example_params(dtype=torch.float32)
@@ -300,7 +268,7 @@ def test_adamw_compiles_once_for_all_steps_and_keeps_its_bits():
 def test_adamw_converges_on_a_parabola():
     target = {"w": torch.tensor([3.0, -2.0]), "b": torch.tensor([100.0])}
     params = tree_map(torch.zeros_like, target)
-    optimizer = adamw(cosine(2.0, 300))
+    optimizer = adamw(cosine_schedule(2.0, 300))
     state = optimizer.init(params)
     for _ in range(300):
         params, state = optimizer.update(tree_map(torch.sub, params, target), state, params)
@@ -321,7 +289,7 @@ def test_adamw_converges_on_a_parabola():
 )
 def test_adamw_rejects(options, message):
     with pytest.raises(ValueError, match=f"^adamw: {message}$"):
-        adamw(constant(1.0), **options)
+        adamw(constant_schedule(1.0), **options)
 
 
 @DTYPES
@@ -387,6 +355,14 @@ def test_clip_by_global_norm_compiles():
     torch.compiler.reset()
     compiled = torch.compile(lambda x: clip_by_global_norm(x, 0.5), backend="aot_eager", fullgraph=True)
     assert_same_bits(compiled(grads), clip_by_global_norm(grads, 0.5))
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.3, 2.0, 1e9, math.inf])
+@pytest.mark.parametrize("max_norm", [0.5, 2.0, math.inf])
+def test_clip_scale_value(norm, max_norm):
+    found = clip_scale(torch.tensor(norm, dtype=torch.float64), max_norm)
+    expected = 1.0 if max_norm == math.inf else min(1.0, max_norm / (norm + 1e-6))
+    assert (found.item(), found.dtype) == (expected, torch.float64)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])

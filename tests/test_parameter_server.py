@@ -9,7 +9,7 @@ from rlhf import ParameterServer
 from rlhf.config import DistConfig
 from rlhf.distributed import connected, parameter_server
 from rlhf.optim import adamw
-from rlhf.schedules import constant
+from rlhf.schedules import constant_schedule
 from rlhf.tree import tree_map
 
 
@@ -34,8 +34,9 @@ def batches(seed):
 
 def test_it_is_torchs_adamw_on_the_mean_loss():
     leaves = [leaf.clone().requires_grad_() for leaf in params()["hidden"]]
-    optimizer = torch.optim.AdamW(leaves, lr=0.02, weight_decay=0.1)
-    with ParameterServer(loss, params(), adamw(constant(0.02), weight_decay=0.1), DistConfig()) as server:
+    groups = [{"params": [leaf], "weight_decay": 0.1 if leaf.ndim == 2 else 0.0} for leaf in leaves]
+    optimizer = torch.optim.AdamW(groups, lr=0.02)
+    with ParameterServer(loss, params(), adamw(constant_schedule(0.02), weight_decay=0.1), DistConfig()) as server:
         for step in range(20):
             metrics = server.step(batches(step))
             optimizer.zero_grad()
@@ -61,7 +62,7 @@ def test_the_example_of_its_docstring_runs(one_ray):
 def test_any_loss_and_tree_on_workers_of_its_own(one_ray):
     states = []
     for dist in (DistConfig(), DistConfig(num_workers=2, num_servers=1)):
-        with ParameterServer(loss, params(), adamw(constant(0.02)), dist, max_grad_norm=0.1) as server:
+        with ParameterServer(loss, params(), adamw(constant_schedule(0.02)), dist, max_grad_norm=0.1) as server:
             seen = [server.step(batches(step)) for step in range(4)]
             middle, kept = server.snapshot(), server.params()
             saved = tree_map(torch.clone, (middle, kept))

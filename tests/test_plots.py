@@ -16,9 +16,10 @@ from synthetic_logs import append, completion, write_log
 from test_live import NASTY
 
 from rlhf.errors import UserError
-from rlhf.monitor.figures import COLOURS, SMOOTHED, STYLE, Panel, draw_panel, new_figure, on_one_grid, running_mean
+from rlhf.monitor.charts import QUESTIONS, Chart
 from rlhf.monitor.log import LogReader, Series
-from rlhf.monitor.plots import LINE_PLOTS, _figures, write_plots
+from rlhf.monitor.plot_axes import COLOURS, SMOOTHED, STYLE, draw_chart, new_figure, on_one_grid, running_mean
+from rlhf.monitor.plots import LINE_PLOTS, drawings, write_plots
 from rlhf.monitor.samples_plot import choose, draw_samples
 from rlhf.monitor.view import thin
 
@@ -40,6 +41,10 @@ def pipeline(folder: Path, seed: int = 0, **options) -> Path:
     return write_log(folder, count=30, seed=seed, **options)
 
 
+def figures_of(readers: list[LogReader], kind: str) -> dict[str, Figure]:
+    return {drawing.file: drawing.figure for drawing in drawings(readers, kind)}
+
+
 def texts_in(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text()]
 
@@ -57,7 +62,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_has_its_plots(tmp_path, kind):
-    assert [name for name, figure in _figures([reader_of(pipeline(tmp_path))], kind) if figure] == KINDS[kind]
+    assert [drawing.file for drawing in drawings([reader_of(pipeline(tmp_path))], kind)] == KINDS[kind]
 
 
 def test_they_are_written_large_enough_to_print(tmp_path):
@@ -78,19 +83,29 @@ def test_runs_of_any_length_and_several_runs_are_drawn_without_a_warning(tmp_pat
 
 
 def test_every_axis_is_labelled_and_every_unit_named(tmp_path):
-    for _, figure in _figures([reader_of(pipeline(tmp_path))], "all"):
-        assert figure is not None
+    for file, figure, stage in drawings([reader_of(pipeline(tmp_path))], "all"):
         assert all(axes.get_ylabel() for axes in figure.axes)
         assert not figure.axes or any(axes.get_xlabel() for axes in figure.axes[-2:])  # the last may be a colour bar
-    for plot in LINE_PLOTS:
-        assert all("(" in panel.label or "explained" in panel.label for panel in plot.panels)
+        assert not stage or all("(" in axes.get_ylabel() for axes in figure.axes), file
+
+
+def test_every_chart_of_a_plot_is_one_of_the_page():
+    shown = {name for group in QUESTIONS.values() for name in group}
+    assert {name for plot in LINE_PLOTS for name in plot.charts} <= shown
+
+
+def test_a_stage_that_nobody_knows_is_drawn_beside_the_known_ones(tmp_path):
+    write_log(tmp_path, stage="../dpo", count=9, figures={"objective/kl": float}, samples=0)
+    drawn = drawings([reader_of(write_log(tmp_path, count=9))], "kl")
+    assert [(drawing.file, drawing.stage) for drawing in drawn] == [
+        ("kl", "../dpo"), ("kl_2", "ppo"), ("update_size", "ppo"),
+    ]  # fmt: skip
 
 
 def test_nothing_overlaps(tmp_path):
     """Title, legends and axes of every plot, by the boxes that they are drawn in."""
     with mpl.rc_context(STYLE):
-        for name, figure in _figures([reader_of(pipeline(tmp_path))], "all"):
-            assert figure is not None
+        for name, figure, _ in drawings([reader_of(pipeline(tmp_path))], "all"):
             figure.draw_without_rendering()
             boxes = [axes.get_window_extent() for axes in figure.axes]
             boxes += [axes.get_legend().get_window_extent() for axes in figure.axes if axes.get_legend()]
@@ -105,7 +120,8 @@ def test_nothing_overlaps(tmp_path):
 def test_a_curve_is_the_series_of_the_log(tmp_path):
     reader = reader_of(write_log(tmp_path, count=20))
     _, (axes,) = new_figure(1, title="t")
-    assert draw_panel(axes, [reader], "ppo", Panel("x (y)", {"objective/kl": "KL"}))
+    draw_chart(axes, [reader], "ppo", Chart("", "KL to the reference", ("objective/kl",)))
+    assert axes.get_ylabel() == "KL to the reference\n(nats per completion)"
     (line,) = axes.get_lines()
     steps, values = reader.series("ppo", "objective/kl")
     assert np.array_equal(line.get_xdata(), steps)
@@ -113,12 +129,12 @@ def test_a_curve_is_the_series_of_the_log(tmp_path):
 
 
 def test_a_single_gold_score_is_named(tmp_path):
-    figures = dict(_figures([reader_of(write_log(tmp_path, count=9))], "reward"))
+    figures = figures_of([reader_of(write_log(tmp_path, count=9))], "reward")
     assert "judge" in texts_in(figures["reward"])
 
 
 def test_the_newest_points_show_on_white(tmp_path):
-    figures = dict(_figures([reader_of(write_log(tmp_path, count=9))], "reward"))
+    figures = figures_of([reader_of(write_log(tmp_path, count=9))], "reward")
     for axes in figures["over_optimisation"].axes[:2]:
         (points,) = axes.collections
         assert points.get_linewidths()[0] > 0
@@ -130,7 +146,7 @@ def test_a_band_goes_from_the_lowest_run_to_the_highest_around_their_mean(tmp_pa
         reader_of(write_log(tmp_path / str(n), count=4, figures={"x": lambda step, n=n: n + step})) for n in (0, 1, 5)
     ]
     _, (axes,) = new_figure(1, title="t")
-    draw_panel(axes, readers, "ppo", Panel("x (y)", {"x": "x"}))
+    draw_chart(axes, readers, "ppo", Chart("", "x", ("x",)))
     (line,) = axes.get_lines()
     assert line.get_ydata() == pytest.approx([3, 4, 5, 6])
     (band,) = axes.collections
@@ -295,7 +311,7 @@ def test_ten_thousand_iterations_and_a_hundred_thousand_samples(tmp_path, capsys
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "nonsense"])
 def test_the_backend_of_another_program_does_not_matter(backend):
-    code = "from rlhf.monitor.figures import new_figure, plot_style\nwith plot_style(): new_figure(1, title='t')"
+    code = "from rlhf.monitor.plot_axes import new_figure, plot_style\nwith plot_style(): new_figure(1, title='t')"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"MPLBACKEND": backend}, check=True, timeout=60)
 
 

@@ -4,19 +4,21 @@ import itertools
 
 import pytest
 import torch
+from laws import assert_same_bits
 
 from rlhf import random
+from rlhf.execution import shard as shard_module
 from rlhf.execution.shard import apply, init_shard, slice_shard, update_scale
-from rlhf.optim import adamw
-from rlhf.schedules import linear
+from rlhf.optim import Optimizer, adamw, clip_scale
+from rlhf.schedules import linear_schedule
 from rlhf.tree import CHUNK, chunked_squared_norms, flat_layout, flatten, leaves, tree_map, unflatten
 
-OPTIMIZER = adamw(linear(1e-2, 50), weight_decay=0.1)
+OPTIMIZER = adamw(linear_schedule(1e-2, 50), weight_decay=0.1)
 
 
 def normals(seed: int):
     """A tree with leaves of odd sizes that cross chunks; some of them decay."""
-    shapes = ((70, 131), (257,), (257,), (3000,), (12345,))
+    shapes = ((70, 131), (257,), (257,), (60, 50), (5, 2469))
     a, b, c, d, e = (
         random.normal(random.fold_in(random.key(seed), place), shape) for place, shape in enumerate(shapes)
     )
@@ -78,12 +80,56 @@ def test_apply_gives_the_same_bits_for_any_group_size(group, monkeypatch):
     assert torch.equal(run([])[0], params)
 
 
-def test_apply_of_an_optimiser_without_a_form_in_place(monkeypatch):
+def test_apply_without_kernels_is_the_optimisers_update(monkeypatch):
     params, state = run([])
-    monkeypatch.setattr(f"{__name__}.OPTIMIZER", OPTIMIZER._replace(update_inplace=None))
+    monkeypatch.setattr(shard_module, "write_update", shard_module.write_update.__wrapped__)
     pure_params, pure_state = run([])
     torch.testing.assert_close(pure_params, params, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(pure_state, state, rtol=1e-5, atol=1e-7)
+    tree, state = TREE, OPTIMIZER.init(TREE)
+    for step in range(5):
+        gradient = flatten(normals(10 + step), LAYOUT)
+        scale, _ = update_scale(chunked_squared_norms(gradient), 3.0, 0.5)
+        tree, state = OPTIMIZER.update(tree_map(lambda g, s=scale: g * s, normals(10 + step)), state, tree)
+    for one, two in zip(
+        (unflatten(pure_params, LAYOUT), *(unflatten(s, LAYOUT) for s in pure_state[1:])),
+        (tree, state.mu, state.nu),
+        strict=True,
+    ):
+        assert_same_bits(one, two)
+
+
+def test_masks_read_names_and_shapes_of_whole_leaves_however_they_are_cut(monkeypatch):
+    """By structure, by size, and by a name; the parts in a shard show none of them."""
+
+    def mask(params):
+        wide = tree_map(lambda leaf: leaf.numel() > 10_000, params)
+        return wide | {"ln_1": {"weight": True, "bias": False}}
+
+    seen = []
+
+    def multiplier(params):
+        seen.append(flat_layout(params))
+        return tree_map(lambda leaf: 0.5 if leaf.ndim == 1 else 1.0, params)
+
+    optimizer = adamw(linear_schedule(1e-2, 50), weight_decay=0.5, weight_decay_mask=mask, lr_multiplier=multiplier)
+    monkeypatch.setattr(f"{__name__}.OPTIMIZER", optimizer)
+    params, _ = run([])
+    assert seen == [LAYOUT], "computed once"
+    assert torch.equal(run([1, 2, 5])[0], params)
+    tree, state = TREE, optimizer.init(TREE)
+    for step in range(5):
+        gradient = flatten(normals(10 + step), LAYOUT)
+        scale, _ = update_scale(chunked_squared_norms(gradient), 3.0, 0.5)
+        tree, state = optimizer.update(tree_map(lambda g, s=scale: g * s, normals(10 + step)), state, tree)
+    torch.testing.assert_close(unflatten(params, LAYOUT), tree, rtol=1e-5, atol=1e-7)
+
+
+def test_apply_of_an_optimiser_that_takes_no_learning_rate_and_treats_all_leaves_alike():
+    plain = Optimizer(lambda params: (), lambda grads, state, params: (tree_map(torch.sub, params, grads), state))
+    shard = init_shard(flatten(TREE, LAYOUT), plain)
+    apply(shard, 0, slice_shard(shard, flatten(normals(2), LAYOUT), plain, LAYOUT), 0.5, plain)
+    assert_same_bits(unflatten(shard.params, LAYOUT), tree_map(lambda p, g: p - g * 0.5, TREE, normals(2)))
 
 
 def test_apply_is_exactly_once():
@@ -113,6 +159,15 @@ def test_update_scale_is_mean_and_clip():
     scale, norm = update_scale(squares, 2.0, 1.0)
     assert norm == 2.5
     assert scale == pytest.approx(1 / 2.5 / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [0.0, 1.0, 3.0, 997.0])
+@pytest.mark.parametrize("max_norm", [0.3, 1.0, float("inf")])
+def test_update_scale_has_the_bits_of_the_formula_in_python_numbers(count, max_norm):
+    squares = torch.linspace(0.1, 7.0, 11, dtype=torch.float64)
+    norm = float(squares.sum().sqrt()) / (count or 1.0)
+    assert update_scale(squares, count, max_norm) == (min(1.0, max_norm / (norm + 1e-6)) / (count or 1.0), norm)
+    assert float(clip_scale(torch.tensor(norm, dtype=torch.float64), max_norm)) == min(1.0, max_norm / (norm + 1e-6))
 
 
 def test_update_scale_of_nothing_is_finite():

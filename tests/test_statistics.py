@@ -14,8 +14,8 @@ from rlhf.statistics import (
     mean_interval,
     preference_metrics,
     reliability,
-    repetition,
     spread,
+    token_repetition,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -203,8 +203,8 @@ def test_calibration_rejects(function):
     ("tokens", "n", "expected"),
     [([1, 2, 3, 4, 5], 4, 0.0), ([1] * 7, 4, 3 / 4), ([1, 2, 1, 2, 1], 2, 2 / 4), ([1, 2], 4, 0.0), ([], 1, 0.0)],
 )
-def test_repetition_known_values(tokens, n, expected):
-    assert repetition(tokens, n=n) == pytest.approx(expected)
+def test_token_repetition_known_values(tokens, n, expected):
+    assert token_repetition(tokens, n=n) == pytest.approx(expected)
 
 
 @given(texts=st.lists(st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=2), max_size=6))

@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from rlhf import advantages, experience, kl, losses, ops, random, remat
+from rlhf import advantages, experience, kl, losses, ops, optim, random, remat
 from rlhf.advantages import gae, gae_loop, token_rewards
 from rlhf.batches import Rows
 from rlhf.experience import make_experience, postprocess_scores
@@ -37,9 +37,11 @@ from rlhf.ops import (
     upcast,
     whiten,
 )
+from rlhf.optim import AdamState, adamw, clip_by_global_norm, clip_scale
+from rlhf.schedules import constant_schedule
 from rlhf.tree import cast
 
-MODULES = (losses, advantages, kl, ops, experience, remat, layers, attention, heads, forward)
+MODULES = (losses, advantages, kl, ops, optim, experience, remat, layers, attention, heads, forward)
 
 OTHERS = {
     "chunk_size": "numbers in, a number out",
@@ -176,6 +178,25 @@ def per_row_function(shared, x):
     return (torch.tanh(x @ shared).sum(-1), x.square().sum(-1))
 
 
+def small(seed):
+    """Parameters, gradient and moments [2, 1], and the numbers of `adamw`."""
+    numbers = (0.1, 0.8, 0.9, 1e-3, 0.2, 0.05)
+    return (*(floats(10 * seed + n, 2, 1) for n in range(4)), *(tensor(n * (1 + 0.01 * seed)) for n in numbers))
+
+
+def updated(p, g, m, v, rate, b1, b2, eps, weight_decay, given):
+    """The second update of a leaf that decays and of one that does not; `given` takes the place of the schedule."""
+    optimizer = adamw(constant_schedule(rate), b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    grads, mu, nu, params = ({"weight": x, "bias": x[0]} for x in (g, m, v.square() + 0.1, p))
+    state = AdamState(torch.ones((), dtype=torch.int64), mu, nu)
+    first, state = optimizer.update(grads, state, params)
+    return optimizer.update(grads, state, first, learning_rate=given)[0]
+
+
+def clipped(x, max_norm, norm, mask):
+    return clip_by_global_norm({"a": x, "b": x[0]}, max_norm), clip_by_global_norm([x], max_norm, norm=norm)
+
+
 CASES = {
     "remat": Case(lambda x, w, b: remat.remat(per_row_function)(w, x), affine_params, (0, 1)),
     "remat, of a model": Case(
@@ -227,6 +248,9 @@ CASES = {
     "packed_hidden_states": Case(
         with_params(lambda p: forward.packed_hidden_states(p, ROWS, SHAPE)), decoder, (0, 1, 2)
     ),
+    "adamw": Case(updated, small, tuple(range(10))),
+    "clip_by_global_norm": Case(clipped, per_token(1, 0.3, 0.7), (0, 1, 2)),
+    "clip_scale": Case(lambda max_norm, norm, mask: clip_scale(norm, max_norm), per_token(0, 0.3, 0.7), (0, 1)),
     "sft_loss": Case(lambda x, mask: sft_loss(x, mask)[0], per_token(1), (0,)),
     "reward_loss": Case(
         lambda chosen, rejected, margin, coefficient, mask: reward_loss(

@@ -28,7 +28,6 @@ from rlhf.tree import (
     tree_sum,
     unflatten,
     with_leaves,
-    zip_named,
 )
 
 
@@ -105,27 +104,6 @@ def test_leaves_are_in_traversal_order():
     assert [id(leaf) for leaf in leaves(tree)] == [id(leaf) for _, leaf in by_hand(tree)]
 
 
-@pytest.mark.parametrize("tree", [{"b": 1, "a": 2}, {"b": {"y": 1, "x": 2}, "a": 3}, [1, {"a": 2}]], ids=str)
-def test_zip_named_pairs_leaves_by_name_whatever_the_order_of_keys(tree):
-    def turned(tree):
-        if isinstance(tree, dict):
-            return {name: turned(part) for name, part in reversed(tree.items())}
-        return [turned(part) for part in tree] if isinstance(tree, list) else torch.tensor(10 * tree)
-
-    plain = tree_map(torch.tensor, tree)
-    pairs = dict(zip_named(plain, turned(tree)))
-    assert {name: one.item() for name, (one, _) in pairs.items()} == {
-        name: leaf.item() for name, leaf in named_leaves(plain).items()
-    }
-    assert all(ten.item() == 10 * one.item() for one, ten in pairs.values())
-
-
-@pytest.mark.parametrize("other", [{"a": 1, "b": 2}, {"b": 1}], ids=str)
-def test_zip_named_refuses_trees_of_another_structure(other):
-    with pytest.raises(ValueError, match=r"a"):
-        list(zip_named({"a": torch.zeros(1)}, tree_map(torch.tensor, other)))
-
-
 @given(tree=TREES)
 def test_named_leaves_are_sorted_by_dotted_name(tree):
     found = named_leaves(tree)
@@ -194,10 +172,10 @@ def test_tree_sum_is_the_documented_binary_tree(count):
     np.testing.assert_array_equal(found["g"][0].numpy(), oracles.tree_sum([term.numpy() for term in terms]))
 
 
-def test_tree_sum_of_donated_trees_has_the_same_bits_and_needs_no_memory():
+def test_tree_sum_in_place_has_the_same_bits_and_needs_no_memory():
     terms = [torch.linspace(-1, 1, 7) / (n + 1) ** 3 for n in range(6)]
     buffers = [term.clone() for term in terms]
-    found = tree_sum((buffer for buffer in buffers), donated=True)
+    found = tree_sum((buffer for buffer in buffers), add=torch.Tensor.add_)
     assert torch.equal(found, tree_sum(terms))
     assert any(found is buffer for buffer in buffers)
 

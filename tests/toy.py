@@ -13,7 +13,7 @@ from rlhf.distributed import shared_memory
 from rlhf.distributed.worker import Worker
 from rlhf.execution.program import MetricLimit, ModelState, Program, StepSpec
 from rlhf.optim import adamw
-from rlhf.schedules import linear
+from rlhf.schedules import linear_schedule
 from rlhf.tree import tree_map
 
 KEY = random.key(3)
@@ -44,7 +44,7 @@ def follow(frozen, params):
 
 
 def make_program():
-    optimizer = adamw(linear(0.01, 50), weight_decay=0.1)
+    optimizer = adamw(linear_schedule(0.01, 50), weight_decay=0.1)
     return Program(
         {
             "main": StepSpec(objective, optimizer, 0.5),

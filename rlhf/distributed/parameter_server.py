@@ -28,7 +28,7 @@ class ParameterServer:
         >>> from rlhf import ParameterServer
         >>> from rlhf.config import DistConfig
         >>> from rlhf.optim import adamw
-        >>> from rlhf.schedules import constant
+        >>> from rlhf.schedules import constant_schedule
         >>>
         >>> def loss(params, batch):  # a sum over the micro-batch, and what it is a sum of
         ...     inputs, targets = batch
@@ -39,7 +39,7 @@ class ParameterServer:
         >>> inputs = torch.linspace(-1, 1, 256).reshape(64, 4)
         >>> batch = list(zip(inputs.split(16), inputs.sum(dim=1).split(16)))  # always these four micro-batches
         >>>
-        >>> with ParameterServer(loss, params, adamw(constant(0.05)), DistConfig(num_workers=2)) as server:
+        >>> with ParameterServer(loss, params, adamw(constant_schedule(0.05)), DistConfig(num_workers=2)) as server:
         ...     for _ in range(100):
         ...         metrics = server.step(batch)
         ...     trained = server.params()
@@ -70,6 +70,7 @@ class ParameterServer:
 
         Raises:
             UserError: the Ray cluster cannot be reached, or has too few resources.
+            ValueError: the optimiser needs whole leaves.
         """
         make_program = functools.partial(_make_program, loss, optimizer, max_grad_norm)
         self._resources = contextlib.ExitStack()

@@ -51,9 +51,13 @@ class RayExecutor:
             make_program: an importable function, or a partial of one.
             models: shared with the processes of this machine without a copy for each.
             tell: gets one line for the user whenever something goes wrong.
+
+        Raises:
+            ValueError: an optimiser needs whole leaves.
         """
         self._cluster, self._dist, self._tell = cluster, cluster.dist, tell
         self._program, self._models, self._layout = make_program(), models, flat_layout(models.params)
+        self._program.check_optimizers()
         self._load_arguments = (make_program, self._layout, cluster.put(to_numpy(models.frozen)))
         self._version = self._generation = self._restarts = 0
         self._faults: list[Fault] = []
@@ -95,7 +99,7 @@ class RayExecutor:
 
     def update_frozen(self, name: str) -> None:
         """See `Executor.update_frozen`."""
-        self._change("blend", name)
+        self._change("update_frozen", name)
 
     def reset_optimizer(self) -> None:
         """See `Executor.reset_optimizer`."""
@@ -171,7 +175,7 @@ class RayExecutor:
     def _do(self, method: str, *arguments: Any, **options: Any) -> Any:
         if method == "step":
             return self._step(*arguments, **options)
-        return self._call(self._workers if method == "blend" else self._members, method, *arguments)
+        return self._call(self._workers if method == "update_frozen" else self._members, method, *arguments)
 
     def _step(
         self,

@@ -103,7 +103,7 @@ class Worker:
             self._gradient = torch.empty_like(shard.params)
 
     def map(self, name: str, version: int, batch: Any) -> Any:
-        """`program.maps[name]` of one micro-batch, at the parameters of that version."""
+        """`program.eval_fns[name]` of one micro-batch, at the parameters of that version."""
         self._check(version)
         with torch.no_grad():
             result = self._program.eval_fns[name](self._params, self._frozen, self._batch(batch))
@@ -161,7 +161,7 @@ class Worker:
             return flat
 
         self._sums = {
-            (start, end): tree_sum(map(gradient, batches[start - first : end - first]), donated=True)
+            (start, end): tree_sum(map(gradient, batches[start - first : end - first]), add=Tensor.add_)
             for start, end in subtrees(first, stop, _total(shares))
         }
         return results
@@ -200,7 +200,7 @@ class Worker:
         return all_finite(self._gradients[name](self._params, self._frozen, self._batch(batch)))
 
     def update_frozen(self, name: str) -> None:
-        """Replace a frozen model by `program.blends[name]` of it and the parameters."""
+        """Replace a frozen model by `program.frozen_updates[name]` of it and the parameters."""
         self._frozen[name] = self._program.frozen_updates[name](self._frozen[name], self._params)
 
     def reset_optimizer(self) -> None:
@@ -270,7 +270,7 @@ class Worker:
 
     def _reduce_ring(self) -> None:
         own = list(self._sums.values())
-        total = tree_sum(own, donated=True) if own else torch.zeros(self._layout.size, device=self._device)
+        total = tree_sum(own, add=Tensor.add_) if own else torch.zeros(self._layout.size, device=self._device)
         self._group_now().all_reduce(total)
         if self._shard is not None:
             self._gradient.copy_(total[slice(*self._ranges[self._place.rank])])

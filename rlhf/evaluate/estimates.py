@@ -69,7 +69,7 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
     )
 
 
-def correlation(x: Any, y: Any) -> Estimate:
+def grouped_correlation(x: Any, y: Any) -> Estimate:
     """Pearson's correlation of values that come in groups.
 
     Args:

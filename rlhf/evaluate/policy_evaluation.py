@@ -33,7 +33,7 @@ from rlhf.evaluate.evaluation_inputs import Folders, TestData, open_data
 from rlhf.evaluate.evaluation_result import Evaluation
 from rlhf.evaluate.judges import Judge, Preferences, prefer, score
 from rlhf.generate.complete import default_length
-from rlhf.statistics import diversity, repetition
+from rlhf.statistics import diversity, token_repetition
 
 _DISTINCT = (1, 2, 3)
 _UNPAIRED = "eval/distinct_"
@@ -211,7 +211,7 @@ def _estimates(side: ScoredCompletions, comparison: Comparison) -> dict[str, Est
         if name == "exact" or comparison.decoding == "sampled":  # the estimators are made for tokens that were drawn
             suffix = {"exact": "_exact", "k1": ""}.get(name, f"_{name}")
             estimates[f"eval/objective/kl{suffix}"] = mean(per_prompt(values))
-    repeated = np.array([repetition(row) for row in completions.tokens])
+    repeated = np.array([token_repetition(row) for row in completions.tokens])
     estimates |= {
         "eval/policy/entropy_avg": ratio(per_prompt(completions.entropy), per_prompt(lengths)),
         "eval/response_length/mean": mean(per_prompt(lengths)),

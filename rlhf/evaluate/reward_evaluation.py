@@ -13,7 +13,16 @@ from rlhf.data.dataset import Dataset
 from rlhf.distributed.compute_context import ComputeContext
 from rlhf.errors import UserError
 from rlhf.evaluate.baselines import bag_of_words
-from rlhf.evaluate.estimates import Array, Estimate, correlation, difference, figures, linearised, mean, win_indicator
+from rlhf.evaluate.estimates import (
+    Array,
+    Estimate,
+    difference,
+    figures,
+    grouped_correlation,
+    linearised,
+    mean,
+    win_indicator,
+)
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation_inputs import TestData, open_data, usable_pairs
 from rlhf.evaluate.evaluation_result import Evaluation, plain
@@ -108,7 +117,7 @@ def _estimates(pairs: Pairs, bag_margins: Array) -> dict[str, Estimate]:
         "loss/reward": mean(np.logaddexp(0.0, -margins)),
         "eval/reward/mean": mean(pairs.scores.mean(axis=1)),
         "eval/reward/calibration_error": linearised(_calibration_error(margins), least=0.0),
-        "eval/reward/length_correlation": correlation(pairs.scores, pairs.lengths),
+        "eval/reward/length_correlation": grouped_correlation(pairs.scores, pairs.lengths),
         "eval/baseline/longer": longer,
         "eval/baseline/bag_of_words": bag,
         "eval/reward/gain_over_longer": difference(accuracy, longer),

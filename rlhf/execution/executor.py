@@ -56,7 +56,7 @@ class Executor(Protocol):
         """Whether its steps run as compiled code."""
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
-        """Run `program.maps[name]` on every micro-batch; results on the CPU, in order."""
+        """Run `program.eval_fns[name]` on every micro-batch; results on the CPU, in order."""
 
     def step(
         self,
@@ -81,7 +81,7 @@ class Executor(Protocol):
         """
 
     def update_frozen(self, name: str) -> None:
-        """Replace a frozen model by `program.blends[name]` of it and the parameters."""
+        """Replace a frozen model by `program.frozen_updates[name]` of it and the parameters."""
 
     def reset_optimizer(self) -> None:
         """Start the optimiser's state anew."""
@@ -113,7 +113,12 @@ class LocalExecutor:
     """Everything in this process: one shard, micro-batches one after the other."""
 
     def __init__(self, program: Program, models: ModelState, device: torch.device) -> None:
-        """Take over a program and its models; `device` is where all of it lives and runs."""
+        """Take over a program and its models; `device` is where all of it lives and runs.
+
+        Raises:
+            ValueError: an optimiser needs whole leaves.
+        """
+        program.check_optimizers()
         reset_peak(device)
         self._program, self._device = program, device
         self._frozen = realign(to_device(models.frozen, device))
@@ -161,7 +166,7 @@ class LocalExecutor:
             results.append(result)
             return flat
 
-        gradient_sum = tree_sum(map(flat_gradient, batches), donated=True)
+        gradient_sum = tree_sum(map(flat_gradient, batches), add=Tensor.add_)
         squares = chunked_squared_norms(gradient_sum)
         pieces = slice_shard(self._shard, gradient_sum, spec.optimizer, self._layout)
         overlap()

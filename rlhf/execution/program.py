@@ -75,6 +75,18 @@ class Program(NamedTuple):
             return spec.optimizer
         return Optimizer(lambda params: (), lambda grads, state, params: (params, state))
 
+    def check_optimizers(self) -> None:
+        """Raise ValueError if an optimiser needs whole leaves, which executors do not have."""
+        for name, spec in self.steps.items():
+            _, update, elementwise, _ = spec.optimizer
+            if not elementwise:
+                function = f"{update.__module__}.{getattr(update, '__qualname__', update)}"
+                raise ValueError(
+                    f"step {name!r}: its optimizer ({function}) has elementwise=False, but executors keep "
+                    "parameters in shards, which hold parts of matrices; take an element-wise one, such as "
+                    "rlhf.adamw, or call its update on whole trees in a loop of your own"
+                )
+
 
 class ModelState(NamedTuple):
     """What a program starts from."""

@@ -5,13 +5,15 @@ The flat buffer of all parameters is cut into contiguous ranges at multiples of 
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from rlhf.optim import Optimizer
-from rlhf.tree import CHUNK, FlatLayout, leaves, tree_map
+from rlhf.accelerate import accelerated
+from rlhf.optim import Optimizer, clip_scale
+from rlhf.tree import CHUNK, FlatLayout, leaves, named_leaves, tree_map, unflatten
 from rlhf.types import Tree
 
 _GROUP = 1 << 22
@@ -53,17 +55,19 @@ def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float,
         count: what the sum is divided by: the tokens or pairs of the global batch; 0 divides by 1.
         max_norm: global-norm clipping; inf is off.
     """
-    norm = float(squares.sum().sqrt()) / (count or 1.0)
-    return min(1.0, max_norm / (norm + 1e-6)) / (count or 1.0), norm
+    norm = squares.sum().sqrt() / (count or 1.0)
+    return float(clip_scale(norm, max_norm)) / (count or 1.0), float(norm)
 
 
 class UpdateSlice(NamedTuple):
-    """Views of elements of a shard that are updated at once, by the name of a leaf for each block treated alike."""
+    """Views of elements of a shard that are updated at once: for every leaf its part, by its dotted name."""
 
     gradient: dict[str, Tensor]
     opt_state: Any
     """Counters are not cut."""
     params: dict[str, Tensor]
+    hyperparameters: dict[str, Any] | None
+    """`Optimizer.hyperparameters` of the whole leaves."""
 
 
 def slice_shard(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout: FlatLayout) -> list[UpdateSlice]:
@@ -75,6 +79,7 @@ def slice_shard(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout
         optimizer: element-wise, as `rlhf.optim.adamw`.
         layout: of the whole buffer.
     """
+    hyperparameters = _leaf_hyperparameters(optimizer.hyperparameters, layout)
     size = _GROUP * (1 if shard.params.is_cpu else 32)
 
     def piece(group: _Group) -> UpdateSlice:
@@ -83,10 +88,10 @@ def slice_shard(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout
             return dict(zip(group.blocks, blocks, strict=True))
 
         state = tree_map(lambda leaf: part(leaf) if leaf.ndim else leaf, shard.opt_state)
-        return UpdateSlice(part(gradient_sum), state, part(shard.params))
+        records = None if hyperparameters is None else {name: hyperparameters[name] for name in group.blocks}
+        return UpdateSlice(part(gradient_sum), state, part(shard.params), records)
 
-    groups = _groups(shard.start, shard.params.numel(), size, layout, optimizer.hyperparameter_group)
-    return [piece(group) for group in groups]
+    return [piece(group) for group in _groups(shard.start, shard.params.numel(), size, layout)]
 
 
 def apply(
@@ -119,16 +124,34 @@ def apply(
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
     updated: Any = shard.opt_state
-    options = {} if learning_rate is None else {"rate": learning_rate}
-    for gradient, state, params in pieces:
-        if optimizer.update_inplace is not None:
-            updated = optimizer.update_inplace(gradient, state, params, scale, **options)
-        else:
-            scaled = {name: block * scale for name, block in gradient.items()}
-            new_params, updated = optimizer.update(scaled, state, params, **options)
-            _write((params, _leaves_of(state)), (new_params, _leaves_of(updated)))
+    for piece in pieces:
+        updated = write_update(optimizer, *piece, scale=scale, learning_rate=learning_rate)
     _write(_leaves_of(shard.opt_state, counters=True), _leaves_of(updated, counters=True))  # after all pieces
     return shard._replace(version=shard.version + 1)
+
+
+@accelerated("fused_adamw.write_update")
+def write_update(
+    optimizer: Optimizer,
+    grads: dict[str, Tensor],
+    state: Any,
+    params: dict[str, Tensor],
+    hyperparameters: dict[str, Any] | None,
+    *,
+    scale: float,
+    learning_rate: float | None,
+) -> Any:
+    """Write an optimiser's step with grads times `scale` into the buffers of params and state.
+
+    Counters of the state are not written, so that a shard can be updated in parts; the state returned has the new ones.
+    Arguments are the fields of `UpdateSlice`, and those of `apply`.
+    """
+    options = {"learning_rate": learning_rate, "hyperparameters": hyperparameters}
+    options = {name: value for name, value in options.items() if value is not None}
+    scaled = {name: block * scale for name, block in grads.items()}
+    new_params, new_state = optimizer.update(scaled, state, params, **options)
+    _write((params, _leaves_of(state)), (new_params, _leaves_of(new_state)))
+    return new_state
 
 
 class _Group(NamedTuple):
@@ -137,34 +160,31 @@ class _Group(NamedTuple):
     start: int
     stop: int
     blocks: dict[str, int]
-    """Elements of each, which lie behind one another, by leaf name."""
+    """Elements of each leaf's part, which lie behind one another."""
 
 
 @functools.lru_cache(maxsize=8)  # the same in every step
-def _groups(
-    start: int, count: int, size: int, layout: FlatLayout, hyperparameter_group: Callable[[str], Hashable]
-) -> list[_Group]:
-    """Cut a shard of [start, start + count) into groups of `size` elements, and these into blocks treated alike.
+def _groups(start: int, count: int, size: int, layout: FlatLayout) -> list[_Group]:
+    """Cut a shard of [start, start + count) into groups of `size` elements, and these into the parts of leaves.
 
-    A block is a leaf, or several, with the gaps behind them, in which all is zero; it begins at a multiple of
-    ALIGNMENT, as `rlhf.optim.adamw` asks for. There is at least one group, if an empty one: a shard without elements
-    counts its steps too.
+    A part takes in the gap behind its leaf, in which all is zero: it begins and ends at multiples of ALIGNMENT, as
+    kernels ask for. There is at least one group, if an empty one: a shard without elements counts its steps too.
     """
-    firsts: dict[str, int] = {}
-    last = layout.names[0]  # of a shard that is nothing but a gap
-    for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
-        inside = offset < start + count and offset + shape.numel() > start
-        if inside and not (firsts and hyperparameter_group(last) == hyperparameter_group(name)):
-            firsts[name] = offset - start if firsts else 0
-            last = name
-    firsts = firsts or {last: 0}
-    ends = [*list(firsts.values())[1:], count]
+    ends = (*layout.offsets[1:], layout.size)
     groups = []
-    for low in range(0, max(count, 1), size):
-        high = min(low + size, count)
-        sizes = {n: min(end, high) - max(first, low) for (n, first), end in zip(firsts.items(), ends, strict=True)}
-        groups.append(_Group(low, high, {name: number for name, number in sizes.items() if number > 0}))
+    for low in range(start, start + max(count, 1), size):
+        high = min(low + size, start + count)
+        sizes = {n: min(end, high) - max(o, low) for n, o, end in zip(layout.names, layout.offsets, ends, strict=True)}
+        groups.append(_Group(low - start, high - start, {n: number for n, number in sizes.items() if number > 0}))
     return groups
+
+
+@functools.lru_cache(maxsize=8)
+def _leaf_hyperparameters(hyperparameters: Callable[[Tree], Tree] | None, layout: FlatLayout) -> dict[str, Any] | None:
+    """`Optimizer.hyperparameters` by leaf name, from the names and shapes of the layout."""
+    if hyperparameters is None:
+        return None
+    return named_leaves(hyperparameters(unflatten(torch.empty(layout.size, device="meta"), layout)))
 
 
 def _leaves_of(state: Any, *, counters: bool = False) -> list[Tensor]:

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rlhf.monitor import health_checks as checks
-from rlhf.monitor import sample_checks
-from rlhf.monitor.health_checks import Reading, Unknown
+from rlhf.metrics import METRICS, describe, is_registered
+from rlhf.monitor import diagnostics, sample_diagnostics
+from rlhf.monitor.diagnostics import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import LEVELS, Level
 from rlhf.train.stage import STAGES
 
 
 class Finding(NamedTuple):
-    """What one check says of one stage."""
+    """The result of one check in one stage."""
 
     check: str
     """Its name, such as `kl-explosion`."""
@@ -23,144 +23,156 @@ class Finding(NamedTuple):
     evidence: str
     """The figures it goes by."""
     cause: str
-    """What it usually comes from."""
+    """The usual reason."""
     advice: str
-    """What to change, by our flags."""
+    """The change to make, by our flags."""
     steps: tuple[int, int] | None
     """First and last step that the evidence is about."""
 
 
 class Check(NamedTuple):
-    """A check, and what is to be said where it does not pass."""
+    """A check, with the cause and the advice for where it does not pass.
+
+    It judges the metrics whose `checks` name it, in every stage that logs one; one that no metric names judges
+    completions or events.
+    """
 
     name: str
-    measure: Callable[[LogReader, str], Reading]
+    measure: Callable[..., Reading]
+    """(log, stage, *(the metric that is judged, if any), *beside) -> what it finds."""
     cause: str
     advice: str
     stages: tuple[str, ...] = ("ppo",)
-    """Where it applies."""
+    """Stages in which it applies even if the log has no such metric."""
+    beside: tuple[str, ...] = ()
+    """Metrics that it reads beside the one that it judges."""
 
 
 _ALL = tuple(STAGES)
+"""And every other stage that logs a metric of the table."""
 
 CHECKS = (
     Check(
         "negative-kl",
-        checks.negative_kl,
+        diagnostics.negative_kl,
         "completions are drawn from another distribution than the log-probs are of",
         "sample from the whole distribution: --ppo.top-k 0 --ppo.top-p 1 --ppo.min-new-tokens 0; the reward for "
         "negative KL is what the policy learns otherwise",
     ),
     Check(
         "kl-explosion",
-        checks.kl_explosion,
+        diagnostics.kl_explosion,
         "steps too large, or a penalty too small for these rewards, so that the policy leaves the reference behind",
         "raise --ppo.kl-coef, or steer it with --ppo.kl-adaptive; lower --ppo.learning-rate; end iterations "
         "early with --ppo.target-kl 0.1",
+        beside=("response_length/mean",),
     ),
     Check(
         "first-ratio",
-        checks.first_ratio,
+        diagnostics.first_ratio,
         "the update computes other log-probs than sampling did: another temperature or rounding, as in bf16",
         "set --ppo.recompute-log-probs true, or --precision fp32; if it stays, it is a defect: please report it",
+        beside=("val/ratio", "policy/updates"),
     ),
     Check(
         "clip-fraction",
-        checks.clip_fraction,
+        diagnostics.clip_fraction,
         "each iteration's updates carry the policy too far, so that most of the gradient is cut off",
         "lower --ppo.learning-rate or --ppo.num-epochs, or raise --ppo.batch-size",
     ),
     Check(
         "approx-kl",
-        checks.approx_kl,
+        diagnostics.approx_kl,
         "each iteration's updates carry the policy too far from the one that sampled",
         "lower --ppo.learning-rate or --ppo.num-epochs, or stop early with --ppo.target-kl 0.1",
     ),
     Check(
         "entropy-collapse",
-        checks.entropy_collapse,
+        diagnostics.entropy_collapse,
         "the policy has settled on a few completions and tries nothing else",
         "raise --ppo.kl-coef or --ppo.entropy-coef, lower --ppo.learning-rate, or stop if the completions are good",
     ),
     Check(
         "length-drift",
-        checks.length_drift,
+        diagnostics.length_drift,
         "the reward prefers longer, or shorter, completions whatever they say",
         "look at the samples; correct the reward model's data for length, add a reward that acts against it "
         "(--ppo.reward outputs/reward 0.1*my_rewards:brevity), or raise --ppo.kl-coef",
     ),
     Check(
         "over-optimisation",
-        checks.over_optimisation,
+        diagnostics.over_optimisation,
         "the policy exploits errors of the reward model, which it now knows better than what people want",
         "take a checkpoint from before, raise --ppo.kl-coef, or train the reward model on samples of this policy",
+        beside=("objective/scores",),
     ),
     Check(
         "value-function",
-        checks.value_function,
+        diagnostics.value_function,
         "the value function lags behind the policy, so that advantages are noise",
         "let it learn first with --ppo.critic-warmup 5, use --ppo.critic separate, raise --ppo.value-coef or "
         "--ppo.value-clip-eps, or scale rewards with --ppo.normalize-reward true",
     ),
     Check(
         "constant-rewards",
-        sample_checks.constant_rewards,
+        sample_diagnostics.constant_rewards,
         "the reward does not tell these completions apart: a bug in it, a clip that cuts all, or a task that is solved",
         "try the reward function on a few completions by hand; raise --ppo.reward-clip; take harder prompts",
     ),
     Check(
         "repeated-text",
-        sample_checks.repeated_text,
+        sample_diagnostics.repeated_text,
         "the reward pays for repetition or for one answer to everything, or the policy has collapsed",
         "look at the samples; raise --ppo.kl-coef, lower --ppo.learning-rate, and go back to an earlier checkpoint",
     ),
     Check(
         "unfinished",
-        checks.unfinished,
+        diagnostics.unfinished,
         "completions are cut off at the limit: the limit is low, or nothing rewards ending",
         "raise --ppo.max-new-tokens or --ppo.missing-eos-penalty 1; see that demonstrations end (they do, unless "
         "the context cuts them off); with --ppo.stop-at-eos false this is as asked for",
     ),
     Check(
         "reward-model-chance",
-        checks.reward_model_chance,
+        diagnostics.reward_model_chance,
         "the reward model has learnt nothing that holds for new pairs: labels at random, too little data or training, "
         "or a trunk that was not fine-tuned",
         "check that chosen and rejected are not swapped; train longer (--reward.epochs), try other rates "
         "(--reward.learning-rate), start from a better model (--reward.model-path)",
         ("reward",),
+        beside=("train/reward/accuracy", "eval/reward/pairs"),
     ),
     Check(
         "reward-model-length",
-        checks.reward_model_length,
+        diagnostics.reward_model_length,
         "in the preference pairs the longer completion mostly wins, or loses, and the model counts tokens",
         "add pairs in which the shorter one wins to --preference-data; compare with always choosing the longer",
         ("reward",),
     ),
     Check(
         "overfitting",
-        checks.overfitting,
+        diagnostics.overfitting,
         "the model learns the records by heart",
         "train shorter (--sft.epochs, --sft.max-steps), with --sft.dropout 0.1 or a lower --sft.learning-rate",
         ("sft",),
     ),
     Check(
         "throughput",
-        checks.throughput,
+        diagnostics.throughput,
         "something else uses the machine, completions have become longer, or memory is short",
         "look at timing_s/* for the phase that slowed down, and at the machine (top, nvidia-smi)",
         _ALL,
     ),
     Check(
         "recoveries",
-        checks.recoveries,
+        diagnostics.recoveries,
         "worker processes were killed (often for memory), hung, or lost their machine",
         "look at the machine's memory; lower --dist.num-workers or the stage's micro-batch-size",
         _ALL,
     ),
     Check(
         "not-finite",
-        checks.not_finite,
+        diagnostics.not_finite,
         "a loss, gradient, reward or value overflowed",
         "lower the learning rate, or use --precision fp32; the refused batch is in OUTPUT_DIR/nonfinite",
         _ALL,
@@ -169,15 +181,34 @@ CHECKS = (
 
 
 def findings(reader: LogReader) -> list[Finding]:
-    """What the checks say of every stage so far; problems first, then by stage, in the order of `CHECKS`."""
-    found = [_finding(check, reader, stage) for stage in reader.stages for check in CHECKS if stage in check.stages]
-    return sorted(found, key=lambda finding: -LEVELS.index(finding.level))
+    """The findings of every stage so far; problems first, then by stage, in the order of `CHECKS`."""
+    results = [
+        _finding(check, reader, stage) for stage in reader.stages for check in CHECKS if _applies(check, reader, stage)
+    ]
+    return sorted(results, key=lambda finding: -LEVELS.index(finding.level))
+
+
+def _applies(check: Check, reader: LogReader, stage: str) -> bool:
+    known = check.stages is _ALL and any(map(is_registered, reader.names(stage)))
+    return known or stage in check.stages or bool(_judged(check, reader, stage))
+
+
+def _judged(check: Check, reader: LogReader, stage: str) -> list[str]:
+    """Metrics of the stage that the check judges."""
+    return [name for name in reader.names(stage) if check.name in describe(name).checks]
 
 
 def _finding(check: Check, reader: LogReader, stage: str) -> Finding:
-    try:
-        reading = check.measure(reader, stage)
-    except Unknown as error:
-        reading = Reading("unknown", str(error), "")
-    level, summary, evidence, steps = reading
+    """The worst of what the check finds in the metrics that it judges."""
+    named = [key for key, metric in METRICS.items() if check.name in metric.checks]
+    judged = _judged(check, reader, stage) or named[:1]
+    readings = [_reading(check, reader, stage, name) for name in judged] or [_reading(check, reader, stage)]
+    level, summary, evidence, steps = max(readings, key=lambda reading: LEVELS.index(reading.level))
     return Finding(check.name, level, stage, summary, evidence, check.cause, check.advice, steps)
+
+
+def _reading(check: Check, reader: LogReader, stage: str, *metric: str) -> Reading:
+    try:
+        return check.measure(reader, stage, *metric, *check.beside)
+    except Unknown as error:
+        return Reading("unknown", str(error), "")

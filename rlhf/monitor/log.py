@@ -1,7 +1,7 @@
 """Reading logs/ while it is written: each poll reads what was appended, and nothing twice.
 
 The form of the lines is `rlhf.io.run_log`'s. Whatever else a file holds, a line cut off by a crash, another program's
-output, is passed over and told of in `problems`.
+output, is passed over and listed in `problems`.
 """
 
 import math
@@ -20,7 +20,7 @@ from rlhf.monitor.sample_store import SampleOffset, SampleStore
 from rlhf.monitor.tail import Tail, is_number, parse_line
 
 _HEAD = re.compile(rb'\{"stage": "([\w-]+)", "step": (\d{1,18}), ')
-"""How every sample line begins, so that the rest need not be parsed until somebody asks for it."""
+"""The beginning of every sample line; the rest is parsed when somebody asks for it."""
 
 _PACE_STEPS = 50  # newest lines whose median duration is the pace
 
@@ -38,13 +38,13 @@ class Series(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a stage is, by its log."""
+    """The progress of a stage, by its log."""
 
     step: int
     total: int
     """0 where the log does not say."""
     unit: str
-    """What a step is called."""
+    """Name of a step."""
     state: State
     """A killed run says nothing of it and stays "running"."""
     time: float
@@ -124,13 +124,13 @@ class LogReader:
 
     @property
     def name(self) -> str:
-        """What to call the run: its output folder's name."""
+        """Name of the run: that of its output folder."""
         folder = self.folder.absolute()
         return (folder.parent if folder.name == "logs" else folder).name or str(folder)
 
     @property
     def problems(self) -> list[str]:
-        """What could not be read, in sentences."""
+        """The parts that could not be read, in sentences."""
         unread = [
             f"{name}: {count} {'line is' if count == 1 else 'lines are'} cut off or not of an rlhf log, and passed over"
             for name, count in sorted(self._unread.items())
@@ -148,12 +148,12 @@ class LogReader:
         return column.series() if column is not None else Series(np.empty(0, np.int64), np.empty(0))
 
     def progress(self, stage: str) -> Progress:
-        """How far a stage is."""
-        begun = [event for event in self.events if event["stage"] == stage]
-        first: dict[str, Any] = next((event for event in reversed(begun) if event["event"] in ("start", "resume")), {})
+        """The progress of a stage."""
+        events = [event for event in self.events if event["stage"] == stage]
+        first: dict[str, Any] = next((event for event in reversed(events) if event["event"] in ("start", "resume")), {})
         total, unit = first.get("total"), first.get("unit")
-        states = [event for event in begun if event["event"] != "fault"]  # which may come after the end
-        stamps = [*(event.get("time") for event in begun[-1:]), *self.series(stage, "time").values[-1:].tolist()]
+        states = [event for event in events if event["event"] != "fault"]  # which may come after the end
+        stamps = [*(event.get("time") for event in events[-1:]), *self.series(stage, "time").values[-1:].tolist()]
         return Progress(
             max(self._last.get(stage, 0), states[-1].get("step", 0) if states else 0),  # not every step may be logged
             total if isinstance(total, int) else 0,
@@ -221,7 +221,7 @@ class LogReader:
 
 
 def read_logs(folders: Sequence[Path]) -> list[LogReader]:
-    """What runs have logged by now.
+    """Read the logs that runs have written by now.
 
     Raises:
         UserError: a folder is no run's, or its log has no line that can be read.
@@ -235,7 +235,7 @@ def read_logs(folders: Sequence[Path]) -> list[LogReader]:
 
 
 def _has_its_type(name: str, value: Any) -> bool:
-    """Whether a field of an event is what readers take it for."""
+    """True for a field of an event that has the type readers expect."""
     if name in ("time", "recovery_s", "peak_bytes", "total"):
         return is_number(value)
     if name in ("message", "what", "unit"):

@@ -1,7 +1,7 @@
 """Plots for a paper: one PNG for each question about a run, or about several runs that differ in their seed."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -11,18 +11,21 @@ from rlhf.errors import UserError
 from rlhf.io.output import check_output, write_output
 from rlhf.io.terminal import shorten, visible
 from rlhf.io.user_log import log_user
-from rlhf.monitor.figures import (
+from rlhf.metrics import describe
+from rlhf.monitor.charts import Chart, charts
+from rlhf.monitor.log import LogReader, Series, read_logs
+from rlhf.monitor.plot_axes import (
     COLOURS,
     SMOOTHED,
-    Panel,
+    AxesStyle,
     add_legend,
-    draw_panel,
-    finite,
+    draw_chart,
+    drop_nan,
+    name_y_axis,
     new_figure,
     on_one_grid,
     plot_style,
 )
-from rlhf.monitor.log import LogReader, Series, read_logs
 from rlhf.monitor.samples_plot import draw_samples
 from rlhf.monitor.view import run_names, thin
 from rlhf.train.stage import STAGES
@@ -34,84 +37,51 @@ if TYPE_CHECKING:
 PlotType = Literal["all", "loss", "reward", "kl", "lengths", "timing", "samples"]
 _BARS = 60
 _STAGES = {stage.name: stage.title for stage in STAGES.values()}
-_PHASES = {"timing_s/generate": "generate", "timing_s/score": "score", "timing_s/update": "update"}
 
 
 class LinePlot(NamedTuple):
-    """Metrics of one stage over its steps."""
+    """Charts of `rlhf.monitor.charts` below each other, over the steps of a stage."""
 
     file: str
     kind: str
-    stage: str
     question: str
-    panels: tuple[Panel, ...]
+    charts: dict[str, AxesStyle]
 
 
 LINE_PLOTS = (
+    LinePlot("sft_loss", "loss", "Does the model learn the demonstrations?", {"loss": AxesStyle(log=True)}),
     LinePlot(
-        "sft_loss", "loss", "sft", "Does the model learn the demonstrations?",
-        (
-            Panel(
-                "cross-entropy (nats per token)",
-                {"loss/sft": "training batches", "eval/loss": "held-out records"},
-                log=True,
-            ),
-        ),
+        "reward_model", "loss", "Does the reward model order pairs as people do?",
+        {"pair-accuracy": AxesStyle(level=(0.5, "chance")), "reward-loss": AxesStyle()},
     ),
     LinePlot(
-        "reward_model", "loss", "reward", "Does the reward model order pairs as people do?",
-        (
-            Panel(
-                "accuracy (share of pairs)",
-                {"reward/accuracy": "training batches", "eval/reward/accuracy": "held-out pairs"},
-                (0.5, "chance"),
-            ),
-            Panel("loss (nats per pair)", {"loss/reward": "training batches"}),
-        ),
+        "value_function", "loss", "Is the value function learning?",
+        {"explained-variance": AxesStyle(level=(0.0, "predicting the mean")), "value-loss": AxesStyle(log=True)},
+    ),
+    LinePlot("reward", "reward", "Is the reward rising?", {"score": AxesStyle(), "gold": AxesStyle()}),
+    LinePlot(
+        "kl", "kl", "How far is the policy from the reference?",
+        {"kl": AxesStyle(), "entropy": AxesStyle(limits=(0.0, None))},
     ),
     LinePlot(
-        "value_function", "loss", "ppo", "Is the value function learning?",
-        (
-            Panel(
-                "explained variance of the returns",
-                {"val/explained_variance": "value function"},
-                (0.0, "predicting the mean"),
-            ),
-            Panel("value loss (squared reward units)", {"loss/value_avg": "value loss"}, log=True),
-        ),
+        "update_size", "kl", "How far does each iteration move the policy?",
+        {"update-kl": AxesStyle(), "clip": AxesStyle(limits=(0.0, None))},
     ),
     LinePlot(
-        "reward", "reward", "ppo", "Is the reward rising?",
-        (
-            Panel(
-                "mean per completion (reward units)",
-                {"objective/scores": "score", "objective/rlhf_reward": "score minus KL penalty"},
-            ),
-            Panel("gold score (its own units)", {"gold/*": ""}),
-        ),
-    ),
-    LinePlot(
-        "kl", "kl", "ppo", "How far is the policy from the reference?",
-        (
-            Panel("KL to the reference (nats per completion)", {"objective/kl": "KL"}),
-            Panel("entropy of the policy (nats per token)", {"policy/entropy_avg": "entropy"}, limits=(0.0, None)),
-        ),
-    ),
-    LinePlot(
-        "update_size", "kl", "ppo", "How far does each iteration move the policy?",
-        (
-            Panel("approximate KL of an iteration (nats per token)", {"policy/approxkl_avg": "KL"}),
-            Panel("tokens clipped (share)", {"policy/clipfrac_avg": "clipped"}, limits=(0.0, None)),
-        ),
-    ),
-    LinePlot(
-        "lengths", "lengths", "ppo", "How long are completions, and do they end?",
-        (
-            Panel("mean length (tokens)", {"response_length/mean": "length"}, limits=(0.0, None)),
-            Panel("ended by themselves (share)", {"response_length/ended": "ended"}, limits=(-0.03, 1.03)),
-        ),
+        "lengths", "lengths", "How long are completions, and do they end?",
+        {"length": AxesStyle(limits=(0.0, None)), "ended": AxesStyle(limits=(-0.03, 1.03))},
     ),
 )  # fmt: skip
+
+
+class Drawing(NamedTuple):
+    """A plot, drawn."""
+
+    file: str
+    """Its name without the ending."""
+    figure: "Figure"
+    stage: str = ""
+    """Whose metrics it shows, where that is one."""
 
 
 def write_plots(
@@ -134,35 +104,34 @@ def write_plots(
             log_user(f"{reader.folder}: {visible(problem)}")
     folder = folder or readers[0].folder.absolute().parent / "report"
     with plot_style():
-        figures = {name: figure for name, figure in _figures(readers, kind) if figure is not None}
-        if not figures:
+        drawn = drawings(readers, kind)
+        if not drawn:
             raise UserError(f"{readers[0].folder}: nothing to draw for --plot-type {kind} yet")
-        files = {folder / f"{name}.png": figure for name, figure in figures.items()}
+        files = {folder / f"{drawing.file}.png": drawing for drawing in drawn}
         for path in files:
             check_output(path, "--output-dir", overwrite=overwrite)
-        for path, figure in files.items():
-            write_output(path, _png(figure, path.stem, readers), overwrite=overwrite)
+        for path, drawing in files.items():
+            write_output(path, _png(drawing, readers), overwrite=overwrite)
         return list(files)
 
 
-def _figures(readers: Sequence[LogReader], kind: str) -> "list[tuple[str, Figure | None]]":
-    """(file name, figure) of the wanted kind; None where the logs hold nothing for it."""
+def drawings(readers: Sequence[LogReader], kind: str) -> list[Drawing]:
+    """The plots of the wanted kind that the logs hold something for."""
     chosen = set(get_args(PlotType)) if kind == "all" else {kind}
-    made: list[tuple[str, Figure | None]] = [
-        (plot.file, _line_plot(readers, plot)) for plot in LINE_PLOTS if plot.kind in chosen
-    ]
+    made = [drawing for plot in LINE_PLOTS if plot.kind in chosen for drawing in _line_plots(readers, plot)]
+    figures: dict[str, Figure | None] = {}
     if "reward" in chosen:
-        made.append(("over_optimisation", _over_optimisation(readers)))
+        figures["over_optimisation"] = _over_optimisation(readers)
     if "timing" in chosen:
-        made.append(("timing", _timing(readers)))
+        figures["timing"] = _timing(readers)
     if "samples" in chosen:
-        made.append(("samples", draw_samples(readers[0])))
-    return made
+        figures["samples"] = draw_samples(readers[0])
+    return made + [Drawing(file, figure) for file, figure in figures.items() if figure is not None]
 
 
-def _png(figure: "Figure", name: str, readers: Sequence[LogReader]) -> bytes:
-    """Return a figure that says which runs it is of, and what its lines are."""
-    stage = next((plot.stage for plot in LINE_PLOTS if plot.file == name), "")
+def _png(drawing: Drawing, readers: Sequence[LogReader]) -> bytes:
+    """A drawing that says which runs it is of, and what its lines are."""
+    name, figure, stage = drawing
     names = [
         visible(run)
         for reader, run in zip(readers, run_names(readers), strict=True)
@@ -182,38 +151,45 @@ def _png(figure: "Figure", name: str, readers: Sequence[LogReader]) -> bytes:
     return image.getvalue()
 
 
-def _line_plot(readers: Sequence[LogReader], plot: LinePlot) -> "Figure | None":
-    present = [panel for panel in plot.panels if _has(readers, plot.stage, panel)]
-    if not present:
-        return None
-    figure, axes = new_figure(len(present), title=plot.question)
-    for ax, panel in zip(axes, present, strict=True):
-        draw_panel(ax, readers, plot.stage, panel)
-    axes[-1].set_xlabel(_x_label(plot.stage))
-    figure.align_ylabels()
-    return figure
+def _line_plots(readers: Sequence[LogReader], plot: LinePlot) -> Iterator[Drawing]:
+    """A plot of every stage that has something for it; the files after the first have a number."""
+    count = 0
+    for stage in _stages(readers):
+        present = _charts(readers, stage)
+        styles = {name: style for name, style in plot.charts.items() if name in present}
+        if not styles:
+            continue
+        figure, axes = new_figure(len(styles), title=plot.question)
+        for ax, (name, style) in zip(axes, styles.items(), strict=True):
+            draw_chart(ax, readers, stage, present[name], style)
+        axes[-1].set_xlabel(_x_label(readers, stage))
+        figure.align_ylabels()
+        count += 1
+        yield Drawing(plot.file if count == 1 else f"{plot.file}_{count}", figure, stage)
 
 
-def _has(readers: Sequence[LogReader], stage: str, panel: Panel) -> bool:
-    wanted = tuple(panel.curves)
-    return any(
-        len(finite(reader.series(stage, name)).steps)
-        for reader in readers
-        for name in reader.names(stage)
-        if name in wanted or any(name.startswith(pattern[:-1]) for pattern in wanted if pattern.endswith("*"))
+def _stages(readers: Sequence[LogReader]) -> list[str]:
+    return list(dict.fromkeys(stage for reader in readers for stage in reader.stages))
+
+
+def _charts(readers: Sequence[LogReader], stage: str) -> dict[str, Chart]:
+    """Charts of the stage's metrics that have a finite value."""
+    names = dict.fromkeys(name for reader in readers for name in reader.names(stage))
+    return charts(
+        name for name in names if any(np.isfinite(reader.series(stage, name).values).any() for reader in readers)
     )
 
 
-def _x_label(stage: str) -> str:
-    return f"{_STAGES[stage]} {'iteration' if stage == 'ppo' else 'step'}"
+def _x_label(readers: Sequence[LogReader], stage: str) -> str:
+    units = [reader.progress(stage).unit for reader in readers if stage in reader.stages]
+    return f"{_STAGES.get(stage, visible(stage))} {visible(units[0])}"
 
 
 def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
     """Score and gold score against the root of the KL, as in Gao et al. 2022, https://arxiv.org/abs/2210.10760."""
     golds = dict.fromkeys(n for reader in readers for n in reader.names("ppo") if n.startswith("gold/"))
-    shown = {"objective/scores": "score (reward units)"} | {name: f"{visible(name)}, not optimised" for name in golds}
-    points = {name: _against_kl(readers, name) for name in shown}
-    points = {name: found for name, found in points.items() if found.size}
+    points = {name: _against_kl(readers, name) for name in ("objective/scores", *golds)}
+    points = {name: columns for name, columns in points.items() if columns.size}
     if not points:
         return None
     figure, axes = new_figure(
@@ -222,7 +198,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
     )
     from matplotlib.ticker import AutoLocator, MaxNLocator
 
-    last = max(found[2].max() for found in points.values())
+    last = max(columns[2].max() for columns in points.values())
     for ax, (name, (root_kl, values, steps)) in zip(axes, points.items(), strict=True):
         dots = ax.scatter(
             root_kl,
@@ -234,7 +210,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
             edgecolors="#555555",  # the newest are yellow, which hardly shows on white
             linewidths=0.4,
         )
-        ax.set_ylabel(shown[name])
+        name_y_axis(ax, describe(name).label, describe(name).unit)
     axes[-1].xaxis.set_major_locator(AutoLocator())
     axes[-1].set_xlabel("√KL to the reference (√nats per completion)")
     figure.colorbar(dots, ax=axes, label="PPO iteration", aspect=30).locator = MaxNLocator(integer=True)
@@ -245,7 +221,7 @@ def _against_kl(readers: Sequence[LogReader], name: str) -> np.ndarray:
     """[3, n]: √KL, value and step of every line that has both."""
     parts = []
     for reader in readers:
-        kl, values = finite(reader.series("ppo", "objective/kl")), finite(reader.series("ppo", name))
+        kl, values = drop_nan(reader.series("ppo", "objective/kl")), drop_nan(reader.series("ppo", name))
         steps, at_kl, at_value = np.intersect1d(kl.steps, values.steps, return_indices=True)
         parts.append(np.array([np.sqrt(np.maximum(kl.values[at_kl], 0.0)), values.values[at_value], steps]))
     return np.concatenate(parts, axis=1)
@@ -253,21 +229,18 @@ def _against_kl(readers: Sequence[LogReader], name: str) -> np.ndarray:
 
 def _timing(readers: Sequence[LogReader]) -> "Figure | None":
     """Seconds of each phase, stacked, and tokens per second."""
-    speed = [stage for stage in _STAGES if _has(readers, stage, Panel("", {"perf/tokens_per_s": ""}))]
-    phases = _has(readers, "ppo", Panel("", {"timing_s/step": ""}))
+    present = {stage: _charts(readers, stage) for stage in _stages(readers)}
+    speed = {stage: group["throughput"] for stage, group in present.items() if "throughput" in group}
+    phases = "step-time" in present.get("ppo", {})
     if not speed and not phases:
         return None
     figure, axes = new_figure(len(speed) + phases, title="Where does the time go?", height=2.4, same_x=False)
     if phases:
         _phases(axes[0], readers)
-    for ax, stage in zip(axes[phases:], speed, strict=True):
-        draw_panel(
-            ax,
-            readers,
-            stage,
-            Panel(f"{_STAGES[stage]} (tokens per second)", {"perf/tokens_per_s": ""}, limits=(0.0, None)),
-        )
-        ax.set_xlabel(_x_label(stage))
+    for ax, (stage, chart) in zip(axes[phases:], speed.items(), strict=True):
+        draw_chart(ax, readers, stage, chart, AxesStyle(limits=(0.0, None)))
+        name_y_axis(ax, _STAGES.get(stage, stage), describe(chart.metrics[0]).unit)
+        ax.set_xlabel(_x_label(readers, stage))
         ax.yaxis.set_major_formatter("{x:,.0f}")
     return figure
 
@@ -277,10 +250,13 @@ def _phases(axes: "Axes", readers: Sequence[LogReader]) -> None:
     steps, whole = _mean_bars(readers, "timing_s/step")
     width = float(np.median(np.diff(steps))) if len(steps) > 1 else 0.8
     bottom = np.zeros(len(steps))
-    for place, (name, label) in enumerate(_PHASES.items()):
+    parts = _charts(readers, "ppo").get("phases")
+    for place, name in enumerate(parts.metrics if parts else ()):
         at, seconds = _mean_bars(readers, name)
         if len(at) == len(steps):
-            axes.bar(steps, seconds, width, bottom=bottom, color=COLOURS[place], label=label)
+            axes.bar(
+                steps, seconds, width, bottom=bottom, color=COLOURS[place % len(COLOURS)], label=describe(name).label
+            )
             bottom = bottom + seconds
     rest = np.maximum(whole - bottom, 0.0)
     axes.bar(steps, rest, width, bottom=bottom, color="#999999", label="other")
@@ -290,7 +266,7 @@ def _phases(axes: "Axes", readers: Sequence[LogReader]) -> None:
 
 
 def _mean_bars(readers: Sequence[LogReader], name: str) -> tuple[np.ndarray, np.ndarray]:
-    runs = [series for reader in readers if len((series := finite(reader.series("ppo", name))).steps)]
+    runs = [series for reader in readers if len((series := drop_nan(reader.series("ppo", name))).steps)]
     if not runs:
         return np.empty(0), np.empty(0)
     steps, table = on_one_grid(runs)

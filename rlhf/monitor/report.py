@@ -14,7 +14,7 @@ from rlhf.io.output import check_output, write_output
 from rlhf.io.run_log import finite
 from rlhf.monitor.log import LogReader, read_logs
 from rlhf.monitor.samples import report_samples
-from rlhf.monitor.view import POINTS, run_names, run_state, stage_curves
+from rlhf.monitor.view import POINTS, metric_table, run_names, run_state, stage_curves
 
 STYLES = ("uPlot.min.css", "style.css")
 SCRIPTS = ("uPlot.iife.min.js", "dom.js", "source.js", "metrics.js", "curves.js", "card.js", "curve_card.js",
@@ -22,7 +22,7 @@ SCRIPTS = ("uPlot.iife.min.js", "dom.js", "source.js", "metrics.js", "curves.js"
 """In the order in which they need each other."""
 
 _SAMPLE_BYTES = 2_200_000
-"""What a report may spend on completions; the curves of a thousand iterations take about a megabyte."""
+"""Bytes that a report may spend on completions; the curves of a thousand iterations take about a megabyte."""
 
 
 def write_report(log_dirs: Sequence[Path], path: Path, *, overwrite: bool | None = None) -> list[LogReader]:
@@ -82,7 +82,7 @@ def _content(readers: Sequence[LogReader]) -> dict[str, Any]:
         curves = {stage: stage_curves(reader, stage, points=max(100, POINTS // share)) for stage in reader.stages}
         state = run_state(reader, name)
         runs.append({"state": state, "curves": curves, "samples": report_samples(reader, _SAMPLE_BYTES // share)})
-    return {"now": time.time(), "runs": runs}
+    return {"now": time.time(), "runs": runs, "table": metric_table(readers)}
 
 
 def _inside_script(data: Any) -> str:

@@ -8,7 +8,7 @@ from rlhf.monitor.tail import is_number, parse_line
 
 
 class SampleOffset(NamedTuple):
-    """Where a sample's line lies."""
+    """The position of a sample's line in the file."""
 
     stage: str
     step: int
@@ -76,7 +76,7 @@ def _sample(place: SampleOffset, line: bytes) -> dict[str, Any]:
 
 
 def _has_its_type(name: str, value: Any) -> bool:
-    """Whether a field of a sample is what readers take it for; all but a few are numbers."""
+    """True for a field of a sample that has the type readers expect; all but a few are numbers."""
     if name in ("stage", "step"):
         return True
     if name == "ended":
@@ -87,7 +87,7 @@ def _has_its_type(name: str, value: Any) -> bool:
 
 
 def _is_per_token(value: Any) -> bool:
-    """Whether it has the pieces of a text, and for each of them numbers."""
+    """True for a value with the pieces of a text and numbers for each of them."""
     if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
         return False
     pieces = value.get("pieces", [])

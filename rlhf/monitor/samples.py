@@ -18,7 +18,7 @@ _REPORT_READ = 2000  # oldest, newest and spread samples that a report chooses a
 
 
 class Query(NamedTuple):
-    """Which samples, in which order."""
+    """A selection of samples and its order."""
 
     text: str = ""
     """Words that prompt or completion must have, each; case does not count."""
@@ -35,7 +35,7 @@ class Query(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What is kept of a sample to find it by."""
+    """The part of a sample by which it is searched and sorted."""
 
     number: int
     """Its place in the reader's samples."""
@@ -47,7 +47,7 @@ class _Entry(NamedTuple):
     kl: float
     ended: bool | None
     tokens: bool
-    """Whether the log has `per_token`."""
+    """True where the log has `per_token`."""
 
 
 class SampleIndex:
@@ -59,7 +59,7 @@ class SampleIndex:
         self._entries: list[_Entry] = []
 
     def update(self) -> None:
-        """Read what the reader has found since the last call."""
+        """Read the samples that came since the last call."""
         count = len(self._reader.samples.places)
         if self._generation != self._reader.generation or count < len(self._entries):
             self._generation, self._entries = self._reader.generation, []
@@ -69,9 +69,9 @@ class SampleIndex:
         """Numbers of the samples that match: one each, or (first, last) of each prompt."""
         return _find(self._entries, query)
 
-    def rows(self, found: Iterable[tuple[int, ...]]) -> list[list[dict[str, Any]]]:
+    def rows(self, numbers: Iterable[tuple[int, ...]]) -> list[list[dict[str, Any]]]:
         """The samples themselves, with all that the log says of them."""
-        return [[self._reader.samples[number] for number in row] for row in found]
+        return [[self._reader.samples[number] for number in row] for row in numbers]
 
 
 def report_samples(reader: LogReader, limit: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.report import content_policy, document, to_json
 from rlhf.monitor.samples import SORTS, Query, SampleIndex
-from rlhf.monitor.view import POINTS, run_names, run_state, stage_curves
+from rlhf.monitor.view import POINTS, metric_table, run_names, run_state, stage_curves
 
 _HOSTS = {"localhost", "127.0.0.1", "[::1]"}
 _TEXT_BROWSERS = {"www-browser", "lynx", "links", "links2", "elinks", "w3m", "browsh"}
@@ -89,51 +89,51 @@ class Runs:
         self._version = 0
         self._states: list[dict[str, Any]] = []
 
-    def state(self, given: Parameters) -> dict[str, Any]:
-        """Where all runs stand; without `runs` if the caller has this version already."""
+    def state(self, parameters: Parameters) -> dict[str, Any]:
+        """State of all runs; without `runs` and `table` if the caller has this version already."""
         with self._lock:
             self._update()
             known = {"version": self._version, "now": time.time()}
-            if _whole(given, "version", 0) == self._version:
+            if _whole(parameters, "version", 0) == self._version:
                 return known
             if not self._states:
                 self._states = [
                     run_state(reader, name) for reader, name in zip(self._readers, self._names, strict=True)
                 ]
-            return known | {"runs": self._states}
+            return known | {"runs": self._states, "table": metric_table(self._readers)}
 
-    def curves(self, given: Parameters) -> dict[str, Any]:
+    def curves(self, parameters: Parameters) -> dict[str, Any]:
         """Curves of a stage, from one step to another."""
         with self._lock:
             self._update()
-            reader = self._readers[self._run(given)]
-            last = _whole(given, "last", -1)
+            reader = self._readers[self._run(parameters)]
+            last = _whole(parameters, "last", -1)
             return {
                 "generation": reader.generation,
                 "curves": stage_curves(
                     reader,
-                    given.get("stage", ""),
-                    first=_whole(given, "first", 0),
+                    parameters.get("stage", ""),
+                    first=_whole(parameters, "first", 0),
                     last=None if last < 0 else last,
                     points=POINTS,
                 ),
             }
 
-    def samples(self, given: Parameters) -> dict[str, Any]:
+    def samples(self, parameters: Parameters) -> dict[str, Any]:
         """One page of the samples that match."""
-        sort = given.get("sort", "newest")
+        sort = parameters.get("sort", "newest")
         if sort not in SORTS:
             raise ValueError(f"sort: expected one of {', '.join(SORTS)}")
-        ended = {"yes": True, "no": False}.get(given.get("ended", ""))
-        pairs, tokens = (given.get(name) == "yes" for name in ("pairs", "tokens"))
-        query = Query(given.get("text", ""), given.get("prompt"), sort, ended, pairs, tokens)
-        offset, limit = _whole(given, "offset", 0), min(_whole(given, "limit", 25), _ROWS)
+        ended = {"yes": True, "no": False}.get(parameters.get("ended", ""))
+        pairs, tokens = (parameters.get(name) == "yes" for name in ("pairs", "tokens"))
+        query = Query(parameters.get("text", ""), parameters.get("prompt"), sort, ended, pairs, tokens)
+        offset, limit = _whole(parameters, "offset", 0), min(_whole(parameters, "limit", 25), _ROWS)
         with self._lock:
             self._update()
-            index = self._indexes[self._run(given)]
+            index = self._indexes[self._run(parameters)]
             index.update()
-            found = index.find(query)
-            return {"total": len(found), "rows": index.rows(found[offset : offset + limit])}
+            rows = index.find(query)
+            return {"total": len(rows), "rows": index.rows(rows[offset : offset + limit])}
 
     def _update(self) -> None:
         """Read what the runs have written since."""
@@ -141,15 +141,15 @@ class Runs:
         if any(changed) or not self._version:
             self._version, self._states = self._version + 1, []
 
-    def _run(self, given: Parameters) -> int:
-        run = _whole(given, "run", 0)
+    def _run(self, parameters: Parameters) -> int:
+        run = _whole(parameters, "run", 0)
         if run >= len(self._readers):
             raise ValueError(f"run: there are {len(self._readers)}")
         return run
 
 
-def _whole(given: Parameters, name: str, default: int) -> int:
-    text = given.get(name, "")
+def _whole(parameters: Parameters, name: str, default: int) -> int:
+    text = parameters.get(name, "")
     if not text:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 19):
@@ -176,9 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
         if target.path == "/":
             self._answer(HTTPStatus.OK, "text/html", document(None))
         elif target.path in answers:
-            given = {name: values[-1] for name, values in parse_qs(target.query, keep_blank_values=True).items()}
+            parameters = {name: values[-1] for name, values in parse_qs(target.query, keep_blank_values=True).items()}
             try:
-                status, answer = HTTPStatus.OK, answers[target.path](given)
+                status, answer = HTTPStatus.OK, answers[target.path](parameters)
             except (ValueError, UserError, OSError) as error:  # also of a log that is removed this very moment
                 status, answer = HTTPStatus.BAD_REQUEST, {"error": str(error)}
             self._answer(status, "application/json", to_json(answer))

@@ -23,7 +23,7 @@ class Tail:
         self._offset, self._inode, self._mark = 0, -1, b""
 
     def replaced(self) -> bool:
-        """Whether what was read is no longer what the file begins with."""
+        """True if the file no longer begins with what was read."""
         if self._inode < 0:
             return False
         try:
@@ -66,5 +66,5 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number that a float can hold, if not a finite one."""
+    """True for a JSON value that is a number within the range of floats, finite or not."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300)

@@ -1,4 +1,4 @@
-"""Where the health checks draw their lines, and why there."""
+"""The thresholds of the health checks, each with its source."""
 
 from typing import Literal, NamedTuple
 
@@ -13,14 +13,14 @@ def worst(*levels: Level) -> Level:
 
 
 class Threshold(NamedTuple):
-    """Where a figure becomes a warning and where a problem."""
+    """The values at which a figure becomes a warning and a problem."""
 
     warning: float
     problem: float
     source: str
 
     def level(self, value: float) -> Level:
-        """How bad a figure is; where `problem` is the smaller of the two, small is bad."""
+        """The level of a figure; where `problem` is the smaller of the two, small is bad."""
         sign = 1 if self.problem >= self.warning else -1
         return (
             "problem"

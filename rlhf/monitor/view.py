@@ -1,5 +1,6 @@
 """A run's log as the page shows it, in JSON values: where it stands, what the checks say, and thinned curves."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -7,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.metrics import describe, in_order
+from rlhf.monitor.charts import charts
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import LogReader, Series
 
@@ -21,7 +24,7 @@ _EVENTS = 300
 
 
 def run_names(readers: Sequence[LogReader]) -> list[str]:
-    """What to call each run: its folder's name, with its parent's or a number where that is not enough."""
+    """Name of each run: that of its folder, with its parent's or a number where that is not enough."""
     names = [reader.name for reader in readers]
     many = Counter(names)
     names = [
@@ -43,6 +46,15 @@ def run_state(reader: LogReader, name: str) -> dict[str, Any]:
         "problems": reader.problems,
         "findings": [finding._asdict() for finding in findings(reader)],
         "samples": len(reader.samples),
+    }
+
+
+def metric_table(readers: Sequence[LogReader]) -> dict[str, Any]:
+    """The runs' metrics in the table's order and their charts in theirs, as JSON values for the page."""
+    names = list(dict.fromkeys(name for reader in readers for stage in reader.stages for name in reader.names(stage)))
+    return {
+        "metrics": {name: dataclasses.asdict(describe(name)) for name in in_order(names)},
+        "charts": [chart._asdict() for chart in charts(names).values()],
     }
 
 

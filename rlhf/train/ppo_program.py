@@ -18,12 +18,12 @@ from rlhf.models.architecture import ModelShape
 from rlhf.models.decoding import decode_steps
 from rlhf.models.heads import init_value_head, value_head_from_reward
 from rlhf.models.scoring import make_scorer
-from rlhf.schedules import constant
+from rlhf.schedules import constant_schedule
 from rlhf.train.ppo_objective import make_ppo_objective
 from rlhf.train.stage_inputs import lr_at_step, make_schedule
 from rlhf.train.supervised import make_adamw
-from rlhf.tree import tree_map
-from rlhf.types import Params
+from rlhf.tree import tree_map, tree_map_named
+from rlhf.types import Params, Tree
 
 
 class ModelShapes(NamedTuple):
@@ -105,7 +105,7 @@ def make_ppo_program(
         dtype: of the models' passes.
         compile_to: see `Program`.
     """
-    rate = constant(settings.learning_rate)  # replaced in every step by `learning_rate`
+    rate = constant_schedule(settings.learning_rate)  # replaced in every step by `learning_rate`
     limit = None if settings.target_kl is None else MetricLimit("policy/approxkl_avg", settings.target_kl)
     objective = functools.partial(
         make_ppo_objective,
@@ -130,7 +130,7 @@ def make_ppo_program(
         log_probs=recomputes_log_probs(settings, dtype),
         bootstrap=settings.bootstrap_truncated,
     )
-    warmup_adamw = make_adamw(settings, rate, lambda name: float(not name.startswith("policy.")))
+    warmup_adamw = make_adamw(settings, rate, _critic_alone)
     return Program(
         steps={
             "ppo": StepSpec(objective(), make_adamw(settings, rate), settings.max_grad_norm, limit),
@@ -154,6 +154,11 @@ def make_ppo_program(
         frozen_updates={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
         compile_to=compile_to,
     )
+
+
+def _critic_alone(params: Tree) -> Tree:
+    """Factors on the learning rate while the critic warms up: 0 for the policy."""
+    return tree_map_named(lambda name, leaf: float(not name.startswith("policy.")), params)
 
 
 def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSource | None) -> Params:

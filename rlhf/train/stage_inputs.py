@@ -17,7 +17,7 @@ from rlhf.io.model_folder import load_shape, weights_digest
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models.architecture import ModelShape, get_architecture
 from rlhf.random import fold_in, permutation
-from rlhf.schedules import Schedule, constant, cosine, linear
+from rlhf.schedules import Schedule, constant_schedule, cosine_schedule, linear_schedule
 from rlhf.train.context import Run
 from rlhf.train.stage import STAGES
 
@@ -169,8 +169,8 @@ def make_schedule(settings: OptimizerConfig, total_steps: int) -> Schedule:
     """The learning-rate schedule over `total_steps` updates."""
     warmup = min(int(settings.warmup_fraction * total_steps), total_steps - 1)
     if settings.schedule == "constant":
-        return constant(settings.learning_rate, warmup_steps=warmup)
-    course = linear if settings.schedule == "linear" else cosine
+        return constant_schedule(settings.learning_rate, warmup_steps=warmup)
+    course = linear_schedule if settings.schedule == "linear" else cosine_schedule
     return course(settings.learning_rate, total_steps, warmup_steps=warmup)
 
 

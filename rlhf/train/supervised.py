@@ -25,6 +25,7 @@ from rlhf.train.loop import train
 from rlhf.train.observers import LoopState, Observers
 from rlhf.train.resume import Identity
 from rlhf.train.stage_inputs import ModelSpec, lr_at_step, make_schedule, open_dataset, record_order
+from rlhf.types import Tree
 
 _EVAL_RECORDS = 1024
 """Held-out records that an evaluation reads at most."""
@@ -117,7 +118,7 @@ def make_plan(settings: SupervisedConfig, records: int) -> TrainPlan:
     return TrainPlan(steps, make_schedule(settings, steps))
 
 
-def make_adamw(settings: Any, schedule: Schedule, lr_multiplier: Callable[[str], float] | None = None) -> Optimizer:
+def make_adamw(settings: Any, schedule: Schedule, lr_multiplier: Callable[[Tree], Tree] | None = None) -> Optimizer:
     """AdamW with a section's constants."""
     return adamw(
         schedule,

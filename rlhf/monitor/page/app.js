@@ -97,6 +97,7 @@ class App {
     const answer = await this.source.state();
     this.#now = answer.now;
     if (answer.runs) {
+      takeTable(answer.table);
       this.runs = answer.runs.map((run, number) => ({ ...run, number }));
       for (const run of this.runs) {
         for (const stage of run.stages) await this.curves.update(run.number, stage, run.generation);

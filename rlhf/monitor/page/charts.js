@@ -78,7 +78,7 @@ class Charts {
   }
 
   #group(question, charts) {
-    const cards = charts.map((metrics) => (metrics === "over-optimisation" ? new TradeCard(this) : new CurveCard(this, metrics)));
+    const cards = charts.map((chart) => (chart.scatter ? new TradeCard(this, chart) : new CurveCard(this, chart)));
     this.#cards.push(...cards);
     return el("section", { class: "question" }, el("h2", {}, question), el("div", { class: "grid" }, cards.map((card) => card.root)));
   }

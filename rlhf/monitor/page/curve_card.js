@@ -7,15 +7,15 @@ const RUN_DASHES = [[], [7, 4], [2, 3]];
 class CurveCard extends Card {
   zoomable = true;
 
-  constructor(owner, metrics) {
+  constructor(owner, { title, metrics }) {
     const known = metrics.map(describe);
     const explanation = metrics.flatMap((name, place) => [
-      el("p", {}, el("b", {}, known[place].label), " ", el("code", {}, name), ". ", known[place].what),
+      el("p", {}, el("b", {}, known[place].label), " ", el("code", {}, name), ". ", known[place].meaning),
       known[place].good ? el("p", { class: "good" }, el("b", {}, "Good: "), known[place].good) : null,
     ]);
-    const title = titleOf(metrics, known);
-    super(owner, title, metrics.join("  "), explanation);
-    this.title = title;
+    const heading = metrics.length > 1 ? title : known[0].label;
+    super(owner, heading, metrics.join("  "), explanation);
+    this.title = heading;
     this.metrics = metrics;
     this.known = known;
   }
@@ -122,10 +122,4 @@ class CurveCard extends Card {
     const step = number(Math.round(plot.data[0][at]));
     this.readout.replaceChildren(el("span", {}, place == null && !range ? "latest" : `${this.owner.unit} ${step}`), ...values);
   }
-}
-
-function titleOf(metrics, known) {
-  if (metrics.length === 1) return known[0].label;
-  if (/^(reward|gold)\//.test(metrics[0]) && !METRICS.has(metrics[0])) return metrics[0].startsWith("gold") ? "Gold scores" : "Rewards by source";
-  return TITLES.get(metrics[0]) ?? known[0].label;
 }

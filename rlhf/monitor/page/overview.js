@@ -8,12 +8,6 @@ const LEVELS = [
   ["ok", "✓", "Passed"],
 ];
 
-const KEY_FIGURES = {
-  ppo: ["objective/scores", "objective/kl", "response_length/mean", "response_length/ended", "val/explained_variance", "perf/tokens_per_s"],
-  reward: ["eval/reward/accuracy", "eval/reward/margin", "eval/reward/length_correlation", "loss/reward", "perf/tokens_per_s"],
-  sft: ["eval/perplexity", "eval/accuracy", "loss/sft", "perf/tokens_per_s"],
-};
-
 /** [word, kind] for a stage: kind is good, busy, warn or bad. */
 function stageStatus(stage, now) {
   if (stage.state === "ended") return ["done", "good"];
@@ -73,15 +67,14 @@ class Overview {
 
   #figures(node, run) {
     const stage = run.stages.at(-1);
-    const wanted = KEY_FIGURES[stage?.name] ?? stage?.metrics.slice(0, 6) ?? [];
-    const shown = wanted.flatMap((name) => {
+    const shown = headlines(stage?.metrics ?? []).flatMap((name) => {
       const curve = this.#curves.get(run.number, stage.name, name, true);
       const last = curve && lastOf(curve.mean);
       return last == null ? [] : [[name, last, curve.mean.find((value) => value != null), curve]];
     });
     refresh(node, shown.map(([name, last]) => [name, last]), () => shown.map(([name, last, first, curve]) => {
-      const { label, unit, what } = describe(name);
-      return el("div", { class: "figure", title: `${name}. ${what}` },
+      const { label, unit, meaning } = describe(name);
+      return el("div", { class: "figure", title: `${name}. ${meaning}` },
         el("dt", {}, label), el("dd", {}, el("b", {}, inUnit(last, unit)), el("span", { class: "unit" }, unitName(unit)),
           el("span", { class: "from" }, curve.mean.length > 1 ? `${inUnit(Math.abs(first) < 1e-4 ? 0 : first, unit)} at first` : "")), sparkline(curve, run.number));
     }));

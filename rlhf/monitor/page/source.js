@@ -6,7 +6,7 @@ class LiveSource {
   live = true;
   #version = 0;
 
-  /** {now, runs}; runs is undefined when nothing has changed. */
+  /** {now, runs, table}; runs and table are undefined when nothing has changed. */
   async state() {
     const answer = await this.#get("state", { version: this.#version });
     this.#version = answer.version;
@@ -39,7 +39,8 @@ class ReportSource {
   }
 
   async state() {
-    return { now: this.#data.now, runs: this.#data.runs.map((run) => run.state) };
+    const { now, runs, table } = this.#data;
+    return { now, runs: runs.map((run) => run.state), table };
   }
 
   async curves(run, stage, first = 0) {

@@ -9,8 +9,8 @@ class TradeCard extends Card {
   zoomable = false;
   height = 300;
 
-  constructor(owner) {
-    super(owner, "Score against √KL", "objective/scores over √objective/kl", [
+  constructor(owner, { title }) {
+    super(owner, title, "objective/scores over √objective/kl", [
       el("p", {}, "Each point is a step; its shade tells when it was. Gao et al. 2022 (“Scaling laws for reward model over-optimization”) found that the true quality of a policy first rises and then falls with √KL, while the reward it is trained on goes on rising."),
       el("p", { class: "good" }, el("b", {}, "Good: "), "strong points lie higher than pale ones, and so do those of a gold score, where there is one. Where they move to the right alone, more KL buys nothing."),
     ]);

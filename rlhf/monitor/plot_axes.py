@@ -1,13 +1,15 @@
-"""How the plots look: lines with their noise behind, seeds as bands, colours that every eye tells apart."""
+"""Style and axes of the plots: lines with their noise behind, seeds as bands, colours that every eye tells apart."""
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rlhf.io.terminal import visible
+from rlhf.metrics import describe
+from rlhf.monitor.charts import Chart, curve_label
 from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.view import thin
 
@@ -34,20 +36,16 @@ STYLE: Any = {
     "axes.formatter.useoffset": False,
     "figure.dpi": 200,
 }
-_WIDTH, _HEIGHT = 6.4, 2.9  # inches, of one panel
+_WIDTH, _HEIGHT = 6.4, 2.9  # inches, of one pair of axes
 _MARKED = 30  # points up to which each has a marker
 SMOOTHED = 40
 """Of a series of n points each n / SMOOTHED are averaged; from 2 SMOOTHED points on that is more than one."""
 _RAW = 1000  # points that noise is drawn with
 
 
-class Panel(NamedTuple):
-    """One pair of axes over steps."""
+class AxesStyle(NamedTuple):
+    """Style of a chart's y axis."""
 
-    label: str
-    """Of the y axis, with its unit."""
-    curves: dict[str, str]
-    """Metric: what it is called in the legend. A metric that ends in * stands for all that begin so."""
     level: tuple[float, str] | None = None
     """A line to compare with, and what it is."""
     limits: tuple[float | None, float | None] = (None, None)
@@ -73,7 +71,7 @@ def plot_style() -> Iterator[None]:
 
 
 def new_figure(rows: int, *, title: str, height: float = _HEIGHT, same_x: bool = True) -> "tuple[Figure, list[Axes]]":
-    """A figure with `rows` panels below each other, by default over the same x axis."""
+    """A figure with `rows` pairs of axes below each other, by default over the same x axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, 0.5 + height * rows), layout="constrained")
@@ -84,30 +82,35 @@ def new_figure(rows: int, *, title: str, height: float = _HEIGHT, same_x: bool =
     return figure, axes
 
 
-def draw_panel(axes: "Axes", readers: Sequence[LogReader], stage: str, panel: Panel) -> bool:
-    """Draw a panel's curves; whether there was anything to draw."""
-    drawn: list[str] = []
-    for metric, label in _expand(readers, stage, panel.curves):
-        runs = [finite(reader.series(stage, metric)) for reader in readers]
+def draw_chart(
+    axes: "Axes", readers: Sequence[LogReader], stage: str, chart: Chart, style: AxesStyle | None = None
+) -> None:
+    """Draw a chart's metrics over the steps of a stage, as far as the logs have them."""
+    style = style or AxesStyle()
+    drawn = 0
+    for metric in chart.metrics:
+        runs = [drop_nan(reader.series(stage, metric)) for reader in readers]
         runs = [series for series in runs if len(series.steps)]
         if runs:
-            draw_curve(axes, runs, COLOURS[len(drawn) % len(COLOURS)], visible(label))
-            drawn.append(label)
-    name, bracket, unit = panel.label.partition(" (")
-    label = panel.label if len(panel.label) <= 30 and not panel.log else f"{name}\n{bracket.strip()}{unit}"
-    axes.set_ylabel(label + ", log scale" * panel.log)
-    if panel.log:
+            draw_curve(axes, runs, COLOURS[drawn % len(COLOURS)], visible(curve_label(metric, chart.title)))
+            drawn += 1
+    name_y_axis(axes, chart.title, describe(chart.metrics[0]).unit, log=style.log)
+    if style.log:
         _make_log(axes)
-    if panel.level is not None and drawn:
-        value, name = panel.level
+    if style.level is not None and drawn:
+        value, name = style.level
         axes.axhline(value, color="#555555", linestyle="--", linewidth=1, label=name)
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(
-        *(given if given is not None else own for given, own in zip(panel.limits, (bottom, top), strict=True))
-    )
-    if len(drawn) > 1 or (drawn and (panel.level is not None or any(name.endswith("*") for name in panel.curves))):
+    limits = zip(style.limits, axes.get_ylim(), strict=True)
+    axes.set_ylim(*(drawn_limit if limit is None else limit for limit, drawn_limit in limits))
+    if axes.get_legend_handles_labels()[1] not in ([], [chart.title]):
         add_legend(axes)
-    return bool(drawn)
+
+
+def name_y_axis(axes: "Axes", title: str, unit: str, *, log: bool = False) -> None:
+    """Label the y axis with what it shows and its unit, on two lines where one would be too long."""
+    title, unit = visible(title), f"({visible(unit)})" if unit else ""
+    separator = "\n" if log or len(title) + len(unit) >= 30 else " "
+    axes.set_ylabel(f"{title}{separator}{unit}".rstrip() + ", log scale" * log)
 
 
 def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) -> None:
@@ -128,7 +131,7 @@ def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) ->
     axes.plot(steps, centre, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=label)
 
 
-def finite(series: Series) -> Series:
+def drop_nan(series: Series) -> Series:
     """A series without its NaN."""
     keep = np.isfinite(series.values)
     return Series(series.steps[keep], series.values[keep])
@@ -172,13 +175,3 @@ def _make_log(axes: "Axes") -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _expand(readers: Sequence[LogReader], stage: str, curves: dict[str, str]) -> Iterable[tuple[str, str]]:
-    """(metric, label), with every metric that a * stands for."""
-    for metric, label in curves.items():
-        if not metric.endswith("*"):
-            yield metric, label
-            continue
-        names = dict.fromkeys(name for reader in readers for name in reader.names(stage))
-        yield from ((name, name.partition("/")[2]) for name in names if name.startswith(metric[:-1]))

@@ -1,4 +1,4 @@
-"""What the health checks see in the newest completions."""
+"""Measurements of the health checks in the newest completions."""
 
 import re
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.io.terminal import shorten
-from rlhf.monitor.health_checks import Reading, Unknown
+from rlhf.monitor.diagnostics import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import THRESHOLDS, worst
 
@@ -27,14 +27,14 @@ def constant_rewards(reader: LogReader, stage: str) -> Reading:
         THRESHOLDS["constant-rewards"].level(count / len(samples)),
         f"{len(scores)} different scores in {len(samples)} completions",
         f"the score {shown} is that of {count} of the newest {len(samples)} completions",
-        _of_samples(samples),
+        _step_range(samples),
     )
 
 
 def repeated_text(reader: LogReader, stage: str) -> Reading:
     """The same words again and again in one completion, or the same completion for every prompt."""
     samples = _samples(reader, stage)
-    repeated = float(np.mean([repetition(sample["completion"]) for sample in samples]))
+    repeated = float(np.mean([word_repetition(sample["completion"]) for sample in samples]))
     prompts = {sample["prompt"] for sample in samples}
     text, count = Counter(sample["completion"] for sample in samples).most_common(1)[0]
     several = len(prompts) > 4
@@ -44,11 +44,11 @@ def repeated_text(reader: LogReader, stage: str) -> Reading:
         f"{repeated:.0%} of 4-grams repeat within a completion"
         + (f"; the commonest completion has a share of {same:.0%}" if several else ""),
         f"of the newest {len(samples)} completions of {len(prompts)} prompts, {count} are {shorten(text, 60)!r}",
-        _of_samples(samples),
+        _step_range(samples),
     )
 
 
-def repetition(text: str) -> float:
+def word_repetition(text: str) -> float:
     """Share of a text's 4-grams that it had before (Welleck et al. 2020, https://arxiv.org/abs/1908.04319, seq-rep-4).
 
     Of words; of characters where there are no spaces; 0 for a text of fewer than four.
@@ -68,5 +68,5 @@ def _samples(reader: LogReader, stage: str) -> list[dict[str, Any]]:
     return store[places[0] : places[-1] + 1]
 
 
-def _of_samples(samples: list[dict[str, Any]]) -> tuple[int, int]:
+def _step_range(samples: list[dict[str, Any]]) -> tuple[int, int]:
     return samples[0]["step"], samples[-1]["step"]

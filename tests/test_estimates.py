@@ -11,11 +11,11 @@ from scipy.stats import binom
 
 from rlhf.evaluate.estimates import (
     Estimate,
-    correlation,
     difference,
     exponential,
     figures,
     from_influence,
+    grouped_correlation,
     linearised,
     mean,
     ratio,
@@ -62,7 +62,7 @@ def test_values_are_numpys(seed, n):
         {
             "ratio": ratio(x[:, 0], weights[:, 0]),
             "exp": exponential(ratio(x[:, 0], weights[:, 0])),
-            "correlation": correlation(100 + x, y),
+            "correlation": grouped_correlation(100 + x, y),
             "difference": difference(mean(x[:, 0]), mean(y[:, 0])),
         },
         seed=0,
@@ -125,8 +125,8 @@ def test_distinct_n_holds_what_other_texts_of_the_same_source_give():
 
 def test_what_cannot_be_known_is_nan():
     assert one(mean(np.ones(1))) == pytest.approx((1, np.nan, np.nan, 1), nan_ok=True)
-    assert np.isnan(one(correlation(np.ones((5, 2)), np.arange(10).reshape(5, 2))).value)
-    assert np.isnan(one(correlation([[0], [1]], [[0], [1]])).low), "some resamples have one sample twice"
+    assert np.isnan(one(grouped_correlation(np.ones((5, 2)), np.arange(10).reshape(5, 2))).value)
+    assert np.isnan(one(grouped_correlation([[0], [1]], [[0], [1]])).low), "some resamples have one sample twice"
     assert figures({}, seed=0) == {}
 
 
@@ -148,5 +148,5 @@ def test_a_difference_within_rounding_is_a_tie(score, other, outcome):
 def test_values_that_vary_by_rounding_alone_have_no_correlation():
     lengths = np.arange(20.0).reshape(10, 2)
     noise = 2.4 + 1e-7 * (lengths % 3)
-    assert math.isnan(figures({"r": correlation(noise, lengths)}, seed=0)["r"].value)
-    assert figures({"r": correlation(2.4 + 1e-3 * lengths, lengths)}, seed=0)["r"].value == pytest.approx(1.0)
+    assert math.isnan(figures({"r": grouped_correlation(noise, lengths)}, seed=0)["r"].value)
+    assert figures({"r": grouped_correlation(2.4 + 1e-3 * lengths, lengths)}, seed=0)["r"].value == pytest.approx(1.0)

@@ -1,11 +1,15 @@
-"""What the health checks measure in a stage's metrics and events; `sample_checks` has those that read completions."""
+"""Measurements of the health checks in a stage's metrics and events.
+
+Those of metrics take the metric that is judged, then the ones that its check reads beside it.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 
+from rlhf.metrics import describe
 from rlhf.monitor.log import LogReader, Series
-from rlhf.monitor.thresholds import LEVELS, THRESHOLDS, Level, worst
+from rlhf.monitor.thresholds import THRESHOLDS, Level, worst
 
 _FEWEST = 5
 """Lines from which anything is concluded."""
@@ -15,7 +19,7 @@ _ONE_SIDED = 1.645
 
 
 class Reading(NamedTuple):
-    """What a check found."""
+    """The finding of one measurement."""
 
     level: Level
     summary: str
@@ -62,23 +66,23 @@ def _span(series: Series) -> tuple[int, int]:
     return int(series.steps[0]), int(series.steps[-1])
 
 
-def negative_kl(reader: LogReader, stage: str) -> Reading:
+def negative_kl(reader: LogReader, stage: str, metric: str) -> Reading:
     """KL(policy || reference) cannot be negative: a negative mean means that sampling and log-probs disagree."""
-    now = recent(need(reader, stage, "objective/kl"))
+    now = recent(need(reader, stage, metric))
     kl = _median(now)
     negative = int((now.values < 0).sum())
     return Reading(
         THRESHOLDS["negative-kl"].level(kl),
         f"KL is {kl:.3g} nats per completion",
-        f"median objective/kl {kl:.3g} nats, negative in {negative} of {len(now.values)} lines",
+        f"median {metric} {kl:.3g} nats, negative in {negative} of {len(now.values)} lines",
         _span(now),
     )
 
 
-def kl_explosion(reader: LogReader, stage: str) -> Reading:
+def kl_explosion(reader: LogReader, stage: str, metric: str, length: str) -> Reading:
     """Per token, because longer completions have more; and against the middle of the run, because it should settle."""
-    kl = need(reader, stage, "objective/kl")
-    lengths = need(reader, stage, "response_length/mean")
+    kl = need(reader, stage, metric)
+    lengths = need(reader, stage, length)
     now, middle = recent(kl), kl.values[len(kl.values) * 2 // 5 : len(kl.values) * 3 // 5]
     per_token = _median(now) / max(_median(recent(lengths)), 1.0)
     growth = _median(now) / max(float(np.median(middle)), 1e-9) if len(kl.values) >= 20 else 1.0
@@ -90,98 +94,87 @@ def kl_explosion(reader: LogReader, stage: str) -> Reading:
         f"KL is {_median(now):.3g} nats per completion, {per_token:.2g} per token"
         + (f", and {growth:.1f} times that of the middle of the run" if grows != "ok" else "")
         + (f"; it was {highest}" if kl.values[peak] > 5 * _median(now) > 0 else ""),
-        f"median objective/kl {_median(now):.3g} nats over {_median(recent(lengths)):.3g} tokens; highest {highest}",
+        f"median {metric} {_median(now):.3g} nats over {_median(recent(lengths)):.3g} tokens; highest {highest}",
         _span(now),
     )
 
 
-def first_ratio(reader: LogReader, stage: str) -> Reading:
+def first_ratio(reader: LogReader, stage: str, metric: str, mean_ratio: str, updates: str) -> Reading:
     """Before the first update the policy is the one that sampled: the ratio is 1."""
-    name = "val/ratio_first"
-    if not len(reader.series(stage, name).values) and set(reader.series(stage, "policy/updates").values) == {1.0}:
-        name = "val/ratio"  # one update an iteration: the mean is the first
-    ratio = need(reader, stage, name, 1)
+    if not len(reader.series(stage, metric).values) and set(reader.series(stage, updates).values) == {1.0}:
+        metric = mean_ratio  # one update an iteration: the mean is the first
+    ratio = need(reader, stage, metric, 1)
     place = int(np.argmax(np.abs(ratio.values - 1.0)))
     off = abs(float(ratio.values[place]) - 1.0)
     return Reading(
         THRESHOLDS["first-ratio"].level(off),
         f"ratio at the first minibatch is {'1' if off < 5e-4 else f'off by up to {off:.2g}'}",
-        f"{name} {ratio.values[place]:.6g} at step {ratio.steps[place]}, the farthest from 1 of "
+        f"{metric} {ratio.values[place]:.6g} at step {ratio.steps[place]}, the farthest from 1 of "
         f"{len(ratio.values)} lines",
         _span(ratio),
     )
 
 
-def clip_fraction(reader: LogReader, stage: str) -> Reading:
+def clip_fraction(reader: LogReader, stage: str, metric: str) -> Reading:
     """A step that most tokens are clipped in is too large."""
-    return _level_of_median(reader, stage, "policy/clipfrac_avg", "clip-fraction", "{:.1%} of tokens are clipped")
+    return _level_of_median(reader, stage, metric, "clip-fraction", "{:.1%} of tokens are clipped")
 
 
-def approx_kl(reader: LogReader, stage: str) -> Reading:
-    """How far one iteration's updates carry the policy."""
-    return _level_of_median(
-        reader, stage, "policy/approxkl_avg", "approx-kl", "updates move the policy {:.2g} nats per token"
-    )
+def approx_kl(reader: LogReader, stage: str, metric: str) -> Reading:
+    """The KL that one iteration's updates add to the policy."""
+    return _level_of_median(reader, stage, metric, "approx-kl", "updates move the policy {:.2g} nats per token")
 
 
-def value_function(reader: LogReader, stage: str) -> Reading:
+def value_function(reader: LogReader, stage: str, metric: str) -> Reading:
     """Below 0 the values are worse than a constant."""
     summary = "the values' explained variance of the returns is {:.2f}"
-    return _level_of_median(reader, stage, "val/explained_variance", "value-function", summary)
+    return _level_of_median(reader, stage, metric, "value-function", summary)
 
 
-def unfinished(reader: LogReader, stage: str) -> Reading:
+def unfinished(reader: LogReader, stage: str, metric: str) -> Reading:
     """Completions that run into max_new_tokens."""
-    return _level_of_median(
-        reader, stage, "response_length/ended", "unfinished", "{:.0%} of completions end by themselves"
-    )
+    return _level_of_median(reader, stage, metric, "unfinished", "{:.0%} of completions end by themselves")
 
 
-def _level_of_median(reader: LogReader, stage: str, name: str, threshold: str, summary: str) -> Reading:
-    now = recent(need(reader, stage, name))
+def _level_of_median(reader: LogReader, stage: str, metric: str, threshold: str, summary: str) -> Reading:
+    now = recent(need(reader, stage, metric))
     value = _median(now)
     low, high = float(now.values.min()), float(now.values.max())
-    evidence = f"median {name} {value:.3g}, between {low:.3g} and {high:.3g}"
+    evidence = f"median {metric} {value:.3g}, between {low:.3g} and {high:.3g}"
     return Reading(THRESHOLDS[threshold].level(value), summary.format(value), evidence, _span(now))
 
 
-def entropy_collapse(reader: LogReader, stage: str) -> Reading:
+def entropy_collapse(reader: LogReader, stage: str, metric: str) -> Reading:
     """A policy that is sure of every token explores no more."""
-    entropy = need(reader, stage, "policy/entropy_avg")
-    now, begun = recent(entropy), early(entropy)
-    share = _median(now) / max(_median(begun), 1e-9)
+    entropy = need(reader, stage, metric)
+    now, start = recent(entropy), early(entropy)
+    share = _median(now) / max(_median(start), 1e-9)
     return Reading(
         THRESHOLDS["entropy-collapse"].level(share),
         f"entropy is {_median(now):.2g} nats per token, {share:.0%} of that at the start",
-        f"median policy/entropy_avg {_median(begun):.3g} at first, {_median(now):.3g} now",
+        f"median {metric} {_median(start):.3g} at first, {_median(now):.3g} now",
         _span(now),
     )
 
 
-def length_drift(reader: LogReader, stage: str) -> Reading:
+def length_drift(reader: LogReader, stage: str, metric: str) -> Reading:
     """Completions that become ever longer, or shrink."""
-    lengths = need(reader, stage, "response_length/mean")
-    now, begun = recent(lengths), early(lengths)
-    growth = _median(now) / max(_median(begun), 1e-9)
+    lengths = need(reader, stage, metric)
+    now, start = recent(lengths), early(lengths)
+    growth = _median(now) / max(_median(start), 1e-9)
     return Reading(
         worst(THRESHOLDS["length-growth"].level(growth), THRESHOLDS["length-shrinkage"].level(growth)),
         f"completions are {_median(now):.3g} tokens long, {growth:.2g} times the length at the start",
-        f"median response_length/mean {_median(begun):.3g} tokens at first, {_median(now):.3g} now",
+        f"median {metric} {_median(start):.3g} tokens at first, {_median(now):.3g} now",
         _span(now),
     )
 
 
-def over_optimisation(reader: LogReader, stage: str) -> Reading:
-    """The optimised score rises while a score that nobody optimises falls."""
-    golds = [name for name in reader.names(stage) if name.startswith("gold/")]
-    if not golds:
+def over_optimisation(reader: LogReader, stage: str, metric: str, optimised: str) -> Reading:
+    """The optimised score rises while a score that nobody optimises falls from its best."""
+    if metric.endswith("/"):
         raise Unknown("there is no gold score in the log; --ppo.reward outputs/reward 0*my_rewards:brevity logs one")
-    readings = [_falls_from_its_best(reader, stage, name) for name in golds]
-    return max(readings, key=lambda reading: LEVELS.index(reading.level))
-
-
-def _falls_from_its_best(reader: LogReader, stage: str, name: str) -> Reading:
-    gold, score = need(reader, stage, name, 20), need(reader, stage, "objective/scores", 20)
+    gold, score = need(reader, stage, metric, 20), need(reader, stage, optimised, 20)
     blocks = np.array_split(gold.values, 8)
     means = np.array([block.mean() for block in blocks])
     rounding = 1e-6 * float(np.abs(gold.values).max())  # of float32 scores, which is no fall
@@ -195,55 +188,55 @@ def _falls_from_its_best(reader: LogReader, stage: str, name: str) -> Reading:
     level = THRESHOLDS["over-optimisation"].level(fall / error) if now > at_peak else "ok"
     return Reading(
         level,
-        f"{name} has fallen by {fall:.3g} from its best, while the optimised score rose"
+        f"{metric} has fallen by {fall:.3g} from its best, while the optimised score rose"
         if level != "ok"
-        else f"{name} is {'at' if best == len(means) - 1 else f'{fall:.2g} below'} its best",
-        f"{name} {means[best]:.3g} around step {peak[len(peak) // 2]}, {means[-1]:.3g} now "
-        f"(standard error {error:.2g}); objective/scores {at_peak:.3g} then, {now:.3g} now",
+        else f"{metric} is {'at' if best == len(means) - 1 else f'{fall:.2g} below'} its best",
+        f"{metric} {means[best]:.3g} around step {peak[len(peak) // 2]}, {means[-1]:.3g} now "
+        f"(standard error {error:.2g}); {optimised} {at_peak:.3g} then, {now:.3g} now",
         (int(peak[0]), int(gold.steps[-1])),
     )
 
 
-def reward_model_chance(reader: LogReader, stage: str) -> Reading:
+def reward_model_chance(reader: LogReader, stage: str, metric: str, trained: str, count: str) -> Reading:
     """Held-out accuracy near that of a coin."""
-    accuracy = need(reader, stage, "eval/reward/accuracy", 1)
+    accuracy = need(reader, stage, metric, 1)
     value, limits = float(accuracy.values[-1]), THRESHOLDS["reward-model-chance"]
-    trained = reader.series(stage, "train/reward/accuracy").values
-    beside = f"; train/reward/accuracy {trained[-1]:.3g}" if len(trained) else ""
-    pairs = reader.series(stage, "eval/reward/pairs").values
+    on_training = reader.series(stage, trained).values
+    beside = f"; {trained} {on_training[-1]:.3g}" if len(on_training) else ""
+    pairs = reader.series(stage, count).values
     of, level = (f"{pairs[-1]:.0f} " if len(pairs) else ""), limits.level(value)
     if level == "problem" and len(pairs) and value + _ONE_SIDED * 0.5 / max(pairs[-1], 1) ** 0.5 > limits.warning:
         of, level = f"only {of}", "warning"  # too few to tell
     return Reading(
         level,
         f"orders {value:.1%} of {of}held-out pairs as people did",
-        f"eval/reward/accuracy {value:.3g}{beside}",
+        f"{metric} {value:.3g}{beside}",
         _span(accuracy),
     )
 
 
-def reward_model_length(reader: LogReader, stage: str) -> Reading:
+def reward_model_length(reader: LogReader, stage: str, metric: str) -> Reading:
     """A reward that mostly counts tokens."""
-    correlation = need(reader, stage, "eval/reward/length_correlation", 1)
+    correlation = need(reader, stage, metric, 1)
     value = float(correlation.values[-1])
     return Reading(
         THRESHOLDS["reward-model-length"].level(abs(value)),
         f"reward and length correlate by {value:.2f}",
-        f"eval/reward/length_correlation {value:.3g}",
+        f"{metric} {value:.3g}",
         _span(correlation),
     )
 
 
-def throughput(reader: LogReader, stage: str) -> Reading:
+def throughput(reader: LogReader, stage: str, metric: str) -> Reading:
     """Slower than before; the first line, which has warm-up in it, is left out."""
-    speed = need(reader, stage, "perf/tokens_per_s", 3 * _FEWEST)
+    speed = need(reader, stage, metric, 3 * _FEWEST)
     now = recent(speed)
     before = float(np.median(speed.values[1 : -len(now.values)]))
     share = _median(now) / max(before, 1e-9)
     return Reading(
         THRESHOLDS["throughput"].level(share),
         f"{_median(now):,.0f} tokens/s, {share:.0%} of before",
-        f"median perf/tokens_per_s {before:,.0f} before, {_median(now):,.0f} now",
+        f"median {metric} {before:,.0f} before, {_median(now):,.0f} now",
         _span(now),
     )
 
@@ -267,33 +260,35 @@ def recoveries(reader: LogReader, stage: str) -> Reading:
 
 def not_finite(reader: LogReader, stage: str) -> Reading:
     """NaN or infinity, refused by the run or in its log."""
-    told = [event for event in reader.events if event["stage"] == stage and event["event"] != "fault"]
-    refused = [event for event in told if event["event"] == "nonfinite"]
+    events = [event for event in reader.events if event["stage"] == stage and event["event"] != "fault"]
+    refused = [event for event in events if event["event"] == "nonfinite"]
     if refused:
         step = refused[-1].get("step", 0) + 1
-        stands = told[-1] is refused[-1]
+        stands = events[-1] is refused[-1]
         summary = f"an update was refused at step {step}" + (", and the run went on since" if not stands else "")
         return Reading("problem" if stands else "warning", summary, str(refused[-1].get("message", "")), (step, step))
-    names = [name for name in reader.names(stage) if not name.endswith("_correlation")]  # undefined if nothing varies
-    found = [name for name in names if np.isnan(reader.series(stage, name).values[-_FEWEST:]).any()]
-    if not found:
+    names = [
+        name for name in reader.names(stage) if describe(name).unit != "correlation"
+    ]  # undefined if nothing varies
+    bad = [name for name in names if np.isnan(reader.series(stage, name).values[-_FEWEST:]).any()]
+    if not bad:
         return Reading("ok", "all figures are finite", "no nonfinite event, no null in the newest lines")
     return Reading(
         "warning",
-        f"{len(found)} {'metric is' if len(found) == 1 else 'metrics are'} not finite",
-        "null in the newest lines: " + ", ".join(found[:5]),
+        f"{len(bad)} {'metric is' if len(bad) == 1 else 'metrics are'} not finite",
+        "null in the newest lines: " + ", ".join(bad[:5]),
     )
 
 
-def overfitting(reader: LogReader, stage: str) -> Reading:
+def overfitting(reader: LogReader, stage: str, metric: str) -> Reading:
     """Held-out loss that rises again."""
-    loss = need(reader, stage, "eval/loss", 2)
+    loss = need(reader, stage, metric, 2)
     best = int(np.argmin(loss.values))
     ratio = float(loss.values[-1] / max(loss.values[best], 1e-9))
     return Reading(
         THRESHOLDS["overfitting"].level(ratio),
         f"held-out loss is {loss.values[-1]:.3g}, "
         + ("its lowest" if ratio <= 1 else f"{ratio - 1:.1%} above its lowest"),
-        f"eval/loss {loss.values[best]:.3g} at step {loss.steps[best]}, {loss.values[-1]:.3g} at step {loss.steps[-1]}",
+        f"{metric} {loss.values[best]:.3g} at step {loss.steps[best]}, {loss.values[-1]:.3g} at step {loss.steps[-1]}",
         (int(loss.steps[best]), int(loss.steps[-1])),
     )

@@ -16,9 +16,9 @@ from rlhf.monitor.view import run_names
 STYLES: dict[Level, str] = {"problem": "bold red", "warning": "yellow", "ok": "green", "unknown": "dim"}
 
 
-def verdict(found: Sequence[Finding]) -> Text:
-    """How many checks say what, such as `1 problem, 2 warnings, 20 ok`."""
-    counts = Counter(finding.level for finding in found)
+def verdict(results: Sequence[Finding]) -> Text:
+    """The number of findings of each level, such as `1 problem, 2 warnings, 20 ok`."""
+    counts = Counter(finding.level for finding in results)
     parts = [
         Text(f"{counts[level]} {level}{'s' * (level in ('problem', 'warning') and counts[level] > 1)}", style)
         for level, style in STYLES.items()
@@ -51,14 +51,14 @@ def print_findings(log_dirs: Sequence[Path], console: Console) -> bool:
     readers = read_logs(log_dirs)
     every = []
     for reader, name in zip(readers, run_names(readers), strict=True):
-        found = findings(reader)
-        console.print(Text.assemble((visible(name), "bold"), ": ", verdict(found)), soft_wrap=True)
+        results = findings(reader)
+        console.print(Text.assemble((visible(name), "bold"), ": ", verdict(results)), soft_wrap=True)
         for line in [
             *(Text(visible(problem)) for problem in reader.problems),
-            *(line for finding in found for line in _lines(finding)),
+            *(line for finding in results for line in _lines(finding)),
         ]:
             console.print(line, soft_wrap=True)
-        every += found
+        every += results
     return any(finding.level == "problem" for finding in every)
 
 

@@ -1,0 +1,289 @@
+"""The table of metrics: everything that is known of each, for the log, terminal, plots, page and evaluation tables.
+
+A new metric is one `Metric` in `METRICS`, or one `register` call in the file of the stage that logs it. It then has its
+label and chart on the page and in the report, its curve in the plot of that chart, a line in `rlhf-monitor --live` if
+it has a `short` name, and a row in the table of `rlhf-evaluate`. The health checks named in `checks` judge it. A metric
+that nobody has registered is shown under its key.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Direction = Literal["up", "down", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric, or (key with a final `/`) every metric whose key begins so, with `{}` in its texts for the rest."""
+
+    key: str
+    label: str
+    """Name on the page and in plots."""
+    unit: str = ""
+    """A unit that begins with `share` is written in per cent on the page."""
+    direction: Direction = "none"
+    """The direction of better values; `none` where neither end is better."""
+    chart: str = ""
+    """Chart of `rlhf.monitor.charts` that it is drawn in, or the title of a new one; without it, a chart of its own."""
+    meaning: str = ""
+    good: str = ""
+    """Its course when all is well."""
+    short: str = ""
+    """Name in the terminal, of at most 16 columns; a metric without one is not shown there."""
+    row: str = ""
+    """Name in an evaluation's table, where that is not the label."""
+    low: float | None = None
+    high: float | None = None
+    """Range of possible values, as far as it is bounded."""
+    signed: bool = False
+    """An evaluation's table writes the sign of positive values too."""
+    headline: bool = False
+    """Among the key figures of the page's overview."""
+    checks: tuple[str, ...] = ()
+    """Health checks (`rlhf.monitor.health.CHECKS`) that judge it."""
+
+
+# fmt: off
+_TABLE = (
+    # Supervised fine-tuning
+    Metric("loss/sft", "Loss, training", "nats per token", "down", "loss",
+           "Cross-entropy on the demonstrations' completions.", "Falls, then levels off.",
+           short="loss", low=0, headline=True),
+    Metric("eval/loss", "Loss, held-out", "nats per token", "down", "loss",
+           "Cross-entropy on records that are not trained on.",
+           "Falls. Rising while the training loss falls: over-fitting.",
+           short="held-out loss", row="loss, nats per token", low=0, checks=("overfitting",)),
+    Metric("eval/perplexity", "Perplexity, held-out", "e to the loss", "down", "perplexity",
+           "How many tokens the model wavers between, on average.", "Falls; 1 would be certainty.",
+           row="perplexity", headline=True),
+    Metric("sft/accuracy", "Accuracy, training", "share of tokens", "up", "accuracy",
+           "Tokens predicted exactly.", "Rises.", short="accuracy", low=0, high=1),
+    Metric("eval/accuracy", "Accuracy, held-out", "share of tokens", "up", "accuracy",
+           "Held-out tokens predicted exactly.", "Rises.", row="token accuracy", low=0, high=1, headline=True),
+    # Reward model
+    Metric("reward/accuracy", "Accuracy, this batch", "share of pairs", "up", "pair-accuracy",
+           "Pairs whose chosen completion gets the higher reward.", "Well above 0.5, which is a coin.",
+           short="accuracy", low=0, high=1),
+    Metric("eval/reward/accuracy", "Accuracy, held-out", "share of pairs", "up", "pair-accuracy",
+           "The same on held-out pairs.", "Above 0.6; annotators agree with each other on some 0.7 to 0.8.",
+           short="held-out acc.", row="accuracy", low=0, high=1, headline=True, checks=("reward-model-chance",)),
+    Metric("train/reward/accuracy", "Accuracy, training records", "share of pairs", "up", "pair-accuracy",
+           "The same on records that were trained on.", "A little above held-out; far above is over-fitting.",
+           low=0, high=1),
+    Metric("eval/baseline/longer", "Accuracy of the longer completion", "share of pairs",
+           meaning="Accuracy of always choosing the longer completion.", row="  always the longer", low=0, high=1),
+    Metric("eval/baseline/bag_of_words", "Accuracy of a bag of words", "share of pairs",
+           meaning="Accuracy of a linear model that counts words.", row="  bag of words", low=0, high=1),
+    Metric("eval/reward/gain_over_longer", "Gain over the longer completion", "difference of shares", "up",
+           meaning="Accuracy less that of always choosing the longer completion.", good="Well above 0.",
+           row="  gain over the longer", signed=True),
+    Metric("eval/reward/gain_over_bag_of_words", "Gain over a bag of words", "difference of shares", "up",
+           meaning="Accuracy less that of a linear model that counts words.", good="Above 0.",
+           row="  gain over bag of words", signed=True),
+    Metric("reward/margin", "Margin, this batch", "reward units", "up", "margin",
+           "Reward of the chosen minus the rejected completion.", "Rises above 0.", signed=True),
+    Metric("eval/reward/margin", "Margin, held-out", "reward units", "up", "margin",
+           "The same on held-out pairs.", "Above 0.",
+           short="held-out margin", row="margin, chosen - rejected", signed=True, headline=True),
+    Metric("train/reward/margin", "Margin, training records", "reward units", "up", "margin",
+           "The same on records that were trained on.", "Above 0.", signed=True),
+    Metric("loss/reward", "Loss", "nats per pair", "down", "reward-loss",
+           "Minus log σ(margin). log 2 = 0.69 is a coin.", "Falls below 0.69.",  # noqa: RUF001
+           short="loss", row="loss, -log sigmoid(margin)", low=0, headline=True),
+    Metric("eval/reward/min", "Lowest", "reward units", "none", "held-out-rewards",
+           "The lowest reward given to a held-out completion."),
+    Metric("eval/reward/mean", "Mean", "reward units", "none", "held-out-rewards",
+           "The mean reward of held-out completions.", "Steady; centre_coef keeps it near 0.",
+           row="mean reward", signed=True),
+    Metric("eval/reward/max", "Highest", "reward units", "none", "held-out-rewards",
+           "The highest reward given to a held-out completion.",
+           "Well apart from the lowest: a model that cannot tell gives all the same."),
+    Metric("train/reward/min", "Lowest", "reward units", "none", "training-rewards",
+           "The lowest reward given to a completion that was trained on."),
+    Metric("train/reward/mean", "Mean", "reward units", "none", "training-rewards",
+           "The mean reward of completions that were trained on.", "Steady."),
+    Metric("train/reward/max", "Highest", "reward units", "none", "training-rewards",
+           "The highest reward given to a completion that was trained on.", "Well apart from the lowest."),
+    Metric("eval/reward/calibration_error", "Expected calibration error", "difference of shares", "down",
+           meaning="Mean distance of sigmoid(|margin|) from the share of pairs that are ordered rightly.",
+           good="Near 0.", row="expected calibration error", low=0, high=1),
+    Metric("eval/reward/length_correlation", "Reward with length, held-out", "correlation", "none",
+           "length-correlation", "Correlation of the reward with the length of the completion.",
+           "Near 0. Near 1 the model rewards length.", row="correlation with length", low=-1, high=1, signed=True,
+           headline=True, checks=("reward-model-length",)),
+    Metric("train/reward/length_correlation", "Reward with length, training", "correlation", "none",
+           "length-correlation", "The same on records that were trained on.", "Near 0.", low=-1, high=1),
+    Metric("eval/reward/pairs", "Held-out pairs", "pairs", meaning="How many pairs the held-out figures are of.",
+           good="Some hundreds: with 100, the accuracy of a coin is between 0.4 and 0.6.", low=0),
+    # PPO, the most telling first
+    Metric("objective/scores", "Score", "reward units per completion", "up", "score",
+           "Mean reward of the completions, as PPO is rewarded: normalised, clipped, with the penalty for completions "
+           "that do not end.", "Rises, fast at first, then levels off.", short="score", headline=True),
+    Metric("objective/rlhf_reward", "Score minus KL penalty", "reward units per completion", "up", "score",
+           "What PPO maximises: the score less kl_coef times the KL.",
+           "Rises. If the score rises and this falls, the policy pays more in KL than it gains."),
+    Metric("reward/", "Reward: {}", "units of the source", "up", "sources",
+           "One source of the reward, as it came, before weights and normalisation.", "Rises."),
+    Metric("gold/", "Gold score: {}", "units of the source", "up", "gold",
+           "A score that is watched and never optimised.",
+           "Rises with the score. Falling while the score rises: over-optimisation.",
+           short="gold {}", checks=("over-optimisation",)),
+    Metric("objective/kl", "KL to the reference", "nats per completion", "none", "kl",
+           "How far the policy has moved from the SFT model, summed over each completion's tokens and estimated from "
+           "them.", "0 at first, then a slow rise to a few nats. Clearly negative or growing without end: look at "
+           "kl_coef and the learning rate.", short="KL, nats", headline=True, checks=("negative-kl", "kl-explosion")),
+    Metric("response_length/mean", "Length", "tokens per completion", "none", "length",
+           "Tokens of a completion, its end-of-text included.", "Steady, or drifting for a reason. A steady climb "
+           "with the score often means that the reward likes long answers.",
+           short="length, tokens", low=0, headline=True, checks=("length-drift",)),
+    Metric("policy/entropy_avg", "Entropy", "nats per token", "none", "entropy",
+           "Spread of the policy's next-token distribution.", "Falls slowly; near 0 nothing is left to explore.",
+           short="entropy/token", checks=("entropy-collapse",)),
+    Metric("response_length/ended", "Ended by themselves", "share of completions", "up", "ended",
+           "Completions that ended with an end-of-text instead of at max_new_tokens.", "Near 1.",
+           short="ended, share", low=0, high=1, headline=True, checks=("unfinished",)),
+    Metric("val/explained_variance", "Explained variance", "fraction of the returns’ variance", "up",  # noqa: RUF001
+           "explained-variance", "1 − Var(return − value) / Var(return). 0 is no better than "  # noqa: RUF001
+           "always guessing the mean.", "Rises above 0 within some iterations, towards 0.5 and more. Below 0 the "
+           "value function does harm.", short="value expl. var.", high=1, headline=True, checks=("value-function",)),
+    Metric("policy/clipfrac_avg", "Clip fraction", "share of tokens", "none", "clip",
+           "Tokens whose ratio left 1 ± clip_eps, so that they no longer count.",
+           "Between 0 and 0.2. Above 0.3 the updates are too large.",
+           short="clipped, share", low=0, checks=("clip-fraction",)),
+    Metric("policy/approxkl_avg", "KL of the update", "nats per token", "none", "update-kl",
+           "How far the updates move the policy from the one that wrote the batch: half the mean squared log-ratio.",
+           "Below about 0.02. Above 0.1: lower the learning rate or the epochs.",
+           short="approx. KL", low=0, checks=("approx-kl",)),
+    Metric("loss/value_avg", "Value loss", "squared reward units", "down", "value-loss",
+           "Half the squared error of the value function, clipped.", "Falls, with the score's jumps.",
+           short="value loss", low=0),
+    Metric("objective/non_score_reward", "KL penalty", "reward units per completion", "none", "kl-penalty",
+           "Minus kl_coef times the KL to the reference.", "A small part of the score; falls slowly."),
+    Metric("objective/kl_coef", "KL coefficient", "reward units per nat", "none", "kl-coef",
+           "The price of one nat of KL.", "Constant, or following kl_target with --ppo.kl-adaptive."),
+    Metric("objective/entropy", "Surprise of its own completions", "nats per completion", "none", "surprise",
+           "Minus the log-probability of the completions, summed over their tokens: an estimate of the policy's "
+           "entropy.", "Falls slowly. A collapse means that it says one thing only."),
+    Metric("val/mean", "Mean value", "reward units", "none", "value",
+           "Mean of the value function over tokens.", "Follows the score."),
+    Metric("val/clipfrac_avg", "Value clip fraction", "share of tokens", "none", "value-clip",
+           "Tokens whose value update was clipped.", "Mostly below 0.2.", low=0),
+    Metric("val/ratio", "Probability ratio", "new over old probability", "none", "ratio",
+           "Mean of new over old probability of the sampled tokens during the updates.",
+           "Stays within a few hundredths of 1."),
+    Metric("val/ratio_first", "Before the first update", "new over old probability", "none", "ratio",
+           "The same on the first minibatch, when nothing has been updated.", "Exactly 1; anything else is a defect.",
+           checks=("first-ratio",)),
+    Metric("loss/policy_avg", "Policy loss", "", "none", "policy-loss",
+           "PPO's clipped surrogate.", "Small, around 0; its level says little."),
+    Metric("loss/kl_avg", "KL loss", "nats per token", "none", "kl-loss",
+           "The KL penalty, where it is in the loss instead of the reward.", "Small."),
+    Metric("policy/updates", "Updates", "per iteration", "none", "updates",
+           "Optimiser steps made in the iteration; fewer where target_kl stopped it.", "Constant.", low=0),
+    # Every stage
+    Metric("grad_norm", "Gradient norm", "before clipping", "none", "grad-norm",
+           "Norm of the whole gradient.", "Steady; spikes are clipped to max_grad_norm.", short="grad norm", low=0),
+    Metric("lr", "Learning rate", "", "none", "lr", "Rate of this step, by the schedule.", "As configured.", low=0),
+    Metric("perf/tokens_per_s", "Throughput", "tokens per second", "up", "throughput",
+           "Prompt and completion tokens per second of the step.",
+           "Steady. A drop: other load, longer texts, or a worker lost.",
+           short="tokens/s", low=0, headline=True, checks=("throughput",)),
+    Metric("timing_s/generate", "generate", "seconds", "down", "phases",
+           "Writing the completions.", "Usually the largest part with long completions.", low=0),
+    Metric("timing_s/score", "score", "seconds", "down", "phases",
+           "Reward, reference and value model over the completions.", "Less than the update.", low=0),
+    Metric("timing_s/update", "update", "seconds", "down", "phases",
+           "The epochs of minibatch updates.", "Grows with num_epochs.", low=0),
+    Metric("timing_s/step", "Time per step", "seconds", "down", "step-time",
+           "Wall-clock time of the whole step.", "Steady.", low=0),
+    Metric("timing_s/", "{}", "seconds", "down", meaning="Wall-clock time.", good="Steady.", low=0),
+    Metric("fault/restarts", "Processes replaced", "per step", "down", "restarts",
+           "Workers or servers that were lost and replaced.", "None.", low=0),
+    Metric("fault/recovery_s", "Time to recover", "seconds", "down", "recovery",
+           "What replacing them took.", "Seconds.", low=0),
+    # Evaluation of a policy
+    Metric("eval/reward/", "Reward model: {}", "reward units", "up", row="reward model: {}", signed=True,
+           meaning="Mean reward of the completions by one reward model."),
+    Metric("eval/judge/", "Judge: {}", "units of the judge", "up", row="judge: {}", signed=True,
+           meaning="Mean score of the completions by one judge."),
+    Metric("eval/objective/kl_exact", "KL, exact", "nats per completion", row="KL, exact, nats", low=0,
+           meaning="KL to the reference, from whole next-token distributions."),
+    Metric("eval/objective/kl", "KL by k1", "nats per completion", row="KL by k1, nats",
+           meaning="KL to the reference, estimated from the sampled tokens: the mean log-ratio."),
+    Metric("eval/objective/kl_k2", "KL by k2", "nats per completion", row="KL by k2, nats", low=0,
+           meaning="The same: half the mean squared log-ratio."),
+    Metric("eval/objective/kl_k3", "KL by k3", "nats per completion", row="KL by k3, nats", low=0,
+           meaning="The same: ratio - 1 - log-ratio, of the reference over the policy."),
+    Metric("eval/policy/entropy_avg", "Entropy", "nats per token", row="entropy, nats per token", low=0,
+           meaning="Spread of the policy's next-token distribution."),
+    Metric("eval/response_length/mean", "Length", "tokens per completion", row="response length, tokens", low=0,
+           meaning="Tokens of a completion, its end-of-text included."),
+    Metric("eval/ended", "Ended by itself", "share of completions", "up", row="ended by itself", low=0, high=1,
+           meaning="Completions that ended with an end-of-text instead of at max_new_tokens."),
+    Metric("eval/repeated_4", "Repeated 4-grams", "share of 4-grams", "down", row="repeated 4-grams", low=0, high=1,
+           meaning="4-grams of tokens that the same completion had before: seq-rep-4."),
+    *(Metric(f"eval/distinct_{n}", f"Distinct-{n}", f"share of {n}-grams", "up", row=f"distinct-{n}", low=0, high=1,
+             meaning=f"Different {n}-grams of all completions, over the {n}-grams in all.") for n in (1, 2, 3)),
+    Metric("eval/win_rate/", "Win rate by {}", "share of prompts", "up", low=0, high=1,
+           meaning="How often the policy's completion is preferred to the other model's; a tie counts half.",
+           good="Above 0.5."),
+    Metric("eval/wins/", "Wins by {}", "share of prompts", "up", low=0, high=1,
+           meaning="How often the policy's completion is preferred."),
+    Metric("eval/ties/", "Ties by {}", "share of prompts", low=0, high=1, meaning="How often neither is preferred."),
+    Metric("eval/losses/", "Losses by {}", "share of prompts", "down", low=0, high=1,
+           meaning="How often the other model's completion is preferred."),
+    Metric("eval/first_place/", "First place with {}", "share of prompts", low=0, high=1,
+           meaning="How often a judge that is asked in both orders prefers the completion it is shown first.",
+           good="0.5, which is fair."),
+)
+# fmt: on
+
+METRICS: dict[str, Metric] = {metric.key: metric for metric in _TABLE}
+"""Every metric that rlhf logs or evaluates, by key; the order is that of curves in a chart and of lines in a table."""
+
+
+def register(metric: Metric) -> None:
+    """Add a metric at the end of `METRICS`, as the file of a new stage does when it is imported.
+
+    Only programs that import that file know it; the report that a stage leaves behind is written by one.
+
+    Raises:
+        ValueError: the key stands for another metric already.
+    """
+    if METRICS.setdefault(metric.key, metric) != metric:
+        raise ValueError(
+            f"register: {metric.key} is a metric already, {METRICS[metric.key].label!r}; choose another key"
+        )
+
+
+def is_registered(key: str) -> bool:
+    """True for a metric that the table has by its key or by a prefix."""
+    return _row_of(key) is not None
+
+
+def describe(key: str) -> Metric:
+    """The metric of a key; one that nobody has registered is called by its key."""
+    row = _row_of(key)
+    if row is None:
+        return Metric(key, key, meaning="A metric of this run.", short=key)
+    metric = METRICS[row]
+    if not row.endswith("/"):
+        return metric
+    texts = {name: getattr(metric, name).replace("{}", key[len(row) :]) for name in ("label", "short", "row")}
+    return replace(metric, key=key, **texts)
+
+
+def in_order(keys: Iterable[str]) -> list[str]:
+    """Keys in the order of the table; those of one prefix, and those that nobody has registered, as they come."""
+    places = {row: place for place, row in enumerate(METRICS)}
+    return sorted(keys, key=lambda key: places.get(_row_of(key) or "", len(places)))
+
+
+def _row_of(key: str) -> str | None:
+    """Key of the table's row for a metric: the same key, or its longest prefix; None where there is none."""
+    if key in METRICS and not key.endswith("/"):
+        return key
+    parts = key.split("/")
+    prefixes = ("/".join(parts[:count]) + "/" for count in range(len(parts) - 1, 0, -1))
+    return next((prefix for prefix in prefixes if prefix in METRICS), None)
