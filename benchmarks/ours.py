@@ -23,6 +23,7 @@ from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.distributed import open_executor
 from rlhf.errors import UserError
 from rlhf.execution.draws import compiled_draw
+from rlhf.execution.memory import keep_freed_memory
 from rlhf.execution.program import ModelState, Program
 from rlhf.generate.complete import complete, make_completion_fn
 from rlhf.io.model_folder import (
@@ -131,7 +132,7 @@ def sft(
     count, longest = work.sft
     rows = micro_batch or count
     settings = SFTConfig(loss_on="all", micro_batch_size=rows, schedule="constant", warmup_fraction=0.0)
-    program = functools.partial(sft_stage.make_program, loaded.config, settings, *_computing(precision, compile))
+    program = functools.partial(sft_stage.make_sft_program, loaded.config, settings, *_computing(precision, compile))
     data = Records([[np.array(tokens)] for tokens in material.demonstrations(work, varied)])
 
     def batches_of(step: int) -> list[TokenBatch]:
@@ -166,6 +167,7 @@ def _rollout(
 
 
 def _executor(make_program: Any, models: ModelState, device: str) -> Any:
+    keep_freed_memory()
     return open_executor(make_program, models, DistConfig(), device=torch.device(device), tell=print)
 
 
@@ -222,7 +224,9 @@ def reward(session: Session, *, model: str, size: str, device: str, precision: s
     work, loaded = material.SIZES[size], load_reward_model(Path(model))
     count, longest = work.pairs
     settings = RewardConfig(micro_batch_size=2 * count, schedule="constant", warmup_fraction=0.0, learning_rate=1e-3)
-    program = functools.partial(reward_stage.make_program, loaded.config, settings, *_computing(precision, compile))
+    program = functools.partial(
+        reward_stage.make_reward_program, loaded.config, settings, *_computing(precision, compile)
+    )
     data = Records([[np.array(tokens) for tokens in pair] for pair in material.preferences(work)])
 
     def batches_of(step: int) -> list[PairBatch]:
@@ -303,6 +307,7 @@ def ppo(
             ),
         )
         _held.append(functools.partial(_hold, session, config.output_dir / "logs" / "metrics.jsonl", work))
+        keep_freed_memory()
         try:
             run_ppo(config)
         except UserError:

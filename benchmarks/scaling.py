@@ -23,10 +23,11 @@ from rlhf.distributed import connected, open_executor
 from rlhf.distributed.ray_executor import RayExecutor
 from rlhf.distributed.worker import Worker
 from rlhf.execution.executor import Executor
+from rlhf.execution.memory import keep_freed_memory
 from rlhf.execution.program import ModelState
 from rlhf.models import gpt2
 from rlhf.models.gpt2_config import PRESETS, GPT2Config
-from rlhf.train.sft import make_program
+from rlhf.train.sft import make_sft_program
 
 SIZES = {
     "tiny": (GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2), 2, 16),
@@ -65,9 +66,10 @@ def _row(what: str, times: list[float], reference: list[float] | None = None) ->
 
 @contextlib.contextmanager
 def _executor(config: GPT2Config, **dist: Any) -> Iterator[Any]:
-    program = functools.partial(make_program, config, SFTConfig(), 1000, torch.float32)
+    program = functools.partial(make_sft_program, config, SFTConfig(), 1000, torch.float32)
     params = gpt2.init(config, key=random.key(0))
     settings = DistConfig(snapshot_every=10_000, **dist)
+    keep_freed_memory()
     with open_executor(program, ModelState(params, {}), settings, device=torch.device("cpu"), tell=print) as executor:
         yield executor
 

@@ -1,4 +1,4 @@
-"""Command lines before tyro reads them: repeated flags are joined, numbers out of range named by flag."""
+"""Command lines before tyro reads them: repeated flags are joined, and numbers out of range are refused by flag."""
 
 import dataclasses
 import sys
@@ -23,14 +23,14 @@ def parse_arguments(
     description: str | None = None,
     default: Callable[[Sequence[str]], _Config] | None = None,
 ) -> _Config:
-    """Return the configuration of a command line; prints help or errors and exits (code 2) as tyro does.
+    """Return the configuration of a command line. Prints help or errors and exits (code 2) as tyro does.
 
     Args:
         kind: the dataclass whose fields are the flags.
         argv: without the program's name.
         prog: the program's name.
         description: its help; the dataclass's docstring if there is none.
-        default: arguments -> what the flags go on top of.
+        default: arguments -> the configuration below the flags.
 
     Raises:
         UserError: a number is out of its range.
@@ -43,34 +43,34 @@ def parse_arguments(
 def join_flags(kind: type, argv: Sequence[str]) -> list[str]:
     """Return a command line in which no flag is repeated: the values of list flags add up, in their order.
 
-    Of a flag of one value the last counts, which is told on stderr where the values differ.
+    The last value of a flag with one value counts, with a line on stderr where the values differ.
 
     Raises:
         UserError: a number is out of its range.
     """
     hints = dict(flag_types(kind))
     joined: list[list[str]] = []
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for flag, *values in _by_flag(argv):
         name = flag if flag in hints else flag.replace("--no-", "--").replace(".no-", ".")
         hint = hints.get(name)
-        if "" in values and _names_something(hint):
+        if "" in values and _takes_names(hint):
             raise UserError(f"{name}: is empty (a variable that is not set?); give a name, or leave the flag out")
-        if name not in places or hint is None:
-            places[name] = len(joined)
+        if name not in positions or hint is None:
+            positions[name] = len(joined)
             joined.append([flag, *values])
         elif get_origin(hint) is tuple:
-            joined[places[name]] += values
-        elif joined[places[name]] != [flag, *values]:
-            before, joined[places[name]] = joined[places[name]], [flag, *values]
+            joined[positions[name]] += values
+        elif joined[positions[name]] != [flag, *values]:
+            before, joined[positions[name]] = joined[positions[name]], [flag, *values]
             print(f"given twice: {' '.join(before)} and {' '.join([flag, *values])}; the last counts", file=sys.stderr)
         if len(values) == 1 and (expected := range_error(bounds_of(hint), _number(hint, values[0]))):
             raise UserError(f"{name} {values[0]}: {_field(name)} must be {expected}, got {values[0]}")
-    return [word for words in joined for word in _written(words)]
+    return [word for words in joined for word in _flag_words(words)]
 
 
 def _by_flag(argv: Sequence[str]) -> Iterator[list[str]]:
-    """Yield each flag, with hyphens for underscores, and its values; first of all what comes before the flags."""
+    """Yield each flag, with hyphens for underscores, and its values; first, the words before the flags."""
     words = [""]
     for word in argv:
         if word.startswith("--") and len(word) > 2:
@@ -82,8 +82,8 @@ def _by_flag(argv: Sequence[str]) -> Iterator[list[str]]:
     yield words
 
 
-def _written(words: Sequence[str]) -> list[str]:
-    """A flag and its values as words of a command line, where a first value may begin with a hyphen after =."""
+def _flag_words(words: Sequence[str]) -> list[str]:
+    """Return a flag and its values as words of a command line; after =, the first value may begin with a hyphen."""
     flag, *values = words
     if any(value.startswith("--") for value in values[1:]):
         raise UserError(f"{flag}: of several values only the first may begin with --")
@@ -93,7 +93,7 @@ def _written(words: Sequence[str]) -> list[str]:
 
 
 def _number(hint: Any, text: str) -> float | None:
-    """The number that a flag's text stands for; None where tyro is to refuse it."""
+    """Return the number in a flag's text; None where tyro is to refuse it."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kind = next((get_args(option)[0] for option in options if get_origin(option) is Annotated), str)
     try:
@@ -102,8 +102,8 @@ def _number(hint: Any, text: str) -> float | None:
         return None
 
 
-def _names_something(hint: Any) -> bool:
-    """Return whether a flag takes paths or names, which cannot be empty, and not any text."""
+def _takes_names(hint: Any) -> bool:
+    """Return True where a flag takes paths or names, which cannot be empty, instead of any text."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType, tuple) else (hint,)
     return Path in options or (str in options and type(None) in options)
 

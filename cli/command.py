@@ -1,4 +1,4 @@
-"""What the programs share: reading --config before the flags, and turning errors into messages and exit codes."""
+"""Shared by the programs: --config is read before the flags, and errors become messages and exit codes."""
 
 import dataclasses
 import errno
@@ -9,52 +9,54 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf.cli.process import discard_output, flush_output, prepared_process
+from rlhf.cli.terminal import user_log_on_stderr
 
 from rlhf.config import PipelineRun, RunConfig
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.io.paths import relocate
 from rlhf.io.presets import load_config, load_dist_config
 from rlhf.ranges import flat_fields
+from rlhf.train.stage import pipeline_type
 
 
 def base_config(argv: Sequence[str]) -> PipelineRun:
-    """The configuration that flags are put on top of: that of --config, or the defaults; then that of --dist-config."""
+    """Return the configuration below the flags: that of --config, or the defaults; on top, that of --dist-config."""
     name, dist_name = _last_value(argv, "--config"), _last_value(argv, "--dist-config")
-    config = PipelineRun() if name is None else relocate(load_config(name), Path(name).expanduser().parent)
+    config = pipeline_type()() if name is None else relocate(load_config(name), Path(name).expanduser().parent)
     return config if dist_name is None else dataclasses.replace(config, dist=load_dist_config(dist_name))
 
 
-def _last_value(argv: Sequence[str], wanted: str) -> str | None:
-    """The value of a flag; of the last, if it is given several times."""
-    found = None
-    for place, argument in enumerate(argv):
+def _last_value(argv: Sequence[str], name: str) -> str | None:
+    """Return the value of a flag, or its last value where the flag is repeated; None without the flag."""
+    last = None
+    for position, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
-        if flag.replace("_", "-") == wanted:
-            if not equals and place + 1 == len(argv):
-                raise UserError(f"{wanted}: expected a YAML file or the name of a preset")
-            found = value if equals else argv[place + 1]
-    return found
+        if flag.replace("_", "-") == name:
+            if not equals and position + 1 == len(argv):
+                raise UserError(f"{name}: expected a YAML file or the name of a preset")
+            last = value if equals else argv[position + 1]
+    return last
 
 
 _SPINS = "10000"
-"""Looks of a thread that waits for others before it sleeps. OpenMP's own 300,000 make a step of the small model beside
-two busy processes take 1,170 ms instead of 330; with the cores to itself it takes as long with either."""
+"""Spins of a waiting thread before it sleeps. OpenMP's default of 300,000 makes a step of the small model beside two
+busy processes take 1,170 ms instead of 330; on idle cores both take the same time."""
 
 
 _UNWRITABLE_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
-"""Errors of a stream; those of files carry the file's name."""
+"""Errors of streams, which have no file name."""
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a program; its exit code. Errors that are the user's to mend become one message without a traceback."""
+    """Run a program and return its exit code. Errors that the user can fix become one line without a traceback."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read when torch is imported
-    with prepared_process():
+    with prepared_process(), user_log_on_stderr():
         return _exit_code(command)
 
 
 def _exit_code(command: Callable[[], None]) -> int:
-    """The exit code of a command that is run; what ended it is on the screen."""
+    """Run a command and return its exit code, after printing the error that ended it."""
     try:
         try:
             command()
@@ -63,14 +65,14 @@ def _exit_code(command: Callable[[], None]) -> int:
     except (UserError, NonFiniteError, WorkersLostError, Interrupted) as error:
         print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever read our output has left (| head)
+    except BrokenPipeError:  # the reader of our output has left (| head)
         discard_output()
         return 0
     except KeyboardInterrupt:
         print("stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:  # the operating system refuses the user's path
+        if isinstance(error, OSError) and error.filename is not None:  # the operating system refuses the path
             print(f"error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
             return UserError.exit_code
         if isinstance(error, OSError) and error.errno in _UNWRITABLE_OUTPUT:
@@ -83,7 +85,7 @@ def _exit_code(command: Callable[[], None]) -> int:
 
 
 def describe(config: RunConfig) -> str:
-    """The settings that differ from their defaults, in one line."""
+    """Return the settings that differ from their defaults, in one line."""
     defaults = flat_fields(type(config)())
     changed = {name: value for name, value in flat_fields(config).items() if value != defaults[name]}
     shown = "  ".join(

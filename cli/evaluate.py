@@ -16,12 +16,12 @@ from rlhf.evaluate.evaluate_config import EvaluateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program and return its exit code."""
     return run_command(lambda: _evaluate(command_line(argv)))
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
-    """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
+    """Return the configuration of a command line. Prints help or errors and exits (code 2) as tyro does."""
     return parse_arguments(
         EvaluateConfig,
         argv,
@@ -32,9 +32,12 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
 
 def _evaluate(argv: list[str]) -> None:
     config = parse(argv)
-    from rich.console import Console  # from here on it may take a second
+    from rich.console import Console  # here, because it may take a second
     from rlhf.cli.evaluate_tables import show_report
+    from rlhf.cli.terminal import spinner
 
     from rlhf.evaluate.evaluation import run_evaluation
+    from rlhf.execution.memory import keep_freed_memory
 
-    show_report(run_evaluation(config), Console(highlight=False))
+    keep_freed_memory()
+    show_report(run_evaluation(config, spinner), Console(highlight=False))

@@ -8,14 +8,24 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
 from rlhf.cli.process import command_line
+from rlhf.cli.terminal import stderr_console
 
 from rlhf.errors import UserError
 from rlhf.io.presets import load_config
+from rlhf.io.terminal import printable
+from rlhf.io.user_log import log_user
 from rlhf.ranges import ProcessCount, Section, Seed
+
+if TYPE_CHECKING:
+    from rlhf.demo.demo import DemoResult
+
+_SHOWN = 4
+"""Prompts shown with both models' completions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +45,17 @@ class Example(Section):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program and return its exit code."""
     return run_command(lambda: _example(parse_arguments(Example, command_line(argv), prog="rlhf-example")))
 
 
 def _example(example: Example) -> None:
     base = load_config(example.config)
-    from rlhf.data.demo_data import EmbeddedFiles, write_embedded  # from here on it may take a second
-    from rlhf.demo.demo import check_example, run_example, show_comparison
+    from rlhf.cli.training import open_training
+
+    from rlhf.data.demo_data import EmbeddedFiles, write_embedded  # here, because it may take a second
+    from rlhf.demo.demo import check_example, run_example
     from rlhf.distributed.compute_context import available_cores
-    from rlhf.io.progress import console
 
     output_dir = _free_name(example.output_dir)
     data = output_dir / "data"
@@ -67,13 +78,46 @@ def _example(example: Example) -> None:
     check_example(config)
     if example.create_dummy_data:
         write_embedded(data, seed=example.seed)
-        console.print(f"wrote {', '.join(path.name for path in files)} to {data}", markup=False, soft_wrap=True)
-    console.print(f"training {where}", markup=False)
-    show_comparison(run_example(config, files), output_dir)
+        log_user(f"wrote {', '.join(path.name for path in files)} to {data}")
+    log_user(f"training {where}")
+    with open_training() as training:
+        result = run_example(config, files, *training)
+    _show_result(result, output_dir)
+
+
+def _show_result(result: "DemoResult", output_dir: Path) -> None:
+    """Print the scores, some completions, and what to do next."""
+    from rich.table import Table
+
+    before, after = result.before, result.after
+    scores = Table(title=f"Gold score on {len(result.prompts)} held-out prompts (a judge that training never saw)")
+    for heading in ("model", "mean gold score, 95% interval", "KL to SFT"):
+        scores.add_column(heading)
+    scores.add_row("SFT", f"{before.mean:+.2f} ± {before.interval:.2f}", "0")
+    scores.add_row("PPO", f"{after.mean:+.2f} ± {after.interval:.2f}", f"{result.kl:.1f} nats per reply")
+    scores.add_row("gain", f"[bold]{result.gain:+.2f} ± {result.gain_interval:.2f}[/]", "")
+    completions = Table(title="The same prompts before and after", show_lines=True)
+    for heading in ("prompt", "SFT", "PPO"):
+        completions.add_column(heading)
+    for row in range(min(_SHOWN, len(result.prompts))):
+        cells = (result.prompts[row], before.texts[row].strip(), after.texts[row].strip())
+        completions.add_row(*(printable(cell).replace("[", r"\[") for cell in cells))
+    console = stderr_console()
+    console.print(scores)
+    console.print(completions)
+    console.print(
+        f"Written to {output_dir}: data/, logs/, report/, and the models sft/, reward/ and policy/. To go on:\n"
+        f"  open     {output_dir / 'report' / 'report.html'}\n"
+        f"  judge    rlhf-evaluate --model-dir {output_dir}\n"
+        f"  try      rlhf-generate --model-dir {output_dir / 'policy'} --template 'Customer: {{prompt}}\\nAgent:'\n"
+        f"  plot     rlhf-monitor --log-dir {output_dir / 'logs'} --plot-type all",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _free_name(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3, … that holds no run."""
+    """Return `folder`, or the first of folder-2, folder-3, … that holds no run."""
     candidate, number = folder, 1
     while (candidate / "checkpoints").exists():
         number += 1

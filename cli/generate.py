@@ -16,17 +16,20 @@ from rlhf.generate.generate_config import GenerateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program and return its exit code."""
     return run_command(lambda: _generate(parse(command_line(argv))))
 
 
 def parse(argv: Sequence[str]) -> GenerateConfig:
-    """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
+    """Return the configuration of a command line. Prints help or errors and exits (code 2) as tyro does."""
     return parse_arguments(GenerateConfig, argv, prog="rlhf-generate")
 
 
 def _generate(config: GenerateConfig) -> None:
-    from rich.console import Console  # from here on it may take a second
+    from rich.console import Console  # here, because it may take a second
     from rlhf.cli.generate_screen import run_generate
 
+    from rlhf.execution.memory import keep_freed_memory
+
+    keep_freed_memory()
     run_generate(config, Console(highlight=False))

@@ -1,4 +1,4 @@
-"""rlhf-generate: prompts from flags, a file, a pipe or a person; completions to the screen or to a file."""
+"""The screen of rlhf-generate: prompts from flags, a file, a pipe or a person; completions to a terminal or a file."""
 
 import contextlib
 import json
@@ -18,12 +18,12 @@ from rlhf.data.schema import PROMPTS, read_checked
 from rlhf.distributed.compute_context import available_cores, find_device, limit_threads
 from rlhf.errors import Interrupted, UserError
 from rlhf.evaluate.comparison import sample_keys
-from rlhf.generate.completer import Piece, Writer
+from rlhf.generate.completer import Completer, TextChunk
 from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.files import read_text
 from rlhf.io.output import check_output, write_output
-from rlhf.io.progress import tell
 from rlhf.io.terminal import printable
+from rlhf.io.user_log import log_user
 from rlhf.setting_rules import check_rules
 
 _WELCOME = """Each prompt is completed on its own. Ctrl-C stops a completion; Ctrl-D, or Ctrl-C at the prompt, ends."""
@@ -31,44 +31,44 @@ _REFRESHES_PER_SECOND = 12
 
 
 def run_generate(config: GenerateConfig, console: Console) -> None:
-    """Complete prompts as `config` asks for.
+    """Complete the prompts, and show or write the completions.
 
     Raises:
         UserError: a model, a file or a setting cannot be used.
-        Interrupted: Ctrl-C, but for a person at the prompt.
+        Interrupted: Ctrl-C, except at the prompt.
     """
     for line in check_rules(config, GENERATE_RULES):
-        tell(line)
+        log_user(line)
     if "{prompt}" not in config.template:
         raise UserError(f"--template {config.template!r}: has no {{prompt}}, in whose place each prompt is put")
     if config.prompt and config.prompt_file is not None:
         raise UserError("--prompt and --prompt-file: give one of the two")
     if config.output is not None:
-        read = [file for folder in _folders(config) if folder.is_dir() for file in folder.iterdir()]
-        read += [config.prompt_file] if config.prompt_file is not None else []
-        check_output(config.output, "--output", inputs=read, overwrite=config.overwrite)
+        inputs = [file for folder in _folders(config) if folder.is_dir() for file in folder.iterdir()]
+        inputs += [config.prompt_file] if config.prompt_file is not None else []
+        check_output(config.output, "--output", inputs=inputs, overwrite=config.overwrite)
     for text in (*config.prompt, config.template):
         _check_text(text)
-    given = _given(config)
+    prompts = _prompts(config)
     device = find_device(config.device)
     with limit_threads(config.threads or available_cores()):
-        writers = [Writer(folder, config, device) for folder in _folders(config)]
-        for line in dict.fromkeys(line for writer in writers for line in writer.model.notes):
-            tell(line)
+        completers = [Completer(folder, config, device) for folder in _folders(config)]
+        for line in dict.fromkeys(line for completer in completers for line in completer.model.notes):
+            log_user(line)
         try:
             if config.output is not None:
-                _write_file(config, config.output, list(given if given is not None else _typed(console)), writers)
-            elif given is None:
-                _converse(config, console, writers)
+                _write_file(config, config.output, list(_typed(console) if prompts is None else prompts), completers)
+            elif prompts is None:
+                _converse(config, console, completers)
             else:
-                for number, prompt in enumerate(given):
-                    _show(config, console, writers, _framed(config, prompt), number)
+                for number, prompt in enumerate(prompts):
+                    _show(config, console, completers, _framed(config, prompt), number)
         except KeyboardInterrupt:
             raise Interrupted("stopped", signal.SIGINT) from None
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: `prompt` of each JSON object, or the lines of a text file that are not blank.
+    """Return the prompts of a file: `prompt` of each JSON object, or the lines of a text file that are not blank.
 
     Raises:
         UserError: it cannot be read, or holds no prompt.
@@ -78,14 +78,11 @@ def read_prompts(path: Path) -> list[str]:
         if not (prompts := [line for line in lines if line.strip()]):
             raise UserError(f"{path}: the file is empty; it needs a prompt per line")
         return prompts
-    prompts = []
-    for record in read_checked(path, PROMPTS):
-        prompts.append(record.fields["prompt"])
-    return prompts
+    return [record.fields["prompt"] for record in read_checked(path, PROMPTS)]
 
 
-def _given(config: GenerateConfig) -> Iterator[str] | None:
-    """Prompts from flags, a file or a pipe; None where a person is to be asked."""
+def _prompts(config: GenerateConfig) -> Iterator[str] | None:
+    """Return prompts from flags, a file or a pipe; None where a person is to type them."""
     if config.prompt:
         return iter(config.prompt)
     if config.prompt_file is not None:
@@ -106,7 +103,7 @@ def _piped() -> Iterator[str]:
 
 
 def _check_text(text: str) -> None:
-    """Raise UserError if `text` was given in bytes that are not UTF-8, which Python hands on as lone surrogates."""
+    """Raise UserError if `text` came in bytes that are not UTF-8, which Python hands on as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -114,11 +111,11 @@ def _check_text(text: str) -> None:
 
 
 def _folders(config: GenerateConfig) -> list[Path]:
-    """The models' folders; of a run's output folder its policy, or else its SFT model."""
+    """Return the models' folders; of a run's output folder, its policy, or else its SFT model."""
     folder = config.model_dir
     if not (folder / "config.json").is_file():
         folder = next(
-            (folder / part for part in ("policy", "sft") if (folder / part / "config.json").is_file()), folder
+            (folder / name for name in ("policy", "sft") if (folder / name / "config.json").is_file()), folder
         )
     return [folder] if config.against is None else [folder, config.against]
 
@@ -128,7 +125,7 @@ def _framed(config: GenerateConfig, prompt: str) -> str:
 
 
 def _keys(config: GenerateConfig, number: int) -> Tensor:
-    """[samples, 2]: those that rlhf-evaluate has for prompt `number` and the same seed."""
+    """Return the [samples, 2] keys that rlhf-evaluate has for prompt `number` and the same seed."""
     return sample_keys(config.seed, number + 1, _samples(config)).view(number + 1, -1, 2)[number]
 
 
@@ -136,68 +133,69 @@ def _samples(config: GenerateConfig) -> int:
     return 1 if config.greedy else config.samples
 
 
-def _show(config: GenerateConfig, console: Console, writers: Sequence[Writer], prompt: str, number: int) -> None:
+def _show(config: GenerateConfig, console: Console, completers: Sequence[Completer], prompt: str, number: int) -> None:
     """Print one prompt's completions while they are drawn."""
     for key in _keys(config, number):
-        if len(writers) > 1:
-            _show_beside(console, writers, prompt, key)
+        if len(completers) > 1:
+            _show_beside(console, completers, prompt, key)
         else:
-            _show_one(config, console, writers[0], prompt, key)
+            _show_one(console, completers[0], prompt, key)
         console.print()
 
 
-def _show_one(config: GenerateConfig, console: Console, writer: Writer, prompt: str, key: Tensor) -> None:
+def _show_one(console: Console, completer: Completer, prompt: str, key: Tensor) -> None:
     ended = False
     _put(console, printable(prompt), "dim")
     try:
-        for piece in writer.write(prompt, key):
-            _put(console, printable(piece.text))
-            ended = piece.ended
+        for chunk in completer.stream(prompt, key):
+            _put(console, printable(chunk.text))
+            ended = chunk.ended
     finally:
         console.print()
     if not ended:
-        console.print(Text(f"(cut at {writer.max_new_tokens} tokens)", style="dim"))
+        console.print(Text(f"(cut at {completer.max_new_tokens} tokens)", style="dim"))
 
 
-def _show_beside(console: Console, writers: Sequence[Writer], prompt: str, key: Tensor) -> None:
-    """Two columns that grow together; without a terminal they are printed once, when they are whole."""
-    texts = [Text() for _ in writers]
-
-    different = len({writer.folder.name for writer in writers}) == len(writers)
+def _show_beside(console: Console, completers: Sequence[Completer], prompt: str, key: Tensor) -> None:
+    """Print two columns that grow together; without a terminal they are printed once, when they are whole."""
+    texts = [Text() for _ in completers]
+    names = [completer.folder.name for completer in completers]
+    if len(set(names)) < len(names):
+        names = [str(completer.folder) for completer in completers]
 
     def table() -> Table:
         grid = Table(expand=True, title=Text(printable(prompt), style="dim", justify="left"), title_justify="left")
-        for writer in writers:
-            grid.add_column(Text(writer.folder.name if different else str(writer.folder)), ratio=1, overflow="fold")
+        for name in names:
+            grid.add_column(Text(name), ratio=1, overflow="fold")
         grid.add_row(*texts)
         return grid
 
-    drawing = {place: writer.write(prompt, key) for place, writer in enumerate(writers)}
+    streams = {column: completer.stream(prompt, key) for column, completer in enumerate(completers)}
     with Live(table(), console=console, refresh_per_second=_REFRESHES_PER_SECOND, vertical_overflow="visible") as live:
-        while drawing:
-            for place in list(drawing):
-                piece: Piece | None = next(drawing[place], None)
-                if piece is None:
-                    del drawing[place]
+        while streams:
+            for column in list(streams):
+                chunk: TextChunk | None = next(streams[column], None)
+                if chunk is None:
+                    del streams[column]
                 else:
-                    texts[place].append(printable(piece.text))
+                    texts[column].append(printable(chunk.text))
             live.update(table())
     if not console.is_terminal:  # where Live ends no line
         console.print()
 
 
-def _converse(config: GenerateConfig, console: Console, writers: Sequence[Writer]) -> None:
-    """Ask, complete, ask again."""
+def _converse(config: GenerateConfig, console: Console, completers: Sequence[Completer]) -> None:
+    """Complete prompts as a person types them."""
     console.print(Text(_WELCOME, style="dim"))
     for number, prompt in enumerate(_typed(console)):
         try:
-            _show(config, console, writers, _framed(config, prompt), number)
+            _show(config, console, completers, _framed(config, prompt), number)
         except KeyboardInterrupt:
             console.print(Text("(stopped)", style="dim"))
 
 
 def _typed(console: Console) -> Iterator[str]:
-    """What a person types, until they end it."""
+    """Yield the prompts that a person types, until they end it."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history)
     while True:
@@ -211,23 +209,23 @@ def _typed(console: Console) -> Iterator[str]:
 
 
 def _put(console: Console, text: str, style: str = "") -> None:
-    """Print without a line end, at once."""
+    """Print at once, without a line end."""
     console.print(Text(text, style=style), end="", soft_wrap=True)
     console.file.flush()
 
 
-def _write_file(config: GenerateConfig, path: Path, prompts: Sequence[str], writers: Sequence[Writer]) -> None:
-    """All completions as JSON Lines, in one step."""
+def _write_file(config: GenerateConfig, path: Path, prompts: Sequence[str], completers: Sequence[Completer]) -> None:
+    """Write all completions as JSON Lines."""
     if not prompts:
         raise UserError("no prompts were given")
     samples = _samples(config)
     framed = [_framed(config, prompt) for prompt in prompts for _ in range(samples)]
     keys = sample_keys(config.seed, len(prompts), samples)
-    columns = [writer.write_all(framed, keys) for writer in writers]
+    columns = [completer.complete(framed, keys) for completer in completers]
     lines = []
-    for number, written in enumerate(zip(*columns, strict=True)):
+    for number, completions in enumerate(zip(*columns, strict=True)):
         line = {"prompt": framed[number], "sample": number % samples}
-        for part, piece in zip(("", "against_"), written, strict=False):
-            line |= {f"{part}completion": piece.text, f"{part}ended": piece.ended}
+        for prefix, completion in zip(("", "against_"), completions, strict=False):
+            line |= {f"{prefix}completion": completion.text, f"{prefix}ended": completion.ended}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_output(path, "".join(lines), "--output", overwrite=config.overwrite)

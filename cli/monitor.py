@@ -20,6 +20,7 @@ from rlhf.cli.command import run_command
 from rlhf.cli.process import command_line
 
 from rlhf.errors import UserError
+from rlhf.io.user_log import log_user
 from rlhf.ranges import Section
 from rlhf.setting_rules import Rule, check_rules
 
@@ -102,9 +103,17 @@ def _live(settings: Monitor) -> int:
 
 
 def _serve(settings: Monitor) -> int:
-    from rlhf.monitor.serve import serve
+    from rlhf.monitor.serve import make_server, open_page
 
-    serve(settings.log_dir, port=settings.port, open_browser=settings.open_browser)
+    with make_server(settings.log_dir, settings.port) as server:
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        log_user(f"following {', '.join(map(str, settings.log_dir))} at {address} (Ctrl-C ends)")
+        if settings.open_browser:
+            open_page(address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            log_user("stopped")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The process that a program runs in: its words, streams, home folder and screen size, made fit before the work."""
+"""The process that a program runs in: command line, streams, home folder and screen size, prepared before the work."""
 
 import atexit
 import contextlib
@@ -15,11 +15,11 @@ from rlhf.errors import UserError
 from rlhf.io.cache import home_folder
 
 _BELOW_HOME = ("MPLCONFIGDIR", "TRITON_HOME")
-"""Variables that name the folders in which libraries write below the home folder otherwise."""
+"""Variables that name folders of libraries, which are in the home folder otherwise."""
 
 
 def command_line(argv: Sequence[str] | None) -> list[str]:
-    """The words after the program's name: `argv`, or those that the program was started with.
+    """Return the words after the program's name: `argv`, or those of this process.
 
     Under an ASCII locale Python takes file names and words for ASCII, so the program starts again in UTF-8 mode.
 
@@ -41,9 +41,9 @@ def command_line(argv: Sequence[str] | None) -> list[str]:
 
 @contextlib.contextmanager
 def prepared_process() -> Iterator[None]:
-    """Run the block with streams that take every character, a place for caches, and a screen that is not empty."""
+    """Run the block with streams that take every character, folders for caches, and a screen with columns and lines."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started the program
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -59,10 +59,10 @@ def prepared_process() -> Iterator[None]:
 
 
 def flush_output() -> None:
-    """Write out what standard output still holds.
+    """Write out the buffer of standard output.
 
     Raises:
-        OSError: it cannot be written. It is then given up, so that the interpreter's end does not try again.
+        OSError: it cannot be written. Its content is discarded, so that the interpreter does not try again at exit.
     """
     try:
         sys.stdout.flush()
@@ -72,12 +72,12 @@ def flush_output() -> None:
 
 
 def discard_output() -> None:
-    """Send what standard output still holds, and all that follows, to nowhere."""
+    """Discard the buffer of standard output, and all later output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _LossyStream:
-    """Standard error. What cannot be written to it is lost: the work is worth more than its messages."""
+    """Standard error, which drops text that it cannot write: the work is worth more than its messages."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -96,7 +96,7 @@ class _LossyStream:
 
 
 def _settle_user() -> None:
-    """Give libraries a name and a folder of the user where there are none, as in a container with a bare user id."""
+    """Give libraries a user name and folders where there are none, as in a container with a bare user id."""
     try:
         getpass.getuser()
     except (KeyError, OSError):
@@ -105,7 +105,7 @@ def _settle_user() -> None:
     if missing and home_folder() is None:
         try:
             folder = tempfile.mkdtemp(prefix="rlhf-home-")
-        except OSError:  # whoever needs a folder says so
+        except OSError:  # the library that needs a folder reports it
             return
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ.update(dict.fromkeys(missing, folder))

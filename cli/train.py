@@ -17,20 +17,12 @@ import tyro
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, describe, run_command
 from rlhf.cli.process import command_line
+from rlhf.cli.terminal import stderr_console
 
-from rlhf.config import PipelineRun, PPORun, RewardRun, SFTRun
+from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.io.presets import narrow
-
-AnyRun = SFTRun | RewardRun | PPORun | PipelineRun
-
-_STAGES: dict[str, tuple[type[AnyRun], str]] = {
-    "sft": (SFTRun, "Supervised fine-tuning on demonstrations."),
-    "reward": (RewardRun, "Reward model on preference pairs, from the SFT model."),
-    "ppo": (PPORun, "PPO with a KL penalty, from the SFT model, against the reward model or any function."),
-    "pipeline": (PipelineRun, "SFT, reward model and PPO in order."),
-}
-
+from rlhf.train.stage import STAGES, pipeline_names, pipeline_type
 
 _DESCRIPTION = """Train a GPT-2-style language model from human feedback.
 
@@ -42,14 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: _train(command_line(argv)))
 
 
-def parse(argv: Sequence[str]) -> AnyRun:
+def parse(argv: Sequence[str]) -> RunConfig:
     """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
-    place = next((place for place, word in enumerate(argv) if word in _STAGES), 0)
+    commands = _commands()
+    place = next((place for place, word in enumerate(argv) if word in commands), 0)
     if place and not {"-h", "--help"} & set(argv):
         moved = shlex.join([argv[place], *argv[:place], *argv[place + 1 :]])
         raise UserError(f"the stage comes first: rlhf-train {moved}")
-    if argv and argv[0] in _STAGES:
-        kind, text = _STAGES[argv[0]]
+    if argv and argv[0] in commands:
+        kind, text = commands[argv[0]]
         return parse_arguments(
             kind,
             argv[1:],
@@ -57,27 +50,32 @@ def parse(argv: Sequence[str]) -> AnyRun:
             description=text,
             default=lambda arguments: narrow(base_config(arguments), kind),
         )
-    kinds = [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in _STAGES.items()]
+    kinds = [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in commands.items()]
     union: Any = functools.reduce(operator.or_, kinds)  # only for its help and its errors
-    return tyro.cli(union, prog="rlhf-train", description=_DESCRIPTION, args=argv)
+    config: RunConfig = tyro.cli(union, prog="rlhf-train", description=_DESCRIPTION, args=argv)
+    return config
+
+
+def _commands() -> dict[str, tuple[type[RunConfig], str]]:
+    """The configuration and the help of every stage, and of the pipeline, by name."""
+    stages: dict[str, tuple[type[RunConfig], str]] = {
+        stage.name: (stage.config, stage.help) for stage in STAGES.values()
+    }
+    *titles, last = (STAGES[name].title for name in pipeline_names())
+    return stages | {"pipeline": (pipeline_type(), f"{', '.join(titles)} and {last} in order.")}
 
 
 def _train(argv: list[str]) -> None:
     config = parse(argv)
     from rich.text import Text  # from here on it may take a second
+    from rlhf.cli.training import open_training
 
-    from rlhf.io.progress import console
-    from rlhf.train import pipeline, sft
+    from rlhf.train.pipeline import run_stages
 
+    console = stderr_console()
     console.print(Text.assemble((f"rlhf-train {argv[0]}", "bold"), f" → {config.output_dir}"), soft_wrap=True)
     console.print(describe(config), markup=False, soft_wrap=True)
-    if isinstance(config, PipelineRun):
-        results = pipeline.run_pipeline(config)
-    elif isinstance(config, PPORun):
-        results = {"ppo": pipeline.run_ppo_alone(config, base_config(argv))}
-    elif isinstance(config, RewardRun):
-        results = {"reward": pipeline.run_reward_alone(config, base_config(argv))}
-    else:
-        results = {"sft": sft.run_sft(config)}
+    with open_training() as training:
+        results = run_stages(config, observers=training.observers, stop=training.stop, base=base_config(argv))
     for stage, result in results.items():
         console.print(Text.assemble((stage, "bold"), f": wrote {result.model}"), soft_wrap=True)

@@ -1,4 +1,5 @@
 from . import random as random
+from . import train as train
 from . import tree as tree
 from .advantages import gae as gae
 from .advantages import gae_loop as gae_loop
@@ -7,6 +8,7 @@ from .distributed.parameter_server import ParameterServer as ParameterServer
 from .experience import Experience as Experience
 from .experience import make_experience as make_experience
 from .experience import postprocess_scores as postprocess_scores
+from .io.model_folder import load_model as load_model
 from .kl import adaptive_kl_coef as adaptive_kl_coef
 from .kl import exact_kl as exact_kl
 from .kl import kl_estimate as kl_estimate
@@ -23,6 +25,9 @@ from .models.heads import apply_head as apply_head
 from .models.heads import init_reward_head as init_reward_head
 from .models.heads import init_value_head as init_value_head
 from .models.heads import value_head_from_reward as value_head_from_reward
+from .models.sequences import join as join
+from .monitor.run_data import RunData as RunData
+from .monitor.run_data import load_run as load_run
 from .ops import entropy as entropy
 from .ops import masked_mean as masked_mean
 from .ops import masked_sum as masked_sum

@@ -25,7 +25,9 @@ class NonFiniteError(Exception):
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop by a signal, finished its step and saved. Exit code 128 + the signal.
+    """The run was asked to stop by a signal, or by an observer (signal 0), finished its step and saved.
+
+    Programs exit with 128 + the signal.
 
     As a KeyboardInterrupt it is no Exception: it may come at any moment, and is never a fault of what it comes into.
     """

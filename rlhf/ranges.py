@@ -99,14 +99,19 @@ def _describe(bound: Bound) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A dataclass whose annotated ranges are checked, and whose paths may begin with ~, when it is made."""
+    """A dataclass whose ranges are checked when it is made, and whose paths may be texts and begin with ~."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, name)
+            value = _as_path(hint, getattr(self, name))
             if expected := range_error(bounds_of(hint), value):
                 raise ValueError(f"{name} must be {expected}, got {value}")
             object.__setattr__(self, name, _expanded(value))
+
+
+def _as_path(hint: Any, value: Any) -> Any:
+    """A text as a path, where the annotation asks for one."""
+    return Path(value) if isinstance(value, str) and (hint is Path or Path in get_args(hint)) else value
 
 
 def _expanded(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Settings that have no effect in a run, or contradict others: one table for all stages. Imports no torch.
+"""Settings that have no effect in a run, or contradict others: tables of rules. Imports no torch.
 
 A setting counts as set where it differs from its default, whether by a flag or by YAML. What asks for something that
 the run cannot give is refused; what is merely idle is told in a line.
@@ -46,13 +46,6 @@ def check_rules(config: Any, rules: Sequence[Rule]) -> list[str]:
                 raise UserError(line)
             lines.append(line)
     return lines
-
-
-def check_settings(config: Any, stage: str) -> list[str]:
-    """`check_rules` of one stage of a training run; what all stages share is told by the first."""
-    first = getattr(config, "start_at", stage) == stage
-    shared = [rule for rule in COMPUTE_RULES if first or rule.refused]
-    return check_rules(config, (*shared, *STAGE_RULES[stage]))
 
 
 def flag_of(name: str, value: Any = None) -> str:
@@ -159,124 +152,123 @@ def _model_rules(data: str) -> tuple[Rule, ...]:
     return (Rule(names, _starts_elsewhere(data), "has no effect: the model that the stage starts from brings its own"),)
 
 
-STAGE_RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (
-        _NO_SAMPLES,
-        _worker_rule("sft", "batch_size"),
-        Rule(
-            ("tokenizer.vocab_size",),
-            lambda config: config.sft.model_path is not None,
-            "has no effect with --sft.model-path, whose folder has a tokenizer; drop one of the two",
-            refused=True,
-        ),
-        Rule(
-            ("tokenizer.vocab_size",),
-            lambda config: config.tokenizer.path is not None,
-            "has no effect with --tokenizer.path, which has its own vocabulary; drop one of the two",
-            refused=True,
-        ),
-        Rule(
-            ("model.family", "model.preset"),
-            lambda config: config.sft.model_path is not None,
-            "has no effect with --sft.model-path: the folder's shape counts",
-        ),
-        Rule(
-            ("model.preset",),
-            lambda config: None not in [getattr(config.model, name) for name in _SHAPE],
-            "has no effect: the fields beside it set all of the shape",
-        ),
-        Rule(
-            ("sft.val_fraction",),
-            lambda config: config.sft_val_data is not None,
-            "has no effect with --sft-val-data",
-        ),
-        Rule(
-            ("sft.eval_every",),
-            lambda config: config.sft_val_data is None and config.sft.val_fraction == 0,
-            "has no effect without held-out records: set --sft.val-fraction or --sft-val-data",
-        ),
+SFT_RULES = (
+    _NO_SAMPLES,
+    _worker_rule("sft", "batch_size"),
+    Rule(
+        ("tokenizer.vocab_size",),
+        lambda config: config.sft.model_path is not None,
+        "has no effect with --sft.model-path, whose folder has a tokenizer; drop one of the two",
+        refused=True,
     ),
-    "reward": (
-        _NO_SAMPLES,
-        _worker_rule("reward", "batch_size", rows=2),
-        *_model_rules("preference_data"),
-        Rule(
-            ("reward.val_fraction",),
-            lambda config: config.preference_val_data is not None,
-            "has no effect with --preference-val-data",
-        ),
+    Rule(
+        ("tokenizer.vocab_size",),
+        lambda config: config.tokenizer.path is not None,
+        "has no effect with --tokenizer.path, which has its own vocabulary; drop one of the two",
+        refused=True,
     ),
-    "ppo": (
-        _worker_rule("ppo", "minibatch_size"),
-        *_model_rules("prompt_data"),
-        Rule(
-            ("log.token_samples",),
-            lambda config: config.log.token_samples > config.log.samples,
-            "no more than the --log.samples completions are written",
-        ),
-        Rule(
-            ("log.samples",),
-            lambda config: config.log.samples > config.ppo.batch_size * config.ppo.samples_per_prompt,
-            "an iteration has no more completions than --ppo.batch-size times --ppo.samples-per-prompt",
-        ),
-        Rule(
-            ("ppo.rollout_slots",),
-            lambda config: config.ppo.rollout_slots > config.ppo.rollout_batch_size,
-            "a micro-batch has no more completions than --ppo.rollout-batch-size",
-        ),
-        Rule(
-            ("ppo.min_new_tokens",),
-            lambda config: not config.ppo.stop_at_eos,
-            "has no effect with --ppo.no-stop-at-eos: every completion has --ppo.max-new-tokens",
-        ),
-        Rule(
-            ("ppo.missing_eos_penalty",),
-            lambda config: not config.ppo.stop_at_eos,
-            "with --ppo.no-stop-at-eos no completion ends by itself: the same is taken off every score",
-        ),
-        Rule(
-            ("ppo.bootstrap_truncated",),
-            lambda config: not config.ppo.stop_at_eos,
-            "has no effect with --ppo.no-stop-at-eos: every completion ends at --ppo.max-new-tokens",
-        ),
-        Rule(("ppo.top_p",), lambda config: config.ppo.top_k == 1, "has no effect with --ppo.top-k 1"),
-        Rule(
-            ("ppo.normalize_reward",),
-            lambda config: bool(config.ppo.reward) and all(":" in source for source in config.ppo.reward),
-            "has no effect on Python functions, whose scores are taken as they are",
-        ),
-        Rule(
-            ("ppo.kl_adaptive",),
-            lambda config: config.ppo.kl_coef == 0,
-            "a --ppo.kl-coef of 0 stays 0 when it is multiplied; give it a start above 0",
-            refused=True,
-        ),
-        Rule(
-            ("ppo.kl_target", "ppo.kl_horizon"),
-            lambda config: not config.ppo.kl_adaptive,
-            "has no effect without --ppo.kl-adaptive (--ppo.target-kl stops updates early)",
-            refused=True,
-        ),
-        Rule(
-            ("ppo.kl_estimator", "ppo.kl_in_loss"),
-            lambda config: config.ppo.kl_coef == 0,
-            "has no effect with --ppo.kl-coef 0",
-        ),
-        Rule(
-            ("ppo.clip_eps", "ppo.dual_clip", "ppo.value_clip_eps", "ppo.target_kl"),
-            lambda config: _updates_once(config.ppo),
-            "has no effect with one update per iteration, before which nothing has moved",
-        ),
-        Rule(
-            ("ppo.value_clip_eps", "ppo.critic_warmup"),
-            lambda config: config.ppo.value_coef == 0,
-            "has no effect with --ppo.value-coef 0: the value function does not learn",
-        ),
-        Rule(
-            ("ppo.warmup_fraction",),
-            lambda config: _has_no_warmup_step(config.ppo),
-            "has no effect: it is less than one of the run's updates",
-        ),
+    Rule(
+        ("model.family", "model.preset"),
+        lambda config: config.sft.model_path is not None,
+        "has no effect with --sft.model-path: the folder's shape counts",
     ),
-}
-"""By stage, beside `COMPUTE_RULES`."""
+    Rule(
+        ("model.preset",),
+        lambda config: None not in [getattr(config.model, name) for name in _SHAPE],
+        "has no effect: the fields beside it set all of the shape",
+    ),
+    Rule(
+        ("sft.val_fraction",),
+        lambda config: config.sft_val_data is not None,
+        "has no effect with --sft-val-data",
+    ),
+    Rule(
+        ("sft.eval_every",),
+        lambda config: config.sft_val_data is None and config.sft.val_fraction == 0,
+        "has no effect without held-out records: set --sft.val-fraction or --sft-val-data",
+    ),
+)
+
+REWARD_RULES = (
+    _NO_SAMPLES,
+    _worker_rule("reward", "batch_size", rows=2),
+    *_model_rules("preference_data"),
+    Rule(
+        ("reward.val_fraction",),
+        lambda config: config.preference_val_data is not None,
+        "has no effect with --preference-val-data",
+    ),
+)
+
+PPO_RULES = (
+    _worker_rule("ppo", "minibatch_size"),
+    *_model_rules("prompt_data"),
+    Rule(
+        ("log.token_samples",),
+        lambda config: config.log.token_samples > config.log.samples,
+        "no more than the --log.samples completions are written",
+    ),
+    Rule(
+        ("log.samples",),
+        lambda config: config.log.samples > config.ppo.batch_size * config.ppo.samples_per_prompt,
+        "an iteration has no more completions than --ppo.batch-size times --ppo.samples-per-prompt",
+    ),
+    Rule(
+        ("ppo.rollout_slots",),
+        lambda config: config.ppo.rollout_slots > config.ppo.rollout_batch_size,
+        "a micro-batch has no more completions than --ppo.rollout-batch-size",
+    ),
+    Rule(
+        ("ppo.min_new_tokens",),
+        lambda config: not config.ppo.stop_at_eos,
+        "has no effect with --ppo.no-stop-at-eos: every completion has --ppo.max-new-tokens",
+    ),
+    Rule(
+        ("ppo.missing_eos_penalty",),
+        lambda config: not config.ppo.stop_at_eos,
+        "with --ppo.no-stop-at-eos no completion ends by itself: the same is taken off every score",
+    ),
+    Rule(
+        ("ppo.bootstrap_truncated",),
+        lambda config: not config.ppo.stop_at_eos,
+        "has no effect with --ppo.no-stop-at-eos: every completion ends at --ppo.max-new-tokens",
+    ),
+    Rule(("ppo.top_p",), lambda config: config.ppo.top_k == 1, "has no effect with --ppo.top-k 1"),
+    Rule(
+        ("ppo.normalize_reward",),
+        lambda config: bool(config.ppo.reward) and all(":" in source for source in config.ppo.reward),
+        "has no effect on Python functions, whose scores are taken as they are",
+    ),
+    Rule(
+        ("ppo.kl_adaptive",),
+        lambda config: config.ppo.kl_coef == 0,
+        "a --ppo.kl-coef of 0 stays 0 when it is multiplied; give it a start above 0",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.kl_target", "ppo.kl_horizon"),
+        lambda config: not config.ppo.kl_adaptive,
+        "has no effect without --ppo.kl-adaptive (--ppo.target-kl stops updates early)",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.kl_estimator", "ppo.kl_in_loss"),
+        lambda config: config.ppo.kl_coef == 0,
+        "has no effect with --ppo.kl-coef 0",
+    ),
+    Rule(
+        ("ppo.clip_eps", "ppo.dual_clip", "ppo.value_clip_eps", "ppo.target_kl"),
+        lambda config: _updates_once(config.ppo),
+        "has no effect with one update per iteration, before which nothing has moved",
+    ),
+    Rule(
+        ("ppo.value_clip_eps", "ppo.critic_warmup"),
+        lambda config: config.ppo.value_coef == 0,
+        "has no effect with --ppo.value-coef 0: the value function does not learn",
+    ),
+    Rule(
+        ("ppo.warmup_fraction",),
+        lambda config: _has_no_warmup_step(config.ppo),
+        "has no effect: it is less than one of the run's updates",
+    ),
+)

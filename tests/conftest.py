@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a tiny GPT-2, a tiny tokenizer, a global RNG that must not move, and the real data."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from rlhf import random
+from rlhf.config import LogConfig, ModelConfig, PipelineRun, PPOConfig, RewardConfig, SFTConfig, TokenizerConfig
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models import gpt2
 from rlhf.models.gpt2_config import GPT2Config
@@ -88,3 +90,30 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data absent: {folder} (set RLHF_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def short_pipeline(tmp_path_factory) -> PipelineRun:
+    """A short pipeline on a few records; its output folder is named by the test."""
+    folder = tmp_path_factory.mktemp("facade")
+
+    def write(name: str, records: list[dict[str, str]]) -> Path:
+        (folder / name).write_text(json.dumps(records))
+        return folder / name
+
+    numbers = range(24)
+    return PipelineRun(
+        cache_dir=folder / "cache",
+        threads=1,
+        sft_data=write("sft.json", [{"prompt": f"say {n}", "completion": f" the word {n}"} for n in numbers]),
+        preference_data=write(
+            "pairs.json", [{"prompt": f"say {n}", "chosen": " yes", "rejected": f" no {n}"} for n in numbers]
+        ),
+        prompt_data=write("prompts.json", [{"prompt": f"say {n}"} for n in numbers]),
+        model=ModelConfig(preset="tiny", n_layer=1, n_embd=16, n_head=2, n_positions=64),
+        tokenizer=TokenizerConfig(vocab_size=300),
+        sft=SFTConfig(max_steps=5, batch_size=4, eval_every=2),
+        reward=RewardConfig(max_steps=4, batch_size=4),
+        ppo=PPOConfig(num_iterations=4, batch_size=4, minibatch_size=4, num_epochs=1, max_new_tokens=6),
+        log=LogConfig(tensorboard=False),
+    )

@@ -650,6 +650,13 @@ MUTANTS = [
         ("under transforms: the fused form", "if reference_needed(q, k, v):", "if False:"),
     ),
     *mutants(
+        "models.sequences",
+        ("join: a place too late", "step < 0, place", "step <= 0, place"),
+        ("join: prompts of one length", "width + step", "width + place - width"),
+        ("join: padding of prompts kept", "torch.where(inside, tokens, 0)", "tokens"),
+        ("join: mask of the padding", ", mask & inside", ", mask"),
+    ),
+    *mutants(
         "models.gpt2",
         ("norms swapped", 'layer_norm(x, p["ln_2"], eps=eps)', 'layer_norm(x, p["ln_1"], eps=eps)'),
         ("attention: no residual", "x = x + drop(affine(attended_BTD", "x = drop(affine(attended_BTD"),

@@ -261,7 +261,7 @@ def test_what_cannot_be_compiled_is_refused_when_it_is_asked_for(refused, shelf,
     flags = ["sft", "--sft-data", shelf / "sft.json", *TINY, *ONE_STEP[:4], "--compile", "on"]
     refused(*flags, "--sft.dropout", "0.1", pieces=("--compile on: dropout", "--sft.dropout 0", "--compile off"))
     refused(*flags, "--sft.gradient-checkpointing", pieces=("--sft.gradient-checkpointing computes", "--compile off"))
-    monkeypatch.setattr("rlhf.distributed.compute_context.has_compiler", lambda: False)
+    monkeypatch.setattr("rlhf.train.compile_policy.has_compiler", lambda: False)
     refused(*flags, "--device", "cpu", pieces=("--compile on: no C++ compiler", "install g++", "--compile off"))
 
 

@@ -14,7 +14,7 @@ from rlhf.config import DistConfig
 from rlhf.distributed import cluster
 from rlhf.distributed.reaper import processes_of
 from rlhf.errors import Interrupted, UserError
-from rlhf.train.signals import StopRequest, stop_on_signal
+from rlhf.train.signals import stop_on_signal
 
 PROGRAM = Path(sys.executable).with_name("rlhf-train")
 
@@ -78,7 +78,7 @@ def test_a_signal_that_ray_takes_while_it_starts_reaches_the_run(monkeypatch):
     monkeypatch.setattr("ray.init", start)
     with (
         pytest.raises(Interrupted, match="stopped before its first step") as caught,
-        stop_on_signal(StopRequest("sft")),
+        stop_on_signal(),
         cluster.open_cluster(DistConfig(num_workers=1)),
     ):
         pass

@@ -36,7 +36,7 @@ from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.heads import init_reward_head, init_value_head
 from rlhf.ops import token_log_probs
-from rlhf.train.pipeline import run_pipeline
+from rlhf.train.pipeline import run_stages
 from rlhf.train.ppo_objective import make_ppo_objective
 from rlhf.train.reward import make_reward_objective
 from rlhf.train.sft import make_sft_objective
@@ -240,7 +240,7 @@ def pipeline(folder, cache, **changes):
         ppo=PPOConfig(num_iterations=3, batch_size=16, minibatch_size=8, num_epochs=2, rollout_batch_size=8,
                       rollout_slots=4, micro_batch_size=4, max_new_tokens=12),
     )  # fmt: skip
-    run_pipeline(dataclasses.replace(config, **changes))
+    run_stages(dataclasses.replace(config, **changes))
     lines = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     left_out = ("time", "timing_s/", "perf/", "fault/", "peak_bytes", "notes")
     return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines if "event" not in line]

@@ -1,8 +1,9 @@
-"""What is refused about workers before anything starts."""
+"""Where programs compute: what is refused about workers, the dtype, and what the user is told."""
 
 import pytest
+import torch
 
-from rlhf.config import DistConfig
+from rlhf.config import ComputeConfig, DistConfig
 from rlhf.distributed import compute_context as compute
 from rlhf.errors import UserError
 
@@ -25,3 +26,18 @@ def test_more_than_four_threads_for_a_core_are_refused(monkeypatch, settings, ac
     else:
         with pytest.raises(UserError, match=r"threads, but this machine has 2 cores, for at most 8 threads; lower"):
             compute.check_workers(DistConfig(**settings))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_names_the_dtype(precision, dtype):
+    context = compute.ComputeContext(ComputeConfig(precision=precision), torch.device("cpu"), [])
+    assert context.dtype == compute.compute_dtype(precision) == dtype
+
+
+def test_a_context_keeps_what_it_tells_and_tells_lines_about_models_once(caplog):
+    caplog.set_level("INFO", "rlhf")
+    context = compute.ComputeContext(ComputeConfig(), torch.device("cpu"), [], stage="ppo")
+    context.note("a")
+    context.note_all(["b", "a", "b", "c"])
+    assert context.notes == caplog.messages == ["a", "b", "c"]
+    assert {record.stage for record in caplog.records} == {"ppo"}

@@ -17,14 +17,14 @@ from rlhf import random
 from rlhf.config import DistConfig, LogConfig, ModelConfig, PipelineRun, RewardConfig, RewardRun, SFTConfig, SFTRun
 from rlhf.data.schema import PROMPTS as PROMPTS_SCHEMA
 from rlhf.errors import UserError
-from rlhf.evaluate.comparison import Answers
+from rlhf.evaluate.comparison import MeasuredCompletions
 from rlhf.evaluate.estimates import Figure, figures, mean
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import Report, run_evaluation
 from rlhf.evaluate.evaluation_inputs import TestData as Records
 from rlhf.evaluate.evaluation_result import Evaluation
 from rlhf.evaluate.judges import Preferences
-from rlhf.evaluate.policy_evaluation import Comparison, ScoredCompletions, contest_figures
+from rlhf.evaluate.policy_evaluation import Comparison, ScoredCompletions, comparison_figures
 from rlhf.evaluate.reward_evaluation import calibration_error_by_chance
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
 from rlhf.io.presets import dump_config, load_config, narrow
@@ -272,15 +272,15 @@ def test_the_bag_of_words_learns_from_the_train_file(evaluate, shelf, tmp_path):
 
 
 def by_hand(scores, entropy=1.0):
-    answers = Answers(["x"] * 4, [[1, 2, 3]] * 4, np.ones(4), np.full(4, entropy), {}, {})
-    return ScoredCompletions(answers, {"eval/judge/gold": np.array(scores)})
+    completions = MeasuredCompletions(["x"] * 4, [[1, 2, 3]] * 4, np.ones(4), np.full(4, entropy), {}, {})
+    return ScoredCompletions(completions, {"eval/judge/gold": np.array(scores)})
 
 
 def test_win_rate_and_intervals_by_hand():
     """Scores 2:1, 1:1, 0:2, 3:0: two wins, a tie, a loss. The pairwise judge changes its mind about the second."""
     sides = {"policy": by_hand([2.0, 1.0, 0.0, 3.0]), "against": by_hand([1.0, 1.0, 2.0, 0.0])}
     preferences = {"pair": Preferences(np.array([1.0, 1.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0, 1.0]))}
-    found = contest_figures(Comparison("sampled", 1, [{"prompt": "p"}] * 4, sides, preferences, 0), seed=0)
+    found = comparison_figures(Comparison("sampled", 1, [{"prompt": "p"}] * 4, sides, preferences, 0), seed=0)
     for judge in ("gold", "pair"):
         wins = {share: found["wins"][f"eval/{share}/{judge}"].value for share in ("win_rate", "wins", "ties", "losses")}
         assert wins == {"win_rate": 2.5 / 4, "wins": 0.5, "ties": 0.25, "losses": 0.25}
@@ -294,7 +294,7 @@ def test_win_rate_and_intervals_by_hand():
 
 def test_samples_of_one_prompt_count_as_one():
     sides = {"policy": by_hand([2.0, 1.0, 0.0, 3.0]), "against": by_hand([1.0, 1.0, 2.0, 0.0])}
-    found = contest_figures(Comparison("sampled", 2, [{"prompt": "p"}] * 4, sides, {}, 0), seed=0)
+    found = comparison_figures(Comparison("sampled", 2, [{"prompt": "p"}] * 4, sides, {}, 0), seed=0)
     assert found["policy"]["eval/judge/gold"] == figures({"it": mean([1.5, 1.5])}, seed=0)["it"]
     assert found["wins"]["eval/win_rate/gold"][0] == 0.625
 
@@ -470,11 +470,12 @@ def test_relative_paths_of_an_older_run_are_those_beside_it(moved, monkeypatch, 
 
 
 @pytest.mark.parametrize("part", ["run", "run/sft"])
-def test_a_test_file_that_the_model_was_trained_on_is_told(moved, part, capsys):
+def test_a_test_file_that_the_model_was_trained_on_is_told(moved, part, caplog):
+    caplog.set_level("INFO", logger="rlhf")
     data = (shutil.copy(moved / "demonstrations.json", moved / "renamed.json"),)
     test = evaluated(moved / part, "sft", test_data=tuple(map(Path, data)))
     assert test.origin == "which the model was trained on"
-    assert "(which the model was trained on)" in " ".join(capsys.readouterr().err.split())
+    assert "(which the model was trained on)" in caplog.text
     write(moved / "renamed.json", DEMONSTRATIONS[::-1])
     assert evaluated(moved / part, "sft", test_data=tuple(map(Path, data))).origin == ""
 

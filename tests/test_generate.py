@@ -24,7 +24,7 @@ from rlhf.errors import UserError
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
 from rlhf.generate.complete import default_length
-from rlhf.generate.completer import pieces, stream
+from rlhf.generate.completer import stream, text_chunks
 from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.model_folder import LanguageModel, save_language_model
 from rlhf.io.terminal import printable
@@ -67,23 +67,23 @@ def test_stream_rejects_what_does_not_fit(params, config, length, new):
 
 
 @given(text=st.text(max_size=20))
-def test_pieces_are_whole_characters_and_together_the_text(tokenizer, text):
+def test_chunks_are_whole_characters_and_together_the_text(tokenizer, text):
     """Few of the characters are single tokens of this tokenizer: most come byte by byte."""
     (ids,) = tokenizer.encode([text])
-    shown = [piece.text for piece in pieces(tokenizer, iter(ids))]
+    shown = [chunk.text for chunk in text_chunks(tokenizer, iter(ids))]
     assert "".join(shown) == text
     if "\N{REPLACEMENT CHARACTER}" not in text:
-        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in shown)
+        assert not any("\N{REPLACEMENT CHARACTER}" in chunk for chunk in shown)
 
 
 @given(ids=st.lists(st.integers(0, 299), max_size=30))
-def test_pieces_of_any_tokens_are_their_text(tokenizer, ids):
-    assert "".join(piece.text for piece in pieces(tokenizer, iter(ids))) == tokenizer.decode(ids)
+def test_chunks_of_any_tokens_are_their_text(tokenizer, ids):
+    assert "".join(chunk.text for chunk in text_chunks(tokenizer, iter(ids))) == tokenizer.decode(ids)
 
 
-def test_pieces_come_at_once(tokenizer):
+def test_chunks_come_at_once(tokenizer):
     (ids,) = tokenizer.encode(["a é b"])
-    shown = [piece.text for piece in pieces(tokenizer, iter(ids))]
+    shown = [chunk.text for chunk in text_chunks(tokenizer, iter(ids))]
     assert len(shown) == len(ids) > 4
     assert shown[0] == "a"
     assert "" in shown, "half of é"

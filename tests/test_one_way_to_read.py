@@ -15,7 +15,7 @@ from rlhf.data.records import read_records
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, read_checked
 from rlhf.errors import UserError
 from rlhf.evaluate.evaluation_inputs import TestData as DataFile
-from rlhf.evaluate.evaluation_inputs import prompts_of, usable_pairs
+from rlhf.evaluate.evaluation_inputs import unique_prompts, usable_pairs
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import read_logs
 from rlhf.monitor.plots import write_plots
@@ -42,7 +42,7 @@ def test_lines_end_at_any_of_three_and_at_nothing_else(tmp_path, end):
 DOORS = {
     "training": lambda path: list(read_checked(path, PREFERENCES)),
     "evaluation": usable_pairs,
-    "prompts": lambda path: prompts_of(DataFile(path, PREFERENCES, None, "")),
+    "prompts": lambda path: unique_prompts(DataFile(path, PREFERENCES, None, "")),
 }
 BAD = {
     "missing": {"prompt": "a", "chosen": "b"},

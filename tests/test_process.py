@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 from rlhf.cli.command import run_command
 from rlhf.cli.process import command_line
+from rlhf.cli.progress import StageProgress
 
+from rlhf.config import SFTRun
 from rlhf.errors import UserError
 from rlhf.io import cache
 from rlhf.io.cache import default_cache_dir, home_folder
-from rlhf.io.progress import StageProgress, tell
+from rlhf.io.user_log import log_user
+from rlhf.train.observers import StageStart
+from rlhf.train.stage import STAGES
 
 PROGRAMS = ["train", "evaluate", "generate", "example", "monitor"]
 
@@ -71,10 +75,12 @@ def test_work_goes_on_when_its_messages_cannot_be_written(monkeypatch, number):
     done = []
 
     def train() -> None:
-        tell("a message")
-        with StageProgress("sft", 2, "step", ("loss",)) as progress:
-            for step in (1, 2):
-                progress.update(step, {"loss": 1.0})
+        log_user("a message")
+        progress = StageProgress()
+        progress.on_start(StageStart(STAGES["sft"], SFTRun(), 0, 2, ()))
+        for step in (1, 2):
+            progress.on_step(step, {"loss/sft": 1.0})
+        progress.on_end(None)
         done.append(True)
 
     assert run_command(train) == 0
@@ -157,12 +163,13 @@ def _no_home(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_no_home")
-def test_without_a_home_the_cache_is_temporary_and_the_user_told_once(monkeypatch, capsys, tmp_path):
+def test_without_a_home_the_cache_is_temporary_and_the_user_told_once(monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO", logger="rlhf")
     assert home_folder() is None
     folder = default_cache_dir()
     assert folder.is_dir()
     assert default_cache_dir() == folder
-    assert capsys.readouterr().err.count("the cache is in") == 1
+    assert caplog.text.count("the cache is in") == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / "rlhf"
 

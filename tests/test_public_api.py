@@ -29,8 +29,11 @@ SIGNATURES = {
     "top_p, min_new_tokens, stop_tokens, value_head, with_entropies, draw, draws_per_call",
     "init_reward_head": "n_embd, key",
     "init_value_head": "n_embd",
+    "join": "prompts, lengths, completions",
     "kl_estimate": "log_probs, ref_log_probs, estimator",
     "linear_schedule": "value, total_steps, warmup_steps, final",
+    "load_model": "folder",
+    "load_run": "folder",
     "make_experience": "scores, log_probs, ref_log_probs, values, mask, kl_coef, kl_estimator, kl_in_loss, gamma, lam, "
     "whiten_rewards, whiten_advantages, bootstrap_value",
     "masked_mean": "values, mask",
@@ -53,8 +56,8 @@ SIGNATURES = {
     "whiten": "values, mask, shift_mean, unbiased",
 }
 OTHERS = {
-    "AdamState", "Completions", "Experience", "GPT2Config", "Optimizer", "PRESETS", "ParameterServer", "gpt2", "random",
-    "tree",
+    "AdamState", "Completions", "Experience", "GPT2Config", "Optimizer", "PRESETS", "ParameterServer", "RunData",
+    "gpt2", "random", "train", "tree",
 }  # fmt: skip
 
 

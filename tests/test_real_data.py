@@ -27,7 +27,7 @@ from rlhf.evaluate.comparison import Sampling
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
 from rlhf.evaluate.judges import Judge
-from rlhf.evaluate.policy_evaluation import compare, contest_figures
+from rlhf.evaluate.policy_evaluation import compare_folders, comparison_figures
 from rlhf.io.model_folder import load_language_model, load_reward_model
 from rlhf.train.ppo import run_ppo
 from rlhf.train.reward import run_reward
@@ -137,13 +137,13 @@ def test_ppo_raises_the_score_of_an_independent_judge(shared_data, tmp_path):
     prompts, independent = shared_data / "sent_prompts.json", Judge("judge", judge, pairwise=False)
     folders = (tmp_path / "run" / "policy", tmp_path / "run" / "sft")
     config = EvaluateConfig(cache_dir=tmp_path, samples=8)  # one of each prompt cannot tell a gain of 0.2 from none
-    (contest,) = compare(*folders, prompts, [independent], Sampling(("sampled",), 1.0, 40, 0), config)
+    (comparison,) = compare_folders(*folders, prompts, [independent], Sampling(("sampled",), 1.0, 40, 0), config)
     found = {
         part: figures["eval/judge/judge"]
-        for part, figures in contest_figures(contest, seed=0).items()
+        for part, figures in comparison_figures(comparison, seed=0).items()
         if part != "wins"
     }
-    kl = float(contest.sides["policy"].answers.kl["exact"].mean())
+    kl = float(comparison.sides["policy"].completions.kl["exact"].mean())
     print(f"\nthe judge agrees with {agreement:.2f} of the test pairs, the reward model with {accuracy:.2f}")
     for part, (value, low, high, _) in found.items():
         print(f"{part} {value:+.3f} [{low:+.3f}, {high:+.3f}]", end=", ")

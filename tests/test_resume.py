@@ -31,6 +31,7 @@ from rlhf.io.tokenizer import Tokenizer
 from rlhf.train.ppo import run_ppo
 from rlhf.train.resume import diff_settings, digests_of, settings_of
 from rlhf.train.sft import run_sft
+from rlhf.train.stage import STAGES
 
 TEXTS = [["red green blue"], ["red green blue yellow"]]
 CODE = (
@@ -112,7 +113,7 @@ def test_the_content_of_a_file_decides_and_not_its_path(setting, how, tmp_path, 
     stage, make_config, write, identify = FILES[setting]
     path = Path("thing")
     write(path, 0)
-    before = json.loads(json.dumps(identify(path) | settings_of(make_config(path), stage)))
+    before = json.loads(json.dumps(identify(path) | settings_of(make_config(path), STAGES[stage])))
     if how == "changed":
         write(path, 1)
     elif how == "slash" and path.is_file():
@@ -120,8 +121,8 @@ def test_the_content_of_a_file_decides_and_not_its_path(setting, how, tmp_path, 
     again = spell(path, how)
     again = again if setting == "ppo.reward" else Path(again)
     config = make_config(again)
-    now = identify(again) | settings_of(config, stage)
-    changes, notes = diff_settings(config, stage, before, now)
+    now = identify(again) | settings_of(config, STAGES[stage])
+    changes, notes = diff_settings(config, STAGES[stage], before, now)
     assert not notes
     assert len(changes) == (how == "changed")
     assert how != "changed" or ("changed" in changes[0] and f"{setting} " in changes[0])
@@ -157,7 +158,7 @@ def test_checkpoints_with_paths_instead_of_digests_resume_from_the_same_places(
     Path("a.py").write_text("")
     starts = {"sft": SFTConfig(model_path=Path("start")), "ppo": PPOConfig(reward=("2*rm", "a.py:f"))}
     config = PipelineRun(sft_val_data=Path("val.json"), **{stage: starts[stage]})
-    older = settings_of(config, stage) | OLDER[stage] | {"data": "d"}
+    older = settings_of(config, STAGES[stage]) | OLDER[stage] | {"data": "d"}
     older.pop("dist.reduce")
     older["reward"] = [weights_digest(Path("rm"))]
     if stage == "sft":
@@ -166,31 +167,32 @@ def test_checkpoints_with_paths_instead_of_digests_resume_from_the_same_places(
     contents = {"data": "d", "model": "x", "tokenizer": "t", "validation": "v"}
     if stage == "ppo":
         contents |= {"validation": None, "sources": identify_sources(config.ppo.reward)}
-    changes, notes = diff_settings(config, stage, older, contents | settings_of(config, stage))
+    changes, notes = diff_settings(config, STAGES[stage], older, contents | settings_of(config, STAGES[stage]))
     assert (changes, notes) == ([expected] if expected else [], [])
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_a_setting_that_a_newer_version_added_had_its_default(stage):
     config = PipelineRun()
-    now = settings_of(config, stage)
+    now = settings_of(config, STAGES[stage])
     assert len(now) > 20
     for name in now:
         before = {key: value for key, value in now.items() if key != name}
-        assert diff_settings(config, stage, before, now).changes == []
+        assert diff_settings(config, STAGES[stage], before, now).changes == []
         if name != "dist.reduce":
-            other = diff_settings(config, stage, before, now | {name: "other"}).changes
+            other = diff_settings(config, STAGES[stage], before, now | {name: "other"}).changes
             assert other == [f"{name} was {now[name]}, is other"]
-    (change,) = diff_settings(config, stage, now | {"ppo.fancy": 3}, now).changes
+    (change,) = diff_settings(config, STAGES[stage], now | {"ppo.fancy": 3}, now).changes
     assert change == "ppo.fancy was 3, and this version of rlhf has no such setting"
 
 
 def test_how_gradients_are_summed_may_not_change_but_all_else_of_dist_may():
     free = DistConfig(num_workers=3, num_servers=1, backend="gloo", timeout_s=7.0, on_failure="shrink")
-    before, config = settings_of(SFTRun(), "sft"), SFTRun(dist=free)
-    assert diff_settings(config, "sft", before, settings_of(config, "sft")) == ([], [])
+    stage = STAGES["sft"]
+    before, config = settings_of(SFTRun(), stage), SFTRun(dist=free)
+    assert diff_settings(config, stage, before, settings_of(config, stage)) == ([], [])
     config = SFTRun(dist=DistConfig(reduce="ring"))
-    assert diff_settings(config, "sft", before, settings_of(config, "sft")).changes == ["dist.reduce was tree, is ring"]
+    assert diff_settings(config, stage, before, settings_of(config, stage)).changes == ["dist.reduce was tree, is ring"]
 
 
 @pytest.mark.parametrize("how", ["dot", "moved", "changed", "sibling"])
@@ -371,14 +373,15 @@ def test_changed_content_is_refused_by_name(copied, name, expected):
         run_sft(config(resume=True))
 
 
-def test_a_changed_reward_function_is_told(copied, capsys):
+def test_a_changed_reward_function_is_told(copied, caplog):
+    caplog.set_level("INFO", "rlhf")
     Path("rewards.py").write_text(Path("rewards.py").read_text() + "# mended\n")
     run_ppo(config(resume=True))
-    told = " ".join(capsys.readouterr().err.split())
-    assert "WARNING: --ppo.reward rewards.py:longer: the code of the function has changed" in told
+    assert "WARNING: --ppo.reward rewards.py:longer: the code of the function has changed" in caplog.text
 
 
-def test_resuming_a_ring_with_another_number_of_workers_is_told(copied, capsys):
+def test_resuming_a_ring_with_another_number_of_workers_is_told(copied, caplog):
+    caplog.set_level("INFO", "rlhf")
     settings = config(dist=DistConfig(reduce="ring"), output_dir=Path("ring"))
     run_sft(settings)
     manifest = next(Path("ring/checkpoints/sft").iterdir()) / "manifest.json"
@@ -386,4 +389,4 @@ def test_resuming_a_ring_with_another_number_of_workers_is_told(copied, capsys):
     text["facts"]["workers"] = 2
     manifest.write_text(json.dumps(text))
     run_sft(dataclasses.replace(settings, resume=True))
-    assert "made with 2 workers and goes on with 0" in " ".join(capsys.readouterr().err.split())
+    assert "made with 2 workers and goes on with 0" in caplog.text

@@ -11,8 +11,10 @@ from rlhf.config import CheckpointConfig, LogConfig, PPORun, RunConfig, SFTRun
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
 from rlhf.io.output_folder import check_output_folder
+from rlhf.train.context import open_run
+from rlhf.train.loop import train
 from rlhf.train.resume import diff_settings
-from rlhf.train.run import open_run, train
+from rlhf.train.stage import STAGES
 
 
 def test_a_finished_folder_tells_how_another_run_starts_from_its_models(tmp_path):
@@ -21,21 +23,23 @@ def test_a_finished_folder_tells_how_another_run_starts_from_its_models(tmp_path
         (tmp_path / name).mkdir()
     flags = f"--ppo.model-path {tmp_path}/sft --ppo.reward {tmp_path}/reward"
     with pytest.raises(UserError, match=rf"\(step 4\); continue .* to start there from the models here, add {flags}$"):
-        check_output_folder(PPORun(output_dir=tmp_path), "ppo")
+        check_output_folder(PPORun(output_dir=tmp_path), STAGES["ppo"])
 
 
 NOTHING = "nothing to resume in {folder}: starting anew"
 
 
 @pytest.mark.parametrize(("resume", "there"), [(True, ""), (True, "sft"), (True, "reward"), (False, "")])
-def test_a_run_says_that_there_is_nothing_to_resume(tmp_path, capsys, resume, there):
+def test_a_run_says_that_there_is_nothing_to_resume(tmp_path, caplog, resume, there):
     """Once; a later stage of a pipeline that is resumed has checkpoints beside it and need not say so."""
     if there:
         save_checkpoint(tmp_path / "checkpoints" / there, Checkpoint(1, {"w": torch.ones(2)}, {}), keep=1)
-    with open_run(SFTRun(output_dir=tmp_path, resume=resume, threads=1), "sft") as run:
+    caplog.set_level("INFO", "rlhf")
+    with open_run(SFTRun(output_dir=tmp_path, resume=resume, threads=1), STAGES["sft"]) as run:
         expected = [NOTHING.format(folder=tmp_path)] if resume and not there else []
-        assert run.notes == expected
-    assert ("starting anew" in capsys.readouterr().err) == bool(expected)
+        assert run.compute.notes == expected
+    assert caplog.messages == expected
+    assert {record.stage for record in caplog.records} <= {"sft"}
 
 
 @pytest.mark.parametrize(
@@ -54,8 +58,8 @@ def test_a_run_says_that_there_is_nothing_to_resume(tmp_path, capsys, resume, th
 )
 def test_what_has_changed_is_told_in_words(config: RunConfig, stage, name, said):
     same = {"compiled": False, "threads": 1}
-    assert diff_settings(config, stage, same | {name: "0a"}, same | {name: "1b"}) == ([said], [])
-    assert diff_settings(config, stage, same, same) == ([], [])
+    assert diff_settings(config, STAGES[stage], same | {name: "0a"}, same | {name: "1b"}) == ([said], [])
+    assert diff_settings(config, STAGES[stage], same, same) == ([], [])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -66,16 +70,19 @@ def test_a_state_that_is_not_finite_replaces_no_checkpoint(tmp_path, value):
         compiled=False, version=3, faults=list, peak_bytes=lambda: 0, snapshot=lambda: {"params.w": torch.ones(3)}
     )
 
-    def advance(step, facts, log):
+    def advance(step, state, observers):
         if step == 1:
             executor.snapshot = lambda: spoilt
-        return {"loss": 1.0}, facts
+        return {"loss": 1.0}, state
 
     config = SFTRun(
         output_dir=tmp_path, threads=1, checkpoint=CheckpointConfig(every=1, keep=1), log=LogConfig(tensorboard=False)
     )
-    with open_run(config, "sft") as run, pytest.raises(NonFiniteError, match=r"^sft, step 2: params\.w is not finite"):
-        train(run, executor, total=3, unit="step", shown=(), facts={}, identity={}, advance=advance)
+    with (
+        open_run(config, STAGES["sft"]) as run,
+        pytest.raises(NonFiniteError, match=r"^sft, step 2: params\.w is not finite"),
+    ):
+        train(run, executor, total=3, state={}, identity={}, advance=advance)
     assert [path.name for path in (tmp_path / "checkpoints" / "sft").iterdir()] == ["step-000001"]
     last = (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["event"] == "nonfinite"

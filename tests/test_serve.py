@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import re
 import signal
 import socket
 import struct
@@ -11,10 +12,11 @@ import urllib.request
 import webbrowser
 
 import pytest
+from rlhf.cli.monitor import main as monitor
 from synthetic_logs import write_log
 
 from rlhf.monitor import serve as module
-from rlhf.monitor.serve import make_server, serve
+from rlhf.monitor.serve import make_server
 
 
 class Browser:
@@ -32,15 +34,17 @@ class Browser:
         return True
 
 
-def test_it_serves_before_the_browser_is_opened(tmp_path, monkeypatch):
+def test_it_serves_before_the_browser_is_opened(tmp_path, monkeypatch, capsys):
     browser = Browser("curl")
     monkeypatch.setattr(webbrowser, "get", lambda: browser)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background ignores it
     try:
-        serve([write_log(tmp_path, count=3)], port=0, open_browser=True)
+        assert monitor(["--log-dir", str(write_log(tmp_path, count=3)), "--serve", "--port", "0"]) == 0
     finally:
         signal.signal(signal.SIGINT, before)
     assert b"<html" in browser.pages[0]
+    shown = capsys.readouterr().err
+    assert re.fullmatch(r"following \S+ at http://127\.0\.0\.1:\d+/ \(Ctrl-C ends\)\nstopped\n", shown)
 
 
 @pytest.mark.parametrize("name", ["w3m", "lynx", "links", "elinks", "www-browser", "/usr/bin/w3m"])

@@ -16,7 +16,8 @@ from rlhf.evaluate.evaluate_config import NO_POLICY_RULES, POLICY_RULES, Evaluat
 from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.presets import load_config, narrow
 from rlhf.ranges import flat_fields
-from rlhf.setting_rules import COMPUTE_RULES, STAGE_RULES, Rule, check_rules, check_settings
+from rlhf.setting_rules import COMPUTE_RULES, Rule, check_rules
+from rlhf.train.stage import STAGES, check_settings
 
 OPTIMIZER = {
     "learning_rate": "every step",
@@ -131,7 +132,7 @@ ALWAYS: dict[type, dict[str, str]] = {
     },
 }
 RULES: dict[type, tuple[Rule, ...]] = {
-    PipelineRun: (*COMPUTE_RULES, *(rule for rules in STAGE_RULES.values() for rule in rules)),
+    PipelineRun: (*COMPUTE_RULES, *(rule for stage in STAGES.values() for rule in stage.rules)),
     EvaluateConfig: (*COMPUTE_RULES, *NO_POLICY_RULES, *POLICY_RULES),
     GenerateConfig: GENERATE_RULES,
     monitor.Monitor: monitor.RULES,
@@ -212,13 +213,13 @@ TOLD: dict[str, tuple[str, list[str], str]] = {
 def test_what_contradicts_other_settings_is_refused_with_flag_and_remedy(case):
     stage, flags, message = REFUSED[case]
     with pytest.raises(UserError, match=re.escape(message)):
-        check_settings(parse([stage, *flags]), "sft" if stage == "pipeline" else stage)
+        check_settings(parse([stage, *flags]), STAGES["sft" if stage == "pipeline" else stage])
 
 
 @pytest.mark.parametrize("case", TOLD)
 def test_what_is_idle_is_told_in_one_line(case):
     stage, flags, message = TOLD[case]
-    (line,) = check_settings(parse([stage, *flags]), stage)
+    (line,) = check_settings(parse([stage, *flags]), STAGES[stage])
     assert message in line
     assert line.startswith("--")
 
@@ -229,14 +230,14 @@ def test_what_is_idle_is_told_in_one_line(case):
 )
 def test_the_defaults_and_the_shipped_presets_are_neither_refused_nor_told(kind, name):
     for config in (kind(), narrow(load_config(name), kind)):
-        for stage in STAGE_RULES:
-            if hasattr(config, stage):
+        for stage in STAGES.values():
+            if hasattr(config, stage.name):
                 assert check_settings(config, stage) == []
 
 
 def test_what_all_stages_share_is_told_by_the_first():
     config = parse(["pipeline", "--dist.timeout-s", "7"])
-    assert [len(check_settings(config, stage)) for stage in STAGE_RULES] == [1, 0, 0]
+    assert [len(check_settings(config, stage)) for stage in STAGES.values()] == [1, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rlhf.cli.training import open_training
 
 from rlhf.config import (
     CheckpointConfig,
@@ -19,6 +20,7 @@ from rlhf.config import (
     ModelConfig,
     PipelineRun,
     PPOConfig,
+    PPORun,
     RewardConfig,
     SFTConfig,
     TokenizerConfig,
@@ -28,13 +30,17 @@ from rlhf.errors import Interrupted, NonFiniteError, UserError
 from rlhf.execution.executor import Fault
 from rlhf.io.checkpoint import last_step, load_checkpoint
 from rlhf.io.model_folder import load_language_model, load_reward_model
+from rlhf.io.presets import narrow
 from rlhf.monitor.log import read_logs
-from rlhf.train.pipeline import run_pipeline, run_ppo_alone
+from rlhf.train import pipeline
+from rlhf.train.context import open_run
+from rlhf.train.pipeline import run_stages
 from rlhf.train.ppo import run_ppo
 from rlhf.train.ppo_rollout import score_rollout
 from rlhf.train.reward import run_reward
-from rlhf.train.run import open_run
 from rlhf.train.sft import run_sft
+from rlhf.train.signals import stop_on_signal
+from rlhf.train.stage import STAGES
 from rlhf.train.stage_inputs import record_order
 from rlhf.tree import named_leaves
 
@@ -111,8 +117,8 @@ def test_resuming_gives_the_bits_of_the_run_that_never_stopped(base, tmp_path, s
     RUNS[stage](whole)
     stopped = copy_run(base, tmp_path / "stopped", stage)
     interrupt_after(stopped, stage, 2)
-    with pytest.raises(Interrupted, match="continue with --resume") as caught:
-        RUNS[stage](stopped)
+    with stop_on_signal() as stop, pytest.raises(Interrupted, match="continue with --resume") as caught:
+        RUNS[stage](stopped, stop=stop)
     assert caught.value.exit_code == 128 + signal.SIGTERM
     assert not (stopped.output_dir / MODELS[stage]).exists()
     RUNS[stage](dataclasses.replace(stopped, resume=True))
@@ -125,8 +131,8 @@ def test_resuming_gives_the_bits_of_the_run_that_never_stopped(base, tmp_path, s
 def test_a_signal_in_a_stages_last_step_stops_the_pipeline_after_it(base, tmp_path):
     run = dataclasses.replace(base, output_dir=tmp_path / "run")
     interrupt_after(run, "sft", 22)
-    with pytest.raises(Interrupted, match="sft: stopped; this stage is finished and saved"):
-        run_pipeline(run)
+    with stop_on_signal() as stop, pytest.raises(Interrupted, match="sft: stopped; this stage is finished and saved"):
+        run_stages(run, stop=stop)
     assert weights_of(run, "sft") == weights_of(base, "sft")
     assert not (run.output_dir / "reward").exists()
 
@@ -135,7 +141,8 @@ def test_a_signal_in_a_stages_last_step_stops_the_pipeline_after_it(base, tmp_pa
 def test_a_signal_before_the_first_step_stops_at_once(base, tmp_path, number):
 
     def wait() -> None:
-        with open_run(dataclasses.replace(base, output_dir=tmp_path / "run"), "sft"):
+        config = dataclasses.replace(base, output_dir=tmp_path / "run")
+        with stop_on_signal() as stop, open_run(config, STAGES["sft"], stop=stop):
             os.kill(os.getpid(), number)
             time.sleep(10)
 
@@ -184,12 +191,13 @@ def test_a_second_run_into_the_same_folder_is_refused(base):
         run_sft(base)
 
 
-def test_resume_with_other_threads_is_told(base, tmp_path, capsys):
+def test_resume_with_other_threads_is_told(base, tmp_path, caplog):
     """Threads change the bits, but a run may move to another machine."""
+    caplog.set_level("INFO", "rlhf")
     run = dataclasses.replace(base, output_dir=tmp_path / "run", threads=1)
     run_sft(run)
     run_sft(dataclasses.replace(run, threads=2, resume=True))
-    assert "made with 1 threads per process and goes on with 2" in " ".join(capsys.readouterr().err.split())
+    assert "made with 1 threads per process and goes on with 2" in caplog.text
 
 
 def test_resume_with_another_setting_is_refused(base):
@@ -299,23 +307,26 @@ def test_as_many_samples_are_logged_as_asked_for(base, tmp_path):
     assert ["per_token" in sample for sample in samples] == [True, False, False] * 2
 
 
-def test_a_report_is_written_however_a_stage_ends_and_fails_none(base, tmp_path, capsys):
+def test_a_report_is_written_however_a_stage_ends_and_fails_none(base, tmp_path, caplog):
+    caplog.set_level("INFO", "rlhf")
     run = dataclasses.replace(base, output_dir=tmp_path / "whole")
-    run_sft(run)
+    with open_training() as training:
+        run_sft(run, *training)
     assert (run.output_dir / "report" / "report.html").read_text().startswith("<!DOCTYPE html>")
-    assert "report.html" in capsys.readouterr().err
+    assert "report.html" in caplog.text
 
     stopped = dataclasses.replace(base, output_dir=tmp_path / "stopped")
     interrupt_after(stopped, "sft", 3)
-    with pytest.raises(Interrupted):
-        run_sft(stopped)
+    with open_training() as training, pytest.raises(Interrupted):
+        run_sft(stopped, *training)
     assert '"event":"interrupted"' in (stopped.output_dir / "report" / "report.html").read_text()
 
     blocked = dataclasses.replace(base, output_dir=tmp_path / "blocked")
     blocked.output_dir.mkdir()
     (blocked.output_dir / "report").write_text("a file where the folder should be")
-    run_sft(blocked)
-    assert "report.html: not written" in capsys.readouterr().err.replace("\n", "")
+    with open_training() as training:
+        run_sft(blocked, *training)
+    assert "report.html: not written" in caplog.text
     assert (blocked.output_dir / "sft" / "model.safetensors").is_file()
 
 
@@ -467,12 +478,14 @@ def judged_by(base, folder, *body: str) -> tuple[PipelineRun, Path]:
     return copy_run(base, folder, "ppo", ppo=dataclasses.replace(base.ppo, reward=(f"{judge}:judge",))), judge
 
 
-def test_a_run_says_at_its_end_what_is_wrong(base, tmp_path, capsys):
+def test_a_run_says_at_its_end_what_is_wrong(base, tmp_path, caplog):
+    caplog.set_level("INFO", "rlhf")
     run, _ = judged_by(base, tmp_path, "return [1.0 for _ in completions]")
-    run_ppo(run)
-    said = capsys.readouterr().err
-    assert "ppo: PROBLEM constant-rewards: " in said
-    assert "sft: PROBLEM" not in said
+    with open_training() as training:
+        run_ppo(run, *training)
+    problems = [(record.stage, record.message) for record in caplog.records if "PROBLEM" in record.message]
+    assert any(stage == "ppo" and text.startswith("PROBLEM constant-rewards: ") for stage, text in problems)
+    assert {stage for stage, _ in problems} == {"ppo"}
 
 
 def test_a_reward_that_is_not_finite_is_refused_and_everything_saved(base, tmp_path):
@@ -538,18 +551,18 @@ def test_a_loss_that_is_not_finite_is_refused_and_everything_saved(base, tmp_pat
 
 def test_pipeline_starts_at_a_stage(base, tmp_path):
     run = copy_run(base, tmp_path, "ppo", start_at="ppo")
-    results = run_pipeline(run)
+    results = run_stages(run)
     assert list(results) == ["ppo"]
     assert results["ppo"].model == run.output_dir / "policy"
 
 
 def test_pipeline_resumes_where_it_was_interrupted(base, tmp_path):
     whole, stopped = (dataclasses.replace(base, output_dir=tmp_path / name / "run") for name in ("whole", "stopped"))
-    run_pipeline(whole)
+    run_stages(whole)
     interrupt_after(stopped, "reward", 3)
-    with pytest.raises(Interrupted):
-        run_pipeline(stopped)
-    run_pipeline(dataclasses.replace(stopped, resume=True))
+    with stop_on_signal() as stop, pytest.raises(Interrupted):
+        run_stages(stopped, stop=stop)
+    run_stages(dataclasses.replace(stopped, resume=True))
     for stage in RUNS:
         assert weights_of(whole, stage) == weights_of(stopped, stage)
         assert metrics_of(whole, stage) == metrics_of(stopped, stage)
@@ -567,7 +580,7 @@ def test_a_bare_ppo_run_trains_what_it_needs_on_the_embedded_example(base, tmp_p
         base, output_dir=tmp_path / "run", sft_data=None, preference_data=None, prompt_data=None,
         ppo=dataclasses.replace(base.ppo, num_iterations=1, reward=reward),
     )  # fmt: skip
-    assert run_ppo_alone(bare, bare).model.is_dir()
+    assert pipeline.run(narrow(bare, PPORun), base=bare).model.is_dir()
     assert (bare.output_dir / "sft").is_dir()
     assert (bare.output_dir / "reward").is_dir()
     assert ("gold/long" in metrics_of(bare, "ppo")[0]) == named
@@ -586,8 +599,9 @@ def test_what_goes_wrong_after_the_last_step_is_in_the_log(tmp_path, monkeypatch
         def faults(self):
             return [Fault("worker 1", 2.5, False)]
 
-    monkeypatch.setattr("rlhf.train.run.open_executor", lambda *given, **more: contextlib.nullcontext(Executor()))
-    with open_run(PipelineRun(output_dir=tmp_path), "sft") as run:
+    opened = contextlib.nullcontext(Executor())
+    monkeypatch.setattr("rlhf.distributed.compute_context.open_executor", lambda *args, **options: opened)
+    with open_run(PipelineRun(output_dir=tmp_path), STAGES["sft"]) as run:
         run.open_executor(None, None)
     (line,) = map(json.loads, (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines())
     assert {name: line[name] for name in ("stage", "event", "what", "recovery_s", "final")} == {

@@ -27,7 +27,7 @@ from rlhf.config import (
 from rlhf.distributed import connected
 from rlhf.distributed.reaper import processes_of
 from rlhf.errors import WorkersLostError
-from rlhf.train.pipeline import run_pipeline
+from rlhf.train.pipeline import run_stages
 
 STAGES = ("sft", "reward", "ppo")
 FOLDERS = ("sft", "reward", "policy")
@@ -72,7 +72,7 @@ def outcome(folder):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_process")
-    run_pipeline(config(folder))
+    run_stages(config(folder))
     models, metrics = outcome(folder)
     assert len(models) > len(STAGES)
     assert {line["stage"] for line in metrics} == set(STAGES)
@@ -86,14 +86,14 @@ def one_ray():
 
 
 def test_the_bytes_are_those_of_one_process(one_ray, expected, tmp_path):
-    run_pipeline(config(tmp_path, num_workers=3, num_servers=1))
+    run_stages(config(tmp_path, num_workers=3, num_servers=1))
     assert outcome(tmp_path) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "servers"), [(1, 0), (2, 0), (3, 0), (4, 0), (2, 1), (2, 2), (4, 2)])
 def test_the_bytes_are_those_of_one_process_for_any_topology(one_ray, expected, tmp_path, workers, servers):
-    run_pipeline(config(tmp_path, num_workers=workers, num_servers=servers))
+    run_stages(config(tmp_path, num_workers=workers, num_servers=servers))
     assert outcome(tmp_path) == expected
 
 
@@ -138,7 +138,7 @@ def survive(expected, folder, seed, count, **dist):
     chaos = Chaos(seed, count)
     chaos.start()
     try:
-        run_pipeline(config(folder, **dist))
+        run_stages(config(folder, **dist))
     finally:
         chaos.stop()
     assert outcome(folder) == expected
@@ -165,12 +165,12 @@ def test_when_no_restart_is_left_the_step_is_finished_saved_and_the_run_ends(one
     chaos.start()
     try:
         with pytest.raises(WorkersLostError, match=r"stopped after .* and saved; continue with --resume.* lost worker"):
-            run_pipeline(config(tmp_path, num_workers=2, max_restarts=0))
+            run_stages(config(tmp_path, num_workers=2, max_restarts=0))
     finally:
         chaos.stop()
     faults, _ = events(tmp_path)
     assert faults[-1]["final"]
-    run_pipeline(dataclasses.replace(config(tmp_path, num_workers=3), resume=True))
+    run_stages(dataclasses.replace(config(tmp_path, num_workers=3), resume=True))
     assert outcome(tmp_path)[0] == expected[0]
 
 

@@ -14,7 +14,7 @@ from rlhf import random
 from rlhf.config import LogConfig, PipelineRun, PPOConfig, PPORun, RewardConfig, RewardRun, SFTConfig, SFTRun
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
-from rlhf.generate.completer import Writer
+from rlhf.generate.completer import Completer
 from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.model_folder import (
     LanguageModel,
@@ -154,9 +154,9 @@ def test_every_end_of_text_ends_a_completion_and_a_row_without_a_token_never_doe
     place = size - 1 if name.startswith("the end") else size + 3
     state["transformer.wte.weight"][place] = 9.0 * hidden
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    writer = Writer(folder, GenerateConfig(model_dir=folder, greedy=True, max_new_tokens=6), torch.device("cpu"))
-    (whole,) = writer.write_all(["say"], random.key(0)[None])
-    streamed = list(writer.write("say", random.key(0)))
+    completer = Completer(folder, GenerateConfig(model_dir=folder, greedy=True, max_new_tokens=6), torch.device("cpu"))
+    (whole,) = completer.complete(["say"], random.key(0)[None])
+    streamed = list(completer.stream("say", random.key(0)))
     assert whole.text == "".join(piece.text for piece in streamed)
     if place < size:
         assert (whole.text, whole.ended, len(streamed), streamed[-1].ended) == ("", True, 1, True)

@@ -18,6 +18,7 @@ CHANGES = {
     "torch.set_grad_enabled(False)": "torch's grad mode",
     "torch.autograd.set_detect_anomaly(True)": "torch's anomaly mode",
     "torch.use_deterministic_algorithms(True)": "torch's deterministic algorithms",
+    "import logging; logging.getLogger('rlhf').disabled = True": "the logger rlhf",  # as dictConfig does by default
 }
 
 
@@ -33,17 +34,17 @@ def _fresh(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_call_cannot_change_the_process_and_is_reported_once(capsys, change):
+def test_a_call_cannot_change_the_process_and_is_reported_once(caplog, change):
     def reward(prompts, completions):
         exec(change, {"os": os, "torch": torch})
         return [1.0]
 
+    caplog.set_level("INFO", logger="rlhf")
     before = settings()
     for _ in range(2):
         assert call_function(reward, "reward r", [{}], prompts=["p"], completions=["c"]) == [1.0]
         assert settings() == before
-    printed = capsys.readouterr()
-    assert (printed.out + printed.err).count(f"reward r: changed {CHANGES[change]}; put back") == 1
+    assert caplog.messages == [f"reward r: changed {CHANGES[change]}; put back"]
 
 
 def test_an_import_or_a_sink_that_changes_the_process_is_put_back(tmp_path):

@@ -1,1 +1,1 @@
-"""The demonstration that `rlhf-example` runs."""
+"""The demonstration behind `rlhf-example`."""

@@ -7,13 +7,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from rlhf.config import ComputeConfig, DistConfig, OptimizerConfig, RunConfig, SFTConfig
+from rlhf.config import ComputeConfig, DistConfig
 from rlhf.distributed import connected, open_executor
 from rlhf.errors import UserError
-from rlhf.execution.compiled import has_compiler
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program
-from rlhf.io.progress import tell
+from rlhf.io.user_log import log_user
 
 
 def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -27,22 +26,9 @@ def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def compile_obstacle(config: RunConfig, stage: str, settings: OptimizerConfig) -> str:
-    """Why a stage with these settings cannot be compiled here; empty where it can.
-
-    Raises:
-        UserError: there is an obstacle, and `--compile on` asks for it.
-    """
-    obstacle = ""
-    if settings.gradient_checkpointing:
-        obstacle = f"compiled code would keep what --{stage}.gradient-checkpointing computes again"
-    elif isinstance(settings, SFTConfig) and settings.dropout:
-        obstacle = "dropout's code would be another for every shape: set --sft.dropout 0"
-    elif find_device(config.device).type == "cpu" and not has_compiler():
-        obstacle = "no C++ compiler is on the PATH: install g++"
-    if obstacle and config.compile == "on":
-        raise UserError(f"--compile on: {obstacle}; or use --compile off")
-    return obstacle
+def compute_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
+    """The dtype of the models' passes that a configuration names."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def compute_threads(config: ComputeConfig) -> int:
@@ -98,26 +84,32 @@ class ComputeContext(NamedTuple):
 
     config: ComputeConfig
     device: torch.device
-    notes: set[str]
-    """What the user has been told about the models."""
+    notes: list[str]
+    """What the user has been told."""
+    stage: str = ""
+    """Of training, in front of what the user is told."""
+
+    def note(self, text: str) -> None:
+        """Tell the user a line."""
+        self.notes.append(text)
+        log_user(text, stage=self.stage)
 
     def note_all(self, lines: Iterable[str]) -> None:
         """Tell the user each line once."""
         for line in lines:
             if line not in self.notes:
-                self.notes.add(line)
-                tell(line)
+                self.note(line)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the models' passes."""
-        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        return compute_dtype(self.config.precision)
 
     def open_executor(
         self, make_program: Callable[[], Program], models: ModelState
     ) -> contextlib.AbstractContextManager[Executor]:
         """The executor that the configuration asks for, until the block ends; arguments as `rlhf.distributed`'s."""
-        return open_executor(make_program, models, self.config.dist, device=self.device, tell=tell)
+        return open_executor(make_program, models, self.config.dist, device=self.device, tell=self.note)
 
 
 @contextlib.contextmanager
@@ -127,9 +119,9 @@ def open_compute_context(config: ComputeConfig) -> Iterator[ComputeContext]:
     Raises:
         UserError: there is no such device, or the cluster cannot be reached.
     """
-    device = find_device(config.device)
+    context = ComputeContext(config, find_device(config.device), [])
     check_workers(config.dist)
     if config.dist.num_workers:
-        tell(describe_workers(config.dist))
+        context.note(describe_workers(config.dist))
     with limit_threads(compute_threads(config)), connected(config.dist):
-        yield ComputeContext(config, device, set())
+        yield context

@@ -1,4 +1,4 @@
-"""What a reward model must beat, or it has learnt nothing: a bag of words."""
+"""A bag-of-words baseline, which a reward model must beat to have learnt anything."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,33 +11,32 @@ _FOLDS = 5
 
 
 def bag_of_words(pairs: Sequence[dict[str, str]], train: Sequence[dict[str, str]] | None, *, seed: int) -> Array:
-    """Margins of a linear Bradley-Terry model of word counts (logistic regression on their difference).
+    """Return margins of a linear Bradley-Terry model of word counts (logistic regression on their difference).
 
     Args:
-        pairs: `prompt`, `chosen`, `rejected`: what is judged.
-        train: pairs to learn from; None learns from `pairs` themselves, each part from the others, with a prompt's
-            pairs in one part.
-        seed: of the parts.
+        pairs: `prompt`, `chosen`, `rejected`: the pairs to score.
+        train: pairs to learn from; None is cross-validation on `pairs`, with a prompt's pairs in one fold.
+        seed: of the folds.
 
     Returns:
-        [n]; above 0 where the chosen one is preferred, 0 where nothing could be learnt.
+        [n]; above 0 where the chosen text is preferred, 0 where nothing could be learnt.
     """
     if train is not None:
-        return _fit_and_judge(train, pairs)
+        return _fit_and_score(train, pairs)
     margins = np.zeros(len(pairs))
-    for learn, judge in _folds([pair["prompt"] for pair in pairs], seed):
-        margins[judge] = _fit_and_judge([pairs[i] for i in learn], [pairs[i] for i in judge])
+    for train_rows, test_rows in _folds([pair["prompt"] for pair in pairs], seed):
+        margins[test_rows] = _fit_and_score([pairs[i] for i in train_rows], [pairs[i] for i in test_rows])
     return margins
 
 
-def _fit_and_judge(train: Sequence[dict[str, str]], pairs: Sequence[dict[str, str]]) -> Array:
+def _fit_and_score(train: Sequence[dict[str, str]], pairs: Sequence[dict[str, str]]) -> Array:
     from sklearn.feature_extraction.text import CountVectorizer  # here, because it takes a second to import
     from sklearn.linear_model import LogisticRegression
 
     words = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
     try:
         words.fit(pair[side] for pair in train for side in ("chosen", "rejected"))
-    except ValueError:  # there is not one word
+    except ValueError:  # the texts have no words
         return np.zeros(len(pairs))
 
     def counts(texts: Sequence[dict[str, str]]) -> Any:
@@ -45,8 +44,8 @@ def _fit_and_judge(train: Sequence[dict[str, str]], pairs: Sequence[dict[str, st
         return chosen.astype(np.float64) - rejected.astype(np.float64)
 
     inputs = counts(train)
-    both, labels = _stack(inputs), np.repeat([1, 0], len(train))  # each pair both ways round: no side is favoured
-    model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(both, labels)
+    samples, labels = _stack(inputs), np.repeat([1, 0], len(train))  # each pair in both orders: no side is favoured
+    model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(samples, labels)
     margins: Array = counts(pairs) @ model.coef_[0]
     return margins
 
@@ -58,7 +57,7 @@ def _stack(inputs: Any) -> Any:
 
 
 def _folds(prompts: Sequence[str], seed: int) -> list[tuple[Any, Any]]:
-    """(rows to learn from, rows to judge); prompts stay whole where there are several."""
+    """Return (training rows, test rows) of each fold; all pairs of a prompt are in one fold, if there are several."""
     from sklearn.model_selection import GroupKFold, KFold
 
     rows, groups = np.zeros(len(prompts)), len(set(prompts))

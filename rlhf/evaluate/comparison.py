@@ -1,4 +1,4 @@
-"""Models completing the same prompts with the same randomness, and what is measured of every completion."""
+"""Completion of the same prompts by several models with the same randomness, and measures of every completion."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from rlhf.distributed.compute_context import ComputeContext
 from rlhf.errors import UserError
 from rlhf.evaluate.estimates import Array
 from rlhf.evaluate.evaluate_config import Decoding
-from rlhf.evaluate.measures import make_measure
+from rlhf.evaluate.measures import Measures, make_measure
 from rlhf.evaluate.sft_evaluation import ROW_LENGTH
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program
@@ -29,7 +29,7 @@ from rlhf.random import Purpose, fold_in, key
 from rlhf.types import Params
 
 
-class Answers(NamedTuple):
+class MeasuredCompletions(NamedTuple):
     """One model's completions: sample s of prompt i is number i * samples + s."""
 
     texts: list[str]
@@ -46,7 +46,7 @@ class Answers(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How completions are made."""
+    """Settings of the decoding."""
 
     decodings: tuple[Decoding, ...]
     temperature: float
@@ -55,39 +55,42 @@ class Sampling(NamedTuple):
 
 
 class ModelSet(NamedTuple):
-    """Models that complete prompts, and models that score them; all with the same vocabulary."""
+    """Models that complete prompts, and models that score completions; all with the same vocabulary."""
 
-    writers: dict[str, LanguageModel]
-    """By the part they play."""
+    language_models: dict[str, LanguageModel]
+    """Models that complete prompts, by role: policy, against."""
     reference: LanguageModel | None
+    """The model from which the KL is measured."""
     reward_models: dict[str, RewardModel]
     """By name."""
 
     @property
-    def context(self) -> int:
+    def context_length(self) -> int:
         """Tokens that every model can read."""
-        configs = [model.config for model in self.writers.values()]
+        configs = [model.config for model in self.language_models.values()]
         configs += [model.config for model in self.reward_models.values()]
         configs += [self.reference.config] if self.reference is not None else []
         return min(config.n_positions for config in configs)
 
 
-def load_panel(writers: Mapping[str, Path], reference: Path | None, reward_models: Mapping[str, Path]) -> ModelSet:
-    """Load the models.
+def load_models(
+    language_models: Mapping[str, Path], reference: Path | None, reward_models: Mapping[str, Path]
+) -> ModelSet:
+    """Load the models of these folders.
 
     Raises:
-        UserError: a folder cannot be read, or its vocabulary is not that of the first writer.
+        UserError: a folder cannot be read, or its vocabulary is not that of the first language model.
     """
-    load = functools.cache(load_language_model)  # the reference often writes, too
-    panel = ModelSet(
-        {part: load(folder) for part, folder in writers.items()},
+    load = functools.cache(load_language_model)  # the reference is often one of the language models, too
+    models = ModelSet(
+        {role: load(folder) for role, folder in language_models.items()},
         None if reference is None else load(reference),
         {name: load_reward_model(folder) for name, folder in reward_models.items()},
     )
-    (first, *_), (source, *_) = panel.writers.values(), writers.values()
-    folders = [*writers.values(), reference, *reward_models.values()]
-    models = [*panel.writers.values(), panel.reference, *panel.reward_models.values()]
-    for folder, model in zip(folders, models, strict=True):
+    (first, *_), (source, *_) = models.language_models.values(), language_models.values()
+    folders = [*language_models.values(), reference, *reward_models.values()]
+    loaded = [*models.language_models.values(), models.reference, *models.reward_models.values()]
+    for folder, model in zip(folders, loaded, strict=True):
         if model is None:
             continue
         same_size = isinstance(model, RewardModel) or model.config.vocab_size == first.config.vocab_size
@@ -96,47 +99,49 @@ def load_panel(writers: Mapping[str, Path], reference: Path | None, reward_model
                 f"{folder}: its vocabulary ({model.config.vocab_size} entries) is not that of {source} "
                 f"({first.config.vocab_size} entries); only models with the same tokenizer can be compared"
             )
-    return panel
+    return models
 
 
 @contextlib.contextmanager
-def open_panel(place: ComputeContext, panel: ModelSet, sampling: Sampling) -> Iterator[Callable[..., Answers]]:
-    """`answer` with the models at hand, until the block ends."""
-    reference = panel.reference
-    for model in (*panel.writers.values(), *panel.reward_models.values(), reference):
-        place.note_all(() if model is None else model.notes)
+def open_models(
+    context: ComputeContext, models: ModelSet, sampling: Sampling
+) -> Iterator[Callable[..., MeasuredCompletions]]:
+    """Start an executor of the models; the value is `complete_and_measure` without its first three arguments."""
+    reference = models.reference
+    for model in (*models.language_models.values(), *models.reward_models.values(), reference):
+        context.note_all(() if model is None else model.notes)
     program = functools.partial(
-        make_program,
-        {part: model.config for part, model in panel.writers.items()},
+        make_comparison_program,
+        {role: model.config for role, model in models.language_models.items()},
         None if reference is None else reference.config,
-        tuple(model.config for model in panel.reward_models.values()),
-        {part: model.tokenizer.stop_ids for part, model in panel.writers.items()},
+        tuple(model.config for model in models.reward_models.values()),
+        {role: model.tokenizer.stop_ids for role, model in models.language_models.items()},
         sampling,
-        place.dtype,
+        context.dtype,
     )
-    (_, policy), *others = panel.writers.items()
-    frozen = {part: model.params for part, model in others}
+    (_, policy), *others = models.language_models.items()
+    frozen = {role: model.params for role, model in others}
     frozen |= {} if reference is None else {"reference": reference.params}
-    frozen |= {f"reward_model_{k}": model.params for k, model in enumerate(panel.reward_models.values())}
-    with place.open_executor(program, ModelState(policy.params, frozen)) as executor:
-        yield functools.partial(answer, executor, panel, sampling)
+    frozen |= {f"reward_model_{k}": model.params for k, model in enumerate(models.reward_models.values())}
+    with context.open_executor(program, ModelState(policy.params, frozen)) as executor:
+        yield functools.partial(complete_and_measure, executor, models, sampling)
 
 
-def make_program(
-    writers: dict[str, ModelShape],
+def make_comparison_program(
+    language_models: dict[str, ModelShape],
     reference: ModelShape | None,
     reward_models: tuple[ModelShape, ...],
     stop_ids: dict[str, tuple[int, ...]],
     sampling: Sampling,
     dtype: torch.dtype,
 ) -> Program:
-    """The work: `<decoding>/<part>` (`make_completion_fn`) and `measure/<part>` for every writer.
+    """Return the program: `<decoding>/<role>` (`make_completion_fn`) and `measure/<role>` for every language model.
 
-    The first writer is what the executor calls the parameters; the others are frozen models under their parts.
+    The first language model is what the executor calls the parameters; the others are frozen models under their roles.
     """
     eval_fns: dict[str, Callable[..., Any]] = {}
-    for number, (part, config) in enumerate(writers.items()):
-        own = None if number == 0 else part
+    for number, (role, config) in enumerate(language_models.items()):
+        frozen_name = None if number == 0 else role
         for decoding in sampling.decodings:
             rollout = make_completion_fn(
                 config,
@@ -144,11 +149,11 @@ def make_program(
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_k=1 if decoding == "greedy" else 0,
-                stop_tokens=stop_ids[part],
+                stop_tokens=stop_ids[role],
             )
-            eval_fns[f"{decoding}/{part}"] = _on(own, functools.partial(_roll_out, rollout))
-        eval_fns[f"measure/{part}"] = _on(
-            own,
+            eval_fns[f"{decoding}/{role}"] = _on(frozen_name, functools.partial(_roll_out, rollout))
+        eval_fns[f"measure/{role}"] = _on(
+            frozen_name,
             make_measure(
                 config,
                 reference=reference,
@@ -160,60 +165,65 @@ def make_program(
     return Program({}, eval_fns, {})
 
 
-def answer(
+def complete_and_measure(
     executor: Executor,
-    panel: ModelSet,
+    models: ModelSet,
     sampling: Sampling,
-    part: str,
+    role: str,
     decoding: Decoding,
     prompts: Sequence[np.ndarray],
     *,
     samples: int,
     rollout_rows: int,
     measure_rows: int,
-) -> Answers:
-    """Let one model complete prompts, and measure the result.
+) -> MeasuredCompletions:
+    """Complete prompts with one model, and measure the completions.
 
     Args:
-        executor: runs `make_program`.
-        panel: the models.
-        sampling: how.
-        part: who writes.
+        executor: runs `make_comparison_program`.
+        models: the models of that program.
+        sampling: settings of the decoding.
+        role: of the model that completes.
         decoding: one of `sampling.decodings`.
         prompts: token ids, each [n].
         samples: completions per prompt; number s of a prompt has the same randomness in every model.
         rollout_rows: prompts per micro-batch.
         measure_rows: packed rows per micro-batch.
     """
-    many = [prompt for prompt in prompts for _ in range(samples)]
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
     keys = sample_keys(sampling.seed, len(prompts), samples)
-    completions = complete(executor, many, keys, rows=rollout_rows, name=f"{decoding}/{part}")
+    completions = complete(executor, repeated, keys, rows=rollout_rows, name=f"{decoding}/{role}")
     lengths = completions.mask.sum(dim=1)
-    row_length = max(max(map(len, many)) + int(lengths.max()), min(ROW_LENGTH, panel.context))
+    row_length = max(max(map(len, repeated)) + int(lengths.max()), min(ROW_LENGTH, models.context_length))
     packs = pack_completions(
-        many, completions.tokens, lengths, range(len(many)), rows=measure_rows, row_length=row_length
+        repeated, completions.tokens, lengths, range(len(repeated)), rows=measure_rows, row_length=row_length
     )
-    results = executor.map(f"measure/{part}", [pack.batch for pack in packs])
+    measures: list[Measures] = executor.map(f"measure/{role}", [pack.batch for pack in packs])
 
-    def tokens_of(field: int) -> Tensor:
-        return unpack_tokens(packs, [result[field] for result in results], completions.mask.shape).double()
+    def per_token(values: list[Tensor]) -> Tensor:
+        return unpack_tokens(packs, values, completions.mask.shape).double()
 
-    log_probs, entropy, ref_log_probs, exact = map(tokens_of, (0, 2, 3, 4))
-    scores = unpack_sequences(packs, [result.scores for result in results]).double().numpy()
-    kl = {} if panel.reference is None else {"exact": exact} | _estimated_kl(log_probs, ref_log_probs)
-    tokenizer = panel.writers[part].tokenizer
-    return Answers(
+    entropy = per_token([measure.entropy for measure in measures])
+    scores = unpack_sequences(packs, [measure.scores for measure in measures]).double().numpy()
+    kl: dict[str, Tensor] = {}
+    if models.reference is not None:
+        log_probs = per_token([measure.log_probs for measure in measures])
+        ref_log_probs = per_token([measure.ref_log_probs for measure in measures])
+        kl["exact"] = per_token([measure.exact_kl for measure in measures])
+        kl |= _estimated_kl(log_probs, ref_log_probs)
+    tokenizer = models.language_models[role].tokenizer
+    return MeasuredCompletions(
         texts_of(tokenizer, completions),
         [row[:length] for row, length in zip(completions.tokens.tolist(), lengths.tolist(), strict=True)],
         completions.ended.double().numpy(),
         entropy.sum(dim=1).numpy(),
-        {name: of_tokens.sum(dim=1).numpy() for name, of_tokens in kl.items()},
-        dict(zip(panel.reward_models, scores.T, strict=True)),
+        {name: values.sum(dim=1).numpy() for name, values in kl.items()},
+        dict(zip(models.reward_models, scores.T, strict=True)),
     )
 
 
 def prompt_tokens(dataset: Dataset, records: Sequence[int], room: int) -> list[np.ndarray]:
-    """The last `room` tokens of prompts.
+    """Return the last `room` tokens of each prompt.
 
     Raises:
         UserError: there is no room.
@@ -224,7 +234,7 @@ def prompt_tokens(dataset: Dataset, records: Sequence[int], room: int) -> list[n
 
 
 def sample_keys(seed: int, prompts: int, samples: int) -> Tensor:
-    """[prompts * samples, 2] int32, by prompt and sample; those of sample 0 do not depend on how many there are."""
+    """Return [prompts * samples, 2] int32 keys, by prompt and sample; those of sample 0 do not depend on `samples`."""
     number = torch.arange(prompts)[:, None] + (torch.arange(samples) << 32)
     return fold_in(fold_in(key(seed), int(Purpose.EVALUATION)), number.flatten())
 
@@ -238,10 +248,10 @@ def _roll_out(rollout: Callable[..., Completions], model: Params, frozen: dict[s
     return rollout({"policy": model}, frozen, batch)
 
 
-def _on(part: str | None, function: Callable[[Params, dict[str, Params], Any], Any]) -> Callable[..., Any]:
-    """A map on the model that plays `part`; None is the executor's parameters."""
+def _on(name: str | None, function: Callable[[Params, dict[str, Params], Any], Any]) -> Callable[..., Any]:
+    """Return `function` on the frozen model of this name; None is the executor's parameters."""
 
-    def on_part(params: Params, frozen: dict[str, Params], batch: Any) -> Any:
-        return function(params if part is None else frozen[part], frozen, batch)
+    def on_model(params: Params, frozen: dict[str, Params], batch: Any) -> Any:
+        return function(params if name is None else frozen[name], frozen, batch)
 
-    return on_part
+    return on_model

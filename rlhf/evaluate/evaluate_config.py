@@ -1,4 +1,4 @@
-"""What rlhf-evaluate is asked, as a typed dataclass. Importing it imports no torch."""
+"""Settings of rlhf-evaluate, as a typed dataclass. Importing it imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ Decoding = Literal["sampled", "greedy"]
 
 @dataclass(frozen=True, kw_only=True)
 class JudgementConfig(Section):
-    """What is evaluated, on what and how."""
+    """Settings of an evaluation: models, data, decoding and output."""
 
     model_dir: Path = Path("outputs")
     """Output folder of a run, with sft/, reward/ and policy/; or one model folder in Hugging Face form."""

@@ -1,8 +1,9 @@
-"""rlhf-evaluate: find the models and the test data, evaluate what they allow, and write down what came of it."""
+"""The work of rlhf-evaluate: find models and test data, evaluate them, and write the results."""
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ from rlhf.evaluate.evaluate_config import NO_POLICY_RULES, POLICY_RULES, Evaluat
 from rlhf.evaluate.evaluation_inputs import (
     Folders,
     TestData,
+    classify_files,
     find_folders,
-    given_data,
-    prompts_of,
     run_config,
+    unique_prompts,
 )
 from rlhf.evaluate.evaluation_result import Evaluation
 from rlhf.evaluate.held_out import held_out_data, mark_trained, training_pairs
@@ -26,7 +27,7 @@ from rlhf.evaluate.policy_evaluation import evaluate_policy
 from rlhf.evaluate.reward_evaluation import evaluate_reward
 from rlhf.evaluate.sft_evaluation import evaluate_sft
 from rlhf.io.output import check_output, remove_output, write_json, write_output
-from rlhf.io.progress import tell, working
+from rlhf.io.user_log import log_user
 from rlhf.setting_rules import COMPUTE_RULES, check_rules
 
 FORMAT = 1
@@ -37,24 +38,30 @@ _SCHEMAS: dict[str, Schema] = {"sft": DEMONSTRATIONS, "reward": PREFERENCES, "po
 
 
 class Report(NamedTuple):
-    """Everything that was found."""
+    """Results of a run of rlhf-evaluate."""
 
     evaluations: list[Evaluation]
     skipped: dict[str, str]
-    """Why, by kind of evaluation."""
+    """Reasons for evaluations that were left out, by kind."""
     folder: Path
-    """Where it was written to."""
+    """Folder of evaluation.json, completions.jsonl and pairs.jsonl."""
 
 
 class _Plan(NamedTuple):
-    """One evaluation to make."""
+    """One evaluation, before it is made."""
 
     kind: str
     data: TestData
 
 
-def run_evaluation(config: EvaluateConfig) -> Report:
+def run_evaluation(
+    config: EvaluateConfig, spinner: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> Report:
     """Evaluate, and write evaluation.json, completions.jsonl and pairs.jsonl.
+
+    Args:
+        config: settings.
+        spinner: makes a context that is open during each evaluation, to show a sign of life.
 
     Raises:
         UserError: models, data, judges or settings cannot be used, or there is nothing to evaluate.
@@ -64,7 +71,7 @@ def run_evaluation(config: EvaluateConfig) -> Report:
     if config.output is not None and config.output.is_file():
         raise UserError(f"--output {config.output}: is a file, expected a folder")
     for line in check_rules(config, COMPUTE_RULES):
-        tell(line)
+        log_user(line)
     folders = find_folders(config)
     run = run_config(config.model_dir)
     judges = open_judges(config.judge)
@@ -75,12 +82,13 @@ def run_evaluation(config: EvaluateConfig) -> Report:
     evaluations: list[Evaluation] = []
     lines: dict[str, list[dict[str, Any]]] = {"completions": [], "pairs": []}
     try:
-        with open_compute_context(config) as place:
+        with open_compute_context(config) as context:
             for plan in plans:
-                with working(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}"):
-                    for evaluation, name, written in _evaluate(plan, config, place, folders, judges, run, train):
+                log_user(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}")
+                with spinner():
+                    for evaluation, name, records in _evaluate(plan, config, context, folders, judges, run, train):
                         evaluations.append(evaluation)
-                        lines[name] += written
+                        lines[name] += records
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written", signal.SIGINT) from None
     report = Report(evaluations, skipped, folder)
@@ -91,26 +99,26 @@ def run_evaluation(config: EvaluateConfig) -> Report:
 def _plan(
     config: EvaluateConfig, folders: Folders, run: PipelineRun | None, judges: list[Judge]
 ) -> tuple[list[_Plan], dict[str, str]]:
-    """(what to do, why the rest is left out).
+    """Return the evaluations to make, and the reasons for those left out, by kind.
 
     Raises:
-        UserError: what was asked for cannot be done.
+        UserError: there is nothing to evaluate, or a setting has no effect.
     """
     if config.test_data:
-        data = mark_trained(given_data(config.test_data), config.model_dir)
+        data = mark_trained(classify_files(config.test_data), config.model_dir)
     elif run is not None:
         data = held_out_data(config.model_dir, run)
     else:
         raise UserError(f"--test-data: give files to evaluate on; {_why_no_run(config.model_dir)}")
     plans, skipped = [], {}
     for kind in _KINDS if config.eval_type == "all" else (config.eval_type,):
-        usable = [found for found in data if found.schema is _SCHEMAS[kind]]
+        usable = [test for test in data if test.schema is _SCHEMAS[kind]]
         if kind == "policy" and not usable:
-            usable = [prompts_of(found) for found in data]
+            usable = [unique_prompts(test) for test in data]
         if reason := _missing(kind, config, folders, usable):
             skipped[kind] = reason
         else:
-            plans += [_Plan(kind, found) for found in usable]
+            plans += [_Plan(kind, test) for test in usable]
     if not plans:
         raise UserError("nothing to evaluate: " + "; ".join(f"{kind}: {reason}" for kind, reason in skipped.items()))
     _check_options(config, folders, judges, {plan.kind for plan in plans})
@@ -118,7 +126,7 @@ def _plan(
 
 
 def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[TestData]) -> str:
-    """Why an evaluation cannot be made; empty where it can."""
+    """Return the reason why an evaluation cannot be made; empty where it can."""
     model = {"sft": folders.sft, "reward": folders.reward, "policy": folders.policy}[kind]
     single = (config.model_dir / "config.json").is_file()
     if model is None:
@@ -131,9 +139,9 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
 
 
 def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge], kinds: set[str]) -> None:
-    """Refuse or tell what has no effect."""
+    """Refuse settings without effect, or tell the user of them."""
     for line in check_rules(config, POLICY_RULES if "policy" in kinds else NO_POLICY_RULES):
-        tell(line)
+        log_user(line)
     if "policy" in kinds and folders.reward is not None and folders.reward.name in {judge.name for judge in judges}:
         name = folders.reward.name
         raise UserError(
@@ -147,7 +155,7 @@ def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge]
 
 
 def _why_no_run(folder: Path) -> str:
-    """Why there are no held-out records to fall back to."""
+    """Return the reason why there are no held-out records to take."""
     run = folder.absolute().parent
     if run_config(run) is not None:
         return f"{folder} is one model of a run, whose held-out records --model-dir {run} takes"
@@ -155,32 +163,32 @@ def _why_no_run(folder: Path) -> str:
 
 
 def _train_data(config: EvaluateConfig, run: PipelineRun | None) -> TestData | None:
-    """What the bag of words learns from."""
+    """Return the pairs that the bag of words learns from; None is cross-validation."""
     if config.train_data is not None:
-        (found,) = given_data([config.train_data])
-        if found.schema is not PREFERENCES:
-            raise UserError(f"--train-data {config.train_data}: has {found.schema.name}, expected preference pairs")
-        return found
+        (train,) = classify_files([config.train_data])
+        if train.schema is not PREFERENCES:
+            raise UserError(f"--train-data {config.train_data}: has {train.schema.name}, expected preference pairs")
+        return train
     return training_pairs(config.model_dir, run) if run is not None and not config.test_data else None
 
 
 def _evaluate(
     plan: _Plan,
     config: EvaluateConfig,
-    place: ComputeContext,
+    context: ComputeContext,
     folders: Folders,
     judges: list[Judge],
     run: PipelineRun | None,
     train: TestData | None,
 ) -> Iterator[tuple[Evaluation, str, list[dict[str, Any]]]]:
-    """Each evaluation, and the file and lines that go with it."""
+    """Yield each evaluation, with the name and the lines of the file that goes with it."""
     if plan.kind == "sft" and folders.sft is not None:
-        yield evaluate_sft(config, place, folders.sft, plan.data), "pairs", []
+        yield evaluate_sft(config, context, folders.sft, plan.data), "pairs", []
     elif plan.kind == "reward" and folders.reward is not None:
-        evaluation, lines = evaluate_reward(config, place, folders.reward, plan.data, train)
+        evaluation, lines = evaluate_reward(config, context, folders.reward, plan.data, train)
         yield evaluation, "pairs", lines
     else:
-        evaluations, lines = evaluate_policy(config, place, folders, plan.data, judges, run)
+        evaluations, lines = evaluate_policy(config, context, folders, plan.data, judges, run)
         for number, evaluation in enumerate(evaluations):
             yield evaluation, "completions", lines if number == 0 else []
 
@@ -188,7 +196,7 @@ def _evaluate(
 def _check_files(
     config: EvaluateConfig, folder: Path, folders: Folders, plans: list[_Plan], train: TestData | None
 ) -> None:
-    """Refuse to write over what the evaluation reads, and over files that are not of an evaluation."""
+    """Refuse to replace the evaluation's inputs, or files that no evaluation has written."""
     models = [model for model in folders if model is not None]
     inputs = [*config.test_data, *(plan.data.path for plan in plans), *([train.path] if train else [])]
     inputs += [file for model in models for file in model.iterdir()]
@@ -206,11 +214,16 @@ def _write(config: EvaluateConfig, report: Report, lines: dict[str, list[dict[st
             write_output(path, text, "--output", overwrite=config.overwrite)
         else:
             remove_output(path)  # an earlier evaluation's, which would not belong to evaluation.json
-    facts = {"format": FORMAT, "model_dir": str(config.model_dir), "seed": config.seed}
-    facts |= {"threads": compute_threads(config), "precision": config.precision}
-    evaluations = [evaluation.plain() for evaluation in report.evaluations]
-    facts |= {"evaluations": evaluations, "skipped": report.skipped}
-    write_json(report.folder / "evaluation.json", facts, "--output", overwrite=config.overwrite)
+    content = {
+        "format": FORMAT,
+        "model_dir": str(config.model_dir),
+        "seed": config.seed,
+        "threads": compute_threads(config),
+        "precision": config.precision,
+        "evaluations": [evaluation.plain() for evaluation in report.evaluations],
+        "skipped": report.skipped,
+    }
+    write_json(report.folder / "evaluation.json", content, "--output", overwrite=config.overwrite)
 
 
 def _brackets(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What there is to evaluate: the models in a folder, and test data, given or held out by the run."""
+"""Inputs of an evaluation: the models in a folder, and files of test data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +14,23 @@ from rlhf.io.files import check_folder
 from rlhf.io.model_folder import check_model_folder, is_reward_model
 from rlhf.io.near_misses import folder_remedy
 from rlhf.io.presets import load_config
-from rlhf.io.progress import tell
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.io.user_log import log_user
 
 
 class Folders(NamedTuple):
-    """Model folders by the part they play; None where there is none."""
+    """Model folders by role; None where there is none."""
 
     sft: Path | None
-    """Whose perplexity is measured."""
+    """Language model whose perplexity is measured."""
     reward: Path | None
-    """Whose accuracy is measured, and which scores the policy."""
+    """Reward model whose accuracy is measured, and which scores completions."""
     policy: Path | None
-    """Which completes prompts."""
+    """Language model that completes prompts."""
     against: Path | None
-    """Which completes the same prompts."""
+    """Language model that completes the same prompts."""
     reference: Path | None
-    """From which the policy's KL is measured."""
+    """Language model from which the policy's KL is measured."""
 
 
 class TestData(NamedTuple):
@@ -39,18 +39,18 @@ class TestData(NamedTuple):
     path: Path
     schema: Schema
     records: list[int] | None
-    """Which; None is all."""
+    """Numbers of the records to evaluate; None is all."""
     origin: str
-    """Where they come from, for the user: "", "held out by the run"."""
+    """Origin of the records, in words for the user: "held out by the run"; empty for a file as it is."""
     problem: str = ""
-    """Why the file cannot be used; empty where it can."""
+    """Reason why the file cannot be used; empty where it can."""
 
 
 def find_folders(config: EvaluateConfig) -> Folders:
-    """The models of a run's output folder, or of a single model folder.
+    """Return the models of a run's output folder, or a single model folder.
 
     Raises:
-        UserError: there are none, or one that is given beside them is no model.
+        UserError: there are none, or --against or --reward-model is no model.
     """
     folder = config.model_dir
     if config.against is not None:
@@ -77,35 +77,35 @@ def find_folders(config: EvaluateConfig) -> Folders:
 
 
 def run_config(model_dir: Path) -> PipelineRun | None:
-    """The configuration that a run left in its output folder; None where there is none."""
+    """Return the configuration that a run wrote to its output folder; None where there is none."""
     path = model_dir / "config.yaml"
     return load_config(str(path)) if path.is_file() else None
 
 
-def given_data(paths: Sequence[Path]) -> list[TestData]:
-    """Test files with their kinds.
+def classify_files(paths: Sequence[Path]) -> list[TestData]:
+    """Return test files with their schemas.
 
     Raises:
         UserError: a file cannot be read, or its first record is of no kind.
     """
-    return [TestData(path, kind_of(path), None, "") for path in paths]
+    return [TestData(path, schema_of(path), None, "") for path in paths]
 
 
-def kind_of(path: Path) -> Schema:
-    """The kind of a data file by the columns of its first record. Errors as `given_data`."""
+def schema_of(path: Path) -> Schema:
+    """Return a data file's schema by the columns of its first record. Errors are those of `classify_files`."""
     record = next(iter(read_records(path)))
     for schema in (PREFERENCES, DEMONSTRATIONS, PROMPTS):
         if all(name in record.fields for name in schema.keys):
             return schema
-    found = ", ".join(map(repr, sorted(record.fields))) or "nothing"
+    columns = ", ".join(map(repr, sorted(record.fields))) or "nothing"
     raise UserError(
-        f"{path}: record 1 (line {record.line}) has {found}; expected 'prompt' with 'completion' (demonstrations), "
+        f"{path}: record 1 (line {record.line}) has {columns}; expected 'prompt' with 'completion' (demonstrations), "
         "with 'chosen' and 'rejected' (preference pairs), or alone (prompts)"
     )
 
 
-def prompts_of(data: TestData) -> TestData:
-    """The prompts of demonstrations or preference pairs, each once."""
+def unique_prompts(data: TestData) -> TestData:
+    """Return the prompts of demonstrations or preference pairs, each once."""
     first: dict[str, int] = {}
     for number, record in enumerate(read_checked(data.path, data.schema)):
         first.setdefault(record.fields["prompt"], number)
@@ -114,16 +114,16 @@ def prompts_of(data: TestData) -> TestData:
 
 
 def open_data(data: TestData, tokenizer: Tokenizer, config: EvaluateConfig) -> tuple[Dataset, list[int]]:
-    """(the tokenised file, its records to evaluate). Errors as `rlhf.data.dataset.load_dataset`."""
+    """Return the tokenised file and its records to evaluate. Errors are those of `rlhf.data.dataset.load_dataset`."""
     dataset = load_dataset(data.path, data.schema, tokenizer, config.cache_dir)
-    if data.records is None:  # of a run's data the run has told it
+    if data.records is None:  # the run has told the user of its own data
         for line in dataset.findings.describe(data.schema, len(dataset)):
-            tell(f"{data.path}: {line}")
+            log_user(f"{data.path}: {line}")
     records = list(range(len(dataset))) if data.records is None else data.records
     return dataset, records[: config.limit]
 
 
 def usable_pairs(path: Path) -> list[dict[str, str]]:
-    """The pairs of a file whose members differ: the records of its `Dataset`, in the same order."""
+    """Return the pairs of a file whose members differ: the records of its `Dataset`, in the same order."""
     fields = (record.fields for record in read_checked(path, PREFERENCES))
     return [pair for pair in fields if pair["chosen"] != pair["rejected"]]

@@ -1,4 +1,4 @@
-"""What comes out of an evaluation."""
+"""The result of one evaluation, and its JSON form."""
 
 import math
 from pathlib import Path
@@ -14,28 +14,31 @@ class Evaluation(NamedTuple):
     kind: str
     """sft, reward or policy."""
     models: dict[str, Path]
-    """Folders by the part they play."""
+    """Folders by role."""
     data: TestData
     unit: str
-    """What the figures count as samples: records, pairs, prompts."""
+    """Samples of the figures: records, pairs, prompts."""
     figures: dict[str, dict[str, Figure]]
     """By column (a model, or the difference of two) and by name."""
     facts: dict[str, Any]
     """Other plain values: counts, settings, curves."""
 
     def plain(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """Return the evaluation as JSON values."""
         return {
             "eval_type": self.kind,
-            "models": {part: str(folder) for part, folder in self.models.items()},
+            "models": {role: str(folder) for role, folder in self.models.items()},
             "data": str(self.data.path),
             **({"data_origin": self.data.origin} if self.data.origin else {}),
             **self.facts,
             "unit": self.unit,
-            "figures": {column: {name: plain(f) for name, f in of.items()} for column, of in self.figures.items()},
+            "figures": {
+                column: {name: plain(figure) for name, figure in figures.items()}
+                for column, figures in self.figures.items()
+            },
         }
 
 
 def plain(figure: Figure) -> dict[str, Any]:
-    """A figure as JSON values; what is not finite is null."""
+    """Return a figure as JSON values; what is not finite is null."""
     return {name: value if math.isfinite(value) else None for name, value in figure._asdict().items()}

@@ -1,4 +1,4 @@
-"""Data that a run was trained on or held out: found where they are now, and compared with the digests it recorded."""
+"""Training and held-out data of a run, at their present paths, checked against the digests that the run recorded."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,21 +11,21 @@ from rlhf.errors import UserError
 from rlhf.evaluate.evaluation_inputs import TestData, usable_pairs
 from rlhf.io.checkpoint import last_step
 from rlhf.io.files import read_json, sha256
-from rlhf.io.output_folder import MODEL_FOLDERS
 from rlhf.io.paths import places
 from rlhf.random import Purpose, fold_in, key
+from rlhf.train.stage import STAGES
 
-_STAGES = {DEMONSTRATIONS.name: "sft", PREFERENCES.name: "reward", PROMPTS.name: "ppo"}
-"""Stages by what they learn from."""
+_STAGES = {stage.schema: stage.name for stage in reversed(STAGES.values())}
+"""The first stage that learns from each schema, by the name of the schema."""
 
 _HELD_OUT = "held out by the run"
 
 
 def held_out_data(model_dir: Path, run: PipelineRun) -> list[TestData]:
-    """Return what a run kept for testing: the records that each stage held out, and the example's held-out prompts.
+    """Return a run's test data: the records that each stage held out, and the example's held-out prompts.
 
-    Without those, the prompts that PPO was trained on; the user is told. What has changed or is no longer there has a
-    `problem`.
+    Without held-out prompts, those that PPO was trained on; the user is told. A file that has changed or is no longer
+    there has a `problem`.
     """
     return [
         _held_out(model_dir, run, DEMONSTRATIONS, run.sft_val_data),
@@ -44,10 +44,10 @@ def training_pairs(model_dir: Path, run: PipelineRun) -> TestData | None:
 
 
 def mark_trained(data: Sequence[TestData], model_dir: Path) -> list[TestData]:
-    """Return test data whose `origin` says so where the models in a folder were trained on that very file."""
-    folders = [model_dir, *(model_dir / name for name in MODEL_FOLDERS.values())]
+    """Return test data with an `origin` that says so where the models in a folder were trained on that very file."""
+    folders = [model_dir, *(model_dir / stage.folder for stage in STAGES.values())]
     digests = {_read(folder / "manifest.json").get("data") for folder in folders}
-    digests |= {_recorded(model_dir, stage).get("data") for stage in MODEL_FOLDERS}
+    digests |= {_recorded(model_dir, stage).get("data") for stage in STAGES}
     return [
         test._replace(origin="which the model was trained on")
         if test.path.is_file() and sha256(test.path) in digests
@@ -70,8 +70,8 @@ def _held_out(model_dir: Path, run: PipelineRun, schema: Schema, validation: Pat
 
 def _prompts(model_dir: Path, run: PipelineRun) -> TestData:
     digest = _recorded(model_dir, "ppo").get("data")
-    for place in _training_places(model_dir, run, PROMPTS):
-        path = place.with_name("heldout_prompts.json")
+    for candidate in _training_paths(model_dir, run, PROMPTS):
+        path = candidate.with_name("heldout_prompts.json")
         if path.is_file() and sha256(path) != digest:
             return TestData(path, PROMPTS, None, _HELD_OUT)
     path, problem = _training_file(model_dir, run, PROMPTS)
@@ -79,13 +79,13 @@ def _prompts(model_dir: Path, run: PipelineRun) -> TestData:
 
 
 def _training_file(model_dir: Path, run: PipelineRun, schema: Schema) -> tuple[Path, str]:
-    """Return the file that a stage learnt from, and why it cannot be used, empty where it can."""
+    """Return the file that a stage learnt from, and the reason why it cannot be used, empty where it can."""
     digest = _recorded(model_dir, _STAGES[schema.name]).get("data")
-    return _locate(_training_places(model_dir, run, schema), digest, "learnt from")
+    return _locate(_training_paths(model_dir, run, schema), digest, "learnt from")
 
 
-def _training_places(model_dir: Path, run: PipelineRun, schema: Schema) -> list[Path]:
-    """Return where the file that a stage learnt from may be."""
+def _training_paths(model_dir: Path, run: PipelineRun, schema: Schema) -> list[Path]:
+    """Return the paths at which the file that a stage learnt from may be."""
     setting, example = {
         "sft": (run.sft_data, "demonstrations.json"),
         "reward": (run.preference_data, "preferences.json"),
@@ -95,12 +95,12 @@ def _training_places(model_dir: Path, run: PipelineRun, schema: Schema) -> list[
 
 
 def _locate(candidates: Sequence[Path], digest: str | None, use: str) -> tuple[Path, str]:
-    """Return the first candidate of that content, and why none can be used, empty where one can.
+    """Return the first candidate of that content, and the reason why none can be used, empty where one can.
 
     Args:
         candidates: the likeliest first.
         digest: of the file that the run read; None where it is not known, and any content will do.
-        use: what the run did with it, for the user.
+        use: the run's use of it, in words for the user.
     """
     files = [path for path in candidates if path.is_file()]
     for path in files:
@@ -113,7 +113,7 @@ def _locate(candidates: Sequence[Path], digest: str | None, use: str) -> tuple[P
 
 def _recorded(model_dir: Path, stage: str) -> dict[str, Any]:
     """Return the digests of a stage's data, from its model's manifest or its last checkpoint; empty where unknown."""
-    manifest = _read(model_dir / MODEL_FOLDERS[stage] / "manifest.json")
+    manifest = _read(model_dir / STAGES[stage].folder / "manifest.json")
     root = model_dir / "checkpoints" / stage
     if "data" in manifest or (step := last_step(root)) is None:
         return manifest
@@ -123,7 +123,7 @@ def _recorded(model_dir: Path, stage: str) -> dict[str, Any]:
 
 
 def _read(manifest: Path) -> dict[str, Any]:
-    """Return what a manifest says; empty where there is none that can be read."""
+    """Return a manifest's content; empty where there is none that can be read."""
     try:
         value = read_json(manifest)
     except UserError:

@@ -1,11 +1,11 @@
-"""Who judges completions: Python functions that score one, or compare two.
+"""Judges of completions: Python functions that score one, or compare two.
 
 A scorer has the signature of a reward function. A pairwise judge is told apart by its arguments:
 
     def judge(prompts: list[str], first: list[str], second: list[str], **columns: list) -> list[float]
 
 It returns, for each prompt, the probability that `first` is the better one: 1 or 0 for a verdict, 0.5 for a tie. It is
-asked twice, with the completions in both orders, so that a liking for one place cancels and shows.
+called twice, with the completions in both orders, so that a bias towards one position cancels and shows.
 """
 
 import inspect
@@ -20,13 +20,13 @@ from rlhf.io.user_functions import call_function, check_signature, load_function
 
 
 class Judge(NamedTuple):
-    """A Python function that judges."""
+    """A Python function that scores completions, or compares two."""
 
     name: str
-    """As in the figures: eval/judge/<name>, eval/win_rate/<name>."""
+    """Name in the figures: eval/judge/<name>, eval/win_rate/<name>."""
     function: Callable[..., Any]
     pairwise: bool
-    """Whether it compares two completions instead of scoring one."""
+    """True where the function compares two completions, False where it scores one."""
 
 
 def open_judges(specs: Sequence[str]) -> list[Judge]:
@@ -46,16 +46,16 @@ def open_judges(specs: Sequence[str]) -> list[Judge]:
 
 
 def score(judge: Judge, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]) -> Array:
-    """[B] scores of completions. Errors as `rlhf.io.user_functions.call_function`."""
+    """Return [B] scores of completions. Errors are those of `rlhf.io.user_functions.call_function`."""
     scores = call_function(judge.function, f"judge {judge.name}", columns, prompts=prompts, completions=completions)
     return np.array(scores)
 
 
 class Preferences(NamedTuple):
-    """What a pairwise judge says about two models' completions."""
+    """A pairwise judge's probabilities that one model's completions are better than another's."""
 
     first: Array
-    """[B] probability that the one model's is better, shown first."""
+    """[B] probability that the one model's completion is better, shown first."""
     second: Array
     """[B] the same, shown second."""
 
@@ -68,9 +68,9 @@ class Preferences(NamedTuple):
 def prefer(
     judge: Judge, prompts: Sequence[str], one: Sequence[str], other: Sequence[str], columns: Sequence[dict[str, Any]]
 ) -> Preferences:
-    """Ask a pairwise judge in both orders.
+    """Call a pairwise judge in both orders.
 
-    A judge that always names the first place thus gives ties, as in Zheng et al. 2023, "Judging LLM-as-a-Judge",
+    A judge that always prefers the first position thus gives ties, as in Zheng et al. 2023, "Judging LLM-as-a-Judge",
     section 3.4, https://arxiv.org/abs/2306.05685.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What evaluation measures of finished texts, token by token: language models and reward models over a micro-batch."""
+"""Token-level measures of finished texts by language models, and scores by reward models, over a micro-batch."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,12 +17,12 @@ from rlhf.types import Params
 
 
 class Measures(NamedTuple):
-    """What models make of finished texts."""
+    """Log-probs, entropies and scores of finished texts."""
 
     log_probs: Tensor
     """[C] float32, nats: of each token under the model."""
     correct: Tensor
-    """[C] bool: whether it was the model's most likely token."""
+    """[C] bool: True where it was the model's most likely token."""
     entropy: Tensor
     """[C] float32, nats: of the model's distribution before it."""
     ref_log_probs: Tensor
@@ -41,7 +41,7 @@ def make_measure(
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
 ) -> Callable[[Params, dict[str, Params], ScoreBatch], Measures]:
-    """(decoder, frozen, ScoreBatch) -> `Measures`.
+    """Return a function (decoder, frozen, ScoreBatch) -> `Measures`.
 
     Args:
         config: the model's shape.
@@ -69,7 +69,7 @@ def make_measure(
         if reference is not None:
             models["reference"] = ref_decoder.cast_for_compute(frozen["reference"], dtype)
         hidden = [at_predictors(models[name], batch, shape) for name, shape in shapes.items()]
-        of_tokens = in_chunks(per_token, chunk_size(config.vocab_size))(models, batch.targets, *hidden)
-        return Measures._make([*of_tokens, reward_scores(frozen, batch, reward_models, dtype)])
+        token_measures = in_chunks(per_token, chunk_size(config.vocab_size))(models, batch.targets, *hidden)
+        return Measures._make([*token_measures, reward_scores(frozen, batch, reward_models, dtype)])
 
     return measure

@@ -1,4 +1,4 @@
-"""How well a policy completes prompts, alone and against another model on the same prompts."""
+"""Evaluation of a policy's completions, alone and against another model on the same prompts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,14 @@ import numpy as np
 from rlhf.config import PipelineRun
 from rlhf.data.schema import PROMPTS
 from rlhf.distributed.compute_context import ComputeContext, open_compute_context
-from rlhf.evaluate.comparison import Answers, ModelSet, Sampling, load_panel, open_panel, prompt_tokens
+from rlhf.evaluate.comparison import (
+    MeasuredCompletions,
+    ModelSet,
+    Sampling,
+    load_models,
+    open_models,
+    prompt_tokens,
+)
 from rlhf.evaluate.estimates import (
     Array,
     Estimate,
@@ -30,19 +37,19 @@ from rlhf.statistics import diversity, token_repetition
 
 _DISTINCT = (1, 2, 3)
 _UNPAIRED = "eval/distinct_"
-"""A figure of all texts together, of which differences have no interval worth giving."""
+"""Prefix of figures of all texts together, whose differences have no interval worth giving."""
 
 
 class ScoredCompletions(NamedTuple):
-    """One model's answers and all scores of them."""
+    """One model's completions and all scores of them."""
 
-    answers: Answers
+    completions: MeasuredCompletions
     scores: dict[str, Array]
     """[B] by figure name: eval/reward/<reward model>, eval/judge/<scorer>."""
 
 
 class Comparison(NamedTuple):
-    """What came of one way of decoding."""
+    """Models and judges on the same prompts, with one way of decoding."""
 
     decoding: Decoding
     samples: int
@@ -50,28 +57,28 @@ class Comparison(NamedTuple):
     columns: list[dict[str, Any]]
     """Each completion's record of the prompt file."""
     sides: dict[str, ScoredCompletions]
-    """By part: the policy, then the model that it is compared with, if any."""
+    """By role: the policy, then the model that it is compared with, if any."""
     preferences: dict[str, Preferences]
-    """By pairwise judge: of the policy's completions over the other's."""
+    """By pairwise judge: of the policy's completions over the other model's."""
     cut: int
     """Prompts that lost their beginning."""
 
 
 def evaluate_policy(
     config: EvaluateConfig,
-    place: ComputeContext,
+    context: ComputeContext,
     folders: Folders,
     data: TestData,
     judges: Sequence[Judge],
     run: PipelineRun | None,
 ) -> tuple[list[Evaluation], list[dict[str, Any]]]:
-    """Complete the prompts in every way asked for; prompts are what is resampled.
+    """Evaluate a policy with each way of decoding; the samples of its figures are the prompts.
 
     Args:
         config: settings.
-        place: where to compute.
+        context: where to compute.
         folders: the models.
-        data: prompts, or records that have some.
+        data: prompts, or records with prompts.
         judges: scorers and pairwise judges.
         run: the run that trained the models, whose temperature and length are taken where `config` has none.
 
@@ -83,11 +90,11 @@ def evaluate_policy(
         NonFiniteError: a judge gives NaN or infinity.
     """
     assert folders.policy is not None, "there is something to evaluate"
-    writers = {"policy": folders.policy} | ({} if folders.against is None else {"against": folders.against})
+    language_models = {"policy": folders.policy} | ({} if folders.against is None else {"against": folders.against})
     reward_models = {} if folders.reward is None else {folders.reward.name: folders.reward}
-    panel = load_panel(writers, folders.reference, reward_models)
-    sampling = _sampling(config, run, panel.context)
-    comparisons = compare_models(config, place, panel, data, sampling, judges)
+    models = load_models(language_models, folders.reference, reward_models)
+    sampling = _sampling(config, run, models.context_length)
+    comparisons = compare_models(config, context, models, data, sampling, judges)
     evaluations = []
     for comparison in comparisons:
         facts = {
@@ -97,120 +104,127 @@ def evaluate_policy(
             "temperature": sampling.temperature,
             "max_new_tokens": sampling.max_new_tokens,
         }
-        named = writers | ({} if folders.reference is None else {"reference": folders.reference})
+        named = language_models | ({} if folders.reference is None else {"reference": folders.reference})
         evaluations.append(
-            Evaluation("policy", named, data, "prompts", contest_figures(comparison, seed=config.seed), facts)
+            Evaluation("policy", named, data, "prompts", comparison_figures(comparison, seed=config.seed), facts)
         )
     return evaluations, [line for comparison in comparisons for line in _lines(comparison, data)]
 
 
-def compare(
+def compare_folders(
     policy: Path, against: Path, prompts: Path, judges: Sequence[Judge], sampling: Sampling, config: EvaluateConfig
 ) -> list[Comparison]:
-    """Let two models complete the same prompts and judges compare them; KL(policy || against) is measured too.
+    """Compare two model folders by judges and by KL(policy || against), on their completions of the same prompts.
 
     Args:
         policy: model folder.
         against: model folder with the same vocabulary.
         prompts: data file with a column `prompt`; the others go to the judges.
         judges: scorers and pairwise judges.
-        sampling: how completions are made.
+        sampling: settings of the decoding.
         config: samples per prompt, micro-batches, and where to compute.
 
     Returns:
-        A contest for each way of decoding.
+        A comparison for each way of decoding.
 
     Raises:
         UserError, NonFiniteError: as `evaluate_policy`.
     """
-    panel = load_panel({"policy": policy, "against": against}, against, {})
-    with open_compute_context(config) as place:
-        return compare_models(config, place, panel, TestData(prompts, PROMPTS, None, ""), sampling, judges)
+    models = load_models({"policy": policy, "against": against}, against, {})
+    with open_compute_context(config) as context:
+        return compare_models(config, context, models, TestData(prompts, PROMPTS, None, ""), sampling, judges)
 
 
 def compare_models(
     config: EvaluateConfig,
-    place: ComputeContext,
-    panel: ModelSet,
+    context: ComputeContext,
+    models: ModelSet,
     data: TestData,
     sampling: Sampling,
     judges: Sequence[Judge],
 ) -> list[Comparison]:
-    """Let every writer complete the prompts, and let everybody judge; arguments and errors as `evaluate_policy`."""
-    dataset, records = open_data(data, panel.writers["policy"].tokenizer, config)
-    room = panel.context - sampling.max_new_tokens
+    """Complete the prompts with every language model, and judge the completions.
+
+    Arguments and errors are those of `evaluate_policy`.
+    """
+    dataset, records = open_data(data, models.language_models["policy"].tokenizer, config)
+    room = models.context_length - sampling.max_new_tokens
     tokens, cut = prompt_tokens(dataset, records, room), dataset.count_cut(room, records)
     comparisons = []
-    with open_panel(place, panel, sampling) as answer:
+    with open_models(context, models, sampling) as complete_and_measure:
         for decoding in sampling.decodings:
             samples = config.samples if decoding == "sampled" else 1
             columns = [dataset.columns(record) for record in records for _ in range(samples)]
             rows = {"rollout_rows": config.rollout_batch_size, "measure_rows": config.micro_batch_size}
-            answers = {part: answer(part, decoding, tokens, samples=samples, **rows) for part in panel.writers}
-            comparisons.append(_judge(decoding, samples, columns, answers, judges)._replace(cut=cut))
+            completions = {
+                role: complete_and_measure(role, decoding, tokens, samples=samples, **rows)
+                for role in models.language_models
+            }
+            comparisons.append(_judge(decoding, samples, columns, completions, judges)._replace(cut=cut))
     return comparisons
 
 
-def contest_figures(comparison: Comparison, *, seed: int) -> dict[str, dict[str, Figure]]:
-    """Figures of each side, and of their difference with the win rates."""
-    sides = {part: _estimates(judged, comparison) for part, judged in comparison.sides.items()}
-    found = {part: figures(estimates, seed=seed) for part, estimates in sides.items()}
+def comparison_figures(comparison: Comparison, *, seed: int) -> dict[str, dict[str, Figure]]:
+    """Return the figures of each side, of their difference, and of the wins; by column and name."""
+    sides = {role: _estimates(side, comparison) for role, side in comparison.sides.items()}
+    columns = {role: figures(estimates, seed=seed) for role, estimates in sides.items()}
     if "against" in sides:
         shared = [name for name in sides["policy"] if not name.startswith(_UNPAIRED)]
         differences = {name: difference(sides["policy"][name], sides["against"][name]) for name in shared}
-        found["difference"] = figures(differences, seed=seed)
-        found["wins"] = figures(_wins(comparison), seed=seed)
-    return found
+        columns["difference"] = figures(differences, seed=seed)
+        columns["wins"] = figures(_wins(comparison), seed=seed)
+    return columns
 
 
 def _judge(
     decoding: Decoding,
     samples: int,
     columns: list[dict[str, Any]],
-    answers: Mapping[str, Answers],
+    completions: Mapping[str, MeasuredCompletions],
     judges: Sequence[Judge],
 ) -> Comparison:
     prompts = [record["prompt"] for record in columns]
     sides = {}
-    for part, own in answers.items():
-        scores = {f"eval/reward/{name}": rewards for name, rewards in own.rewards.items()}
+    for role, measured in completions.items():
+        scores = {f"eval/reward/{name}": rewards for name, rewards in measured.rewards.items()}
         for judge in judges:
             if not judge.pairwise:
-                scores[f"eval/judge/{judge.name}"] = score(judge, prompts, own.texts, columns)
-        sides[part] = ScoredCompletions(own, scores)
+                scores[f"eval/judge/{judge.name}"] = score(judge, prompts, measured.texts, columns)
+        sides[role] = ScoredCompletions(measured, scores)
     preferences = {}
-    if "against" in answers:
-        ours, theirs = answers["policy"].texts, answers["against"].texts
+    if "against" in completions:
+        ours, theirs = completions["policy"].texts, completions["against"].texts
         preferences = {j.name: prefer(j, prompts, ours, theirs, columns) for j in judges if j.pairwise}
     return Comparison(decoding, samples, columns, sides, preferences, 0)
 
 
-def _estimates(judged: ScoredCompletions, comparison: Comparison) -> dict[str, Estimate]:
-    """Figures of one side; a prompt's samples are one sample of the figure, since they resemble one another."""
-    own, samples = judged.answers, comparison.samples
-    lengths = np.array([len(row) for row in own.tokens], dtype=np.float64)
+def _estimates(side: ScoredCompletions, comparison: Comparison) -> dict[str, Estimate]:
+    """Return one side's estimates; a prompt's completions are one sample, since they resemble one another."""
+    completions, samples = side.completions, comparison.samples
+    lengths = np.array([len(row) for row in completions.tokens], dtype=np.float64)
 
     def per_prompt(values: Array) -> Array:
         return values.reshape(-1, samples).mean(axis=1)
 
-    estimates = {name: mean(per_prompt(values)) for name, values in judged.scores.items()}
-    for name, values in own.kl.items():
+    estimates = {name: mean(per_prompt(values)) for name, values in side.scores.items()}
+    for name, values in completions.kl.items():
         if name == "exact" or comparison.decoding == "sampled":  # the estimators are made for tokens that were drawn
             suffix = {"exact": "_exact", "k1": ""}.get(name, f"_{name}")
             estimates[f"eval/objective/kl{suffix}"] = mean(per_prompt(values))
-    repeated = np.array([token_repetition(row) for row in own.tokens])
+    repeated = np.array([token_repetition(row) for row in completions.tokens])
     estimates |= {
-        "eval/policy/entropy_avg": ratio(per_prompt(own.entropy), per_prompt(lengths)),
+        "eval/policy/entropy_avg": ratio(per_prompt(completions.entropy), per_prompt(lengths)),
         "eval/response_length/mean": mean(per_prompt(lengths)),
-        "eval/ended": mean(per_prompt(own.ended)),
+        "eval/ended": mean(per_prompt(completions.ended)),
         "eval/repeated_4": mean(per_prompt(repeated)),
     }
-    groups = [own.tokens[start : start + samples] for start in range(0, len(own.tokens), samples)]
+    tokens = completions.tokens
+    groups = [tokens[start : start + samples] for start in range(0, len(tokens), samples)]
     return estimates | {f"eval/distinct_{n}": _distinct(groups, n) for n in _DISTINCT}
 
 
 def _distinct(groups: Sequence[Sequence[Sequence[int]]], n: int) -> Estimate:
-    """Distinct-n of all completions; its interval is that of the jackknife, since drawing a text twice adds nothing."""
+    """Return distinct-n of all completions, with the jackknife's interval, since drawing a text twice adds nothing."""
     distinct, totals, sole = diversity(groups, n=n)
     total = sum(totals)
     left = np.maximum(total - np.array(totals), 1)
@@ -218,12 +232,12 @@ def _distinct(groups: Sequence[Sequence[Sequence[int]]], n: int) -> Estimate:
 
 
 def _wins(comparison: Comparison) -> dict[str, Estimate]:
-    """Win rate (a tie counts half), wins, ties and losses of the policy, by every scorer and judge."""
+    """Return the policy's win rate (a tie counts half), wins, ties and losses, by every scorer and judge."""
     ours, theirs = comparison.sides["policy"].scores, comparison.sides["against"].scores
-    found = {name.removeprefix("eval/").split("/", 1)[1]: win_indicator(ours[name], theirs[name]) for name in ours}
-    found |= {name: preferences.outcome for name, preferences in comparison.preferences.items()}
+    outcomes = {name.removeprefix("eval/").split("/", 1)[1]: win_indicator(ours[name], theirs[name]) for name in ours}
+    outcomes |= {name: preferences.outcome for name, preferences in comparison.preferences.items()}
     estimates = {}
-    for name, outcome in found.items():
+    for name, outcome in outcomes.items():
         shares = {"win_rate": outcome, "wins": outcome > 0.5, "ties": outcome == 0.5, "losses": outcome < 0.5}
         for share, values in shares.items():
             estimates[f"eval/{share}/{name}"] = mean(
@@ -243,16 +257,20 @@ def _sampling(config: EvaluateConfig, run: PipelineRun | None, context: int) -> 
 
 
 def _lines(comparison: Comparison, data: TestData) -> list[dict[str, Any]]:
-    """Lines of completions.jsonl: what each side wrote, side by side."""
+    """Return the lines of completions.jsonl: both sides' completions of each prompt."""
     lines = []
     for number, record in enumerate(comparison.columns):
         line: dict[str, Any] = {"prompt": record["prompt"], "decoding": comparison.decoding}
         line |= {"sample": number % comparison.samples}
-        for part, (own, scores) in comparison.sides.items():
-            figure: dict[str, Any] = {"completion": own.texts[number], "tokens": len(own.tokens[number])}
-            figure |= {"ended": bool(own.ended[number])}
-            figure |= {"kl": float(own.kl["exact"][number])} if own.kl else {}
-            line[part] = figure | {name.removeprefix("eval/"): float(of[number]) for name, of in scores.items()}
+        for role, (completions, scores) in comparison.sides.items():
+            fields: dict[str, Any] = {
+                "completion": completions.texts[number],
+                "tokens": len(completions.tokens[number]),
+                "ended": bool(completions.ended[number]),
+            }
+            if completions.kl:
+                fields["kl"] = float(completions.kl["exact"][number])
+            line[role] = fields | {name.removeprefix("eval/"): float(row[number]) for name, row in scores.items()}
         for name, preferences in comparison.preferences.items():
             line[f"judge/{name}"] = {
                 "first": float(preferences.first[number]),

@@ -1,4 +1,4 @@
-"""How well a language model predicts demonstrations: perplexity and token accuracy on their completions."""
+"""Evaluation of a language model on demonstrations: perplexity and token accuracy of their completions."""
 
 import functools
 from pathlib import Path
@@ -14,33 +14,34 @@ from rlhf.evaluate.estimates import exponential, figures, ratio
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation_inputs import TestData, open_data
 from rlhf.evaluate.evaluation_result import Evaluation
-from rlhf.evaluate.measures import make_measure
+from rlhf.evaluate.measures import Measures, make_measure
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program
 from rlhf.io.model_folder import load_language_model
 from rlhf.models.architecture import ModelShape
 
 ROW_LENGTH = 256
-"""Tokens per packed row, where no sequence needs more."""
+"""Tokens per packed row, unless a sequence is longer."""
 
 _RECORDS_AT_ONCE = 1024
 
 
-def evaluate_sft(config: EvaluateConfig, place: ComputeContext, folder: Path, data: TestData) -> Evaluation:
-    """Perplexity and accuracy over completion tokens, end-of-text included; records are what is resampled.
+def evaluate_sft(config: EvaluateConfig, context: ComputeContext, folder: Path, data: TestData) -> Evaluation:
+    """Return perplexity and accuracy over completion tokens, end-of-text included; their samples are the records.
 
     Raises:
         UserError: the model or the data cannot be used.
     """
     model = load_language_model(folder)
-    place.note_all(model.notes)
+    context.note_all(model.notes)
     dataset, records = open_data(data, model.tokenizer, config)
-    context = model.config.n_positions
-    program = functools.partial(make_program, model.config, place.dtype)
+    max_length = model.config.n_positions
+    program = functools.partial(make_sft_measures, model.config, context.dtype)
     losses, correct, tokens = [], [], []
-    with place.open_executor(program, ModelState(model.params, {})) as executor:
+    with context.open_executor(program, ModelState(model.params, {})) as executor:
         for start in range(0, len(records), _RECORDS_AT_ONCE):
-            sequences = [dataset.sequences(record, context)[0] for record in records[start : start + _RECORDS_AT_ONCE]]
+            chunk = records[start : start + _RECORDS_AT_ONCE]
+            sequences = [dataset.sequences(record, max_length)[0] for record in chunk]
             log_probs, hits, mask = _measure(executor, sequences, config.micro_batch_size)
             losses.append(-log_probs.double().sum(dim=1))
             correct.append(hits.double().sum(dim=1))
@@ -48,18 +49,18 @@ def evaluate_sft(config: EvaluateConfig, place: ComputeContext, folder: Path, da
     loss, hit, count = (torch.cat(parts).numpy() for parts in (losses, correct, tokens))
     nats = ratio(loss, count)
     estimates = {"eval/loss": nats, "eval/perplexity": exponential(nats), "eval/accuracy": ratio(hit, count)}
-    facts = {"tokens": int(count.sum()), "cut": dataset.count_cut(context, records)}
-    found = {"model": figures(estimates, seed=config.seed)}
-    return Evaluation("sft", {"model": folder}, data, "records", found, facts)
+    extras = {"tokens": int(count.sum()), "cut": dataset.count_cut(max_length, records)}
+    columns = {"model": figures(estimates, seed=config.seed)}
+    return Evaluation("sft", {"model": folder}, data, "records", columns, extras)
 
 
-def make_program(config: ModelShape, dtype: torch.dtype) -> Program:
-    """The work: `measure` (`rlhf.evaluate.measures.make_measure`)."""
+def make_sft_measures(config: ModelShape, dtype: torch.dtype) -> Program:
+    """Return the program: `measure` (`rlhf.evaluate.measures.make_measure`)."""
     return Program({}, {"measure": make_measure(config, dtype=dtype)}, {})
 
 
 def _measure(executor: Executor, sequences: list[TokenSequence], rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, T] log-probs and hits of completion tokens, and their mask."""
+    """Return [B, T] log-probs of completion tokens, whether each was the most likely one, and their mask."""
     prompts = [sequence.tokens[: sequence.prompt] for sequence in sequences]
     lengths = torch.tensor([len(sequence.tokens) - sequence.prompt for sequence in sequences])
     tokens = np.zeros((len(sequences), int(lengths.max())), dtype=np.int64)
@@ -74,6 +75,7 @@ def _measure(executor: Executor, sequences: list[TokenSequence], rows: int) -> t
         rows=rows,
         row_length=max(longest, ROW_LENGTH),
     )
-    results = executor.map("measure", [pack.batch for pack in packs])
-    log_probs, hits = (unpack_tokens(packs, [r[field] for r in results], tokens.shape) for field in (0, 1))
+    measures: list[Measures] = executor.map("measure", [pack.batch for pack in packs])
+    log_probs = unpack_tokens(packs, [measure.log_probs for measure in measures], tokens.shape)
+    hits = unpack_tokens(packs, [measure.correct for measure in measures], tokens.shape)
     return log_probs, hits, torch.arange(tokens.shape[1]) < lengths[:, None]

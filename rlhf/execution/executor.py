@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.errors import NonFiniteError
 from rlhf.execution.gradients import make_gradients
-from rlhf.execution.memory import keep_freed_memory, peak_bytes, reset_peak
+from rlhf.execution.memory import peak_bytes, reset_peak
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.execution.shard import apply, init_shard, slice_shard, update_scale
 from rlhf.ops import mean_metrics
@@ -119,7 +119,6 @@ class LocalExecutor:
             ValueError: an optimiser needs whole leaves.
         """
         program.check_optimizers()
-        keep_freed_memory()
         reset_peak(device)
         self._program, self._device = program, device
         self._frozen = realign(to_device(models.frozen, device))

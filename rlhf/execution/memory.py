@@ -12,8 +12,9 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # parameters of mallopt, as i
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next buffer instead of giving it back to the system.
 
-    The large buffers of a step would else be faulted in anew, page by page, at every step: a quarter of its time.
-    Other C libraries are left as they are.
+    The large buffers of a step would else be faulted in anew, page by page, at every step: a quarter of its time. It
+    changes the whole process, so whoever starts the process calls it: programs and workers. Other C libraries are left
+    as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Completing prompts with one model: token by token for a person who watches, or all at once for a file."""
+"""Completion of prompts by one model: token by token for a terminal, or all at once for a file."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.distributed.compute_context import compute_dtype
 from rlhf.errors import UserError
 from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.program import ModelState, Program
@@ -49,7 +50,7 @@ def stream(
         temperature: above 0.
         top_k: 0 keeps all tokens, 1 is greedy.
         top_p: in (0, 1].
-        stop_tokens: end the completion; the one drawn is the last.
+        stop_tokens: end the completion, as its last token.
 
     Yields:
         Token ids.
@@ -78,39 +79,39 @@ def stream(
         hidden = decoder.decode(params, token, lengths + step, cache, config=config, cache_length=length + step + 1)
 
 
-class Piece(NamedTuple):
-    """A bit of a completion's text."""
+class TextChunk(NamedTuple):
+    """New text of a completion."""
 
     text: str
     """New characters; may be empty while a character's bytes are incomplete."""
     ended: bool
-    """Whether the model has ended the completion by itself."""
+    """True where the model has ended the completion by itself."""
 
 
-def pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Piece]:
-    """The text of tokens as they come, whole characters only; together it is the text of all but the stop token."""
-    seen: list[int] = []
+def text_chunks(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[TextChunk]:
+    """Yield the text of tokens as they come, in whole characters; together, the text of all but the stop token."""
+    decoded: list[int] = []
     shown, ended = 0, False
     for token in tokens:
         ended = token in tokenizer.stop_ids
-        seen += [] if ended else [token]
-        text = tokenizer.decode(seen)
+        decoded += [] if ended else [token]
+        text = tokenizer.decode(decoded)
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character whose rest is still to come
-        yield Piece(whole[shown:], ended)
+        yield TextChunk(whole[shown:], ended)
         shown = max(shown, len(whole))
-    rest = tokenizer.decode(seen)[shown:]
+    rest = tokenizer.decode(decoded)[shown:]
     if rest:
-        yield Piece(rest, ended)
+        yield TextChunk(rest, ended)
 
 
-class Writer:
-    """A model that completes prompts as it was asked to."""
+class Completer:
+    """A model that completes prompts with the settings of rlhf-generate."""
 
     def __init__(self, folder: Path, config: GenerateConfig, device: torch.device) -> None:
         """Load the model.
 
         Raises:
-            UserError: it cannot be read, or its context is too short for the completions asked for.
+            UserError: it cannot be read, or its context is too short for the completions.
         """
         model = load_language_model(folder)
         self.max_new_tokens = config.max_new_tokens or default_length(model.config.n_positions)
@@ -121,26 +122,26 @@ class Writer:
                 f"give at most {model.config.n_positions - 1}"
             )
         self.folder, self.model, self._config, self._device = folder, model, config, device
-        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._dtype = compute_dtype(config.precision)
         decoder = architecture_of(model.config)
         self._params: Params = decoder.prepare_for_decoding(to_device(model.params, device), self._dtype)
 
     def encode(self, prompt: str) -> np.ndarray:
-        """[n] int64: the prompt's last tokens that leave room for the completion."""
+        """Return [n] int64: the prompt's last tokens that leave room for the completion."""
         (tokens,) = self.model.tokenizer.encode([prompt])
         return np.array(tokens[-self.room :] or [self.model.tokenizer.eos_id], dtype=np.int64)
 
-    def write(self, prompt: str, key: Tensor) -> Iterator[Piece]:
-        """The completion of one prompt, as it is drawn."""
+    def stream(self, prompt: str, key: Tensor) -> Iterator[TextChunk]:
+        """Yield the completion of one prompt, as it is drawn."""
         tokens, model = torch.from_numpy(self.encode(prompt)).to(self._device), self.model
         stops = model.tokenizer.stop_ids
-        drawn = stream(
+        drawn_tokens = stream(
             self._params, tokens, key.to(self._device), config=model.config, stop_tokens=stops, **self._sampling()
         )
-        return pieces(model.tokenizer, drawn)
+        return text_chunks(model.tokenizer, drawn_tokens)
 
-    def write_all(self, prompts: Sequence[str], keys: Tensor) -> list[Piece]:
-        """The completions of many prompts, drawn together; [n, 2] keys."""
+    def complete(self, prompts: Sequence[str], keys: Tensor) -> list[TextChunk]:
+        """Return whole completions of many prompts, drawn together; `keys` is [n, 2]."""
         model = self.model
         rollout = make_completion_fn(
             model.config, dtype=self._dtype, stop_tokens=model.tokenizer.stop_ids, **self._sampling()
@@ -149,7 +150,7 @@ class Writer:
         executor = LocalExecutor(program, ModelState({"policy": model.params}, {}), self._device)
         completions = complete(executor, [self.encode(prompt) for prompt in prompts], keys, rows=_ROWS)
         texts = texts_of(model.tokenizer, completions)
-        return [Piece(text, ended) for text, ended in zip(texts, completions.ended.tolist(), strict=True)]
+        return [TextChunk(text, ended) for text, ended in zip(texts, completions.ended.tolist(), strict=True)]
 
     def _sampling(self) -> dict[str, Any]:
         config = self._config

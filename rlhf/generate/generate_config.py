@@ -1,4 +1,4 @@
-"""What rlhf-generate is asked, as a typed dataclass. Importing it imports no torch."""
+"""Settings of rlhf-generate, as a typed dataclass. Importing it imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The folder for what can be made again: tokenised data and compiled code."""
+"""The folder of the cache: tokenised data and compiled code, which can be made again."""
 
 import atexit
 import functools
@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from rlhf.errors import UserError
+from rlhf.io.user_log import log_user
 
 
 def default_cache_dir() -> Path:
@@ -46,9 +47,7 @@ def _temporary_cache() -> Path:
             f"({error.strerror}); name one: --cache-dir FOLDER"
         ) from error
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    from rlhf.io.progress import tell  # here, because every program's start would wait for it
-
-    tell(
+    log_user(
         f"the home folder cannot be written: the cache is in {folder} until the program ends; keep it with "
         "--cache-dir FOLDER or XDG_CACHE_HOME"
     )

@@ -70,7 +70,7 @@ class RewardModel(NamedTuple):
 
 
 def save_language_model(
-    folder: Path,
+    folder: str | Path,
     model: LanguageModel,
     *,
     facts: dict[str, Any],
@@ -89,6 +89,7 @@ def save_language_model(
     Raises:
         UserError: the disk is full, the folder cannot be written, or what stands there is not as we wrote it.
     """
+    folder = Path(folder)
     check_replaceable(folder)
     with atomic_folder(folder) as temporary:
         _write_model(temporary, _state(model.params, model.config), model.config, model.tokenizer, "language model")
@@ -102,8 +103,9 @@ def save_language_model(
         write_manifest(temporary, facts)
 
 
-def save_reward_model(folder: Path, model: RewardModel, *, facts: dict[str, Any]) -> None:
+def save_reward_model(folder: str | Path, model: RewardModel, *, facts: dict[str, Any]) -> None:
     """Write a reward model, replacing what stands at `folder` in one step; arguments as `save_language_model`."""
+    folder = Path(folder)
     check_replaceable(folder)
     with atomic_folder(folder) as temporary:
         _write_reward_model(temporary, model)
@@ -111,20 +113,31 @@ def save_reward_model(folder: Path, model: RewardModel, *, facts: dict[str, Any]
         write_manifest(temporary, facts)
 
 
-def load_language_model(folder: Path) -> LanguageModel:
+def load_model(folder: str | Path) -> LanguageModel | RewardModel:
+    """Read a model folder of either kind: its `params`, `config` and `tokenizer`. Errors as `load_language_model`.
+
+    >>> model = rlhf.load_model("outputs/demo/policy")
+    >>> logits = rlhf.gpt2.forward(model.params, tokens, config=model.config)
+    """
+    return load_reward_model(folder) if is_reward_model(Path(folder)) else load_language_model(folder)
+
+
+def load_language_model(folder: str | Path) -> LanguageModel:
     """Read a `GPT2LMHeadModel` folder (or a `GPT2Model`'s), ours or one that `transformers` saved.
 
     Raises:
         UserError: a file is missing, cut off, altered or holds another kind of model, or a weight is not finite.
     """
+    folder = Path(folder)
     source = _read_model(folder, "language model")
     check_tied(folder, source.state, source.config, source.config.vocab_size)
     generation = read_generation_config(folder, source.config.vocab_size)
     return LanguageModel(source.trunk, source.config, source.tokenizer, generation, source.notes)
 
 
-def load_reward_model(folder: Path) -> RewardModel:
+def load_reward_model(folder: str | Path) -> RewardModel:
     """Read a one-label `GPT2ForSequenceClassification` folder. Errors as `load_language_model`."""
+    folder = Path(folder)
     source = _read_model(folder, "reward model")
     head, notes = source.state.get("score.weight"), list(source.notes)
     if head is None or head.shape != (1, source.config.n_embd):

@@ -12,17 +12,16 @@ from rlhf.io.output import has_record, is_ours, write_output
 from rlhf.io.paths import absolute_paths
 from rlhf.io.presets import dump_config, load_config
 from rlhf.io.run_log import check_logs
+from rlhf.setting_rules import flag_of
+from rlhf.train.stage import STAGES, Stage, pipeline_type
 
-MODEL_FOLDERS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
-"""In the output folder, what a stage leaves behind."""
 
-
-def checkpoint_folder(config: RunConfig, stage: str) -> Path:
+def checkpoint_folder(config: RunConfig, stage: Stage) -> Path:
     """Where a stage's checkpoints are."""
-    return config.output_dir / "checkpoints" / stage
+    return config.output_dir / "checkpoints" / stage.name
 
 
-def check_output_folder(config: RunConfig, stage: str) -> None:
+def check_output_folder(config: RunConfig, stage: Stage) -> None:
     """Refuse an output folder in which the stage would replace something that is not its own unfinished run.
 
     Raises:
@@ -33,16 +32,17 @@ def check_output_folder(config: RunConfig, stage: str) -> None:
     folder = config.output_dir
     _resolved(config)
     check_logs(folder / "logs")
-    check_checkpoints(checkpoint_folder(config, stage))
-    done, model = last_step(checkpoint_folder(config, stage)), folder / MODEL_FOLDERS[stage]
+    checkpoints, model = checkpoint_folder(config, stage), folder / stage.folder
+    check_checkpoints(checkpoints)
+    done = last_step(checkpoints)
     if os.path.lexists(model) and (done is None or not has_manifest(model)):
         raise UserError(
-            f"{model}: is there already, and would be replaced by what {stage} trains; move it away, or choose another "
-            "--output-dir"
+            f"{model}: is there already, and would be replaced by what {stage.name} trains; move it away, or choose "
+            "another --output-dir"
         )
     if done is not None and not config.resume:
         raise UserError(
-            f"{folder}: holds checkpoints of another {stage} run (step {done}); "
+            f"{folder}: holds checkpoints of another {stage.name} run (step {done}); "
             f"continue it with --resume, or choose another --output-dir{_from_here(folder, stage)}"
         )
     if model.exists():
@@ -50,6 +50,11 @@ def check_output_folder(config: RunConfig, stage: str) -> None:
             read_manifest(model)
         except UserError as error:
             raise UserError(f"{error}; or move {model} away: --resume then writes it anew") from error
+
+
+def has_checkpoints(config: RunConfig) -> bool:
+    """Whether any stage has a checkpoint in the output folder."""
+    return any(last_step(checkpoint_folder(config, stage)) is not None for stage in STAGES.values())
 
 
 def write_config(config: RunConfig) -> None:
@@ -69,8 +74,8 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
     whole = absolute_paths(config)
     fields = {spec.name: getattr(whole, spec.name) for spec in dataclasses.fields(whole)}
     if not path.exists():
-        return dataclasses.replace(PipelineRun(), **fields)
-    older = any(last_step(checkpoint_folder(config, stage)) is not None for stage in MODEL_FOLDERS)
+        return dataclasses.replace(pipeline_type()(), **fields)
+    older = has_checkpoints(config)
     ours = is_ours(path)
     if not ours and not older:
         raise UserError(
@@ -88,9 +93,8 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
     return None if same else now
 
 
-def _from_here(folder: Path, stage: str) -> str:
+def _from_here(folder: Path, stage: Stage) -> str:
     """How another run of a stage starts from the models in a folder."""
-    flags = [f"--{stage}.model-path {folder / 'sft'}"] if stage != "sft" and (folder / "sft").is_dir() else []
-    if stage == "ppo" and (folder / "reward").is_dir():
-        flags.append(f"--ppo.reward {folder / 'reward'}")
+    models = {setting: folder / STAGES[name].folder for name, setting in stage.sources.items()}
+    flags = [f"{flag_of(setting)} {model}" for setting, model in models.items() if model.is_dir()]
     return f"; to start there from the models here, add {' '.join(flags)}" if flags else ""

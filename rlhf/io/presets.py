@@ -17,6 +17,7 @@ import yaml
 from rlhf.config import DistConfig, PipelineRun, RunConfig
 from rlhf.errors import UserError
 from rlhf.io.files import read_text
+from rlhf.train.stage import pipeline_type
 
 _Config = TypeVar("_Config")
 _MERGE = "tag:yaml.org,2002:merge"
@@ -57,7 +58,7 @@ def parse_config(text: str, *, source: str) -> PipelineRun:
     """`load_config` of a YAML text; `source` names it in errors."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return PipelineRun() if node is None else _section(PipelineRun, node, "", source)
+        return pipeline_type()() if node is None else _section(pipeline_type(), node, "", source)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
@@ -87,7 +88,7 @@ def load_dist_config(name: str) -> DistConfig:
         UserError: as `load_config`, or there are other settings in it.
     """
     config = load_config(name, flag="--dist-config")
-    if config != PipelineRun(dist=config.dist):
+    if config != type(config)(dist=config.dist):
         raise UserError(f"--dist-config {name}: has settings outside of dist; give such a file to --config")
     return config.dist
 

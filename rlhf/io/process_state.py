@@ -1,4 +1,4 @@
-"""Process-wide settings that a user's code may change, and that the run needs as they were."""
+"""Process-wide settings that a user's code may change, restored after it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf.io.progress import console
+from rlhf.io.user_log import LOGGER, log_user
 
 
 def _set_default_device(device: torch.device) -> None:
@@ -25,15 +25,17 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         torch.get_deterministic_debug_mode,
         torch.set_deterministic_debug_mode,
     ),
+    "the logger rlhf": (lambda: LOGGER.disabled, lambda disabled: setattr(LOGGER, "disabled", disabled)),
 }
-"""By what an error calls it: how a setting is read and how it is set."""
+"""Functions that read and write each setting, by its name in messages."""
 
 _reported: set[str] = set()
+"""Functions whose changes the user knows."""
 
 
 @contextmanager
 def restored_process(what: str) -> Iterator[None]:
-    """Put the settings back after a user's code, and report once per `what` which ones it changed."""
+    """Restore the settings after a user's code, and tell the user once per `what` of those it changed."""
     before = {name: read() for name, (read, _) in _SETTINGS.items()}
     try:
         yield
@@ -43,7 +45,7 @@ def restored_process(what: str) -> Iterator[None]:
             _SETTINGS[name][1](before[name])
         if changed and what not in _reported:
             _reported.add(what)
-            console.print(f"{what}: changed {', '.join(changed)}; put back", markup=False, soft_wrap=True)
+            log_user(f"{what}: changed {', '.join(changed)}; put back")
 
 
 def _differs(name: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Text from a model is a stranger's: what of it may reach a terminal or a figure."""
+"""Untrusted text, as of a model, made safe for a terminal or a figure."""
 
 import re
 import unicodedata
@@ -13,20 +13,20 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def printable(text: str) -> str:
-    r"""The text with every character that could steer a terminal written out: ESC as `\x1b`, U+202E as `\u202e`."""
-    return _UNSAFE.sub(lambda found: _written_out(found[0]), text)
+    r"""Return the text with characters that could steer a terminal escaped: ESC as `\x1b`, U+202E as `\u202e`."""
+    return _UNSAFE.sub(lambda match: _escape(match[0]), text)
 
 
 def visible(text: str) -> str:
-    """The text on one line of known width: a line feed is ↵, and all that draws nothing is written out, too."""
+    """Return the text on one line of known width: a line feed is ↵, and characters that draw nothing are escaped."""
     text = text.replace("\n", "↵").replace("\t", " ")
-    return "".join(_written_out(char) if unicodedata.category(char) in _HIDDEN else char for char in text)
+    return "".join(_escape(char) if unicodedata.category(char) in _HIDDEN else char for char in text)
 
 
 def shorten(text: str, width: int) -> str:
-    """The beginning of `text`, at most `width` characters with the ellipsis."""
+    """Return the beginning of `text`, at most `width` characters with the ellipsis."""
     return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
 
 
-def _written_out(char: str) -> str:
+def _escape(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")

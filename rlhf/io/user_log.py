@@ -1,4 +1,4 @@
-"""What the library tells its user, a line at a time, through the standard library's logger `rlhf`.
+"""Messages to the user, a line at a time, through the standard library's logger `rlhf`.
 
 The programs show these lines on stderr. Elsewhere they are a logger's messages like any others:
 
@@ -8,7 +8,7 @@ The programs show these lines on stderr. Elsewhere they are a logger's messages 
 
 import logging
 
-_LOGGER = logging.getLogger("rlhf")
+LOGGER = logging.getLogger("rlhf")
 
 
 def log_user(text: str, *, stage: str = "") -> None:
@@ -18,4 +18,4 @@ def log_user(text: str, *, stage: str = "") -> None:
         text: the line, without markup.
         stage: of training, which the programs show in front of it; empty for none.
     """
-    _LOGGER.info("%s", text, extra={"stage": stage})
+    LOGGER.info("%s", text, extra={"stage": stage})

@@ -8,6 +8,7 @@ from rlhf.monitor import diagnostics, sample_diagnostics
 from rlhf.monitor.diagnostics import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import LEVELS, Level
+from rlhf.train.stage import STAGES
 
 
 class Finding(NamedTuple):
@@ -47,7 +48,7 @@ class Check(NamedTuple):
     """Metrics that it reads beside the one that it judges."""
 
 
-_ALL = ("sft", "reward", "ppo")
+_ALL = tuple(STAGES)
 """And every other stage that logs a metric of the table."""
 
 CHECKS = (

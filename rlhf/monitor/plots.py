@@ -9,8 +9,8 @@ import numpy as np
 
 from rlhf.errors import UserError
 from rlhf.io.output import check_output, write_output
-from rlhf.io.progress import tell
 from rlhf.io.terminal import shorten, visible
+from rlhf.io.user_log import log_user
 from rlhf.metrics import describe
 from rlhf.monitor.charts import Chart, charts
 from rlhf.monitor.log import LogReader, Series, read_logs
@@ -28,6 +28,7 @@ from rlhf.monitor.plot_axes import (
 )
 from rlhf.monitor.samples_plot import draw_samples
 from rlhf.monitor.view import run_names, thin
+from rlhf.train.stage import STAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 PlotType = Literal["all", "loss", "reward", "kl", "lengths", "timing", "samples"]
 _BARS = 60
-_STAGES = {"sft": "SFT", "reward": "reward model", "ppo": "PPO"}
+_STAGES = {stage.name: stage.title for stage in STAGES.values()}
 
 
 class LinePlot(NamedTuple):
@@ -100,7 +101,7 @@ def write_plots(
     readers = read_logs(log_dirs)
     for reader in readers:
         for problem in reader.problems:
-            tell(f"{reader.folder}: {visible(problem)}")
+            log_user(f"{reader.folder}: {visible(problem)}")
     folder = folder or readers[0].folder.absolute().parent / "report"
     with plot_style():
         drawn = drawings(readers, kind)

@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from rlhf.errors import UserError
-from rlhf.io.progress import tell
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.report import content_policy, document, to_json
 from rlhf.monitor.samples import SORTS, Query, SampleIndex
@@ -33,26 +32,9 @@ _ROWS = 100
 Parameters = dict[str, str]
 
 
-def serve(log_dirs: Sequence[Path], *, port: int, open_browser: bool) -> None:
-    """Serve the page until Ctrl-C.
-
-    Args:
-        log_dirs: logs/ folders or output folders of the runs to follow.
-        port: on 127.0.0.1; 0 takes a free one.
-        open_browser: open the page.
-
-    Raises:
-        UserError: a folder is no run's, or the port cannot be had.
-    """
-    with make_server(log_dirs, port) as server:
-        address = f"http://127.0.0.1:{server.server_address[1]}/"
-        tell(f"following {', '.join(map(str, log_dirs))} at {address} (Ctrl-C ends)")
-        if open_browser:  # it may wait for the page, or for its user
-            threading.Thread(target=_open_browser, args=(address,), daemon=True).start()
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            tell("stopped")
+def open_page(address: str) -> None:
+    """Open a page in a thread, since a browser may wait for the page or for its user."""
+    threading.Thread(target=_open_browser, args=(address,), daemon=True).start()
 
 
 def _open_browser(address: str) -> None:
@@ -75,7 +57,15 @@ class _Server(ThreadingHTTPServer):
 
 
 def make_server(log_dirs: Sequence[Path], port: int) -> ThreadingHTTPServer:
-    """A server that has read the logs and listens, and answers nothing yet. Errors as `serve`."""
+    """Return a server of the page that has read the logs and listens, and answers nothing yet.
+
+    Args:
+        log_dirs: logs/ folders or output folders of the runs to follow.
+        port: on 127.0.0.1; 0 takes a free one.
+
+    Raises:
+        UserError: a folder is no run's, or the port cannot be had.
+    """
     runs = Runs([LogReader(folder) for folder in log_dirs])
     runs.state({})  # the first reading takes longest, and what cannot be read is said now
     handler = type("Handler", (_Handler,), {"runs": runs})

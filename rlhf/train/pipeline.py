@@ -1,104 +1,129 @@
-"""The three stages in order, each one's model feeding the next."""
+"""Training by a configuration, from Python: one stage or the pipeline, a walk over the table of stages."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
-from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig
-from rlhf.data.dataset import check_file
-from rlhf.data.demo_data import PROMPT_COLUMNS
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
+from rlhf.config import PipelineRun, RunConfig
 from rlhf.distributed import connected
 from rlhf.distributed.compute_context import check_workers
+from rlhf.errors import Interrupted
 from rlhf.io.output_folder import check_output_folder
-from rlhf.io.progress import console
-from rlhf.io.reward_sources import check_columns
-from rlhf.setting_rules import check_settings
-from rlhf.train import ppo, reward, sft
-from rlhf.train.run import StageResult
+from rlhf.io.user_log import log_user
+from rlhf.train.observers import CallbackObserver, Observer
+from rlhf.train.signals import StopRequest
+from rlhf.train.stage import STAGES, Stage, StageResult, check_settings, load_program, pipeline_type, stages_of
 
-_RUNS: dict[str, Callable[[PipelineRun], StageResult]] = {
-    "sft": sft.run_sft,
-    "reward": reward.run_reward,
-    "ppo": ppo.run_ppo,
-}
+Callback = Callable[[str, int, dict[str, float]], Any]
+"""Gets (stage, step, metrics) after every step; a true result stops the run."""
 
 
-def run_pipeline(config: PipelineRun) -> dict[str, StageResult]:
-    """Run SFT, reward model and PPO from `config.start_at` on; each reads the model that the one before left behind.
+def run(
+    config: RunConfig,
+    *,
+    callback: Callback | None = None,
+    observers: Sequence[Observer] = (),
+    base: PipelineRun | None = None,
+) -> StageResult:
+    """Train as a configuration says: one stage, or the pipeline.
 
-    What a later stage would refuse is refused before anything is trained. With `config.resume`, finished stages are
-    passed over and the interrupted one continues from its last checkpoint.
+    The process stays as it is: no signal handler is installed, nothing is printed (messages go to the logger `rlhf`),
+    and no report is written. torch's number of threads is set while the run lasts. It may be called in any thread.
 
-    Raises:
-        UserError, NonFiniteError, Interrupted: see `rlhf.train.run`.
-    """
-    stages = list(_RUNS)[list(_RUNS).index(config.start_at) :]
-    _check(config, stages)
-    with connected(config.dist):
-        return {stage: _RUNS[stage](config) for stage in stages}
-
-
-def run_reward_alone(config: RewardRun, base: PipelineRun) -> StageResult:
-    """The reward stage; on the embedded example, with a new SFT model where there is none.
-
-    As soon as a data file or a model is named, nothing is trained that was not asked for.
+        >>> import rlhf
+        >>> from rlhf.config import SFTConfig, SFTRun
+        >>> config = SFTRun(output_dir="outputs/short", sft=SFTConfig(max_steps=20))
+        >>> result = rlhf.train.run(config, callback=lambda stage, step, metrics: metrics["loss/sft"] < 1.0)
+        >>> result.finished, result.metrics["eval/perplexity"]
 
     Args:
-        config: of the stage.
-        base: settings of the stages before it.
+        config: `SFTRun`, `RewardRun`, `PPORun`, `PipelineRun`, or that of a registered stage.
+        callback: called with (stage, step, metrics) after every step. What it returns that is true stops the run after
+            its state is saved, so that `resume` goes on from there to the bits of the run that never stopped. An
+            exception does the same and then reaches the caller.
+        observers: learn more: see `rlhf.train.observers.Observer`.
+        base: settings of earlier stages, where a stage that is run alone on the embedded example needs their models.
+
+    Returns:
+        Of the last stage that ran. `finished` is False where the callback stopped it.
+
+    Raises:
+        UserError, NonFiniteError, WorkersLostError: see `rlhf.train.loop.train`.
     """
-    if config.preference_data is None:
-        _train_missing(config, base, "reward", () if config.reward.model_path else ("sft",))
-    return reward.run_reward(config)
+    watcher = CallbackObserver(callback or (lambda stage, step, metrics: False))
+    results: dict[str, StageResult] = {}
+    with contextlib.suppress(Interrupted):  # by the observers: there are no signals here
+        results = run_stages(config, observers=(*observers, watcher), base=base)
+    if watcher.error is not None:
+        raise watcher.error
+    if results:
+        return list(results.values())[-1]
+    assert watcher.stage is not None
+    return StageResult(config.output_dir / watcher.stage.folder, watcher.metrics, finished=False)
 
 
-def run_ppo_alone(config: PPORun, base: PipelineRun) -> StageResult:
-    """The PPO stage; on the embedded example, with new SFT and reward models where there are none.
+def run_stages(
+    config: RunConfig,
+    *,
+    observers: Sequence[Observer] = (),
+    stop: StopRequest | None = None,
+    base: PipelineRun | None = None,
+) -> dict[str, StageResult]:
+    """Run the stages that a configuration asks for, in order; each reads the models that those before left behind.
 
-    So `rlhf-train ppo` works as typed. Arguments and limits as `run_reward_alone`.
+    What a later stage of the pipeline would refuse is refused before anything is trained. With `config.resume`,
+    finished stages are passed over and the interrupted one continues from its last checkpoint. A stage that is run
+    alone on the embedded example trains the models that it needs and that are not there. As soon as a data file or a
+    model is named, nothing is trained that was not asked for.
+
+    Args:
+        config: of the run.
+        observers: of all stages.
+        stop: asks the run to stop.
+        base: as of `run`.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted, WorkersLostError: see `rlhf.train.loop.train`.
     """
-    if config.prompt_data is None:
-        needed = ("sft", "reward") if ppo.scores_with_own_model(config) else ("sft",)
-        _train_missing(config, base, "ppo", () if config.ppo.model_path else needed)
-    return ppo.run_ppo(config)
+    stop = stop or StopRequest()
+    stages = stages_of(config)
+    if not isinstance(config, PipelineRun):
+        (stage,) = stages
+        if stage.data and getattr(config, stage.data) is None:
+            _train_missing(config, stage, base or pipeline_type()(), observers, stop)
+        return {} if stop.requested else {stage.name: load_program(stage).run(config, observers, stop)}
+    _check(config, stages)
+    results: dict[str, StageResult] = {}
+    with connected(config.dist):
+        for stage in stages:
+            results[stage.name] = load_program(stage).run(config, observers, stop)
+            if stop.requested:
+                break
+    return results
 
 
-def _train_missing(config: RunConfig, base: PipelineRun, stage: str, needed: Sequence[str]) -> None:
-    """Train those of the `needed` stages whose models are not there, unless one of them, or `stage`, would refuse."""
+def _train_missing(
+    config: RunConfig, stage: Stage, base: PipelineRun, observers: Sequence[Observer], stop: StopRequest
+) -> None:
+    """Train those models a stage needs that are not there, unless one of their stages, or it, would refuse."""
     settings = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
     whole = dataclasses.replace(base, **settings)
-    missing = [name for name in needed if not (config.output_dir / name).is_dir()]
+    needed = [STAGES[name] for name in load_program(stage).needs(config)]
+    missing = [other for other in needed if not (config.output_dir / other.folder).is_dir()]
     _check(whole, [*missing, stage])
-    for name in missing:
-        text = f"{config.output_dir / name}: not there yet; training it on the embedded example first"
-        console.print(text, markup=False, soft_wrap=True)
-        _RUNS[name](whole)
+    for other in missing:
+        if not stop.requested:
+            log_user(f"{config.output_dir / other.folder}: not there yet; training it on the embedded example first")
+            load_program(other).run(whole, observers, stop)
 
 
-def _check(config: PipelineRun, stages: Sequence[str]) -> None:
+def _check(config: PipelineRun, stages: Sequence[Stage]) -> None:
     """Raise UserError for what one of `stages`, which are run in order, would refuse; reads all data files through."""
     check_workers(config.dist)
     for stage in stages:
         check_settings(config, stage)
         check_output_folder(config, stage)
-    sft_model = reward_model = None
-    if "sft" in stages:
-        sft_model = sft.check(config)
-        _read(DEMONSTRATIONS, config.sft_data, config.sft_val_data)
-    if "reward" in stages:
-        reward_model = reward.check(config, sft_model)
-        reward.check_margin(config, _read(PREFERENCES, config.preference_data, config.preference_val_data))
-        reward.check_pairs(config, reward_model)
-    if "ppo" in stages:
-        start = ppo.check(config, sft_model, reward_model)
-        check_columns(start.sources, _read(PROMPTS, config.prompt_data))
-
-
-def _read(schema: Schema, path: Path | None, validation: Path | None = None) -> set[str]:
-    """Read data files through; the keys of the records to learn from, which may be the embedded example's."""
-    if validation is not None:
-        check_file(validation, schema)
-    if path is not None:
-        return check_file(path, schema)
-    return set(PROMPT_COLUMNS if schema is PROMPTS else schema.keys)
+    models: dict[str, Any] = {}
+    for stage in stages:
+        models[stage.name] = load_program(stage).check(config, models)

@@ -8,130 +8,91 @@ several epochs of minibatch updates. Follows Ziegler et al. 2019 (https://arxiv.
 import functools
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from rlhf.batches import PPOBatch
 from rlhf.config import PPORun
 from rlhf.data.collate import Prefetch, ppo_batch
 from rlhf.data.schema import PROMPTS
-from rlhf.distributed.compute_context import compile_obstacle
-from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience
-from rlhf.io.files import check_folder
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
 from rlhf.io.reward_identity import identify_sources
 from rlhf.io.reward_sources import (
     RewardSource,
     check_columns,
-    check_vocabulary,
-    names_folder,
-    open_sources,
 )
-from rlhf.io.run_log import RunLog
 from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.statistics import spread
-from rlhf.train.ppo_program import learning_rate, make_program, shapes_of, start_models
+from rlhf.train.compile_policy import compile_folder
+from rlhf.train.context import Run, open_run
+from rlhf.train.loop import train
+from rlhf.train.observers import LoopState, Observer, Observers
+from rlhf.train.ppo_inputs import read_ppo_inputs, reward_specs, scores_with_own_model
+from rlhf.train.ppo_program import learning_rate, make_ppo_program, shapes_of, start_models
 from rlhf.train.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
-from rlhf.train.resume import Facts, digests_of
-from rlhf.train.run import Run, StageResult, open_run, train
-from rlhf.train.stage_inputs import ModelSpec, embedded_file, open_dataset, start_folder, start_model_spec
+from rlhf.train.resume import Identity, digests_of
+from rlhf.train.signals import StopRequest
+from rlhf.train.stage import STAGES, StageProgram, StageResult
+from rlhf.train.stage_inputs import (
+    ModelSpec,
+    check_data,
+    embedded_file,
+    open_dataset,
+    start_folder,
+)
 
 _CANCELLED = 1e-2
 """Size of what a score adds up at least, where the sum is close to 0."""
 
 
-def run_ppo(config: PPORun) -> StageResult:
+_STAGE = STAGES["ppo"]
+
+
+def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
     """Align OUTPUT_DIR/sft to the reward and write OUTPUT_DIR/policy.
 
-    Raises:
-        UserError, NonFiniteError, Interrupted: see `rlhf.train.run`.
+    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
     """
-    with open_run(config, "ppo") as run:
+    with open_run(config, _STAGE, observers, stop) as run:
         ppo, identity = _open(run, config)
         last: dict[str, float] = {}
 
-        def advance(step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:
-            metrics, facts = _iterate(ppo, step, facts, log)
+        def advance(step: int, state: LoopState, observers: Observers) -> tuple[dict[str, float], LoopState]:
+            metrics, state = _iterate(ppo, step, state, observers)
             last.update(metrics)
-            return metrics, facts
+            return metrics, state
 
         train(
             run,
             ppo.executor,
             total=config.ppo.num_iterations,
-            unit="iteration",
-            shown=("objective/scores", "objective/kl", "response_length/mean"),
-            facts={"kl_coef": config.ppo.kl_coef},
+            state={"kl_coef": config.ppo.kl_coef},
             identity=identity,
             advance=advance,
         )
         return StageResult(_save(ppo, config, identity["data"]), last)
 
 
-class PPOInputs(NamedTuple):
-    """What PPO starts from."""
-
-    policy: ModelSpec
-    sources: list[RewardSource]
-    context: int
-    """Tokens of a prompt and its completion together: the shortest context of the models that read them."""
+def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
+    """Return what the policy will be, after reading the prompts through: see `rlhf.train.stage.StageProgram`."""
+    inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
+    check_columns(inputs.sources, check_data(PROMPTS, config.prompt_data))
+    return inputs.policy
 
 
-def check(config: PPORun, sft: ModelSpec | None = None, reward: ModelSpec | None = None) -> PPOInputs:
-    """Read what PPO starts from, but for the policy's parameters; refuse what cannot work together.
-
-    Args:
-        config: of the stage.
-        sft: what OUTPUT_DIR/sft will hold, where it is trained first.
-        reward: what OUTPUT_DIR/reward will hold, where it is trained first.
-
-    Raises:
-        UserError: a model or source is not there or not fit, or no prompt fits before the longest completion.
-    """
-    settings = config.ppo
-    compile_obstacle(config, "ppo", settings)
-    policy = start_model_spec(config, settings.model_path, "--ppo.model-path", sft)
-    own = config.output_dir / "reward"
-    if not settings.reward and reward is None:
-        remedy = "name a reward: --ppo.reward FOLDER or --ppo.reward module:function"
-        check_folder(own, f"run `rlhf-train reward` first, or {remedy}")
-    sources = open_sources(_specs(config), policy.tokenizer, untrained=None if reward is None else own)
-    if reward is not None and scores_with_own_model(config):
-        check_vocabulary(own, reward.tokenizer, policy.tokenizer)
-    contexts = [(source, source.model.config.n_positions) for source in sources if source.model is not None]
-    if reward is not None:
-        contexts += [(source, reward.config.n_positions) for source in sources if source.untrained]
-    context = min([policy.config.n_positions, *(length for source, length in contexts if source.weight)])
-    for source, length in contexts:
-        if length < context:
-            raise UserError(
-                f"--ppo.reward: the gold model {source.name} reads {length} tokens, but prompt and completion may have "
-                f"{context}; cutting them would change the training: leave it out, or evaluate with it afterwards"
-            )
-    if context <= settings.max_new_tokens:
-        raise UserError(
-            f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
-        )
-    return PPOInputs(policy, sources, context)
+def _needs(config: PPORun) -> tuple[str, ...]:
+    if config.ppo.model_path:
+        return ()
+    return ("sft", "reward") if scores_with_own_model(config) else ("sft",)
 
 
-def scores_with_own_model(config: PPORun) -> bool:
-    """Whether the model in OUTPUT_DIR/reward is among the sources of reward."""
-    return any(names_folder(spec, config.output_dir / "reward") for spec in _specs(config))
-
-
-def _specs(config: PPORun) -> tuple[str, ...]:
-    """The sources of reward that are named, or OUTPUT_DIR/reward."""
-    return config.ppo.reward or (str(config.output_dir / "reward"),)
-
-
-def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
+def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     """Read models, reward sources and prompts."""
-    model_spec, sources, context = check(config)
+    model_spec, sources, context = read_ppo_inputs(config)
     sources = [_with_spread(run, source) for source in sources] if config.ppo.normalize_reward else sources
-    settings, specs, folder = config.ppo, _specs(config), start_folder(config, config.ppo.model_path)
+    settings, specs, folder = config.ppo, reward_specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
     reward_notes = [line for source in sources if source.model is not None for line in source.model.notes]
     for line in dict.fromkeys((*policy.notes, *reward_notes)):
@@ -145,8 +106,8 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Facts]:
     completions = settings.num_iterations * settings.batch_size * settings.samples_per_prompt
     tokens = settings.num_epochs * completions * (prompts.mean_tokens(context) + settings.max_new_tokens)
     optimised = [source.model.params for source in sources if source.model is not None and source.weight]
-    compile_to = run.compile_to(models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
-    executor = run.open_executor(functools.partial(make_program, shapes, settings, run.dtype, compile_to), models)
+    compile_to = compile_folder(run, models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
+    executor = run.open_executor(functools.partial(make_ppo_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
     digests = digests_of(path, policy.tokenizer)
     return ppo, digests | {"model": model_spec.digest, "sources": identify_sources(specs)}
@@ -167,9 +128,9 @@ def _with_spread(run: Run, source: RewardSource) -> RewardSource:
     return source._replace(model=source.model._replace(statistics=statistics._replace(std=1.0)))
 
 
-def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:
+def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tuple[dict[str, float], LoopState]:
     """One iteration: generate, score, learn, log samples, then move the KL coefficient and the reference."""
-    settings, kl_coef = ppo.settings, facts["kl_coef"]
+    settings, kl_coef = ppo.settings, state["kl_coef"]
     times = [time.perf_counter()]
     rollout = make_rollout(ppo, step)
     times.append(time.perf_counter())
@@ -203,9 +164,9 @@ def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, 
         "timing_s/update": times[3] - times[2],
         "perf/tokens_per_s": tokens / (times[3] - times[0]),
     }
-    log.samples(step + 1, sample_lines(ppo, rollout, scored, experience))
+    observers.samples(step + 1, sample_lines(ppo, rollout, scored, experience))
     if step < settings.critic_warmup:  # the policy has not moved: neither reference nor coefficient follows
-        return metrics, facts
+        return metrics, state
     if settings.ref_ema is not None:
         ppo.executor.update_frozen("reference")
     if settings.kl_adaptive:
@@ -263,14 +224,17 @@ def _save(ppo: PPO, config: PPORun, data: str) -> Path:
     folder = ppo.run.model_folder
     if ppo.run.is_saved:
         return folder
-    params, critic = ppo.run.trained(ppo.executor), None
+    params, critic = ppo.run.trained_params(ppo.executor), None
     if ppo.shapes.critic is not None:
         critic = RewardModel(params["critic"], ppo.shapes.critic, ppo.policy.tokenizer, RewardStatistics(0.0, 1.0, 0))
     save_language_model(
         folder,
         ppo.policy._replace(params=params["policy"]),
-        facts={"stage": "ppo", "seed": config.seed, "iterations": config.ppo.num_iterations, "data": data},
+        facts={"stage": _STAGE.name, "seed": config.seed, "iterations": config.ppo.num_iterations, "data": data},
         value_head=params.get("value_head"),
         critic=critic,
     )
     return folder
+
+
+PROGRAM = StageProgram(check_ppo, run_ppo, _needs)

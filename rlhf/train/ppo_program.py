@@ -94,7 +94,7 @@ def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
     return settings.recompute_log_probs if settings.recompute_log_probs is not None else dtype == torch.bfloat16
 
 
-def make_program(
+def make_ppo_program(
     shapes: ModelShapes, settings: PPOConfig, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
     """PPO's work: `rollout` and `score`, then `ppo` steps, or `critic` steps while it warms up.

@@ -18,8 +18,8 @@ from rlhf.io.model_folder import LanguageModel
 from rlhf.io.reward_sources import RewardSource, call_reward_function
 from rlhf.models.decoding import Completions
 from rlhf.random import Purpose, fold_in
+from rlhf.train.context import Run
 from rlhf.train.ppo_program import ModelShapes, recomputes_log_probs
-from rlhf.train.run import Run
 from rlhf.train.stage_inputs import record_order
 
 _ROW_LENGTH = 256

@@ -1,51 +1,32 @@
-"""What must agree between a run and its continuation: settings by their values, files by their content."""
+"""Checkpoints of a run, and what must agree between it and its continuation: settings by value, files by content."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import RunConfig
 from rlhf.distributed.compute_context import compute_threads
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.execution.executor import Executor
-from rlhf.io.checkpoint import Checkpoint, load_checkpoint
+from rlhf.io.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rlhf.io.files import sha256
 from rlhf.io.paths import same_place
 from rlhf.io.reward_identity import diff_sources, upgrade_sources
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.ranges import flat_fields
+from rlhf.train.context import Run
+from rlhf.train.observers import LoopState, Observer
+from rlhf.train.stage import STAGES, Stage
+from rlhf.tree import all_finite
 
-Facts = dict[str, Any]
-"""Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
+Identity = dict[str, Any]
+"""What must agree between a run and its continuation, as JSON values: settings, and the content of files."""
 
 _FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist", "threads")
 """Prefixes of settings that may differ when a run is resumed: but for the threads, they change no bit of it."""
 
 _NOT_FREE = ("dist.reduce",)
 """Settings that change bits, although one of those prefixes is theirs."""
-
-_OF_STAGE = {"sft": ("sft.", "model.", "tokenizer."), "reward": ("reward.",), "ppo": ("ppo.",)}
-"""Prefixes of settings that one stage alone reads."""
-
-_FILES = {
-    "sft_data": "data",
-    "preference_data": "data",
-    "prompt_data": "data",
-    "sft_val_data": "validation",
-    "preference_val_data": "validation",
-    "tokenizer.path": "tokenizer",
-    "sft.model_path": "model",
-    "reward.model_path": "model",
-    "ppo.model_path": "model",
-    "ppo.reward": "sources",
-}
-"""Settings that name files, and the names under which the files' content is compared instead."""
-
-_STAGE_FILES = {
-    "sft": ("sft_data", "sft_val_data", "tokenizer.path", "sft.model_path"),
-    "reward": ("preference_data", "preference_val_data", "reward.model_path"),
-    "ppo": ("prompt_data", "ppo.model_path", "ppo.reward"),
-}
 
 _CONTENTS = {
     "data": "the data have changed",
@@ -64,17 +45,24 @@ class Difference(NamedTuple):
     """What the user is told."""
 
 
-def settings_of(config: RunConfig, stage: str) -> Facts:
+def settings_of(config: RunConfig, stage: Stage) -> Identity:
     """Return every setting that decides the stage's results, as JSON values, but for those that name files."""
-    others = tuple(prefix for name, prefixes in _OF_STAGE.items() if name != stage for prefix in prefixes)
+    others = [other for other in STAGES.values() if other.name != stage.name]
+    foreign = [prefix for other in others for prefix in (f"{other.name}.", *other.own_settings)]
+    files = _file_settings()
     return {
         name: _json(value)
         for name, value in flat_fields(config).items()
-        if name in _NOT_FREE or (name not in _FILES and not name.startswith((*_FREE_TO_CHANGE, *others)))
+        if name in _NOT_FREE or (name not in files and not name.startswith((*_FREE_TO_CHANGE, *foreign)))
     }
 
 
-def digests_of(data: Path, tokenizer: Tokenizer, validation: Path | None = None) -> Facts:
+def _file_settings() -> dict[str, str]:
+    """Return the settings that name files, and what their content is called."""
+    return {setting: content for stage in STAGES.values() for setting, content in stage.files.items()}
+
+
+def digests_of(data: Path, tokenizer: Tokenizer, validation: Path | None = None) -> Identity:
     """Return the digests of a stage's data files and tokenizer, by the names under which they are compared."""
     return {
         "data": sha256(data),
@@ -83,7 +71,7 @@ def digests_of(data: Path, tokenizer: Tokenizer, validation: Path | None = None)
     }
 
 
-def diff_settings(config: RunConfig, stage: str, before: Facts, now: Facts) -> Difference:
+def diff_settings(config: RunConfig, stage: Stage, before: Identity, now: Identity) -> Difference:
     """Return what differs between the identity in a checkpoint and that of the run.
 
     A setting that the checkpoint lacks, because a newer version added it, had its default. A digest that it lacks is
@@ -107,51 +95,70 @@ def diff_settings(config: RunConfig, stage: str, before: Facts, now: Facts) -> D
     return Difference(changes, notes)
 
 
-def restore(
-    config: RunConfig,
-    stage: str,
-    checkpoints: Path,
-    executor: Executor,
-    facts: Facts,
-    identity: Facts,
-    *,
-    tell: Callable[[str], None],
-) -> tuple[int, Facts]:
+def restore(run: Run, executor: Executor, state: LoopState, identity: Identity) -> tuple[int, LoopState]:
     """Give the executor the newest checkpoint's state, where the run is to be resumed.
 
     Args:
-        config: of the run.
-        stage: of the run.
-        checkpoints: folder of the stage's checkpoints.
+        run: of the stage.
         executor: takes the state.
-        facts: values at the start of the run.
+        state: at the start of the run.
         identity: of the run.
-        tell: says a line to the user.
 
     Returns:
-        The first step to make, and the values that it reads.
+        The steps that were made before, and the state that the next one reads.
 
     Raises:
         UserError: the checkpoint belongs to another configuration, data or shape.
     """
-    expected = {"carried": facts, "identity": {}, "threads": 1, "version": 0}
-    checkpoint = load_checkpoint(checkpoints, expected) if config.resume else None
+    config, folder = run.config, run.checkpoints
+    expected = {"carried": state, "identity": {}, "threads": 1, "version": 0}
+    checkpoint = load_checkpoint(folder, expected) if config.resume else None
     if checkpoint is None:
-        return 0, facts
-    changes, notes = diff_settings(config, stage, checkpoint.facts["identity"], identity)
+        return 0, state
+    changes, notes = diff_settings(config, run.stage, checkpoint.facts["identity"], identity)
     if changes:
         shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
         raise UserError(
-            f"{checkpoints}: cannot be continued, because the run has changed: {shown}. "
+            f"{folder}: cannot be continued, because the run has changed: {shown}. "
             "Undo the change, or choose another --output-dir"
         )
     try:
         executor.restore(checkpoint.tensors, checkpoint.facts["version"])
     except ValueError as error:
-        raise UserError(f"{checkpoints}: the checkpoint is of another shape: {error}") from error
+        raise UserError(f"{folder}: the checkpoint is of another shape: {error}") from error
     for line in (f"continuing after step {checkpoint.step}", *notes, *_rounding_notes(config, checkpoint)):
-        tell(line)
+        run.note(line)
     return checkpoint.step, checkpoint.facts["carried"]
+
+
+class CheckpointWriter(Observer):
+    """Writes checkpoints that `restore` reads."""
+
+    def __init__(self, run: Run, executor: Executor, identity: Identity) -> None:
+        """Args: as of `restore`."""
+        self._run, self._executor, self._identity = run, executor, identity
+
+    def on_save(self, step: int, state: LoopState) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            NonFiniteError: the state is not finite, and would replace one that is.
+        """
+        run, tensors = self._run, self._executor.snapshot()
+        if bad := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
+            section = run.stage.name
+            raise NonFiniteError(
+                f"{bad[0]} is not finite after the last update, though its gradient was; no checkpoint was written, "
+                f"and those before stay. Raise --{section}.adam-eps, or lower --{section}.learning-rate"
+            )
+        facts = {
+            "carried": state,
+            "identity": self._identity,
+            "threads": compute_threads(run.config),
+            "workers": run.config.dist.num_workers,
+            "version": self._executor.version,
+        }
+        save_checkpoint(run.checkpoints, Checkpoint(step, tensors, facts), keep=run.config.checkpoint.keep)
 
 
 def _rounding_notes(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
@@ -168,32 +175,32 @@ def _rounding_notes(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
-def _upgrade(config: RunConfig, before: Facts, now: Facts) -> tuple[Facts, Facts]:
+def _upgrade(config: RunConfig, before: Identity, now: Identity) -> tuple[Identity, Identity]:
     """Return both identities in today's form.
 
     Older checkpoints have paths where newer ones have digests. Where a digest is missing, the path must still lead to
     the same place. They do not have `dist.reduce`.
     """
-    values = flat_fields(config)
-    paths = {name: path for name, path in before.items() if name in _FILES}
+    values, files = flat_fields(config), _file_settings()
+    paths = {name: path for name, path in before.items() if name in files}
     reduce = {name: now[name] for name in _NOT_FREE if name in now}
     before = reduce | {name: value for name, value in before.items() if name not in paths}
     now = dict(now)
     if "ppo.reward" in paths and "sources" in now:
         before["sources"] = upgrade_sources(paths.pop("ppo.reward"), before.pop("reward"), now["sources"])
     for name, path in paths.items():
-        if _FILES[name] not in before and not same_place(path, values[name]):
+        if files[name] not in before and not same_place(path, values[name]):
             before[name], now[name] = path, _json(values[name])
     return before, now
 
 
-def _origin(config: RunConfig, stage: str, content: str) -> str:
+def _origin(config: RunConfig, stage: Stage, content: str) -> str:
     """Return the setting that names a file, with its value."""
-    setting = next((name for name in _STAGE_FILES[stage] if _FILES[name] == content), None)
+    setting = next((name for name, named in stage.files.items() if named == content), None)
     value = flat_fields(config)[setting] if setting else None
     if value is not None:
         return f"{setting} {value}"
-    return {"data": "the embedded example", "validation": f"{setting}"}.get(content, f"the start of {stage}")
+    return {"data": "the embedded example", "validation": f"{setting}"}.get(content, f"the start of {stage.name}")
 
 
 def _json(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The reward model: preference pairs in, a scalar model and its statistics out."""
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from rlhf.config import RewardConfig, RewardRun
 from rlhf.data.collate import PackedPairs, pair_batches
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.schema import PREFERENCES
-from rlhf.distributed.compute_context import compile_obstacle
 from rlhf.errors import UserError
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program, StepSpec
@@ -25,10 +24,15 @@ from rlhf.models.scoring import make_pair_scores
 from rlhf.ops import gather_rows
 from rlhf.random import Purpose
 from rlhf.statistics import preference_metrics, spread
+from rlhf.train.compile_policy import compile_folder, compile_obstacle
+from rlhf.train.context import Run, open_run
+from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
-from rlhf.train.run import Run, StageResult, open_run
+from rlhf.train.signals import StopRequest
+from rlhf.train.stage import STAGES, StageProgram, StageResult
 from rlhf.train.stage_inputs import (
     ModelSpec,
+    check_data,
     check_validation,
     embedded_file,
     make_schedule,
@@ -42,17 +46,31 @@ _REFERENCE_PAIRS = 1024
 """Training pairs whose chosen completions give the reward's mean and standard deviation."""
 
 
-def run_reward(config: RewardRun) -> StageResult:
+_STAGE = STAGES["reward"]
+
+
+def run_reward(config: RewardRun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
     """Train on preference pairs and write OUTPUT_DIR/reward.
 
-    Raises:
-        UserError, NonFiniteError, Interrupted: see `rlhf.train.run`.
+    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
     """
-    with open_run(config, "reward") as run:
+    with open_run(config, _STAGE, observers, stop) as run:
         return _run(run, config)
 
 
-def check(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
+def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
+    """Return what the model will be, after reading the data files through: see `rlhf.train.stage.StageProgram`."""
+    model_spec = _model_spec(config, models.get("sft"))
+    _check_margin(config, check_data(PREFERENCES, config.preference_data, config.preference_val_data))
+    _check_pairs(config, model_spec)
+    return model_spec
+
+
+def _needs(config: RewardRun) -> tuple[str, ...]:
+    return () if config.reward.model_path else ("sft",)
+
+
+def _model_spec(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
     """What the reward model starts from; refuses what can be refused before the data is read.
 
     Args:
@@ -62,24 +80,24 @@ def check(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
     Raises:
         UserError: the model to start from is not there or not fit, or a setting contradicts another.
     """
-    compile_obstacle(config, "reward", config.reward)
+    compile_obstacle(config, _STAGE)
     check_validation(config.preference_data, config.preference_val_data, PREFERENCES)
     return start_model_spec(config, config.reward.model_path, "--reward.model-path", sft)
 
 
-def check_margin(config: RewardRun, keys: Collection[str]) -> None:
+def _check_margin(config: RewardRun, keys: Collection[str]) -> None:
     """Raise UserError if margins are asked for that are none of the `keys` of the training pairs."""
     if config.reward.use_margin and "margin" not in keys:
         where = config.preference_data or "the embedded example"
         raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
 
 
-def check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
+def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
     """Raise UserError if truncation makes all training pairs equal; nothing where the tokenizer is yet to be trained.
 
     Args:
         config: of the stage.
-        model_spec: from `check`.
+        model_spec: of the model that it starts from.
     """
     if config.preference_data is not None and model_spec.tokenizer is not None:
         dataset = load_dataset(config.preference_data, PREFERENCES, model_spec.tokenizer, config.cache_dir)
@@ -89,7 +107,7 @@ def check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
 
 
 def _run(run: Run, config: RewardRun) -> StageResult:
-    settings, model_spec = config.reward, check(config)
+    settings, model_spec = config.reward, _model_spec(config)
     source = start_folder(config, settings.model_path)
     start = load_language_model(source)
     for line in start.notes:
@@ -98,14 +116,14 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     path = config.preference_data or embedded_file(run, "preferences")
     split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
     digests = digests_of(path, start.tokenizer, config.preference_val_data)
-    check_margin(config, split.dataset.keys)
+    _check_margin(config, split.dataset.keys)
     run.note(f"trunk from {source}")
     plan = make_plan(settings, len(split.train))
     head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
     models = ModelState({"trunk": start.params, "head": head}, {})
-    compile_to = run.compile_to(models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
+    compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
     executor = run.open_executor(
-        functools.partial(make_program, start.config, settings, plan.steps, run.dtype, compile_to), models
+        functools.partial(make_reward_program, start.config, settings, plan.steps, run.dtype, compile_to), models
     )
 
     def batches(source: Dataset, records: Sequence[int]) -> list[PackedPairs]:
@@ -119,8 +137,8 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         packs = batches(source, records)
         chosen, rejected = _score(executor, packs)
         lengths = torch.tensor([source.answer_lengths(record) for pack in packs for record in pack.records])
-        figures = preference_metrics(chosen, rejected, lengths[:, 0], lengths[:, 1])
-        return {f"{prefix}/{name}": value for name, value in figures.items()}
+        metrics = preference_metrics(chosen, rejected, lengths[:, 0], lengths[:, 1])
+        return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
     metrics = train_supervised(
         run,
@@ -134,7 +152,6 @@ def _run(run: Run, config: RewardRun) -> StageResult:
             | {"eval/reward/pairs": float(len(split.held_out))}
             | measure(split.dataset, split.train[: max(len(split.held_out), 2)], "train")
         ),
-        shown=("loss/reward", "eval/reward/accuracy"),
         identity=digests | {"model": model_spec.digest},
     )
     if run.is_saved:
@@ -143,11 +160,11 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     run.note(
         f"reward of {statistics.completions} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}"
     )
-    params = run.trained(executor, statistics.mean, statistics.std)
-    facts = {"stage": "reward", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-    facts |= {"data": digests["data"], "validation": digests["validation"]}
+    params = run.trained_params(executor, statistics.mean, statistics.std)
+    manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+    manifest |= {"data": digests["data"], "validation": digests["validation"]}
     model = RewardModel(params, start.config, start.tokenizer, statistics)
-    save_reward_model(run.model_folder, model, facts=facts)
+    save_reward_model(run.model_folder, model, facts=manifest)
     return StageResult(run.model_folder, metrics)
 
 
@@ -183,10 +200,10 @@ def make_reward_objective(
     return objective
 
 
-def make_program(
+def make_reward_program(
     config: ModelShape, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """The reward model's work: `main` steps, and `scores` of pairs; arguments as `rlhf.train.sft.make_program`."""
+    """The reward model's work: `main` steps, and `scores` of pairs; arguments as `rlhf.train.sft.make_sft_program`."""
     objective = make_reward_objective(
         config, dtype=dtype, centre_coef=settings.centre_coef, gradient_checkpointing=settings.gradient_checkpointing
     )
@@ -204,3 +221,6 @@ def _score(executor: Executor, packs: Sequence[PackedPairs]) -> tuple[Tensor, Te
     results = executor.map("scores", [pack.batch for pack in packs])
     pairs = torch.cat([torch.stack(result)[:, pack.batch.mask] for result, pack in zip(results, packs, strict=True)], 1)
     return pairs[0], pairs[1]
+
+
+PROGRAM = StageProgram(check_reward, run_reward, _needs)

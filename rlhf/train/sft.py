@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,6 @@ from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.collate import token_batches
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import DEMONSTRATIONS
-from rlhf.distributed.compute_context import compile_obstacle
 from rlhf.errors import UserError
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
@@ -24,10 +23,15 @@ from rlhf.models.forward import packed_hidden_states
 from rlhf.ops import gather_rows, is_argmax, masked_sum, mean_metrics, token_log_probs
 from rlhf.random import Purpose
 from rlhf.remat import chunk_size, in_chunks
+from rlhf.train.compile_policy import compile_folder, compile_obstacle
+from rlhf.train.context import Run, open_run
+from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
-from rlhf.train.run import Run, StageResult, open_run
+from rlhf.train.signals import StopRequest
+from rlhf.train.stage import STAGES, StageProgram, StageResult
 from rlhf.train.stage_inputs import (
     ModelSpec,
+    check_data,
     check_validation,
     embedded_file,
     make_schedule,
@@ -39,33 +43,41 @@ from rlhf.train.supervised import length_limit, make_adamw, make_plan, open_spli
 from rlhf.tree import tree_sum
 from rlhf.types import FrozenParams, Metrics, Params
 
+_STAGE = STAGES["sft"]
 
-def run_sft(config: SFTRun) -> StageResult:
+
+def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
     """Train on demonstrations and write OUTPUT_DIR/sft.
 
-    Raises:
-        UserError, NonFiniteError, Interrupted: see `rlhf.train.run`.
+    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
     """
-    with open_run(config, "sft") as run:
+    with open_run(config, _STAGE, observers, stop) as run:
         return _run(run, config)
 
 
-def check(config: SFTRun) -> ModelSpec:
+def check_sft(config: SFTRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
+    """Return what the model will be, after reading the data files through: see `rlhf.train.stage.StageProgram`."""
+    model_spec = _model_spec(config)
+    check_data(DEMONSTRATIONS, config.sft_data, config.sft_val_data)
+    return model_spec
+
+
+def _model_spec(config: SFTRun) -> ModelSpec:
     """What the model will be; refuses what can be refused before the data is read.
 
     Raises:
         UserError: the model to start from is not fit, the shape impossible, or a setting contradicts another.
     """
-    compile_obstacle(config, "sft", config.sft)
+    compile_obstacle(config, _STAGE)
     check_validation(config.sft_data, config.sft_val_data, DEMONSTRATIONS)
-    folder, given = config.sft.model_path, config.tokenizer.path
-    tokenizer = None if given is None else Tokenizer.load(given)
+    folder, tokenizer_path = config.sft.model_path, config.tokenizer.path
+    tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
     if folder is None:
         return ModelSpec(new_config(config.model, tokenizer.vocab_size if tokenizer else 1), tokenizer, "")
     start = read_model_spec(folder, config.model)
     if tokenizer is not None and start.tokenizer is not None and not tokenizer.same_vocabulary(start.tokenizer):
         raise UserError(
-            f"{folder}: the model there has another vocabulary than --tokenizer.path {given}; drop the flag"
+            f"{folder}: the model there has another vocabulary than --tokenizer.path {tokenizer_path}; drop the flag"
         )
     return start
 
@@ -81,9 +93,9 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         return token_batches(source, records, max_length=max_length, rows=rows, loss_on=settings.loss_on, key=key)
 
     models = ModelState(model.params, {})
-    compile_to = run.compile_to(models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
+    compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
     executor = run.open_executor(
-        functools.partial(make_program, model.config, settings, plan.steps, run.dtype, compile_to), models
+        functools.partial(make_sft_program, model.config, settings, plan.steps, run.dtype, compile_to), models
     )
     held_out = batches(split.validation, split.held_out, run.key(Purpose.DROPOUT)) if split.held_out else []
 
@@ -106,14 +118,13 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         split,
         batches=lambda records, key: batches(split.dataset, records, key),
         evaluate=evaluate,
-        shown=("loss/sft", "eval/perplexity"),
         identity=digests | {"model": start_digest},
     )
     if not run.is_saved:
-        params = run.trained(executor, metrics.get("eval/loss", 0.0))
-        facts = {"stage": "sft", "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-        facts |= {"data": digests["data"], "validation": digests["validation"]}
-        save_language_model(run.model_folder, model._replace(params=params), facts=facts)
+        params = run.trained_params(executor, metrics.get("eval/loss", 0.0))
+        manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+        manifest |= {"data": digests["data"], "validation": digests["validation"]}
+        save_language_model(run.model_folder, model._replace(params=params), facts=manifest)
     return StageResult(run.model_folder, metrics)
 
 
@@ -150,7 +161,7 @@ def make_sft_objective(
     return objective
 
 
-def make_program(
+def make_sft_program(
     config: ModelShape, settings: SFTConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
     """SFT's work: `main` steps, and `measure` for evaluation.
@@ -181,7 +192,7 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
     The digest is empty where the weights are random.
     What can be refused is refused before the embedded example is written.
     """
-    model_spec, folder = check(config), config.sft.model_path
+    model_spec, folder = _model_spec(config), config.sft.model_path
     if folder is not None:
         model = load_language_model(folder)
         for line in model.notes:
@@ -196,3 +207,6 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
     size = f"{shape.n_layer} layers, {shape.n_embd} wide"
     run.note(f"new {shape.model_type}: {size}, vocabulary {shape.vocab_size}, context {shape.n_positions}")
     return LanguageModel(params, shape, tokenizer), model_spec.digest, path
+
+
+PROGRAM = StageProgram(check_sft, run_sft)

@@ -1,9 +1,9 @@
 """Every line of metrics, handed to a function of the user's as well: to Weights & Biases, a data base, a chat."""
 
 from rlhf.io.process_state import restored_process
-from rlhf.io.progress import console
 from rlhf.io.run_log import Sink
 from rlhf.io.user_functions import is_async, load_function
+from rlhf.io.user_log import log_user
 
 
 def open_sink(target: str | None) -> Sink | None:
@@ -16,19 +16,18 @@ def open_sink(target: str | None) -> Sink | None:
     """
     if target is None:
         return None
-    function, told = load_function(target, f"--log.sink {target}"), False
+    function, has_failed = load_function(target, f"--log.sink {target}"), False
 
     def sink(stage: str, step: int, metrics: dict[str, float]) -> None:
-        nonlocal told
+        nonlocal has_failed
         try:
             with restored_process(f"--log.sink {target}"):
                 result = function(stage, step, metrics)
             if is_async(result):
                 raise TypeError("it returned a coroutine (async), which is not awaited here")
         except (Exception, SystemExit) as error:  # it is the user's code, and the run is worth more
-            if not told:
-                line = f"--log.sink {target}: raised {type(error).__name__}: {error} at {stage} {step}; going on"
-                console.print(line, markup=False, soft_wrap=True)
-            told = True
+            if not has_failed:
+                log_user(f"--log.sink {target}: raised {type(error).__name__}: {error} at {stage} {step}; going on")
+            has_failed = True
 
     return sink

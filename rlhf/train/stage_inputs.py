@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rlhf.config import ModelConfig, OptimizerConfig, RunConfig
-from rlhf.data.dataset import Dataset, load_dataset, texts
-from rlhf.data.demo_data import write_embedded
-from rlhf.data.schema import Schema
+from rlhf.data.dataset import Dataset, check_file, load_dataset, texts
+from rlhf.data.demo_data import PROMPT_COLUMNS, write_embedded
+from rlhf.data.schema import PROMPTS, Schema
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import load_shape, weights_digest
@@ -18,7 +18,8 @@ from rlhf.io.tokenizer import Tokenizer
 from rlhf.models.architecture import ModelShape, get_architecture
 from rlhf.random import fold_in, permutation
 from rlhf.schedules import Schedule, constant_schedule, cosine_schedule, linear_schedule
-from rlhf.train.run import Run
+from rlhf.train.context import Run
+from rlhf.train.stage import STAGES
 
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions")
 """Settings that are fields of shapes."""
@@ -104,26 +105,26 @@ def read_model_spec(folder: Path, settings: ModelConfig) -> ModelSpec:
     return ModelSpec(config, tokenizer, weights_digest(folder))
 
 
-def start_folder(config: RunConfig, given: Path | None) -> Path:
-    """The SFT model that the reward model and PPO start from: the one given, or the run's."""
-    return given or config.output_dir / "sft"
+def start_folder(config: RunConfig, model_path: Path | None) -> Path:
+    """The SFT model that the reward model and PPO start from: the one that is named, or the run's."""
+    return model_path or config.output_dir / STAGES["sft"].folder
 
 
-def start_model_spec(config: RunConfig, given: Path | None, flag: str, sft: ModelSpec | None) -> ModelSpec:
+def start_model_spec(config: RunConfig, model_path: Path | None, flag: str, sft: ModelSpec | None) -> ModelSpec:
     """What the reward model and PPO start from.
 
     Args:
         config: of the run.
-        given: the model folder that the user names.
+        model_path: the model folder that the user names.
         flag: by which it is named.
         sft: what the run's own SFT model will be, where it is trained first.
 
     Raises:
         UserError: there is no such model, or it is not fit: see `read_model_spec`.
     """
-    if given is None and sft is not None:
+    if model_path is None and sft is not None:
         return sft
-    folder = start_folder(config, given)
+    folder = start_folder(config, model_path)
     check_folder(folder, f"run `rlhf-train sft` first, or name a model folder: {flag} FOLDER")
     return read_model_spec(folder, config.model)
 
@@ -132,6 +133,19 @@ def check_validation(path: Path | None, validation: Path | None, schema: Schema)
     """Raise UserError if there is a validation file, but none to learn from: it would be the embedded example."""
     if validation is not None and path is None:
         raise UserError(f"{validation}: validates what is learnt from a file of {schema.name}; add {schema.flag} FILE")
+
+
+def check_data(schema: Schema, path: Path | None, validation: Path | None = None) -> set[str]:
+    """Read data files through; the keys of the records to learn from, which may be the embedded example's.
+
+    Raises:
+        UserError: a record is not valid.
+    """
+    if validation is not None:
+        check_file(validation, schema)
+    if path is not None:
+        return check_file(path, schema)
+    return set(PROMPT_COLUMNS if schema is PROMPTS else schema.keys)
 
 
 def record_order(key: Tensor, count: int, first: int, number: int) -> list[int]:

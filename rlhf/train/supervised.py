@@ -16,13 +16,14 @@ from rlhf.data.schema import Schema
 from rlhf.errors import UserError
 from rlhf.execution.executor import Executor
 from rlhf.io.model_folder import LanguageModel
-from rlhf.io.run_log import RunLog
 from rlhf.optim import Optimizer, adamw
 from rlhf.random import Purpose, fold_in
 from rlhf.schedules import Schedule
 from rlhf.setting_rules import flag_of
-from rlhf.train.resume import Facts
-from rlhf.train.run import Run, train
+from rlhf.train.context import Run
+from rlhf.train.loop import train
+from rlhf.train.observers import LoopState, Observers
+from rlhf.train.resume import Identity
 from rlhf.train.stage_inputs import ModelSpec, lr_at_step, make_schedule, open_dataset, record_order
 from rlhf.types import Tree
 
@@ -138,24 +139,22 @@ def train_supervised(
     *,
     batches: Callable[[Sequence[int], Any], list[Any]],
     evaluate: Callable[[], dict[str, float]],
-    shown: tuple[str, ...],
-    identity: Facts,
+    identity: Identity,
 ) -> dict[str, float]:
     """Train for `plan.steps` steps and return the last evaluation.
 
     Args:
-        run: as in `rlhf.train.run.train`.
-        executor: as in `rlhf.train.run.train`.
+        run: as in `rlhf.train.loop.train`.
+        executor: as in `rlhf.train.loop.train`.
         settings: batch size and evaluation interval.
         plan: from `make_plan`.
         split: from `open_split`.
         batches: (records, key) -> micro-batches of one optimiser step.
         evaluate: metrics of the present parameters on held-out records.
-        shown: metrics on the progress display.
-        identity: as in `rlhf.train.run.train`.
+        identity: as in `rlhf.train.loop.train`.
     """
     if 0 < settings.warmup_fraction * plan.steps < 1 and settings.warmup_fraction != type(settings)().warmup_fraction:
-        flag = flag_of(f"{run.stage}.warmup_fraction", settings.warmup_fraction)
+        flag = flag_of(f"{run.stage.name}.warmup_fraction", settings.warmup_fraction)
         run.note(f"{flag}: has no effect: it is less than one of the run's {plan.steps} steps")
     order_key, dropout_key = run.key(Purpose.ORDER), run.key(Purpose.DROPOUT)
     last: dict[str, float] = {}
@@ -165,19 +164,19 @@ def train_supervised(
         order = record_order(order_key, len(split.train), step * settings.batch_size, settings.batch_size)
         return batches([split.train[place] for place in order], fold_in(dropout_key, step))
 
-    def advance(step: int, facts: Facts, log: RunLog) -> tuple[dict[str, float], Facts]:
+    def advance(step: int, state: LoopState, observers: Observers) -> tuple[dict[str, float], LoopState]:
         nonlocal prefetched
-        begun = time.perf_counter()
+        start = time.perf_counter()
         prefetched = prefetched or Prefetch(map(batches_of, range(step, plan.steps)))
         micro_batches = next(prefetched)
         metrics = executor.step("main", micro_batches, overlap=prefetched.prepare)
         tokens = sum(int((batch.rows.segments > 0).sum()) for batch in micro_batches)
-        metrics |= {"lr": lr_at_step(plan.schedule, step), "perf/tokens_per_s": tokens / (time.perf_counter() - begun)}
+        metrics |= {"lr": lr_at_step(plan.schedule, step), "perf/tokens_per_s": tokens / (time.perf_counter() - start)}
         if (step + 1) % settings.eval_every == 0 or step + 1 == plan.steps:
             evaluated = evaluate()
             last.update(evaluated)
             metrics |= evaluated
-        return metrics, facts
+        return metrics, state
 
-    train(run, executor, total=plan.steps, unit="step", shown=shown, facts={}, identity=identity, advance=advance)
+    train(run, executor, total=plan.steps, state={}, identity=identity, advance=advance)
     return last or evaluate()

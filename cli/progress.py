@@ -1,0 +1,60 @@
+"""The progress of a training stage on the terminal: a bar with a few metrics, or plain lines where there is none."""
+
+import time
+from collections.abc import Mapping
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rlhf.cli.terminal import stderr_console
+
+from rlhf.train.observers import Observer, StageStart
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class StageProgress(Observer):
+    """Shows each stage's progress in turn."""
+
+    def on_start(self, start: StageStart) -> None:
+        """Begin a new bar, or print the first line."""
+        self._console, self._stage, self._total = stderr_console(), start.stage, start.total
+        self._latest: dict[str, float] = {}
+        self._last_line = time.monotonic() - _SECONDS_BETWEEN_LINES
+        self._task: TaskID | None = None
+        self._bar = Progress(
+            TextColumn("[bold]{task.description:<7}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=self._console,
+        )
+        if self._console.is_terminal:
+            self._bar.start()
+            self._task = self._bar.add_task(start.stage.name, total=start.total, metrics="")
+        self.on_step(start.step, {})
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Show that `step` steps are done, with the newest value of each metric."""
+        shown = self._stage.shown
+        self._latest |= {name: metrics[name] for name in shown if name in metrics}
+        text = "  ".join(f"{name} {self._latest[name]:.4g}" for name in shown if name in self._latest)
+        if self._task is not None:
+            self._bar.update(self._task, completed=step, metrics=text)
+        elif step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            line = f"{self._stage.name:<7} {self._stage.unit} {step}/{self._total}  {text}"
+            self._console.print(line, soft_wrap=True)
+        return False
+
+    def on_end(self, error: BaseException | None) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()

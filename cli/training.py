@@ -1,0 +1,55 @@
+"""The programs that train: signals stop them after a step, progress is shown, and every stage ends with a report."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rlhf.cli.progress import StageProgress
+
+from rlhf.execution.memory import keep_freed_memory
+from rlhf.io.terminal import visible
+from rlhf.io.user_log import log_user
+from rlhf.monitor.health import findings
+from rlhf.monitor.report import write_report
+from rlhf.train.observers import Observer, StageStart
+from rlhf.train.signals import StopRequest, stop_on_signal
+
+
+class Training(NamedTuple):
+    """What a program gives to `rlhf.train.pipeline.run_stages`."""
+
+    observers: tuple[Observer, ...]
+    stop: StopRequest
+
+
+@contextlib.contextmanager
+def open_training() -> Iterator[Training]:
+    """Make this process one that trains, until the block ends."""
+    keep_freed_memory()
+    with stop_on_signal() as stop:
+        yield Training((ReportWriter(), StageProgress()), stop)
+
+
+class ReportWriter(Observer):
+    """Writes report/report.html and tells what is wrong, however a stage ends, but for Ctrl-C twice."""
+
+    def on_start(self, start: StageStart) -> None:
+        """Learn which run it is."""
+        self._stage, self._output_dir = start.stage.name, start.config.output_dir
+
+    def on_end(self, error: BaseException | None) -> None:
+        """Write the report. A run never fails for it."""
+        if isinstance(error, KeyboardInterrupt):
+            return
+        path = self._output_dir / "report" / "report.html"
+        try:
+            (reader,) = write_report([self._output_dir / "logs"], path)
+            problems = [
+                finding for finding in findings(reader) if (finding.stage, finding.level) == (self._stage, "problem")
+            ]
+            lines = [f"report in {path}"]
+            lines += [f"PROBLEM {problem.check}: {problem.summary}; {problem.advice}" for problem in problems]
+        except Exception as failure:  # whatever it is, the models are worth more
+            lines = [f"{path}: not written ({failure})"]
+        for line in lines:
+            log_user(visible(line), stage=self._stage)

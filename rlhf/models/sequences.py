@@ -1,0 +1,39 @@
+"""Whole sequences: prompts and their completions in one tensor."""
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import check_integer, check_mask, check_rank
+from rlhf.models.decoding import Completions
+
+
+def join(prompts: Tensor, lengths: Tensor, completions: Completions) -> tuple[Tensor, Tensor]:
+    """Put every completion right behind its prompt.
+
+    The log-probs of the joined tokens are then on the layout of `mask[:, 1:]`:
+
+        >>> tokens, mask = rlhf.join(prompts, lengths, completions)
+        >>> logits = rlhf.gpt2.forward(params, tokens[:, :-1], config=config)
+        >>> log_probs, mask = rlhf.token_log_probs(logits, tokens[:, 1:]), mask[:, 1:]
+
+    Args:
+        prompts: [B, P] int64, right-padded.
+        lengths: [B] int64, tokens of each prompt.
+        completions: of the prompts, as `generate_completions` returns them; [B, T].
+
+    Returns:
+        tokens: [B, P + T] int64, right-padded with 0.
+        mask: [B, P + T] bool, True on the completions' tokens.
+    """
+    check_rank("join", 2, prompts=prompts, tokens=completions.tokens)
+    check_rank("join", 1, lengths=lengths)
+    check_integer("join", prompts=prompts, lengths=lengths, tokens=completions.tokens)
+    check_mask("join", completions.mask, tokens=completions.tokens)
+    width, longest = prompts.shape[1], completions.tokens.shape[1]
+    place = torch.arange(width + longest, device=prompts.device)
+    step = place - lengths[:, None]  # of the completion; negative in the prompt
+    source = torch.where(step < 0, place, (width + step).clamp(max=width + longest - 1))
+    inside = step < longest
+    tokens = torch.cat([prompts, completions.tokens], dim=1).gather(1, source)
+    mask = torch.cat([torch.zeros_like(prompts, dtype=torch.bool), completions.mask], dim=1).gather(1, source)
+    return torch.where(inside, tokens, 0), mask & inside

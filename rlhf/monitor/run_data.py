@@ -1,0 +1,38 @@
+"""What a run logged, read at once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.monitor.log import Series, read_logs
+
+
+class RunData(NamedTuple):
+    """The logs of a run."""
+
+    metrics: dict[str, dict[str, Series]]
+    """By stage and name: `metrics["ppo"]["objective/kl"].values` is an array, `.steps` the steps it belongs to. `time`
+    is the Unix second of each line."""
+    events: list[dict[str, Any]]
+    """What happened, in order: start, resume, fault, interrupted, end and the like."""
+    samples: Sequence[dict[str, Any]]
+    """Completions, in order; read from the file when asked for."""
+
+
+def load_run(folder: str | Path) -> RunData:
+    """Read the logs of a run, which may still be going on.
+
+        >>> kl = rlhf.load_run("outputs/demo").metrics["ppo"]["objective/kl"]
+        >>> plt.plot(kl.steps, kl.values)
+
+    Args:
+        folder: the run's output folder, or its logs/.
+
+    Raises:
+        UserError: it is no run's folder, or no line can be read.
+    """
+    (reader,) = read_logs([Path(folder)])
+    metrics = {
+        stage: {name: reader.series(stage, name) for name in (*reader.names(stage), "time")} for stage in reader.stages
+    }
+    return RunData(metrics, reader.events, reader.samples)

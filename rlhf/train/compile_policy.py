@@ -1,0 +1,65 @@
+"""Decides whether a stage is compiled: where it can be, and where the run is long enough to pay for it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.config import OptimizerConfig, RunConfig, SFTConfig
+from rlhf.distributed.compute_context import find_device
+from rlhf.errors import UserError
+from rlhf.execution.compiled import has_compiler
+from rlhf.execution.program import ModelState
+from rlhf.io.cache import default_cache_dir
+from rlhf.train.context import Run
+from rlhf.train.stage import Stage
+from rlhf.tree import leaves
+from rlhf.types import Params
+
+_COMPILED_GAIN, _FLOPS, _COMPILE_S, _COMPILE_FORWARD_S = 0.25, 1e11, 0.45, 0.25
+"""Measured on two cores: what compilation takes off a step, floating-point operations per second of an eager one, and
+seconds of compilation per parameter tensor of gradients, and of what is only evaluated."""
+
+
+def compile_obstacle(config: RunConfig, stage: Stage) -> str:
+    """Return why a stage cannot be compiled here with its settings; empty where it can.
+
+    Raises:
+        UserError: there is an obstacle, and `--compile on` asks for it.
+    """
+    settings: OptimizerConfig = stage.section_of(config)
+    obstacle = ""
+    if settings.gradient_checkpointing:
+        obstacle = f"compiled code would keep what --{stage.name}.gradient-checkpointing computes again"
+    elif isinstance(settings, SFTConfig) and settings.dropout:
+        obstacle = f"dropout's code would be another for every shape: set --{stage.name}.dropout 0"
+    elif find_device(config.device).type == "cpu" and not has_compiler():
+        obstacle = "no C++ compiler is on the PATH: install g++"
+    if obstacle and config.compile == "on":
+        raise UserError(f"--compile on: {obstacle}; or use --compile off")
+    return obstacle
+
+
+def compile_folder(run: Run, models: ModelState, tokens: float, *, evaluated: Sequence[Params] = ()) -> Path | None:
+    """Return where compiled code is kept; None where the stage is not to be compiled, or not worth it.
+
+    Args:
+        run: of the stage.
+        models: what is trained.
+        tokens: that gradients are taken of in the whole run; never what a resumed run has left, nor anything that
+            depends on workers or threads, because the choice is part of the result's bits.
+        evaluated: models that compiled code also runs without gradients.
+
+    Raises:
+        UserError: as `compile_obstacle`.
+    """
+    config = run.config
+    sizes = [leaf.numel() for leaf in leaves(models.params)]
+    saved_s = _COMPILED_GAIN * 6 * sum(sizes) * tokens / _FLOPS
+    cost_s = _COMPILE_S * len(sizes) + _COMPILE_FORWARD_S * len(leaves(evaluated))
+    if config.compile == "off" or (config.compile == "auto" and saved_s < 2 * cost_s):
+        return None
+    if obstacle := compile_obstacle(config, run.stage):
+        run.note(f"not compiled, though it would be faster: {obstacle}")
+        return None
+    folder = (config.cache_dir or default_cache_dir()) / "compiled"
+    run.note(f"compiling: about {cost_s:.0f} s the first time; the code is kept in {folder}")
+    return folder

@@ -1,0 +1,157 @@
+"""The context of one stage's run: its output folder, its device and threads, its keys, and what the user was told."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.config import RunConfig
+from rlhf.distributed.compute_context import (
+    ComputeContext,
+    check_workers,
+    compute_threads,
+    describe_workers,
+    find_device,
+    limit_threads,
+)
+from rlhf.errors import Interrupted, NonFiniteError
+from rlhf.execution.executor import Executor
+from rlhf.execution.program import ModelState, Program
+from rlhf.io.cache import default_cache_dir
+from rlhf.io.files import check_writable, lock_folder
+from rlhf.io.output_folder import check_output_folder, checkpoint_folder, has_checkpoints
+from rlhf.io.run_log import RunLog
+from rlhf.random import Purpose, fold_in, key
+from rlhf.train.observers import Observer
+from rlhf.train.signals import StopRequest
+from rlhf.train.stage import Stage, check_settings
+from rlhf.tree import all_finite
+from rlhf.types import Params
+
+
+@dataclass
+class Run:
+    """One stage of one run."""
+
+    stage: Stage
+    config: RunConfig
+    compute: ComputeContext
+    observers: Sequence[Observer] = ()
+    """Whatever watches the training beside its log and checkpoints."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What is closed when the stage ends."""
+    is_saved: bool = False
+    """Whether the stage was finished before: its model is then left as it is."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the models' passes."""
+        return self.compute.dtype
+
+    @property
+    def model_folder(self) -> Path:
+        """The folder of this stage's model."""
+        return self.config.output_dir / self.stage.folder
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this stage's checkpoints."""
+        return checkpoint_folder(self.config, self.stage)
+
+    def key(self, purpose: Purpose) -> Tensor:
+        """The run's key for one purpose."""
+        return fold_in(key(self.config.seed), int(purpose))
+
+    def note(self, text: str) -> None:
+        """Tell the user something and keep it for the log."""
+        self.compute.note(text)
+
+    def trained_params(self, executor: Executor, *values: float) -> Params:
+        """The parameters to be saved as the stage's model.
+
+        Args:
+            executor: has them.
+            values: what was measured of them.
+
+        Raises:
+            NonFiniteError: a parameter or value is not finite, after the last update was.
+        """
+        params = executor.params()
+        if not (all_finite(params) and all(map(math.isfinite, values))):
+            name = self.stage.name
+            raise NonFiniteError(
+                f"{name}: the trained model, or what it gives, is not finite; {self.model_folder} was not written. "
+                f"The last state is in {self.checkpoints}; lower --{name}.learning-rate"
+            )
+        return params
+
+    def open_executor(self, make_program: Callable[[], Program], models: ModelState) -> Executor:
+        """The executor that the configuration asks for; it is closed when the stage ends.
+
+        Args:
+            make_program: an importable function, or a partial of one.
+            models: what the program starts from.
+        """
+        if self.config.dist.num_workers:
+            self.note(describe_workers(self.config.dist))
+        executor = self.resources.enter_context(self.compute.open_executor(make_program, models))
+        self.resources.callback(self._log_faults, executor)
+        return executor
+
+    def _log_faults(self, executor: Executor) -> None:
+        """Log what went wrong after the last step, as in a last evaluation, of which no step's metrics tell."""
+        if faults := executor.faults():
+            folder = self.config.output_dir / "logs"
+            with contextlib.closing(RunLog(folder, self.stage.name, tensorboard=False)) as log:
+                for fault in faults:
+                    log.event("fault", **fault._asdict())
+
+
+@contextlib.contextmanager
+def open_run(
+    config: RunConfig, stage: Stage, observers: Sequence[Observer] = (), stop: StopRequest | None = None
+) -> Iterator[Run]:
+    """Lock the output folder and set up device and threads for one stage.
+
+    Args:
+        config: of the run.
+        stage: to run.
+        observers: of its training.
+        stop: asks it to stop; None for nobody who could.
+
+    Raises:
+        UserError: settings contradict each other; the folder is in use or holds this stage's checkpoints although
+            `resume` is off, or what is none of its models; or no GPU is there though one was asked for.
+        Interrupted: a signal came before the first step, or after the last: the stage is then finished.
+    """
+    check_workers(config.dist)
+    idle = check_settings(config, stage)
+    compute = ComputeContext(config, find_device(config.device), [], stage.name)
+    run = Run(stage, config, compute, observers, stop or StopRequest())
+    with lock_folder(config.output_dir), limit_threads(compute_threads(config)), _stopping(run), run.resources:
+        check_output_folder(config, stage)
+        run.is_saved = run.model_folder.exists()
+        check_writable(config.output_dir, "--output-dir")
+        for line in idle:
+            run.note(line)
+        check_writable(config.cache_dir or default_cache_dir(), "--cache-dir")
+        if config.resume and not has_checkpoints(config):
+            run.note(f"nothing to resume in {config.output_dir}: starting anew")
+        yield run
+        if run.stop.signal:
+            raise Interrupted(f"{stage.name}: stopped; this stage is finished and saved", run.stop.signal)
+
+
+@contextlib.contextmanager
+def _stopping(run: Run) -> Iterator[None]:
+    """Let requests to stop know which stage runs."""
+    run.stop.stage, run.stop.training = run.stage.name, False
+    try:
+        yield
+    finally:
+        run.stop.stage, run.stop.training = "", False

@@ -1,0 +1,142 @@
+"""The training loop: it makes steps, tells observers, and stops where it is asked to or something fails."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
+from rlhf.execution.executor import Executor
+from rlhf.io.checkpoint import last_step, save_refused
+from rlhf.io.files import check_free_space
+from rlhf.io.output_folder import write_config
+from rlhf.train.context import Run
+from rlhf.train.observers import LogWriter, LoopState, Observers, StageStart
+from rlhf.train.resume import CheckpointWriter, restore, settings_of
+from rlhf.tree import all_finite
+
+Advance = Callable[[int, LoopState, Observers], tuple[dict[str, float], LoopState]]
+"""(step, state, observers) -> (metrics, state): makes one step."""
+
+
+class _Loop(NamedTuple):
+    """What every step works with."""
+
+    run: Run
+    executor: Executor
+    observers: Observers
+    advance: Advance
+    first: int
+    """Steps done before."""
+    total: int
+
+    def describe(self, step: int) -> str:
+        """A step in words."""
+        return f"{self.run.stage.unit} {step}"
+
+
+def train(
+    run: Run, executor: Executor, *, total: int, state: LoopState, identity: dict[str, Any], advance: Advance
+) -> LoopState:
+    """Make steps 0..total-1, log each, save every few, and resume where a checkpoint stands.
+
+    Args:
+        run: of the stage.
+        executor: holds everything trained.
+        total: steps.
+        state: of the first step.
+        identity: what else must not change between a run and its continuation, such as the data's digest.
+        advance: makes one step.
+
+    Returns:
+        The last state.
+
+    Raises:
+        UserError: the checkpoint belongs to another configuration, data or shape, or saving fails.
+        NonFiniteError: a step was refused; the state, where it is finite, is saved, and the batch goes to nonfinite/.
+        Interrupted: the run was asked to stop; the step was finished and the state saved.
+        WorkersLostError: more processes were lost than may be replaced; the same.
+    """
+    config = run.config
+    identity = identity | settings_of(config, run.stage) | {"compiled": executor.compiled}
+    first, state = restore(run, executor, state, identity)
+    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
+    check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))
+    write_config(config)
+    observers = Observers([LogWriter(), CheckpointWriter(run, executor, identity), *run.observers])
+    loop = _Loop(run, executor, observers, advance, first, total)
+    run.stop.training = True
+    with observers.observe(StageStart(run.stage, config, first, total, tuple(run.compute.notes))):
+        for step in range(first, total):
+            state = _step(loop, step, state)
+        peak = executor.peak_bytes()
+        observers.event("end", step=total, peak_bytes=peak)
+    largest = " in the largest worker" if config.dist.num_workers else ""
+    run.note(f"at most {peak / 1e9:.2f} GB of memory{largest}")
+    return state
+
+
+def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
+    """Make one step and all that follows from it."""
+    run, observers, done = loop.run, loop.observers, step + 1
+    version, start = loop.executor.version, time.perf_counter()
+    try:
+        metrics, state = loop.advance(step, state, observers)
+    except NonFiniteError as error:
+        where = _save_nonfinite(loop, step, state, error, is_whole=loop.executor.version == version)
+        observers.event("nonfinite", step=step, message=str(error))
+        message = f"{run.stage.name} {loop.describe(done)}: {error}; the update was refused. {where}"
+        raise NonFiniteError(message) from error
+    except UserError as error:  # as of a reward function
+        observers.event("failed", step=step, message=str(error))
+        if loop.executor.version != version or step == loop.first:
+            raise
+        _save(loop, step, state)
+        where = f"{run.stage.name} {loop.describe(step)} is saved; continue with --resume"
+        raise UserError(f"{error}. {where}") from error
+    seconds, faults = time.perf_counter() - start, loop.executor.faults()
+    for fault in faults:
+        observers.event("fault", step=done, **fault._asdict())
+    metrics |= {"timing_s/step": seconds}
+    if faults:
+        metrics |= {"fault/restarts": len(faults), "fault/recovery_s": sum(fault.recovery_s for fault in faults)}
+    if observers.step(done, metrics):
+        run.stop.requested = True
+    stops = run.stop.requested or any(fault.final for fault in faults)
+    every = run.config.checkpoint.every or run.stage.checkpoint_every
+    if stops or done == loop.total or done % every == 0:
+        _save(loop, done, state)
+    if stops and done < loop.total:
+        observers.event("interrupted", step=done)
+        where = f"{run.stage.name}: stopped after {loop.describe(done)} of {loop.total} and saved"
+        if run.stop.requested:
+            raise Interrupted(f"{where}; continue with --resume", run.stop.signal)
+        raise WorkersLostError(f"{where}; continue with --resume. The cause: lost {faults[-1].what}")
+    return state
+
+
+def _save(loop: _Loop, step: int, state: LoopState) -> None:
+    """Let the state be saved; log where it must not be."""
+    try:
+        loop.observers.save(step, state)
+    except NonFiniteError as error:
+        loop.observers.event("nonfinite", step=step, message=str(error))
+        raise NonFiniteError(f"{loop.run.stage.name}, step {step}: {error}") from None
+
+
+def _save_nonfinite(loop: _Loop, step: int, state: LoopState, error: NonFiniteError, *, is_whole: bool) -> str:
+    """Write the offending batch, and the state: as a checkpoint where nothing of the step was applied yet."""
+    run = loop.run
+    folder = run.config.output_dir / "nonfinite" / f"{run.stage.name}-step-{step + 1:06d}"
+    tensors = loop.executor.snapshot()
+    saved = is_whole and all_finite(tensors)
+    manifest = {"stage": run.stage.name, "step": step, "message": str(error)}
+    where = "The batch is" if saved else "Batch and state are"
+    try:
+        save_refused(folder, error.batch, None if saved else tensors, manifest)
+        where += f" in {folder}"
+    except UserError as problem:  # which does not hide the error that is being reported
+        where += f" not saved ({problem})"
+    if not saved:
+        return f"{where}; --resume goes on from step {last_step(run.checkpoints) or 0}"
+    _save(loop, step, state)
+    return f"{where}, the state in {run.checkpoints}"

@@ -1,0 +1,73 @@
+"""What PPO starts from: the policy, the sources of reward, and the context that all models involved can read."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf.config import PPORun
+from rlhf.errors import UserError
+from rlhf.io.files import check_folder
+from rlhf.io.reward_sources import RewardSource, check_vocabulary, names_folder, open_sources
+from rlhf.train.compile_policy import compile_obstacle
+from rlhf.train.stage import STAGES
+from rlhf.train.stage_inputs import ModelSpec, start_model_spec
+
+
+class PPOInputs(NamedTuple):
+    """What PPO starts from."""
+
+    policy: ModelSpec
+    sources: list[RewardSource]
+    context: int
+    """Tokens of a prompt and its completion together: the shortest context of the models that read them."""
+
+
+def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelSpec | None = None) -> PPOInputs:
+    """Read what PPO starts from, but for the policy's parameters; refuse what cannot work together.
+
+    Args:
+        config: of the stage.
+        sft: what OUTPUT_DIR/sft will hold, where it is trained first.
+        reward: what OUTPUT_DIR/reward will hold, where it is trained first.
+
+    Raises:
+        UserError: a model or source is not there or not fit, or no prompt fits before the longest completion.
+    """
+    settings = config.ppo
+    compile_obstacle(config, STAGES["ppo"])
+    policy = start_model_spec(config, settings.model_path, "--ppo.model-path", sft)
+    reward_folder = _reward_folder(config)
+    if not settings.reward and reward is None:
+        remedy = "name a reward: --ppo.reward FOLDER or --ppo.reward module:function"
+        check_folder(reward_folder, f"run `rlhf-train reward` first, or {remedy}")
+    sources = open_sources(reward_specs(config), policy.tokenizer, untrained=None if reward is None else reward_folder)
+    if reward is not None and scores_with_own_model(config):
+        check_vocabulary(reward_folder, reward.tokenizer, policy.tokenizer)
+    contexts = [(source, source.model.config.n_positions) for source in sources if source.model is not None]
+    if reward is not None:
+        contexts += [(source, reward.config.n_positions) for source in sources if source.untrained]
+    context = min([policy.config.n_positions, *(length for source, length in contexts if source.weight)])
+    for source, length in contexts:
+        if length < context:
+            raise UserError(
+                f"--ppo.reward: the gold model {source.name} reads {length} tokens, but prompt and completion may have "
+                f"{context}; cutting them would change the training: leave it out, or evaluate with it afterwards"
+            )
+    if context <= settings.max_new_tokens:
+        raise UserError(
+            f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
+        )
+    return PPOInputs(policy, sources, context)
+
+
+def scores_with_own_model(config: PPORun) -> bool:
+    """Whether the model in OUTPUT_DIR/reward is among the sources of reward."""
+    return any(names_folder(spec, _reward_folder(config)) for spec in reward_specs(config))
+
+
+def reward_specs(config: PPORun) -> tuple[str, ...]:
+    """The sources of reward that are named, or OUTPUT_DIR/reward."""
+    return config.ppo.reward or (str(_reward_folder(config)),)
+
+
+def _reward_folder(config: PPORun) -> Path:
+    return config.output_dir / STAGES["reward"].folder
