@@ -146,7 +146,8 @@ def test_logits_in_chunks_and_checkpointed_blocks_change_nothing(
         largest.append(len(hidden))
         return unembed(params, hidden, **options)
 
-    monkeypatch.setattr("rlhf.models.objectives.unembed", watched)
+    for module in ("sft", "ppo_objective"):
+        monkeypatch.setattr(f"rlhf.train.{module}.unembed", watched)
     sft = make_sft_objective(config, gradient_checkpointing=True)
     ppo = make_ppo_objective(config, config, gradient_checkpointing=True, **options)
     chunked = grad_and_value(sft, has_aux=True)(params["policy"], {}, token_batch(sequences, LAYOUTS["packed"]))

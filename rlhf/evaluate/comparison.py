@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import pack_completions, unpack_sequences, unpack_tokens
+from rlhf.data.collate import join_completions, pack_completions, unpack_sequences, unpack_tokens
 from rlhf.data.dataset import Dataset
 from rlhf.distributed.compute_context import ComputeContext
 from rlhf.errors import UserError
@@ -190,15 +190,17 @@ def answer(
     completions = complete(executor, many, keys, rows=rollout_rows, name=f"{decoding}/{part}")
     lengths = completions.mask.sum(dim=1)
     row_length = max(max(map(len, many)) + int(lengths.max()), min(ROW_LENGTH, panel.context))
-    packs = pack_completions(
-        many, completions.tokens, lengths, range(len(many)), rows=measure_rows, row_length=row_length
-    )
+    joined = join_completions(many, completions.tokens, lengths)
+    packs = pack_completions(joined, range(len(many)), rows=measure_rows, row_length=row_length)
     results = executor.map(f"measure/{part}", [pack.batch for pack in packs])
 
-    def tokens_of(field: int) -> Tensor:
-        return unpack_tokens(packs, [result[field] for result in results], completions.mask.shape).double()
+    def tokens_of(parts: list[Tensor]) -> Tensor:
+        return unpack_tokens(packs, parts, completions.mask.shape).double()
 
-    log_probs, entropy, ref_log_probs, exact = map(tokens_of, (0, 2, 3, 4))
+    log_probs = tokens_of([result.log_probs for result in results])
+    entropy = tokens_of([result.entropy for result in results])
+    ref_log_probs = tokens_of([result.ref_log_probs for result in results])
+    exact = tokens_of([result.exact_kl for result in results])
     scores = unpack_sequences(packs, [result.scores for result in results]).double().numpy()
     kl = {} if panel.reference is None else {"exact": exact} | _estimated_kl(log_probs, ref_log_probs)
     tokenizer = panel.writers[part].tokenizer

@@ -226,13 +226,21 @@ def _learn(
     first_update = ppo.executor.version
     collected: defaultdict[str, list[float]] = defaultdict(list)
 
-    def batches_of(minibatch: list[int]) -> list[PPOBatch]:
+    def micro_batches_of(minibatch: list[int]) -> list[PPOBatch]:
         return [
-            ppo_batch(packed, scored.log_probs, scored.ref_log_probs, scored.values, experience, kl_coef)
+            ppo_batch(
+                packed,
+                old_log_probs=scored.log_probs,
+                ref_log_probs=scored.ref_log_probs,
+                old_values=scored.values,
+                advantages=experience.advantages,
+                returns=experience.returns,
+                kl_coef=kl_coef,
+            )
             for packed in pack_rollout(ppo, rollout, minibatch)
         ]
 
-    prefetched = Prefetch(map(batches_of, _minibatches(ppo, step, len(rollout.texts))))
+    prefetched = Prefetch(map(micro_batches_of, _minibatches(ppo, step, len(rollout.texts))))
     for minibatch, micro_batches in enumerate(prefetched):
         version, rate = ppo.executor.version, learning_rate(settings, step, minibatch)
         metrics = ppo.executor.step("critic" if warmup else "ppo", micro_batches, rate, overlap=prefetched.prepare)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOConfig
-from rlhf.data.collate import PackedCompletions, pack_completions, unpack_sequences, unpack_tokens
+from rlhf.data.collate import (
+    JoinedCompletions,
+    PackedCompletions,
+    join_completions,
+    pack_completions,
+    unpack_sequences,
+    unpack_tokens,
+)
 from rlhf.data.dataset import Dataset
 from rlhf.errors import NonFiniteError
 from rlhf.execution.executor import Executor
@@ -48,6 +55,8 @@ class Rollout(NamedTuple):
     prompts: list[np.ndarray]
     """Token ids of each prompt."""
     completions: Completions
+    joined: JoinedCompletions
+    """The same behind their prompts, of which every micro-batch is packed."""
     texts: list[str]
     version: int
     """Of the policy that made them."""
@@ -81,17 +90,21 @@ def make_rollout(ppo: PPO, step: int) -> Rollout:
     keys = fold_in(fold_in(fold_in(ppo.run.key(Purpose.SAMPLING), step).expand(len(records), 2), places), samples)
     version = ppo.executor.version
     completions = complete(ppo.executor, prompts, keys, rows=settings.rollout_batch_size)
-    texts = texts_of(ppo.policy.tokenizer, completions)
-    return Rollout([ppo.prompts.columns(record) for record in records], prompts, completions, texts, version)
+    return Rollout(
+        columns=[ppo.prompts.columns(record) for record in records],
+        prompts=prompts,
+        completions=completions,
+        joined=join_completions(prompts, completions.tokens, completions.mask.sum(dim=1)),
+        texts=texts_of(ppo.policy.tokenizer, completions),
+        version=version,
+    )
 
 
 def pack_rollout(ppo: PPO, rollout: Rollout, which: Sequence[int]) -> list[PackedCompletions]:
     """Micro-batches of some of the completions."""
     needed = max(map(len, rollout.prompts)) + ppo.settings.max_new_tokens
     return pack_completions(
-        rollout.prompts,
-        rollout.completions.tokens,
-        rollout.completions.mask.sum(dim=1),
+        rollout.joined,
         which,
         rows=ppo.settings.micro_batch_size,
         row_length=max(needed, min(_ROW_LENGTH, ppo.context)),
@@ -108,13 +121,15 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     settings, completions = ppo.settings, rollout.completions
     packs = pack_rollout(ppo, rollout, range(len(rollout.texts)))
     results = ppo.executor.map("score", [pack.batch for pack in packs])
-    ref_log_probs, log_probs, values = (
-        unpack_tokens(packs, [result[field] for result in results], completions.mask.shape) for field in range(3)
-    )
+    shape = completions.mask.shape
+    ref_log_probs = unpack_tokens(packs, [result.ref_log_probs for result in results], shape)
     raw, total = _sum_sources(ppo, rollout, unpack_sequences(packs, [result.scores for result in results]))
-    if not recomputes_log_probs(settings, ppo.run.dtype):
-        log_probs = completions.log_probs
-        values = completions.values if ppo.shapes.critic is None else values
+    recomputed = recomputes_log_probs(settings, ppo.run.dtype)
+    log_probs, values = completions.log_probs, completions.values
+    if recomputed:
+        log_probs = unpack_tokens(packs, [result.log_probs for result in results], shape)
+    if recomputed or ppo.shapes.critic is not None:
+        values = unpack_tokens(packs, [result.values for result in results], shape)
     bootstrap_values = unpack_sequences(packs, [result.bootstrap_values for result in results])
     for name, array in {
         "log-prob": log_probs,
