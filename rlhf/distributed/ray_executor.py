@@ -95,7 +95,7 @@ class RayExecutor:
 
     def update_frozen(self, name: str) -> None:
         """See `Executor.update_frozen`."""
-        self._change("blend", name)
+        self._change("update_frozen", name)
 
     def reset_optimizer(self) -> None:
         """See `Executor.reset_optimizer`."""
@@ -171,7 +171,7 @@ class RayExecutor:
     def _do(self, method: str, *arguments: Any, **options: Any) -> Any:
         if method == "step":
             return self._step(*arguments, **options)
-        return self._call(self._workers if method == "blend" else self._members, method, *arguments)
+        return self._call(self._workers if method == "update_frozen" else self._members, method, *arguments)
 
     def _step(
         self,

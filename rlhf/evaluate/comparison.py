@@ -25,6 +25,7 @@ from rlhf.io.model_folder import LanguageModel, RewardModel, load_language_model
 from rlhf.kl import KLEstimator, kl_estimate
 from rlhf.models.decoding import Completions
 from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.scoring import cast_frozen
 from rlhf.random import Purpose, fold_in, key
 from rlhf.types import Params
 
@@ -157,7 +158,7 @@ def make_program(
                 temperature=sampling.temperature,
             ),
         )
-    return Program({}, eval_fns, {})
+    return Program({}, eval_fns, {}, prepare_frozen=functools.partial(cast_frozen, dtype=dtype))
 
 
 def answer(

@@ -65,6 +65,8 @@ class Program(NamedTuple):
     """(params, frozen, micro-batch) -> any tree of tensors, by name."""
     frozen_updates: dict[str, Callable[[Params, Params], Params]]
     """(frozen model, params) -> its new value, by the frozen model's name (a reference that follows the policy)."""
+    prepare_frozen: Callable[[Params], Params] = lambda model: model
+    """What a frozen model is computed with, such as the same in another dtype: made once in each process."""
     compile_to: Path | None = None
     """Where compiled code is kept, if the steps' gradients are to be compiled; None runs them as they are."""
 

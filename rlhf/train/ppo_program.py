@@ -17,7 +17,7 @@ from rlhf.io.reward_sources import RewardSource
 from rlhf.models.decoding import decode_steps
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.heads import init_value_head, value_head_from_reward
-from rlhf.models.scoring import make_scorer
+from rlhf.models.scoring import cast_frozen, make_scorer
 from rlhf.schedules import constant
 from rlhf.train.ppo_objective import make_ppo_objective
 from rlhf.train.stage_inputs import lr_at_step, make_schedule
@@ -152,6 +152,7 @@ def make_program(
             "score": score if compile_to is None else compiled(score, compile_to),
         },
         frozen_updates={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
+        prepare_frozen=functools.partial(cast_frozen, dtype=dtype),
         compile_to=compile_to,
     )
 
