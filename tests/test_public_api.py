@@ -31,8 +31,8 @@ SIGNATURES = {
     "init_value_head": "n_embd",
     "kl_estimate": "log_probs, ref_log_probs, estimator",
     "linear": "value, total_steps, warmup_steps, final",
-    "make_experience": "scores, log_probs, ref_log_probs, values, mask, kl_coef, kl_estimator, kl_in_loss, gamma, lam, "
-    "whiten_rewards, whiten_advantages, bootstrap_value",
+    "make_experience": "scores, log_probs, ref_log_probs, values, mask, groups, estimator, kl_coef, kl_estimator, "
+    "kl_in_loss, gamma, lam, whiten_rewards, whiten_advantages, bootstrap_value",
     "masked_mean": "values, mask",
     "masked_sum": "values, mask",
     "masked_var": "values, mask, unbiased",

@@ -97,6 +97,7 @@ ALWAYS: dict[type, dict[str, str]] = {
         "ppo.value_coef": "every loss",
         "ppo.entropy_coef": "every loss",
         "ppo.critic": "the value function",
+        "ppo.estimator": "every advantage",
         "ppo.recompute_log_probs": "every rollout",
     },
     EvaluateConfig: COMPUTE

@@ -206,15 +206,20 @@ def ppo_batch(
     *,
     old_log_probs: Tensor,
     ref_log_probs: Tensor,
-    old_values: Tensor,
+    old_values: Tensor | None,
     advantages: Tensor,
-    returns: Tensor,
+    returns: Tensor | None,
     kl_coef: float,
 ) -> PPOBatch:
-    """The packed tokens with what the update needs of them; all arrays [B, T] over the iteration's completions."""
+    """The packed tokens with what the update needs of them.
 
-    def tokens_of(array: Tensor) -> Tensor:
-        return pad_to_two(array.flatten()[packed.cells])
+    Arrays are [B, T] over the iteration's completions; old values and returns are None, and zeros in the batch, without
+    a critic.
+    """
+
+    def tokens_of(array: Tensor | None) -> Tensor:
+        flat = torch.zeros(len(packed.cells)) if array is None else array.flatten()[packed.cells]
+        return pad_to_two(flat)
 
     return PPOBatch(
         rows=packed.batch.rows,

@@ -17,6 +17,7 @@ from rlhf.data.collate import Prefetch, ppo_batch
 from rlhf.data.schema import PROMPTS
 from rlhf.distributed.compute_context import compile_obstacle
 from rlhf.errors import UserError
+from rlhf.estimators import ESTIMATORS
 from rlhf.experience import Experience, make_experience
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
@@ -180,6 +181,8 @@ def _iterate(ppo: PPO, step: int, facts: Facts, log: RunLog) -> tuple[dict[str, 
         scored.ref_log_probs,
         scored.values,
         rollout.completions.mask,
+        groups=rollout.groups,
+        estimator=ESTIMATORS[settings.estimator],
         kl_coef=kl_coef,
         kl_estimator="k1" if settings.kl_estimator == "exact" else settings.kl_estimator,
         kl_in_loss=settings.kl_in_loss,

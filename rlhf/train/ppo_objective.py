@@ -41,7 +41,7 @@ def make_ppo_objective(
 
     Args:
         config: shape of the policy.
-        critic_config: shape of a separate critic; None for a value head on the policy's trunk.
+        critic_config: shape of a separate critic; None for params["value_head"] on the policy's trunk, or no critic.
         dtype: of the trained models' forward and backward pass; the reference comes in its own (`cast_frozen`).
         temperature: as when sampling.
         clip_eps: of `rlhf.losses.ppo_policy_loss`.
@@ -93,6 +93,8 @@ def make_ppo_objective(
 
     def both(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics]:
         loss, metrics, hidden = of_policy(params, frozen, batch)
+        if "value_head" not in params:
+            return loss, metrics
         return add_results([(loss, metrics), of_values(apply_head(params["value_head"], hidden), batch)])
 
     def policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics]:

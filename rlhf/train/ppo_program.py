@@ -31,7 +31,7 @@ class ModelShapes(NamedTuple):
 
     policy: GPT2Config
     critic: GPT2Config | None
-    """The separate critic's; None with a value head on the policy."""
+    """The separate critic's; None with a value head on the policy, or no critic."""
     reward_models: tuple[GPT2Config, ...]
     stop_ids: tuple[int, ...]
     """Ids that end a completion."""
@@ -97,7 +97,7 @@ def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
 def make_program(
     shapes: ModelShapes, settings: PPOConfig, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """PPO's work: `rollout` and `score`, then `ppo` steps, or `critic` steps while it warms up.
+    """PPO's work: `rollout` and `score`, then `ppo` steps, or `critic` steps while a critic warms up.
 
     Args:
         shapes: of the models.
@@ -131,11 +131,11 @@ def make_program(
         bootstrap=settings.bootstrap_truncated,
     )
     warmup_adamw = make_adamw(settings, rate, lambda name: float(not name.startswith("policy.")))
+    steps = {"ppo": StepSpec(objective(), make_adamw(settings, rate), settings.max_grad_norm, limit)}
+    if settings.critic != "none":
+        steps["critic"] = StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm)
     return Program(
-        steps={
-            "ppo": StepSpec(objective(), make_adamw(settings, rate), settings.max_grad_norm, limit),
-            "critic": StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm),
-        },
+        steps=steps,
         eval_fns={
             "rollout": make_completion_fn(
                 shapes.policy,
@@ -158,7 +158,9 @@ def make_program(
 
 
 def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSource | None) -> Params:
-    """The value head, or a separate critic that starts by predicting its source's part of the score."""
+    """The value head, a separate critic that starts by predicting its source's part of the score, or nothing."""
+    if settings.critic == "none":
+        return {}
     if settings.critic == "shared":
         return {"value_head": init_value_head(policy.config.n_embd)}
     if source is None or source.model is None:

@@ -54,6 +54,8 @@ class Rollout(NamedTuple):
     """Each completion's record of the prompt file."""
     prompts: list[np.ndarray]
     """Token ids of each prompt."""
+    groups: Tensor
+    """[B] int64: equal for completions of one prompt."""
     completions: Completions
     joined: JoinedCompletions
     """The same behind their prompts, of which every micro-batch is packed."""
@@ -69,8 +71,8 @@ class Scored(NamedTuple):
     """[B, T] nats, policy."""
     ref_log_probs: Tensor
     """[B, T] nats, reference."""
-    values: Tensor
-    """[B, T] reward units."""
+    values: Tensor | None
+    """[B, T] reward units; None without a critic."""
     scores: Tensor
     """[B] reward units, shaped: what the policy is rewarded with."""
     raw: dict[str, Tensor]
@@ -93,6 +95,7 @@ def make_rollout(ppo: PPO, step: int) -> Rollout:
     return Rollout(
         columns=[ppo.prompts.columns(record) for record in records],
         prompts=prompts,
+        groups=places,
         completions=completions,
         joined=join_completions(prompts, completions.tokens, completions.mask.sum(dim=1)),
         texts=texts_of(ppo.policy.tokenizer, completions),
@@ -125,10 +128,10 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     ref_log_probs = unpack_tokens(packs, [result.ref_log_probs for result in results], shape)
     raw, total = _sum_sources(ppo, rollout, unpack_sequences(packs, [result.scores for result in results]))
     recomputed = recomputes_log_probs(settings, ppo.run.dtype)
-    log_probs, values = completions.log_probs, completions.values
+    log_probs, values = completions.log_probs, completions.values if settings.critic == "shared" else None
     if recomputed:
         log_probs = unpack_tokens(packs, [result.log_probs for result in results], shape)
-    if recomputed or ppo.shapes.critic is not None:
+    if settings.critic == "separate" or (settings.critic == "shared" and recomputed):
         values = unpack_tokens(packs, [result.values for result in results], shape)
     bootstrap_values = unpack_sequences(packs, [result.bootstrap_values for result in results])
     for name, array in {
@@ -138,7 +141,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
         "value after the last token": bootstrap_values,
         "reward": total,
     }.items():
-        if not torch.isfinite(array).all():
+        if array is not None and not torch.isfinite(array).all():
             row = int((~torch.isfinite(array)).nonzero()[0, 0])
             raise NonFiniteError(f"a {name} is not finite for the completion {rollout.texts[row]!r}", completions)
     finished = completions.ended | torch.tensor(not settings.stop_at_eos)
@@ -178,7 +181,9 @@ def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experie
         length = line["tokens"]
         pieces = ppo.policy.tokenizer.pieces(rollout.completions.tokens[row, :length].tolist())
         # last in its line, so that a reader can leave it out unparsed
-        line["per_token"] = {"pieces": pieces} | {name: _rounded(rows[row, :length]) for name, rows in arrays.items()}
+        line["per_token"] = {"pieces": pieces} | {
+            name: _rounded(rows[row, :length]) for name, rows in arrays.items() if rows is not None
+        }
     return lines
 
 
