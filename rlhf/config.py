@@ -275,8 +275,7 @@ class PPOConfig(OptimizerConfig):
     """A minibatch's approximate KL, in nats per token, above which updates stop early; kl_target steers kl_coef."""
 
     critic: Literal["none", "shared", "separate"] = "separate"
-    """Value function: none, with an estimator that reads no values; a head on the policy; or a model of its own,
-    started from the reward model where there is one."""
+    """Value function: none; a head on the policy; or a model of its own, from the reward model where there is one."""
     critic_warmup: NonNegativeInt = 0
     """Iterations at the start in which only the value function learns; fewer than num_iterations."""
     recompute_log_probs: bool | None = None

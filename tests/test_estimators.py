@@ -13,6 +13,7 @@ from test_stages import copy_run, metrics_of, weights_of
 
 from rlhf.advantages import gae, token_rewards
 from rlhf.config import CheckpointConfig, DistConfig, PPOConfig, PPORun
+from rlhf.distributed import connected
 from rlhf.errors import UserError
 from rlhf.estimators import ESTIMATORS, GAE, AdvantageEstimate, Estimator, register_estimator
 from rlhf.evaluate.evaluate_config import EvaluateConfig
@@ -141,13 +142,6 @@ def test_it_resumes_to_the_bits_of_the_run_that_never_stopped(finished, tmp_path
     assert weights_of(again, "ppo") == weights_of(finished, "ppo")
 
 
-def test_two_workers_give_the_bits_of_one_process(base, finished, tmp_path):
-    run = free_run(base, tmp_path, dist=DistConfig(num_workers=2))
-    run_ppo(run)
-    assert weights_of(run, "ppo") == weights_of(finished, "ppo")
-    assert metrics_of(run, "ppo") == metrics_of(finished, "ppo")
-
-
 def test_what_it_trained_is_evaluated(finished, tmp_path):
     config = EvaluateConfig(
         model_dir=finished.output_dir,
@@ -166,3 +160,11 @@ def test_bf16_recomputes_log_probs_without_a_critic(base, tmp_path):
     run = free_run(base, tmp_path, precision="bf16")
     run_ppo(run)
     assert all(line["val/ratio_first"] == 1.0 for line in metrics_of(run, "ppo"))
+
+
+def test_two_workers_give_the_bits_of_one_process(base, finished, tmp_path):
+    run = free_run(base, tmp_path, dist=DistConfig(num_workers=2))
+    with connected(DistConfig(num_workers=2)):
+        run_ppo(run)
+    assert weights_of(run, "ppo") == weights_of(finished, "ppo")
+    assert metrics_of(run, "ppo") == metrics_of(finished, "ppo")

@@ -16,7 +16,7 @@ from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.heads import apply_head
 from rlhf.ops import entropy, masked_sum, token_log_probs
 from rlhf.tree import tree_map
-from rlhf.types import FrozenParams, Metrics, Params
+from rlhf.types import FrozenParams, MetricSums, Params
 
 
 def make_ppo_objective(
@@ -61,7 +61,7 @@ def make_ppo_objective(
         ref_logits = [unembed(models["reference"], of_reference, aligned=True) for of_reference in ref_hidden]
         return log_probs, entropies, *(exact_kl(logits, of, temperature=temperature) for of in ref_logits)
 
-    def of_policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics, Tensor]:
+    def of_policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums, Tensor]:
         policy = cast_for_compute(params["policy"], dtype)
         hidden = at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
         models, columns = {"policy": unembedding_params(policy)}, [hidden, batch.targets]
@@ -70,7 +70,12 @@ def make_ppo_objective(
             columns.append(at_predictors(frozen["reference"], batch, config))
         log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config.vocab_size))(models, *columns)
         policy_loss, metrics = ppo_policy_loss(
-            log_probs, batch.old_log_probs, batch.advantages, batch.mask, clip_eps=clip_eps, dual_clip=dual_clip
+            log_probs,
+            old_log_probs=batch.old_log_probs,
+            advantages=batch.advantages,
+            mask=batch.mask,
+            clip_eps=clip_eps,
+            dual_clip=dual_clip,
         )
         token_entropy = masked_sum(entropies, batch.mask)
         policy_total = policy_loss - entropy_coef * token_entropy
@@ -85,23 +90,27 @@ def make_ppo_objective(
             metrics["loss/kl_avg"] = kl.detach()
         return policy_coef * policy_total, metrics, hidden
 
-    def of_values(values: Tensor, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+    def of_values(values: Tensor, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         loss, metrics = ppo_value_loss(
-            values, batch.old_values, batch.returns, batch.mask, value_clip_eps=value_clip_eps
+            values,
+            old_values=batch.old_values,
+            returns=batch.returns,
+            mask=batch.mask,
+            value_clip_eps=value_clip_eps,
         )
         return value_coef * loss, metrics
 
-    def both(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+    def both(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         loss, metrics, hidden = of_policy(params, frozen, batch)
         if "value_head" not in params:
             return loss, metrics
         return add_results([(loss, metrics), of_values(apply_head(params["value_head"], hidden), batch)])
 
-    def policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+    def policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         params = params if policy_coef else tree_map(Tensor.detach, params)
         return of_policy(params, frozen, batch)[:2]
 
-    def critic(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+    def critic(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         assert critic_config is not None
         values = _critic(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
         return of_values(values, batch)

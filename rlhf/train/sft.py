@@ -39,7 +39,7 @@ from rlhf.train.stage_inputs import (
 )
 from rlhf.train.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
 from rlhf.tree import tree_sum
-from rlhf.types import FrozenParams, Metrics, Params
+from rlhf.types import FrozenParams, MetricSums, Params
 
 
 def run_sft(config: SFTRun) -> StageResult:
@@ -125,14 +125,14 @@ def make_sft_objective(
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
-) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, Metrics]]:
+) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, MetricSums]]:
     """(GPT-2, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = unembed(params, hidden, aligned=True)
         return token_log_probs(logits, targets), is_argmax(logits.detach(), targets).float()
 
-    def objective(params: Params, frozen: FrozenParams, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def objective(params: Params, frozen: FrozenParams, batch: TokenBatch) -> tuple[Tensor, MetricSums]:
         params = cast_for_compute(params, dtype)
         hidden = packed_hidden_states(
             params, batch.rows, config, dropout=dropout, key=batch.key, gradient_checkpointing=gradient_checkpointing
@@ -140,7 +140,7 @@ def make_sft_objective(
         log_probs, correct = in_chunks(per_token, chunk_size(config.vocab_size))(
             unembedding_params(params), gather_rows(hidden, batch.predictors), batch.targets
         )
-        loss, metrics = sft_loss(log_probs, batch.mask)
+        loss, metrics = sft_loss(log_probs, mask=batch.mask)
         return loss, metrics | {"sft/accuracy": masked_sum(correct, batch.mask)}
 
     return objective
