@@ -93,10 +93,10 @@ class PPOBatch(NamedTuple):
     ref_log_probs: Tensor
     """[C] float32, nats, reference."""
     old_values: Tensor
-    """[C] float32, reward units, when sampled."""
+    """[C] float32, reward units, when sampled; zeros without a critic."""
     advantages: Tensor
     """[C] float32, reward units."""
     returns: Tensor
-    """[C] float32, reward units."""
+    """[C] float32, reward units; zeros without a critic."""
     kl_coef: Tensor
     """[] float32: weight of the KL where it is part of the loss."""

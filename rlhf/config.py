@@ -252,6 +252,8 @@ class PPOConfig(OptimizerConfig):
     """Move the reference towards the policy after each iteration: reference = ref_ema reference + (1 - ref_ema) policy.
     None keeps it fixed."""
 
+    estimator: str = "gae"
+    """Advantages: gae (generalised advantage estimation), or another that is registered (`rlhf.estimators`)."""
     gamma: UnitInterval = 1.0
     """Discount per token."""
     lam: UnitInterval = 0.95
@@ -274,8 +276,8 @@ class PPOConfig(OptimizerConfig):
     target_kl: PositiveFloat | None = None
     """A minibatch's approximate KL, in nats per token, above which updates stop early; kl_target steers kl_coef."""
 
-    critic: Literal["separate", "shared"] = "separate"
-    """Value function: a model of its own, started from the reward model where there is one; or a head on the policy."""
+    critic: Literal["none", "shared", "separate"] = "separate"
+    """Value function: none; a head on the policy; or a model of its own, from the reward model where there is one."""
     critic_warmup: NonNegativeInt = 0
     """Iterations at the start in which only the value function learns; fewer than num_iterations."""
     recompute_log_probs: bool | None = None

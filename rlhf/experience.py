@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.advantages import gae, token_rewards
-from rlhf.checks import check_mask, check_value
+from rlhf.advantages import token_rewards
+from rlhf.checks import check_mask, check_same_shape, check_value
+from rlhf.estimators import GAE, AdvantageEstimate, Estimator, RewardedCompletions
 from rlhf.kl import KLEstimator, kl_estimate
 from rlhf.ops import masked_mean, masked_var, upcast, whiten
 from rlhf.types import Metrics
@@ -17,8 +18,8 @@ class Experience(NamedTuple):
 
     advantages: Tensor
     """[B, T] float32, reward units or whitened."""
-    returns: Tensor
-    """[B, T] float32, reward units: targets of the value function."""
+    returns: Tensor | None
+    """[B, T] float32, reward units: targets of the value function; None without a critic."""
     kl: Tensor
     """[B, T] float32, nats: KL(policy || reference) per token."""
     metrics: Metrics
@@ -62,9 +63,11 @@ def make_experience(
     scores: Tensor,
     log_probs: Tensor,
     ref_log_probs: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     mask: Tensor,
     *,
+    groups: Tensor | None = None,
+    estimator: Estimator = GAE,
     kl_coef: float | Tensor,
     kl_estimator: KLEstimator = "k1",
     kl_in_loss: bool = False,
@@ -74,7 +77,7 @@ def make_experience(
     whiten_advantages: bool = True,
     bootstrap_value: Tensor | None = None,
 ) -> Experience:
-    """Token rewards (KL penalty and score), GAE, and whitening over the whole batch.
+    """Token rewards (KL penalty and score), an estimator's advantages, and whitening over the whole batch.
 
     Source: Ziegler et al. 2019, section 2; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO",
     https://arxiv.org/abs/2403.17031.
@@ -83,13 +86,15 @@ def make_experience(
         scores: [B] float, shaped (`postprocess_scores`); constant.
         log_probs: [B, T] float, nats, policy; constant.
         ref_log_probs: [B, T] float, nats, reference; constant.
-        values: [B, T] float, reward units; constant.
+        values: [B, T] float, reward units; constant. None where the estimator needs no critic.
         mask: [B, T] bool, True on each row's tokens. It may have holes, such as the results of tools: a row then gives
             what it would without them.
+        groups: [B] int64, equal for completions of one prompt; estimators that compare these read it.
+        estimator: of the advantages (`rlhf.estimators`).
         kl_coef: reward units per nat.
         kl_estimator: per-token KL.
         kl_in_loss: leave the KL out of the rewards, because the loss has it.
-        gamma: discount of GAE.
+        gamma: discount per token.
         lam: lambda of GAE.
         whiten_rewards: scale token rewards to unit variance, keeping their mean.
         whiten_advantages: zero mean and unit variance over the batch's tokens.
@@ -98,33 +103,68 @@ def make_experience(
     Returns:
         An `Experience`. Its metrics: `objective/kl`, `objective/entropy` (minus the sum of log-probs),
         `objective/scores`, `objective/non_score_reward` and `objective/rlhf_reward`, which is their sum, all per
-        completion; `val/mean`, `val/explained_variance` of the returns; `response_length/mean`.
+        completion; `val/mean`, `val/explained_variance` of the returns, where there is a critic;
+        `response_length/mean`.
 
     Raises:
-        ValueError: shapes do not match, or a number is out of range.
+        ValueError: shapes do not match, a number is out of range, or the estimator needs values and gets none, or the
+            other way round.
         TypeError: mask is not bool.
     """
-    scores, log_probs, ref_log_probs, values = (upcast(x.detach()) for x in (scores, log_probs, ref_log_probs, values))
+    _check_critic("make_experience", estimator, values=values)
+    scores, log_probs, ref_log_probs = (upcast(x.detach()) for x in (scores, log_probs, ref_log_probs))
+    values = None if values is None else upcast(values.detach())
     kl = kl_estimate(log_probs, ref_log_probs, estimator=kl_estimator)
-    check_mask("make_experience", mask, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values, kl=kl)
+    check_mask("make_experience", mask, log_probs=log_probs, ref_log_probs=ref_log_probs, kl=kl)
     kl = torch.where(mask, kl, 0.0)
     penalty = 0.0 if kl_in_loss else kl_coef
     rewards = token_rewards(scores, kl, mask, kl_coef=penalty)
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    bootstrap_value = None if bootstrap_value is None else bootstrap_value.detach()
-    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_value=bootstrap_value)
+    completions = RewardedCompletions(
+        scores=scores,
+        kl=kl,
+        rewards=rewards,
+        mask=mask,
+        groups=groups,
+        values=values,
+        bootstrap_value=None if bootstrap_value is None else bootstrap_value.detach(),
+        gamma=gamma,
+        lam=lam,
+    )
+    advantages, returns = _estimate(estimator, completions)
     non_score = -penalty * kl.sum(dim=-1)
-    unexplained = masked_var(returns - values, mask)
     metrics = {
         "objective/kl": kl.sum(dim=-1).mean(),
         "objective/entropy": -torch.where(mask, log_probs, 0.0).sum(dim=-1).mean(),
         "objective/scores": scores.mean(),
         "objective/non_score_reward": non_score.mean(),
         "objective/rlhf_reward": (scores + non_score).mean(),
-        "val/mean": masked_mean(values, mask),
-        "val/explained_variance": 1.0 - unexplained / masked_var(returns, mask).clamp(min=1e-8),
-        "response_length/mean": mask.sum(dim=-1).float().mean(),
     }
+    if values is not None and returns is not None:
+        unexplained = masked_var(returns - values, mask)
+        metrics["val/mean"] = masked_mean(values, mask)
+        metrics["val/explained_variance"] = 1.0 - unexplained / masked_var(returns, mask).clamp(min=1e-8)
+    metrics["response_length/mean"] = mask.sum(dim=-1).float().mean()
     metrics = {name: metric.detach() for name, metric in metrics.items()}
     return Experience(whiten(advantages, mask) if whiten_advantages else advantages, returns, kl, metrics)
+
+
+def _estimate(estimator: Estimator, completions: RewardedCompletions) -> AdvantageEstimate:
+    """The estimator's result, checked, 0 where the mask is False."""
+    advantages, returns = estimator.function(completions)
+    function, mask = f"estimator {estimator.name}", completions.mask
+    _check_critic(function, estimator, returns=returns)
+    check_same_shape(function, mask=mask, advantages=advantages)
+    if returns is not None:
+        check_same_shape(function, mask=mask, returns=returns)
+        returns = torch.where(mask, upcast(returns), 0.0)
+    return AdvantageEstimate(torch.where(mask, upcast(advantages), 0.0), returns)
+
+
+def _check_critic(function: str, estimator: Estimator, **tensor: Tensor | None) -> None:
+    """Raise ValueError unless a tensor of the critic's is there exactly where the estimator needs one."""
+    ((name, x),) = tensor.items()
+    rule = f"{'a tensor' if estimator.needs_critic else 'None'} with the estimator {estimator.name}"
+    got = "None" if x is None else "a tensor"
+    check_value(function, (x is not None) == estimator.needs_critic, rule, **{name: got})

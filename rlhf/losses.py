@@ -1,9 +1,17 @@
 """The losses of the three stages, as sums over what counts.
 
-Each returns `(loss_sum, metrics)`: the sum over the mask, and detached sums under their final names with
-`"count"`, the weight that everything is divided by, once, over the global batch (`rlhf.ops.mean_metrics`). So
-splitting a batch in any way changes nothing. Masked positions may hold anything, NaN included; an all-False mask
-gives 0 with zero gradient.
+Each returns `(loss_sum, sums)`: the sum over the mask, and `MetricSums`, detached sums under the names of their means
+with `"count"`, the number of entries that count. Everything is divided by it once, over the global batch
+(`rlhf.ops.mean_metrics`), so that splitting a batch in any way changes nothing. Masked positions may hold anything,
+NaN included; an all-False mask gives 0 with zero gradient.
+
+The first tensor is positional, all else goes by keyword. `weights`, constant and broadcast to the mask, scale each
+entry's part of the loss and of its metric under `loss/`, not the count. With N entries in the global batch, in B
+sequences, a division by the count makes of
+
+    None          the mean over tokens
+    N / (B n_i)   the mean over sequences of their means, n_i the tokens of sequence i, as [B, 1]
+    N / (B L)     the mean over sequences of their sums divided by a constant L, as []
 
 Inputs called constant are detached: they receive no gradient, whatever they were computed from. Everything is computed
 and returned in float32 at least: half-precision inputs are upcast first, float64 stays float64. Coefficients may be
@@ -17,13 +25,13 @@ from torch import Tensor
 from rlhf.checks import check_mask, check_same_shape, check_value
 from rlhf.kl import ratio_of
 from rlhf.ops import upcast
-from rlhf.types import Metrics
+from rlhf.types import MetricSums
 
 
-def sft_loss(log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
+def sft_loss(log_probs: Tensor, *, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, MetricSums]:
     """Cross-entropy of the tokens that count: the completion's, or all of them.
 
-        L = - sum_t m_t log pi(y_t | x, y_<t)
+        L = - sum_t w_t m_t log pi(y_t | x, y_<t)
 
     Source: maximum likelihood; the completion-only mask is that of Touvron et al. 2023, "Llama 2", section 3.1,
     https://arxiv.org/abs/2307.09288.
@@ -31,31 +39,33 @@ def sft_loss(log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
     Args:
         log_probs: [...] float, nats (`rlhf.ops.token_log_probs`); differentiated.
         mask: [...] bool, True on the tokens to learn.
+        weights: broadcast to [...]; constant; None is 1.
 
     Returns:
         loss: [] sum.
-        metrics: `loss/sft` (nats per token), `count` (tokens).
+        sums: `loss/sft` (nats per token), `count` (tokens).
 
     Raises:
         ValueError: shapes differ.
         TypeError: mask is not bool.
     """
     check_mask("sft_loss", mask, log_probs=log_probs)
-    loss = -torch.where(mask, upcast(log_probs), 0.0).sum()
+    loss = -_weighted_sum("sft_loss", torch.where(mask, upcast(log_probs), 0.0), mask, weights)
     return loss, {"loss/sft": loss.detach(), "count": mask.sum()}
 
 
 def reward_loss(
     chosen_scores: Tensor,
+    *,
     rejected_scores: Tensor,
     mask: Tensor | None = None,
-    *,
+    weights: Tensor | None = None,
     margin: Tensor | None = None,
     centre_coef: float | Tensor = 0.0,
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, MetricSums]:
     """Bradley-Terry loss of preference pairs.
 
-        L = sum_i -log sigmoid(c_i - r_i - margin_i) + centre_coef (c_i + r_i)^2
+        L = sum_i w_i (-log sigmoid(c_i - r_i - margin_i) + centre_coef (c_i + r_i)^2)
 
     Source: Christiano et al. 2017, https://arxiv.org/abs/1706.03741, in the form of Ouyang et al. 2022, eq. 1; margin:
     Touvron et al. 2023 (Llama 2), eq. 2, https://arxiv.org/abs/2307.09288; centring: Eisenstein et al. 2023,
@@ -65,12 +75,13 @@ def reward_loss(
         chosen_scores: [B] float, reward units; differentiated.
         rejected_scores: [B] float; differentiated.
         mask: [B] bool, True on real pairs; None counts all.
+        weights: broadcast to [B]; constant; None is 1.
         margin: [B] float, how much better the chosen must be; constant; None is 0.
         centre_coef: >= 0; pulls the pair's sum to zero, which the comparison itself leaves free.
 
     Returns:
         loss: [] sum over pairs; finite, with the right gradient, at any finite margin.
-        metrics: `loss/reward`, `reward/accuracy` (a tie counts half), `reward/margin`, `count` (pairs).
+        sums: `loss/reward`, `reward/accuracy` (a tie counts half), `reward/margin`, `count` (pairs).
 
     Raises:
         ValueError: shapes differ, or centre_coef is negative.
@@ -86,7 +97,7 @@ def reward_loss(
         check_same_shape("reward_loss", chosen_scores=chosen_scores, margin=margin)
         required = difference - torch.where(mask, _constant(margin), 0.0)
     per_pair = -F.logsigmoid(required) + centre_coef * (chosen + rejected).square()
-    loss = torch.where(mask, per_pair, 0.0).sum()
+    loss = _weighted_sum("reward_loss", torch.where(mask, per_pair, 0.0), mask, weights)
     correct = (difference > 0).float() + 0.5 * (difference == 0).float()
     return loss, {
         "loss/reward": loss.detach(),
@@ -98,16 +109,17 @@ def reward_loss(
 
 def ppo_policy_loss(
     log_probs: Tensor,
+    *,
     old_log_probs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    *,
+    weights: Tensor | None = None,
     clip_eps: float | Tensor = 0.2,
     dual_clip: float | Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, MetricSums]:
     """Clipped surrogate policy loss.
 
-        L = - sum_t m_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t),   r_t = exp(log_probs_t - old_log_probs_t)
+        L = - sum_t w_t m_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t),   r_t = exp(log_probs_t - old_log_probs_t)
         with dual_clip c, where A_t < 0:  - max(min(...), c A_t)
 
     Above `rlhf.kl.MAX_LOG_RATIO` exp is continued by its tangent (`rlhf.kl.ratio_of`): loss and gradient are finite at
@@ -121,12 +133,13 @@ def ppo_policy_loss(
         old_log_probs: [...] float, nats, policy that sampled; constant.
         advantages: [...] float, reward units; constant.
         mask: [...] bool, True where the token counts.
+        weights: broadcast to [...]; constant; None is 1.
         clip_eps: dimensionless, above 0.
         dual_clip: None, or above 1: bounds the loss of a bad token whose ratio has exploded.
 
     Returns:
         loss: [] sum.
-        metrics: `loss/policy_avg`, `policy/clipfrac_avg` (share of tokens where the clipped term is the larger loss),
+        sums: `loss/policy_avg`, `policy/clipfrac_avg` (share of tokens where the clipped term is the larger loss),
             `policy/approxkl_avg` (nats: half the squared log-ratio, as TRL), `val/ratio`, `count` (tokens).
 
     Raises:
@@ -144,7 +157,7 @@ def ppo_policy_loss(
     per_token = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)
-    loss = per_token.sum()
+    loss = _weighted_sum("ppo_policy_loss", per_token, mask, weights)
     return loss, {
         "loss/policy_avg": loss.detach(),
         "policy/clipfrac_avg": (clipped > unclipped).float().sum(),
@@ -155,11 +168,17 @@ def ppo_policy_loss(
 
 
 def ppo_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_eps: float | Tensor = 0.2
-) -> tuple[Tensor, Metrics]:
+    values: Tensor,
+    *,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    weights: Tensor | None = None,
+    value_clip_eps: float | Tensor = 0.2,
+) -> tuple[Tensor, MetricSums]:
     """Clipped squared error of the value function.
 
-        L = 1/2 sum_t m_t max((V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2)
+        L = 1/2 sum_t w_t m_t max((V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2)
 
     Source: the `baselines` implementation of PPO (https://github.com/openai/baselines, ppo2), kept by
     lm-human-preferences and TRL; not in the paper.
@@ -169,11 +188,12 @@ def ppo_value_loss(
         old_values: [...] float, when sampled; constant.
         returns: [...] float, targets; constant.
         mask: [...] bool, True where the token counts.
+        weights: broadcast to [...]; constant; None is 1.
         value_clip_eps: reward units, above 0; `inf` for the plain squared error.
 
     Returns:
         loss: [] sum; never below the unclipped one.
-        metrics: `loss/value_avg`, `val/clipfrac_avg` (share where the clipped error is the larger), `count` (tokens).
+        sums: `loss/value_avg`, `val/clipfrac_avg` (share where the clipped error is the larger), `count` (tokens).
 
     Raises:
         ValueError: shapes differ, or value_clip_eps is not positive.
@@ -186,12 +206,22 @@ def ppo_value_loss(
     )
     within = torch.clamp(values, old_values - value_clip_eps, old_values + value_clip_eps)
     unclipped, clipped = (values - returns).square(), (within - returns).square()
-    loss = 0.5 * torch.maximum(unclipped, clipped).sum()
+    loss = 0.5 * _weighted_sum("ppo_value_loss", torch.maximum(unclipped, clipped), mask, weights)
     return loss, {
         "loss/value_avg": loss.detach(),
         "val/clipfrac_avg": (clipped > unclipped).float().sum(),
         "count": mask.sum(),
     }
+
+
+def _weighted_sum(function: str, per_entry: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of what is 0 where the mask is False, each entry times its weight."""
+    if weights is None:
+        return per_entry.sum()
+    got, shape = tuple(weights.shape), tuple(mask.shape)
+    fits = len(got) <= len(shape) and all(n in (1, m) for n, m in zip(reversed(got), reversed(shape), strict=False))
+    check_value(function, fits, f"to broadcast to {shape}", **{"weights.shape": got})
+    return (per_entry * torch.where(mask, _constant(weights), 0.0)).sum()
 
 
 def _constant(x: Tensor) -> Tensor:

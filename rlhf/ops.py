@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.accelerate import accelerated
 from rlhf.checks import check_integer, check_mask, check_same_shape, check_value
-from rlhf.types import Metrics
+from rlhf.types import Metrics, MetricSums
 
 _VARIANCE_EPS = 1e-8
 
@@ -153,7 +153,7 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def mean_metrics(sums: Metrics) -> Metrics:
+def mean_metrics(sums: MetricSums) -> Metrics:
     """Every sum divided by `sums["count"]` (by 1 when that is 0), without the count itself.
 
     Raises:

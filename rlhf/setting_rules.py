@@ -20,8 +20,8 @@ class Rule(NamedTuple):
     """Dotted names."""
     applies: Callable[[Any], bool]
     """config -> whether what is set of them has no effect."""
-    reason: str
-    """What the line says after the flags, with the remedy."""
+    reason: str | Callable[[Any], str]
+    """What the line says after the flags, with the remedy; perhaps of the config."""
     refused: bool = False
     """An error instead of a line."""
 
@@ -41,7 +41,8 @@ def check_rules(config: Any, rules: Sequence[Rule]) -> list[str]:
     for rule in rules:
         changed = [name for name in rule.names if name in values and values[name] != defaults[name]]
         if changed and rule.applies(config):
-            line = f"{', '.join(flag_of(name, values[name]) for name in changed)}: {rule.reason}"
+            reason = rule.reason if isinstance(rule.reason, str) else rule.reason(config)
+            line = f"{', '.join(flag_of(name, values[name]) for name in changed)}: {reason}"
             if rule.refused:
                 raise UserError(line)
             lines.append(line)
@@ -74,6 +75,29 @@ def _has_no_warmup_step(ppo: PPOConfig) -> bool:
     minibatches = -(-ppo.batch_size * ppo.samples_per_prompt // ppo.minibatch_size)
     updates = (ppo.num_iterations - ppo.critic_warmup) * ppo.num_epochs * minibatches
     return ppo.warmup_fraction * updates < 1
+
+
+def _is_registered(config: Any) -> bool:
+    from rlhf.estimators import ESTIMATORS  # which imports torch
+
+    return config.ppo.estimator in ESTIMATORS
+
+
+def _needs_critic(config: Any) -> bool:
+    from rlhf.estimators import ESTIMATORS
+
+    return _is_registered(config) and ESTIMATORS[config.ppo.estimator].needs_critic
+
+
+def _estimators(needs_critic: Sequence[bool]) -> str:
+    """The names of registered estimators."""
+    from rlhf.estimators import ESTIMATORS
+
+    return ", ".join(name for name, estimator in ESTIMATORS.items() if estimator.needs_critic in needs_critic)
+
+
+def _has_no_critic(config: Any) -> bool:
+    return bool(config.ppo.critic == "none")
 
 
 _NO_WORKERS = "has no effect without --dist.num-workers"
@@ -233,6 +257,34 @@ PPO_RULES = (
         lambda config: not config.ppo.stop_at_eos,
         "has no effect with --ppo.no-stop-at-eos: every completion ends at --ppo.max-new-tokens",
     ),
+    Rule(
+        ("ppo.estimator",),
+        lambda config: not _is_registered(config),
+        lambda config: f"there is no such estimator; there are: {_estimators((True, False))}",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.critic",),
+        lambda config: _has_no_critic(config) and _needs_critic(config),
+        lambda config: (
+            f"the estimator {config.ppo.estimator} reads values; take shared or separate, or an estimator that "
+            f"reads none: {_estimators((False,)) or 'none is registered'}"
+        ),
+        refused=True,
+    ),
+    Rule(
+        ("ppo.estimator",),
+        lambda config: not _has_no_critic(config) and not _needs_critic(config),
+        "reads no values, which a critic would learn in vain; add --ppo.critic none",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.critic_warmup", "ppo.bootstrap_truncated"),
+        _has_no_critic,
+        "asks for values, of which --ppo.critic none has none; drop one of the two",
+        refused=True,
+    ),
+    Rule(("ppo.value_coef", "ppo.value_clip_eps", "ppo.lam"), _has_no_critic, "has no effect with --ppo.critic none"),
     Rule(("ppo.top_p",), lambda config: config.ppo.top_k == 1, "has no effect with --ppo.top-k 1"),
     Rule(
         ("ppo.normalize_reward",),

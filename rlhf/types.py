@@ -26,6 +26,10 @@ FrozenParams = dict[str, Params]
 """Constant models by name: the reference, reward models."""
 
 Metrics = dict[str, Tensor]
-"""Detached [] tensors by metric name. Losses return sums; `"count"` is the weight they are divided by, once."""
+"""Detached [] tensors by metric name."""
 
-__all__ = ["FrozenParams", "Metrics", "Params", "Tensor", "Tree"]
+MetricSums = dict[str, Tensor]
+"""Detached [] sums over a batch, each by the name of its mean, and `"count"`, by which `rlhf.ops.mean_metrics` divides
+them, once."""
+
+__all__ = ["FrozenParams", "MetricSums", "Metrics", "Params", "Tensor", "Tree"]

@@ -15,6 +15,7 @@ from rlhf.batches import Rows
 from rlhf.data.collate import (
     PackedCompletions,
     Prefetch,
+    join_completions,
     pack_completions,
     pair_batches,
     ppo_batch,
@@ -25,7 +26,6 @@ from rlhf.data.collate import (
 )
 from rlhf.data.dataset import load_dataset
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES
-from rlhf.experience import Experience
 
 MAX_LENGTHS = [8, 13, 40]
 
@@ -194,7 +194,8 @@ REAL = torch.arange(STEPS) < ANSWER_LENGTHS[:, None]
 
 def packs_of(which, rows: int = 2, row_length: int = 13) -> list[PackedCompletions]:
     tokens = torch.where(REAL, ANSWERS, -1)  # what lies behind a completion's end must not be read
-    return pack_completions(PROMPTS, tokens, ANSWER_LENGTHS, which, rows=rows, row_length=row_length)
+    joined = join_completions(PROMPTS, tokens, ANSWER_LENGTHS)
+    return pack_completions(joined, which, rows=rows, row_length=row_length)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 20])
@@ -205,7 +206,7 @@ def test_pack_completions_predicts_every_completion_token(which, rows):
     for pack in packs:
         batch, wanted = pack.batch, {}
         assert batch.rows.tokens.shape[0] <= rows
-        tokens, sequences = len(pack.step), len(pack.sequences)
+        tokens, sequences = len(pack.cells), len(pack.sequences)
         assert batch.mask.tolist() == [True] * tokens + [False] * (len(batch.mask) - tokens)
         assert len(batch.predictors) == len(batch.targets) == len(batch.mask) == max(2, tokens)
         assert len(batch.last) == max(2, sequences)
@@ -218,8 +219,9 @@ def test_pack_completions_predicts_every_completion_token(which, rows):
             for step, token in enumerate(answer):
                 wanted[begin + PROMPT_LENGTHS[number] + step - 1] = (token, number, step)
         predictors, targets = batch.predictors[batch.mask].tolist(), batch.targets[batch.mask].tolist()
-        listed = zip(predictors, targets, pack.sequence.tolist(), pack.step.tolist(), strict=True)
-        assert {predictor: tuple(rest) for predictor, *rest in listed} == wanted
+        cells = [divmod(cell, STEPS) for cell in pack.cells.tolist()]
+        listed = zip(predictors, targets, cells, strict=True)
+        assert {predictor: (target, *cell) for predictor, target, cell in listed} == wanted
         assert len(predictors) == len(wanted)
         last = batch.last[:sequences].tolist()
         assert sorted(zip(last, pack.sequences.tolist(), strict=True)) == sorted(ends)
@@ -229,7 +231,7 @@ def test_unpack_tokens_puts_every_token_back():
     values = torch.where(REAL, torch.arange(COUNT * STEPS, dtype=torch.float64).view(COUNT, STEPS) + 1, torch.nan)
     packs = packs_of(range(COUNT))
     assert len(packs) > 2
-    parts = [values[pack.sequence, pack.step] for pack in packs]
+    parts = [values.flatten()[pack.cells] for pack in packs]
     whole = unpack_tokens(packs, parts, (COUNT, STEPS))
     assert whole.dtype == torch.float64
     assert torch.equal(whole, torch.where(REAL, values, 0.0))
@@ -238,7 +240,7 @@ def test_unpack_tokens_puts_every_token_back():
 def test_unpack_tokens_leaves_what_was_not_packed_at_zero():
     which = [2, 5, 6]
     packs = packs_of(which)
-    whole = unpack_tokens(packs, [torch.ones(len(pack.step)) for pack in packs], (COUNT, STEPS))
+    whole = unpack_tokens(packs, [torch.ones(len(pack.cells)) for pack in packs], (COUNT, STEPS))
     packed = torch.zeros(COUNT, dtype=torch.bool)
     packed[which] = True
     assert torch.equal(whole, (REAL & packed[:, None]).float())
@@ -261,26 +263,17 @@ def test_ppo_batch_gathers_each_tokens_own_numbers():
 
     names = ("old_log_probs", "ref_log_probs", "old_values", "advantages", "returns")
     arrays = dict(zip(names, map(array, range(0, 500, 100)), strict=True))
-    experience = Experience(arrays["advantages"], arrays["returns"], torch.zeros(COUNT, STEPS), {})
     packs = packs_of([8, 1, 10, 3, 4])
-    for pack in packs:
-        batch = ppo_batch(
-            pack, arrays["old_log_probs"], arrays["ref_log_probs"], arrays["old_values"], experience, kl_coef=0.3
-        )
-        assert batch[:4] == pack.batch[:4]
+    batches = [ppo_batch(pack, **arrays, kl_coef=0.3) for pack in packs]
+    for pack, batch in zip(packs, batches, strict=True):
+        for name in ("rows", "predictors", "targets", "mask"):
+            assert getattr(batch, name) is getattr(pack.batch, name)
         assert batch.kl_coef.shape == ()
         assert float(batch.kl_coef) == pytest.approx(0.3)
         for name, values in arrays.items():
-            expected = [values[s, t] for s, t in zip(pack.sequence.tolist(), pack.step.tolist(), strict=True)]
+            expected = [values[divmod(cell, STEPS)] for cell in pack.cells.tolist()]
             assert torch.equal(getattr(batch, name), torch.stack(expected))
     for name, values in arrays.items():
-        parts = [
-            getattr(
-                ppo_batch(p, arrays["old_log_probs"], arrays["ref_log_probs"], arrays["old_values"], experience, 0.3),
-                name,
-            )
-            for p in packs
-        ]
-        whole = unpack_tokens(packs, parts, (COUNT, STEPS))
+        whole = unpack_tokens(packs, [getattr(batch, name) for batch in batches], (COUNT, STEPS))
         rows = [1, 3, 4, 8, 10]
         assert torch.equal(whole[rows], torch.where(REAL, values, 0.0)[rows])

@@ -23,12 +23,11 @@ from rlhf.config import (
     RewardConfig,
     SFTConfig,
 )
-from rlhf.data.collate import pack_completions, pair_batches, ppo_batch, token_batches
+from rlhf.data.collate import join_completions, pack_completions, pair_batches, ppo_batch, token_batches
 from rlhf.data.dataset import TokenSequence
 from rlhf.execution.compiled import compiled, has_compiler
 from rlhf.execution.draws import compiled_draw
 from rlhf.execution.gradients import make_gradient
-from rlhf.experience import Experience
 from rlhf.kernels import products as decoding
 from rlhf.models import gpt2
 from rlhf.models.decoding import generate_completions as generate
@@ -101,12 +100,13 @@ def ppo_batches(config):
     prompts = [sequence(seed, 4, config) for seed in range(6)]
     tokens = torch.from_numpy(np.stack([sequence(seed, 24, config) for seed in range(10, 16)]))
     lengths = torch.tensor([24, 18, 21, 19, 23, 20])
-    arrays = [random.normal(random.key(seed), (6, 24)) for seed in range(20, 25)]
-    experience = Experience(arrays[3], arrays[4], arrays[0], {})
+    names = ("old_log_probs", "ref_log_probs", "old_values", "advantages", "returns")
+    arrays = {name: random.normal(random.key(seed), (6, 24)) for seed, name in enumerate(names, 20)}
+    joined = join_completions(prompts, tokens, lengths)
     return [
-        ppo_batch(packed, *arrays[:3], experience, 0.1)
+        ppo_batch(packed, **arrays, kl_coef=0.1)
         for which in (range(6), [1], range(2, 6))
-        for packed in pack_completions(prompts, tokens, lengths, which, rows=8, row_length=32)
+        for packed in pack_completions(joined, which, rows=8, row_length=32)
     ]
 
 

@@ -92,6 +92,35 @@ def test_bits_do_not_depend_on_where_tensors_lie():
         assert_same_bits((predictions, state), results[0][1:])
 
 
+def test_frozen_models_are_prepared_once_and_updated_and_saved_as_they_were():
+    prepared = []
+
+    def prepare(name, model):
+        prepared.append(name)
+        return {"w": model["w"].bfloat16().float()}
+
+    program = PROGRAM._replace(prepare_frozen=prepare, eval_fns={"frozen": lambda params, frozen, batch: frozen})
+    offset = {"w": torch.tensor([1 / 3, 1.0, 2.0])}
+    executor = LocalExecutor(program, ModelState(MODELS.params, {"offset": offset}), CPU)
+    for _ in range(3):
+        executor.map("frozen", [batch(4, 0)] * 2)
+        executor.step("main", [batch(4, 0)] * 2)
+    assert prepared == ["offset"]
+    executor.update_frozen("offset")
+    expected = 0.5 * offset["w"] + 0.5 * executor.params()["w"]
+    state = executor.snapshot()
+    (frozen,) = executor.map("frozen", [batch(4, 0)])
+    assert len(prepared) == 2
+    assert_same_bits(state["frozen.offset.w"], expected)
+    assert_same_bits(frozen["offset"]["w"], expected.bfloat16().float())
+    assert not torch.equal(expected.bfloat16().float(), expected)
+    resumed = LocalExecutor(program, MODELS, CPU)
+    resumed.restore(state, 3)
+    assert_same_bits(resumed.map("frozen", [batch(4, 0)])[0], frozen)
+    assert_same_bits(resumed.snapshot()["frozen.offset.w"], expected)
+    assert_same_bits(MODELS.frozen["offset"]["w"], torch.ones(3))
+
+
 def test_map_keeps_the_order_and_reads_the_present_parameters():
     executor = LocalExecutor(PROGRAM, MODELS, CPU)
     for _ in range(2):

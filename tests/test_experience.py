@@ -21,6 +21,7 @@ from laws import (
     ragged_mask,
 )
 
+from rlhf.estimators import AdvantageEstimate, Estimator
 from rlhf.experience import Experience, make_experience, postprocess_scores
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -274,3 +275,29 @@ def test_make_experience_rejects_options(options, message):
 def test_make_experience_rejects_masks_that_are_not_bool(dtype):
     with pytest.raises(TypeError, match=rf"mask has dtype {dtype}, expected torch.bool \(True = counts\)$"):
         make_experience(torch.zeros(2), ZEROS, ZEROS, ZEROS, TRUE.to(dtype), kl_coef=0.1)
+
+
+def test_an_estimator_gets_rewards_and_groups_and_no_values_and_its_result_is_checked():
+    scores, log_probs, ref_log_probs, _, mask = scored(3)
+    seen, groups = [], torch.arange(8) // 2
+
+    def estimate(completions):
+        seen.append(completions)
+        return AdvantageEstimate(torch.where(mask, completions.rewards, torch.nan).bfloat16())
+
+    estimator = Estimator("mine", estimate, needs_critic=False)
+    tensors, options = (scores, log_probs, ref_log_probs, None, mask), {"kl_coef": 0.2, "whiten_advantages": False}
+    found = make_experience(*tensors, groups=groups, estimator=estimator, **options)
+    assert_close(seen[0].rewards.sum(dim=1), torch.where(mask.any(dim=1), scores, 0.0) - 0.2 * found.kl.sum(dim=1))
+    assert seen[0].groups is groups
+    assert seen[0].values is None
+    assert found.returns is None
+    assert_same_bits(found.advantages, torch.where(mask, seen[0].rewards, 0.0).bfloat16().float())
+    with pytest.raises(
+        ValueError, match=r"^make_experience: values is a tensor, expected None with the estimator mine$"
+    ):
+        make_experience(scores, log_probs, ref_log_probs, scores, mask, estimator=estimator, **options)
+    with pytest.raises(ValueError, match=r"^estimator mine: advantages has shape \(8,\), expected \(8, 7\) like mask$"):
+        make_experience(
+            *tensors, estimator=estimator._replace(function=lambda c: AdvantageEstimate(c.scores)), **options
+        )

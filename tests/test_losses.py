@@ -25,7 +25,7 @@ from laws import (
 )
 from torch.func import grad, grad_and_value, jvp
 
-from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
+from rlhf import losses
 from rlhf.tree import tree_sum
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -42,8 +42,26 @@ class Loss(NamedTuple):
     differentiated: tuple[int, ...]
 
 
-def margin_loss(chosen, rejected, margin, mask):
-    return reward_loss(chosen, rejected, mask, margin=margin, centre_coef=0.3)
+def sft_loss(log_probs, mask, **options):
+    """This and the next three take tensors by position, as the oracles do."""
+    return losses.sft_loss(log_probs, mask=mask, **options)
+
+
+def reward_loss(chosen, rejected, mask=None, **options):
+    return losses.reward_loss(chosen, rejected_scores=rejected, mask=mask, **options)
+
+
+def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, **options):
+    tensors = {"old_log_probs": old_log_probs, "advantages": advantages, "mask": mask}
+    return losses.ppo_policy_loss(log_probs, **tensors, **options)
+
+
+def ppo_value_loss(values, old_values, returns, mask, **options):
+    return losses.ppo_value_loss(values, old_values=old_values, returns=returns, mask=mask, **options)
+
+
+def margin_loss(chosen, rejected, margin, mask, **options):
+    return reward_loss(chosen, rejected, mask, margin=margin, centre_coef=0.3, **options)
 
 
 def margin_oracle(chosen, rejected, margin, mask):
@@ -185,6 +203,50 @@ def test_constant_inputs_receive_no_gradient(loss):
         assert not grad(lambda *x, n=number: grad(value)(*x).sum(), argnums=number)(*tensors).any()
         tangents = [torch.ones_like(x) if n == number else torch.zeros_like(x) for n, x in enumerate(tensors)]
         assert jvp(value, tuple(tensors), tuple(tangents))[1] == 0
+
+
+@LOSS_CASES
+@pytest.mark.parametrize("weighting", ["token", "sequence", "constant"])
+def test_weights_say_any_weighting_and_any_split_gives_the_same(loss, weighting):
+    """The loss of each row or entry by itself, times its weight: so a division by the count gives what papers have."""
+    tensors, mask = batch(loss, 40, 5, 6)
+    entries, lengths = mask.sum().double(), mask.sum(dim=1, keepdim=True).clamp(min=1).double()
+    weights = {
+        "token": floats(41, 5, 6).abs(),
+        "sequence": entries / (len(mask) * lengths),
+        "constant": entries / (len(mask) * 24),
+    }[weighting].double()
+    alone = torch.zeros(5, 6, dtype=torch.float64)
+    for row, column in mask.nonzero().tolist():
+        only = torch.zeros_like(mask)
+        only[row, column] = True
+        alone[row, column] = loss.function(*tensors, only)[0]
+    value, sums = loss.function(*tensors, mask, weights=weights)
+    assert_close(value, (alone * weights).sum())
+    name = next(name for name in sums if name.startswith("loss/"))
+    assert_close(sums[name], value)
+    plain = loss.function(*tensors, mask)[1]
+    assert_close({key: sums[key] for key in sums if key != name}, {key: plain[key] for key in plain if key != name})
+    expected = {"sequence": (alone / lengths).sum() / 5, "constant": alone.sum() / (5 * 24)}
+    assert_close(value / sums["count"], expected.get(weighting, value / entries))
+    parts = [
+        loss.function(*(x[part] for x in tensors), mask[part], weights=weights[part] if weights.ndim else weights)
+        for part in (slice(0, 2), slice(2, 5))
+    ]
+    assert_close(tree_sum(parts), (value, sums))
+    hidden = torch.where(mask, weights.expand(5, 6), torch.nan).requires_grad_()
+    again, _ = loss.function(*(x.requires_grad_() for x in tensors), mask, weights=hidden)
+    again.backward()
+    assert_close(again.detach(), value)
+    assert hidden.grad is None
+    assert_same_bits(loss.function(*tensors, mask, weights=torch.ones(()))[0], loss.function(*tensors, mask)[0])
+
+
+@LOSS_CASES
+def test_weights_of_another_shape_are_refused(loss):
+    tensors, mask = batch(loss, 42, 2, 3)
+    with pytest.raises(ValueError, match=r"loss: weights.shape is \(2,\), expected to broadcast to \(2, 3\)"):
+        loss.function(*tensors, mask, weights=torch.ones(2))
 
 
 @LOSS_CASES

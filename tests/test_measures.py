@@ -5,7 +5,7 @@ import torch
 from laws import assert_close
 
 from rlhf import random
-from rlhf.data.collate import pack_completions, unpack_tokens
+from rlhf.data.collate import join_completions, pack_completions, unpack_tokens
 from rlhf.evaluate.measures import make_measure
 from rlhf.kl import exact_kl
 from rlhf.models import gpt2
@@ -45,7 +45,7 @@ def test_measures_of_packed_texts_are_those_of_each_alone(models, texts, config)
     params, frozen = models
     prompts, completions, lengths = texts
     measure = make_measure(config, reference=OTHER, reward_models=[OTHER], temperature=0.7)
-    packs = pack_completions(prompts, completions, lengths, range(3), rows=2, row_length=14)
+    packs = pack_completions(join_completions(prompts, completions, lengths), range(3), rows=2, row_length=14)
     results = [measure(params, frozen, pack.batch) for pack in packs]
     found = [unpack_tokens(packs, [result[field] for result in results], (3, 7)) for field in range(5)]
     scores = torch.cat([result.scores for result in results])[
@@ -76,7 +76,7 @@ def test_measures_of_packed_texts_are_those_of_each_alone(models, texts, config)
 
 def test_without_reference_and_reward_models_there_is_nothing_of_theirs(params, texts, config):
     prompts, completions, lengths = texts
-    (pack,) = pack_completions(prompts, completions, lengths, range(3), rows=8, row_length=14)
+    (pack,) = pack_completions(join_completions(prompts, completions, lengths), range(3), rows=8, row_length=14)
     found = make_measure(config)(params, {}, pack.batch)
     assert not found.ref_log_probs.any()
     assert not found.exact_kl.any()

@@ -208,9 +208,15 @@ def test_ppo_objective_equals_its_parts_one_sequence_at_a_time(model, config, se
         values = apply_head(params["critic"]["head"], alone(params["critic"]["trunk"], config, sequence, prompt))
         ones = torch.ones(count, dtype=torch.bool)
         policy_loss, _ = ppo_policy_loss(
-            log_probs, batch.old_log_probs[part], batch.advantages[part], ones, dual_clip=3.0
+            log_probs,
+            old_log_probs=batch.old_log_probs[part],
+            advantages=batch.advantages[part],
+            mask=ones,
+            dual_clip=3.0,
         )
-        value_loss, _ = ppo_value_loss(values, batch.old_values[part], batch.returns[part], ones)
+        value_loss, _ = ppo_value_loss(
+            values, old_values=batch.old_values[part], returns=batch.returns[part], mask=ones
+        )
         kl = kl_estimate(log_probs, batch.ref_log_probs[part], estimator="k3").sum()
         total += policy_loss + 0.3 * value_loss - 0.02 * entropy(logits, temperature=temperature).sum() + 0.7 * kl
     torch.testing.assert_close(loss, total, atol=1e-3, rtol=1e-5)

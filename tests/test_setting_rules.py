@@ -93,11 +93,8 @@ ALWAYS: dict[type, dict[str, str]] = {
         "ppo.kl_coef": "every reward or loss",
         "ppo.ref_ema": "the reference, of which the KL is logged at any coefficient",
         "ppo.gamma": "every advantage",
-        "ppo.lam": "every advantage",
         "ppo.whiten_advantages": "every advantage",
-        "ppo.value_coef": "every loss",
         "ppo.entropy_coef": "every loss",
-        "ppo.critic": "the value function",
         "ppo.recompute_log_probs": "every rollout",
     },
     EvaluateConfig: COMPUTE

@@ -251,23 +251,25 @@ CASES = {
     "adamw": Case(updated, small, tuple(range(10))),
     "clip_by_global_norm": Case(clipped, per_token(1, 0.3, 0.7), (0, 1, 2)),
     "clip_scale": Case(lambda max_norm, norm, mask: clip_scale(norm, max_norm), per_token(0, 0.3, 0.7), (0, 1)),
-    "sft_loss": Case(lambda x, mask: sft_loss(x, mask)[0], per_token(1), (0,)),
+    "sft_loss": Case(lambda x, mask: sft_loss(x, mask=mask)[0], per_token(1), (0,)),
     "reward_loss": Case(
         lambda chosen, rejected, margin, coefficient, mask: reward_loss(
-            chosen, rejected, mask, margin=margin, centre_coef=coefficient
+            chosen, rejected_scores=rejected, mask=mask, margin=margin, centre_coef=coefficient
         )[0],
         per_token(3, 0.1),
         (0, 1, 3),
     ),
     "ppo_policy_loss": Case(
         lambda x, old, advantages, eps, dual, mask: ppo_policy_loss(
-            x, old, advantages, mask, clip_eps=eps, dual_clip=dual
+            x, old_log_probs=old, advantages=advantages, mask=mask, clip_eps=eps, dual_clip=dual
         )[0],
         per_token(3, 0.2, 1.5),
         (0, 3, 4),
     ),
     "ppo_value_loss": Case(
-        lambda x, old, returns, eps, mask: ppo_value_loss(x, old, returns, mask, value_clip_eps=eps)[0],
+        lambda x, old, returns, eps, mask: ppo_value_loss(
+            x, old_values=old, returns=returns, mask=mask, value_clip_eps=eps
+        )[0],
         per_token(3, 0.2),
         (0, 3),
     ),

@@ -52,6 +52,7 @@ def make_program():
         },
         {"predict": predict},
         {"offset": follow},
+        prepare_frozen=lambda name, model: tree_map(lambda leaf: leaf.bfloat16().float(), model),
     )
 
 

@@ -1,6 +1,7 @@
 """From records and completions to packed micro-batches."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from rlhf.batches import PairBatch, PPOBatch, PromptBatch, ScoreBatch, TokenBatch
 from rlhf.data.dataset import Dataset
-from rlhf.data.packing import build_rows, pack
-from rlhf.experience import Experience
+from rlhf.data.packing import build_rows, concatenated_ranges, pack
 from rlhf.random import fold_in
 
 
@@ -41,17 +41,17 @@ def token_batches(
         packed = build_rows(
             [sequence.tokens for sequence in sequences], [places[0] for places in layout.places], least=min(2, rows)
         )
-        firsts = [max(1, sequence.prompt if loss_on == "completion" else 1) for sequence in sequences]
-        index = [
-            np.arange(first - 1, len(s.tokens) - 1) + start
-            for first, s, start in zip(firsts, sequences, packed.starts, strict=True)
-        ]
-        targets = torch.from_numpy(
-            np.concatenate([s.tokens[first:] for first, s in zip(firsts, sequences, strict=True)])
+        firsts = np.array([max(1, s.prompt if loss_on == "completion" else 1) for s in sequences])
+        counts = np.array([len(s.tokens) for s in sequences]) - firsts
+        cells = torch.from_numpy(concatenated_ranges(packed.starts + firsts, counts))
+        batch = TokenBatch(
+            rows=packed.rows,
+            predictors=pad_to_two(cells - 1),
+            targets=pad_to_two(packed.rows.tokens.flatten()[cells]),
+            mask=pad_to_two(torch.ones_like(cells, dtype=torch.bool)),
+            key=fold_in(key, number),
         )
-        mask = torch.ones_like(targets, dtype=torch.bool)
-        predictors, targets, mask = pad_to_two(torch.from_numpy(np.concatenate(index)), targets, mask)
-        batches.append(TokenBatch(packed.rows, predictors, targets, mask, fold_in(key, number)))
+        batches.append(batch)
     return batches
 
 
@@ -74,11 +74,15 @@ def pair_batches(
         kept = [records[unit] for unit in layout.units]
         sequences = [s.tokens for record in kept for s in dataset.sequences(record, max_length)]
         packed = build_rows(sequences, [place for places in layout.places for place in places], least=2)
-        last = torch.tensor([start + len(s) - 1 for s, start in zip(sequences, packed.starts, strict=True)])
-        margin = torch.tensor([dataset.margin(record) if margins else 0.0 for record in kept])
-        mask = torch.ones(len(kept), dtype=torch.bool)
-        pairs = pad_to_two(last[0::2], last[1::2], margin, mask)
-        batches.append(PackedPairs(PairBatch(packed.rows, *pairs), kept))
+        last = torch.from_numpy(packed.starts + np.array([len(s) for s in sequences]) - 1)
+        batch = PairBatch(
+            rows=packed.rows,
+            chosen=pad_to_two(last[0::2]),
+            rejected=pad_to_two(last[1::2]),
+            margin=pad_to_two(torch.tensor([dataset.margin(record) if margins else 0.0 for record in kept])),
+            mask=pad_to_two(torch.ones(len(kept), dtype=torch.bool)),
+        )
+        batches.append(PackedPairs(batch, kept))
     return batches
 
 
@@ -105,58 +109,90 @@ def prompt_batches(prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int) ->
     return batches
 
 
+class JoinedCompletions(NamedTuple):
+    """Completions behind their prompts: joined once, then packed in any selection.
+
+    What is known of each token lies in arrays [B, T], as completions come and as advantages are computed. A packed
+    token refers to them by one index, that of its cell in the flattened array.
+    """
+
+    sequences: list[np.ndarray]
+    """Token ids of each prompt and its completion, each [n]."""
+    prompt_lengths: np.ndarray
+    """[B] int64."""
+    lengths: np.ndarray
+    """[B] int64: completion tokens."""
+    width: int
+    """T: columns of the arrays."""
+
+
+def join_completions(prompts: Sequence[np.ndarray], tokens: Tensor, lengths: Tensor) -> JoinedCompletions:
+    """Put completions behind their prompts.
+
+    Args:
+        prompts: token ids of each completion's prompt.
+        tokens: [B, T] int64, right-padded.
+        lengths: [B] int64, real tokens of each completion, at least 1.
+    """
+    rows = zip(prompts, tokens.numpy(), lengths.tolist(), strict=True)
+    return JoinedCompletions(
+        sequences=[np.concatenate([prompt, row[:length]]) for prompt, row, length in rows],
+        prompt_lengths=np.array([len(prompt) for prompt in prompts]),
+        lengths=lengths.numpy(),
+        width=tokens.shape[1],
+    )
+
+
 class PackedCompletions(NamedTuple):
     """A micro-batch of finished completions and where its tokens come from."""
 
     batch: ScoreBatch
     sequences: Tensor
     """[B] int64: which completions it holds."""
-    sequence: Tensor
-    """[C] int64: the completion that each token belongs to."""
-    step: Tensor
-    """[C] int64: the token's place in it."""
+    cells: Tensor
+    """[C] int64 into the flattened arrays [B, T] of all completions: where each token of the batch is."""
 
 
 def pack_completions(
-    prompts: Sequence[np.ndarray], tokens: Tensor, lengths: Tensor, which: Sequence[int], *, rows: int, row_length: int
+    joined: JoinedCompletions, which: Sequence[int], *, rows: int, row_length: int
 ) -> list[PackedCompletions]:
     """Pack some of an iteration's completions, each behind its prompt.
 
     Args:
-        prompts: token ids of each completion's prompt.
-        tokens: [B, T] int64, right-padded.
-        lengths: [B] int64, real tokens of each completion, at least 1.
+        joined: all completions.
         which: completions to pack.
         rows: rows per micro-batch.
         row_length: tokens per row; prompt and completion must fit.
     """
-    counts = lengths.tolist()
-    full = {number: np.concatenate([prompts[number], tokens[number, : counts[number]].numpy()]) for number in which}
-    packs = []
-    for layout in pack([[len(full[number])] for number in which], rows=rows, row_length=row_length):
-        numbers = [which[unit] for unit in layout.units]
+    selected, packs = np.asarray(which), []
+    sizes = (joined.prompt_lengths + joined.lengths)[selected]
+    for layout in pack([[size] for size in sizes.tolist()], rows=rows, row_length=row_length):
+        numbers = selected[layout.units]
         packed = build_rows(
-            [full[number] for number in numbers], [places[0] for places in layout.places], least=min(2, rows)
+            [joined.sequences[number] for number in numbers],
+            [place for places in layout.places for place in places],
+            least=min(2, rows),
         )
-        begins = [start + len(prompts[number]) for number, start in zip(numbers, packed.starts, strict=True)]
-        step = torch.cat([torch.arange(counts[number]) for number in numbers])
-        repeats = torch.tensor([counts[number] for number in numbers])
-        sequence = torch.tensor(numbers).repeat_interleave(repeats)
-        index = torch.tensor(begins).repeat_interleave(repeats) + step - 1
-        last = torch.tensor(begins) + repeats - 1
-        mask = torch.ones_like(index, dtype=torch.bool)
-        columns = pad_to_two(index, tokens[sequence, step], mask)
-        batch = ScoreBatch(packed.rows, *columns, *pad_to_two(last))
-        packs.append(PackedCompletions(batch, torch.tensor(numbers), sequence, step))
+        begins, counts = packed.starts + joined.prompt_lengths[numbers], joined.lengths[numbers]
+        cells = torch.from_numpy(concatenated_ranges(begins, counts))
+        batch = ScoreBatch(
+            rows=packed.rows,
+            predictors=pad_to_two(cells - 1),
+            targets=pad_to_two(packed.rows.tokens.flatten()[cells]),
+            mask=pad_to_two(torch.ones_like(cells, dtype=torch.bool)),
+            last=pad_to_two(torch.from_numpy(begins + counts - 1)),
+        )
+        own_cells = torch.from_numpy(concatenated_ranges(numbers * joined.width, counts))
+        packs.append(PackedCompletions(batch, torch.from_numpy(numbers), own_cells))
     return packs
 
 
 def unpack_tokens(packs: Sequence[PackedCompletions], parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """[B, T] from per-token results [C] of each pack; 0 where no completion has a token."""
-    whole = torch.zeros(tuple(shape), dtype=parts[0].dtype)
+    whole = torch.zeros(math.prod(shape), dtype=parts[0].dtype)
     for packed, part in zip(packs, parts, strict=True):
-        whole[packed.sequence, packed.step] = part[: len(packed.step)]
-    return whole
+        whole[packed.cells] = part[: len(packed.cells)]
+    return whole.view(*shape)
 
 
 def unpack_sequences(packs: Sequence[PackedCompletions], parts: Sequence[Tensor]) -> Tensor:
@@ -167,17 +203,36 @@ def unpack_sequences(packs: Sequence[PackedCompletions], parts: Sequence[Tensor]
 
 def ppo_batch(
     packed: PackedCompletions,
-    log_probs: Tensor,
+    *,
+    old_log_probs: Tensor,
     ref_log_probs: Tensor,
-    values: Tensor,
-    experience: Experience,
+    old_values: Tensor | None,
+    advantages: Tensor,
+    returns: Tensor | None,
     kl_coef: float,
 ) -> PPOBatch:
-    """The packed tokens with what the update needs of them; all arrays [B, T] over the iteration's completions."""
-    arrays = (log_probs, ref_log_probs, values, experience.advantages, experience.returns)
-    gathered = [array[packed.sequence, packed.step] for array in arrays]
-    columns = [*packed.batch[1:4], *pad_to_two(*gathered), torch.tensor(kl_coef)]
-    return PPOBatch(packed.batch.rows, *columns)
+    """The packed tokens with what the update needs of them.
+
+    Arrays are [B, T] over the iteration's completions; old values and returns are None, and zeros in the batch, without
+    a critic.
+    """
+
+    def tokens_of(array: Tensor | None) -> Tensor:
+        flat = torch.zeros(len(packed.cells)) if array is None else array.flatten()[packed.cells]
+        return pad_to_two(flat)
+
+    return PPOBatch(
+        rows=packed.batch.rows,
+        predictors=packed.batch.predictors,
+        targets=packed.batch.targets,
+        mask=packed.batch.mask,
+        old_log_probs=tokens_of(old_log_probs),
+        ref_log_probs=tokens_of(ref_log_probs),
+        old_values=tokens_of(old_values),
+        advantages=tokens_of(advantages),
+        returns=tokens_of(returns),
+        kl_coef=torch.tensor(kl_coef),
+    )
 
 
 _Item = TypeVar("_Item")
@@ -201,9 +256,9 @@ class Prefetch(Iterator[_Item]):
         self._made = self._made or list(itertools.islice(self._left, 1))
 
 
-def pad_to_two(*columns: Tensor) -> list[Tensor]:
-    """The columns of a micro-batch, laid out alike; a single entry is followed by filling.
+def pad_to_two(column: Tensor) -> Tensor:
+    """A column of a micro-batch, contiguous; a single entry is followed by a zero.
 
     Compiled code takes strides, and a size of 1, as fixed.
     """
-    return [torch.cat([c, torch.zeros_like(c)]) if len(c) == 1 else c.contiguous() for c in columns]
+    return torch.cat([column, torch.zeros_like(column)]) if len(column) == 1 else column.contiguous()

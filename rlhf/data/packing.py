@@ -100,8 +100,8 @@ class PackedRows(NamedTuple):
     """Rows with the place of each sequence in them."""
 
     rows: Rows
-    starts: list[int]
-    """Index into the flattened rows of each sequence's first token, in the order given."""
+    starts: np.ndarray
+    """[k] int64 into the flattened rows: each sequence's first token, in the order given."""
 
 
 def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]], *, least: int = 1) -> PackedRows:
@@ -112,18 +112,43 @@ def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]
         places: (row, first column) of each.
         least: rows; what is missing is empty. 2 where there may be more, because compiled code takes 1 as fixed.
     """
-    height = max(least, *(row + 1 for row, _ in places))
-    end = max(start + len(sequence) for sequence, (_, start) in zip(sequences, places, strict=True))
+    lengths = np.array([len(sequence) for sequence in sequences])
+    row, column = np.array(places).T
+    height, end = max(least, int(row.max()) + 1), int((column + lengths).max())
     width = -(-end // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    tokens, positions, segments = (np.zeros((height, width), dtype=np.int64) for _ in range(3))
-    starts, count = [], np.zeros(height, dtype=np.int64)
-    for sequence, (row, start) in zip(sequences, places, strict=True):
-        stop = start + len(sequence)
-        count[row] += 1
-        tokens[row, start:stop] = sequence
-        positions[row, start:stop] = np.arange(len(sequence))
-        segments[row, start:stop] = count[row]
-        starts.append(row * width + start)
-    begins = np.flatnonzero(np.diff(segments, axis=1, prepend=-1))  # of each row, too
-    bounds = np.append(begins, height * width).astype(np.int32)
-    return PackedRows(Rows(*(torch.from_numpy(array) for array in (tokens, positions, segments, bounds))), starts)
+    starts = row * width + column
+    cells = concatenated_ranges(starts, lengths)
+    tokens, positions, segments = (np.zeros(height * width, dtype=np.int64) for _ in range(3))
+    tokens[cells] = np.concatenate(sequences)
+    positions[cells] = concatenated_ranges(np.zeros_like(lengths), lengths)
+    segments[cells] = np.repeat(_count_in_group(row), lengths)
+    begins = np.empty(height * width, dtype=bool)
+    begins[1:] = segments[1:] != segments[:-1]
+    begins[::width] = True  # of each row, too
+    bounds = np.append(np.flatnonzero(begins), height * width).astype(np.int32)
+    rows = Rows(
+        tokens=torch.from_numpy(tokens).view(height, width),
+        positions=torch.from_numpy(positions).view(height, width),
+        segments=torch.from_numpy(segments).view(height, width),
+        bounds=torch.from_numpy(bounds),
+    )
+    return PackedRows(rows, starts)
+
+
+def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[sum(lengths)] int64: the lengths[0] integers from starts[0] on, the lengths[1] from starts[1] on, and so on.
+
+    Example:
+        >>> concatenated_ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+        [5, 6, 0, 1, 2]
+    """
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+
+
+def _count_in_group(groups: np.ndarray) -> np.ndarray:
+    """[k] int64: 1 for the first member of each group, 2 for the second, …, in the order given."""
+    order = np.argsort(groups, kind="stable")
+    ordered, count = groups[order], np.empty_like(groups)
+    count[order] = np.arange(1, len(groups) + 1) - np.searchsorted(ordered, ordered)
+    return count

@@ -15,7 +15,7 @@ from rlhf.execution.executor import Fault
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.optim import Optimizer
 from rlhf.tree import tree_map
-from rlhf.types import Metrics, Params
+from rlhf.types import MetricSums, Params
 
 
 class ParameterServer:
@@ -49,7 +49,7 @@ class ParameterServer:
 
     def __init__(
         self,
-        loss: Callable[[Params, Any], tuple[Tensor, Metrics]],
+        loss: Callable[[Params, Any], tuple[Tensor, MetricSums]],
         params: Params,
         optimizer: Optimizer,
         dist: DistConfig,
@@ -129,9 +129,9 @@ class ParameterServer:
 
 
 def _make_program(
-    loss: Callable[[Params, Any], tuple[Tensor, Metrics]], optimizer: Optimizer, max_grad_norm: float
+    loss: Callable[[Params, Any], tuple[Tensor, MetricSums]], optimizer: Optimizer, max_grad_norm: float
 ) -> Program:
-    def objective(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, Metrics]:
+    def objective(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, MetricSums]:
         total, metrics = loss(params, batch)
         return total, {name: torch.as_tensor(value) for name, value in metrics.items()}
 

@@ -23,6 +23,7 @@ from rlhf.distributed.collectives import Exchange, Group, GroupError, RankInfo, 
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
 from rlhf.distributed.partition import SUBTREES, Range, join_sums, shard_ranges, subtrees
 from rlhf.execution.executor import Update, plan_update, sums_of_results
+from rlhf.execution.frozen import FrozenModels
 from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
 from rlhf.execution.program import Program, StepSpec
@@ -54,7 +55,7 @@ class Worker:
         """
         torch.set_num_threads(self._threads)
         self._program, self._layout = make_program(), layout
-        self._frozen: dict[str, Tree] = from_numpy(frozen, self._device)
+        self._frozen = FrozenModels(self._program, from_numpy(frozen, self._device))
         self._gradients = make_gradients(self._program, layout)
 
     def join(self, place: RankInfo, host: str, port: int) -> None:
@@ -92,7 +93,7 @@ class Worker:
             *state: shards in order that make up the whole buffer, cut in any way.
         """
         self._version, self._updating, self._shard = version, False, None
-        self._frozen |= from_numpy(blended, self._device)
+        self._frozen.replace(from_numpy(blended, self._device))
         if self._computes:
             self._flat = read_params(state, (0, self._layout.size)).to(self._device)
             self._params = unflatten(self._flat, self._layout)  # views: every update shows in them
@@ -106,7 +107,7 @@ class Worker:
         """`program.eval_fns[name]` of one micro-batch, at the parameters of that version."""
         self._check(version)
         with torch.no_grad():
-            result = self._program.eval_fns[name](self._params, self._frozen, self._batch(batch))
+            result = self._program.eval_fns[name](self._params, self._frozen.prepared, self._batch(batch))
         return to_numpy(result)
 
     def step(
@@ -156,7 +157,7 @@ class Worker:
         (first, stop), results = shares[self._place.rank], []
 
         def gradient(batch: Any) -> Tensor:
-            flat, result = self._gradients[name](self._params, self._frozen, self._batch(batch))
+            flat, result = self._gradients[name](self._params, self._frozen.prepared, self._batch(batch))
             results.append(result)
             return flat
 
@@ -197,11 +198,11 @@ class Worker:
 
     def is_finite(self, name: str, batch: Any) -> bool:
         """Whether loss, metrics and gradient of a micro-batch are finite."""
-        return all_finite(self._gradients[name](self._params, self._frozen, self._batch(batch)))
+        return all_finite(self._gradients[name](self._params, self._frozen.prepared, self._batch(batch)))
 
     def update_frozen(self, name: str) -> None:
         """Replace a frozen model by `program.frozen_updates[name]` of it and the parameters."""
-        self._frozen[name] = self._program.frozen_updates[name](self._frozen[name], self._params)
+        self._frozen.update(name, self._params)
 
     def reset_optimizer(self) -> None:
         """Start the optimiser's state anew."""
@@ -216,7 +217,7 @@ class Worker:
     def blended(self, version: int) -> dict[str, Any]:
         """The frozen models that change, at that version."""
         self._check(version)
-        return {name: to_numpy(self._frozen[name]) for name in self._program.frozen_updates}
+        return {name: to_numpy(model) for name, model in self._frozen.changing.items()}
 
     def params(self, version: int) -> np.ndarray:
         """[n] float32: all parameters, flat, at that version."""

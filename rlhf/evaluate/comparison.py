@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import pack_completions, unpack_sequences, unpack_tokens
+from rlhf.data.collate import join_completions, pack_completions, unpack_sequences, unpack_tokens
 from rlhf.data.dataset import Dataset
 from rlhf.distributed.compute_context import ComputeContext
 from rlhf.errors import UserError
@@ -25,6 +25,7 @@ from rlhf.io.model_folder import LanguageModel, RewardModel, load_language_model
 from rlhf.kl import KLEstimator, kl_estimate
 from rlhf.models.architecture import ModelShape
 from rlhf.models.decoding import Completions
+from rlhf.models.scoring import make_frozen_cast, reward_model_shapes
 from rlhf.random import Purpose, fold_in, key
 from rlhf.types import Params
 
@@ -162,7 +163,9 @@ def make_comparison_program(
                 temperature=sampling.temperature,
             ),
         )
-    return Program({}, eval_fns, {})
+    shapes = language_models | reward_model_shapes(reward_models)
+    shapes |= {} if reference is None else {"reference": reference}
+    return Program({}, eval_fns, {}, prepare_frozen=make_frozen_cast(shapes, dtype))
 
 
 def complete_and_measure(
@@ -195,9 +198,8 @@ def complete_and_measure(
     completions = complete(executor, repeated, keys, rows=rollout_rows, name=f"{decoding}/{role}")
     lengths = completions.mask.sum(dim=1)
     row_length = max(max(map(len, repeated)) + int(lengths.max()), min(ROW_LENGTH, models.context_length))
-    packs = pack_completions(
-        repeated, completions.tokens, lengths, range(len(repeated)), rows=measure_rows, row_length=row_length
-    )
+    joined = join_completions(repeated, completions.tokens, lengths)
+    packs = pack_completions(joined, range(len(repeated)), rows=measure_rows, row_length=row_length)
     measures: list[Measures] = executor.map(f"measure/{role}", [pack.batch for pack in packs])
 
     def per_token(values: list[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import pack_completions, unpack_tokens
+from rlhf.data.collate import join_completions, pack_completions, unpack_tokens
 from rlhf.data.dataset import TokenSequence
 from rlhf.distributed.compute_context import ComputeContext
 from rlhf.evaluate.estimates import exponential, figures, ratio
@@ -68,9 +68,7 @@ def _measure(executor: Executor, sequences: list[TokenSequence], rows: int) -> t
         tokens[row, : lengths[row]] = sequence.tokens[sequence.prompt :]
     longest = max(len(sequence.tokens) for sequence in sequences)
     packs = pack_completions(
-        prompts,
-        torch.from_numpy(tokens),
-        lengths,
+        join_completions(prompts, torch.from_numpy(tokens), lengths),
         range(len(sequences)),
         rows=rows,
         row_length=max(longest, ROW_LENGTH),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import NonFiniteError
+from rlhf.execution.frozen import FrozenModels
 from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import peak_bytes, reset_peak
 from rlhf.execution.program import ModelState, Program, StepSpec
@@ -121,7 +122,7 @@ class LocalExecutor:
         program.check_optimizers()
         reset_peak(device)
         self._program, self._device = program, device
-        self._frozen = realign(to_device(models.frozen, device))
+        self._frozen = FrozenModels(program, to_device(models.frozen, device))
         self._layout = flat_layout(models.params)
         flat = flatten(to_device(models.params, device), self._layout)
         self._shard = init_shard(flat, program.optimizer)
@@ -144,7 +145,9 @@ class LocalExecutor:
         self._check_whole()
         function = self._program.eval_fns[name]
         with torch.no_grad():
-            return [to_device(function(self._params, self._frozen, self._batch(batch)), "cpu") for batch in batches]
+            return [
+                to_device(function(self._params, self._frozen.prepared, self._batch(batch)), "cpu") for batch in batches
+            ]
 
     def step(
         self,
@@ -159,7 +162,7 @@ class LocalExecutor:
         spec, results = self._program.steps[name], []
 
         def gradient(batch: Any) -> tuple[Tensor, Any]:
-            return self._gradients[name](self._params, self._frozen, self._batch(batch))
+            return self._gradients[name](self._params, self._frozen.prepared, self._batch(batch))
 
         def flat_gradient(batch: Any) -> Tensor:
             flat, result = gradient(batch)
@@ -183,7 +186,7 @@ class LocalExecutor:
     def update_frozen(self, name: str) -> None:
         """See `Executor.update_frozen`."""
         self._check_whole()
-        self._frozen[name] = self._program.frozen_updates[name](self._frozen[name], self._params)
+        self._frozen.update(name, self._params)
 
     def reset_optimizer(self) -> None:
         """See `Executor.reset_optimizer`."""
@@ -198,13 +201,14 @@ class LocalExecutor:
     def snapshot(self) -> dict[str, Tensor]:
         """See `Executor.snapshot`."""
         self._check_whole()
-        return {name: leaf.detach().cpu() for name, leaf in self._state().items()}
+        state = named_state(self._shard.params, self._shard.opt_state, self._frozen.changing, self._layout)
+        return {name: leaf.detach().cpu() for name, leaf in state.items()}
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
         """See `Executor.restore`."""
-        for name in self._program.frozen_updates:  # may alias the models' own tensors: replaced, not written into
-            self._frozen[name] = tree_map(torch.clone, self._frozen[name])
-        copy_state(self._state(), state)
+        changing = tree_map(torch.clone, self._frozen.changing)  # which may alias the models' own tensors
+        copy_state(named_state(self._shard.params, self._shard.opt_state, changing, self._layout), state)
+        self._frozen.replace(changing)
         self._shard, self._updating = self._shard._replace(version=version), False
 
     def peak_bytes(self) -> int:
@@ -222,10 +226,6 @@ class LocalExecutor:
 
     def _batch(self, batch: Any) -> Any:
         return realign(to_device(batch, self._device))
-
-    def _state(self) -> dict[str, Tensor]:
-        blended = {name: self._frozen[name] for name in self._program.frozen_updates}
-        return named_state(self._shard.params, self._shard.opt_state, blended, self._layout)
 
 
 class Update(NamedTuple):

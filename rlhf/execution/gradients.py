@@ -11,9 +11,9 @@ from torch.func import grad_and_value
 from rlhf.execution.compiled import compiled
 from rlhf.execution.program import Objective, Program, SumOfLosses, add_results
 from rlhf.tree import FlatLayout, flatten, leaves, tree_map, unflatten
-from rlhf.types import Metrics, Params
+from rlhf.types import MetricSums, Params
 
-Gradient = Callable[[Params, dict[str, Params], Any], tuple[Tensor, tuple[Tensor, Metrics]]]
+Gradient = Callable[[Params, dict[str, Params], Any], tuple[Tensor, tuple[Tensor, MetricSums]]]
 """(params, frozen, micro-batch) -> (flat gradient [layout.size] float32, (loss sum, metric sums))."""
 
 
@@ -36,7 +36,7 @@ def make_gradients(program: Program, layout: FlatLayout) -> dict[str, Gradient]:
 def _traceable(objective: Objective, layout: FlatLayout) -> Gradient:
     differentiate = grad_and_value(objective, has_aux=True)
 
-    def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, Metrics]]:
+    def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, MetricSums]]:
         gradients, result = differentiate(params, frozen, batch)
         return flatten(gradients, layout), result
 
@@ -51,7 +51,7 @@ def _eager(objective: Objective, layout: FlatLayout) -> Gradient:
     """
     parts = objective.parts if isinstance(objective, SumOfLosses) else (objective,)
 
-    def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, Metrics]]:
+    def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, MetricSums]]:
         own = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
         flat = torch.zeros(layout.size, device=leaves(params)[0].device)
         tree_map(_lay_into, own, unflatten(flat, layout))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rlhf.optim import Optimizer
-from rlhf.types import FrozenParams, Metrics, Params, Tree
+from rlhf.types import FrozenParams, MetricSums, Params, Tree
 
-Objective = Callable[[Params, FrozenParams, Any], tuple[Tensor, Metrics]]
+Objective = Callable[[Params, FrozenParams, Any], tuple[Tensor, MetricSums]]
 """(params, frozen, micro-batch) -> (loss sum, metric sums with `count`)."""
 
 
@@ -25,12 +25,12 @@ class SumOfLosses:
 
     parts: tuple[Objective, ...]
 
-    def __call__(self, params: Params, frozen: FrozenParams, batch: Any) -> tuple[Tensor, Metrics]:
+    def __call__(self, params: Params, frozen: FrozenParams, batch: Any) -> tuple[Tensor, MetricSums]:
         """All parts together, as any objective."""
         return add_results([part(params, frozen, batch) for part in self.parts])
 
 
-def add_results(results: Sequence[tuple[Tensor, Metrics]]) -> tuple[Tensor, Metrics]:
+def add_results(results: Sequence[tuple[Tensor, MetricSums]]) -> tuple[Tensor, MetricSums]:
     """The sum of losses, and all metrics; those that several have, such as `count`, are the same in each."""
     losses, metrics = zip(*results, strict=True)
     return functools.reduce(torch.add, losses), {name: of for some in metrics for name, of in some.items()}
@@ -65,6 +65,8 @@ class Program(NamedTuple):
     """(params, frozen, micro-batch) -> any tree of tensors, by name."""
     frozen_updates: dict[str, Callable[[Params, Params], Params]]
     """(frozen model, params) -> its new value, by the frozen model's name (a reference that follows the policy)."""
+    prepare_frozen: Callable[[str, Params], Params] = lambda name, model: model
+    """(name, frozen model) -> what it is computed with, as in another dtype; made once in each process."""
     compile_to: Path | None = None
     """Where compiled code is kept, if the steps' gradients are to be compiled; None runs them as they are."""
 

@@ -1,6 +1,6 @@
 """Frozen looks at finished texts: log-probs, values and scores of completions, and scores of preference pairs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ def make_scorer(
         config: shape of policy and reference (frozen["reference"]).
         critic_config: shape of params["critic"]; None where there is none.
         reward_configs: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
-        dtype: of the models' forward pass.
+        dtype: of the trained models' forward pass; that of the frozen ones is their own (`make_frozen_cast`).
         temperature: as when sampling.
         log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
         bootstrap: compute the values of the states after the last tokens.
@@ -59,7 +59,6 @@ def make_scorer(
 
     def look(params: Params, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
         """Return hidden states [R * T, D] and log-probs [C] of a decoder of shape `config`."""
-        params = decoder.cast_for_compute(params, dtype)
         hidden = packed_hidden_states(params, batch.rows, config)
         predictors = gather_rows(hidden, batch.predictors)
         return hidden, in_chunks(per_token, chunk_size(config.vocab_size))(
@@ -72,7 +71,7 @@ def make_scorer(
         bootstrap_values = torch.zeros(len(batch.last), device=batch.last.device)
         head, hidden = params.get("value_head"), None
         if log_probs or (bootstrap and head is not None):
-            hidden, policy_log_probs = look(params["policy"], batch)
+            hidden, policy_log_probs = look(decoder.cast_for_compute(params["policy"], dtype), batch)
         if critic_config is not None:
             head = params["critic"]["head"]
             hidden = trunk_states(params["critic"]["trunk"], batch.rows, critic_config, dtype)
@@ -80,27 +79,48 @@ def make_scorer(
             values = apply_head(head, gather_rows(hidden, batch.predictors))
             if bootstrap:
                 bootstrap_values = apply_head(head, gather_rows(hidden, batch.last))
-        scores = reward_scores(frozen, batch, reward_configs, dtype)
+        scores = reward_scores(frozen, batch, reward_configs)
         return Scores(ref_log_probs, policy_log_probs, values, scores, bootstrap_values)
 
     return score
 
 
-def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[ModelShape], dtype: torch.dtype) -> Tensor:
+def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[ModelShape]) -> Tensor:
     """[B, K] float32, reward units: what frozen["reward_model_0"], … give the last token of each sequence.
 
     Args:
         frozen: holds the K reward models.
         batch: finished texts.
         configs: their shapes.
-        dtype: of their forward pass.
     """
     scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
     for number, config in enumerate(configs):
         model = frozen[f"reward_model_{number}"]
-        hidden = trunk_states(model["trunk"], batch.rows, config, dtype)
+        hidden = packed_hidden_states(model["trunk"], batch.rows, config)
         scores.append(apply_head(model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
     return torch.cat(scores, dim=1)
+
+
+def make_frozen_cast(shapes: Mapping[str, ModelShape], dtype: torch.dtype) -> Callable[[str, Params], Params]:
+    """Return (name, frozen model) -> the model to compute with in `dtype`; a head stays as it is.
+
+    Args:
+        shapes: of the frozen models, by name.
+        dtype: of their forward passes.
+    """
+
+    def cast(name: str, model: Params) -> Params:
+        cast_for_compute = architecture_of(shapes[name]).cast_for_compute
+        if "trunk" in model:
+            return model | {"trunk": cast_for_compute(model["trunk"], dtype)}
+        return cast_for_compute(model, dtype)
+
+    return cast
+
+
+def reward_model_shapes(configs: Sequence[ModelShape]) -> dict[str, ModelShape]:
+    """Return the shapes of reward models by the names of their frozen parameters."""
+    return {f"reward_model_{number}": config for number, config in enumerate(configs)}
 
 
 def make_pair_scores(

@@ -15,6 +15,7 @@ from rlhf.batches import PPOBatch
 from rlhf.config import PPORun
 from rlhf.data.collate import Prefetch, ppo_batch
 from rlhf.data.schema import PROMPTS
+from rlhf.estimators import ESTIMATORS
 from rlhf.experience import Experience, make_experience
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
 from rlhf.io.reward_identity import identify_sources
@@ -141,6 +142,8 @@ def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tup
         scored.ref_log_probs,
         scored.values,
         rollout.completions.mask,
+        groups=rollout.groups,
+        estimator=ESTIMATORS[settings.estimator],
         kl_coef=kl_coef,
         kl_estimator="k1" if settings.kl_estimator == "exact" else settings.kl_estimator,
         kl_in_loss=settings.kl_in_loss,
@@ -187,13 +190,21 @@ def _learn(
     first_update = ppo.executor.version
     collected: defaultdict[str, list[float]] = defaultdict(list)
 
-    def batches_of(minibatch: list[int]) -> list[PPOBatch]:
+    def micro_batches_of(minibatch: list[int]) -> list[PPOBatch]:
         return [
-            ppo_batch(packed, scored.log_probs, scored.ref_log_probs, scored.values, experience, kl_coef)
+            ppo_batch(
+                packed,
+                old_log_probs=scored.log_probs,
+                ref_log_probs=scored.ref_log_probs,
+                old_values=scored.values,
+                advantages=experience.advantages,
+                returns=experience.returns,
+                kl_coef=kl_coef,
+            )
             for packed in pack_rollout(ppo, rollout, minibatch)
         ]
 
-    prefetched = Prefetch(map(batches_of, _minibatches(ppo, step, len(rollout.texts))))
+    prefetched = Prefetch(map(micro_batches_of, _minibatches(ppo, step, len(rollout.texts))))
     for minibatch, micro_batches in enumerate(prefetched):
         version, rate = ppo.executor.version, learning_rate(settings, step, minibatch)
         metrics = ppo.executor.step("critic" if warmup else "ppo", micro_batches, rate, overlap=prefetched.prepare)

@@ -15,7 +15,7 @@ from rlhf.models.heads import apply_head
 from rlhf.ops import entropy, gather_rows, masked_sum, token_log_probs
 from rlhf.remat import chunk_size, in_chunks
 from rlhf.tree import tree_map
-from rlhf.types import FrozenParams, Metrics, Params
+from rlhf.types import FrozenParams, MetricSums, Params
 
 
 def make_ppo_objective(
@@ -40,8 +40,8 @@ def make_ppo_objective(
 
     Args:
         config: shape of the policy.
-        critic_config: shape of a separate critic; None for a value head on the policy's trunk.
-        dtype: of the models' forward and backward pass.
+        critic_config: shape of a separate critic; None for params["value_head"] on the policy's trunk, or no critic.
+        dtype: of the trained models' forward and backward pass; the reference comes in its own (`make_frozen_cast`).
         temperature: as when sampling.
         clip_eps: of `rlhf.losses.ppo_policy_loss`.
         dual_clip: of the same.
@@ -63,17 +63,21 @@ def make_ppo_objective(
         ref_logits = decoder.logits(models["reference"], *ref_hidden, config=config, padded=True)
         return log_probs, entropies, exact_kl(logits, ref_logits, temperature=temperature)
 
-    def of_policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics, Tensor]:
+    def of_policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums, Tensor]:
         policy = decoder.cast_for_compute(params["policy"], dtype)
         hidden = at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
         models, columns = {"policy": decoder.unembedding(policy)}, [hidden, batch.targets]
         if loss_kl == "exact":
-            reference = decoder.cast_for_compute(frozen["reference"], dtype)
-            models["reference"] = decoder.unembedding(reference)
-            columns.append(at_predictors(reference, batch, config))
+            models["reference"] = decoder.unembedding(frozen["reference"])
+            columns.append(at_predictors(frozen["reference"], batch, config))
         log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config.vocab_size))(models, *columns)
         policy_loss, metrics = ppo_policy_loss(
-            log_probs, batch.old_log_probs, batch.advantages, batch.mask, clip_eps=clip_eps, dual_clip=dual_clip
+            log_probs,
+            old_log_probs=batch.old_log_probs,
+            advantages=batch.advantages,
+            mask=batch.mask,
+            clip_eps=clip_eps,
+            dual_clip=dual_clip,
         )
         token_entropy = masked_sum(entropies, batch.mask)
         policy_total = policy_loss - entropy_coef * token_entropy
@@ -88,21 +92,27 @@ def make_ppo_objective(
             metrics["loss/kl_avg"] = kl.detach()
         return policy_coef * policy_total, metrics, hidden
 
-    def of_values(values: Tensor, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+    def of_values(values: Tensor, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         loss, metrics = ppo_value_loss(
-            values, batch.old_values, batch.returns, batch.mask, value_clip_eps=value_clip_eps
+            values,
+            old_values=batch.old_values,
+            returns=batch.returns,
+            mask=batch.mask,
+            value_clip_eps=value_clip_eps,
         )
         return value_coef * loss, metrics
 
-    def both(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+    def both(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         loss, metrics, hidden = of_policy(params, frozen, batch)
+        if "value_head" not in params:
+            return loss, metrics
         return add_results([(loss, metrics), of_values(apply_head(params["value_head"], hidden), batch)])
 
-    def policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+    def policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         params = params if policy_coef else tree_map(Tensor.detach, params)
         return of_policy(params, frozen, batch)[:2]
 
-    def critic(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, Metrics]:
+    def critic(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         assert critic_config is not None
         values = _critic(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
         return of_values(values, batch)

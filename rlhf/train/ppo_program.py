@@ -17,7 +17,7 @@ from rlhf.io.reward_sources import RewardSource
 from rlhf.models.architecture import ModelShape
 from rlhf.models.decoding import decode_steps
 from rlhf.models.heads import init_value_head, value_head_from_reward
-from rlhf.models.scoring import make_scorer
+from rlhf.models.scoring import make_frozen_cast, make_scorer, reward_model_shapes
 from rlhf.schedules import constant_schedule
 from rlhf.train.ppo_objective import make_ppo_objective
 from rlhf.train.stage_inputs import lr_at_step, make_schedule
@@ -31,7 +31,7 @@ class ModelShapes(NamedTuple):
 
     policy: ModelShape
     critic: ModelShape | None
-    """The separate critic's; None with a value head on the policy."""
+    """The separate critic's; None with a value head on the policy, or no critic."""
     reward_models: tuple[ModelShape, ...]
     stop_ids: tuple[int, ...]
     """Ids that end a completion."""
@@ -97,7 +97,7 @@ def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
 def make_ppo_program(
     shapes: ModelShapes, settings: PPOConfig, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """PPO's work: `rollout` and `score`, then `ppo` steps, or `critic` steps while it warms up.
+    """PPO's work: `rollout` and `score`, then `ppo` steps, or `critic` steps while a critic warms up.
 
     Args:
         shapes: of the models.
@@ -130,12 +130,13 @@ def make_ppo_program(
         log_probs=recomputes_log_probs(settings, dtype),
         bootstrap=settings.bootstrap_truncated,
     )
-    warmup_adamw = make_adamw(settings, rate, _critic_alone)
+    steps = {"ppo": StepSpec(objective(), make_adamw(settings, rate), settings.max_grad_norm, limit)}
+    if settings.critic != "none":
+        warmup_adamw = make_adamw(settings, rate, _critic_alone)
+        steps["critic"] = StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm)
+    frozen_shapes = {"reference": shapes.policy, **reward_model_shapes(shapes.reward_models)}
     return Program(
-        steps={
-            "ppo": StepSpec(objective(), make_adamw(settings, rate), settings.max_grad_norm, limit),
-            "critic": StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm),
-        },
+        steps=steps,
         eval_fns={
             "rollout": make_completion_fn(
                 shapes.policy,
@@ -152,6 +153,7 @@ def make_ppo_program(
             "score": score if compile_to is None else compiled(score, compile_to),
         },
         frozen_updates={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
+        prepare_frozen=make_frozen_cast(frozen_shapes, dtype),
         compile_to=compile_to,
     )
 
@@ -162,7 +164,9 @@ def _critic_alone(params: Tree) -> Tree:
 
 
 def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSource | None) -> Params:
-    """The value head, or a separate critic that starts by predicting its source's part of the score."""
+    """The value head, a separate critic that starts by predicting its source's part of the score, or nothing."""
+    if settings.critic == "none":
+        return {}
     if settings.critic == "shared":
         return {"value_head": init_value_head(policy.config.n_embd)}
     if source is None or source.model is None:

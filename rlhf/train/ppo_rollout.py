@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOConfig
-from rlhf.data.collate import PackedCompletions, pack_completions, unpack_sequences, unpack_tokens
+from rlhf.data.collate import (
+    JoinedCompletions,
+    PackedCompletions,
+    join_completions,
+    pack_completions,
+    unpack_sequences,
+    unpack_tokens,
+)
 from rlhf.data.dataset import Dataset
 from rlhf.errors import NonFiniteError
 from rlhf.execution.executor import Executor
@@ -47,7 +54,11 @@ class Rollout(NamedTuple):
     """Each completion's record of the prompt file."""
     prompts: list[np.ndarray]
     """Token ids of each prompt."""
+    groups: Tensor
+    """[B] int64: equal for completions of one prompt."""
     completions: Completions
+    joined: JoinedCompletions
+    """The same behind their prompts, of which every micro-batch is packed."""
     texts: list[str]
     version: int
     """Of the policy that made them."""
@@ -60,8 +71,8 @@ class Scored(NamedTuple):
     """[B, T] nats, policy."""
     ref_log_probs: Tensor
     """[B, T] nats, reference."""
-    values: Tensor
-    """[B, T] reward units."""
+    values: Tensor | None
+    """[B, T] reward units; None without a critic."""
     scores: Tensor
     """[B] reward units, shaped: what the policy is rewarded with."""
     raw: dict[str, Tensor]
@@ -81,17 +92,22 @@ def make_rollout(ppo: PPO, step: int) -> Rollout:
     keys = fold_in(fold_in(fold_in(ppo.run.key(Purpose.SAMPLING), step).expand(len(records), 2), places), samples)
     version = ppo.executor.version
     completions = complete(ppo.executor, prompts, keys, rows=settings.rollout_batch_size)
-    texts = texts_of(ppo.policy.tokenizer, completions)
-    return Rollout([ppo.prompts.columns(record) for record in records], prompts, completions, texts, version)
+    return Rollout(
+        columns=[ppo.prompts.columns(record) for record in records],
+        prompts=prompts,
+        groups=places,
+        completions=completions,
+        joined=join_completions(prompts, completions.tokens, completions.mask.sum(dim=1)),
+        texts=texts_of(ppo.policy.tokenizer, completions),
+        version=version,
+    )
 
 
 def pack_rollout(ppo: PPO, rollout: Rollout, which: Sequence[int]) -> list[PackedCompletions]:
     """Micro-batches of some of the completions."""
     needed = max(map(len, rollout.prompts)) + ppo.settings.max_new_tokens
     return pack_completions(
-        rollout.prompts,
-        rollout.completions.tokens,
-        rollout.completions.mask.sum(dim=1),
+        rollout.joined,
         which,
         rows=ppo.settings.micro_batch_size,
         row_length=max(needed, min(_ROW_LENGTH, ppo.context)),
@@ -108,13 +124,15 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     settings, completions = ppo.settings, rollout.completions
     packs = pack_rollout(ppo, rollout, range(len(rollout.texts)))
     results = ppo.executor.map("score", [pack.batch for pack in packs])
-    ref_log_probs, log_probs, values = (
-        unpack_tokens(packs, [result[field] for result in results], completions.mask.shape) for field in range(3)
-    )
+    shape = completions.mask.shape
+    ref_log_probs = unpack_tokens(packs, [result.ref_log_probs for result in results], shape)
     raw, total = _sum_sources(ppo, rollout, unpack_sequences(packs, [result.scores for result in results]))
-    if not recomputes_log_probs(settings, ppo.run.dtype):
-        log_probs = completions.log_probs
-        values = completions.values if ppo.shapes.critic is None else values
+    recomputed = recomputes_log_probs(settings, ppo.run.dtype)
+    log_probs, values = completions.log_probs, completions.values if settings.critic == "shared" else None
+    if recomputed:
+        log_probs = unpack_tokens(packs, [result.log_probs for result in results], shape)
+    if settings.critic == "separate" or (settings.critic == "shared" and recomputed):
+        values = unpack_tokens(packs, [result.values for result in results], shape)
     bootstrap_values = unpack_sequences(packs, [result.bootstrap_values for result in results])
     for name, array in {
         "log-prob": log_probs,
@@ -123,7 +141,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
         "value after the last token": bootstrap_values,
         "reward": total,
     }.items():
-        if not torch.isfinite(array).all():
+        if array is not None and not torch.isfinite(array).all():
             row = int((~torch.isfinite(array)).nonzero()[0, 0])
             raise NonFiniteError(f"a {name} is not finite for the completion {rollout.texts[row]!r}", completions)
     finished = completions.ended | torch.tensor(not settings.stop_at_eos)
@@ -163,7 +181,9 @@ def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experie
         length = line["tokens"]
         pieces = ppo.policy.tokenizer.pieces(rollout.completions.tokens[row, :length].tolist())
         # last in its line, so that a reader can leave it out unparsed
-        line["per_token"] = {"pieces": pieces} | {name: _rounded(rows[row, :length]) for name, rows in arrays.items()}
+        line["per_token"] = {"pieces": pieces} | {
+            name: _rounded(rows[row, :length]) for name, rows in arrays.items() if rows is not None
+        }
     return lines
 
 

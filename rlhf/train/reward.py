@@ -40,7 +40,7 @@ from rlhf.train.stage_inputs import (
     start_model_spec,
 )
 from rlhf.train.supervised import check_pairs_differ, length_limit, make_adamw, make_plan, open_split, train_supervised
-from rlhf.types import FrozenParams, Metrics, Params
+from rlhf.types import FrozenParams, MetricSums, Params
 
 _REFERENCE_PAIRS = 1024
 """Training pairs whose chosen completions give the reward's mean and standard deviation."""
@@ -187,15 +187,17 @@ def make_reward_objective(
     dtype: torch.dtype = torch.float32,
     centre_coef: float = 0.0,
     gradient_checkpointing: bool = False,
-) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, Metrics]]:
+) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, MetricSums]]:
     """(reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
 
-    def objective(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, Metrics]:
+    def objective(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, MetricSums]:
         hidden = trunk_states(params["trunk"], batch.rows, config, dtype, gradient_checkpointing=gradient_checkpointing)
         chosen, rejected = (
             apply_head(params["head"], gather_rows(hidden, last)) for last in (batch.chosen, batch.rejected)
         )
-        return reward_loss(chosen, rejected, batch.mask, margin=batch.margin, centre_coef=centre_coef)
+        return reward_loss(
+            chosen, rejected_scores=rejected, mask=batch.mask, margin=batch.margin, centre_coef=centre_coef
+        )
 
     return objective
 

@@ -41,7 +41,7 @@ from rlhf.train.stage_inputs import (
 )
 from rlhf.train.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
 from rlhf.tree import tree_sum
-from rlhf.types import FrozenParams, Metrics, Params
+from rlhf.types import FrozenParams, MetricSums, Params
 
 _STAGE = STAGES["sft"]
 
@@ -134,7 +134,7 @@ def make_sft_objective(
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
-) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, Metrics]]:
+) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, MetricSums]]:
     """(decoder, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
     decoder = architecture_of(config)
 
@@ -142,7 +142,7 @@ def make_sft_objective(
         logits = decoder.logits(params, hidden, config=config, padded=True)
         return token_log_probs(logits, targets), is_argmax(logits.detach(), targets).float()
 
-    def objective(params: Params, frozen: FrozenParams, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def objective(params: Params, frozen: FrozenParams, batch: TokenBatch) -> tuple[Tensor, MetricSums]:
         params = decoder.cast_for_compute(params, dtype)
         hidden = packed_hidden_states(
             params,
@@ -155,7 +155,7 @@ def make_sft_objective(
         log_probs, correct = in_chunks(per_token, chunk_size(config.vocab_size))(
             decoder.unembedding(params), gather_rows(hidden, batch.predictors), batch.targets
         )
-        loss, metrics = sft_loss(log_probs, batch.mask)
+        loss, metrics = sft_loss(log_probs, mask=batch.mask)
         return loss, metrics | {"sft/accuracy": masked_sum(correct, batch.mask)}
 
     return objective

@@ -5,14 +5,15 @@ const COLOURINGS = {
   none: { label: "None" },
   change: { label: "Log-prob change", unit: "nats", of: (tokens, place) => tokens.log_probs[place] - tokens.ref_log_probs[place] },
   advantage: { label: "Advantage", unit: "whitened", of: (tokens, place) => tokens.advantages[place] },
-  value: { label: "Value", unit: "reward units", of: (tokens, place) => tokens.values[place] },
+  value: { label: "Value", unit: "reward units", of: (tokens, place) => tokens.values?.[place] },
 };
 
 /** A sample's per_token if it is whole: as many numbers as pieces, and pieces that make up the completion. */
 function tokensOf(sample) {
   const tokens = sample.per_token;
   if (!tokens || !Array.isArray(tokens.pieces) || tokens.pieces.join("") !== sample.completion) return null;
-  const arrays = ["log_probs", "ref_log_probs", "values", "advantages"].map((name) => tokens[name]);
+  const names = ["log_probs", "ref_log_probs", "advantages", ...("values" in tokens ? ["values"] : [])]; // of a critic
+  const arrays = names.map((name) => tokens[name]);
   return arrays.every((array) => Array.isArray(array) && array.length === tokens.pieces.length) ? tokens : null;
 }
 
@@ -70,7 +71,7 @@ function showToken(span, tokens) {
     ["log-prob", number(tokens.log_probs[place]), "nats"],
     ["reference", number(tokens.ref_log_probs[place]), "nats"],
     ["change", signed(Number((tokens.log_probs[place] - tokens.ref_log_probs[place]).toFixed(4))), "nats"],
-    ["value", number(tokens.values[place]), "reward units"],
+    ...(tokens.values ? [["value", number(tokens.values[place]), "reward units"]] : []),
     ["advantage", signed(tokens.advantages[place]), ""],
   ];
   const tip = byId("tip");

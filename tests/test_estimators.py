@@ -1,0 +1,170 @@
+"""The contract of estimators, and a throw-away one, in a file of its own, through the whole system."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import reinforce
+import test_stages
+import torch
+from laws import assert_close, assert_same_bits, floats, ragged_mask
+from test_stages import copy_run, metrics_of, weights_of
+
+from rlhf.advantages import gae, token_rewards
+from rlhf.config import CheckpointConfig, DistConfig, PPOConfig, PPORun
+from rlhf.distributed import connected
+from rlhf.errors import UserError
+from rlhf.estimators import ESTIMATORS, GAE, AdvantageEstimate, Estimator, register_estimator
+from rlhf.evaluate.evaluate_config import EvaluateConfig
+from rlhf.evaluate.evaluation import run_evaluation
+from rlhf.experience import make_experience
+from rlhf.setting_rules import check_settings
+from rlhf.train.ppo import run_ppo
+
+base = test_stages.base  # the fixture
+
+SCORES, LOG_PROBS, REF_LOG_PROBS = floats(1, 6), -floats(2, 6, 5).abs(), -floats(3, 6, 5).abs()
+MASK = ragged_mask(4, 6, 5)
+GROUPS = torch.tensor([0, 0, 1, 1, 1, 0])
+
+
+def experience(estimator, values=None, **options):
+    return make_experience(
+        SCORES, LOG_PROBS, REF_LOG_PROBS, values, MASK, groups=GROUPS, estimator=estimator, kl_coef=0.3, **options
+    )
+
+
+def test_gae_is_the_estimator_of_its_name():
+    values, options = floats(5, 6, 5), {"gamma": 0.9, "lam": 0.8}
+    rewards = token_rewards(SCORES, torch.where(MASK, LOG_PROBS - REF_LOG_PROBS, 0.0), MASK, kl_coef=0.3)
+    found = experience(ESTIMATORS["gae"], values, whiten_advantages=False, **options)
+    assert_same_bits(tuple(found[:2]), gae(rewards, values, MASK, **options))
+
+
+def test_an_estimator_without_a_critic_has_no_values_no_returns_and_no_metrics_of_them():
+    found = experience(reinforce.REINFORCE, whiten_advantages=False)
+    returns = token_rewards(SCORES, torch.where(MASK, LOG_PROBS - REF_LOG_PROBS, 0.0), MASK, kl_coef=0.3).sum(1)
+    for row in range(6):
+        others = [other for other in range(6) if other != row and GROUPS[other] == GROUPS[row]]
+        expected = returns[row] - sum(returns[other] for other in others) / len(others)
+        assert_close(found.advantages[row], torch.where(MASK[row], expected, 0.0))
+    assert found.returns is None
+    assert not any(name.startswith("val/") for name in found.metrics)
+    assert {"objective/kl", "objective/scores", "response_length/mean"} <= found.metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "values", "message"),
+    [
+        (GAE, None, r"^make_experience: values is None, expected a tensor with the estimator gae$"),
+        (reinforce.REINFORCE, MASK.float(), r"values is a tensor, expected None with the estimator reinforce$"),
+        (
+            Estimator("wrong", lambda completions: AdvantageEstimate(completions.scores), needs_critic=False),
+            None,
+            r"^estimator wrong: advantages has shape \(6,\), expected \(6, 5\) like mask$",
+        ),
+        (
+            Estimator("lazy", lambda completions: AdvantageEstimate(completions.rewards), needs_critic=True),
+            MASK.float(),
+            r"^estimator lazy: returns is None, expected a tensor with the estimator lazy$",
+        ),
+    ],
+)
+def test_an_estimator_that_breaks_the_contract_is_named(estimator, values, message):
+    with pytest.raises(ValueError, match=message):
+        experience(estimator, values)
+
+
+def test_a_name_is_registered_once():
+    register_estimator(reinforce.REINFORCE)  # importing its file again changes nothing
+    with pytest.raises(ValueError, match="there is another estimator 'gae'"):
+        register_estimator(GAE._replace(needs_critic=False))
+
+
+FREE = {"estimator": "reinforce", "critic": "none"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "rloop"}, r"^--ppo.estimator rloop: there is no such estimator; there are: gae, reinforce$"),
+        ({"critic": "none"}, r"^--ppo.critic none: the estimator gae reads values; .* that reads none: reinforce$"),
+        ({"estimator": "reinforce"}, r"^--ppo.estimator reinforce: reads no values, .*; add --ppo.critic none$"),
+        ({"estimator": "reinforce", "critic": "shared"}, r"^--ppo.estimator reinforce: .* add --ppo.critic none$"),
+        (FREE | {"critic_warmup": 2}, r"^--ppo.critic-warmup 2: asks for values, of which --ppo.critic none has none"),
+        (FREE | {"bootstrap_truncated": True}, r"^--ppo.bootstrap-truncated: asks for values"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message):
+        check_settings(PPORun(ppo=PPOConfig(**options)), "ppo")
+
+
+@pytest.mark.parametrize("option", [{"value_coef": 0.5}, {"value_clip_eps": 0.1}, {"lam": 0.5}])
+def test_settings_of_a_critic_are_idle_without_one(option):
+    lines = check_settings(PPORun(ppo=PPOConfig(**FREE, **option)), "ppo")
+    assert [line.rpartition(": ")[2] for line in lines] == ["has no effect with --ppo.critic none"]
+    assert check_settings(PPORun(ppo=PPOConfig(**FREE)), "ppo") == []
+
+
+def free_run(base, folder, **changes):
+    settings = dataclasses.replace(base.ppo, **FREE, num_iterations=3, num_epochs=1, samples_per_prompt=2, batch_size=4)
+    return copy_run(base, folder, "ppo", ppo=settings, checkpoint=CheckpointConfig(every=2, keep=9), **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    run = free_run(base, tmp_path_factory.mktemp("free"))
+    run_ppo(run)
+    return run
+
+
+def test_a_run_without_a_critic_has_nothing_of_one(finished):
+    folder = finished.output_dir
+    assert not (folder / "policy" / "critic").exists()
+    assert not (folder / "policy" / "value_head.safetensors").exists()
+    names = {name for line in metrics_of(finished, "ppo") for name in line}
+    of_values = {name for name in names if name.startswith("val/") and not name.startswith("val/ratio")}
+    assert not of_values | {name for name in names if "value" in name}  # val/ratio is the policy's
+    assert {"loss/policy_avg", "val/ratio_first", "objective/kl"} <= names
+    samples = [json.loads(line) for line in (folder / "logs" / "samples.jsonl").read_text().splitlines()]
+    assert "values" not in samples[0]["per_token"]
+    assert len(samples[0]["per_token"]["advantages"]) == samples[0]["tokens"]
+
+
+def test_it_resumes_to_the_bits_of_the_run_that_never_stopped(finished, tmp_path):
+    shutil.copytree(finished.output_dir, tmp_path / "run")
+    again = dataclasses.replace(finished, output_dir=tmp_path / "run", resume=True)
+    shutil.rmtree(again.output_dir / "policy")
+    shutil.rmtree(again.output_dir / "checkpoints" / "ppo" / "step-000003")
+    run_ppo(again)
+    assert weights_of(again, "ppo") == weights_of(finished, "ppo")
+
+
+def test_what_it_trained_is_evaluated(finished, tmp_path):
+    config = EvaluateConfig(
+        model_dir=finished.output_dir,
+        eval_type="policy",
+        test_data=(finished.prompt_data,),
+        limit=4,
+        threads=1,
+        cache_dir=finished.cache_dir,
+        output=tmp_path / "evaluation",
+    )
+    report = run_evaluation(config)
+    assert {evaluation.kind for evaluation in report.evaluations} == {"policy"}
+
+
+def test_bf16_recomputes_log_probs_without_a_critic(base, tmp_path):
+    run = free_run(base, tmp_path, precision="bf16")
+    run_ppo(run)
+    assert all(line["val/ratio_first"] == 1.0 for line in metrics_of(run, "ppo"))
+
+
+def test_two_workers_give_the_bits_of_one_process(base, finished, tmp_path):
+    run = free_run(base, tmp_path, dist=DistConfig(num_workers=2))
+    with connected(DistConfig(num_workers=2)):
+        run_ppo(run)
+    assert weights_of(run, "ppo") == weights_of(finished, "ppo")
+    assert metrics_of(run, "ppo") == metrics_of(finished, "ppo")
