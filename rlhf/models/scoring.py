@@ -47,7 +47,7 @@ def make_scorer(
         config: shape of policy and reference (frozen["reference"]).
         critic_config: shape of params["critic"]; None where there is none.
         reward_configs: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
-        dtype: of the trained models' forward pass; that of the frozen ones is their own (`cast_frozen`).
+        dtype: of the models' forward pass; a frozen model that has it already (`cast_frozen`) is not copied.
         temperature: as when sampling.
         log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
         bootstrap: compute the values of the states after the last tokens.
@@ -59,6 +59,7 @@ def make_scorer(
 
     def look(params: Params, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
         """Hidden states [R * T, D] and log-probs [C] of a GPT-2."""
+        params = cast_for_compute(params, dtype)
         hidden = packed_hidden_states(params, batch.rows, config)
         predictors = gather_rows(hidden, batch.predictors)
         return hidden, in_chunks(per_token, chunk_size(config.vocab_size))(
@@ -71,7 +72,7 @@ def make_scorer(
         bootstrap_values = torch.zeros(len(batch.last), device=batch.last.device)
         head, hidden = params.get("value_head"), None
         if log_probs or (bootstrap and head is not None):
-            hidden, policy_log_probs = look(cast_for_compute(params["policy"], dtype), batch)
+            hidden, policy_log_probs = look(params["policy"], batch)
         if critic_config is not None:
             head = params["critic"]["head"]
             hidden = packed_hidden_states(cast_for_compute(params["critic"]["trunk"], dtype), batch.rows, critic_config)
@@ -79,24 +80,25 @@ def make_scorer(
             values = apply_head(head, gather_rows(hidden, batch.predictors))
             if bootstrap:
                 bootstrap_values = apply_head(head, gather_rows(hidden, batch.last))
-        scores = reward_scores(frozen, batch, reward_configs)
+        scores = reward_scores(frozen, batch, reward_configs, dtype)
         return Scores(ref_log_probs, policy_log_probs, values, scores, bootstrap_values)
 
     return score
 
 
-def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[GPT2Config]) -> Tensor:
+def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[GPT2Config], dtype: torch.dtype) -> Tensor:
     """[B, K] float32, reward units: what frozen["reward_model_0"], … give the last token of each sequence.
 
     Args:
         frozen: holds the K reward models.
         batch: finished texts.
         configs: their shapes.
+        dtype: of their forward pass.
     """
     scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
     for number, config in enumerate(configs):
         model = frozen[f"reward_model_{number}"]
-        hidden = packed_hidden_states(model["trunk"], batch.rows, config)
+        hidden = packed_hidden_states(cast_for_compute(model["trunk"], dtype), batch.rows, config)
         scores.append(apply_head(model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
     return torch.cat(scores, dim=1)
 

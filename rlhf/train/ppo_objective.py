@@ -42,7 +42,7 @@ def make_ppo_objective(
     Args:
         config: shape of the policy.
         critic_config: shape of a separate critic; None for params["value_head"] on the policy's trunk, or no critic.
-        dtype: of the trained models' forward and backward pass; the reference comes in its own (`cast_frozen`).
+        dtype: of the models' forward and backward pass.
         temperature: as when sampling.
         clip_eps: of `rlhf.losses.ppo_policy_loss`.
         dual_clip: of the same.
@@ -66,8 +66,9 @@ def make_ppo_objective(
         hidden = at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
         models, columns = {"policy": unembedding_params(policy)}, [hidden, batch.targets]
         if loss_kl == "exact":
-            models["reference"] = unembedding_params(frozen["reference"])
-            columns.append(at_predictors(frozen["reference"], batch, config))
+            reference = cast_for_compute(frozen["reference"], dtype)
+            models["reference"] = unembedding_params(reference)
+            columns.append(at_predictors(reference, batch, config))
         log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config.vocab_size))(models, *columns)
         policy_loss, metrics = ppo_policy_loss(
             log_probs,
