@@ -600,7 +600,7 @@ MUTANTS = [
         ("KL turned around", "exact_kl(logits, ref_logits,", "exact_kl(ref_logits, logits,"),
         ("reference in the model's shape", '"reference": reference}', '"reference": config}'),
         ("predictors of another model", "at_predictors(models[name]", 'at_predictors(models["model"]'),
-        ("reward models left out", "reward_scores(frozen, batch, reward_models)", "reward_scores(frozen, batch, ())"),
+        ("reward models left out", "reward_scores(frozen, batch, reward_models,", "reward_scores(frozen, batch, (),"),
     ),
     *mutants(
         "kernels.recomputation",

@@ -67,7 +67,7 @@ def make_measure(
         shapes = {"model": config} if reference is None else {"model": config, "reference": reference}
         models = {"model": decoder.cast_for_compute(params, dtype)}
         if reference is not None:
-            models["reference"] = frozen["reference"]
+            models["reference"] = cast_for_compute(frozen["reference"], dtype)
         hidden = [at_predictors(models[name], batch, shape) for name, shape in shapes.items()]
         token_measures = in_chunks(per_token, chunk_size(config.vocab_size))(models, batch.targets, *hidden)
         return Measures._make([*token_measures, reward_scores(frozen, batch, reward_models)])

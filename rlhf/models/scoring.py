@@ -79,7 +79,7 @@ def make_scorer(
             values = apply_head(head, gather_rows(hidden, batch.predictors))
             if bootstrap:
                 bootstrap_values = apply_head(head, gather_rows(hidden, batch.last))
-        scores = reward_scores(frozen, batch, reward_configs)
+        scores = reward_scores(frozen, batch, reward_configs, dtype)
         return Scores(ref_log_probs, policy_log_probs, values, scores, bootstrap_values)
 
     return score
@@ -92,11 +92,12 @@ def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[Mod
         frozen: holds the K reward models.
         batch: finished texts.
         configs: their shapes.
+        dtype: of their forward pass.
     """
     scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
     for number, config in enumerate(configs):
         model = frozen[f"reward_model_{number}"]
-        hidden = packed_hidden_states(model["trunk"], batch.rows, config)
+        hidden = packed_hidden_states(cast_for_compute(model["trunk"], dtype), batch.rows, config)
         scores.append(apply_head(model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
     return torch.cat(scores, dim=1)
 
