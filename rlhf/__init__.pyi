@@ -19,6 +19,7 @@ from .losses import sft_loss as sft_loss
 from .models import gpt2 as gpt2
 from .models.decoding import Completions as Completions
 from .models.decoding import generate_completions as generate_completions
+from .models.forward import forward as forward
 from .models.gpt2_config import PRESETS as PRESETS
 from .models.gpt2_config import GPT2Config as GPT2Config
 from .models.heads import apply_head as apply_head

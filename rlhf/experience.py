@@ -140,12 +140,11 @@ def make_experience(
         "objective/scores": scores.mean(),
         "objective/non_score_reward": non_score.mean(),
         "objective/rlhf_reward": (scores + non_score).mean(),
+        "response_length/mean": mask.sum(dim=-1).float().mean(),
     }
     if values is not None and returns is not None:
-        unexplained = masked_var(returns - values, mask)
-        metrics["val/mean"] = masked_mean(values, mask)
-        metrics["val/explained_variance"] = 1.0 - unexplained / masked_var(returns, mask).clamp(min=1e-8)
-    metrics["response_length/mean"] = mask.sum(dim=-1).float().mean()
+        unexplained = masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8)
+        metrics |= {"val/mean": masked_mean(values, mask), "val/explained_variance": 1.0 - unexplained}
     metrics = {name: metric.detach() for name, metric in metrics.items()}
     return Experience(whiten(advantages, mask) if whiten_advantages else advantages, returns, kl, metrics)
 

@@ -385,7 +385,7 @@ MUTANTS = [
         ("metric: entropy sign", "-torch.where(mask, log_probs, 0.0)", "torch.where(mask, log_probs, 0.0)"),
         ("metric: rlhf reward", "(scores + non_score).mean()", "(scores - non_score).mean()"),
         ("metric: mean of values unmasked", "masked_mean(values, mask)", "values.mean()"),
-        ("metric: unexplained for explained", "1.0 - unexplained /", "unexplained /"),
+        ("metric: unexplained for explained", "1.0 - unexplained}", "unexplained}"),
         (
             "metric: explained variance of the values",
             "masked_var(returns, mask).clamp",
@@ -715,20 +715,20 @@ MUTANTS = [
         ),
         (
             "ppo: entropy sign",
-            "policy_loss - entropy_coef * token_entropy",
-            "policy_loss + entropy_coef * token_entropy",
+            "loss - entropy_coef * token_entropy",
+            "loss + entropy_coef * token_entropy",
         ),
         (
             "ppo: entropy without gradient",
-            "entropy(logits if entropy_coef else logits.detach()",
+            "entropy(logits if differentiate_entropy else logits.detach()",
             "entropy(logits.detach()",
         ),
-        ("ppo: KL sign", "policy_total + batch.kl_coef * kl", "policy_total - batch.kl_coef * kl"),
-        ("ppo: KL unweighted", "policy_total + batch.kl_coef * kl", "policy_total + kl"),
+        ("ppo: KL sign", "loss + batch.kl_coef * kl", "loss - batch.kl_coef * kl"),
+        ("ppo: KL unweighted", "loss + batch.kl_coef * kl", "loss + kl"),
         (
             "ppo: value_coef on the policy",
-            "return policy_coef * policy_total, metrics, hidden",
-            "return value_coef * policy_total, metrics, hidden",
+            "return policy_coef * loss, metrics, outputs.hidden",
+            "return value_coef * loss, metrics, outputs.hidden",
         ),
         (
             "ppo: exact KL turned around",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf import random
+from rlhf.accelerate import reference_of
 from rlhf.kernels import fused_attention
 from rlhf.models.attention import attend_to_cache, attention, attention_layout
 
@@ -108,3 +109,32 @@ def test_attend_once_value(dtype, compiling, monkeypatch):
     found = attend_to_cache(q, keys, values, bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), atol=TOLERANCE[dtype], rtol=0)
+
+
+def curvature(function, q, k, v):
+    """Second derivatives by autograd alone."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    gradients = torch.autograd.grad(function(*leaves, None).square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(gradient.sin().sum() for gradient in gradients), leaves)
+
+
+def test_attention_differentiated_twice_is_the_reference_differentiated_twice():
+    tensors = [draws(number, B, N, T, H) for number in range(3)]
+    torch.testing.assert_close(curvature(attention, *tensors), curvature(reference_of(attention), *tensors))
+
+
+@pytest.mark.parametrize("transform", ["jvp", "jvp of grad", "vmap of grad"])
+def test_attention_under_transforms_is_the_reference(transform):
+    tensors = tuple(draws(number, B, N, T, H) for number in range(3))
+
+    def outcome(function):
+        def loss(*tensors):
+            return function(*tensors, None).square().sum()
+
+        if transform == "jvp":
+            return torch.func.jvp(loss, tensors, tensors)
+        if transform == "jvp of grad":
+            return torch.func.jvp(torch.func.grad(loss, argnums=(0, 1, 2)), tensors, tensors)
+        return torch.func.vmap(torch.func.grad(loss))(*(torch.stack([x, x.cos()]) for x in tensors))
+
+    torch.testing.assert_close(outcome(attention), outcome(reference_of(attention)))

@@ -23,10 +23,11 @@ SIGNATURES = {
     "exact_kl": "logits, ref_logits, temperature",
     "expected_calibration_error": "margins, bins",
     "filter_logits": "logits, top_k, top_p",
+    "forward": "params, tokens, config, attention_mask",
     "gae": "rewards, values, mask, gamma, lam, bootstrap_value",
     "gae_loop": "rewards, values, mask, gamma, lam, bootstrap_value",
-    "generate": "params, prompts, prompt_lengths, keys, config, max_new_tokens, source, slots, temperature, top_k, "
-    "top_p, min_new_tokens, stop_tokens, value_head, with_entropies, draw, draws_per_call",
+    "generate_completions": "params, prompts, prompt_lengths, keys, config, max_new_tokens, source, max_concurrent, "
+    "temperature, top_k, top_p, min_new_tokens, stop_tokens, value_head, with_entropies, draw, draws_per_call",
     "init_reward_head": "n_embd, key",
     "init_value_head": "n_embd",
     "join": "prompts, lengths, completions",
@@ -70,9 +71,12 @@ def test_signatures_are_pinned(name):
     assert ", ".join(inspect.signature(getattr(rlhf, name)).parameters) == SIGNATURES[name]
 
 
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(rlhf.__path__) if not m.ispkg])
+MODULES = [m.name for m in pkgutil.walk_packages(rlhf.__path__, "rlhf.") if not m.name.startswith("rlhf.cli")]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name):
-    if name == "decode_kernel":
+    if name.endswith("_triton"):
         pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
-    failures, _ = doctest.testmod(importlib.import_module(f"rlhf.{name}"), extraglobs={"torch": torch})
+    failures, _ = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "rlhf": rlhf})
     assert failures == 0

@@ -18,7 +18,8 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[0])
-def test_snippets_run(snippet):
+def test_snippets_run(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():  # the snippet itself draws an example
         exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
 

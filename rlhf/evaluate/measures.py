@@ -47,7 +47,7 @@ def make_measure(
         config: the model's shape.
         reference: shape of frozen["reference"]; None where there is none. Its vocabulary is the model's.
         reward_models: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
-        dtype: of the model's forward pass; that of the frozen ones is their own (`make_frozen_cast`).
+        dtype: of the models' forward pass.
         temperature: of model and reference.
     """
     decoder = architecture_of(config)
@@ -67,9 +67,9 @@ def make_measure(
         shapes = {"model": config} if reference is None else {"model": config, "reference": reference}
         models = {"model": decoder.cast_for_compute(params, dtype)}
         if reference is not None:
-            models["reference"] = cast_for_compute(frozen["reference"], dtype)
+            models["reference"] = ref_decoder.cast_for_compute(frozen["reference"], dtype)
         hidden = [at_predictors(models[name], batch, shape) for name, shape in shapes.items()]
         token_measures = in_chunks(per_token, chunk_size(config.vocab_size))(models, batch.targets, *hidden)
-        return Measures._make([*token_measures, reward_scores(frozen, batch, reward_models)])
+        return Measures._make([*token_measures, reward_scores(frozen, batch, reward_models, dtype)])
 
     return measure

@@ -116,8 +116,8 @@ def save_reward_model(folder: str | Path, model: RewardModel, *, facts: dict[str
 def load_model(folder: str | Path) -> LanguageModel | RewardModel:
     """Read a model folder of either kind: its `params`, `config` and `tokenizer`. Errors as `load_language_model`.
 
-    >>> model = rlhf.load_model("outputs/demo/policy")
-    >>> logits = rlhf.gpt2.forward(model.params, tokens, config=model.config)
+    model = rlhf.load_model("outputs/demo/policy")
+    logits = rlhf.forward(model.params, tokens, config=model.config)
     """
     return load_reward_model(folder) if is_reward_model(Path(folder)) else load_language_model(folder)
 

@@ -98,9 +98,8 @@ def read_trunk(folder: Path, state: dict[str, Tensor], config: ModelShape) -> Pa
     """
     _check_names(folder, state.keys(), config)
     family = architecture_of(config)
-    aside = (_VALUE_HEAD,) if _has_own_head(config) else (_VALUE_HEAD, _HEAD)
-    named = {name: leaf for name, leaf in state.items() if not name.startswith(aside)}
-    named = {name: leaf for name, leaf in named.items() if not name.endswith(family.ignored_suffixes)}
+    names = named_leaves(family.empty(config))
+    named = {name: leaf for name, leaf in state.items() if name.removeprefix(family.prefix) in names}
     for name, leaf in named.items():
         if not leaf.is_floating_point():
             raise UserError(f"{folder}: {name} has dtype {leaf.dtype}, expected floating-point numbers")

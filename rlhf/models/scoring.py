@@ -46,7 +46,7 @@ def make_scorer(
         config: shape of policy and reference (frozen["reference"]).
         critic_config: shape of params["critic"]; None where there is none.
         reward_configs: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
-        dtype: of the trained models' forward pass; that of the frozen ones is their own (`make_frozen_cast`).
+        dtype: of the models' forward pass; a frozen model that has it already (`make_frozen_cast`) is not copied.
         temperature: as when sampling.
         log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
         bootstrap: compute the values of the states after the last tokens.
@@ -59,6 +59,7 @@ def make_scorer(
 
     def look(params: Params, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
         """Return hidden states [R * T, D] and log-probs [C] of a decoder of shape `config`."""
+        params = decoder.cast_for_compute(params, dtype)
         hidden = packed_hidden_states(params, batch.rows, config)
         predictors = gather_rows(hidden, batch.predictors)
         return hidden, in_chunks(per_token, chunk_size(config.vocab_size))(
@@ -71,7 +72,7 @@ def make_scorer(
         bootstrap_values = torch.zeros(len(batch.last), device=batch.last.device)
         head, hidden = params.get("value_head"), None
         if log_probs or (bootstrap and head is not None):
-            hidden, policy_log_probs = look(decoder.cast_for_compute(params["policy"], dtype), batch)
+            hidden, policy_log_probs = look(params["policy"], batch)
         if critic_config is not None:
             head = params["critic"]["head"]
             hidden = trunk_states(params["critic"]["trunk"], batch.rows, critic_config, dtype)
@@ -85,7 +86,7 @@ def make_scorer(
     return score
 
 
-def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[ModelShape]) -> Tensor:
+def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[ModelShape], dtype: torch.dtype) -> Tensor:
     """[B, K] float32, reward units: what frozen["reward_model_0"], … give the last token of each sequence.
 
     Args:
@@ -97,7 +98,7 @@ def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[Mod
     scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
     for number, config in enumerate(configs):
         model = frozen[f"reward_model_{number}"]
-        hidden = packed_hidden_states(cast_for_compute(model["trunk"], dtype), batch.rows, config)
+        hidden = trunk_states(model["trunk"], batch.rows, config, dtype)
         scores.append(apply_head(model["head"], gather_rows(hidden, batch.last)).unsqueeze(1))
     return torch.cat(scores, dim=1)
 

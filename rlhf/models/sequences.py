@@ -10,11 +10,7 @@ from rlhf.models.decoding import Completions
 def join(prompts: Tensor, lengths: Tensor, completions: Completions) -> tuple[Tensor, Tensor]:
     """Put every completion right behind its prompt.
 
-    The log-probs of the joined tokens are then on the layout of `mask[:, 1:]`:
-
-        >>> tokens, mask = rlhf.join(prompts, lengths, completions)
-        >>> logits = rlhf.gpt2.forward(params, tokens[:, :-1], config=config)
-        >>> log_probs, mask = rlhf.token_log_probs(logits, tokens[:, 1:]), mask[:, 1:]
+    The log-probs of `tokens[:, 1:]`, which a model of `tokens[:, :-1]` gives, are on the layout of `mask[:, 1:]`.
 
     Args:
         prompts: [B, P] int64, right-padded.
@@ -24,6 +20,19 @@ def join(prompts: Tensor, lengths: Tensor, completions: Completions) -> tuple[Te
     Returns:
         tokens: [B, P + T] int64, right-padded with 0.
         mask: [B, P + T] bool, True on the completions' tokens.
+
+    Raises:
+        ValueError: shapes do not match.
+        TypeError: tokens or lengths are not int64.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params, keys = rlhf.gpt2.init(config, key=rlhf.random.key(0)), rlhf.random.split(rlhf.random.key(1), 2)
+        >>> prompts, lengths = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([3, 1])
+        >>> out = rlhf.generate_completions(params, prompts, lengths, keys, config=config, max_new_tokens=2)
+        >>> tokens, mask = join(prompts, lengths, out)
+        >>> mask.int().tolist()
+        [[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]]
     """
     check_rank("join", 2, prompts=prompts, tokens=completions.tokens)
     check_rank("join", 1, lengths=lengths)

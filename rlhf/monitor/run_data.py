@@ -22,8 +22,8 @@ class RunData(NamedTuple):
 def load_run(folder: str | Path) -> RunData:
     """Read the logs of a run, which may still be going on.
 
-        >>> kl = rlhf.load_run("outputs/demo").metrics["ppo"]["objective/kl"]
-        >>> plt.plot(kl.steps, kl.values)
+        kl = rlhf.load_run("outputs/demo").metrics["ppo"]["objective/kl"]
+        plt.plot(kl.steps, kl.values)
 
     Args:
         folder: the run's output folder, or its logs/.

@@ -31,11 +31,11 @@ def run(
     The process stays as it is: no signal handler is installed, nothing is printed (messages go to the logger `rlhf`),
     and no report is written. torch's number of threads is set while the run lasts. It may be called in any thread.
 
-        >>> import rlhf
-        >>> from rlhf.config import SFTConfig, SFTRun
-        >>> config = SFTRun(output_dir="outputs/short", sft=SFTConfig(max_steps=20))
-        >>> result = rlhf.train.run(config, callback=lambda stage, step, metrics: metrics["loss/sft"] < 1.0)
-        >>> result.finished, result.metrics["eval/perplexity"]
+        import rlhf
+        from rlhf.config import SFTConfig, SFTRun
+        config = SFTRun(output_dir="outputs/short", sft=SFTConfig(max_steps=20))
+        result = rlhf.train.run(config, callback=lambda stage, step, metrics: metrics["loss/sft"] < 1.0)
+        result.finished, result.metrics["eval/perplexity"]
 
     Args:
         config: `SFTRun`, `RewardRun`, `PPORun`, `PipelineRun`, or that of a registered stage.

@@ -1,6 +1,7 @@
 """PPO's objective: clipped policy loss, value loss, entropy bonus, and the KL to the reference where asked for."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def make_ppo_objective(
     Args:
         config: shape of the policy.
         critic_config: shape of a separate critic; None for params["value_head"] on the policy's trunk, or no critic.
-        dtype: of the trained models' forward and backward pass; the reference comes in its own (`make_frozen_cast`).
+        dtype: of the models' forward and backward pass.
         temperature: as when sampling.
         clip_eps: of `rlhf.losses.ppo_policy_loss`.
         dual_clip: of the same.
@@ -52,47 +53,34 @@ def make_ppo_objective(
         policy_coef: 0 leaves the value loss alone (critic warm-up).
         gradient_checkpointing: of `rlhf.models.gpt2.hidden_states`, in policy and critic.
     """
-    decoder = architecture_of(config)
+    forward = _make_policy_forward(
+        config, dtype, temperature, bool(entropy_coef), loss_kl == "exact", gradient_checkpointing
+    )
 
-    def per_token(models: FrozenParams, hidden: Tensor, targets: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
-        logits = decoder.logits(models["policy"], hidden, config=config, padded=True)
-        log_probs = token_log_probs(logits, targets, temperature=temperature)
-        entropies = entropy(logits if entropy_coef else logits.detach(), temperature=temperature)
-        if not ref_hidden:
-            return log_probs, entropies
-        ref_logits = decoder.logits(models["reference"], *ref_hidden, config=config, padded=True)
-        return log_probs, entropies, exact_kl(logits, ref_logits, temperature=temperature)
-
-    def of_policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums, Tensor]:
-        policy = decoder.cast_for_compute(params["policy"], dtype)
-        hidden = at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
-        models, columns = {"policy": decoder.unembedding(policy)}, [hidden, batch.targets]
-        if loss_kl == "exact":
-            models["reference"] = decoder.unembedding(frozen["reference"])
-            columns.append(at_predictors(frozen["reference"], batch, config))
-        log_probs, entropies, *exact = in_chunks(per_token, chunk_size(config.vocab_size))(models, *columns)
-        policy_loss, metrics = ppo_policy_loss(
-            log_probs,
+    def policy_loss(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums, Tensor]:
+        outputs = forward(params["policy"], frozen, batch)
+        loss, metrics = ppo_policy_loss(
+            outputs.log_probs,
             old_log_probs=batch.old_log_probs,
             advantages=batch.advantages,
             mask=batch.mask,
             clip_eps=clip_eps,
             dual_clip=dual_clip,
         )
-        token_entropy = masked_sum(entropies, batch.mask)
-        policy_total = policy_loss - entropy_coef * token_entropy
+        token_entropy = masked_sum(outputs.entropies, batch.mask)
+        loss = loss - entropy_coef * token_entropy
         metrics["policy/entropy_avg"] = token_entropy.detach()
         if loss_kl != "none":
-            if loss_kl == "exact":
-                (of_tokens,) = exact
-            else:
-                of_tokens = kl_estimate(log_probs, batch.ref_log_probs, estimator=loss_kl)
-            kl = masked_sum(of_tokens, batch.mask)
-            policy_total = policy_total + batch.kl_coef * kl
+            token_kl = outputs.exact_kl
+            if loss_kl != "exact":
+                token_kl = kl_estimate(outputs.log_probs, batch.ref_log_probs, estimator=loss_kl)
+            assert token_kl is not None
+            kl = masked_sum(token_kl, batch.mask)
+            loss = loss + batch.kl_coef * kl
             metrics["loss/kl_avg"] = kl.detach()
-        return policy_coef * policy_total, metrics, hidden
+        return policy_coef * loss, metrics, outputs.hidden
 
-    def of_values(values: Tensor, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
+    def value_loss(values: Tensor, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         loss, metrics = ppo_value_loss(
             values,
             old_values=batch.old_values,
@@ -103,23 +91,70 @@ def make_ppo_objective(
         return value_coef * loss, metrics
 
     def both(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
-        loss, metrics, hidden = of_policy(params, frozen, batch)
+        loss, metrics, hidden = policy_loss(params, frozen, batch)
         if "value_head" not in params:
             return loss, metrics
-        return add_results([(loss, metrics), of_values(apply_head(params["value_head"], hidden), batch)])
+        return add_results([(loss, metrics), value_loss(apply_head(params["value_head"], hidden), batch)])
 
     def policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         params = params if policy_coef else tree_map(Tensor.detach, params)
-        return of_policy(params, frozen, batch)[:2]
+        return policy_loss(params, frozen, batch)[:2]
 
     def critic(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         assert critic_config is not None
         values = _critic(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
-        return of_values(values, batch)
+        return value_loss(values, batch)
 
     if critic_config is None:
         return both
     return SumOfLosses((policy, critic))
+
+
+class _PolicyOutputs(NamedTuple):
+    """What the policy's forward pass gives at each completion token."""
+
+    log_probs: Tensor
+    """[C] float32, nats."""
+    entropies: Tensor
+    """[C] float32, nats."""
+    exact_kl: Tensor | None
+    """[C] float32, nats: KL(policy || reference) over the vocabulary; None where it is not asked for."""
+    hidden: Tensor
+    """[C, D]: the states that predict the tokens."""
+
+
+def _make_policy_forward(
+    config: ModelShape,
+    dtype: torch.dtype,
+    temperature: float,
+    differentiate_entropy: bool,
+    with_exact_kl: bool,
+    gradient_checkpointing: bool,
+) -> Callable[[Params, FrozenParams, PPOBatch], _PolicyOutputs]:
+    """Return (policy, frozen, PPOBatch) -> `_PolicyOutputs`; arguments as `make_ppo_objective`'s."""
+    decoder = architecture_of(config)
+
+    def per_token(models: FrozenParams, hidden: Tensor, targets: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
+        logits = decoder.logits(models["policy"], hidden, config=config, padded=True)
+        log_probs = token_log_probs(logits, targets, temperature=temperature)
+        entropies = entropy(logits if differentiate_entropy else logits.detach(), temperature=temperature)
+        if not ref_hidden:
+            return log_probs, entropies
+        ref_logits = decoder.logits(models["reference"], *ref_hidden, config=config, padded=True)
+        return log_probs, entropies, exact_kl(logits, ref_logits, temperature=temperature)
+
+    def forward(params: Params, frozen: FrozenParams, batch: PPOBatch) -> _PolicyOutputs:
+        policy = decoder.cast_for_compute(params, dtype)
+        hidden = at_predictors(policy, batch, config, gradient_checkpointing=gradient_checkpointing)
+        models, columns = {"policy": decoder.unembedding(policy)}, [hidden, batch.targets]
+        if with_exact_kl:
+            reference = decoder.cast_for_compute(frozen["reference"], dtype)
+            models["reference"] = decoder.unembedding(reference)
+            columns.append(at_predictors(reference, batch, config))
+        log_probs, entropies, *kl = in_chunks(per_token, chunk_size(config.vocab_size))(models, *columns)
+        return _PolicyOutputs(log_probs, entropies, kl[0] if kl else None, hidden)
+
+    return forward
 
 
 def _critic(params: Params, batch: PPOBatch, config: ModelShape, dtype: torch.dtype, **options: Any) -> Tensor:

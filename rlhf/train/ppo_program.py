@@ -153,7 +153,8 @@ def make_ppo_program(
             "score": score if compile_to is None else compiled(score, compile_to),
         },
         frozen_updates={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
-        prepare_frozen=make_frozen_cast(frozen_shapes, dtype),
+        # compiled code casts at no cost, and rounds otherwise: policy and reference must be cast in the same place
+        prepare_frozen=make_frozen_cast(frozen_shapes, torch.float32 if compile_to else dtype),
         compile_to=compile_to,
     )
 

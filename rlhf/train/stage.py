@@ -3,8 +3,7 @@
 What a stage computes is in a module of its own, which is imported when the stage runs. To add a stage, write that
 module and add one entry to the table; a stage of your own is registered from the file that defines it:
 
-    >>> from rlhf.train.stage import Stage, StageProgram, register
-    >>> register(Stage(name="distil", config=DistilRun, ..., program=StageProgram(check_distil, run_distil)))
+    register(Stage(name="distil", config=DistilRun, program=StageProgram(check_distil, run_distil), ...))
 """
 
 import dataclasses
