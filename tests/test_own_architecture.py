@@ -129,4 +129,4 @@ def test_resuming_gives_the_bits_of_the_run_that_never_stopped(whole, tmp_path):
 
 def test_it_is_evaluated(whole, tmp_path):
     report = run_evaluation(EvaluateConfig(model_dir=whole.output_dir, output=tmp_path / "report", threads=1))
-    assert [evaluation.kind for evaluation in report.evaluations] == ["sft", "reward", "policy"]
+    assert [evaluation.kind for evaluation in report.evaluations] == ["sft", "reward", "policy", "policy"]

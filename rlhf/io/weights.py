@@ -26,7 +26,8 @@ _SAVED_BY = {
 }
 _HEAD = "lm_head."
 _VALUE_HEAD = "v_head."
-_ASIDE = (_HEAD, _VALUE_HEAD, "score.")
+_SCORE = "score."
+_ASIDE = (_HEAD, _VALUE_HEAD, _SCORE)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -86,7 +87,7 @@ def check_weights(folder: Path, config: ModelShape, rows: int) -> None:
 
 
 def read_trunk(folder: Path, state: dict[str, Tensor], config: ModelShape) -> Params:
-    """Return the decoder among the weights, in float32.
+    """Return the decoder among the weights, in float32; those of a scalar head are checked with it.
 
     Args:
         folder: of the model, for errors.
@@ -100,7 +101,7 @@ def read_trunk(folder: Path, state: dict[str, Tensor], config: ModelShape) -> Pa
     family = architecture_of(config)
     names = named_leaves(family.empty(config))
     named = {name: leaf for name, leaf in state.items() if name.removeprefix(family.prefix) in names}
-    for name, leaf in named.items():
+    for name, leaf in (named | {name: leaf for name, leaf in state.items() if name.startswith(_SCORE)}).items():
         if not leaf.is_floating_point():
             raise UserError(f"{folder}: {name} has dtype {leaf.dtype}, expected floating-point numbers")
         if not all_finite(leaf):
