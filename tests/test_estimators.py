@@ -19,8 +19,8 @@ from rlhf.estimators import ESTIMATORS, GAE, AdvantageEstimate, Estimator, regis
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
 from rlhf.experience import make_experience
-from rlhf.setting_rules import check_settings
 from rlhf.train.ppo import run_ppo
+from rlhf.train.stage import STAGES, check_settings
 
 base = test_stages.base  # the fixture
 
@@ -98,14 +98,14 @@ FREE = {"estimator": "reinforce", "critic": "none"}
 )
 def test_combinations_that_cannot_work_are_refused_by_name(options, message):
     with pytest.raises(UserError, match=message):
-        check_settings(PPORun(ppo=PPOConfig(**options)), "ppo")
+        check_settings(PPORun(ppo=PPOConfig(**options)), STAGES["ppo"])
 
 
 @pytest.mark.parametrize("option", [{"value_coef": 0.5}, {"value_clip_eps": 0.1}, {"lam": 0.5}])
 def test_settings_of_a_critic_are_idle_without_one(option):
-    lines = check_settings(PPORun(ppo=PPOConfig(**FREE, **option)), "ppo")
+    lines = check_settings(PPORun(ppo=PPOConfig(**FREE, **option)), STAGES["ppo"])
     assert [line.rpartition(": ")[2] for line in lines] == ["has no effect with --ppo.critic none"]
-    assert check_settings(PPORun(ppo=PPOConfig(**FREE)), "ppo") == []
+    assert check_settings(PPORun(ppo=PPOConfig(**FREE)), STAGES["ppo"]) == []
 
 
 def free_run(base, folder, **changes):
