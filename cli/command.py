@@ -16,7 +16,7 @@ from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.io.paths import relocate
 from rlhf.io.presets import load_config, load_dist_config
 from rlhf.ranges import flat_fields
-from rlhf.train.stage import pipeline_type
+from rlhf.stages import pipeline_type
 
 
 def base_config(argv: Sequence[str]) -> PipelineRun:

@@ -22,7 +22,7 @@ from rlhf.cli.terminal import stderr_console
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.io.presets import narrow
-from rlhf.train.stage import STAGES, pipeline_names, pipeline_type
+from rlhf.stages import STAGES, pipeline_names, pipeline_type
 
 _DESCRIPTION = """Train a GPT-2-style language model from human feedback.
 

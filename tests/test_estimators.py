@@ -19,8 +19,8 @@ from rlhf.estimators import ESTIMATORS, GAE, AdvantageEstimate, Estimator, regis
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
 from rlhf.experience import make_experience
+from rlhf.stages import STAGES, check_settings
 from rlhf.train.ppo import run_ppo
-from rlhf.train.stage import STAGES, check_settings
 
 base = test_stages.base  # the fixture
 

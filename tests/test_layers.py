@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for top in ("rlhf", "cli") for path in (ROOT / top).rglob("*.py"))
-CONFIG = ("config.py", "stage_config.py", "ranges.py", "setting_rules.py", "metrics.py", "stage.py")
+CONFIG = ("config.py", "stage_config.py", "ranges.py", "setting_rules.py", "metrics.py", "stages.py")
 """Without torch, so that every layer may read them: settings, and the tables of metrics and stages."""
 CORE = sorted(path for path in (ROOT / "rlhf").glob("*.py") if path.name not in ("__init__.py", *CONFIG))
 LAYERS = [
@@ -166,7 +166,7 @@ assert {"ray", "tyro", "rich", "transformers"}.isdisjoint(sys.modules)
 def test_settings_of_the_programs_and_the_table_of_stages_import_nothing_heavy():
     """So that --help answers at once."""
     code = """
-import sys, rlhf.evaluate.evaluate_config, rlhf.generate.generate_config, rlhf.train.stage, rlhf.io.presets
+import sys, rlhf.evaluate.evaluate_config, rlhf.generate.generate_config, rlhf.stages, rlhf.io.presets
 heavy = {"torch", "ray", "rich", "numpy", "scipy", "sklearn"}
 assert heavy.isdisjoint(sys.modules), heavy & set(sys.modules)
 """

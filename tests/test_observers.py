@@ -3,8 +3,8 @@
 import pytest
 
 from rlhf.config import SFTRun
+from rlhf.stages import STAGES
 from rlhf.train.observers import CallbackObserver, Observer, Observers, StageStart
-from rlhf.train.stage import STAGES
 
 START = StageStart(STAGES["sft"], SFTRun(), 0, 3, ())
 

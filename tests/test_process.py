@@ -19,8 +19,8 @@ from rlhf.errors import UserError
 from rlhf.io import cache
 from rlhf.io.cache import default_cache_dir, home_folder
 from rlhf.io.user_log import log_user
+from rlhf.stages import STAGES
 from rlhf.train.observers import StageStart
-from rlhf.train.stage import STAGES
 
 PROGRAMS = ["train", "evaluate", "generate", "example", "monitor"]
 

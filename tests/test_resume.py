@@ -28,10 +28,10 @@ from rlhf.io.paths import absolute_paths, places, relocate
 from rlhf.io.presets import load_config
 from rlhf.io.reward_identity import code_digest, diff_sources, identify_sources, upgrade_sources
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.stages import STAGES
 from rlhf.train.ppo import run_ppo
 from rlhf.train.resume import diff_settings, digests_of, settings_of
 from rlhf.train.sft import run_sft
-from rlhf.train.stage import STAGES
 
 TEXTS = [["red green blue"], ["red green blue yellow"]]
 CODE = (

@@ -11,10 +11,10 @@ from rlhf.config import CheckpointConfig, LogConfig, PPORun, RunConfig, SFTRun
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
 from rlhf.io.output_folder import check_output_folder
+from rlhf.stages import STAGES
 from rlhf.train.context import open_run
 from rlhf.train.loop import train
 from rlhf.train.resume import diff_settings
-from rlhf.train.stage import STAGES
 
 
 def test_a_finished_folder_tells_how_another_run_starts_from_its_models(tmp_path):

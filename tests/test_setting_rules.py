@@ -17,7 +17,7 @@ from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.presets import load_config, narrow
 from rlhf.ranges import flat_fields
 from rlhf.setting_rules import COMPUTE_RULES, Rule, check_rules
-from rlhf.train.stage import STAGES, check_settings
+from rlhf.stages import STAGES, check_settings
 
 OPTIMIZER = {
     "learning_rate": "every step",

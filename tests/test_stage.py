@@ -20,8 +20,8 @@ from rlhf.io.presets import load_config, narrow
 from rlhf.monitor.log import read_logs
 from rlhf.monitor.report import write_report
 from rlhf.ranges import flat_fields
+from rlhf.stages import STAGES, StageProgram, load_program, pipeline_names, pipeline_type, register, stages_of
 from rlhf.train.observers import Observer
-from rlhf.train.stage import STAGES, StageProgram, load_program, pipeline_names, pipeline_type, register, stages_of
 
 TEXT = b"the quick brown fox jumps over the lazy dog " * 8
 

@@ -32,6 +32,7 @@ from rlhf.io.checkpoint import last_step, load_checkpoint
 from rlhf.io.model_folder import load_language_model, load_reward_model
 from rlhf.io.presets import narrow
 from rlhf.monitor.log import read_logs
+from rlhf.stages import STAGES
 from rlhf.train import pipeline
 from rlhf.train.context import open_run
 from rlhf.train.pipeline import run_stages
@@ -40,7 +41,6 @@ from rlhf.train.ppo_rollout import score_rollout
 from rlhf.train.reward import run_reward
 from rlhf.train.sft import run_sft
 from rlhf.train.signals import stop_on_signal
-from rlhf.train.stage import STAGES
 from rlhf.train.stage_inputs import record_order
 from rlhf.tree import named_leaves
 

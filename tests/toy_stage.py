@@ -15,7 +15,8 @@ from rlhf.io.files import atomic_folder, save_tensors, sha256
 from rlhf.io.manifest import write_manifest
 from rlhf.ranges import PositiveInt
 from rlhf.setting_rules import Rule
-from rlhf.train import Observer, Stage, StageProgram, StageResult
+from rlhf.stages import Stage, StageProgram, StageResult
+from rlhf.train import Observer
 from rlhf.train.context import open_run
 from rlhf.train.loop import train
 from rlhf.train.observers import LoopState, Observers

@@ -14,11 +14,11 @@ from rlhf.evaluate.judges import Judge
 from rlhf.evaluate.policy_evaluation import ScoredCompletions, compare_folders
 from rlhf.io.output import check_output, write_json
 from rlhf.io.output_folder import check_output_folder
+from rlhf.stages import STAGES
 from rlhf.statistics import mean_interval
 from rlhf.train.observers import Observer
 from rlhf.train.pipeline import run_stages
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage import STAGES
 
 
 class GoldScores(NamedTuple):

@@ -13,7 +13,7 @@ from rlhf.io.checkpoint import last_step
 from rlhf.io.files import read_json, sha256
 from rlhf.io.paths import places
 from rlhf.random import Purpose, fold_in, key
-from rlhf.train.stage import STAGES
+from rlhf.stages import STAGES
 
 _STAGES = {stage.schema: stage.name for stage in reversed(STAGES.values())}
 """The first stage that learns from each schema, by the name of the schema."""

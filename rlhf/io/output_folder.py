@@ -13,7 +13,7 @@ from rlhf.io.paths import absolute_paths
 from rlhf.io.presets import dump_config, load_config
 from rlhf.io.run_log import check_logs
 from rlhf.setting_rules import flag_of
-from rlhf.train.stage import STAGES, Stage, pipeline_type
+from rlhf.stages import STAGES, Stage, pipeline_type
 
 
 def checkpoint_folder(config: RunConfig, stage: Stage) -> Path:

@@ -17,7 +17,7 @@ import yaml
 from rlhf.config import DistConfig, PipelineRun, RunConfig
 from rlhf.errors import UserError
 from rlhf.io.files import read_text
-from rlhf.train.stage import pipeline_type
+from rlhf.stages import pipeline_type
 
 _Config = TypeVar("_Config")
 _MERGE = "tag:yaml.org,2002:merge"

@@ -8,7 +8,7 @@ from rlhf.monitor import diagnostics, sample_diagnostics
 from rlhf.monitor.diagnostics import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import LEVELS, Level
-from rlhf.train.stage import STAGES
+from rlhf.stages import STAGES
 
 
 class Finding(NamedTuple):

@@ -28,7 +28,7 @@ from rlhf.monitor.plot_axes import (
 )
 from rlhf.monitor.samples_plot import draw_samples
 from rlhf.monitor.view import run_names, thin
-from rlhf.train.stage import STAGES
+from rlhf.stages import STAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

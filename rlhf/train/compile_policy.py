@@ -9,8 +9,8 @@ from rlhf.errors import UserError
 from rlhf.execution.compiled import has_compiler
 from rlhf.execution.program import ModelState
 from rlhf.io.cache import default_cache_dir
+from rlhf.stages import Stage
 from rlhf.train.context import Run
-from rlhf.train.stage import Stage
 from rlhf.tree import leaves
 from rlhf.types import Params
 

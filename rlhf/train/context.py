@@ -26,9 +26,9 @@ from rlhf.io.files import check_writable, lock_folder
 from rlhf.io.output_folder import check_output_folder, checkpoint_folder, has_checkpoints
 from rlhf.io.run_log import RunLog
 from rlhf.random import Purpose, fold_in, key
+from rlhf.stages import Stage, check_settings
 from rlhf.train.observers import Observer
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage import Stage, check_settings
 from rlhf.tree import all_finite
 from rlhf.types import Params
 

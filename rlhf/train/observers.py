@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from rlhf.config import RunConfig
 from rlhf.io.run_log import FORMAT, RunLog
+from rlhf.stages import Stage
 from rlhf.train.sink import open_sink
-from rlhf.train.stage import Stage
 
 LoopState = dict[str, Any]
 """Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""

@@ -11,9 +11,9 @@ from rlhf.distributed.compute_context import check_workers
 from rlhf.errors import Interrupted
 from rlhf.io.output_folder import check_output_folder
 from rlhf.io.user_log import log_user
+from rlhf.stages import STAGES, Stage, StageResult, check_settings, load_program, pipeline_type, stages_of
 from rlhf.train.observers import CallbackObserver, Observer
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage import STAGES, Stage, StageResult, check_settings, load_program, pipeline_type, stages_of
 
 Callback = Callable[[str, int, dict[str, float]], Any]
 """Gets (stage, step, metrics) after every step; a true result stops the run."""

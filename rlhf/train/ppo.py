@@ -25,6 +25,7 @@ from rlhf.io.reward_sources import (
 )
 from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
+from rlhf.stages import STAGES, StageProgram, StageResult
 from rlhf.statistics import spread
 from rlhf.train.compile_policy import compile_folder
 from rlhf.train.context import Run, open_run
@@ -35,7 +36,6 @@ from rlhf.train.ppo_program import learning_rate, make_ppo_program, shapes_of, s
 from rlhf.train.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.train.resume import Identity, digests_of
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage import STAGES, StageProgram, StageResult
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_data,
@@ -77,7 +77,7 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
 
 
 def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return what the policy will be, after reading the prompts through: see `rlhf.train.stage.StageProgram`."""
+    """Return what the policy will be, after reading the prompts through: see `rlhf.stages.StageProgram`."""
     inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
     check_columns(inputs.sources, check_data(PROMPTS, config.prompt_data))
     return inputs.policy

@@ -7,8 +7,8 @@ from rlhf.config import PPORun
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.reward_sources import RewardSource, check_vocabulary, names_folder, open_sources
+from rlhf.stages import STAGES
 from rlhf.train.compile_policy import compile_obstacle
-from rlhf.train.stage import STAGES
 from rlhf.train.stage_inputs import ModelSpec, start_model_spec
 
 

@@ -14,9 +14,9 @@ from rlhf.io.paths import same_place
 from rlhf.io.reward_identity import diff_sources, upgrade_sources
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.ranges import flat_fields
+from rlhf.stages import STAGES, Stage
 from rlhf.train.context import Run
 from rlhf.train.observers import LoopState, Observer
-from rlhf.train.stage import STAGES, Stage
 from rlhf.tree import all_finite
 
 Identity = dict[str, Any]

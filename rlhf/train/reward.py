@@ -23,13 +23,13 @@ from rlhf.models.heads import apply_head, init_reward_head
 from rlhf.models.scoring import make_pair_scores
 from rlhf.ops import gather_rows
 from rlhf.random import Purpose
+from rlhf.stages import STAGES, StageProgram, StageResult
 from rlhf.statistics import preference_metrics, spread
 from rlhf.train.compile_policy import compile_folder, compile_obstacle
 from rlhf.train.context import Run, open_run
 from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage import STAGES, StageProgram, StageResult
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_data,
@@ -59,7 +59,7 @@ def run_reward(config: RewardRun, observers: Sequence[Observer] = (), stop: Stop
 
 
 def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return what the model will be, after reading the data files through: see `rlhf.train.stage.StageProgram`."""
+    """Return what the model will be, after reading the data files through: see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config, models.get("sft"))
     _check_margin(config, check_data(PREFERENCES, config.preference_data, config.preference_val_data))
     _check_pairs(config, model_spec)

@@ -23,12 +23,12 @@ from rlhf.models.forward import packed_hidden_states
 from rlhf.ops import gather_rows, is_argmax, masked_sum, mean_metrics, token_log_probs
 from rlhf.random import Purpose
 from rlhf.remat import chunk_size, in_chunks
+from rlhf.stages import STAGES, StageProgram, StageResult
 from rlhf.train.compile_policy import compile_folder, compile_obstacle
 from rlhf.train.context import Run, open_run
 from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage import STAGES, StageProgram, StageResult
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_data,
@@ -56,7 +56,7 @@ def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopReques
 
 
 def check_sft(config: SFTRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return what the model will be, after reading the data files through: see `rlhf.train.stage.StageProgram`."""
+    """Return what the model will be, after reading the data files through: see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config)
     check_data(DEMONSTRATIONS, config.sft_data, config.sft_val_data)
     return model_spec

@@ -18,8 +18,8 @@ from rlhf.io.tokenizer import Tokenizer
 from rlhf.models.architecture import ModelShape, get_architecture
 from rlhf.random import fold_in, permutation
 from rlhf.schedules import Schedule, constant_schedule, cosine_schedule, linear_schedule
+from rlhf.stages import STAGES
 from rlhf.train.context import Run
-from rlhf.train.stage import STAGES
 
 _SIZES = ("n_layer", "n_head", "n_embd", "n_positions")
 """Settings that are fields of shapes."""
