@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rlhf.io.terminal import visible
+from rlhf.io.printable_text import visible
 from rlhf.metrics import describe
 from rlhf.monitor.charts import Chart, curve_label
 from rlhf.monitor.log import LogReader, Series

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf.errors import UserError
 from rlhf.io.output import check_output, write_output
-from rlhf.io.terminal import shorten, visible
+from rlhf.io.printable_text import shorten, visible
 from rlhf.io.user_log import log_user
 from rlhf.metrics import describe
 from rlhf.monitor.charts import Chart, charts

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.io.terminal import shorten
+from rlhf.io.printable_text import shorten
 from rlhf.monitor.diagnostics import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import THRESHOLDS, worst

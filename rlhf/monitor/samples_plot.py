@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf.io.terminal import shorten, visible
+from rlhf.io.printable_text import shorten, visible
 from rlhf.monitor.log import LogReader
 
 if TYPE_CHECKING:
