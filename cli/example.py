@@ -17,7 +17,7 @@ from rlhf.cli.terminal import stderr_console
 
 from rlhf.errors import UserError
 from rlhf.io.presets import load_config
-from rlhf.io.terminal import printable
+from rlhf.io.printable_text import printable
 from rlhf.io.user_log import log_user
 from rlhf.ranges import ProcessCount, Section, Seed
 

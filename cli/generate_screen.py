@@ -22,7 +22,7 @@ from rlhf.generate.completer import Completer, TextChunk
 from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.files import read_text
 from rlhf.io.output import check_output, write_output
-from rlhf.io.terminal import printable
+from rlhf.io.printable_text import printable
 from rlhf.io.user_log import log_user
 from rlhf.setting_rules import check_rules
 

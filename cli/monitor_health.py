@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from rlhf.io.terminal import visible
+from rlhf.io.printable_text import visible
 from rlhf.monitor.health import Finding, findings
 from rlhf.monitor.log import read_logs
 from rlhf.monitor.thresholds import Level

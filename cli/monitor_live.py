@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 from rlhf.cli.monitor_health import finding_line, verdict
 
-from rlhf.io.terminal import visible
+from rlhf.io.printable_text import visible
 from rlhf.metrics import describe, in_order
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import LogReader, Progress, Series

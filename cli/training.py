@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rlhf.cli.progress import StageProgress
 
 from rlhf.execution.memory import keep_freed_memory
-from rlhf.io.terminal import visible
+from rlhf.io.printable_text import visible
 from rlhf.io.user_log import log_user
 from rlhf.monitor.health import findings
 from rlhf.monitor.report import write_report

@@ -1,20 +1,20 @@
-"""The errors that a program turns into a message and an exit code instead of a traceback."""
+"""Errors that a program reports as a message and an exit code instead of a traceback."""
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used. The message names the file, the record, the key and the remedy.
+    """Invalid input of the user. The message names the file, the record, the key and the remedy.
 
-    Programs print the message alone and exit with 2.
+    Programs print only the message and exit with code 2.
     """
 
     exit_code = 2
 
 
 class NonFiniteError(Exception):
-    """A loss, gradient, reward or value is not finite; the update was refused before it was applied.
+    """A loss, gradient, reward or value is not finite, and the update is refused before it is applied.
 
-    `batch` holds the offending micro-batch, or what is known of it, so that the caller can write it to disk.
-    Programs exit with 3.
+    `batch` holds the offending micro-batch, as far as it is known, so that the caller can write it to disk. Programs
+    exit with code 3.
     """
 
     exit_code = 3
@@ -25,11 +25,11 @@ class NonFiniteError(Exception):
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop by a signal, or by an observer (signal 0), finished its step and saved.
+    """The run was stopped by a signal, or by an observer (signal 0), after finishing its step and saving.
 
-    Programs exit with 128 + the signal.
+    Programs exit with code 128 + the signal.
 
-    As a KeyboardInterrupt it is no Exception: it may come at any moment, and is never a fault of what it comes into.
+    Like KeyboardInterrupt it is not an Exception: it can be raised anywhere, and is no error of the interrupted code.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -40,7 +40,7 @@ class Interrupted(BaseException):
 class WorkersLostError(Exception):
     """More worker processes were lost than may be replaced; the step was finished in one process and saved.
 
-    Programs exit with 4.
+    Programs exit with code 4.
     """
 
     exit_code = 4

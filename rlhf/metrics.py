@@ -1,9 +1,9 @@
-"""The table of metrics: everything that is known of each, for the log, terminal, plots, page and evaluation tables.
+"""The table of metrics, which the log, terminal, plots, page and evaluation tables share.
 
-A new metric is one `Metric` in `METRICS`, or one `register` call in the file of the stage that logs it. It then has its
-label and chart on the page and in the report, its curve in the plot of that chart, a line in `rlhf-monitor --live` if
-it has a `short` name, and a row in the table of `rlhf-evaluate`. The health checks named in `checks` judge it. A metric
-that nobody has registered is shown under its key.
+To add a metric, add one `Metric` to `METRICS`, or call `register` in the file of the stage that logs it. It then has a
+label and chart on the page and in the report, a curve in the plot of that chart, a line in `rlhf-monitor --live`
+if it has a `short` name, and a row in the table of `rlhf-evaluate`. The health checks named in `checks` judge it. A
+metric that is not registered is shown by its key.
 """
 
 from collections.abc import Iterable
@@ -15,33 +15,33 @@ Direction = Literal["up", "down", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric, or (key with a final `/`) every metric whose key begins so, with `{}` in its texts for the rest."""
+    """A metric, or (key with a final `/`) all metrics of that prefix; `{}` in its texts stands for the rest."""
 
     key: str
     label: str
     """Name on the page and in plots."""
     unit: str = ""
-    """A unit that begins with `share` is written in per cent on the page."""
+    """Unit; the page shows a unit that begins with `share` in per cent."""
     direction: Direction = "none"
-    """The direction of better values; `none` where neither end is better."""
+    """Direction of better values; `none` if neither is better."""
     chart: str = ""
-    """Chart of `rlhf.monitor.charts` that it is drawn in, or the title of a new one; without it, a chart of its own."""
+    """Chart of `rlhf.monitor.charts`, or the title of a new one; if empty, a chart with this metric only."""
     meaning: str = ""
     good: str = ""
-    """Its course when all is well."""
+    """Expected course of a good run."""
     short: str = ""
-    """Name in the terminal, of at most 16 columns; a metric without one is not shown there."""
+    """Name in the terminal, at most 16 columns; if empty, the metric is not shown there."""
     row: str = ""
-    """Name in an evaluation's table, where that is not the label."""
+    """Name in evaluation tables, if it differs from the label."""
     low: float | None = None
     high: float | None = None
-    """Range of possible values, as far as it is bounded."""
+    """Bounds of the possible values; None if unbounded."""
     signed: bool = False
-    """An evaluation's table writes the sign of positive values too."""
+    """Evaluation tables show the sign of positive values."""
     headline: bool = False
-    """Among the key figures of the page's overview."""
+    """Shown among the key figures of the page's overview."""
     checks: tuple[str, ...] = ()
-    """Health checks (`rlhf.monitor.health.CHECKS`) that judge it."""
+    """Names of the health checks (`rlhf.monitor.health.CHECKS`) that judge it."""
 
 
 # fmt: off
@@ -55,7 +55,7 @@ _TABLE = (
            "Falls. Rising while the training loss falls: over-fitting.",
            short="held-out loss", row="loss, nats per token", low=0, checks=("overfitting",)),
     Metric("eval/perplexity", "Perplexity, held-out", "e to the loss", "down", "perplexity",
-           "How many tokens the model wavers between, on average.", "Falls; 1 would be certainty.",
+           "Effective number of tokens that the model chooses between, on average.", "Falls; 1 would be certainty.",
            row="perplexity", headline=True),
     Metric("sft/accuracy", "Accuracy, training", "share of tokens", "up", "accuracy",
            "Tokens predicted exactly.", "Rises.", short="accuracy", low=0, high=1),
@@ -114,7 +114,7 @@ _TABLE = (
            headline=True, checks=("reward-model-length",)),
     Metric("train/reward/length_correlation", "Reward with length, training", "correlation", "none",
            "length-correlation", "The same on records that were trained on.", "Near 0.", low=-1, high=1),
-    Metric("eval/reward/pairs", "Held-out pairs", "pairs", meaning="How many pairs the held-out figures are of.",
+    Metric("eval/reward/pairs", "Held-out pairs", "pairs", meaning="Number of pairs that are held out.",
            good="Some hundreds: with 100, the accuracy of a coin is between 0.4 and 0.6.", low=0),
     # PPO, the most telling first
     Metric("objective/scores", "Score", "reward units per completion", "up", "score",
@@ -126,11 +126,11 @@ _TABLE = (
     Metric("reward/", "Reward: {}", "units of the source", "up", "sources",
            "One source of the reward, as it came, before weights and normalisation.", "Rises."),
     Metric("gold/", "Gold score: {}", "units of the source", "up", "gold",
-           "A score that is watched and never optimised.",
+           "A score that is logged and never optimised.",
            "Rises with the score. Falling while the score rises: over-optimisation.",
            short="gold {}", checks=("over-optimisation",)),
     Metric("objective/kl", "KL to the reference", "nats per completion", "none", "kl",
-           "How far the policy has moved from the SFT model, summed over each completion's tokens and estimated from "
+           "Distance of the policy from the reference, summed over each completion's tokens and estimated from "
            "them.", "0 at first, then a slow rise to a few nats. Clearly negative or growing without end: look at "
            "kl_coef and the learning rate.", short="KL, nats", headline=True, checks=("negative-kl", "kl-explosion")),
     Metric("response_length/mean", "Length", "tokens per completion", "none", "length",
@@ -152,7 +152,8 @@ _TABLE = (
            "Between 0 and 0.2. Above 0.3 the updates are too large.",
            short="clipped, share", low=0, checks=("clip-fraction",)),
     Metric("policy/approxkl_avg", "KL of the update", "nats per token", "none", "update-kl",
-           "How far the updates move the policy from the one that wrote the batch: half the mean squared log-ratio.",
+           "Distance of the policy after the updates from the one that sampled the batch: half the mean squared "
+           "log-ratio.",
            "Below about 0.02. Above 0.1: lower the learning rate or the epochs.",
            short="approx. KL", low=0, checks=("approx-kl",)),
     Metric("loss/value_avg", "Value loss", "squared reward units", "down", "value-loss",
@@ -164,7 +165,7 @@ _TABLE = (
            "The price of one nat of KL.", "Constant, or following kl_target with --ppo.kl-adaptive."),
     Metric("objective/entropy", "Surprise of its own completions", "nats per completion", "none", "surprise",
            "Minus the log-probability of the completions, summed over their tokens: an estimate of the policy's "
-           "entropy.", "Falls slowly. A collapse means that it says one thing only."),
+           "entropy.", "Falls slowly. A collapse means that all completions are alike."),
     Metric("val/mean", "Mean value", "reward units", "none", "value",
            "Mean of the value function over tokens.", "Follows the score."),
     Metric("val/clipfrac_avg", "Value clip fraction", "share of tokens", "none", "value-clip",
@@ -240,16 +241,16 @@ _TABLE = (
 # fmt: on
 
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _TABLE}
-"""Every metric that rlhf logs or evaluates, by key; the order is that of curves in a chart and of lines in a table."""
+"""Metrics by key, in the order of curves in a chart and of rows in a table."""
 
 
 def register(metric: Metric) -> None:
-    """Add a metric at the end of `METRICS`, as the file of a new stage does when it is imported.
+    """Add a metric to the end of `METRICS`, for example when the file of a new stage is imported.
 
-    Only programs that import that file know it; the report that a stage leaves behind is written by one.
+    Only programs that import that file know the metric, such as the one that trains the stage and writes its report.
 
     Raises:
-        ValueError: the key stands for another metric already.
+        ValueError: the key belongs to another metric.
     """
     if METRICS.setdefault(metric.key, metric) != metric:
         raise ValueError(
@@ -258,12 +259,12 @@ def register(metric: Metric) -> None:
 
 
 def is_registered(key: str) -> bool:
-    """True for a metric that the table has by its key or by a prefix."""
+    """Return whether the table has a metric, by its key or a prefix."""
     return _row_of(key) is not None
 
 
 def describe(key: str) -> Metric:
-    """The metric of a key; one that nobody has registered is called by its key."""
+    """Return the metric of a key; the label of one that is not registered is its key."""
     row = _row_of(key)
     if row is None:
         return Metric(key, key, meaning="A metric of this run.", short=key)
@@ -275,13 +276,13 @@ def describe(key: str) -> Metric:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Keys in the order of the table; those of one prefix, and those that nobody has registered, as they come."""
-    places = {row: place for place, row in enumerate(METRICS)}
-    return sorted(keys, key=lambda key: places.get(_row_of(key) or "", len(places)))
+    """Return keys in the order of the table; those of one prefix, and unregistered ones, keep their order."""
+    ranks = {row: rank for rank, row in enumerate(METRICS)}
+    return sorted(keys, key=lambda key: ranks.get(_row_of(key) or "", len(ranks)))
 
 
 def _row_of(key: str) -> str | None:
-    """Key of the table's row for a metric: the same key, or its longest prefix; None where there is none."""
+    """Return the key of the table's row for a metric: the key itself or its longest prefix; None if there is none."""
     if key in METRICS and not key.endswith("/"):
         return key
     parts = key.split("/")

@@ -1,4 +1,4 @@
-"""Sections of settings, whose ranges and paths are seen to when one is made. Imports no torch."""
+"""Types of settings with their ranges, and the base class of sections, which checks them. Imports no torch."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ _FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 PositiveInt = Annotated[int, Ge(1), Le(2**31 - 1)]
 NonNegativeInt = Annotated[int, Ge(0), Le(2**31 - 1)]
 BatchSize = Annotated[int, Ge(1), Le(2**20)]
-"""Records, rows, samples or tokens that are in memory together."""
+"""Number of records, rows, samples or tokens that are in memory together."""
 ProcessCount = Annotated[int, Ge(0), Le(1024)]
 ThreadCount = Annotated[int, Ge(1), Le(1024)]
 UnitInterval = Annotated[float, Interval(ge=0, le=1)]
@@ -29,41 +29,41 @@ Seconds = Annotated[float, Ge(1), Le(86_400)]
 Seed = Annotated[int, Interval(ge=0, le=2**64 - 1)]
 
 Bound = Gt | Ge | Lt | Le | Interval
-"""A part of a range, in an annotation: what a message says of it."""
+"""A bound of a range, in an annotation."""
 
 
 def bounds_of(hint: Any) -> list[Bound]:
-    """Return the bounds in an annotation, which may be optional."""
+    """Return the bounds in an annotation, also an optional one."""
     if get_origin(hint) is Annotated:
         return [extra for extra in get_args(hint)[1:] if isinstance(extra, Bound)]
     return [bound for part in get_args(hint) for bound in bounds_of(part)]
 
 
 def range_error(bounds: Sequence[Bound], value: Any) -> str:
-    """Return what a number must be to lie within bounds, in words; empty where it does.
+    """Return the condition that a number violates, in words; empty if it is within its bounds.
 
-    A float must lie within them as float32 too, in which every program computes, and be no subnormal number there.
+    A float must also be within the bounds as a float32, in which every program computes, and not be subnormal there.
 
     Args:
-        bounds: from `bounds_of`; what has none is not looked at.
-        value: of the setting; what is no number is not looked at.
+        bounds: the bounds, from `bounds_of`; without bounds there is no condition.
+        value: the value of the setting; values that are not numbers are not checked.
     """
     if not bounds or isinstance(value, bool) or not isinstance(value, int | float):
         return ""
-    if broken := _broken(bounds, value):
-        finite = "finite and " if value == math.inf and broken != bounds[0] else ""
-        return f"{finite}{_describe(bounds[0] if finite else broken)}"
+    if violated := _first_violated(bounds, value):
+        finite = "finite and " if value == math.inf and violated != bounds[0] else ""
+        return f"{finite}{_describe(bounds[0] if finite else violated)}"
     if isinstance(value, float) and math.isfinite(value) and value != 0:
         if not _FLOAT32_MIN <= abs(value) <= _FLOAT32_MAX:
-            zero = "" if _broken(bounds, 0.0) else "0 or "
+            zero = "" if _first_violated(bounds, 0.0) else "0 or "
             return f"{zero}between {_FLOAT32_MIN:.2g} and {_FLOAT32_MAX:.2g}, which float32 holds"
-        if broken := _broken(bounds, struct.unpack("f", struct.pack("f", value))[0]):
-            return f"{_describe(broken)} in float32"
+        if violated := _first_violated(bounds, struct.unpack("f", struct.pack("f", value))[0]):
+            return f"{_describe(violated)} in float32"
     return ""
 
 
-def _broken(bounds: Sequence[Bound], value: float) -> Bound | None:
-    """The first bound that a value breaks; NaN breaks all."""
+def _first_violated(bounds: Sequence[Bound], value: float) -> Bound | None:
+    """Return the first bound that a value violates, or None; NaN violates every bound."""
     return next((bound for bound in bounds if not _holds(bound, value)), None)
 
 
@@ -99,7 +99,7 @@ def _describe(bound: Bound) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A dataclass whose ranges are checked when it is made, and whose paths may be texts and begin with ~."""
+    """A dataclass that checks its ranges when it is created, and accepts paths as texts and with ~."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -110,22 +110,22 @@ class Section:
 
 
 def _as_path(hint: Any, value: Any) -> Any:
-    """A text as a path, where the annotation asks for one."""
+    """Return a text as a Path if the annotation is one; other values unchanged."""
     return Path(value) if isinstance(value, str) and (hint is Path or Path in get_args(hint)) else value
 
 
 def _expanded(value: Any) -> Any:
-    """Paths with the home folder for ~, as a shell does it, but not in YAML or after `--flag=`; others as they are."""
+    """Return paths with ~ expanded, which shells do not do in YAML or after `--flag=`; other values unchanged."""
     if isinstance(value, tuple):
         return tuple(map(_expanded, value))
     if isinstance(value, Path):
-        with contextlib.suppress(RuntimeError):  # nobody's home: a name that begins with ~
+        with contextlib.suppress(RuntimeError):  # no user of that name: a file name that begins with ~
             return value.expanduser()
     return value
 
 
 def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a config dataclass by its dotted name."""
+    """Return every leaf of a config dataclass by its dotted name."""
     leaves: dict[str, Any] = {}
     for spec in dataclasses.fields(config):
         value, name = getattr(config, spec.name), prefix + spec.name

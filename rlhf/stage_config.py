@@ -1,4 +1,4 @@
-"""The settings of each stage, as `rlhf.config` has them: the sections sft, reward and ppo."""
+"""Settings of the training stages: the sections sft, reward and ppo of `rlhf.config`."""
 
 import math
 from dataclasses import dataclass
@@ -22,46 +22,47 @@ from rlhf.ranges import (
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
-    """AdamW with a learning-rate schedule; the base of every stage's section."""
+    """AdamW and its learning-rate schedule; the base class of every stage's section."""
 
     learning_rate: NonNegativeFloat = 1e-3
-    """Peak, after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course after the warm-up; linear and cosine end at 0."""
+    """Learning-rate schedule after the warm-up; linear and cosine decay to 0."""
     warmup_fraction: HalfOpenUnitInterval = 0.05
-    """Share of all updates over which the rate rises linearly."""
+    """Fraction of all updates over which the learning rate increases linearly."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decoupled, on matrices and embeddings."""
+    """Decoupled weight decay, applied to matrices and embeddings."""
     adam_b1: HalfOpenUnitInterval = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay rate of the running mean of the gradient."""
     adam_b2: HalfOpenUnitInterval = 0.999
-    """Decay of its square's."""
+    """Decay rate of the running mean of the squared gradient."""
     adam_eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Term added to the denominator, the root of the second moment, for numerical stability."""
     max_grad_norm: PositiveFloatOrInf = 1.0
-    """Global-norm clipping; inf is off."""
+    """Maximum global norm of the gradient, which is clipped to it; inf disables clipping."""
     micro_batch_size: BatchSize = 8
-    """Packed rows computed at once. Bounds memory; changes results only by rounding."""
+    """Number of packed rows per forward and backward pass. Limits memory; changes results only by rounding."""
     gradient_checkpointing: bool = False
-    """Compute what lies within a block again in the backward pass: fewer activations are kept; the same bits."""
+    """Recompute the activations inside each block in the backward pass to save memory. Results have the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig(OptimizerConfig):
-    """What SFT and reward-model training share."""
+    """Settings common to SFT and reward-model training."""
 
     epochs: Annotated[float, Gt(0), Le(1_000_000)] = 3.0
-    """Passes over the training split; may be fractional."""
+    """Number of passes over the training split; may be fractional."""
     max_steps: PositiveInt | None = None
-    """Upper bound on optimiser steps."""
+    """Maximum number of optimiser steps."""
     batch_size: BatchSize = 32
-    """Records per optimiser step."""
+    """Number of records per optimiser step."""
     max_length: Annotated[int, Ge(2), Le(2**20)] | None = None
-    """Tokens kept of one record; none is the model's context. The rule for longer ones: `rlhf.data.truncate`."""
+    """Maximum tokens per record. If None, the model's context length. Longer records are truncated by
+    `rlhf.data.truncate`."""
     val_fraction: HalfOpenUnitInterval = 0.05
-    """Share of the records held out when no validation file is given."""
+    """Fraction of the records held out for validation if there is no validation file."""
     eval_every: PositiveInt = 100
-    """Steps between evaluations on the validation split; one is always made at the end."""
+    """Steps between evaluations on the validation split; there is always one at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,27 +70,27 @@ class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on demonstrations."""
 
     loss_on: Literal["completion", "all"] = "completion"
-    """Tokens that count: the completion's, or the prompt's too."""
+    """Tokens that contribute to the loss: those of the completion, or all, including the prompt."""
     dropout: HalfOpenUnitInterval = 0.0
-    """Share dropped after the embedding, attention and MLP (GPT-2 was trained with 0.1)."""
+    """Dropout probability after the embedding, attention and MLP (GPT-2 was trained with 0.1)."""
     model_path: Path | None = None
-    """Model folder to start from; none starts from random weights."""
+    """Model folder to start from. If None, weights are initialised randomly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(SupervisedConfig):
-    """Reward model on preference pairs."""
+    """Reward-model training on preference pairs."""
 
     epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
-    """Passes over the training split; one is customary, since reward models overfit quickly."""
+    """Number of passes over the training split. One is common, because reward models overfit quickly."""
     learning_rate: NonNegativeFloat = 3e-4
-    """Peak, after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     centre_coef: NonNegativeFloat = 0.01
-    """Weight of (chosen + rejected)^2, which keeps rewards centred; 0 is off."""
+    """Weight of the penalty (chosen + rejected)^2, which keeps rewards centred at 0; 0 disables it."""
     use_margin: bool = False
-    """Take the margin of the loss from the records' `margin` column."""
+    """Use the records' `margin` column as the margin of the loss."""
     model_path: Path | None = None
-    """Model folder whose trunk it starts from; none is OUTPUT_DIR/sft."""
+    """Model folder whose trunk initialises the reward model. If None, OUTPUT_DIR/sft."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,119 +98,122 @@ class PPOConfig(OptimizerConfig):
     """PPO with a KL penalty to a reference model."""
 
     model_path: Path | None = None
-    """Model folder of the policy and reference; none is OUTPUT_DIR/sft."""
+    """Model folder that initialises the policy and the reference. If None, OUTPUT_DIR/sft."""
     reward: tuple[str, ...] = ()
-    """Sources of reward, summed: each a reward-model folder, a Python function `module:function` or
-    `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`; with weight 0 it is logged as
-    gold/<name> and never optimised. None is OUTPUT_DIR/reward."""
+    """Reward sources, whose weighted scores are summed. Each is a reward-model folder or a Python function,
+    `module:function` or `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`. A source of
+    weight 0 is logged as gold/<name> and never optimised. If empty, OUTPUT_DIR/reward."""
 
     num_iterations: PositiveInt = 100
-    """Rounds of generating and updating."""
+    """Number of iterations; each generates completions and updates the policy on them."""
     batch_size: BatchSize = 64
-    """Prompts per iteration."""
+    """Number of prompts per iteration."""
     samples_per_prompt: BatchSize = 1
-    """Completions per prompt."""
+    """Number of completions per prompt."""
     num_epochs: PositiveInt = 4
-    """Passes over each iteration's completions."""
+    """Number of passes over each iteration's completions."""
     minibatch_size: BatchSize = 16
-    """Completions per optimiser step."""
+    """Number of completions per optimiser step."""
     rollout_batch_size: BatchSize = 64
-    """Completions per rollout micro-batch: what one worker takes on at a time."""
+    """Number of completions per rollout micro-batch, the unit of work of one worker."""
     rollout_slots: BatchSize = 64
-    """Completions of a micro-batch that are generated together; when one ends, the next takes its place."""
+    """Number of completions of a micro-batch generated concurrently; when one ends, the next takes its slot."""
 
     max_new_tokens: BatchSize = 32
-    """Longest completion."""
+    """Maximum number of tokens per completion."""
     min_new_tokens: NonNegativeInt = 0
-    """Tokens before which no stop token is drawn."""
+    """Minimum number of tokens per completion; no stop token is sampled before them."""
     temperature: PositiveFloat = 1.0
-    """Of the policy and the reference alike: in sampling, in every log-prob and in the update."""
+    """Softmax temperature, applied to the policy and the reference alike: in sampling, in all log-probs and in the
+    update."""
     top_k: NonNegativeInt = 0
-    """Sample from the k most likely tokens; 0 is all. Shapes what is drawn, not the log-probs."""
+    """Sample from the top_k most likely tokens; 0 disables it. Affects sampling only, not the log-probs."""
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Sample from the nucleus of this mass."""
+    """Sample from the smallest set of tokens whose probabilities sum to top_p; 1 disables it."""
     stop_at_eos: bool = True
-    """End a completion at an end-of-text token; otherwise it always runs to max_new_tokens."""
+    """End a completion at an end-of-text token. Otherwise every completion has max_new_tokens tokens."""
 
     normalize_reward: bool = True
-    """Shift and scale a reward model's scores by the mean and std stored with it."""
+    """Normalise a reward model's scores by the mean and std stored with it."""
     reward_clip: PositiveFloatOrInf = 10.0
-    """Scores are clipped to [-reward_clip, reward_clip]; inf is off."""
+    """Clip scores to [-reward_clip, reward_clip]; inf disables clipping."""
     missing_eos_penalty: NonNegativeFloat = 0.0
-    """Taken off the score of a completion that did not end by itself."""
+    """Penalty subtracted from the score of a completion without an end-of-text token."""
     whiten_rewards: bool = False
-    """Scale token rewards to unit variance over the batch, keeping their mean."""
+    """Scale per-token rewards to unit variance over the batch without shifting their mean."""
 
     kl_coef: NonNegativeFloat = 0.05
-    """Weight of the KL to the reference; where adaptive, its start."""
+    """Coefficient of the KL to the reference; the initial one if kl_adaptive is set."""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
-    """Per-token KL. In the reward k1, whose optimum is the Gibbs policy, or k2 or k3, whose optima are not; in the loss
-    k2, k3, or exact over the vocabulary."""
+    """Per-token KL estimator. In the reward: k1, whose optimum is the Gibbs policy, or k2 or k3, whose optima are not.
+    In the loss: k2, k3, or exact, which sums over the vocabulary."""
     kl_in_loss: bool = False
-    """Put the KL into the loss instead of the reward."""
+    """Add the KL to the loss instead of subtracting it from the reward."""
     kl_adaptive: bool = False
-    """Steer kl_coef towards kl_target."""
+    """Adapt kl_coef so that the KL approaches kl_target."""
     kl_target: PositiveFloat = 6.0
-    """KL to the reference, in nats per completion, to which kl_coef is steered; target_kl stops updates early."""
+    """Target of the adaptive kl_coef: KL to the reference in nats per completion. For early stopping, see target_kl."""
     kl_horizon: PositiveFloat = 10_000.0
-    """Completions over which the adaptive coefficient moves by about 20% at most; no fewer than an iteration has."""
+    """Number of completions over which the adaptive coefficient changes by at most about 20%. Must be at least the
+    number of completions per iteration."""
     ref_ema: UnitInterval | None = None
-    """Move the reference towards the policy after each iteration: reference = ref_ema reference + (1 - ref_ema) policy.
-    None keeps it fixed."""
+    """Update the reference after each iteration: reference = ref_ema * reference + (1 - ref_ema) * policy. If None, the
+    reference is fixed."""
 
     estimator: str = "gae"
-    """Advantages: gae (generalised advantage estimation), or another that is registered (`rlhf.estimators`)."""
+    """Advantage estimator: gae (generalised advantage estimation), or another one registered in `rlhf.estimators`."""
     gamma: UnitInterval = 1.0
-    """Discount per token."""
+    """Discount factor per token."""
     lam: UnitInterval = 0.95
-    """Lambda of generalised advantage estimation."""
+    """Lambda parameter of generalised advantage estimation."""
     bootstrap_truncated: bool = False
-    """Go on from the critic's value where a completion was cut at max_new_tokens; otherwise it counts as ended."""
+    """Bootstrap from the critic's value if a completion was cut at max_new_tokens. Otherwise it is treated as ended."""
     whiten_advantages: bool = True
-    """Zero mean and unit variance over the whole batch."""
+    """Whiten advantages to zero mean and unit variance over the whole batch."""
 
     clip_eps: Annotated[float, Interval(gt=0, lt=1)] = 0.2
-    """Policy ratio is clipped to [1 - clip_eps, 1 + clip_eps]."""
+    """Clip the probability ratio to [1 - clip_eps, 1 + clip_eps]."""
     dual_clip: Annotated[float, Gt(1), Lt(math.inf)] | None = None
-    """Bound, in units of the advantage, on the loss of tokens with negative advantage."""
+    """Upper bound of the loss of tokens with negative advantage, in units of the advantage. If None, no bound."""
     value_clip_eps: PositiveFloatOrInf = 0.2
-    """Values are clipped to within this of those at sampling time; inf is off."""
+    """Clip values to within value_clip_eps of those at sampling time; inf disables clipping."""
     value_coef: NonNegativeFloat = 0.1
-    """Weight of the value loss."""
+    """Coefficient of the value loss."""
     entropy_coef: NonNegativeFloat = 0.0
-    """Weight of the entropy bonus."""
+    """Coefficient of the entropy bonus."""
     target_kl: PositiveFloat | None = None
-    """A minibatch's approximate KL, in nats per token, above which updates stop early; kl_target steers kl_coef."""
+    """Approximate KL of a minibatch, in nats per token, above which updates stop early; kl_target adapts kl_coef."""
 
     critic: Literal["none", "shared", "separate"] = "separate"
-    """Value function: none; a head on the policy; or a model of its own, from the reward model where there is one."""
+    """Value function: none, a head on the policy (shared), or a separate model, initialised from the reward model if
+    there is one."""
     critic_warmup: NonNegativeInt = 0
-    """Iterations at the start in which only the value function learns; fewer than num_iterations."""
+    """Number of initial iterations that train only the value function; less than num_iterations."""
     recompute_log_probs: bool | None = None
-    """Recompute the sampled tokens' log-probs in one forward pass before updating; none does so in bf16, where
-    cached decoding rounds differently."""
+    """Recompute the sampled tokens' log-probs in a forward pass before the updates. If None, only in bf16, where cached
+    decoding rounds differently."""
 
     learning_rate: NonNegativeFloat = 1e-4
-    """Peak, after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course after the warm-up; linear and cosine end at 0."""
+    """Learning-rate schedule after the warm-up; linear and cosine decay to 0."""
     warmup_fraction: HalfOpenUnitInterval = 0.0
-    """Share of all updates over which the rate rises linearly."""
+    """Fraction of all updates over which the learning rate increases linearly."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled, on matrices and embeddings."""
+    """Decoupled weight decay, applied to matrices and embeddings."""
     adam_eps: PositiveFloat = 1e-5
-    """Added to the root of the second moment."""
+    """Term added to the denominator, the root of the second moment, for numerical stability."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         total = self.batch_size * self.samples_per_prompt
-        for name, got, bound, most in (
+        for name, value, expression, maximum in (
             ("minibatch_size", self.minibatch_size, "batch_size * samples_per_prompt", total),
             ("min_new_tokens", self.min_new_tokens, "max_new_tokens", self.max_new_tokens),
             ("critic_warmup", self.critic_warmup, "num_iterations - 1", self.num_iterations - 1),
         ):
-            if got > most:
-                raise ValueError(f"{name} must be at most {bound} = {most}, got {got}")
+            if value > maximum:
+                raise ValueError(f"{name} must be at most {expression} = {maximum}, got {value}")
         if self.kl_adaptive and self.kl_horizon < total:
             raise ValueError(f"kl_horizon must be at least an iteration's {total} completions, got {self.kl_horizon:g}")
         if self.kl_in_loss and self.kl_estimator == "k1":

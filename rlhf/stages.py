@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig, SFTRun
-from rlhf.setting_rules import COMPUTE_RULES, PPO_RULES, REWARD_RULES, SFT_RULES, Rule, check_rules
+from rlhf.setting_rules import COMPUTE_RULES, Rule, check_rules
+from rlhf.stage_rules import PPO_RULES, REWARD_RULES, SFT_RULES
 
 
 class StageResult(NamedTuple):

@@ -27,7 +27,7 @@ from rlhf.generate.complete import default_length
 from rlhf.generate.completer import stream, text_chunks
 from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.model_folder import LanguageModel, save_language_model
-from rlhf.io.terminal import printable
+from rlhf.io.printable_text import printable
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models import gpt2
 from rlhf.models.decoding import generate_completions as generate

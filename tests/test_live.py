@@ -19,7 +19,7 @@ from rich.console import Console
 from rlhf.cli.monitor_live import dashboard, follow, sparkline
 from synthetic_logs import append, completion, write_log
 
-from rlhf.io.terminal import shorten, visible
+from rlhf.io.printable_text import shorten, visible
 from rlhf.monitor.log import LogReader, Series
 
 NASTY = "a\x1b[31mred\x07\r\n\u202eevil\u2066\ud800 $x_1$ [bold]<script> 你好 é \U0001f600"

@@ -159,7 +159,7 @@ def test_a_resumed_run_removes_lines_and_the_reader_starts_anew(tmp_path):
     assert reader.poll()
     assert reader.generation > 0
     assert reader.series("ppo", "objective/kl").steps.tolist() == [1, 2, 3, 4, 5, 6]
-    assert [place.step for place in reader.samples.places] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
+    assert [offset.step for offset in reader.samples.offsets] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
     assert reader.problems == []
 
 

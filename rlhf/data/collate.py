@@ -1,4 +1,4 @@
-"""From records and completions to packed micro-batches."""
+"""Collation of records and completions into packed micro-batches."""
 
 import itertools
 import math
@@ -24,22 +24,22 @@ def token_batches(
     loss_on: Literal["completion", "all"],
     key: Tensor,
 ) -> list[TokenBatch]:
-    """Micro-batches of demonstrations, in an order that depends on the records alone.
+    """Return micro-batches of demonstrations, in an order that depends on the records only.
 
     Args:
         dataset: demonstrations.
-        records: which, in any order.
-        max_length: tokens per record and per row.
-        rows: rows per micro-batch.
-        loss_on: the tokens that count; the first token of a sequence is never predicted.
-        key: [2] int32; each micro-batch gets one derived from it.
+        records: records to pack, in any order.
+        max_length: maximum tokens per record and per row.
+        rows: maximum rows per micro-batch.
+        loss_on: tokens that contribute to the loss; the first token of a sequence is never predicted.
+        key: [2] int32; each micro-batch gets a key derived from it.
     """
     layouts = pack([dataset.lengths(record, max_length) for record in records], rows=rows, row_length=max_length)
     batches = []
     for number, layout in enumerate(layouts):
         sequences = [dataset.sequences(records[unit], max_length)[0] for unit in layout.units]
         packed = build_rows(
-            [sequence.tokens for sequence in sequences], [places[0] for places in layout.places], least=min(2, rows)
+            [sequence.tokens for sequence in sequences], [places[0] for places in layout.places], min_rows=min(2, rows)
         )
         firsts = np.array([max(1, s.prompt if loss_on == "completion" else 1) for s in sequences])
         counts = np.array([len(s.tokens) for s in sequences]) - firsts
@@ -56,7 +56,7 @@ def token_batches(
 
 
 class PackedPairs(NamedTuple):
-    """A micro-batch of preference pairs and which records they are."""
+    """A micro-batch of preference pairs and the records that they come from."""
 
     batch: PairBatch
     records: list[int]
@@ -65,33 +65,33 @@ class PackedPairs(NamedTuple):
 def pair_batches(
     dataset: Dataset, records: Sequence[int], *, max_length: int, rows: int, margins: bool = False
 ) -> list[PackedPairs]:
-    """Micro-batches of preference pairs; arguments as `token_batches`, with or without the margin column."""
+    """Return micro-batches of preference pairs. Arguments as `token_batches`; `margins` reads the margin column."""
     layouts = pack(
         [dataset.lengths(record, max_length) for record in records], rows=max(2, rows), row_length=max_length
     )
     batches = []
     for layout in layouts:
-        kept = [records[unit] for unit in layout.units]
-        sequences = [s.tokens for record in kept for s in dataset.sequences(record, max_length)]
-        packed = build_rows(sequences, [place for places in layout.places for place in places], least=2)
+        selected = [records[unit] for unit in layout.units]
+        sequences = [s.tokens for record in selected for s in dataset.sequences(record, max_length)]
+        packed = build_rows(sequences, [place for places in layout.places for place in places], min_rows=2)
         last = torch.from_numpy(packed.starts + np.array([len(s) for s in sequences]) - 1)
         batch = PairBatch(
             rows=packed.rows,
             chosen=pad_to_two(last[0::2]),
             rejected=pad_to_two(last[1::2]),
-            margin=pad_to_two(torch.tensor([dataset.margin(record) if margins else 0.0 for record in kept])),
-            mask=pad_to_two(torch.ones(len(kept), dtype=torch.bool)),
+            margin=pad_to_two(torch.tensor([dataset.margin(record) if margins else 0.0 for record in selected])),
+            mask=pad_to_two(torch.ones(len(selected), dtype=torch.bool)),
         )
-        batches.append(PackedPairs(batch, kept))
+        batches.append(PackedPairs(batch, selected))
     return batches
 
 
 def prompt_batches(prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int) -> list[tuple[PromptBatch, list[int]]]:
-    """Micro-batches of completions to make, of prompts of similar length, each with the numbers of its completions.
+    """Return micro-batches of prompts of similar length to complete, each with the indices of its completions.
 
     Args:
-        prompts: token ids of each completion's prompt, each [n]; equal ones are kept once.
-        keys: [len(prompts), 2] int32: the randomness of each completion.
+        prompts: token ids of each completion's prompt, each [n]; equal prompts of a micro-batch are stored once.
+        keys: [len(prompts), 2] int32, the key of each completion.
         rows: completions per micro-batch.
     """
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
@@ -99,8 +99,8 @@ def prompt_batches(prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int) ->
     for start in range(0, len(order), rows):
         numbers = order[start : start + rows]
         unique = {prompts[number].tobytes(): prompts[number] for number in numbers}
-        place = {content: row for row, content in enumerate(unique)}
-        source = torch.tensor([place[prompts[number].tobytes()] for number in numbers])
+        row_of = {content: row for row, content in enumerate(unique)}
+        source = torch.tensor([row_of[prompts[number].tobytes()] for number in numbers])
         lengths = torch.tensor([len(prompt) for prompt in unique.values()])
         padded = torch.zeros(len(unique), int(lengths.max()), dtype=torch.int64)
         for row, prompt in enumerate(unique.values()):
@@ -110,24 +110,24 @@ def prompt_batches(prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int) ->
 
 
 class JoinedCompletions(NamedTuple):
-    """Completions behind their prompts: joined once, then packed in any selection.
+    """Completions joined to their prompts once, to be packed in any selection.
 
-    What is known of each token lies in arrays [B, T], as completions come and as advantages are computed. A packed
-    token refers to them by one index, that of its cell in the flattened array.
+    Per-token quantities, such as advantages, are arrays [B, T] over the completions. A packed token refers to them by
+    its index in the flattened array.
     """
 
     sequences: list[np.ndarray]
-    """Token ids of each prompt and its completion, each [n]."""
+    """Token ids of each prompt with its completion, each [n]."""
     prompt_lengths: np.ndarray
     """[B] int64."""
     lengths: np.ndarray
-    """[B] int64: completion tokens."""
+    """[B] int64, number of completion tokens."""
     width: int
-    """T: columns of the arrays."""
+    """Number of columns T of the arrays."""
 
 
 def join_completions(prompts: Sequence[np.ndarray], tokens: Tensor, lengths: Tensor) -> JoinedCompletions:
-    """Put completions behind their prompts.
+    """Join completions to their prompts.
 
     Args:
         prompts: token ids of each completion's prompt.
@@ -144,34 +144,34 @@ def join_completions(prompts: Sequence[np.ndarray], tokens: Tensor, lengths: Ten
 
 
 class PackedCompletions(NamedTuple):
-    """A micro-batch of finished completions and where its tokens come from."""
+    """A micro-batch of finished completions and the indices of its tokens."""
 
     batch: ScoreBatch
     sequences: Tensor
-    """[B] int64: which completions it holds."""
+    """[B] int64, indices of its completions."""
     cells: Tensor
-    """[C] int64 into the flattened arrays [B, T] of all completions: where each token of the batch is."""
+    """[C] int64, index of each token of the batch in the flattened arrays [B, T] of all completions."""
 
 
 def pack_completions(
-    joined: JoinedCompletions, which: Sequence[int], *, rows: int, row_length: int
+    joined: JoinedCompletions, selection: Sequence[int], *, rows: int, row_length: int
 ) -> list[PackedCompletions]:
-    """Pack some of an iteration's completions, each behind its prompt.
+    """Pack a selection of an iteration's completions, each after its prompt.
 
     Args:
         joined: all completions.
-        which: completions to pack.
-        rows: rows per micro-batch.
-        row_length: tokens per row; prompt and completion must fit.
+        selection: indices of the completions to pack.
+        rows: maximum rows per micro-batch.
+        row_length: tokens per row, at least those of each prompt with its completion.
     """
-    selected, packs = np.asarray(which), []
+    selected, packs = np.asarray(selection), []
     sizes = (joined.prompt_lengths + joined.lengths)[selected]
     for layout in pack([[size] for size in sizes.tolist()], rows=rows, row_length=row_length):
         numbers = selected[layout.units]
         packed = build_rows(
             [joined.sequences[number] for number in numbers],
             [place for places in layout.places for place in places],
-            least=min(2, rows),
+            min_rows=min(2, rows),
         )
         begins, counts = packed.starts + joined.prompt_lengths[numbers], joined.lengths[numbers]
         cells = torch.from_numpy(concatenated_ranges(begins, counts))
@@ -182,21 +182,21 @@ def pack_completions(
             mask=pad_to_two(torch.ones_like(cells, dtype=torch.bool)),
             last=pad_to_two(torch.from_numpy(begins + counts - 1)),
         )
-        own_cells = torch.from_numpy(concatenated_ranges(numbers * joined.width, counts))
-        packs.append(PackedCompletions(batch, torch.from_numpy(numbers), own_cells))
+        array_cells = torch.from_numpy(concatenated_ranges(numbers * joined.width, counts))
+        packs.append(PackedCompletions(batch, torch.from_numpy(numbers), array_cells))
     return packs
 
 
 def unpack_tokens(packs: Sequence[PackedCompletions], parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """[B, T] from per-token results [C] of each pack; 0 where no completion has a token."""
-    whole = torch.zeros(math.prod(shape), dtype=parts[0].dtype)
+    """Return an array [B, T] of the per-token results [C] of each pack; 0 for cells without a token."""
+    flat = torch.zeros(math.prod(shape), dtype=parts[0].dtype)
     for packed, part in zip(packs, parts, strict=True):
-        whole[packed.cells] = part[: len(packed.cells)]
-    return whole.view(*shape)
+        flat[packed.cells] = part[: len(packed.cells)]
+    return flat.view(*shape)
 
 
 def unpack_sequences(packs: Sequence[PackedCompletions], parts: Sequence[Tensor]) -> Tensor:
-    """[B, ...] from per-sequence results [b, ...] of each pack, which together hold the sequences 0..B-1."""
+    """Return an array [B, ...] of the per-sequence results [b, ...] of packs that together hold sequences 0..B-1."""
     real = [part[: len(packed.sequences)] for packed, part in zip(packs, parts, strict=True)]
     return torch.cat(real)[torch.argsort(torch.cat([packed.sequences for packed in packs]))]
 
@@ -211,10 +211,10 @@ def ppo_batch(
     returns: Tensor | None,
     kl_coef: float,
 ) -> PPOBatch:
-    """The packed tokens with what the update needs of them.
+    """Return the batch of an update on packed completions.
 
-    Arrays are [B, T] over the iteration's completions; old values and returns are None, and zeros in the batch, without
-    a critic.
+    The arrays are [B, T] over the iteration's completions. Without a critic, old_values and returns are None, and zeros
+    in the batch.
     """
 
     def tokens_of(array: Tensor | None) -> Tensor:
@@ -239,26 +239,26 @@ _Item = TypeVar("_Item")
 
 
 class Prefetch(Iterator[_Item]):
-    """Items of which the next can be made before it is asked for: a step's batches, while a GPU is at the last ones."""
+    """An iterator whose next item can be prepared in advance, such as batches while a GPU computes on the last ones."""
 
     def __init__(self, items: Iterable[_Item]) -> None:
-        """`items` are made one by one."""
-        self._left, self._made = iter(items), list[_Item]()
+        """Iterate over `items`, which are computed one at a time."""
+        self._items, self._prepared = iter(items), list[_Item]()
 
     def __next__(self) -> _Item:
         self.prepare()
-        if not self._made:
+        if not self._prepared:
             raise StopIteration
-        return self._made.pop()
+        return self._prepared.pop()
 
     def prepare(self) -> None:
-        """Make the next item, if there is one and it is not made already."""
-        self._made = self._made or list(itertools.islice(self._left, 1))
+        """Compute the next item, unless it is prepared already or there is none."""
+        self._prepared = self._prepared or list(itertools.islice(self._items, 1))
 
 
 def pad_to_two(column: Tensor) -> Tensor:
-    """A column of a micro-batch, contiguous; a single entry is followed by a zero.
+    """Return a contiguous column of a micro-batch; a single entry is followed by a zero.
 
-    Compiled code takes strides, and a size of 1, as fixed.
+    Compiled code specialises on strides and on a size of 1.
     """
     return torch.cat([column, torch.zeros_like(column)]) if len(column) == 1 else column.contiguous()

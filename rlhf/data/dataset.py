@@ -1,6 +1,6 @@
 """Data files as memory-mapped token arrays, tokenised once and cached by content.
 
-A data set of a million records costs its arrays' disk space and a few open files, not memory.
+A large data set takes disk space and a few open files, but no memory.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 from rlhf.data.findings import Findings, Inspector
 from rlhf.data.records import Record, not_a_file
 from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, read_checked
-from rlhf.data.truncate import Fit, fit
+from rlhf.data.truncate import Truncation, truncate
 from rlhf.errors import UserError
 from rlhf.io.cache import default_cache_dir
 from rlhf.io.files import atomic_folder, sha256
@@ -47,14 +47,14 @@ class TokenSequence(NamedTuple):
 
 
 class Dataset:
-    """A tokenised data file. Records are numbered from 0; a pair's members are (chosen, rejected).
+    """A tokenised data file. Records are numbered from 0; the members of a pair are (chosen, rejected).
 
-    `dropped` counts the pairs without a difference; `keys` has every key of the other records, `findings` what is odd
-    about them, and `digests` [records] a number for each that is equal where all texts are.
+    `dropped` is the number of dropped pairs, whose texts are equal; `keys` has all keys of the remaining records,
+    `findings` their likely mistakes, and `digests` [records] a number for each record, equal if all its texts are.
     """
 
     def __init__(self, folder: Path, schema: Schema, eos_id: int) -> None:
-        """Open a cache folder that `load_dataset` has written."""
+        """Open a cache folder written by `load_dataset`."""
         self.schema, self.eos_id = schema, eos_id
         self.members = max(1, len(schema.answers))
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
@@ -73,90 +73,92 @@ class Dataset:
         return len(self._prompts) // self.members
 
     def sequences(self, record: int, max_length: int) -> list[TokenSequence]:
-        """The record's sequences (one, or chosen and rejected), fitted to `max_length` tokens."""
+        """Return the record's sequences (one, or chosen and rejected), truncated to `max_length` tokens."""
         return [
-            TokenSequence(self._kept(record * self.members + member, kept), kept.prompt)
-            for member, kept in enumerate(self._fits(record, max_length))
+            TokenSequence(self._truncated(record * self.members + member, lengths), lengths.prompt)
+            for member, lengths in enumerate(self._truncations(record, max_length))
         ]
 
     def lengths(self, record: int, max_length: int) -> list[int]:
-        """Tokens of each of the record's sequences as `sequences` returns them."""
-        return [kept.prompt + kept.completion + kept.ends for kept in self._fits(record, max_length)]
+        """Return the number of tokens of each sequence that `sequences` returns."""
+        truncations = self._truncations(record, max_length)
+        return [lengths.prompt + lengths.completion + lengths.ends for lengths in truncations]
 
     def answer_lengths(self, record: int) -> list[int]:
-        """Tokens of each of the record's answers, whole, without end-of-text."""
+        """Return the number of tokens of each of the record's answers, not truncated and without end-of-text."""
         first, last = record * self.members, (record + 1) * self.members
         lengths: list[int] = (np.diff(self._offsets[first : last + 1]) - self._prompts[first:last]).tolist()
         return lengths
 
     def prompt(self, record: int, max_length: int) -> np.ndarray:
-        """[n] int64: the last `max_length` tokens of the prompt."""
+        """Return the last `max_length` tokens of the prompt, [n] int64."""
         start = int(self._offsets[record * self.members])
         stop = start + int(self._prompts[record * self.members])
         return self._tokens[max(start, stop - max_length) : stop].astype(np.int64)
 
     def margin(self, record: int) -> float:
-        """The pair's `margin` column, 0 where it has none."""
+        """Return the pair's `margin` column; 0 if it has none."""
         return float(self._margins[record])
 
     def columns(self, record: int) -> dict[str, Any]:
-        """All fields of a prompt record, `prompt` included, as they stand in the file."""
+        """Return all fields of a prompt record, including `prompt`, as they are in the file."""
         assert self._columns is not None, "only prompt files keep their columns"
         start, stop = self._column_offsets[record : record + 2]
         return json.loads(self._columns[start:stop].tobytes())
 
     def count_cut(self, max_length: int, records: Sequence[int] | None = None) -> int:
-        """Records, of those given or of all, that do not fit `max_length` tokens (a completion with end-of-text)."""
+        """Return the number of `records` (None: all) longer than `max_length` tokens, end-of-text included."""
         cut = self._whole_lengths().max(axis=1) > max_length
         return int((cut if records is None else cut[list(records)]).sum())
 
     def equal_pairs(self, max_length: int) -> list[int]:
-        """Records whose chosen and rejected sequences are the same after truncation to `max_length` tokens."""
+        """Return the records whose chosen and rejected sequences are equal after truncation to `max_length`."""
         if self.members < 2:
             return []
-        candidates = np.flatnonzero(self._whole_lengths().min(axis=1) > max_length)  # else the texts differ still
+        candidates = np.flatnonzero(self._whole_lengths().min(axis=1) > max_length)  # otherwise the texts still differ
         pairs = ((record, self.sequences(record, max_length)) for record in candidates.tolist())
         return [record for record, (chosen, rejected) in pairs if np.array_equal(chosen.tokens, rejected.tokens)]
 
     def mean_tokens(self, max_length: int) -> float:
-        """Tokens of a record's sequences together, each cut to `max_length`: the mean over all records."""
+        """Return the mean number of tokens of a record's sequences together, each cut to `max_length`."""
         return float(np.minimum(self._whole_lengths(), max_length).sum()) / len(self)
 
     def _whole_lengths(self) -> np.ndarray:
-        """[records, members] tokens of each sequence, with its end-of-text token."""
+        """Return the number of tokens of each sequence with end-of-text, [records, members]."""
         lengths = np.diff(self._offsets) + (1 if self.schema.answers else 0)
         return lengths.reshape(-1, self.members)
 
-    def _fits(self, record: int, max_length: int) -> list[Fit]:
+    def _truncations(self, record: int, max_length: int) -> list[Truncation]:
         first = record * self.members
         bounds = self._offsets[first : first + self.members + 1].tolist()
         prompts = self._prompts[first : first + self.members].tolist()
         answers = [bounds[i + 1] - bounds[i] - prompts[i] for i in range(self.members)]
         longest = max(answers)
         return [
-            fit(prompt, answer, max_length, longest=longest) for prompt, answer in zip(prompts, answers, strict=True)
+            truncate(prompt, answer, max_length, longest=longest)
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
-    def _kept(self, sequence: int, kept: Fit) -> np.ndarray:
+    def _truncated(self, sequence: int, lengths: Truncation) -> np.ndarray:
         middle = int(self._offsets[sequence]) + int(self._prompts[sequence])
-        tokens = self._tokens[middle - kept.prompt : middle + kept.completion].astype(np.int64)
-        return np.append(tokens, self.eos_id) if kept.ends else tokens
+        tokens = self._tokens[middle - lengths.prompt : middle + lengths.completion].astype(np.int64)
+        return np.append(tokens, self.eos_id) if lengths.ends else tokens
 
 
 def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Dataset:
-    """Read, check and tokenise a data file, or open the arrays left by an earlier run over the same content.
+    """Read, check and tokenise a data file, or open the cached arrays of the same content.
 
-    Pairs whose chosen equals its rejected text are dropped and counted (`Dataset.dropped`). An empty prompt becomes
+    Pairs whose chosen and rejected texts are equal are dropped and counted (`Dataset.dropped`). An empty prompt becomes
     the end-of-text token.
 
     Args:
         path: JSON list or JSON Lines.
-        schema: the kind of records expected.
-        tokenizer: turns texts into ids.
-        cache_dir: None is `default_cache_dir()`.
+        schema: the expected kind of records.
+        tokenizer: the tokenizer of the texts.
+        cache_dir: the cache folder; None is `default_cache_dir()`.
 
     Raises:
-        UserError: the file or a record is not usable (`read_checked`), or nothing is left.
+        UserError: the file or a record is invalid (`read_checked`), or all records are dropped.
     """
     if not path.is_file():
         raise UserError(f"{path}: {not_a_file(path)}; a file of {schema.name} is needed")
@@ -173,7 +175,7 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
 
 
 def check_file(path: Path, schema: Schema) -> set[str]:
-    """Read a data file through; `Dataset.keys` of it. Errors as `load_dataset`."""
+    """Check a data file and return the keys of its records, as `Dataset.keys`. Raises as `load_dataset`."""
     keys: set[str] = set()
     for record in read_checked(path, schema):
         if not _is_tie(record, schema):
@@ -184,13 +186,13 @@ def check_file(path: Path, schema: Schema) -> set[str]:
 
 
 def texts(path: Path, schema: Schema) -> Iterator[str]:
-    """Every text of a data file, checked: what a tokenizer is trained on."""
+    """Yield every text of a data file, checked, to train a tokenizer on."""
     for record in read_checked(path, schema):
         yield from (record.fields[key] for key in schema.keys)
 
 
 def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenise into flat files, a block of records at a time, then give the arrays their headers."""
+    """Tokenise a data file into flat files, a block of records at a time, then write the arrays with headers."""
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths, prompts, margins, column_ends, dropped = [], [], [], [0], 0
     keys: set[str] = set()
@@ -198,10 +200,10 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
     records = read_checked(path, schema)
     with (folder / "tokens.bin").open("wb") as stream, (folder / "columns.jsonl").open("wb") as columns:
         while block := list(itertools.islice(records, _RECORDS_AT_ONCE)):
-            kept = [record for record in block if not _is_tie(record, schema)]
-            dropped += len(block) - len(kept)
-            encoded = iter(tokenizer.encode([record.fields[key] for record in kept for key in schema.keys]))
-            for record in kept:
+            usable = [record for record in block if not _is_tie(record, schema)]
+            dropped += len(block) - len(usable)
+            encoded = iter(tokenizer.encode([record.fields[key] for record in usable for key in schema.keys]))
+            for record in usable:
                 keys |= record.fields.keys()
                 inspector.add(record.fields)
                 prompt = next(encoded) or [tokenizer.eos_id]
@@ -230,7 +232,7 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """`np.save`, which does not notice when the last bytes find no space."""
+    """Write an array like `np.save`, but raise an error if its last bytes do not fit on the disk."""
     with path.open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
         for start in range(0, len(array), _ELEMENTS_AT_ONCE):
@@ -242,7 +244,7 @@ def _is_tie(record: Record, schema: Schema) -> bool:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a cache folder is whole; one that is not is written anew."""
+    """Return whether a cache folder is complete and undamaged; if not, it is written again."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta.pop("checksum") != _checksum_of_meta(meta):
@@ -253,7 +255,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _checksum(path: Path) -> list[int]:
-    """Size and CRC-32 of a file: several times faster than the sha256 of the data file."""
+    """Return the size and CRC-32 of a file; several times faster than a sha256."""
     crc = 0
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):

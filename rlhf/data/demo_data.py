@@ -1,8 +1,8 @@
-"""The embedded example: a made-up customer service, generated from a seed, and the gold judge of its replies.
+"""The embedded example: a fictional customer service, generated from a seed, and the gold score of its replies.
 
-Demonstrations are replies of mixed quality; preference pairs are pairs of such replies, compared by simulated
-annotators who err; prompts are what customers write. `gold_score` is what the annotators err about. Training never
-sees it: it judges the result.
+Demonstrations are replies of mixed quality; preference pairs are two such replies, compared by simulated annotators who
+make errors; prompts are customers' messages. The annotators approximate `gold_score`, which training never sees and
+which evaluates the result.
 """
 
 import json
@@ -44,25 +44,25 @@ PROMPT_COLUMNS = ("prompt", "item")
 
 
 class EmbeddedFiles(NamedTuple):
-    """Where `write_embedded` put the example."""
+    """Paths of the files that `write_embedded` writes."""
 
     demonstrations: Path
     preferences: Path
     prompts: Path
     heldout_prompts: Path
-    """Prompts on whose items and problems nothing was trained together: for judging."""
+    """Prompts for evaluation, whose combinations of item and problem do not occur in training."""
 
 
 def gold_score(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """Judge replies: an apology, the customer's own item, a remedy and a kind closing are worth a point each.
+    """Return gold scores of replies: one point each for an apology, the customer's item, a remedy and a kind closing.
 
-    A rude or unhelpful phrase, somebody else's item, a repeated sentence and an unfinished sentence cost a point
-    each. A perfect reply has 4 points.
+    A rude or unhelpful phrase, another item, a repeated sentence and an unfinished sentence cost one point each. A
+    perfect reply scores 4.
 
     Args:
-        prompts: as written by `write_embedded`.
+        prompts: prompts written by `write_embedded`.
         completions: replies.
-        **columns: ignored; here so that it has the signature of a reward function.
+        **columns: ignored; part of the signature of reward functions.
     """
     return [_judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
@@ -71,12 +71,12 @@ def write_embedded(folder: Path, *, seed: int = 0, size: int = 6000) -> Embedded
     """Write the example's four JSON files.
 
     Args:
-        folder: made if missing.
-        seed: of the generator; the same seed gives the same bytes.
-        size: demonstrations, and preference pairs.
+        folder: the folder, created if missing.
+        seed: seed of the generator; the same seed gives the same bytes.
+        size: number of demonstrations, and of preference pairs.
 
     Raises:
-        UserError: the folder cannot be written, or a file there has another content.
+        UserError: the folder cannot be written, or a file in it has other content.
     """
     rng = random.Random(seed)
     pairs = [(item, problem) for item in ITEMS for problem in _PROBLEMS]
@@ -107,10 +107,10 @@ def write_embedded(folder: Path, *, seed: int = 0, size: int = 6000) -> Embedded
 def _judge(prompt: str, completion: str) -> float:
     text = completion.lower()
     words = set(re.findall(r"[a-z]+", text))
-    own = {item for item in ITEMS if item in prompt.lower()}
+    items = {item for item in ITEMS if item in prompt.lower()}
     sentences = [sentence.strip() for sentence in re.findall(r"[^.]+\.", text)]
-    merits = bool(_KIND.search(text)) + bool(words & own) + bool(_HELPFUL.search(text)) + bool(_WARM.search(text))
-    faults = len(_RUDE.findall(text)) + len(words & (set(ITEMS) - own)) + len(sentences) - len(set(sentences))
+    merits = bool(_KIND.search(text)) + bool(words & items) + bool(_HELPFUL.search(text)) + bool(_WARM.search(text))
+    faults = len(_RUDE.findall(text)) + len(words & (set(ITEMS) - items)) + len(sentences) - len(set(sentences))
     return float(merits - faults - (not text.rstrip().endswith(".")))
 
 
@@ -119,7 +119,7 @@ def _demonstration(rng: random.Random, case: tuple[str, str, str]) -> dict[str, 
 
 
 def _preference(rng: random.Random, case: tuple[str, str, str]) -> dict[str, str]:
-    """Two different replies, ordered by an annotator after Bradley and Terry: the closer, the more often wrong."""
+    """Return two different replies, ordered by an annotator who errs according to the Bradley-Terry model."""
     prompt, first, second = _prompt(*case), _reply(rng, case), _reply(rng, case)
     while second == first:
         second = _reply(rng, case)
@@ -138,7 +138,7 @@ def _prompt(opening: str, item: str, problem: str) -> str:
 
 
 def _reply(rng: random.Random, case: tuple[str, str, str]) -> str:
-    """Up to three sentences, each good, bad or missing."""
+    """Return a reply of up to three sentences, each good, bad or missing."""
     _, item, problem = case
     named = item if rng.random() < 0.8 else rng.choice(ITEMS)
     parts = []

@@ -1,4 +1,4 @@
-"""Findings in the records of a data file: duplicates, contradictions, and text that is likely a mistake."""
+"""Findings in the records of a data file: duplicates, contradictions, and likely mistakes."""
 
 import hashlib
 import re
@@ -16,27 +16,27 @@ _CONTROL_TOKENS = (
     "<|start_header_id|>", "<|end_header_id|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|eos|>",
     "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "<bos>", "<eos>", "<pad>", "[INST]", "[/INST]",
 )  # fmt: skip
-"""The texts of well-known models' control tokens."""
+"""Texts of well-known models' control tokens."""
 
 
 class Findings(NamedTuple):
     """Counts of records."""
 
     duplicates: int
-    """Whose texts are those of an earlier record."""
+    """Records whose texts equal those of an earlier record."""
     contradictions: int
-    """Pairs that another pair with the same prompt orders the other way round."""
+    """Pairs that another pair with the same prompt orders in the opposite way."""
     repeated_prompts: int
-    """In which every answer begins with the whole prompt."""
+    """Records in which every answer begins with the whole prompt."""
     control_tokens: dict[str, int]
-    """By token: in which it is written as text, and stays text."""
+    """By token, the records that contain it as text; it stays text."""
 
     def describe(self, schema: Schema, count: int) -> list[str]:
-        """A line for the user about each finding that matters.
+        """Return a line for the user about each finding that matters.
 
         Args:
-            schema: of the records.
-            count: records in the file.
+            schema: schema of the records.
+            count: number of records in the file.
         """
         lines = []
         if self.duplicates:
@@ -61,10 +61,10 @@ class Findings(NamedTuple):
 
 
 class Inspector:
-    """Collects the findings of one pass over the records, in a few bytes for each record."""
+    """A collector of findings in one pass over the records, with a few bytes per record."""
 
     def __init__(self, schema: Schema, tokenizer: Tokenizer) -> None:
-        """Args: the kind of the records, and what their texts are tokenised by."""
+        """Start without records, for a schema and the tokenizer of the texts."""
         self._schema = schema
         self._digests, self._swapped = array("Q"), array("Q")
         self._repeated_prompts = 0
@@ -74,7 +74,7 @@ class Inspector:
         self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
     def add(self, fields: dict[str, Any]) -> None:
-        """Look at the texts of one record."""
+        """Add the texts of a record."""
         prompt, *answers = (fields[key] for key in self._schema.keys)
         self._digests.append(_digest(prompt, *answers))
         if self._schema is PREFERENCES:
@@ -85,11 +85,11 @@ class Inspector:
 
     @property
     def digests(self) -> np.ndarray:
-        """[records] uint64, equal where all texts are."""
+        """Return a digest of each record, [records] uint64; equal if all texts are."""
         return np.array(self._digests, dtype=np.uint64)
 
     def findings(self) -> Findings:
-        """The findings in the records added so far."""
+        """Return the findings in the records added so far."""
         digests = self.digests
         contradictions = np.isin(digests, np.array(self._swapped, dtype=np.uint64))
         return Findings(
@@ -101,6 +101,6 @@ class Inspector:
 
 
 def _digest(*texts: str) -> int:
-    """64 bits: among a million records two different ones agree with a chance of 3e-8."""
+    """Return a 64-bit digest; among a million different records, two agree with probability 3e-8."""
     content = "".join(f"{len(text)}:{text}" for text in texts)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""The split of a data file into records to learn from and records held out."""
+"""The split of a data file into training and held-out records."""
 
 import math
 
@@ -8,12 +8,12 @@ from rlhf.random import permutation
 
 
 def hold_out(key: Tensor, count: int, fraction: float) -> tuple[list[int], list[int]]:
-    """(records to learn from, records held out) of 0..count-1, both in order; one at least of each where there are two.
+    """Split records 0..count-1 into (training, held-out), both in order and not empty if count is at least 2.
 
     Args:
         key: [2] int32, consumed.
-        count: records.
-        fraction: share held out.
+        count: number of records.
+        fraction: fraction of the records to hold out.
     """
     order = permutation(key, count).tolist()
     held_out = min(math.ceil(fraction * count), count - 1)

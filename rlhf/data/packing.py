@@ -1,4 +1,4 @@
-"""Packing sequences of different lengths into micro-batches of full rows."""
+"""Packing of sequences of different lengths into the rows of micro-batches."""
 
 import bisect
 import itertools
@@ -16,24 +16,24 @@ _SHARES = range(2, 17)
 
 
 class MicroBatch(NamedTuple):
-    """Where the sequences of one micro-batch lie."""
+    """The layout of the sequences in a micro-batch."""
 
     units: list[int]
-    """Which units it holds."""
+    """Indices of its units."""
     places: list[list[tuple[int, int]]]
     """For each unit, (row, first column) of each of its sequences."""
 
 
 def pack(units: Sequence[Sequence[int]], *, rows: int, row_length: int) -> list[MicroBatch]:
-    """Divide units of sequences into micro-batches of at most `rows` rows of `row_length` tokens.
+    """Pack units of sequences into micro-batches of at most `rows` rows of `row_length` tokens.
 
-    A unit (one sequence, or a preference pair) is never split over micro-batches. First fit by falling length, with as
-    few rows per micro-batch as need no more micro-batches, so that these are of even size. The result depends on the
-    lengths alone, never on how many workers there are.
+    A unit (a sequence, or a preference pair) is never split across micro-batches. Packing is first-fit decreasing
+    with the smallest number of rows that needs no more micro-batches, so that their sizes are even. The result depends
+    on the lengths only, not on the number of workers.
 
     Args:
         units: for each unit the lengths of its sequences, each at most `row_length`.
-        rows: rows per micro-batch; at least as many as a unit has sequences.
+        rows: maximum rows per micro-batch, at least the number of sequences of a unit.
         row_length: tokens per row.
 
     Raises:
@@ -49,7 +49,7 @@ def pack(units: Sequence[Sequence[int]], *, rows: int, row_length: int) -> list[
 
 
 def _rows_at_least(units: Sequence[Sequence[int]], row_length: int) -> int:
-    """Rows that the sequences need, however they are laid: a row has room for fewer than k that are longer than 1/k."""
+    """Return a lower bound on the rows needed: a row has room for fewer than k sequences longer than 1/k of it."""
     lengths = sorted(itertools.chain.from_iterable(units))
     bounds = [-(-sum(lengths) // row_length)]
     for k in _SHARES:
@@ -62,7 +62,7 @@ def _first_fit(units: Sequence[Sequence[int]], rows: int, row_length: int) -> li
     order = sorted(range(len(units)), key=lambda unit: (-sum(units[unit]), unit))
     batches: list[MicroBatch] = []
     fills: list[list[int]] = []
-    room: list[int] = []  # the most that a row of each batch has
+    room: list[int] = []  # in the emptiest row of each batch
     for unit in order:
         shortest, places, number = min(units[unit]), list[tuple[int, int]](), -1
         while not places:
@@ -82,7 +82,7 @@ def _first_fit(units: Sequence[Sequence[int]], rows: int, row_length: int) -> li
 
 
 def _place(lengths: Sequence[int], fill: list[int], rows: int, row_length: int) -> list[tuple[int, int]]:
-    """Places of a unit's sequences in the rows filled so far, which are updated; [] and no change if one has none."""
+    """Return places for a unit's sequences and update `fill`; [] without a change if a sequence does not fit."""
     trial, places = list(fill), []
     for length in lengths:
         row = next((row for row, used in enumerate(trial) if used + length <= row_length), len(trial))
@@ -97,24 +97,25 @@ def _place(lengths: Sequence[int], fill: list[int], rows: int, row_length: int) 
 
 
 class PackedRows(NamedTuple):
-    """Rows with the place of each sequence in them."""
+    """Packed rows with the start of each sequence."""
 
     rows: Rows
     starts: np.ndarray
-    """[k] int64 into the flattened rows: each sequence's first token, in the order given."""
+    """[k] int64, index of each sequence's first token in the flattened rows."""
 
 
-def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]], *, least: int = 1) -> PackedRows:
-    """Lay sequences out at their places, in rows just long enough (a multiple of 16 tokens).
+def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]], *, min_rows: int = 1) -> PackedRows:
+    """Lay out sequences at their places, in rows of the smallest sufficient multiple of 16 tokens.
 
     Args:
         sequences: int token ids, each [n].
-        places: (row, first column) of each.
-        least: rows; what is missing is empty. 2 where there may be more, because compiled code takes 1 as fixed.
+        places: (row, first column) of each sequence.
+        min_rows: minimum number of rows; extra rows are empty. 2 if the number varies, because compiled code
+            specialises on 1.
     """
     lengths = np.array([len(sequence) for sequence in sequences])
     row, column = np.array(places).T
-    height, end = max(least, int(row.max()) + 1), int((column + lengths).max())
+    height, end = max(min_rows, int(row.max()) + 1), int((column + lengths).max())
     width = -(-end // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
     starts = row * width + column
     cells = concatenated_ranges(starts, lengths)
@@ -124,7 +125,7 @@ def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]
     segments[cells] = np.repeat(_count_in_group(row), lengths)
     begins = np.empty(height * width, dtype=bool)
     begins[1:] = segments[1:] != segments[:-1]
-    begins[::width] = True  # of each row, too
+    begins[::width] = True  # each row begins a segment
     bounds = np.append(np.flatnonzero(begins), height * width).astype(np.int32)
     rows = Rows(
         tokens=torch.from_numpy(tokens).view(height, width),
@@ -136,18 +137,18 @@ def build_rows(sequences: Sequence[np.ndarray], places: Sequence[tuple[int, int]
 
 
 def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[sum(lengths)] int64: the lengths[0] integers from starts[0] on, the lengths[1] from starts[1] on, and so on.
+    """Return the concatenated ranges starts[i], …, starts[i] + lengths[i] - 1, [sum(lengths)] int64.
 
     Example:
         >>> concatenated_ranges(np.array([5, 0]), np.array([2, 3])).tolist()
         [5, 6, 0, 1, 2]
     """
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+    offsets = np.cumsum(lengths) - lengths
+    return np.repeat(starts - offsets, lengths) + np.arange(lengths.sum())
 
 
 def _count_in_group(groups: np.ndarray) -> np.ndarray:
-    """[k] int64: 1 for the first member of each group, 2 for the second, …, in the order given."""
+    """Return 1 for the first member of each group, 2 for the second, and so on, [k] int64."""
     order = np.argsort(groups, kind="stable")
     ordered, count = groups[order], np.empty_like(groups)
     count[order] = np.arange(1, len(groups) + 1) - np.searchsorted(ordered, ordered)

@@ -1,6 +1,6 @@
-"""Reading JSON lists and JSON Lines, one record at a time, with errors that point at the byte.
+"""Reading JSON lists and JSON Lines, one record at a time, with the position of errors.
 
-The two forms are told apart by the first character. Only the record being read is in memory.
+The first character distinguishes the two forms. Only the record being read is in memory.
 """
 
 import codecs
@@ -26,21 +26,21 @@ _FOREIGN = {
     b"ARRO": f"the file is Arrow, expected JSON; {_CONVERT.format('read_feather')}",
     b"\xff\xff\xff\xff": "the file is Arrow, expected JSON; convert it: datasets.Dataset.from_file(FILE).to_json(NEW)",
 }
-"""By a file's first bytes: what it is and how to make JSON of it."""
+"""Remedy by a file's first bytes: its format and how to convert it to JSON."""
 
 
 class Record(NamedTuple):
-    """One JSON object and where it stands."""
+    """A JSON object and its position in the file."""
 
     number: int
-    """From 1."""
+    """Number of the record, from 1."""
     line: int
-    """From 1: where it begins."""
+    """Line on which it begins, from 1."""
     fields: dict[str, Any]
 
 
 def not_a_file(path: Path) -> str:
-    """Return what is wrong with a path at which there is no file."""
+    """Return the problem with a path that is not a file."""
     if path.is_fifo() or path.is_char_device():
         return "is a pipe or device, and data are read more than once; write them to a file"
     return "not a file" if path.exists() else "no such file"
@@ -98,7 +98,7 @@ class _LiteralError(ValueError):
 
 
 class _Source:
-    """A window over a decoded file that grows while a record is incomplete and drops what has been read."""
+    """A window over a decoded file, which grows while a record is incomplete and drops the text before the position."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,7 +116,7 @@ class _Source:
         self.at_end = False
 
     def first_character(self) -> str:
-        """The first character that is no space: '[' or '{'."""
+        """Return the first character that is not white space: '[' or '{'."""
         try:
             head = self.stream.peek(4)  # the beginning, as much as is there
         except OSError as error:
@@ -143,7 +143,7 @@ class _Source:
         self.stream.close()
 
     def skip_space(self) -> str:
-        """Move to the next character that is no space and return it; '' at the end of the file."""
+        """Move to the next character that is not white space and return it; '' at the end of the file."""
         while True:
             while self.position < len(self.window):
                 if self.window[self.position] not in _SPACE:
@@ -153,15 +153,15 @@ class _Source:
                 return ""
 
     def decode(self, number: int) -> Any:
-        """The JSON value at the position; moves behind it."""
+        """Return the JSON value at the position and move past it."""
         while True:
             try:
                 value, end = self.json.raw_decode(self.window, self.position)
             except json.JSONDecodeError as error:
-                open_text, before = error.msg.startswith("Unterminated string"), self.position
+                open_text, start = error.msg.startswith("Unterminated string"), self.position
                 if (open_text or error.pos >= len(self.window) - 12) and self._read():
                     continue
-                self.position = error.pos - (before - self.position)  # reading drops what stood before
+                self.position = error.pos - (start - self.position)  # reading drops the text before
                 cut_off = self.at_end and (open_text or not self.window[self.position :].strip())
                 cut = "; the file is cut off" if cut_off else ""
                 raise self.error(f"record {number} is not valid JSON ({error.msg}){cut}") from None
@@ -184,13 +184,13 @@ class _Source:
         return UserError(f"{self.path}: line {self.line_of(self.position)}, column {column}: {problem}")
 
     def line_of(self, position: int) -> int:
-        """The line of a position, from 1; positions asked for never fall."""
+        """Return the line of a position, from 1; positions must not decrease between calls."""
         self.lines += self.window.count("\n", self.counted, position)
         self.counted = position
         return self.lines + 1
 
     def _read(self) -> bool:
-        """Drop what has been read and append at least as much as is left; False at the end of the file."""
+        """Drop the text before the position and append at least as much as is left; return False if none follows."""
         if self.at_end:
             return False
         dropped = self.window[: self.position]

@@ -1,4 +1,4 @@
-"""The three kinds of data file and what makes a record valid."""
+"""The three kinds of data file and the checks of their records."""
 
 import difflib
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ _LARGEST_MARGIN = 3.4e38
 
 
 class Schema(NamedTuple):
-    """One kind of data file."""
+    """A kind of data file."""
 
     name: str
-    """What its records are called."""
+    """Name of its records."""
     flag: str
     """Command-line flag that takes such a file."""
     answers: tuple[str, ...]
@@ -23,7 +23,7 @@ class Schema(NamedTuple):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All keys a record must have."""
+        """Return all required keys of a record."""
         return ("prompt", *self.answers)
 
 
@@ -33,10 +33,10 @@ PROMPTS = Schema("prompts", "--prompt-data", ())
 
 
 def check_record(path: Path, record: Record, schema: Schema) -> None:
-    """Raise UserError, naming file, record, key and remedy, unless the record's texts are there and usable.
+    """Raise UserError, naming file, record, key and remedy, unless the record has valid texts.
 
-    A prompt may be empty; a completion, chosen or rejected text may not be empty or only white space. Other columns
-    are not looked at, but for `margin`, which must be a number.
+    A prompt may be empty; a completion, chosen or rejected text may not be empty or only white space. Other columns are
+    not checked, except `margin`, which must be a number.
     """
     where = f"{path}: record {record.number} (line {record.line})"
     for key in schema.keys:
@@ -47,8 +47,8 @@ def check_record(path: Path, record: Record, schema: Schema) -> None:
             if text is None:
                 raise UserError(f"{where}: {key!r} is null; fill it in or remove the record")
             got = f"{type(text).__name__} {str(text)[:40]!r}"
-            whole = "each record needs one text" if isinstance(text, list | dict) else "write it in double quotes"
-            raise UserError(f"{where}: {key!r} must be a text, got {got}; {whole}")
+            remedy = "each record needs one text" if isinstance(text, list | dict) else "write it in double quotes"
+            raise UserError(f"{where}: {key!r} must be a text, got {got}; {remedy}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -68,24 +68,24 @@ def check_record(path: Path, record: Record, schema: Schema) -> None:
 
 
 def _remedy(key: str, record: Record, schema: Schema) -> str:
-    found, needed = sorted(record.fields), ", ".join(map(repr, schema.keys))
-    for other in (PREFERENCES, DEMONSTRATIONS):
-        if other is not schema and all(name in record.fields for name in other.keys):
-            return f"it looks like {other.name}: give the file as {other.flag}, or give {schema.name} as {schema.flag}"
+    names, needed = sorted(record.fields), ", ".join(map(repr, schema.keys))
+    for kind in (PREFERENCES, DEMONSTRATIONS):
+        if kind is not schema and all(name in record.fields for name in kind.keys):
+            return f"it looks like {kind.name}: give the file as {kind.flag}, or give {schema.name} as {schema.flag}"
     for name, value in record.fields.items():
         inner = value[0] if isinstance(value, list) and value else None
         if isinstance(inner, dict) and {"role", "from"} & inner.keys():
             return f"{name!r} is a chat: give its messages as texts, {schema.name} need {needed}"
         if isinstance(inner, dict):
             return f"the records seem to be in the list {name!r}: give that list alone as the file"
-    close = difflib.get_close_matches(key, [name for name in found if name not in schema.keys], n=1)
+    close = difflib.get_close_matches(key, [name for name in names if name not in schema.keys], n=1)
     hint = f"did you mean it by {close[0]!r}? " if close else ""
-    got = ", ".join(map(repr, found))
+    got = ", ".join(map(repr, names))
     return f"{hint}{schema.name} need {needed}, found {got or 'nothing'}"
 
 
 def read_checked(path: Path, schema: Schema) -> Iterator[Record]:
-    """Yield a file's records; each is checked first. Errors as `read_records` and `check_record`."""
+    """Yield a file's records after checking each. Raises as `read_records` and `check_record`."""
     for record in read_records(path):
         check_record(path, record, schema)
         yield record

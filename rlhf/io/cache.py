@@ -1,4 +1,4 @@
-"""The folder of the cache: tokenised data and compiled code, which can be made again."""
+"""The default cache folder, for tokenised data and compiled code."""
 
 import atexit
 import functools
@@ -12,12 +12,12 @@ from rlhf.io.user_log import log_user
 
 
 def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/rlhf, or ~/.cache/rlhf, or a temporary folder where the home folder cannot be written.
+    """Return $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf, or a temporary folder if the home folder is not writable.
 
-    A relative XDG_CACHE_HOME is ignored, as its specification asks for.
+    A relative XDG_CACHE_HOME is ignored, as its specification requires.
 
     Raises:
-        UserError: not even a temporary folder can be made.
+        UserError: no temporary folder can be created either.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if cache.is_absolute():
@@ -27,7 +27,7 @@ def default_cache_dir() -> Path:
 
 
 def home_folder() -> Path | None:
-    """The user's home folder; None where there is none, or it cannot be written."""
+    """Return the user's home folder; None if there is none or it is not writable."""
     try:
         home = Path.home()
     except RuntimeError:  # neither HOME nor an entry in the password file
@@ -38,7 +38,7 @@ def home_folder() -> Path | None:
 
 @functools.cache
 def _temporary_cache() -> Path:
-    """A folder of this process, removed at its end."""
+    """Create a temporary folder, which is removed when the process exits."""
     try:
         folder = tempfile.mkdtemp(prefix="rlhf-cache-")
     except OSError as error:

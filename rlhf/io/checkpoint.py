@@ -1,6 +1,6 @@
-"""Checkpoints of a train state: one pytree of tensors and a few plain facts, complete or not there at all.
+"""Checkpoints of a train state: a pytree of tensors and JSON values. A checkpoint is complete or does not exist.
 
-`checkpoints/<stage>/step-000100/` holds `state.safetensors` and `manifest.json`, written last.
+`checkpoints/<stage>/step-000100/` holds `state.safetensors` and `manifest.json`, which is written last.
 """
 
 import re
@@ -26,41 +26,41 @@ class Checkpoint(NamedTuple):
     """A train state on disk."""
 
     step: int
-    """Steps (PPO: iterations) done."""
+    """Number of completed steps (iterations for PPO)."""
     tensors: dict[str, Tensor]
-    """By dotted name."""
+    """Tensors by dotted name."""
     facts: dict[str, Any]
-    """Plain JSON: everything else that the next step reads, and the configuration the run was started with."""
+    """JSON values: all other state that the next step reads, and the configuration of the run."""
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `root/step-NNNNNN` and then remove all but the newest `keep`.
+    """Write `root/step-NNNNNN` and then delete all but the newest `keep` checkpoints.
 
     Raises:
-        UserError: the disk is full, the folder cannot be written, or there is something else; older checkpoints are
-            then untouched.
+        UserError: the disk is full, or the folder cannot be written or holds something else. Older checkpoints are not
+            deleted then.
     """
     folder = root / f"step-{checkpoint.step:06d}"
     check_replaceable(folder)
     with atomic_folder(folder) as temporary:
         save_tensors(temporary / _TENSORS, checkpoint.tensors)
         write_manifest(temporary, {"step": checkpoint.step, "facts": checkpoint.facts})
-    kept = _folders(root)[-keep:]
-    for old in root.iterdir():
-        if old not in kept and _is_ours(old):
-            shutil.rmtree(old, ignore_errors=True)
+    newest = _folders(root)[-keep:]
+    for path in root.iterdir():
+        if path not in newest and _is_ours(path):
+            shutil.rmtree(path, ignore_errors=True)
     return folder
 
 
 def check_checkpoints(root: Path) -> None:
-    """Raise UserError if something below `root` has a checkpoint's name and is none."""
+    """Raise UserError if a path in `root` has the name of a checkpoint but is not one."""
     for path in sorted(root.glob("step-*")):
         if re.fullmatch(r"step-\d{6,}", path.name) and not (has_manifest(path) or _is_ours(path)):
             raise UserError(f"{path}: is there already, and is no checkpoint; move it away, or choose another folder")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether it is a checkpoint, or what a killed run left of one, and nothing else is in it."""
+    """Return whether the path is a checkpoint, or an incomplete one of a killed run, without any other files."""
     if _LEFTOVER.fullmatch(path.name):
         return True
     is_step = re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()
@@ -68,13 +68,13 @@ def _is_ours(path: Path) -> bool:
 
 
 def save_refused(folder: Path, batch: object, state: Mapping[str, Tensor] | None, facts: dict[str, Any]) -> None:
-    """Write what a refused update came from.
+    """Write the inputs of a refused update.
 
     Args:
-        folder: to write, or replace.
-        batch: a tree of tensors; None where it is not known.
-        state: the train state, where it is not in a checkpoint.
-        facts: for the manifest.
+        folder: the folder to write or replace.
+        batch: a tree of tensors; None if it is not known.
+        state: the train state; None if it is in a checkpoint.
+        facts: further fields of the manifest.
     """
     check_replaceable(folder)
     with atomic_folder(folder) as temporary:
@@ -86,14 +86,14 @@ def save_refused(folder: Path, batch: object, state: Mapping[str, Tensor] | None
 
 
 def load_checkpoint(root: Path, like: Mapping[str, Any] | None = None) -> Checkpoint | None:
-    """The newest complete checkpoint below `root`; None where there is none.
+    """Return the newest complete checkpoint in `root`; None if there is none.
 
     Args:
         root: `checkpoints/<stage>`.
-        like: facts that it must have: numbers, or mappings of such.
+        like: facts that it must have: numbers, or nested mappings of numbers.
 
     Raises:
-        UserError: the newest one with a manifest is cut off, altered, or lacks a fact.
+        UserError: the newest checkpoint with a manifest is truncated or altered, or lacks a fact.
     """
     folders = _folders(root)
     if not folders:
@@ -112,24 +112,24 @@ def load_checkpoint(root: Path, like: Mapping[str, Any] | None = None) -> Checkp
     raise UserError(f"{problem}; remove {newest} to use an older one")
 
 
-def _check_facts(found: Mapping[str, Any], like: Mapping[str, Any]) -> None:
-    """Raise KeyError unless `found` has every name of `like`, with a mapping or number as there, at all depths."""
+def _check_facts(facts: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """Raise KeyError unless `facts` has the nested keys of `like`, with mappings and numbers in the same places."""
     for name, value in like.items():
-        if not isinstance(found.get(name), dict if isinstance(value, Mapping) else int | float):
+        if not isinstance(facts.get(name), dict if isinstance(value, Mapping) else int | float):
             raise KeyError(name)
         if isinstance(value, Mapping):
-            _check_facts(found[name], value)
+            _check_facts(facts[name], value)
 
 
 def last_step(root: Path) -> int | None:
-    """Step of the newest complete checkpoint below `root`, from its name alone."""
+    """Return the step of the newest complete checkpoint in `root`, from its name alone; None if there is none."""
     folders = _folders(root)
     return int(folders[-1].name.removeprefix("step-")) if folders else None
 
 
 def _folders(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if re.fullmatch(r"step-\d{6,}", path.name) and has_manifest(path)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    folders = [path for path in root.iterdir() if re.fullmatch(r"step-\d{6,}", path.name) and has_manifest(path)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))

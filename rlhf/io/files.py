@@ -1,4 +1,4 @@
-"""Writing so that a crash never leaves half a file, checksums, free space, and the lock of a run's folder."""
+"""Atomic writes, checksums, free space, and the lock of an output folder."""
 
 import contextlib
 import ctypes
@@ -20,22 +20,22 @@ from rlhf.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""What network disks answer to a request to flush a folder."""
+"""Errors that network disks report when a folder is flushed."""
 _LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _MARGIN = 16 << 20  # bytes left free beyond what is about to be written
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, flag: str = "--output-dir") -> Iterator[Path]:
-    """A temporary sibling to fill; it takes the place of `target` when the block ends without an error.
+    """Yield a temporary sibling folder, which replaces `target` if the block ends without an error.
 
-    Files are flushed to disk before the rename. What stood at `target` is there until then.
+    Files are flushed to disk before the rename. The previous content of `target` exists until then.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -61,16 +61,16 @@ def atomic_folder(target: Path, flag: str = "--output-dir") -> Iterator[Path]:
 
 
 def check_folder(folder: Path, expected: str) -> None:
-    """Raise UserError, saying what is `expected`, unless there is a folder at `folder`."""
+    """Raise UserError with the text `expected` unless `folder` is a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is a file and no' if folder.exists() else 'no such'} folder; {expected}")
 
 
 def read_text(path: Path) -> str:
-    """A file's text, without a byte-order mark.
+    """Return the text of a file, without a byte-order mark.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: the file cannot be read or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -82,7 +82,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Errors as `read_text`, and where it is not JSON."""
+    """Return the value in a JSON file. Raises as `read_text`, and UserError if the text is not JSON."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -90,9 +90,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, content: bytes, flag: str = "--output-dir") -> None:
-    """Replace a file's content in one step, whoever wrote it: see `rlhf.io.output` for what a user may have written.
+    """Replace a file's content atomically, whoever wrote it; `rlhf.io.output` protects files of the user's.
 
-    A link stays, and its target is replaced; the permissions stay. Errors as `atomic_folder`.
+    Links are followed, permissions are preserved. Raises as `atomic_folder`.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -116,7 +116,7 @@ def write_bytes(path: Path, content: bytes, flag: str = "--output-dir") -> None:
 
 @contextlib.contextmanager
 def clear_write_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]:
-    """Turn the operating system's refusal to write into a UserError that names the path and the remedy."""
+    """Convert the operating system's write errors to a UserError that names the path and the remedy."""
     try:
         with _as_os_errors():
             yield
@@ -127,21 +127,21 @@ def clear_write_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]
 
 
 def check_writable(folder: Path, flag: str, name: str = "trial") -> None:
-    """Raise UserError, before the work is done, unless files can be written below `folder`, which may not exist yet.
+    """Raise UserError unless files can be written in `folder`, which may not exist yet.
 
-    A small file goes through everything that a checkpoint goes through later; `name` is what it is to be called.
+    Writes a small file named `name` with the operations that a checkpoint needs later, and removes it.
     """
-    with clear_write_errors(folder, flag), tempfile.TemporaryDirectory(prefix=".rlhf-", dir=_existing(folder)) as place:
-        trial = Path(place) / f".{name}.{os.getpid()}.tmp"
+    with clear_write_errors(folder, flag), tempfile.TemporaryDirectory(prefix=".rlhf-", dir=_existing(folder)) as path:
+        trial = Path(path) / f".{name}.{os.getpid()}.tmp"
         trial.mkdir()
         (trial / "file").write_bytes(b"rlhf")
         _sync(trial / "file")
         _sync(trial)
-        trial.rename(Path(place) / name)
+        trial.rename(Path(path) / name)
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raise UserError unless `needed` bytes can be written below `folder`, which may not exist yet."""
+    """Raise UserError unless `needed` bytes can be written in `folder`, which may not exist yet."""
     free = shutil.disk_usage(_existing(folder)).free
     if free < needed + _MARGIN:
         raise UserError(
@@ -151,7 +151,7 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """`safetensors.torch.save_file`, with the permissions that other new files have."""
+    """Write tensors with `safetensors.torch.save_file`, with the permissions of other new files."""
     from safetensors.torch import save_file
 
     path.touch()
@@ -163,15 +163,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; the operating system lets go of it even if the process is killed.
+    """Lock an output folder in the block; the operating system releases the lock even if the process is killed.
 
-    A folder that was made for this and holds nothing at the end is removed.
+    A folder that is created for the lock and empty at the end is removed.
 
     Raises:
-        UserError: another live process holds it, or it cannot be written.
+        UserError: another live process holds the lock, or the folder cannot be written.
     """
     lock_file = folder / ".lock"
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if lock_file.exists() and not (lock_file.is_file() and lock_file.stat().st_size == 0):
@@ -187,20 +187,20 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock_file.unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):
-            for place in made:
-                place.rmdir()  # succeeds only on an empty folder
+            for path in created:
+                path.rmdir()  # succeeds only on an empty folder
 
 
 def acquire_lock(path: Path, *, blocking: bool) -> BaseFileLock:
-    """Hold a lock file; where the disk has no locks, the presence of a second file is the lock.
+    """Acquire a lock file; if the disk has no locks, the presence of a second file is the lock.
 
     Raises:
-        Timeout: another process holds it, and `blocking` is off.
+        Timeout: another process holds the lock, and `blocking` is False.
     """
     lock: BaseFileLock = FileLock(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # the library's own way out is not the same everywhere
+            warnings.simplefilter("error", UserWarning)  # the library's fallback differs between versions
             lock.acquire(blocking=blocking)
     except (OSError, UserWarning) as error:
         if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in _LOCKLESS):
@@ -211,18 +211,18 @@ def acquire_lock(path: Path, *, blocking: bool) -> BaseFileLock:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above that is there."""
+    """Return the folder, or its nearest parent that exists."""
     return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what killed processes left beside `target`; give back what one had moved aside and not yet replaced."""
+    """Remove what killed processes left beside `target`; restore a target that one had moved and not replaced."""
     ours = re.compile(re.escape(f".{target.name}.") + r"(\d{1,9})\.(tmp|old)")
     for path in target.parent.glob(".*"):
-        found = ours.fullmatch(path.name)
-        if found is None or _is_alive(int(found[1])):
+        match = ours.fullmatch(path.name)
+        if match is None or _is_alive(int(match[1])):
             continue
-        kind = found[2]
+        kind = match[2]
         if kind == "old" and not target.exists():
             path.rename(target)
         elif path.is_dir():
@@ -243,24 +243,24 @@ def _is_alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """safetensors and tokenizers put the operating system's error number into a text; raise it as an OSError."""
+    """Raise an OSError for errors of safetensors and tokenizers that have the system's error number in their text."""
     try:
         yield
     except Exception as error:  # tokenizers raises bare Exception
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if isinstance(error, OSError) or found is None:
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or match is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one step; False where the system cannot."""
+    """Swap two paths atomically and return True; return False if the system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux, since glibc 2.28
     return rename is not None and rename(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or folder to disk, where the disk can."""
+    """Flush a file or folder to disk, if the disk supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

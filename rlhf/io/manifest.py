@@ -1,4 +1,4 @@
-"""Checksums of a folder's files, written last: a folder without a valid manifest does not exist."""
+"""The manifest of a folder, with the checksums of its files; it is written last and marks the folder as complete."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ _FORMAT = 1
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """List every file of `folder` with size and sha256, beside `facts`."""
+    """Write a manifest with `facts` and the size and sha256 of every file in `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _NAME)
     listed = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     text = json.dumps({"format": _FORMAT, **facts, "files": listed}, indent=2)
@@ -20,10 +20,10 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Check every file against the manifest and return what it says.
+    """Check every file against the manifest and return the manifest.
 
     Raises:
-        UserError: the manifest is missing or newer than this version reads, or a file is missing, cut off or altered.
+        UserError: the manifest is missing or of a newer format, or a file is missing, truncated or altered.
     """
     path = folder / _NAME
     if not path.exists():
@@ -53,7 +53,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise UserError unless there is nothing at `folder`, or all that is there is as its manifest lists it."""
+    """Raise UserError unless `folder` does not exist or holds exactly the files that its manifest lists."""
     if not folder.exists():
         return
     listed = read_manifest(folder)["files"]
@@ -63,5 +63,5 @@ def check_replaceable(folder: Path) -> None:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether there is a manifest at all, valid or not."""
+    """Return whether the folder has a manifest, valid or not."""
     return (folder / _NAME).is_file()

@@ -1,4 +1,4 @@
-"""What a model folder's config.json and generation_config.json say."""
+"""Reading config.json and generation_config.json of a model folder."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +13,14 @@ from rlhf.models.architecture import Architecture, ModelShape, architectures, ge
 ModelKind = Literal["language model", "reward model"]
 
 _DEFAULT_TYPE = "gpt2"
-"""The `model_type` of a config.json that has none."""
+"""The `model_type` assumed for a config.json without one."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings in config.json.
+    """Return the settings in config.json.
 
     Raises:
-        UserError: the folder is none, or holds something else than a model, or the file cannot be read.
+        UserError: the path is not a model folder, or the file cannot be read.
     """
     path = folder / "config.json"
     check_folder(folder, "it should be a model folder with config.json and model.safetensors on this machine")
@@ -36,10 +36,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_architectures(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """The architectures that config.json names; where it names none, the one that the names of the weights show.
+    """Return the `architectures` of config.json; if it has none, the one that the names of the weights imply.
 
     Raises:
-        UserError: they are no list of names, or there are no weights.
+        UserError: `architectures` is not a list of names, or there are no weights.
     """
     names = settings.get("architectures")
     if names is None or names == []:
@@ -51,12 +51,12 @@ def read_architectures(folder: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def class_of(family: Architecture, kind: ModelKind) -> str:
-    """Hugging Face's class of an architecture's language models, or of its reward models."""
+    """Return the name of Hugging Face's class for an architecture's models of a kind."""
     return family.causal_lm if kind == "language model" else family.sequence_classifier
 
 
 def kinds_of(name: str) -> set[ModelKind]:
-    """What kinds of model a class of Hugging Face's is read as; empty for one that is not read."""
+    """Return the kinds of model that a class of Hugging Face's can be read as; empty if it is not supported."""
     kinds: set[ModelKind] = set()
     for family in architectures():
         if name == family.causal_lm or name in family.aliases:
@@ -67,7 +67,7 @@ def kinds_of(name: str) -> set[ModelKind]:
 
 
 def read_shape(folder: Path, settings: dict[str, Any]) -> ModelShape:
-    """The shape that the settings of config.json describe; UserError if no architecture has it."""
+    """Return the model shape that config.json describes. Raises UserError if no architecture supports it."""
     path = folder / "config.json"
     try:
         shape: ModelShape = get_architecture(settings.get("model_type", _DEFAULT_TYPE)).settings_to_shape(settings)
@@ -77,10 +77,10 @@ def read_shape(folder: Path, settings: dict[str, Any]) -> ModelShape:
 
 
 def read_generation_config(folder: Path, vocab_size: int) -> dict[str, Any] | None:
-    """generation_config.json without token ids that the model does not have; None where there is none.
+    """Return generation_config.json without token ids beyond the vocabulary; None if there is no such file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -90,7 +90,7 @@ def read_generation_config(folder: Path, vocab_size: int) -> dict[str, Any] | No
         raise UserError(f"{path}: is not a JSON object")
     for key in [key for key in settings if key.endswith("_token_id")]:
         ids = read_ids(path, key, settings[key])
-        kept = [number for number in ids if number < vocab_size]
-        if kept != ids:
-            settings[key] = kept or None
+        valid = [number for number in ids if number < vocab_size]
+        if valid != ids:
+            settings[key] = valid or None
     return settings

@@ -1,11 +1,11 @@
-"""Model folders in Hugging Face form, read and written: `transformers` loads what we save, and we load what it saves.
+"""Reading and writing model folders in Hugging Face form, compatible with `transformers` in both directions.
 
 A language model is a `GPT2LMHeadModel`, a reward model a `GPT2ForSequenceClassification` with one label. Beside
 `config.json`, `model.safetensors` and the tokenizer there may be `value_head.safetensors` (a value head on the trunk),
 `critic/` (a separate critic: a folder of the same form) and `reward_statistics.json`.
 
-What decides tokens or logits is read, or refused; the rest of a folder's settings is saved again as it was. Embedding
-rows beyond the tokenizer's entries are left out, so that no model draws, learns or scores an id without a token.
+Settings that affect tokens or logits are read or refused; the others are saved again unchanged. Embedding rows beyond
+the tokenizer's entries are dropped, so that no id without a token is sampled, trained on or scored.
 """
 
 import dataclasses
@@ -42,18 +42,18 @@ class LanguageModel(NamedTuple):
     config: ModelShape
     tokenizer: Tokenizer
     generation_config: dict[str, Any] | None = None
-    """generation_config.json of the folder it was read from; None where there was none."""
+    """generation_config.json of the folder it was read from; None if there was none."""
     notes: tuple[str, ...] = ()
     """Lines for the user about that folder."""
 
 
 class RewardStatistics(NamedTuple):
-    """Scores of reference completions, by which PPO normalises."""
+    """Mean and standard deviation of the scores of reference completions, with which PPO normalises."""
 
     mean: float
     std: float
     completions: int
-    """How many there were; 0 where nothing was measured."""
+    """Number of reference completions; 0 if none were scored."""
 
 
 class RewardModel(NamedTuple):
@@ -64,7 +64,7 @@ class RewardModel(NamedTuple):
     config: ModelShape
     tokenizer: Tokenizer
     statistics: RewardStatistics
-    """Mean 0 and std 1 where the folder has none."""
+    """Mean 0 and std 1 if the folder has none."""
     notes: tuple[str, ...] = ()
     """Lines for the user about the folder it was read from."""
 
@@ -77,17 +77,17 @@ def save_language_model(
     value_head: Params | None = None,
     critic: RewardModel | None = None,
 ) -> None:
-    """Write a language model, replacing what stands at `folder` in one step.
+    """Write a language model, replacing the content of `folder` atomically.
 
     Args:
-        folder: where to.
+        folder: the model folder.
         model: parameters, shape and tokenizer.
-        facts: what the manifest says beside the checksums, such as the stage and the seed.
-        value_head: saved beside it as value_head.safetensors.
-        critic: saved beside it as critic/.
+        facts: fields of the manifest beside the checksums, such as the stage and the seed.
+        value_head: saved as value_head.safetensors.
+        critic: saved as critic/.
 
     Raises:
-        UserError: the disk is full, the folder cannot be written, or what stands there is not as we wrote it.
+        UserError: the disk is full, the folder cannot be written, or its content was changed since it was saved.
     """
     folder = Path(folder)
     check_replaceable(folder)
@@ -104,7 +104,7 @@ def save_language_model(
 
 
 def save_reward_model(folder: str | Path, model: RewardModel, *, facts: dict[str, Any]) -> None:
-    """Write a reward model, replacing what stands at `folder` in one step; arguments as `save_language_model`."""
+    """Write a reward model, replacing the content of `folder` atomically. Arguments as `save_language_model`."""
     folder = Path(folder)
     check_replaceable(folder)
     with atomic_folder(folder) as temporary:
@@ -114,7 +114,7 @@ def save_reward_model(folder: str | Path, model: RewardModel, *, facts: dict[str
 
 
 def load_model(folder: str | Path) -> LanguageModel | RewardModel:
-    """Read a model folder of either kind: its `params`, `config` and `tokenizer`. Errors as `load_language_model`.
+    """Return the model in a folder of either kind: `params`, `config` and `tokenizer`. Raises as `load_language_model`.
 
     model = rlhf.load_model("outputs/demo/policy")
     logits = rlhf.forward(model.params, tokens, config=model.config)
@@ -123,10 +123,10 @@ def load_model(folder: str | Path) -> LanguageModel | RewardModel:
 
 
 def load_language_model(folder: str | Path) -> LanguageModel:
-    """Read a `GPT2LMHeadModel` folder (or a `GPT2Model`'s), ours or one that `transformers` saved.
+    """Return the language model in a folder of a `GPT2LMHeadModel` (or `GPT2Model`), saved by rlhf or `transformers`.
 
     Raises:
-        UserError: a file is missing, cut off, altered or holds another kind of model, or a weight is not finite.
+        UserError: a file is missing, truncated, altered or holds another kind of model, or a weight is not finite.
     """
     folder = Path(folder)
     source = _read_model(folder, "language model")
@@ -136,7 +136,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
 
 
 def load_reward_model(folder: str | Path) -> RewardModel:
-    """Read a one-label `GPT2ForSequenceClassification` folder. Errors as `load_language_model`."""
+    """Return the reward model in a one-label `GPT2ForSequenceClassification` folder, as `load_language_model` does."""
     folder = Path(folder)
     source = _read_model(folder, "reward model")
     head, notes = source.state.get("score.weight"), list(source.notes)
@@ -168,9 +168,9 @@ def load_reward_model(folder: str | Path) -> RewardModel:
 
 
 def load_shape(folder: Path) -> tuple[ModelShape, Tokenizer]:
-    """Shape and tokenizer of the language model in a folder, whose weights are checked by their names alone.
+    """Return the shape and tokenizer of the language model in a folder; its weights are checked by name only.
 
-    Errors as `load_language_model`.
+    Raises as `load_language_model`.
     """
     shape = read_shape(folder, check_model_folder(folder, "language model"))
     config, tokenizer = _fit_vocabulary(folder, shape)
@@ -185,10 +185,10 @@ def is_reward_model(folder: Path) -> bool:
 
 
 def check_model_folder(folder: Path, kind: ModelKind) -> dict[str, Any]:
-    """Return the settings in config.json, which may not say that the folder holds another kind of model.
+    """Return the settings in config.json after checking that the folder holds a model of the kind.
 
     Raises:
-        UserError: it does, there is no such folder, or it has no config.json that can be read.
+        UserError: it holds another kind of model, does not exist, or has no readable config.json.
     """
     settings = read_config(folder)
     names = read_architectures(folder, settings)
@@ -220,7 +220,7 @@ def _state(params: Params, config: ModelShape) -> dict[str, Tensor]:
 
 
 def _write_reward_model(folder: Path, model: RewardModel) -> None:
-    """A trunk with a scalar head; a critic's head, which has a bias, goes to value_head.safetensors as well."""
+    """Write a trunk with a scalar head; a head with a bias, a critic's, also goes to value_head.safetensors."""
     state = _state(model.params["trunk"], model.config) | {"score.weight": model.params["head"]["weight"]}
     _write_model(folder, state, model.config, model.tokenizer, "reward model")
     if "bias" in model.params["head"]:
@@ -232,7 +232,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 class _Source(NamedTuple):
-    """What a folder holds, whatever the kind of model."""
+    """The content of a model folder, of either kind."""
 
     settings: dict[str, Any]
     """config.json."""
@@ -244,7 +244,7 @@ class _Source(NamedTuple):
 
 
 def _read_model(folder: Path, kind: ModelKind) -> _Source:
-    """Settings, weights and tokenizer, after all checks that language models and reward models share."""
+    """Return settings, weights and tokenizer after the checks common to language models and reward models."""
     settings = check_model_folder(folder, kind)
     shape = read_shape(folder, settings)
     if has_manifest(folder):
@@ -263,7 +263,7 @@ def _read_model(folder: Path, kind: ModelKind) -> _Source:
 
 
 def weights_digest(folder: Path) -> str:
-    """Hex digests of the files that decide what a model gives: its weights, and the statistics of its reward.
+    """Return the hex digests of the files that determine a model's output: its weights and its reward statistics.
 
     Raises:
         UserError: there are no weights.
@@ -273,12 +273,12 @@ def weights_digest(folder: Path) -> str:
 
 
 def _fit_vocabulary(folder: Path, config: ModelShape) -> tuple[ModelShape, Tokenizer]:
-    """The shape with as many rows as the folder's tokenizer has entries, and that tokenizer."""
+    """Return the shape with the vocabulary size of the folder's tokenizer, and that tokenizer."""
     tokenizer = Tokenizer.load(folder, config.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, but the model's vocab_size is "
             f"{config.vocab_size}; use the tokenizer that the model was trained with"
         )
-    fitted: Any = config  # a frozen dataclass
-    return dataclasses.replace(fitted, vocab_size=tokenizer.vocab_size), tokenizer
+    shape: Any = config  # a frozen dataclass
+    return dataclasses.replace(shape, vocab_size=tokenizer.vocab_size), tokenizer

@@ -1,4 +1,4 @@
-"""Folders that are taken for a model folder and are none, each with the remedy in one line."""
+"""Remedies for folders and files that are easily mistaken for a model, each in one line."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def folder_remedy(folder: Path) -> str:
-    """What a folder without a model holds instead, and what to do; empty where neither is known."""
+    """Return what a folder without a model holds instead, and the remedy; empty if unknown."""
     if (folder / "adapter_config.json").is_file():
         return (
             "holds a LoRA (PEFT) adapter and no model; merge it first, with peft's merge_and_unload() and "
@@ -16,7 +16,7 @@ def folder_remedy(folder: Path) -> str:
         )
     models = _models_below(folder)
     states = ("", "step-*/", "*/step-*/", "checkpoints/*/step-*/")
-    if not models and any(list(folder.glob(f"{place}state.safetensors")) for place in states):
+    if not models and any(list(folder.glob(f"{state}state.safetensors")) for state in states):
         return (
             "holds checkpoints of a run and no model; continue the run with --resume, or name its model (sft/, "
             "reward/ or policy/ in the run's output folder)"
@@ -36,7 +36,7 @@ def folder_remedy(folder: Path) -> str:
 
 
 def weights_remedy(folder: Path) -> str:
-    """Why a folder with config.json has no safetensors that can be read, and what to do."""
+    """Return why a folder with config.json has no readable safetensors, and the remedy; empty if unknown."""
     pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
     pickled = [name for name in pickled if name != "training_args.bin"]
     if not pickled:
@@ -49,7 +49,7 @@ def weights_remedy(folder: Path) -> str:
 
 
 def pointer_remedy(path: Path) -> str:
-    """What to do if a file is what Git leaves in place of a large one; empty where it is not."""
+    """Return the remedy if a file is a pointer of Git LFS; empty if it is not."""
     try:
         with path.open("rb") as stream:
             is_pointer = stream.read(len(_POINTER)) == _POINTER
@@ -59,19 +59,19 @@ def pointer_remedy(path: Path) -> str:
 
 
 def _models_below(folder: Path) -> list[Path]:
-    """Subfolders that hold models: the last one of a pipeline first, the newest of numbered checkpoints first."""
+    """Return the subfolders that hold models, ordered from the last stage of a pipeline and the newest checkpoint."""
     order = {"policy": 0, "sft": 1, "reward": 2}
     models = [path.parent for path in folder.glob("*/config.json") if _settings(path).get("model_type")]
 
-    def place(model: Path) -> tuple[int, int, str]:
+    def rank(model: Path) -> tuple[int, int, str]:
         number = model.name.rpartition("-")[2]
         return (order.get(model.name, 3), -int(number) if number.isdecimal() else 0, model.name)
 
-    return sorted(models, key=place)
+    return sorted(models, key=rank)
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none."""
+    """Return the JSON object in a file; empty if there is none."""
     try:
         settings = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -80,7 +80,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _current(snapshots: list[Path]) -> Path:
-    """The snapshot that the branch `main` points to, else the last."""
+    """Return the snapshot that the branch `main` points to, or else the last."""
     reference = snapshots[-1].parent.parent / "refs" / "main"
     if reference.is_file():
         snapshot = snapshots[-1].parent / reference.read_text(encoding="utf-8").strip()

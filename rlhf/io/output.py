@@ -1,7 +1,7 @@
-"""The one place that decides which of a user's paths may be written, and what is written there.
+"""Output files at paths that the user chose.
 
-A file is replaced only if it is as a program of ours left it, or if the user says so. Every folder that is written to
-has a record of that, `.rlhf.json`: the sha256 of each file. Devices and pipes are written to, links are followed.
+A file is replaced only if rlhf wrote it and it is unchanged since, or if the user says so. Every folder that is written
+to has a record, `.rlhf.json`, with the sha256 of each file. Devices and pipes can be written to, links are followed.
 Disks are never written to.
 """
 
@@ -26,13 +26,13 @@ _PATIENCE_S = 10.0
 
 
 def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrite: bool | None = None) -> None:
-    """Raise UserError, before the work is done, unless `path` may be written.
+    """Raise UserError unless `path` may be written; called before the work is done.
 
     Args:
-        path: of a file, which may not exist yet.
-        flag: by which the user named it, or the folder it is in.
-        inputs: files that the same command reads, beside standard input; they are never written.
-        overwrite: whether the user lets a file be replaced whoever wrote it; None where there is no such flag.
+        path: a file, which may not exist yet.
+        flag: the flag that names the file or its folder.
+        inputs: files that the same command reads, in addition to standard input; they are never written.
+        overwrite: True replaces a file whoever wrote it; None if the program has no such flag.
     """
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder, expected the name of a file")
@@ -59,10 +59,10 @@ def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrit
 def write_output(
     path: Path, content: str | bytes, flag: str = "--output-dir", *, overwrite: bool | None = None
 ) -> None:
-    """Write a file in one step, and its checksum into the folder's record; text as UTF-8.
+    """Write a file atomically and add its checksum to the folder's record; text is written as UTF-8.
 
     Raises:
-        UserError: as `check_output`; or the disk is full.
+        UserError: as `check_output`, or the disk is full.
     """
     check_output(path, flag, overwrite=overwrite)
     data = content.encode() if isinstance(content, str) else content
@@ -78,29 +78,29 @@ def write_output(
 
 
 def write_json(path: Path, value: Any, flag: str = "--output-dir", *, overwrite: bool | None = None) -> None:
-    """`write_output` of readable JSON."""
+    """Write a value as indented JSON with `write_output`."""
     write_output(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", flag, overwrite=overwrite)
 
 
 def remove_output(path: Path) -> None:
-    """Remove a file that a program of ours wrote; anything else stays."""
+    """Remove a file if rlhf wrote it and it is unchanged since."""
     if is_ours(path):
         _target(path).unlink(missing_ok=True)
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is there and has the content that a program of ours wrote last."""
+    """Return whether a file exists and has the content that rlhf wrote last."""
     target = _target(path)
     return target.is_file() and sha256(target) in (_record(target.parent) or {}).get(target.name, [])
 
 
 def has_record(folder: Path) -> bool:
-    """Whether this version of rlhf has written to a folder."""
+    """Return whether rlhf has written to a folder and recorded it."""
     return (folder / _RECORD).is_file()
 
 
 def _record(folder: Path) -> dict[str, list[str]] | None:
-    """Checksums by file name; None where something else is in the record's place, or it cannot be read."""
+    """Return the checksums by file name; None if the record is not one of rlhf's or cannot be read."""
     path = folder / _RECORD
     if not os.path.lexists(path):
         return {}
@@ -112,22 +112,22 @@ def _record(folder: Path) -> dict[str, list[str]] | None:
 
 
 def _add_to_record(target: Path, data: bytes) -> None:
-    """Put the checksum of what a file is to hold into its folder's record.
+    """Add the checksum of a file's new content to its folder's record.
 
-    Where the record is another user's, as in /tmp, or none of ours, nothing is recorded: the file is then replaced only
-    with --overwrite.
+    If the record belongs to another user, as in /tmp, or is not one of rlhf's, nothing is recorded, and the file is
+    replaced later only with --overwrite.
     """
     with _locked(target.parent), contextlib.suppress(UserError):
         if (digests := _record(target.parent)) is not None:
-            before = digests.get(target.name, [])[-1:]  # of what is there until the file is replaced
-            digests[target.name] = [*before, hashlib.sha256(data).hexdigest()]
+            current = digests.get(target.name, [])[-1:]  # valid until the file is replaced
+            digests[target.name] = [*current, hashlib.sha256(data).hexdigest()]
             text = json.dumps({"format": 1, "files": digests}, indent=1) + "\n"
             write_bytes(target.parent / _RECORD, text.encode())
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Let no other program change the folder's record meanwhile, where the disk has locks."""
+    """Lock the folder's record against other programs in the block, if the disk has locks."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
@@ -137,7 +137,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether it is a device, a pipe or a file that another process has open under /dev or /proc."""
+    """Return whether the path is a device, a pipe or a file that another process has open under /dev or /proc."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -147,9 +147,9 @@ def _is_stream(path: Path) -> bool:
 
 
 def _open_stream(path: Path, flag: str) -> IO[bytes]:
-    """Open a device or pipe to write behind what is there: `--output /dev/stdout >> log` keeps what the log has.
+    """Open a device or pipe to append to it, so that `--output /dev/stdout >> log` keeps the content of the log.
 
-    Of a pipe that nobody reads, wait for a reader as long as `_PATIENCE_S`.
+    If no program reads the pipe, wait up to `_PATIENCE_S` for a reader.
     """
     name = str(path.absolute()).replace("/dev/stdout", "/dev/fd/1").replace("/dev/stderr", "/dev/fd/2")
     if opened := re.fullmatch(r"(?:/dev|/proc/self)/fd/(\d+)", name):
@@ -170,5 +170,5 @@ def _open_stream(path: Path, flag: str) -> IO[bytes]:
 
 
 def _target(path: Path) -> Path:
-    """What a link points to, even if that is not there yet."""
+    """Return the target of a link, which may not exist yet."""
     return Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""A run's output folder: what may be put there, where, and the resolved configuration."""
+"""The output folder of a run: checks before writing, the place of checkpoints, and the resolved configuration."""
 
 import dataclasses
 import os
@@ -17,17 +17,16 @@ from rlhf.stages import STAGES, Stage, pipeline_type
 
 
 def checkpoint_folder(config: RunConfig, stage: Stage) -> Path:
-    """Where a stage's checkpoints are."""
+    """Return the folder of a stage's checkpoints."""
     return config.output_dir / "checkpoints" / stage.name
 
 
 def check_output_folder(config: RunConfig, stage: Stage) -> None:
-    """Refuse an output folder in which the stage would replace something that is not its own unfinished run.
+    """Refuse an output folder in which the stage would replace anything but its own unfinished run.
 
     Raises:
-        UserError: it holds the stage's checkpoints although `resume` is off, or, in the place of the model or of
-            config.yaml, something that no run wrote or that has been changed since; or checkpoints or logs that are
-            none of ours.
+        UserError: the folder holds checkpoints of the stage and `resume` is False; or a model or config.yaml that no
+            run wrote or that was changed since; or checkpoints or logs that rlhf did not write.
     """
     folder = config.output_dir
     _resolved(config)
@@ -43,7 +42,7 @@ def check_output_folder(config: RunConfig, stage: Stage) -> None:
     if done is not None and not config.resume:
         raise UserError(
             f"{folder}: holds checkpoints of another {stage.name} run (step {done}); "
-            f"continue it with --resume, or choose another --output-dir{_from_here(folder, stage)}"
+            f"continue it with --resume, or choose another --output-dir{_start_hint(folder, stage)}"
         )
     if model.exists():
         try:
@@ -53,12 +52,12 @@ def check_output_folder(config: RunConfig, stage: Stage) -> None:
 
 
 def has_checkpoints(config: RunConfig) -> bool:
-    """Whether any stage has a checkpoint in the output folder."""
+    """Return whether any stage has a checkpoint in the output folder."""
     return any(last_step(checkpoint_folder(config, stage)) is not None for stage in STAGES.values())
 
 
 def write_config(config: RunConfig) -> None:
-    """Write config.yaml; sections of stages that ran here before stay as they were.
+    """Write config.yaml, keeping the sections of stages that ran in the folder before.
 
     Raises:
         UserError: as `check_output_folder`.
@@ -69,32 +68,31 @@ def write_config(config: RunConfig) -> None:
 
 
 def _resolved(config: RunConfig) -> PipelineRun | None:
-    """The configuration to be written to config.yaml; None where it is there, perhaps with comments of the user's."""
+    """Return the configuration to write to config.yaml; None if the file, perhaps with the user's comments, has it."""
     path = config.output_dir / "config.yaml"
-    whole = absolute_paths(config)
-    fields = {spec.name: getattr(whole, spec.name) for spec in dataclasses.fields(whole)}
+    absolute = absolute_paths(config)
+    fields = {spec.name: getattr(absolute, spec.name) for spec in dataclasses.fields(absolute)}
     if not path.exists():
         return dataclasses.replace(pipeline_type()(), **fields)
-    older = has_checkpoints(config)
     ours = is_ours(path)
-    if not ours and not older:
+    if not ours and not has_checkpoints(config):
         raise UserError(
             f"{path}: is there already, and no run of rlhf wrote it; it would be replaced by the resolved "
             "configuration. Choose another --output-dir"
         )
-    before = load_config(str(path))
-    now = dataclasses.replace(before, **fields)
-    same = dataclasses.replace(now, config=before.config, resume=before.resume) == before
+    previous = load_config(str(path))
+    resolved = dataclasses.replace(previous, **fields)
+    same = dataclasses.replace(resolved, config=previous.config, resume=previous.resume) == previous
     if not (same or ours or not has_record(config.output_dir)):
         raise UserError(
             f"{path}: has been changed since a run wrote it, and says something else than this run; move it away, or "
             f"start from it: --config {path}"
         )
-    return None if same else now
+    return None if same else resolved
 
 
-def _from_here(folder: Path, stage: Stage) -> str:
-    """How another run of a stage starts from the models in a folder."""
+def _start_hint(folder: Path, stage: Stage) -> str:
+    """Return the hint with which flags another run of a stage starts from the models in a folder; perhaps empty."""
     models = {setting: folder / STAGES[name].folder for name, setting in stage.sources.items()}
     flags = [f"{flag_of(setting)} {model}" for setting, model in models.items() if model.is_dir()]
     return f"; to start there from the models here, add {' '.join(flags)}" if flags else ""

@@ -1,7 +1,4 @@
-"""Paths in a run's configuration: the same wherever a program is started, and found again where the run has moved.
-
-Importing it imports no torch.
-"""
+"""Paths in a run's configuration: made absolute, and relocated with the run. Importing this module imports no torch."""
 
 import dataclasses
 import math
@@ -20,50 +17,50 @@ _SOURCE = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\*)?(?P<target
 
 
 def absolute_paths(config: _Section) -> _Section:
-    """Return a configuration, or a section of one, with absolute paths, those of user functions' files included."""
+    """Return a configuration or section with absolute paths, including those of files with user functions."""
     return _map_paths(config, Path.absolute)
 
 
 def relocate(config: _Config, folder: Path) -> _Config:
-    """Return a run's configuration with the paths that moved together with its output folder.
+    """Return a run's configuration with the paths of files that moved together with its output folder.
 
     Args:
-        config: as read from the config.yaml in `folder`.
-        folder: where the output folder may be now; one without checkpoints is none, and nothing is changed.
+        config: the configuration in `folder`'s config.yaml.
+        folder: the possible current output folder; if it has no checkpoints, nothing is changed.
     """
     if not config.output_dir.is_absolute() or not (folder / "checkpoints").is_dir():
         return config
 
     def current(path: Path) -> Path:
-        return next((place for place in places(path, config.output_dir, folder) if place.exists()), path)
+        return next((candidate for candidate in places(path, config.output_dir, folder) if candidate.exists()), path)
 
     return _map_paths(config, current)
 
 
 def places(path: Path, output_dir: Path, model_dir: Path) -> list[Path]:
-    """Return where a file that a run read may be now, the likeliest place first.
+    """Return the possible current paths of a file that a run read, most likely first.
 
     Args:
-        path: of the file, as the run recorded it.
-        output_dir: of the run, as it recorded it.
-        model_dir: where the run's folder is now.
+        path: the file's path as the run recorded it.
+        output_dir: the run's output folder as it recorded it.
+        model_dir: the current folder.
     """
     moved = Path(os.path.normpath(model_dir.absolute() / os.path.relpath(path, output_dir)))
     return [path, moved] if path.is_absolute() else [moved, path]
 
 
 def same_place(before: str | None, now: Path | None) -> bool:
-    """Return whether two paths, which may be None, lead to one place."""
+    """Return whether two paths, which may be None, refer to the same file or folder."""
     if before is None or now is None:
         return before is None and now is None
     return Path(before).resolve() == now.resolve()
 
 
 def parse_source(spec: str) -> tuple[float, str]:
-    """Return the weight of a source of reward, and its folder or function.
+    """Return the weight of a reward source, and its folder or function.
 
     Raises:
-        UserError: it is empty, or the weight is no finite number.
+        UserError: the source is empty, or the weight is not a finite number.
     """
     match = _SOURCE.fullmatch(spec)
     if match is None:
@@ -78,7 +75,7 @@ def parse_source(spec: str) -> tuple[float, str]:
 
 
 def _map_paths(config: _Section, change: Callable[[Path], Path]) -> _Section:
-    """Return a configuration, or a section of one, with every path changed."""
+    """Return a configuration or section with `change` applied to every path."""
 
     def changed(value: Any) -> Any:
         if dataclasses.is_dataclass(value):

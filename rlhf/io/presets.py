@@ -1,7 +1,7 @@
-"""YAML to configuration dataclasses and back: strict about keys, types and ranges.
+"""Conversion between YAML and configuration dataclasses, strict about keys, types and ranges.
 
-An unknown key, a wrong type or a value out of range is refused with the file, the line, the key and, for a key, the
-nearest spelling. Only plain YAML is read (safe loader).
+Errors about an unknown key, a wrong type or a value out of range name the file, the line and the key, and for an
+unknown key the nearest spelling. Only plain YAML is read (safe loader).
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_config(name: str, *, flag: str = "--config") -> PipelineRun:
-    """Read a YAML file, or a preset that ships with the package (`demo`, `gpt2`, …), over the defaults.
+    """Return the configuration in a YAML file or a preset of the package (`demo`, `gpt2`, …), over the defaults.
 
-    The file may have sections for every stage, whichever is run.
+    The file may have sections for stages that are not run.
 
     Args:
-        name: of the file or preset.
-        flag: that gave the name, for errors.
+        name: the file or preset.
+        flag: the flag that named it, for errors.
 
     Raises:
-        UserError: there is no such file or preset, or something in it is not valid.
+        UserError: there is no such file or preset, or its content is invalid.
     """
     path = Path(os.path.expanduser(name))
     if path.is_file():
@@ -55,7 +55,7 @@ def load_config(name: str, *, flag: str = "--config") -> PipelineRun:
 
 
 def parse_config(text: str, *, source: str) -> PipelineRun:
-    """`load_config` of a YAML text; `source` names it in errors."""
+    """Return the configuration in a YAML text; `source` names the text in errors. Raises as `load_config`."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         return pipeline_type()() if node is None else _section(pipeline_type(), node, "", source)
@@ -68,24 +68,24 @@ def parse_config(text: str, *, source: str) -> PipelineRun:
 
 
 def narrow(config: RunConfig, kind: type[_Config]) -> _Config:
-    """The fields of `config` that `kind` has, as a `kind`."""
+    """Return a `kind` with the fields of `config`."""
     return kind(**{spec.name: getattr(config, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML from which `parse_config` makes the same configuration."""
+    """Return a YAML text from which `parse_config` makes the same configuration."""
     plain = _plain(config)
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    if any(character in text for character in "\x85\u2028\u2029\ufeff"):  # written bare, they come back as other text
+    if any(character in text for character in "\x85\u2028\u2029\ufeff"):  # not preserved unless escaped
         return yaml.safe_dump(plain, sort_keys=False)
     return text
 
 
 def load_dist_config(name: str) -> DistConfig:
-    """Read a YAML file or preset that has a `dist` section and nothing else.
+    """Return the `dist` section of a YAML file or preset that has no other settings.
 
     Raises:
-        UserError: as `load_config`, or there are other settings in it.
+        UserError: as `load_config`, or the file has other settings.
     """
     config = load_config(name, flag="--dist-config")
     if config != type(config)(dist=config.dist):
@@ -94,7 +94,7 @@ def load_dist_config(name: str) -> DistConfig:
 
 
 def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> _Config:
-    """Build a dataclass from a mapping node, key by key."""
+    """Build a dataclass from a mapping node."""
     where = f"{source}: line {node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values")
@@ -120,7 +120,7 @@ def _section(kind: type[_Config], node: yaml.Node, prefix: str, source: str) -> 
 
 
 def _entries(node: yaml.MappingNode, source: str) -> list[tuple[yaml.Node, yaml.Node]]:
-    """The keys and values of a mapping, with those of its merge keys (`<<: *common`) that it does not set itself."""
+    """Return the keys and values of a mapping; those of its merge keys (`<<: *common`) are defaults."""
     merges = [value for key, value in node.value if key.tag == _MERGE]
     entries = [(key, value) for key, value in node.value if key.tag != _MERGE]
     for merge in merges:
@@ -138,19 +138,19 @@ def _key(node: yaml.Node) -> str:
 
 
 def _remedy(name: str, hints: dict[str, Any], prefix: str) -> str:
-    """What may be meant by a key that is not known: one of a section below, or another spelling."""
+    """Return the remedy for an unknown key: a key of another section, or the nearest spelling."""
     below, _, inner = name.rpartition(".")
     sections = [section for section, kind in hints.items() if inner in getattr(kind, "__dataclass_fields__", {})]
     if below in (*sections, ""):
-        found = [below] if below else sections
-        if found:
-            return f"it is a key of {' or '.join(found)}: write `{found[0]}: {{{inner}: …}}`"
+        owners = [below] if below else sections
+        if owners:
+            return f"it is a key of {' or '.join(owners)}: write `{owners[0]}: {{{inner}: …}}`"
     close = difflib.get_close_matches(name, hints, n=1)
     return f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(hints)}"
 
 
 def _leaf(hint: Any, node: yaml.Node, where: str) -> Any:
-    """A scalar or list of the annotated type."""
+    """Return a scalar or list as the annotated type."""
     try:
         value = yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
@@ -159,14 +159,14 @@ def _leaf(hint: Any, node: yaml.Node, where: str) -> Any:
     if isinstance(value, bool) and any(get_origin(option) is Literal for option in options):
         value = node.value  # as written: YAML takes a bare on or off for a boolean
     for option in options:
-        found, result = _convert(option, value)
-        if found:
+        is_valid, result = _convert(option, value)
+        if is_valid:
             return result
     raise UserError(f"{where} must be {' or '.join(map(_describe, options))}, got {value!r}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of an annotation, ranges taken off."""
+    """Return the alternatives of an annotation, without ranges."""
     if get_origin(hint) is Annotated:
         return _options(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
@@ -175,7 +175,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _convert(option: Any, value: Any) -> tuple[bool, Any]:
-    """(whether `value` is one, it as one). YAML reads 1e-3 and inf as texts; here they are numbers where one is due."""
+    """Return (whether `value` is valid, the converted value); the texts 1e-3 and inf of YAML are valid numbers."""
     if option is type(None):
         return value is None, None
     if option is bool:
@@ -188,8 +188,8 @@ def _convert(option: Any, value: Any) -> tuple[bool, Any]:
         except (TypeError, ValueError, OverflowError):
             return False, None
     if option is Path:
-        named = isinstance(value, str) and value != "" and "\0" not in value
-        return named, Path(value) if named else None
+        is_valid = isinstance(value, str) and value != "" and "\0" not in value
+        return is_valid, Path(value) if is_valid else None
     if get_origin(option) is Literal:
         return value in get_args(option), value
     if get_origin(option) is tuple:

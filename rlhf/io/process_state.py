@@ -1,4 +1,4 @@
-"""Process-wide settings that a user's code may change, restored after it."""
+"""Process-wide settings that a user's code may change, and their restoration."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -27,22 +27,22 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "the logger rlhf": (lambda: LOGGER.disabled, lambda disabled: setattr(LOGGER, "disabled", disabled)),
 }
-"""Functions that read and write each setting, by its name in messages."""
+"""(read, write) functions of each setting, by its name in messages."""
 
 _reported: set[str] = set()
-"""Functions whose changes the user knows."""
+"""Names of user code whose changes were reported."""
 
 
 @contextmanager
 def restored_process(what: str) -> Iterator[None]:
-    """Restore the settings after a user's code, and tell the user once per `what` of those it changed."""
-    before = {name: read() for name, (read, _) in _SETTINGS.items()}
+    """Restore the settings after a user's code in the block; report those it changed once per `what`."""
+    values = {name: read() for name, (read, _) in _SETTINGS.items()}
     try:
         yield
     finally:
-        changed = [name for name, value in before.items() if _differs(name, value)]
+        changed = [name for name, value in values.items() if _differs(name, value)]
         for name in changed:
-            _SETTINGS[name][1](before[name])
+            _SETTINGS[name][1](values[name])
         if changed and what not in _reported:
             _reported.add(what)
             log_user(f"{what}: changed {', '.join(changed)}; put back")

@@ -1,4 +1,4 @@
-"""What PPO's sources of reward are, whatever they are called: a model folder's weights, a function's name and code."""
+"""Identity of PPO's reward sources: the weights of a model folder, the name and code of a function."""
 
 import ast
 import contextlib
@@ -13,19 +13,19 @@ from rlhf.io.model_folder import weights_digest
 from rlhf.io.paths import parse_source, same_place
 
 Source = dict[str, Any]
-"""A source as JSON: its `spec`, its `weight`, and a `model`'s digest, or a `function` with the digest of its `code`."""
+"""A source as JSON: `spec`, `weight`, and the digest of a `model`, or a `function` with the digest of its `code`."""
 
 
 def identify_sources(specs: Sequence[str]) -> list[Source]:
-    """Return what each source is. Errors as `rlhf.io.reward_sources.open_sources`."""
+    """Return the identity of each source. Raises as `rlhf.io.reward_sources.open_sources`."""
     return [_identify(spec) for spec in specs]
 
 
 def diff_sources(before: Sequence[Source], now: Sequence[Source]) -> tuple[list[str], list[str]]:
-    """Return (what forbids to continue, what the user is told) about sources that have changed.
+    """Return (changes that prevent resuming, notes for the user) between two lists of sources.
 
-    A function whose code has changed is told: one that failed is mended, and the run continued. So is a gold source,
-    which changes no bit of the training.
+    A change of a function's code gives a note, because a run whose function failed is resumed after fixing it. So does
+    a change of a gold source, which does not affect the training.
     """
     changes, notes = [], []
     old, new = ([source for source in sources if source["weight"]] for sources in (before, now))
@@ -48,19 +48,19 @@ def upgrade_sources(specs: Sequence[str], digests: Sequence[str], now: Sequence[
     """Return the sources of an older checkpoint, which has no digests of code.
 
     Args:
-        specs: as the user wrote them; none is the run's reward model.
-        digests: of those that are model folders, in order.
-        now: the sources of the run, whose code is taken for that of a function in the same place.
+        specs: the sources as the user wrote them; empty for the run's reward model.
+        digests: digests of those that are model folders, in order.
+        now: the sources of the resumed run, whose code is assumed for functions of the same module.
     """
     remaining, sources = list(digests), []
-    for place, spec in enumerate(specs or ["reward"]):
+    for number, spec in enumerate(specs or ["reward"]):
         weight, target = parse_source(spec)
         module, _, function = target.rpartition(":")
         source: Source = {"spec": spec, "weight": weight, "model": None, "function": None, "code": None}
         if not module or Path(target).is_dir():
             source["model"] = remaining.pop(0) if remaining else None
         else:
-            match = now[place] if place < len(now) else source
+            match = now[number] if number < len(now) else source
             same = same_place(module, Path(parse_source(match["spec"])[1].rpartition(":")[0]))
             source |= {"function": function, "code": match["code"] if same else ""}
         sources.append(source)
@@ -68,7 +68,7 @@ def upgrade_sources(specs: Sequence[str], digests: Sequence[str], now: Sequence[
 
 
 def code_digest(target: str) -> str:
-    """Return the hex digest of a function's module, with the modules beside it that it imports; empty for a built-in.
+    """Return the hex digest of a function's module and the modules of its folder that it imports; empty for a built-in.
 
     Args:
         target: `module:function` or `file.py:function`; the module has been imported.

@@ -1,8 +1,8 @@
-"""Where PPO's scores come from: reward-model folders, Python functions, or a weighted mix of them.
+"""Reward sources of PPO: reward-model folders, Python functions, or a weighted sum of them.
 
 A source is written `[WEIGHT*]FOLDER`, `[WEIGHT*]module:function` or `[WEIGHT*]file.py:function`. A function has the
 signature of TRL's reward functions: it is called with `prompts`, `completions` and one list for each other column of
-the prompt file that it accepts, all by keyword, and returns one float per completion.
+the prompt file that it accepts, all as keyword arguments, and returns one float per completion.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -21,20 +21,20 @@ class RewardSource(NamedTuple):
 
     name: str
     weight: float
-    """0 makes it a gold score: logged, and never optimised."""
+    """0 for a gold score, which is logged and never optimised."""
     model: RewardModel | None
-    """Either a reward model …"""
+    """The reward model, if the source is one."""
     function: Callable[..., Any] | None
-    """… or a Python function. A model that is yet to be trained is neither."""
+    """The Python function, if the source is one. A model that is yet to be trained has neither."""
 
     @property
     def untrained(self) -> bool:
-        """Whether it is a reward model that is yet to be trained."""
+        """Return whether the source is a reward model that is yet to be trained."""
         return self.model is None and self.function is None
 
     @property
     def metric(self) -> str:
-        """Its name in the log."""
+        """Return the key of its metric."""
         return f"{'reward' if self.weight else 'gold'}/{self.name}"
 
 
@@ -44,18 +44,18 @@ def open_sources(
     """Load every source.
 
     Args:
-        specs: as the user wrote them.
-        tokenizer: the policy's; None where it is yet to be trained.
-        untrained: folder of the reward model that is trained first.
+        specs: the sources as the user wrote them.
+        tokenizer: the policy's tokenizer; None if it is yet to be trained.
+        untrained: folder of a reward model that is yet to be trained.
 
     Raises:
-        UserError: a source is neither a folder nor a function that can be imported, has a weight that is no number,
-            or is a reward model with another vocabulary than the policy's; or all weights are 0.
+        UserError: a source is neither a folder nor an importable function, has an invalid weight, or is a reward model
+            whose vocabulary differs from the policy's; or all weights are 0.
     """
     sources: list[RewardSource] = []
     for spec in specs:
         source = _open(spec, tokenizer, untrained)
-        same = sum(source.name == other.name.partition("#")[0] for other in sources)
+        same = sum(source.name == previous.name.partition("#")[0] for previous in sources)
         sources.append(source._replace(name=f"{source.name}#{same + 1}") if same else source)
     if sources and not any(source.weight for source in sources):
         raise UserError(f"--ppo.reward {' '.join(specs)}: every weight is 0, so there is nothing to optimise")
@@ -65,10 +65,10 @@ def open_sources(
 def call_reward_function(
     source: RewardSource, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]
 ) -> list[float]:
-    """One float per completion from a Python function.
+    """Return one float per completion from a Python function.
 
     Args:
-        source: its `function` is called.
+        source: the source whose `function` is called.
         prompts: texts.
         completions: texts, without the stop token.
         columns: each completion's record of the prompt file.
@@ -82,14 +82,14 @@ def call_reward_function(
 
 
 def check_columns(sources: Sequence[RewardSource], columns: Collection[str]) -> None:
-    """Raise UserError if a function cannot be called with prompts, completions and those columns that it accepts."""
+    """Raise UserError if a function cannot be called with prompts, completions and the columns that it accepts."""
     for source in sources:
         if source.function is not None:
             check_signature(source.function, f"reward {source.name}", ("prompts", "completions"), columns)
 
 
 def check_vocabulary(folder: Path, tokenizer: Tokenizer | None, policy: Tokenizer | None) -> None:
-    """Raise UserError if the reward model's tokenizer is not the policy's; None is one that is yet to be trained."""
+    """Raise UserError if the vocabularies differ; a tokenizer that is yet to be trained is None."""
     if tokenizer is not None and policy is not None and not tokenizer.same_vocabulary(policy):
         raise UserError(
             f"{folder}: the reward model's vocabulary ({tokenizer.vocab_size} entries) is not the policy's "
@@ -98,7 +98,7 @@ def check_vocabulary(folder: Path, tokenizer: Tokenizer | None, policy: Tokenize
 
 
 def names_folder(spec: str, folder: Path) -> bool:
-    """Whether a source is the reward model in a folder, which may not be there yet."""
+    """Return whether a source is the reward model in a folder, which may not exist yet."""
     return Path(parse_source(spec)[1]).resolve() == folder.resolve()
 
 

@@ -1,6 +1,6 @@
-"""What a run writes to logs/: metrics.jsonl, samples.jsonl and TensorBoard event files.
+"""The logs of a run in logs/: metrics.jsonl, samples.jsonl and TensorBoard event files.
 
-Each line is one JSON object with `stage` and, for metrics and samples, `step`. Lines with `event` mark where a stage
+Each line is a JSON object with `stage` and, for metrics and samples, `step`. Lines with `event` mark that a stage
 started, resumed, was interrupted or ended. Values that are not finite are written as null.
 """
 
@@ -18,17 +18,17 @@ from rlhf.errors import UserError
 from rlhf.io.files import clear_write_errors, write_bytes
 
 FORMAT = 1
-"""Version of the lines' form, named in every `start` event."""
+"""Version of the line format, written in every `start` event."""
 
 _FILES = ("metrics.jsonl", "samples.jsonl")
 
 
 Sink = Callable[[str, int, dict[str, float]], None]
-"""Gets (stage, step, metrics) of every line of metrics."""
+"""Function that is called with (stage, step, metrics) for every line of metrics."""
 
 
 class RunLog:
-    """Appends one stage's lines, each flushed at once, so that a crash loses none."""
+    """A log to which one stage appends lines, each flushed immediately, so that a crash loses none."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class RunLog:
         """Open logs/ for a stage.
 
         Args:
-            folder: logs/, made if missing.
-            stage: its name, in every line.
-            after_step: where a resumed run continues; this stage's later lines are removed. None for a new run.
-            tensorboard: write event files too, to folder/tensorboard/<stage>.
-            sink: gets every step's metrics too.
+            folder: logs/, created if missing.
+            stage: the stage's name, written in every line.
+            after_step: last step before a resumed run; the stage's later lines are removed. None for a new run.
+            tensorboard: also write event files, to folder/tensorboard/<stage>.
+            sink: called with every step's metrics.
 
         Raises:
-            UserError: as `check_logs`; or the files cannot be written.
+            UserError: as `check_logs`, or the files cannot be written.
         """
         self._stage, self._sink = stage, sink
         self._board = _Board(folder / "tensorboard" / stage, after_step) if tensorboard else None
@@ -65,7 +65,7 @@ class RunLog:
             )  # a lone surrogate becomes its JSON escape
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Write one step's metrics by name."""
+        """Write the metrics of a step, by name."""
         self._write(self._metrics, {"stage": self._stage, "step": step, "time": round(time.time(), 3), **values})
         if self._board is not None:
             self._board.write(step, values)
@@ -73,12 +73,12 @@ class RunLog:
             self._sink(self._stage, step, dict(values))
 
     def samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        """Write completions of one step."""
+        """Write completions of a step."""
         for sample in samples:
             self._write(self._samples, {"stage": self._stage, "step": step, **sample})
 
     def event(self, name: str, **facts: Any) -> None:
-        """Write that something happened."""
+        """Write an event."""
         self._write(self._metrics, {"stage": self._stage, "event": name, "time": round(time.time(), 3), **facts})
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class RunLog:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with None for every float that JSON does not have."""
+    """Return a JSON value with None in place of every float that is not finite."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -105,7 +105,7 @@ def finite(value: Any) -> Any:
 
 
 def check_logs(folder: Path) -> None:
-    """Raise UserError if something of a log's name is there that is no file, or whose lines are not a log's."""
+    """Raise UserError if a path with the name of a log is not a file, or no line of it is a log's."""
     for path in (folder / name for name in _FILES):
         if path.exists() and not path.is_file():  # such as a pipe, which the report would wait for
             raise UserError(f"{path}: is no file; move it away, or choose another folder")
@@ -123,10 +123,10 @@ def _is_ours(line: bytes) -> bool:
 
 
 def _drop_later(path: Path, stage: str, step: int) -> None:
-    """Remove a stage's lines after `step`, and whatever a crash cut off."""
+    """Remove a stage's lines after `step` and incomplete lines."""
     if not path.is_file():
         return
-    kept = []
+    lines = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             fields = json.loads(line)
@@ -134,12 +134,12 @@ def _drop_later(path: Path, stage: str, step: int) -> None:
         except (ValueError, AttributeError, TypeError):  # cut off, or not ours
             continue
         if not later:
-            kept.append(line.decode() + "\n")
-    write_bytes(path, "".join(kept).encode())
+            lines.append(line.decode() + "\n")
+    write_bytes(path, "".join(lines).encode())
 
 
 class _Board:
-    """An event file for TensorBoard, flushed at once. Its SummaryWriter would fail in a thread, with a traceback."""
+    """An event file for TensorBoard, flushed immediately. SummaryWriter would write, and fail, in a thread."""
 
     def __init__(self, folder: Path, after_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # here, because importing it takes a while

@@ -1,7 +1,7 @@
-"""Text to token ids and back, through the `tokenizers` library.
+"""Conversion between text and token ids with the `tokenizers` library.
 
-Two sources: a folder in any form that `rlhf.io.tokenizer_files` reads, or a byte-level BPE trained on the user's
-texts. Text never becomes a control token: "<|endoftext|>" in a text is encoded letter by letter.
+A tokenizer is read from a folder in any form that `rlhf.io.tokenizer_files` supports, or is a byte-level BPE trained on
+the user's texts. Text is never encoded as a control token: "<|endoftext|>" in a text is encoded letter by letter.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from rlhf.io.tokenizer_files import (
     write_files,
 )
 
-_LONGEST = 10_000  # characters that training takes at once
+_MAX_CHARACTERS = 10_000  # of a text that training processes at once
 
 
 class Tokenizer:
@@ -47,16 +47,16 @@ class Tokenizer:
         """Wrap a `tokenizers.Tokenizer`.
 
         Args:
-            backend: encodes and decodes.
+            backend: the tokenizer to wrap.
             eos: the end-of-text token.
-            source: names the tokenizer in errors.
-            stop_ids: ids that end a completion; empty is that of `eos` alone.
-            pad: the token that marks padding; None chooses one, see `pad_id`.
-            files: of the folder that it was read from, which `save` writes again.
+            source: name of the tokenizer in errors.
+            stop_ids: ids that end a completion; empty for the id of `eos` alone.
+            pad: the padding token; None chooses one, see `pad_id`.
+            files: files of the folder that it was read from, which `save` writes again.
             notes: lines for the user about that folder.
 
         Raises:
-            UserError: the tokenizer does not know `eos`.
+            UserError: `eos` is not in the vocabulary.
         """
         eos_id = backend.token_to_id(eos)
         if eos_id is None:
@@ -76,9 +76,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A byte-level BPE of at most `vocab_size` entries, with special tokens 0 (end of text) and 1 (padding).
+        """Train a byte-level BPE of at most `vocab_size` entries, with special tokens 0 (end of text) and 1 (padding).
 
-        The same texts give the same tokenizer. Fewer entries come out of texts too small for more merges.
+        The same texts give the same tokenizer. Small texts may yield fewer merges and so fewer entries.
         """
         backend = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
@@ -87,7 +87,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        _interruptible(lambda: backend.train_from_iterator(_cut(texts), trainer))
+        _run_interruptible(lambda: backend.train_from_iterator(_chunks(texts), trainer))
         return cls(backend, EOS, "trained tokenizer")
 
     @classmethod
@@ -95,8 +95,8 @@ class Tokenizer:
         """Read a tokenizer folder.
 
         Args:
-            folder: with files as `transformers` saves them.
-            rows: of the embedding of the folder's model; None is a tokenizer without a model.
+            folder: folder with files as `transformers` saves them.
+            rows: rows of the embedding of the folder's model; None if it has no model.
 
         Raises:
             UserError: files are missing, damaged or contradictory, or there is no end-of-text token.
@@ -107,12 +107,12 @@ class Tokenizer:
         return cls(backend, end.token, str(folder), stop_ids=end.stop_ids, pad=pad, files=files, notes=notes)
 
     def save(self, folder: Path, *, pads_with_eos: bool = True) -> None:
-        """Write the files that `transformers.AutoTokenizer` reads: those it was read from, as they were.
+        """Write the files that `transformers.AutoTokenizer` reads; files it was read from are written unchanged.
 
         Args:
-            folder: to write into.
-            pads_with_eos: keep a setting that end-of-text tokens are padding. Beside a reward model it may not stay:
-                `transformers` reads a score at the last token that is no padding.
+            folder: the folder to write to.
+            pads_with_eos: keep a setting that the end-of-text token is the padding token. False for reward models:
+                `transformers` reads the score at the last token that is not padding.
         """
         if self._files:
             drop = not pads_with_eos and self._pad == self.eos
@@ -131,60 +131,60 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Return the token ids of each text, without special tokens."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
+        """Return the text of token ids; special tokens are skipped, and bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(tokens), skip_special_tokens=True)
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """What each token adds to `decode(tokens)`; they join to exactly that.
+        """Return the part of `decode(tokens)` that each token contributes; the parts join to exactly that text.
 
-        A character whose bytes lie in several tokens belongs to the last of them, the others add "".
+        A character whose bytes span several tokens belongs to the last of them; the others contribute "".
         """
-        whole = self.decode(tokens)
-        alone = self._backend.decode_batch([[token] for token in tokens], skip_special_tokens=True)
-        if "".join(alone) == whole:
-            return alone
-        shared = [_shared(self.decode(tokens[:end]), whole) for end in range(1, len(tokens))]
-        ends = [0, *itertools.accumulate(shared, max), len(whole)]
-        return [whole[first:end] for first, end in itertools.pairwise(ends)]
+        text = self.decode(tokens)
+        parts = self._backend.decode_batch([[token] for token in tokens], skip_special_tokens=True)
+        if "".join(parts) == text:
+            return parts
+        prefixes = [_common_prefix(self.decode(tokens[:end]), text) for end in range(1, len(tokens))]
+        ends = [0, *itertools.accumulate(prefixes, max), len(text)]
+        return [text[first:end] for first, end in itertools.pairwise(ends)]
 
     @property
     def special_tokens(self) -> list[str]:
-        """The texts that its special tokens are written as."""
+        """Return the texts of the special tokens."""
         return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that two tokenizers share exactly if they encode alike."""
+        """Return a hex digest that is equal for two tokenizers exactly if they encode alike."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def same_vocabulary(self, other: "Tokenizer") -> bool:
-        """Whether both give every id the same token."""
+        """Return whether both tokenizers have the same token for every id."""
         return self._backend.get_vocab() == other._backend.get_vocab()
 
     @property
     def pad_id(self) -> int | None:
-        """A token that no text contains, to mark padding by; None where there is none.
+        """Return the id of a token that no text contains, for padding; None if there is none.
 
-        It is the one that the folder names, unless that is the end of text, else `<|pad|>`, else the byte 0xFF, which
-        UTF-8 never uses.
+        It is the padding token of the folder unless that is the end-of-text token, else `<|pad|>`, else the byte 0xFF,
+        which UTF-8 never uses.
         """
         ids = [self._backend.token_to_id(token) for token in (self._pad, PAD, "ÿ") if token is not None]
         return next((number for number in ids if number not in (None, self.eos_id)), None)
 
 
-def _interruptible(work: Callable[[], None]) -> None:
-    """Do work of native code, which keeps signals waiting, in a thread, so that they are heard at once."""
+def _run_interruptible(work: Callable[[], None]) -> None:
+    """Run native code, which delays signals, in a thread, so that the main thread handles them immediately."""
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # for the thread that waits
+        except BaseException as error:  # raised again in the waiting thread
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -194,16 +194,14 @@ def _interruptible(work: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def _cut(texts: Iterable[str]) -> Iterator[str]:
-    """Pieces of texts: training takes time quadratic in the length of a run of one character."""
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Yield chunks of texts: training takes time quadratic in the length of a run of one character."""
     for text in texts:
-        for start in range(0, len(text), _LONGEST):
-            yield text[start : start + _LONGEST]
+        for start in range(0, len(text), _MAX_CHARACTERS):
+            yield text[start : start + _MAX_CHARACTERS]
 
 
-def _shared(text: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    return next(
-        (place for place, pair in enumerate(zip(text, other, strict=False)) if pair[0] != pair[1]),
-        min(len(text), len(other)),
-    )
+def _common_prefix(first: str, second: str) -> int:
+    """Return the number of characters that two texts begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, pair in pairs if pair[0] != pair[1]), min(len(first), len(second)))

@@ -1,7 +1,7 @@
-"""The files of a tokenizer folder, in every form that `transformers` saves.
+"""Reading and writing the files of a tokenizer folder, in every form that `transformers` saves.
 
 `tokenizer.json` holds everything; older folders have GPT-2's `vocab.json` and `merges.txt` with `added_tokens.json`.
-Beside them `tokenizer_config.json` and `special_tokens_map.json` name more tokens, and the model's `config.json` and
+`tokenizer_config.json` and `special_tokens_map.json` name more tokens, and the model's `config.json` and
 `generation_config.json` name tokens that end a text.
 """
 
@@ -33,15 +33,15 @@ class EndOfText(NamedTuple):
     """The tokens that end a text."""
 
     token: str
-    """Appended to texts in training."""
+    """The token appended to texts in training."""
     stop_ids: tuple[int, ...]
     """All ids that end a completion."""
     notes: tuple[str, ...]
-    """Lines for the user where the folder's files disagree."""
+    """Lines for the user about disagreements between the folder's files."""
 
 
 def byte_level(model: models.BPE, *, add_prefix_space: bool = False) -> Backend:
-    """A byte-level BPE without special tokens."""
+    """Return a byte-level BPE without special tokens."""
     backend = Backend(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
@@ -49,14 +49,11 @@ def byte_level(model: models.BPE, *, add_prefix_space: bool = False) -> Backend:
 
 
 def read_backend(folder: Path, rows: int | None) -> tuple[Backend, tuple[str, ...]]:
-    """The tokenizer that a folder's files describe.
+    """Return the tokenizer that a folder's files describe, and lines for the user.
 
     Args:
-        folder: of the tokenizer.
-        rows: of the model's embedding; a special token that only has a name gets an id below it. None is no limit.
-
-    Returns:
-        The tokenizer, and lines for the user.
+        folder: the tokenizer folder.
+        rows: rows of the model's embedding; a special token without an id gets one below it. None is no limit.
 
     Raises:
         UserError: files are missing or damaged, or contradict each other about a token's id.
@@ -84,10 +81,10 @@ def read_backend(folder: Path, rows: int | None) -> tuple[Backend, tuple[str, ..
 
 
 def read_end_of_text(folder: Path, backend: Backend) -> EndOfText:
-    """The end-of-text tokens, by the order tokenizer_config, special_tokens_map, config, generation_config.
+    """Return the end-of-text tokens, in the order tokenizer_config, special_tokens_map, config, generation_config.
 
     Raises:
-        UserError: a file is damaged, or the tokenizer lacks the token.
+        UserError: a file is damaged, or the token is not in the vocabulary.
     """
     names: dict[str, list[str]] = {}
     notes = []
@@ -102,22 +99,22 @@ def read_end_of_text(folder: Path, backend: Backend) -> EndOfText:
                 notes.append(f"{folder / file}: eos_token_id {number} is no id of the tokenizer; not used")
             else:
                 names.setdefault(token, []).append(file)
-    end, *others = names or {EOS: []}
+    end, *further = names or {EOS: []}
     if backend.token_to_id(end) is None:
         raise UserError(f"{folder}: the tokenizer has no end-of-text token {end!r}; add it to the vocabulary")
-    others = [token for token in others if backend.token_to_id(token) is not None]
-    if others:
-        texts = ", ".join(f"{token!r} ({', '.join(names[token])})" for token in (end, *others))
+    further = [token for token in further if backend.token_to_id(token) is not None]
+    if further:
+        texts = ", ".join(f"{token!r} ({', '.join(names[token])})" for token in (end, *further))
         notes.append(
             f"{folder}: names several end-of-text tokens, {texts}; each of them ends a completion, and texts that are "
             f"learnt or scored end with {end!r}"
         )
-    stop_ids = tuple(stop for token in (end, *others) if (stop := backend.token_to_id(token)) is not None)
+    stop_ids = tuple(stop for token in (end, *further) if (stop := backend.token_to_id(token)) is not None)
     return EndOfText(end, stop_ids, tuple(notes))
 
 
 def read_pad_token(folder: Path) -> str | None:
-    """The token that tokenizer_config.json, or else special_tokens_map.json, names for padding."""
+    """Return the padding token of tokenizer_config.json, or else of special_tokens_map.json."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _content(folder / file, "pad_token", _read_object(folder / file).get("pad_token"))
         if token is not None:
@@ -126,20 +123,20 @@ def read_pad_token(folder: Path) -> str | None:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The contents of a tokenizer folder's files, by path inside the folder."""
+    """Return the contents of a tokenizer folder's files, by path inside the folder."""
     paths = [folder / name for name in _FILES] + sorted((folder / "additional_chat_templates").glob("*.jinja"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write what `read_files` returns into a folder."""
+    """Write the files that `read_files` returns to a folder."""
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def without_pad_token(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """`files` in which no setting names a token for padding."""
+    """Return `files` without the settings of a padding token."""
     changed = dict(files)
     for name in {"tokenizer_config.json", "special_tokens_map.json"} & files.keys():
         settings = json.loads(files[name].decode("utf-8-sig"))
@@ -149,7 +146,7 @@ def without_pad_token(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def read_ids(path: Path, key: str, value: Any) -> list[int]:
-    """The token ids of a setting, which may be a number, a list or null. Raises UserError for anything else."""
+    """Return the token ids of a setting that is a number, a list or null. Raises UserError for anything else."""
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(number) is not int or number < 0 for number in numbers):
         raise UserError(f"{path}: {key} must be a token id or a list of such, got {value!r}")
@@ -157,14 +154,14 @@ def read_ids(path: Path, key: str, value: Any) -> list[int]:
 
 
 def _read_vocabulary(folder: Path, settings: Mapping[str, Any]) -> Backend:
-    whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    complete, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     prefix = settings.get("add_prefix_space")
     if prefix not in (None, True, False):
         raise UserError(f"{folder / 'tokenizer_config.json'}: add_prefix_space must be true or false, got {prefix!r}")
     try:
-        if whole.is_file():
-            backend = Backend.from_file(str(whole))
-            if str(settings.get("tokenizer_class")).startswith("GPT2Tokenizer"):  # which goes by its settings alone
+        if complete.is_file():
+            backend = Backend.from_file(str(complete))
+            if str(settings.get("tokenizer_class")).startswith("GPT2Tokenizer"):  # reads its settings alone
                 pre = backend.pre_tokenizer
                 if isinstance(pre, pre_tokenizers.ByteLevel) and pre.add_prefix_space != bool(prefix):
                     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))
@@ -174,7 +171,7 @@ def _read_vocabulary(folder: Path, settings: Mapping[str, Any]) -> Backend:
             backend.add_special_tokens([token for token in (EOS, PAD) if backend.token_to_id(token) is not None])
             return backend
     except Exception as error:  # the library raises bare Exception for anything wrong with a file
-        for path in (whole, vocab, merges):
+        for path in (complete, vocab, merges):
             if remedy := pointer_remedy(path):
                 raise UserError(f"{path}: {remedy}") from error
         raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from error
@@ -182,7 +179,7 @@ def _read_vocabulary(folder: Path, settings: Mapping[str, Any]) -> Backend:
 
 
 def _declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, tuple[int, AddedToken]]:
-    """Added tokens that come with an id, by content."""
+    """Return the added tokens with an id, by content."""
     path = folder / "tokenizer_config.json"
     declared: dict[str, tuple[int, AddedToken]] = {}
     entries: list[tuple[Path, Any, Any]] = []
@@ -210,7 +207,7 @@ def _declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, tup
 def _named_tokens(
     folder: Path, settings: Mapping[str, Any], special_map: Mapping[str, Any]
 ) -> tuple[list[AddedToken], set[str]]:
-    """(the special tokens that the settings name, but for the end of text; the texts of all special tokens)."""
+    """Return (the special tokens in the settings except end-of-text tokens, the texts of all special tokens)."""
     contents: dict[str, None] = {}
     ends = set()
     for file, entries in (("tokenizer_config.json", settings), ("special_tokens_map.json", special_map)):
@@ -230,7 +227,7 @@ def _named_tokens(
 
 
 def _add_tokens(backend: Backend, tokens: list[AddedToken], special: set[str]) -> None:
-    """Add tokens, or change what an added token is, as the settings say."""
+    """Add tokens, or update the flags of tokens that were added before."""
     present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for token in tokens:
         if token.content in special:
@@ -240,7 +237,7 @@ def _add_tokens(backend: Backend, tokens: list[AddedToken], special: set[str]) -
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file."""
+    """Return the JSON object in a file; empty if there is no file."""
     if not path.is_file():
         return {}
     settings = read_json(path)
@@ -250,7 +247,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path, key: str, value: Any) -> str | None:
-    """The text of a token, which is written as a text or an object with `content`; None for null."""
+    """Return the text of a token that is written as a text or an object with `content`; None for null."""
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) and value is not None:
         raise UserError(f"{path}: {key} must be a text, got {value!r}")

@@ -1,4 +1,4 @@
-"""Python functions that users bring: importing them by name, and calling them without trusting what comes back."""
+"""Users' Python functions: import by name, and calls whose results are checked."""
 
 import importlib
 import importlib.util
@@ -17,15 +17,15 @@ from rlhf.io.process_state import restored_process
 
 
 def load_function(target: str, where: str, problem: str = "it is not") -> Callable[..., Any]:
-    """Import `module:function` or `file.py:function`.
+    """Import and return `module:function` or `file.py:function`.
 
     Args:
         target: the function.
-        where: what the user wrote, for errors.
-        problem: how the error about another form begins.
+        where: the text that the user wrote, for errors.
+        problem: beginning of the error if the target has another form.
 
     Raises:
-        UserError: it is written otherwise, cannot be imported, or is no function.
+        UserError: the target has another form, cannot be imported, or is not a function.
     """
     module, separator, name = target.rpartition(":")
     if not separator or not module or not name:
@@ -34,8 +34,8 @@ def load_function(target: str, where: str, problem: str = "it is not") -> Callab
         function = getattr(_import(module, where), name, None)
     if not callable(function):
         file = Path(getattr(sys.modules.get(module), "__file__", None) or Path.cwd() / module)
-        place = "" if Path.cwd() in file.parents else f" ({file})"  # perhaps an installed one of the same name
-        raise UserError(f"{where}: {module}{place} has no function {name!r}")
+        origin = "" if Path.cwd() in file.parents else f" ({file})"  # perhaps an installed one of the same name
+        raise UserError(f"{where}: {module}{origin} has no function {name!r}")
     called = (function, getattr(function, "__call__", None))  # noqa: B004
     if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in called):
         raise UserError(f"{where}: {name} is an async function, which is not awaited here; write it with plain def")
@@ -45,20 +45,20 @@ def load_function(target: str, where: str, problem: str = "it is not") -> Callab
 def check_signature(
     function: Callable[..., Any], what: str, texts: Collection[str], columns: Collection[str] | None = None
 ) -> None:
-    """Refuse a function that `call_function` could not call.
+    """Refuse a function that `call_function` cannot call.
 
     Args:
-        function: a user's.
-        what: what it is to the user, for errors: "judge kindness".
-        texts: names of the lists that it is to judge.
-        columns: of the data file; None lets every other argument be one.
+        function: a user's function.
+        what: name of the function in errors, such as "judge kindness".
+        texts: names of the lists of texts that it gets.
+        columns: columns of the data file; None allows any other argument.
 
     Raises:
-        UserError: it does not accept the texts by keyword, or requires something else.
+        UserError: the function does not accept the texts by keyword, or has other required arguments.
     """
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a built-in: its first call will tell
+    except (TypeError, ValueError):  # a built-in: errors show in its first call
         return
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = {parameter.name for parameter in signature.parameters.values() if parameter.kind not in variadic}
@@ -66,21 +66,21 @@ def check_signature(
     try:
         signature.bind(**dict.fromkeys({*texts, *extra}))
     except TypeError as error:
-        given = f"{', '.join(texts)} and the columns of its file that it accepts"
+        arguments = f"{', '.join(texts)} and the columns of its file that it accepts"
         known = f" ({', '.join(sorted({*columns} - {'prompt'})) or 'there are none'})" if columns is not None else ""
-        raise UserError(f"{what}: {error}; it is called with {given}{known}, by keyword") from error
+        raise UserError(f"{what}: {error}; it is called with {arguments}{known}, by keyword") from error
 
 
 def call_function(
     function: Callable[..., Any], what: str, columns: Sequence[dict[str, Any]], **texts: Sequence[str]
 ) -> list[float]:
-    """One finite float per text from a user's function.
+    """Return one finite float per text from a user's function.
 
     Args:
-        function: called with `texts`, and with a list for each column that it accepts, all by keyword.
-        what: what it is to the user, for errors: "judge kindness".
+        function: called with `texts` and a list for each column that it accepts, all by keyword.
+        what: name of the function in errors, such as "judge kindness".
         columns: the records that the texts belong to.
-        **texts: lists as long as `columns`; the last is what is judged.
+        **texts: lists as long as `columns`; the last one holds the texts that are scored.
 
     Raises:
         UserError: the function raises, or does not return one number per text.
@@ -93,22 +93,22 @@ def call_function(
             names = [name for name in names if name in {parameter.name for parameter in accepted}]
         extra = {name: [record.get(name) for record in columns] for name in names}
         with restored_process(what):
-            scores = function(**{name: list(given) for name, given in texts.items()}, **extra)
-    except (Exception, SystemExit) as error:  # it is the user's code: whatever it raises is theirs to see, in one line
+            scores = function(**{name: list(column) for name, column in texts.items()}, **extra)
+    except (Exception, SystemExit) as error:  # the user's code: its errors are reported in one line
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{what}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
     if is_async(scores):
         raise UserError(f"{what}: returned a coroutine (async), expected a list of numbers; write it with plain def")
     values = _as_floats(what, scores, len(columns))
-    judged = list(texts.values())[-1]
-    for prompt, text, value in zip(texts["prompts"], judged, values, strict=True):
+    scored = list(texts.values())[-1]
+    for prompt, text, value in zip(texts["prompts"], scored, values, strict=True):
         if not math.isfinite(value):
             raise NonFiniteError(f"{what} is {value} for the completion {text!r} of {prompt!r}")
     return values
 
 
 def is_async(result: Any) -> bool:
-    """Return whether a function's result is to be awaited, and close it: or Python warns that it never was."""
+    """Return whether a function's result is awaitable, and close it to avoid Python's warning."""
     if inspect.iscoroutine(result):
         result.close()
     return inspect.isawaitable(result) or inspect.isasyncgen(result)
@@ -128,7 +128,7 @@ def _as_floats(what: str, scores: Any, count: int) -> list[float]:
 
 
 def _import(module: str, where: str) -> ModuleType:
-    """A module by name, looked for in the working directory too, or a file by path."""
+    """Import a module by name, also from the working directory, or a file by path."""
     try:
         if not module.endswith(".py"):
             _search(Path.cwd())
@@ -151,15 +151,15 @@ def _import(module: str, where: str) -> ModuleType:
 
 
 def _search(folder: Path) -> None:
-    """Let modules be found in a folder, after all that is installed: a user's random.py is not the library's."""
+    """Append a folder to the module search path, after installed modules, so that a user's random.py hides none."""
     if str(folder) not in sys.path and not (Path() in map(Path, sys.path) and folder == Path.cwd()):
         sys.path.append(str(folder))
 
 
 def _check_siblings(loaded: ModuleType, folder: Path, where: str) -> None:
-    """Refuse a module that imports one by name which lies beside it, but got another of that name.
+    """Refuse a module that imports a module of its folder by name but got another one of that name.
 
-    Python keeps one module of a name: the first one that was imported, from whichever folder.
+    Python keeps one module per name, the first that was imported from any folder.
     """
     imported = {getattr(value, "__module__", None) for value in vars(loaded).values()}
     imported |= {value.__name__ for value in vars(loaded).values() if isinstance(value, ModuleType)}

@@ -1,6 +1,6 @@
-"""Messages to the user, a line at a time, through the standard library's logger `rlhf`.
+"""One-line messages to the user, through the standard library's logger `rlhf`.
 
-The programs show these lines on stderr. Elsewhere they are a logger's messages like any others:
+The programs show these lines on stderr. In other code they are ordinary messages of a logger:
 
     >>> import logging
     >>> logging.basicConfig(level="INFO")
@@ -12,10 +12,10 @@ LOGGER = logging.getLogger("rlhf")
 
 
 def log_user(text: str, *, stage: str = "") -> None:
-    """Tell the user one line.
+    """Log one line for the user.
 
     Args:
         text: the line, without markup.
-        stage: of training, which the programs show in front of it; empty for none.
+        stage: training stage, which the programs show before the line; empty for none.
     """
     LOGGER.info("%s", text, extra={"stage": stage})

@@ -1,6 +1,6 @@
-"""A model folder's weights: which files hold them, their names, and the checks that need no model.
+"""Reading and checking the weights of a model folder.
 
-Names that do not decide the output are left out; what does, and has no place in the architecture, is refused.
+Weights that do not affect the output are ignored; others that the architecture does not have are refused.
 """
 
 from collections.abc import Callable, Collection
@@ -31,14 +31,14 @@ _ASIDE = (_HEAD, _VALUE_HEAD, _SCORE)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
+    """Return the safetensors files of a model folder.
 
     Raises:
         UserError: there are none, or their index cannot be read.
     """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
     if index.is_file():
         try:
             names = read_json(index)["weight_map"].values()
@@ -46,20 +46,20 @@ def weight_files(folder: Path) -> list[Path]:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: cannot be read ({error})") from error
     if remedy := weights_remedy(folder):
-        raise UserError(f"{whole}: no such file; {folder} {remedy}")
-    raise UserError(f"{whole}: no such file; weights are read from safetensors alone")
+        raise UserError(f"{single}: no such file; {folder} {remedy}")
+    raise UserError(f"{single}: no such file; weights are read from safetensors alone")
 
 
 def read_names(folder: Path) -> set[str]:
-    """The names of the weights, read without their values. Errors as `read_weights`."""
+    """Return the names of the weights, without reading their values. Raises as `read_weights`."""
     return set(_read(folder, lambda name: False))
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The weights by name, and lines for the user about those left out.
+    """Return the weights by name, and lines for the user about ignored ones.
 
     Raises:
-        UserError: a file is missing, cut off or damaged.
+        UserError: a file is missing, truncated or damaged.
     """
     state = {name: leaf for name, leaf in _read(folder, lambda name: True).items() if leaf is not None}
     has_value_head = any(name.startswith(_VALUE_HEAD) for name in state)
@@ -67,12 +67,12 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
 
 def check_weights(folder: Path, config: ModelShape, rows: int) -> None:
-    """Refuse what can be refused by the names of a language model's weights and by its output layer.
+    """Check the names of a language model's weights and its output layer.
 
     Args:
-        folder: of the model.
-        config: the shape that config.json says.
-        rows: of the embedding, that are used.
+        folder: the model folder.
+        config: the shape in config.json.
+        rows: number of rows of the embedding that are used.
 
     Raises:
         UserError: as `read_weights`, `read_trunk` and `check_tied`.
@@ -87,12 +87,12 @@ def check_weights(folder: Path, config: ModelShape, rows: int) -> None:
 
 
 def read_trunk(folder: Path, state: dict[str, Tensor], config: ModelShape) -> Params:
-    """Return the decoder among the weights, in float32; those of a scalar head are checked with it.
+    """Return the decoder's parameters in float32, after checking them and those of a scalar head.
 
     Args:
-        folder: of the model, for errors.
-        state: from `read_weights`.
-        config: the shape that config.json says.
+        folder: the model folder, for errors.
+        state: the weights, from `read_weights`.
+        config: the shape in config.json.
 
     Raises:
         UserError: a tensor is missing, unknown, of another shape, or not finite.
@@ -115,13 +115,13 @@ def read_trunk(folder: Path, state: dict[str, Tensor], config: ModelShape) -> Pa
 
 
 def check_tied(folder: Path, state: dict[str, Tensor], config: ModelShape, rows: int) -> None:
-    """Refuse an output layer other than the embedding, where the architecture has none of its own.
+    """Refuse an output layer that differs from the embedding if the architecture ties the two.
 
     Args:
-        folder: of the model, for errors.
-        state: from `read_weights`; of it, the embedding and the output layer are read.
+        folder: the model folder, for errors.
+        state: the weights, from `read_weights`; only the embedding and the output layer are needed.
         config: the shape of the model.
-        rows: of the embedding, that are used.
+        rows: number of rows of the embedding that are used.
 
     Raises:
         UserError: lm_head.weight differs from the embedding, or lm_head.bias from 0.
@@ -143,7 +143,7 @@ def check_tied(folder: Path, state: dict[str, Tensor], config: ModelShape, rows:
 
 
 def _check_names(folder: Path, names: Collection[str], config: ModelShape) -> None:
-    """Refuse other names than the architecture's, above all those that wrappers around a model leave."""
+    """Refuse names that are not the architecture's, such as those of wrappers around a model."""
     family = architecture_of(config)
     if any("lora_" in name for name in names):
         raise UserError(
@@ -176,14 +176,14 @@ def _has_own_head(config: ModelShape) -> bool:
     return "lm_head.weight" in named_leaves(architecture_of(config).empty(config))
 
 
-def _read(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor | None]:
-    """All weights by name, with the values of those that are wanted."""
+def _read(folder: Path, is_needed: Callable[[str], bool]) -> dict[str, Tensor | None]:
+    """Return all weights by name, with None for those that `is_needed` rejects."""
     state: dict[str, Tensor | None] = {}
     for file in weight_files(folder):
         try:
             with safe_open(file, "pt") as stream:
                 names = list(stream.keys())
-                state |= {name: realign(stream.get_tensor(name)) if wanted(name) else None for name in names}
+                state |= {name: realign(stream.get_tensor(name)) if is_needed(name) else None for name in names}
         except (SafetensorError, OSError) as error:
             if remedy := pointer_remedy(file):
                 raise UserError(f"{file}: {remedy}") from error

@@ -1,4 +1,4 @@
-"""The charts of page and plots: which question each answers, and which metrics it draws."""
+"""The charts of the page and the plots: the question that each answers, and the metrics that it draws."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from rlhf.metrics import describe, in_order
 
 
 class Chart(NamedTuple):
-    """Metrics drawn into one frame."""
+    """A chart of one or more metrics."""
 
     question: str
     """Heading that it stands under."""
@@ -52,7 +52,7 @@ OTHERS = "Everything else"
 
 
 def charts(keys: Iterable[str]) -> dict[str, Chart]:
-    """Charts of some metrics by name, in order; those without one in `QUESTIONS` come last."""
+    """Return the charts of some metrics by name, in order; those that are not in `QUESTIONS` come last."""
     keys = in_order(dict.fromkeys(keys))
     titles = {name: (question, title) for question, group in QUESTIONS.items() for name, title in group.items()}
     members: dict[str, list[str]] = {name: [] for name in titles}
@@ -68,6 +68,6 @@ def charts(keys: Iterable[str]) -> dict[str, Chart]:
 
 
 def curve_label(key: str, title: str) -> str:
-    """A metric's name in a chart's legend: its label without what the chart's title says already."""
+    """Return a metric's name in a chart's legend: its label without the chart's title."""
     label = describe(key).label
     return label.partition(": ")[2] or label.removeprefix(f"{title}, ")

@@ -1,6 +1,6 @@
 """Measurements of the health checks in a stage's metrics and events.
 
-Those of metrics take the metric that is judged, then the ones that its check reads beside it.
+Measurements of metrics take the metric that is judged, followed by the other metrics that its check reads.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.thresholds import THRESHOLDS, Level, worst
 
 _FEWEST = 5
-"""Lines from which anything is concluded."""
+"""Minimum number of lines for a conclusion."""
 
 _ONE_SIDED = 1.645
 """Standard errors that a figure exceeds by chance in one case of twenty."""
@@ -32,7 +32,7 @@ class Unknown(Exception):  # noqa: N818 (not an error)
 
 
 def need(reader: LogReader, stage: str, name: str, fewest: int = _FEWEST) -> Series:
-    """A metric without its NaN; Unknown if there is too little of it."""
+    """Return a metric without its NaN. Raises Unknown if fewer than `fewest` values are left."""
     steps, values = reader.series(stage, name)
     finite = np.isfinite(values)
     if not len(values):
@@ -43,13 +43,13 @@ def need(reader: LogReader, stage: str, name: str, fewest: int = _FEWEST) -> Ser
 
 
 def recent(series: Series) -> Series:
-    """The newest tenth: between 5 and 50 lines."""
+    """Return the newest tenth, between 5 and 50 lines."""
     count = _window(series)
     return Series(series.steps[-count:], series.values[-count:])
 
 
 def early(series: Series) -> Series:
-    """As many lines at the start as are recent."""
+    """Return as many lines of the start as `recent` returns of the end."""
     count = _window(series)
     return Series(series.steps[:count], series.values[:count])
 
@@ -67,111 +67,111 @@ def _span(series: Series) -> tuple[int, int]:
 
 
 def negative_kl(reader: LogReader, stage: str, metric: str) -> Reading:
-    """KL(policy || reference) cannot be negative: a negative mean means that sampling and log-probs disagree."""
-    now = recent(need(reader, stage, metric))
-    kl = _median(now)
-    negative = int((now.values < 0).sum())
+    """Return the level of the KL, which is negative only if sampling and log-probs disagree."""
+    newest = recent(need(reader, stage, metric))
+    kl = _median(newest)
+    negative = int((newest.values < 0).sum())
     return Reading(
         THRESHOLDS["negative-kl"].level(kl),
         f"KL is {kl:.3g} nats per completion",
-        f"median {metric} {kl:.3g} nats, negative in {negative} of {len(now.values)} lines",
-        _span(now),
+        f"median {metric} {kl:.3g} nats, negative in {negative} of {len(newest.values)} lines",
+        _span(newest),
     )
 
 
 def kl_explosion(reader: LogReader, stage: str, metric: str, length: str) -> Reading:
-    """Per token, because longer completions have more; and against the middle of the run, because it should settle."""
+    """Return the level of the KL per token, and of its growth since the middle of the run."""
     kl = need(reader, stage, metric)
     lengths = need(reader, stage, length)
-    now, middle = recent(kl), kl.values[len(kl.values) * 2 // 5 : len(kl.values) * 3 // 5]
-    per_token = _median(now) / max(_median(recent(lengths)), 1.0)
-    growth = _median(now) / max(float(np.median(middle)), 1e-9) if len(kl.values) >= 20 else 1.0
+    newest, middle = recent(kl), kl.values[len(kl.values) * 2 // 5 : len(kl.values) * 3 // 5]
+    per_token = _median(newest) / max(_median(recent(lengths)), 1.0)
+    growth = _median(newest) / max(float(np.median(middle)), 1e-9) if len(kl.values) >= 20 else 1.0
     grows: Level = THRESHOLDS["kl-growth"].level(growth) if per_token > 0.1 else "ok"
     peak = int(np.argmax(kl.values))
     highest = f"{kl.values[peak]:.3g} at step {kl.steps[peak]}"
     return Reading(
         worst(THRESHOLDS["kl-level"].level(per_token), grows),
-        f"KL is {_median(now):.3g} nats per completion, {per_token:.2g} per token"
+        f"KL is {_median(newest):.3g} nats per completion, {per_token:.2g} per token"
         + (f", and {growth:.1f} times that of the middle of the run" if grows != "ok" else "")
-        + (f"; it was {highest}" if kl.values[peak] > 5 * _median(now) > 0 else ""),
-        f"median {metric} {_median(now):.3g} nats over {_median(recent(lengths)):.3g} tokens; highest {highest}",
-        _span(now),
+        + (f"; it was {highest}" if kl.values[peak] > 5 * _median(newest) > 0 else ""),
+        f"median {metric} {_median(newest):.3g} nats over {_median(recent(lengths)):.3g} tokens; highest {highest}",
+        _span(newest),
     )
 
 
 def first_ratio(reader: LogReader, stage: str, metric: str, mean_ratio: str, updates: str) -> Reading:
-    """Before the first update the policy is the one that sampled: the ratio is 1."""
+    """Return the deviation from 1 of the probability ratio before the first update."""
     if not len(reader.series(stage, metric).values) and set(reader.series(stage, updates).values) == {1.0}:
         metric = mean_ratio  # one update an iteration: the mean is the first
     ratio = need(reader, stage, metric, 1)
-    place = int(np.argmax(np.abs(ratio.values - 1.0)))
-    off = abs(float(ratio.values[place]) - 1.0)
+    index = int(np.argmax(np.abs(ratio.values - 1.0)))
+    off = abs(float(ratio.values[index]) - 1.0)
     return Reading(
         THRESHOLDS["first-ratio"].level(off),
         f"ratio at the first minibatch is {'1' if off < 5e-4 else f'off by up to {off:.2g}'}",
-        f"{metric} {ratio.values[place]:.6g} at step {ratio.steps[place]}, the farthest from 1 of "
+        f"{metric} {ratio.values[index]:.6g} at step {ratio.steps[index]}, the farthest from 1 of "
         f"{len(ratio.values)} lines",
         _span(ratio),
     )
 
 
 def clip_fraction(reader: LogReader, stage: str, metric: str) -> Reading:
-    """A step that most tokens are clipped in is too large."""
+    """Return the level of the fraction of clipped tokens."""
     return _level_of_median(reader, stage, metric, "clip-fraction", "{:.1%} of tokens are clipped")
 
 
 def approx_kl(reader: LogReader, stage: str, metric: str) -> Reading:
-    """The KL that one iteration's updates add to the policy."""
+    """Return the level of the KL between the policies before and after an iteration's updates."""
     return _level_of_median(reader, stage, metric, "approx-kl", "updates move the policy {:.2g} nats per token")
 
 
 def value_function(reader: LogReader, stage: str, metric: str) -> Reading:
-    """Below 0 the values are worse than a constant."""
+    """Return the level of the explained variance; below 0 the values are worse than a constant."""
     summary = "the values' explained variance of the returns is {:.2f}"
     return _level_of_median(reader, stage, metric, "value-function", summary)
 
 
 def unfinished(reader: LogReader, stage: str, metric: str) -> Reading:
-    """Completions that run into max_new_tokens."""
+    """Return the level of the share of completions that end before max_new_tokens."""
     return _level_of_median(reader, stage, metric, "unfinished", "{:.0%} of completions end by themselves")
 
 
 def _level_of_median(reader: LogReader, stage: str, metric: str, threshold: str, summary: str) -> Reading:
-    now = recent(need(reader, stage, metric))
-    value = _median(now)
-    low, high = float(now.values.min()), float(now.values.max())
+    newest = recent(need(reader, stage, metric))
+    value = _median(newest)
+    low, high = float(newest.values.min()), float(newest.values.max())
     evidence = f"median {metric} {value:.3g}, between {low:.3g} and {high:.3g}"
-    return Reading(THRESHOLDS[threshold].level(value), summary.format(value), evidence, _span(now))
+    return Reading(THRESHOLDS[threshold].level(value), summary.format(value), evidence, _span(newest))
 
 
 def entropy_collapse(reader: LogReader, stage: str, metric: str) -> Reading:
-    """A policy that is sure of every token explores no more."""
+    """Return the entropy relative to that at the start; a policy without entropy does not explore."""
     entropy = need(reader, stage, metric)
-    now, start = recent(entropy), early(entropy)
-    share = _median(now) / max(_median(start), 1e-9)
+    newest, start = recent(entropy), early(entropy)
+    share = _median(newest) / max(_median(start), 1e-9)
     return Reading(
         THRESHOLDS["entropy-collapse"].level(share),
-        f"entropy is {_median(now):.2g} nats per token, {share:.0%} of that at the start",
-        f"median {metric} {_median(start):.3g} at first, {_median(now):.3g} now",
-        _span(now),
+        f"entropy is {_median(newest):.2g} nats per token, {share:.0%} of that at the start",
+        f"median {metric} {_median(start):.3g} at first, {_median(newest):.3g} now",
+        _span(newest),
     )
 
 
 def length_drift(reader: LogReader, stage: str, metric: str) -> Reading:
-    """Completions that become ever longer, or shrink."""
+    """Return the length of completions relative to that at the start."""
     lengths = need(reader, stage, metric)
-    now, start = recent(lengths), early(lengths)
-    growth = _median(now) / max(_median(start), 1e-9)
+    newest, start = recent(lengths), early(lengths)
+    growth = _median(newest) / max(_median(start), 1e-9)
     return Reading(
         worst(THRESHOLDS["length-growth"].level(growth), THRESHOLDS["length-shrinkage"].level(growth)),
-        f"completions are {_median(now):.3g} tokens long, {growth:.2g} times the length at the start",
-        f"median {metric} {_median(start):.3g} tokens at first, {_median(now):.3g} now",
-        _span(now),
+        f"completions are {_median(newest):.3g} tokens long, {growth:.2g} times the length at the start",
+        f"median {metric} {_median(start):.3g} tokens at first, {_median(newest):.3g} now",
+        _span(newest),
     )
 
 
 def over_optimisation(reader: LogReader, stage: str, metric: str, optimised: str) -> Reading:
-    """The optimised score rises while a score that nobody optimises falls from its best."""
+    """Return the fall of the gold score from its best, while the optimised score rises."""
     if metric.endswith("/"):
         raise Unknown("there is no gold score in the log; --ppo.reward outputs/reward 0*my_rewards:brevity logs one")
     gold, score = need(reader, stage, metric, 20), need(reader, stage, optimised, 20)
@@ -184,39 +184,39 @@ def over_optimisation(reader: LogReader, stage: str, metric: str, optimised: str
     peak = np.array_split(gold.steps, len(blocks))[best]
     fall = float(means[best] - means[-1])
     at_peak = float(score.values[(score.steps >= peak[0]) & (score.steps <= peak[-1])].mean())
-    now = float(score.values[-len(blocks[-1]) :].mean())
-    level = THRESHOLDS["over-optimisation"].level(fall / error) if now > at_peak else "ok"
+    at_end = float(score.values[-len(blocks[-1]) :].mean())
+    level = THRESHOLDS["over-optimisation"].level(fall / error) if at_end > at_peak else "ok"
     return Reading(
         level,
         f"{metric} has fallen by {fall:.3g} from its best, while the optimised score rose"
         if level != "ok"
         else f"{metric} is {'at' if best == len(means) - 1 else f'{fall:.2g} below'} its best",
         f"{metric} {means[best]:.3g} around step {peak[len(peak) // 2]}, {means[-1]:.3g} now "
-        f"(standard error {error:.2g}); {optimised} {at_peak:.3g} then, {now:.3g} now",
+        f"(standard error {error:.2g}); {optimised} {at_peak:.3g} then, {at_end:.3g} now",
         (int(peak[0]), int(gold.steps[-1])),
     )
 
 
 def reward_model_chance(reader: LogReader, stage: str, metric: str, trained: str, count: str) -> Reading:
-    """Held-out accuracy near that of a coin."""
+    """Return the level of the held-out accuracy, compared to chance."""
     accuracy = need(reader, stage, metric, 1)
     value, limits = float(accuracy.values[-1]), THRESHOLDS["reward-model-chance"]
     on_training = reader.series(stage, trained).values
     beside = f"; {trained} {on_training[-1]:.3g}" if len(on_training) else ""
     pairs = reader.series(stage, count).values
-    of, level = (f"{pairs[-1]:.0f} " if len(pairs) else ""), limits.level(value)
+    number, level = (f"{pairs[-1]:.0f} " if len(pairs) else ""), limits.level(value)
     if level == "problem" and len(pairs) and value + _ONE_SIDED * 0.5 / max(pairs[-1], 1) ** 0.5 > limits.warning:
-        of, level = f"only {of}", "warning"  # too few to tell
+        number, level = f"only {number}", "warning"  # too few to tell
     return Reading(
         level,
-        f"orders {value:.1%} of {of}held-out pairs as people did",
+        f"orders {value:.1%} of {number}held-out pairs as people did",
         f"{metric} {value:.3g}{beside}",
         _span(accuracy),
     )
 
 
 def reward_model_length(reader: LogReader, stage: str, metric: str) -> Reading:
-    """A reward that mostly counts tokens."""
+    """Return the level of the correlation between reward and length."""
     correlation = need(reader, stage, metric, 1)
     value = float(correlation.values[-1])
     return Reading(
@@ -228,21 +228,21 @@ def reward_model_length(reader: LogReader, stage: str, metric: str) -> Reading:
 
 
 def throughput(reader: LogReader, stage: str, metric: str) -> Reading:
-    """Slower than before; the first line, which has warm-up in it, is left out."""
+    """Return the throughput relative to earlier lines, except the first, which includes warm-up."""
     speed = need(reader, stage, metric, 3 * _FEWEST)
-    now = recent(speed)
-    before = float(np.median(speed.values[1 : -len(now.values)]))
-    share = _median(now) / max(before, 1e-9)
+    newest = recent(speed)
+    earlier = float(np.median(speed.values[1 : -len(newest.values)]))
+    share = _median(newest) / max(earlier, 1e-9)
     return Reading(
         THRESHOLDS["throughput"].level(share),
-        f"{_median(now):,.0f} tokens/s, {share:.0%} of before",
-        f"median {metric} {before:,.0f} before, {_median(now):,.0f} now",
-        _span(now),
+        f"{_median(newest):,.0f} tokens/s, {share:.0%} of before",
+        f"median {metric} {earlier:,.0f} before, {_median(newest):,.0f} now",
+        _span(newest),
     )
 
 
 def recoveries(reader: LogReader, stage: str) -> Reading:
-    """Workers that were lost and replaced."""
+    """Return the faults in which workers were lost and replaced."""
     faults = [event for event in reader.events if event["stage"] == stage and event["event"] == "fault"]
     if not faults:
         return Reading("ok", "no worker was lost", "no fault event")
@@ -259,7 +259,7 @@ def recoveries(reader: LogReader, stage: str) -> Reading:
 
 
 def not_finite(reader: LogReader, stage: str) -> Reading:
-    """NaN or infinity, refused by the run or in its log."""
+    """Return the updates that were refused for NaN or infinity, and the metrics that are not finite."""
     events = [event for event in reader.events if event["stage"] == stage and event["event"] != "fault"]
     refused = [event for event in events if event["event"] == "nonfinite"]
     if refused:
@@ -281,7 +281,7 @@ def not_finite(reader: LogReader, stage: str) -> Reading:
 
 
 def overfitting(reader: LogReader, stage: str, metric: str) -> Reading:
-    """Held-out loss that rises again."""
+    """Return the held-out loss relative to its lowest."""
     loss = need(reader, stage, metric, 2)
     best = int(np.argmin(loss.values))
     ratio = float(loss.values[-1] / max(loss.values[best], 1e-9))

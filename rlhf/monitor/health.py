@@ -181,7 +181,7 @@ CHECKS = (
 
 
 def findings(reader: LogReader) -> list[Finding]:
-    """The findings of every stage so far; problems first, then by stage, in the order of `CHECKS`."""
+    """Return the findings of every stage so far; problems first, then by stage, in the order of `CHECKS`."""
     results = [
         _finding(check, reader, stage) for stage in reader.stages for check in CHECKS if _applies(check, reader, stage)
     ]
@@ -194,12 +194,12 @@ def _applies(check: Check, reader: LogReader, stage: str) -> bool:
 
 
 def _judged(check: Check, reader: LogReader, stage: str) -> list[str]:
-    """Metrics of the stage that the check judges."""
+    """Return the metrics of the stage that the check judges."""
     return [name for name in reader.names(stage) if check.name in describe(name).checks]
 
 
 def _finding(check: Check, reader: LogReader, stage: str) -> Finding:
-    """The worst of what the check finds in the metrics that it judges."""
+    """Return the most serious finding of the check in the metrics that it judges."""
     named = [key for key, metric in METRICS.items() if check.name in metric.checks]
     judged = _judged(check, reader, stage) or named[:1]
     readings = [_reading(check, reader, stage, name) for name in judged] or [_reading(check, reader, stage)]

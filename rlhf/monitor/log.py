@@ -1,7 +1,7 @@
-"""Reading logs/ while it is written: each poll reads what was appended, and nothing twice.
+"""Reading logs/ while it is written; each poll reads only what was appended since the last.
 
-The form of the lines is `rlhf.io.run_log`'s. Whatever else a file holds, a line cut off by a crash, another program's
-output, is passed over and listed in `problems`.
+The format of the lines is that of `rlhf.io.run_log`. Other lines, such as one that a crash cut off or the output of
+another program, are skipped and listed in `problems`.
 """
 
 import math
@@ -54,10 +54,10 @@ class Progress(NamedTuple):
 
 
 def log_folder(folder: Path) -> Path:
-    """The logs/ folder that is meant by itself, by its run's output folder, or by a file in it.
+    """Return the logs/ folder for itself, the run's output folder, or a file in logs/.
 
     Raises:
-        UserError: it is neither.
+        UserError: the path is none of these.
     """
     if folder.name in ("metrics.jsonl", "samples.jsonl") and folder.is_file():
         return folder.parent
@@ -75,7 +75,7 @@ class LogReader:
     """Follows one run's log, which may be growing, finished, crashed, resumed, or not there yet."""
 
     def __init__(self, folder: Path) -> None:
-        """Find the log; nothing is read before the first `poll`.
+        """Locate the log, without reading it before the first `poll`.
 
         Args:
             folder: a run's logs/, or its output folder.
@@ -102,7 +102,7 @@ class LogReader:
         self._notes: list[str] = []
 
     def poll(self) -> bool:
-        """Read what was appended since the last call; whether anything has changed.
+        """Read what was appended since the last call and return whether anything has changed.
 
         Raises:
             UserError: a file cannot be read.
@@ -117,20 +117,20 @@ class LogReader:
         for _, line in self._metrics.lines():
             self._take_metrics(line)
             changed = True
-        for place, line in self._texts.lines():
-            self._take_sample(place, line)
+        for offset, line in self._texts.lines():
+            self._take_sample(offset, line)
             changed = True
         return changed
 
     @property
     def name(self) -> str:
-        """Name of the run: that of its output folder."""
+        """Return the name of the run, which is that of its output folder."""
         folder = self.folder.absolute()
         return (folder.parent if folder.name == "logs" else folder).name or str(folder)
 
     @property
     def problems(self) -> list[str]:
-        """The parts that could not be read, in sentences."""
+        """Return messages about the parts that could not be read."""
         unread = [
             f"{name}: {count} {'line is' if count == 1 else 'lines are'} cut off or not of an rlhf log, and passed over"
             for name, count in sorted(self._unread.items())
@@ -139,16 +139,16 @@ class LogReader:
         return [*unread, *dict.fromkeys(self._notes)]
 
     def names(self, stage: str) -> list[str]:
-        """Metrics of a stage, in order of appearance."""
+        """Return the metrics of a stage, in order of appearance."""
         return [name for name in self._columns.get(stage, {}) if name != "time"]
 
     def series(self, stage: str, name: str) -> Series:
-        """A metric so far, empty if there is none; `time` is the Unix second of each line. Not to be written to."""
+        """Return a metric so far, read-only, empty if there is none; `time` is the Unix second of each line."""
         column = self._columns.get(stage, {}).get(name)
         return column.series() if column is not None else Series(np.empty(0, np.int64), np.empty(0))
 
     def progress(self, stage: str) -> Progress:
-        """The progress of a stage."""
+        """Return the progress of a stage."""
         events = [event for event in self.events if event["stage"] == stage]
         first: dict[str, Any] = next((event for event in reversed(events) if event["event"] in ("start", "resume")), {})
         total, unit = first.get("total"), first.get("unit")
@@ -198,14 +198,14 @@ class LogReader:
         self.events.append({name: value for name, value in fields.items() if _has_its_type(name, value)})
 
     def _start_over(self, stage: str) -> None:
-        """Another run of the same stage begins in the same file: what the first one wrote no longer counts."""
+        """Drop the lines of an earlier run of the stage when another one begins in the same file."""
         self.generation += 1
         self._columns[stage] = {}
         self._last.pop(stage)
         self.events = [event for event in self.events if event["stage"] != stage]
         self._notes.append(f"metrics.jsonl: holds more than one run of {stage}; the last one is shown")
 
-    def _take_sample(self, place: int, line: bytes) -> None:
+    def _take_sample(self, offset: int, line: bytes) -> None:
         head = _HEAD.match(line)
         if head is not None and line.endswith(b"}"):
             stage, step = head[1].decode(), int(head[2])
@@ -215,7 +215,7 @@ class LogReader:
                 self._unread["samples.jsonl"] += bool(line.strip())
                 return
             stage, step = fields["stage"], fields["step"]
-        if self.samples.add(SampleOffset(stage, step, place, len(line))):
+        if self.samples.add(SampleOffset(stage, step, offset, len(line))):
             self.generation += 1
             self._notes.append(f"samples.jsonl: holds more than one run of {stage}; the last one is shown")
 
@@ -235,7 +235,7 @@ def read_logs(folders: Sequence[Path]) -> list[LogReader]:
 
 
 def _has_its_type(name: str, value: Any) -> bool:
-    """True for a field of an event that has the type readers expect."""
+    """Return whether a field of an event has the type that readers expect."""
     if name in ("time", "recovery_s", "peak_bytes", "total"):
         return is_number(value)
     if name in ("message", "what", "unit"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rlhf.io.terminal import visible
+from rlhf.io.printable_text import visible
 from rlhf.metrics import describe
 from rlhf.monitor.charts import Chart, curve_label
 from rlhf.monitor.log import LogReader, Series
@@ -71,7 +71,7 @@ def plot_style() -> Iterator[None]:
 
 
 def new_figure(rows: int, *, title: str, height: float = _HEIGHT, same_x: bool = True) -> "tuple[Figure, list[Axes]]":
-    """A figure with `rows` pairs of axes below each other, by default over the same x axis."""
+    """Return a figure with `rows` pairs of axes below each other, by default with a shared x axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, 0.5 + height * rows), layout="constrained")
@@ -107,14 +107,14 @@ def draw_chart(
 
 
 def name_y_axis(axes: "Axes", title: str, unit: str, *, log: bool = False) -> None:
-    """Label the y axis with what it shows and its unit, on two lines where one would be too long."""
+    """Label the y axis with a title and its unit, on two lines if one would be too long."""
     title, unit = visible(title), f"({visible(unit)})" if unit else ""
     separator = "\n" if log or len(title) + len(unit) >= 30 else " "
     axes.set_ylabel(f"{title}{separator}{unit}".rstrip() + ", log scale" * log)
 
 
 def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) -> None:
-    """One run: its running mean, the values themselves behind it. Several: their mean, lowest to highest behind it."""
+    """Draw the running mean of one run over its values, or the mean of several over their range."""
     smooth = [running_mean(series) for series in runs]
     if len(runs) == 1:
         series, steps, centre = runs[0], smooth[0].steps, smooth[0].values
@@ -132,28 +132,28 @@ def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) ->
 
 
 def drop_nan(series: Series) -> Series:
-    """A series without its NaN."""
+    """Return a series without its NaN."""
     keep = np.isfinite(series.values)
     return Series(series.steps[keep], series.values[keep])
 
 
 def running_mean(series: Series) -> Series:
-    """The centred mean over 1 / SMOOTHED of the series; of what there is of that at its ends."""
+    """Return the centred mean over 1 / SMOOTHED of the series, or over as much as there is at its ends."""
     count = len(series.values)
     reach = count // (2 * SMOOTHED)
     if reach == 0:
         return series
     sums = np.concatenate([[0.0], np.cumsum(series.values)])
-    places = np.arange(count)
-    first, last = np.maximum(places - reach, 0), np.minimum(places + reach, count - 1) + 1
+    index = np.arange(count)
+    first, last = np.maximum(index - reach, 0), np.minimum(index + reach, count - 1) + 1
     return Series(series.steps, (sums[last] - sums[first]) / (last - first))
 
 
 def on_one_grid(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
-    """(steps [n] of any run, values [runs, n]): interpolated, and NaN beyond a run's ends.
+    """Return (steps [n] of any run, interpolated values [runs, n]), with NaN beyond a run's ends.
 
-    Only as far as all runs go, so that their mean does not jump where one has ended; where no step is in all of them,
-    all steps.
+    The steps are those within the range of all runs, so that their mean does not jump where one ends; or all steps if
+    the ranges do not overlap.
     """
     steps = np.unique(np.concatenate([series.steps for series in runs]))
     first, last = max(series.steps[0] for series in runs), min(series.steps[-1] for series in runs)
@@ -163,7 +163,7 @@ def on_one_grid(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def add_legend(axes: "Axes", columns: int = 3) -> None:
-    """A legend above the axes, where it covers nothing."""
+    """Add a legend above the axes."""
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, ncols=columns)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf.errors import UserError
 from rlhf.io.output import check_output, write_output
-from rlhf.io.terminal import shorten, visible
+from rlhf.io.printable_text import shorten, visible
 from rlhf.io.user_log import log_user
 from rlhf.metrics import describe
 from rlhf.monitor.charts import Chart, charts
@@ -116,9 +116,9 @@ def write_plots(
 
 
 def drawings(readers: Sequence[LogReader], kind: str) -> list[Drawing]:
-    """The plots of the wanted kind that the logs hold something for."""
+    """Return the plots of a kind for which the logs hold data."""
     chosen = set(get_args(PlotType)) if kind == "all" else {kind}
-    made = [drawing for plot in LINE_PLOTS if plot.kind in chosen for drawing in _line_plots(readers, plot)]
+    line_plots = [drawing for plot in LINE_PLOTS if plot.kind in chosen for drawing in _line_plots(readers, plot)]
     figures: dict[str, Figure | None] = {}
     if "reward" in chosen:
         figures["over_optimisation"] = _over_optimisation(readers)
@@ -126,11 +126,11 @@ def drawings(readers: Sequence[LogReader], kind: str) -> list[Drawing]:
         figures["timing"] = _timing(readers)
     if "samples" in chosen:
         figures["samples"] = draw_samples(readers[0])
-    return made + [Drawing(file, figure) for file, figure in figures.items() if figure is not None]
+    return line_plots + [Drawing(file, figure) for file, figure in figures.items() if figure is not None]
 
 
 def _png(drawing: Drawing, readers: Sequence[LogReader]) -> bytes:
-    """A drawing that says which runs it is of, and what its lines are."""
+    """Return a drawing as a PNG, with notes that name its runs and explain its lines."""
     name, figure, stage = drawing
     names = [
         visible(run)
@@ -152,7 +152,7 @@ def _png(drawing: Drawing, readers: Sequence[LogReader]) -> bytes:
 
 
 def _line_plots(readers: Sequence[LogReader], plot: LinePlot) -> Iterator[Drawing]:
-    """A plot of every stage that has something for it; the files after the first have a number."""
+    """Yield a plot for every stage with data for it; files after the first are numbered."""
     count = 0
     for stage in _stages(readers):
         present = _charts(readers, stage)
@@ -173,7 +173,7 @@ def _stages(readers: Sequence[LogReader]) -> list[str]:
 
 
 def _charts(readers: Sequence[LogReader], stage: str) -> dict[str, Chart]:
-    """Charts of the stage's metrics that have a finite value."""
+    """Return the charts of the stage's metrics that have a finite value."""
     names = dict.fromkeys(name for reader in readers for name in reader.names(stage))
     return charts(
         name for name in names if any(np.isfinite(reader.series(stage, name).values).any() for reader in readers)
@@ -186,7 +186,7 @@ def _x_label(readers: Sequence[LogReader], stage: str) -> str:
 
 
 def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
-    """Score and gold score against the root of the KL, as in Gao et al. 2022, https://arxiv.org/abs/2210.10760."""
+    """Draw score and gold score against the root of the KL, as Gao et al. 2022, https://arxiv.org/abs/2210.10760."""
     golds = dict.fromkeys(n for reader in readers for n in reader.names("ppo") if n.startswith("gold/"))
     points = {name: _against_kl(readers, name) for name in ("objective/scores", *golds)}
     points = {name: columns for name, columns in points.items() if columns.size}
@@ -218,7 +218,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
 
 
 def _against_kl(readers: Sequence[LogReader], name: str) -> np.ndarray:
-    """[3, n]: √KL, value and step of every line that has both."""
+    """Return √KL, value and step of every line with both, [3, n]."""
     parts = []
     for reader in readers:
         kl, values = drop_nan(reader.series("ppo", "objective/kl")), drop_nan(reader.series("ppo", name))
@@ -228,7 +228,7 @@ def _against_kl(readers: Sequence[LogReader], name: str) -> np.ndarray:
 
 
 def _timing(readers: Sequence[LogReader]) -> "Figure | None":
-    """Seconds of each phase, stacked, and tokens per second."""
+    """Draw the seconds of each phase, stacked, and the tokens per second."""
     present = {stage: _charts(readers, stage) for stage in _stages(readers)}
     speed = {stage: group["throughput"] for stage, group in present.items() if "throughput" in group}
     phases = "step-time" in present.get("ppo", {})
@@ -246,19 +246,19 @@ def _timing(readers: Sequence[LogReader]) -> "Figure | None":
 
 
 def _phases(axes: "Axes", readers: Sequence[LogReader]) -> None:
-    """Bars of the mean seconds per iteration of each phase."""
-    steps, whole = _mean_bars(readers, "timing_s/step")
+    """Draw bars of the mean seconds per iteration of each phase."""
+    steps, total = _mean_bars(readers, "timing_s/step")
     width = float(np.median(np.diff(steps))) if len(steps) > 1 else 0.8
     bottom = np.zeros(len(steps))
     parts = _charts(readers, "ppo").get("phases")
-    for place, name in enumerate(parts.metrics if parts else ()):
-        at, seconds = _mean_bars(readers, name)
-        if len(at) == len(steps):
+    for number, name in enumerate(parts.metrics if parts else ()):
+        phase_steps, seconds = _mean_bars(readers, name)
+        if len(phase_steps) == len(steps):
             axes.bar(
-                steps, seconds, width, bottom=bottom, color=COLOURS[place % len(COLOURS)], label=describe(name).label
+                steps, seconds, width, bottom=bottom, color=COLOURS[number % len(COLOURS)], label=describe(name).label
             )
             bottom = bottom + seconds
-    rest = np.maximum(whole - bottom, 0.0)
+    rest = np.maximum(total - bottom, 0.0)
     axes.bar(steps, rest, width, bottom=bottom, color="#999999", label="other")
     axes.set_ylabel("seconds per iteration")
     axes.set_xlabel("PPO iteration")

@@ -46,7 +46,7 @@ def write_report(log_dirs: Sequence[Path], path: Path, *, overwrite: bool | None
 
 
 def document(data: dict[str, Any] | None) -> str:
-    """The page: with its data inside, or (None) one that asks the server it came from."""
+    """Return the page with its data inside, or (None) the page that requests data from its server."""
     styles, scripts = (tuple(map(_asset, names)) for names in (STYLES, SCRIPTS))
     return (
         _asset("index.html")
@@ -59,7 +59,7 @@ def document(data: dict[str, Any] | None) -> str:
 
 @functools.cache
 def content_policy(*, live: bool) -> str:
-    """The Content-Security-Policy: our own scripts and styles by their hashes, nothing else from anywhere."""
+    """Return the Content-Security-Policy, which allows the scripts and styles of the page by their hashes only."""
     scripts, styles = (" ".join(map(_hash, names)) for names in (SCRIPTS, STYLES))
     connect = "connect-src 'self'; " if live else ""
     return (
@@ -69,7 +69,7 @@ def content_policy(*, live: bool) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON that any reader takes: numbers that are not finite are null, and a lone surrogate stays an escape."""
+    """Return strict JSON: numbers that are not finite are null, and lone surrogates are escaped."""
     text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode(errors="backslashreplace").decode()
 
@@ -86,7 +86,7 @@ def _content(readers: Sequence[LogReader]) -> dict[str, Any]:
 
 
 def _inside_script(data: Any) -> str:
-    """JSON in which no `<` is left, so that no text can end the element that holds it or begin another."""
+    """Return JSON without `<`, so that no text can end its element or begin another."""
     return to_json(data).replace("<", "\\u003c")
 
 

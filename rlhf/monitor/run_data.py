@@ -1,4 +1,4 @@
-"""What a run logged, read at once."""
+"""Reading the logs of a run at once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ class RunData(NamedTuple):
     """By stage and name: `metrics["ppo"]["objective/kl"].values` is an array, `.steps` the steps it belongs to. `time`
     is the Unix second of each line."""
     events: list[dict[str, Any]]
-    """What happened, in order: start, resume, fault, interrupted, end and the like."""
+    """Events, in order: start, resume, fault, interrupted, end and others."""
     samples: Sequence[dict[str, Any]]
     """Completions, in order; read from the file when asked for."""
 

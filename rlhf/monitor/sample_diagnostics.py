@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.io.terminal import shorten
+from rlhf.io.printable_text import shorten
 from rlhf.monitor.diagnostics import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import THRESHOLDS, worst
@@ -16,7 +16,7 @@ _SAMPLES = 128
 
 
 def constant_rewards(reader: LogReader, stage: str) -> Reading:
-    """Scores that are all the same teach nothing."""
+    """Return the share of the most common score; a policy learns nothing from equal scores."""
     samples = _samples(reader, stage)
     scores = Counter(sample["score"] for sample in samples if "score" in sample)
     if not scores:
@@ -32,7 +32,7 @@ def constant_rewards(reader: LogReader, stage: str) -> Reading:
 
 
 def repeated_text(reader: LogReader, stage: str) -> Reading:
-    """The same words again and again in one completion, or the same completion for every prompt."""
+    """Return the repetition within completions, and the share of the most common completion."""
     samples = _samples(reader, stage)
     repeated = float(np.mean([word_repetition(sample["completion"]) for sample in samples]))
     prompts = {sample["prompt"] for sample in samples}
@@ -49,9 +49,10 @@ def repeated_text(reader: LogReader, stage: str) -> Reading:
 
 
 def word_repetition(text: str) -> float:
-    """Share of a text's 4-grams that it had before (Welleck et al. 2020, https://arxiv.org/abs/1908.04319, seq-rep-4).
+    """Return the share of a text's 4-grams that occur earlier in it.
 
-    Of words; of characters where there are no spaces; 0 for a text of fewer than four.
+    seq-rep-4 of Welleck et al. 2020, https://arxiv.org/abs/1908.04319, of words, or of characters if the text has no
+    spaces; 0 for fewer than four.
     """
     words = re.findall(r"\w+|[^\w\s]", text)
     parts = words if len(text) < 20 * max(len(words), 1) else list(text)
@@ -60,12 +61,12 @@ def word_repetition(text: str) -> float:
 
 
 def _samples(reader: LogReader, stage: str) -> list[dict[str, Any]]:
-    """The stage's newest completions; Unknown if there are fewer than 16."""
+    """Return the stage's newest completions. Raises Unknown if there are fewer than 16."""
     store = reader.samples
-    places = [n for n in range(max(0, len(store) - _SAMPLES), len(store)) if store.places[n].stage == stage]
-    if len(places) < 16:
-        raise Unknown(f"only {len(places)} of the 16 completions that this takes are in samples.jsonl")
-    return store[places[0] : places[-1] + 1]
+    numbers = [n for n in range(max(0, len(store) - _SAMPLES), len(store)) if store.offsets[n].stage == stage]
+    if len(numbers) < 16:
+        raise Unknown(f"only {len(numbers)} of the 16 completions that this takes are in samples.jsonl")
+    return store[numbers[0] : numbers[-1] + 1]
 
 
 def _step_range(samples: list[dict[str, Any]]) -> tuple[int, int]:

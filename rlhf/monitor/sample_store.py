@@ -1,4 +1,4 @@
-"""The completions of a log: indexed as they come, read from the file when somebody asks."""
+"""The completions of a log, indexed as they are written and read from the file on access."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,19 +17,19 @@ class SampleOffset(NamedTuple):
 
 
 class SampleStore(Sequence[dict[str, Any]]):
-    """The lines of samples.jsonl in order, as dicts; read from the file when asked for.
+    """The lines of samples.jsonl in order, as dicts, read from the file on access.
 
-    Every one has `stage`, `step`, `prompt` and `completion`; other keys as the run wrote them.
+    Each has `stage`, `step`, `prompt` and `completion`, and other keys as the run wrote them.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.places: list[SampleOffset] = []
-        """Stage and step of every sample, without reading it."""
+        self.offsets: list[SampleOffset] = []
+        """Stage, step and position of every sample."""
         self._last: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.offsets)
 
     @overload
     def __getitem__(self, number: int) -> dict[str, Any]: ...
@@ -37,46 +37,46 @@ class SampleStore(Sequence[dict[str, Any]]):
     def __getitem__(self, number: slice) -> list[dict[str, Any]]: ...
     def __getitem__(self, number: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(number, slice):
-            return list(self._read(self.places[number]))
-        return next(self._read([self.places[number]]))
+            return list(self._read(self.offsets[number]))
+        return next(self._read([self.offsets[number]]))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._read(self.places)
+        return self._read(self.offsets)
 
-    def add(self, place: SampleOffset) -> bool:
-        """Append a sample; whether it begins another run, whose stage's earlier samples are dropped."""
-        over = place.step < self._last.get(place.stage, 0)
-        if over:
-            self.places = [other for other in self.places if other.stage != place.stage]
-        self._last[place.stage] = place.step
-        self.places.append(place)
-        return over
+    def add(self, offset: SampleOffset) -> bool:
+        """Append a sample and return whether it begins another run; earlier samples of its stage are then dropped."""
+        is_restart = offset.step < self._last.get(offset.stage, 0)
+        if is_restart:
+            self.offsets = [previous for previous in self.offsets if previous.stage != offset.stage]
+        self._last[offset.stage] = offset.step
+        self.offsets.append(offset)
+        return is_restart
 
     def at(self, stage: str, step: int) -> list[dict[str, Any]]:
-        """The samples of one step."""
-        return list(self._read(place for place in self.places if place.step == step and place.stage == stage))
+        """Return the samples of a step."""
+        return list(self._read(offset for offset in self.offsets if offset.step == step and offset.stage == stage))
 
-    def _read(self, places: Iterable[SampleOffset]) -> Iterator[dict[str, Any]]:
+    def _read(self, offsets: Iterable[SampleOffset]) -> Iterator[dict[str, Any]]:
         try:
             with self._path.open("rb") as stream:
-                for place in places:
-                    stream.seek(place.offset)
-                    yield _sample(place, stream.read(place.size))
+                for offset in offsets:
+                    stream.seek(offset.offset)
+                    yield _sample(offset, stream.read(offset.size))
         except FileNotFoundError:  # removed since the last poll
-            yield from (_sample(place, b"") for place in places)
+            yield from (_sample(offset, b"") for offset in offsets)
 
 
-def _sample(place: SampleOffset, line: bytes) -> dict[str, Any]:
-    """A sample with texts that are texts; blank if its line is no longer there."""
+def _sample(offset: SampleOffset, line: bytes) -> dict[str, Any]:
+    """Return a sample, with its texts as str; empty ones if its line is no longer in the file."""
     fields = parse_line(line) or {}
-    if (fields.get("stage"), fields.get("step")) != place[:2]:
-        fields = {"stage": place.stage, "step": place.step}
+    if (fields.get("stage"), fields.get("step")) != offset[:2]:
+        fields = {"stage": offset.stage, "step": offset.step}
     texts = {name: str(fields.get(name, "")) for name in ("prompt", "completion")}
     return {name: value for name, value in fields.items() if _has_its_type(name, value)} | texts
 
 
 def _has_its_type(name: str, value: Any) -> bool:
-    """True for a field of a sample that has the type readers expect; all but a few are numbers."""
+    """Return whether a field of a sample has the type that readers expect; most fields are numbers."""
     if name in ("stage", "step"):
         return True
     if name == "ended":
@@ -87,7 +87,7 @@ def _has_its_type(name: str, value: Any) -> bool:
 
 
 def _is_per_token(value: Any) -> bool:
-    """True for a value with the pieces of a text and numbers for each of them."""
+    """Return whether a value has the pieces of a text and numbers for each of them."""
     if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
         return False
     pieces = value.get("pieces", [])

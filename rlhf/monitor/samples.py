@@ -1,4 +1,4 @@
-"""Finding completions: search, sort and pair the samples of a run, also hundreds of thousands of them."""
+"""Search, sorting and pairing of the samples of a run, also hundreds of thousands of them."""
 
 import json
 import math
@@ -60,34 +60,34 @@ class SampleIndex:
 
     def update(self) -> None:
         """Read the samples that came since the last call."""
-        count = len(self._reader.samples.places)
+        count = len(self._reader.samples.offsets)
         if self._generation != self._reader.generation or count < len(self._entries):
             self._generation, self._entries = self._reader.generation, []
         self._entries += _entries(self._reader, range(len(self._entries), count))
 
     def find(self, query: Query) -> list[tuple[int, ...]]:
-        """Numbers of the samples that match: one each, or (first, last) of each prompt."""
+        """Return the numbers of the samples that match: one each, or (first, last) of each prompt."""
         return _find(self._entries, query)
 
     def rows(self, numbers: Iterable[tuple[int, ...]]) -> list[list[dict[str, Any]]]:
-        """The samples themselves, with all that the log says of them."""
+        """Return the samples of each row of numbers."""
         return [[self._reader.samples[number] for number in row] for row in numbers]
 
 
 def report_samples(reader: LogReader, limit: int) -> list[dict[str, Any]]:
-    """Samples for a report, of at most `limit` bytes: before and after, the extremes, and some of every time.
+    """Return samples for a report, at most `limit` bytes: first and last of prompts, extremes, and an even spread.
 
-    Chosen among the oldest, the newest and an even spread, so that a long log costs no more than a short one.
+    They are chosen among the oldest, the newest and evenly spread ones, so that the time does not grow with the log.
     """
-    places = reader.samples.places
-    count = len(places)
+    offsets = reader.samples.offsets
+    count = len(offsets)
     spread = range(0, count, max(1, count // _REPORT_READ))
-    among = {*range(min(count, _REPORT_READ)), *spread, *range(max(0, count - _REPORT_READ), count)}
+    candidates = {*range(min(count, _REPORT_READ)), *spread, *range(max(0, count - _REPORT_READ), count)}
     chosen, size = set[int](), 0
-    for number in _by_interest(list(_entries(reader, sorted(among)))):
-        if number not in chosen and size + places[number].size <= limit:
+    for number in _by_interest(list(_entries(reader, sorted(candidates)))):
+        if number not in chosen and size + offsets[number].size <= limit:
             chosen.add(number)
-            size += places[number].size
+            size += offsets[number].size
     return [reader.samples[number] for number in sorted(chosen)]
 
 
@@ -103,17 +103,17 @@ def _by_interest(entries: list[_Entry]) -> Iterator[int]:
 
 
 def _entries(reader: LogReader, numbers: Sequence[int]) -> Iterator[_Entry]:
-    """Some of the reader's samples without `per_token`, which is most of a line and stays unparsed."""
+    """Yield entries of the reader's samples without parsing `per_token`, which is most of a line."""
     if not numbers:
         return
-    places = reader.samples.places
+    offsets = reader.samples.offsets
     with (reader.folder / "samples.jsonl").open("rb") as stream:
         for number in numbers:
-            stream.seek(places[number].offset)
-            line = stream.read(places[number].size)
+            stream.seek(offsets[number].offset)
+            line = stream.read(offsets[number].size)
             # in a JSON text the quotes would be escaped, so this can only be the key
             head, cut, _ = line.partition(b', "per_token": ')
-            yield _entry(number, places[number].step, _fields(head + b"}" if cut else line), bool(cut))
+            yield _entry(number, offsets[number].step, _fields(head + b"}" if cut else line), bool(cut))
 
 
 def _find(entries: list[_Entry], query: Query) -> list[tuple[int, ...]]:
@@ -129,7 +129,7 @@ def _find(entries: list[_Entry], query: Query) -> list[tuple[int, ...]]:
 
 
 def _pairs(entries: list[_Entry]) -> list[tuple[_Entry, ...]]:
-    """First and last sample of every prompt that has samples of several steps."""
+    """Return the first and last sample of every prompt that has samples of several steps."""
     first: dict[str, _Entry] = {}
     last: dict[str, _Entry] = {}
     for entry in entries:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf.io.terminal import shorten, visible
+from rlhf.io.printable_text import shorten, visible
 from rlhf.monitor.log import LogReader
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _FONT = "DejaVu Sans Mono"
 
 
 def draw_samples(reader: LogReader) -> "Figure | None":
-    """Completions of the newest iteration, from highest to lowest score, beside the first ones of the same prompts."""
+    """Draw completions of the newest iteration by falling score, beside the first completions of the same prompts."""
     rows = choose(reader)
     if not rows:
         return None
@@ -52,11 +52,11 @@ def draw_samples(reader: LogReader) -> "Figure | None":
 
 
 def choose(reader: LogReader) -> list[tuple[dict[str, Any] | None, dict[str, Any]]]:
-    """(an earlier completion of the same prompt or None, one of the newest), from highest to lowest score."""
+    """Return (an earlier completion of the same prompt or None, a newest completion) pairs, by falling score."""
     store = reader.samples
     if not len(store):
         return []
-    stage, step = store.places[-1][:2]
+    stage, step = store.offsets[-1][:2]
     newest = [s for s in store[-_LAST:] if s["stage"] == stage and s["step"] == step]
     earlier: dict[str, dict[str, Any]] = {}
     for sample in store[:_FIRST]:
@@ -74,7 +74,7 @@ def _number(sample: dict[str, Any], name: str) -> float:
 
 
 def _cell(sample: dict[str, Any] | None, column: int, step: bool = False) -> list[str]:
-    """A completion with its figures below."""
+    """Draw a completion with its figures below."""
     if sample is None:
         return ["(this prompt has no earlier one)"] if step else []
     figures = [
@@ -95,7 +95,7 @@ def _wrap(text: str, column: int) -> list[str]:
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    """Characters that the font has."""
+    """Return the characters that the font has."""
     from matplotlib.font_manager import findfont, get_font
 
     return frozenset(get_font(findfont(_FONT)).get_charmap())

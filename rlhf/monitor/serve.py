@@ -51,7 +51,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a client that has gone away: that is no fault."""
+        """Ignore the error of a client that closed its connection."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -90,7 +90,7 @@ class Runs:
         self._states: list[dict[str, Any]] = []
 
     def state(self, parameters: Parameters) -> dict[str, Any]:
-        """State of all runs; without `runs` and `table` if the caller has this version already."""
+        """Return the state of all runs, without `runs` and `table` if the caller has this version."""
         with self._lock:
             self._update()
             known = {"version": self._version, "now": time.time()}
@@ -103,7 +103,7 @@ class Runs:
             return known | {"runs": self._states, "table": metric_table(self._readers)}
 
     def curves(self, parameters: Parameters) -> dict[str, Any]:
-        """Curves of a stage, from one step to another."""
+        """Return the curves of a stage, from one step to another."""
         with self._lock:
             self._update()
             reader = self._readers[self._run(parameters)]
@@ -120,7 +120,7 @@ class Runs:
             }
 
     def samples(self, parameters: Parameters) -> dict[str, Any]:
-        """One page of the samples that match."""
+        """Return a page of the samples that match."""
         sort = parameters.get("sort", "newest")
         if sort not in SORTS:
             raise ValueError(f"sort: expected one of {', '.join(SORTS)}")
@@ -205,4 +205,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
-        """Say nothing: the terminal is the user's."""
+        """Log nothing to the terminal."""

@@ -19,11 +19,11 @@ class Tail:
         self.rewind()
 
     def rewind(self) -> None:
-        """Begin again at the file's beginning."""
+        """Start again at the beginning of the file."""
         self._offset, self._inode, self._mark = 0, -1, b""
 
     def replaced(self) -> bool:
-        """True if the file no longer begins with what was read."""
+        """Return whether the file no longer begins with the content read before."""
         if self._inode < 0:
             return False
         try:
@@ -35,7 +35,7 @@ class Tail:
             return self._offset > 0
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, line) of every line completed since the last call."""
+        """Yield (offset, line) for every line completed since the last call."""
         try:
             with self._path.open("rb") as stream:
                 self._inode = self._path.stat().st_ino
@@ -54,7 +54,7 @@ class Tail:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """A line's fields; None unless it is an object with a stage and, if it has a step, a whole one."""
+    """Return a line's fields; None unless it is an object with a stage and, if it has a step, an integer step."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
@@ -66,5 +66,5 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def is_number(value: Any) -> bool:
-    """True for a JSON value that is a number within the range of floats, finite or not."""
+    """Return whether a JSON value is a number within the range of floats, finite or not."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300)

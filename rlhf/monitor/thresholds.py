@@ -8,7 +8,7 @@ LEVELS: tuple[Level, ...] = ("ok", "unknown", "warning", "problem")
 
 
 def worst(*levels: Level) -> Level:
-    """The most serious of some levels."""
+    """Return the most serious of some levels."""
     return max(levels, key=LEVELS.index)
 
 

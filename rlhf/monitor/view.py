@@ -1,4 +1,4 @@
-"""A run's log as the page shows it, in JSON values: where it stands, what the checks say, and thinned curves."""
+"""A run's log as JSON values for the page: its state, findings and thinned curves."""
 
 import dataclasses
 import math
@@ -24,19 +24,19 @@ _EVENTS = 300
 
 
 def run_names(readers: Sequence[LogReader]) -> list[str]:
-    """Name of each run: that of its folder, with its parent's or a number where that is not enough."""
+    """Return a unique name for each run: that of its folder, with its parent's name or a number if needed."""
     names = [reader.name for reader in readers]
-    many = Counter(names)
+    counts = Counter(names)
     names = [
-        name if many[name] == 1 else f"{reader.folder.absolute().parent.parent.name}/{name}"
+        name if counts[name] == 1 else f"{reader.folder.absolute().parent.parent.name}/{name}"
         for name, reader in zip(names, readers, strict=True)
     ]
-    many = Counter(names)
-    return [name if many[name] == 1 else f"{name} #{number}" for number, name in enumerate(names, start=1)]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} #{number}" for number, name in enumerate(names, start=1)]
 
 
 def run_state(reader: LogReader, name: str) -> dict[str, Any]:
-    """Everything but curves and samples."""
+    """Return the state of a run: everything except curves and samples."""
     return {
         "name": name,
         "folder": str(reader.folder),
@@ -50,7 +50,7 @@ def run_state(reader: LogReader, name: str) -> dict[str, Any]:
 
 
 def metric_table(readers: Sequence[LogReader]) -> dict[str, Any]:
-    """The runs' metrics in the table's order and their charts in theirs, as JSON values for the page."""
+    """Return the runs' metrics and charts, each in the order of their table, as JSON values for the page."""
     names = list(dict.fromkeys(name for reader in readers for stage in reader.stages for name in reader.names(stage)))
     return {
         "metrics": {name: dataclasses.asdict(describe(name)) for name in in_order(names)},
@@ -69,7 +69,7 @@ def _stage_state(reader: LogReader, stage: str) -> dict[str, Any]:
 def stage_curves(
     reader: LogReader, stage: str, *, first: int = 0, last: int | None = None, points: int = POINTS
 ) -> dict[str, Curve]:
-    """All metrics of a stage from step `first` to step `last` (none: the newest), each of at most `points` points."""
+    """Return all metrics of a stage from step `first` to `last` (None: the newest), each of at most `points` points."""
     return {name: thin(_between(reader.series(stage, name), first, last), points) for name in reader.names(stage)}
 
 
@@ -80,7 +80,7 @@ def _between(series: Series, first: int, last: int | None) -> Series:
 
 
 def thin(series: Series, points: int) -> Curve:
-    """A curve of at most `points` points.
+    """Return a curve of at most `points` points.
 
     Neighbours are merged into their mean, with the lowest and highest beside it, so that no spike is lost.
     """
@@ -104,5 +104,5 @@ def thin(series: Series, points: int) -> Curve:
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
-    """Six significant digits, which no screen can show more of; None for NaN."""
+    """Round values to six significant digits; None for NaN."""
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""Untrusted text, as of a model, made safe for a terminal or a figure."""
+"""Untrusted text, such as a model's, in a form that is safe to print in a terminal or draw in a figure."""
 
 import re
 import unicodedata

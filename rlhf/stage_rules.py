@@ -1,0 +1,218 @@
+"""Rules for the settings of the training stages, as `rlhf.stage_config` has them. Importing it imports no torch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf.config import PPOConfig
+from rlhf.setting_rules import Rule, flag_of
+
+_SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
+_NO_SAMPLES = Rule(
+    ("log.samples", "log.token_samples"), lambda config: not hasattr(config, "ppo"), "has no effect outside of PPO"
+)
+
+
+def _starts_elsewhere(data: str) -> Callable[[Any], bool]:
+    """Return the condition that a stage runs alone on the user's data, so that no model is created before it."""
+    return lambda config: not hasattr(config, "sft") and getattr(config, data) is not None
+
+
+def _worker_rule(stage: str, size: str, *, rows: int = 1) -> Rule:
+    """Return the rule for more workers than an optimiser step has micro-batches, at most `rows` rows per record."""
+
+    def applies(config: Any) -> bool:
+        settings = getattr(config, stage)
+        return bool(config.dist.num_workers > -(-rows * getattr(settings, size) // settings.micro_batch_size))
+
+    remedy = f"lower {flag_of(f'{stage}.micro_batch_size')}, or raise {flag_of(f'{stage}.{size}')}"
+    return Rule(("dist.num_workers",), applies, f"more workers than an update has micro-batches; {remedy}")
+
+
+def _model_rules(data: str) -> tuple[Rule, ...]:
+    names = ("model.family", "model.preset", "tokenizer.path", "tokenizer.vocab_size")
+    return (Rule(names, _starts_elsewhere(data), "has no effect: the model that the stage starts from brings its own"),)
+
+
+SFT_RULES = (
+    _NO_SAMPLES,
+    _worker_rule("sft", "batch_size"),
+    Rule(
+        ("tokenizer.vocab_size",),
+        lambda config: config.sft.model_path is not None,
+        "has no effect with --sft.model-path, whose folder has a tokenizer; drop one of the two",
+        refused=True,
+    ),
+    Rule(
+        ("tokenizer.vocab_size",),
+        lambda config: config.tokenizer.path is not None,
+        "has no effect with --tokenizer.path, which has its own vocabulary; drop one of the two",
+        refused=True,
+    ),
+    Rule(
+        ("model.family", "model.preset"),
+        lambda config: config.sft.model_path is not None,
+        "has no effect with --sft.model-path: the folder's shape counts",
+    ),
+    Rule(
+        ("model.preset",),
+        lambda config: None not in [getattr(config.model, name) for name in _SHAPE],
+        "has no effect: the fields beside it set all of the shape",
+    ),
+    Rule(
+        ("sft.val_fraction",),
+        lambda config: config.sft_val_data is not None,
+        "has no effect with --sft-val-data",
+    ),
+    Rule(
+        ("sft.eval_every",),
+        lambda config: config.sft_val_data is None and config.sft.val_fraction == 0,
+        "has no effect without held-out records: set --sft.val-fraction or --sft-val-data",
+    ),
+)
+
+REWARD_RULES = (
+    _NO_SAMPLES,
+    _worker_rule("reward", "batch_size", rows=2),
+    *_model_rules("preference_data"),
+    Rule(
+        ("reward.val_fraction",),
+        lambda config: config.preference_val_data is not None,
+        "has no effect with --preference-val-data",
+    ),
+)
+
+
+def _updates_once(ppo: PPOConfig) -> bool:
+    """Return whether an iteration makes a single update, in which every ratio is 1."""
+    return ppo.num_epochs == 1 and ppo.minibatch_size >= ppo.batch_size * ppo.samples_per_prompt
+
+
+def _has_no_warmup_step(ppo: PPOConfig) -> bool:
+    minibatches = -(-ppo.batch_size * ppo.samples_per_prompt // ppo.minibatch_size)
+    updates = (ppo.num_iterations - ppo.critic_warmup) * ppo.num_epochs * minibatches
+    return ppo.warmup_fraction * updates < 1
+
+
+def _is_registered(config: Any) -> bool:
+    from rlhf.estimators import ESTIMATORS  # which imports torch
+
+    return config.ppo.estimator in ESTIMATORS
+
+
+def _needs_critic(config: Any) -> bool:
+    from rlhf.estimators import ESTIMATORS
+
+    return _is_registered(config) and ESTIMATORS[config.ppo.estimator].needs_critic
+
+
+def _estimators(needs_critic: Sequence[bool]) -> str:
+    """Return the names of the registered estimators whose `needs_critic` is one of the values, as a text."""
+    from rlhf.estimators import ESTIMATORS
+
+    return ", ".join(name for name, estimator in ESTIMATORS.items() if estimator.needs_critic in needs_critic)
+
+
+def _has_no_critic(config: Any) -> bool:
+    return bool(config.ppo.critic == "none")
+
+
+PPO_RULES = (
+    _worker_rule("ppo", "minibatch_size"),
+    *_model_rules("prompt_data"),
+    Rule(
+        ("log.token_samples",),
+        lambda config: config.log.token_samples > config.log.samples,
+        "no more than the --log.samples completions are written",
+    ),
+    Rule(
+        ("log.samples",),
+        lambda config: config.log.samples > config.ppo.batch_size * config.ppo.samples_per_prompt,
+        "an iteration has no more completions than --ppo.batch-size times --ppo.samples-per-prompt",
+    ),
+    Rule(
+        ("ppo.rollout_slots",),
+        lambda config: config.ppo.rollout_slots > config.ppo.rollout_batch_size,
+        "a micro-batch has no more completions than --ppo.rollout-batch-size",
+    ),
+    Rule(
+        ("ppo.min_new_tokens",),
+        lambda config: not config.ppo.stop_at_eos,
+        "has no effect with --ppo.no-stop-at-eos: every completion has --ppo.max-new-tokens",
+    ),
+    Rule(
+        ("ppo.missing_eos_penalty",),
+        lambda config: not config.ppo.stop_at_eos,
+        "with --ppo.no-stop-at-eos no completion ends by itself: the same is taken off every score",
+    ),
+    Rule(
+        ("ppo.bootstrap_truncated",),
+        lambda config: not config.ppo.stop_at_eos,
+        "has no effect with --ppo.no-stop-at-eos: every completion ends at --ppo.max-new-tokens",
+    ),
+    Rule(
+        ("ppo.estimator",),
+        lambda config: not _is_registered(config),
+        lambda config: f"there is no such estimator; there are: {_estimators((True, False))}",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.critic",),
+        lambda config: _has_no_critic(config) and _needs_critic(config),
+        lambda config: (
+            f"the estimator {config.ppo.estimator} reads values; take shared or separate, or an estimator that "
+            f"reads none: {_estimators((False,)) or 'none is registered'}"
+        ),
+        refused=True,
+    ),
+    Rule(
+        ("ppo.estimator",),
+        lambda config: not _has_no_critic(config) and not _needs_critic(config),
+        "reads no values, which a critic would learn in vain; add --ppo.critic none",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.critic_warmup", "ppo.bootstrap_truncated"),
+        _has_no_critic,
+        "asks for values, of which --ppo.critic none has none; drop one of the two",
+        refused=True,
+    ),
+    Rule(("ppo.value_coef", "ppo.value_clip_eps", "ppo.lam"), _has_no_critic, "has no effect with --ppo.critic none"),
+    Rule(("ppo.top_p",), lambda config: config.ppo.top_k == 1, "has no effect with --ppo.top-k 1"),
+    Rule(
+        ("ppo.normalize_reward",),
+        lambda config: bool(config.ppo.reward) and all(":" in source for source in config.ppo.reward),
+        "has no effect on Python functions, whose scores are taken as they are",
+    ),
+    Rule(
+        ("ppo.kl_adaptive",),
+        lambda config: config.ppo.kl_coef == 0,
+        "a --ppo.kl-coef of 0 stays 0 when it is multiplied; give it a start above 0",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.kl_target", "ppo.kl_horizon"),
+        lambda config: not config.ppo.kl_adaptive,
+        "has no effect without --ppo.kl-adaptive (--ppo.target-kl stops updates early)",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.kl_estimator", "ppo.kl_in_loss"),
+        lambda config: config.ppo.kl_coef == 0,
+        "has no effect with --ppo.kl-coef 0",
+    ),
+    Rule(
+        ("ppo.clip_eps", "ppo.dual_clip", "ppo.value_clip_eps", "ppo.target_kl"),
+        lambda config: _updates_once(config.ppo),
+        "has no effect with one update per iteration, before which nothing has moved",
+    ),
+    Rule(
+        ("ppo.value_clip_eps", "ppo.critic_warmup"),
+        lambda config: config.ppo.value_coef == 0,
+        "has no effect with --ppo.value-coef 0: the value function does not learn",
+    ),
+    Rule(
+        ("ppo.warmup_fraction",),
+        lambda config: _has_no_warmup_step(config.ppo),
+        "has no effect: it is less than one of the run's updates",
+    ),
+)
