@@ -20,7 +20,7 @@ from rlhf.data.dataset import Dataset
 from rlhf.errors import NonFiniteError
 from rlhf.execution.executor import Executor
 from rlhf.experience import Experience, postprocess_scores
-from rlhf.generate.complete import complete, texts_of
+from rlhf.generate.complete import complete, decode_completions
 from rlhf.io.model_folder import LanguageModel
 from rlhf.io.reward_sources import RewardSource, call_reward_function
 from rlhf.models.decoding import Completions
@@ -98,7 +98,7 @@ def make_rollout(ppo: PPO, step: int) -> Rollout:
         groups=places,
         completions=completions,
         joined=join_completions(prompts, completions.tokens, completions.mask.sum(dim=1)),
-        texts=texts_of(ppo.policy.tokenizer, completions),
+        texts=decode_completions(ppo.policy.tokenizer, completions),
         version=version,
     )
 
