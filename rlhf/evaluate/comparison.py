@@ -20,7 +20,7 @@ from rlhf.evaluate.measures import Measures, make_measure
 from rlhf.evaluate.sft_evaluation import ROW_LENGTH
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program
-from rlhf.generate.complete import complete, make_completion_fn, decode_completions
+from rlhf.generate.complete import complete, decode_completions, make_completion_fn
 from rlhf.io.model_folder import LanguageModel, RewardModel, load_language_model, load_reward_model
 from rlhf.kl import KLEstimator, kl_estimate
 from rlhf.models.architecture import ModelShape

@@ -12,7 +12,7 @@ from rlhf.distributed.compute_context import compute_dtype
 from rlhf.errors import UserError
 from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.program import ModelState, Program
-from rlhf.generate.complete import complete, default_length, make_completion_fn, decode_completions
+from rlhf.generate.complete import complete, decode_completions, default_length, make_completion_fn
 from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.model_folder import load_language_model
 from rlhf.io.tokenizer import Tokenizer
