@@ -1,4 +1,4 @@
-"""An evaluation as a person reads it."""
+"""Tables of an evaluation for the terminal."""
 
 import math
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def _policy(evaluation: Evaluation, width: int) -> RenderableType:
 
 def _reward(evaluation: Evaluation, width: int) -> RenderableType:
     curve, lengths = (
-        Table(title="Reliability: how sure, how right"),
+        Table(title="Reliability: confidence and accuracy"),
         Table(title="Accuracy by length difference"),
     )
     for heading in ("sigmoid(|margin|)", "mean", "accuracy", "pairs"):
@@ -83,7 +83,7 @@ def _reward(evaluation: Evaluation, width: int) -> RenderableType:
         span = f"{row['from']:.2f} to {row['to']:.2f}"
         curve.add_row(span, f"{row['confidence']:.2f}", f"{row['accuracy']:.2f}", str(row["n"]))
     chance = evaluation.facts["calibration_error_by_chance"]
-    curve.caption = f"With so many pairs, a calibrated model has an expected calibration error of about {chance:.3f}."
+    curve.caption = f"With this many pairs, a calibrated model has an expected calibration error of {chance:.3f}."
     for heading in ("chosen longer by, tokens", "accuracy", "pairs"):
         lengths.add_column(heading, justify="right")
     for row in evaluation.facts["accuracy_by_length_difference"]:
