@@ -1,4 +1,4 @@
-"""What all programs share: --config is read before the flags, and errors become messages and exit codes."""
+"""Parts that all programs share: --config is read before the flags, and errors become messages and exit codes."""
 
 import dataclasses
 import errno

@@ -1,4 +1,4 @@
-"""What all training programs share: signal handlers, the progress display, and a report at the end of each stage."""
+"""Parts that training programs share: signal handlers, the progress display, and a report at the end of each stage."""
 
 import contextlib
 from collections.abc import Iterator

@@ -20,22 +20,21 @@ class JudgementConfig(Section):
     eval_type: Literal["all", "sft", "reward", "policy"] = "all"
     """What to evaluate; all does what models and data allow and says what it leaves out."""
     test_data: tuple[Path, ...] = ()
-    """Files of demonstrations, preference pairs or prompts, recognised by their columns; none takes the records
-    that the run in MODEL_DIR held out."""
+    """Files of demonstrations, preference pairs or prompts; none takes the records held out by MODEL_DIR's run."""
     train_data: Path | None = None
-    """Preference pairs that the bag-of-words baseline learns from; none takes the run's training pairs if its
-    held-out pairs are judged, or else cross-validation on the test pairs."""
+    """Preference pairs that the bag-of-words baseline learns from.
+    None takes the run's training pairs if its held-out pairs are judged, or else cross-validation on the test pairs."""
     limit: PositiveInt | None = None
     """Records read of each file, from its beginning; none is all."""
 
     against: Path | None = None
-    """Model folder that the policy is compared with; none is MODEL_DIR/sft. The KL is measured from MODEL_DIR/sft, or
-    from this model if there is none."""
+    """Model folder that the policy is compared with; none is MODEL_DIR/sft.
+    The KL is measured from MODEL_DIR/sft, or from this model if there is none."""
     reward_model: Path | None = None
     """Reward model that scores completions; none is MODEL_DIR/reward."""
     judge: tuple[str, ...] = ()
-    """Python functions, `module:function` or `file.py:function`: scorers, with the signature of a reward function, or
-    pairwise judges, which have the arguments `first` and `second`; see the README."""
+    """Python functions that score or compare completions: `module:function` or `file.py:function`; see the README.
+    Scorers have the signature of a reward function, pairwise judges the arguments `first` and `second`."""
     decoding: tuple[Decoding, ...] = ("sampled", "greedy")
     """Decoding methods of the completions."""
     samples: BatchSize = 1

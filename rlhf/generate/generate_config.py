@@ -19,8 +19,8 @@ class GenerateConfig(Section):
     against: Path | None = None
     """Second model folder, whose completions are shown side by side with the first's."""
     prompt: tuple[str, ...] = ()
-    """Prompts to complete. Without this and --prompt-file they are read from the terminal, or line by line from
-    a pipe."""
+    """Prompts to complete.
+    Without this and --prompt-file they are read from the terminal, or line by line from a pipe."""
     prompt_file: Path | None = None
     """File of prompts: JSON list or JSON Lines with the key `prompt`, or one prompt per line in a .txt file."""
     template: str = "{prompt}"

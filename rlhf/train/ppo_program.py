@@ -90,7 +90,7 @@ def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
 
 
 def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
-    """Whether the scorer's log-probs (and values of a head on the policy) replace those captured while sampling."""
+    """Return True if the scorer's log-probs, and values of a head on the policy, replace those of the sampling."""
     return settings.recompute_log_probs if settings.recompute_log_probs is not None else dtype == torch.bfloat16
 
 
