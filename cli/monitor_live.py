@@ -62,7 +62,7 @@ def _watch(reader: LogReader, view: Callable[[], Group], console: Console) -> No
 
 
 def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_only: bool = False) -> list[Text]:
-    """At most `height - 1` lines of at most `width` columns.
+    """Return at most `height - 1` lines of at most `width` columns.
 
     Args:
         reader: polled.
@@ -77,10 +77,10 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
     stage = reader.stages[-1]
     head = [_title(reader), _bar(reader.progress(stage), width, now, ascii_only)]
     metrics, results = _metrics(reader, stage, width, ascii_only), findings(reader)
-    bad, doubtful = (
+    problems, warnings = (
         [finding_line(finding) for finding in results if finding.level == level] for level in ("problem", "warning")
     )
-    health = [*bad, *_problems(reader), *doubtful]  # the verdict does not count what the log lacks
+    health = [*problems, *_problems(reader), *warnings]  # the verdict does not count what the log lacks
     spacious = height >= _SPACIOUS
     room = height - 1 - len(head) - 1 - 4 * spacious  # the verdict, and two headings with a blank line each
     health = health[: max(1, room // 4)]
