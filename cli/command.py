@@ -1,4 +1,4 @@
-"""Shared by the programs: --config is read before the flags, and errors become messages and exit codes."""
+"""Parts that all programs share: --config is read before the flags, and errors become messages and exit codes."""
 
 import dataclasses
 import errno
@@ -65,7 +65,7 @@ def _exit_code(command: Callable[[], None]) -> int:
     except (UserError, NonFiniteError, WorkersLostError, Interrupted) as error:
         print(f"{'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output has left (| head)
+    except BrokenPipeError:  # the reader of the output is gone (| head)
         discard_output()
         return 0
     except KeyboardInterrupt:
@@ -79,7 +79,7 @@ def _exit_code(command: Callable[[], None]) -> int:
             print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
             discard_output()
             return UserError.exit_code
-        traceback.print_exc()  # a defect of ours: show everything
+        traceback.print_exc()  # a defect of rlhf: show the traceback
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""An evaluation as a person reads it."""
+"""Tables of an evaluation for the terminal."""
 
 import math
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def _policy(evaluation: Evaluation, width: int) -> RenderableType:
 
 def _reward(evaluation: Evaluation, width: int) -> RenderableType:
     curve, lengths = (
-        Table(title="Reliability: how sure, how right"),
+        Table(title="Reliability: confidence and accuracy"),
         Table(title="Accuracy by length difference"),
     )
     for heading in ("sigmoid(|margin|)", "mean", "accuracy", "pairs"):
@@ -83,7 +83,7 @@ def _reward(evaluation: Evaluation, width: int) -> RenderableType:
         span = f"{row['from']:.2f} to {row['to']:.2f}"
         curve.add_row(span, f"{row['confidence']:.2f}", f"{row['accuracy']:.2f}", str(row["n"]))
     chance = evaluation.facts["calibration_error_by_chance"]
-    curve.caption = f"With so many pairs, a calibrated model has an expected calibration error of about {chance:.3f}."
+    curve.caption = f"With this many pairs, a calibrated model has an expected calibration error of {chance:.3f}."
     for heading in ("chosen longer by, tokens", "accuracy", "pairs"):
         lengths.add_column(heading, justify="right")
     for row in evaluation.facts["accuracy_by_length_difference"]:
@@ -101,7 +101,7 @@ def _figures(evaluation: Evaluation, columns: list[str], width: int) -> Table:
     table, between = Table(), "\n" if len(columns) > 2 and width < _WIDE else " "
     table.add_column("figure")
     for column in columns:
-        heading = {"model": "value", "against": _other(evaluation)}.get(column, column)
+        heading = {"model": "value", "against": _against_name(evaluation)}.get(column, column)
         table.add_column(heading, justify="right", no_wrap=True)
     for name in in_order(evaluation.figures[columns[0]]):
         metric, cells = describe(name), []
@@ -115,7 +115,7 @@ def _figures(evaluation: Evaluation, columns: list[str], width: int) -> Table:
 
 def _wins(evaluation: Evaluation) -> Table:
     table = Table()
-    table.add_column(f"policy against {_other(evaluation)}, by")
+    table.add_column(f"policy against {_against_name(evaluation)}, by")
     for heading in ("win rate", "wins", "ties", "losses"):
         table.add_column(heading, justify="right")
     figures = evaluation.figures["wins"]
@@ -131,8 +131,8 @@ def _wins(evaluation: Evaluation) -> Table:
     return table
 
 
-def _other(evaluation: Evaluation) -> str:
-    """Name of the model that the policy is compared with: its folder's, where that tells them apart."""
+def _against_name(evaluation: Evaluation) -> str:
+    """Return the name of the model that the policy is compared with: its folder's name if it differs."""
     if "against" not in evaluation.models:
         return ""
     name = evaluation.models["against"].name
@@ -146,7 +146,7 @@ def _precision(metric: Metric, figure: Figure) -> str:
 
 
 def _cell(figure: Figure, form: str, between: str = " ") -> str:
-    """value [low, high]."""
+    """Return `value [low, high]`."""
     if math.isnan(figure.value):
         return "undefined"
     value, low, high = (_number(number, form) for number in figure[:3])
@@ -156,6 +156,6 @@ def _cell(figure: Figure, form: str, between: str = " ") -> str:
 
 
 def _number(value: float, form: str) -> str:
-    """A formatted number; what is rounded to 0 has no sign."""
+    """Return a formatted number, without a sign if it is rounded to 0."""
     text = format(value, form)
     return text.lstrip("+-") if float(text) == 0 else text

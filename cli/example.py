@@ -1,4 +1,4 @@
-"""rlhf-example: see a language model being aligned, in two minutes on a laptop.
+"""rlhf-example: align a small language model in two minutes on a laptop.
 
 Usage:
     rlhf-example --create-dummy-data
@@ -35,13 +35,13 @@ class Example(Section):
     create_dummy_data: bool = False
     """Write the example's JSON files to OUTPUT_DIR/data first; otherwise they must be there."""
     output_dir: Path = Path("outputs/example")
-    """Folder for everything; if it holds an earlier run, a number is put behind its name."""
+    """Folder for everything; if it holds an earlier run, a number is added to its name."""
     seed: Seed = 0
-    """Of data and training."""
+    """Seed of data and training."""
     config: str = "demo"
     """YAML file or preset with the training's settings."""
     workers: ProcessCount | None = None
-    """Ray workers; none is two where there are two cores. The result is the same to the bit."""
+    """Ray workers; none is two on two or more cores. The result has the same bits for any number."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def _example(example: Example) -> None:
     base = load_config(example.config)
     from rlhf.cli.training import open_training
 
-    from rlhf.data.demo_data import EmbeddedFiles, write_embedded  # here, because it may take a second
+    from rlhf.data.demo_data import EmbeddedFiles, write_embedded  # imported here because it may take a second
     from rlhf.demo.demo import check_example, run_example
     from rlhf.distributed.compute_context import available_cores
 

@@ -63,14 +63,14 @@ RULES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program and return its exit code."""
     codes: list[int] = []
     failed = run_command(lambda: codes.append(_monitor(parse(command_line(argv)))))
     return failed or sum(codes)
 
 
 def parse(argv: Sequence[str]) -> Monitor:
-    """The settings of a command line; prints help or errors and exits (code 2) as tyro does."""
+    """Return the settings of a command line; print help or errors and exit, as tyro does."""
     return parse_arguments(Monitor, argv, prog="rlhf-monitor")
 
 
@@ -82,7 +82,7 @@ def _monitor(settings: Monitor) -> int:
         "--plot-type": (settings.plot_type is not None, _plot),
         "--check": (settings.check, _check),
     }
-    chosen = [name for name, (wanted, _) in actions.items() if wanted] or ["--live"]
+    chosen = [name for name, (requested, _) in actions.items() if requested] or ["--live"]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)}: one at a time")
     check_rules(settings, RULES)
@@ -94,10 +94,10 @@ def _monitor(settings: Monitor) -> int:
 def _live(settings: Monitor) -> int:
     if len(settings.log_dir) > 1:
         raise UserError("--live follows one run; give one --log-dir, or compare several with --serve")
-    from rich.console import Console  # from here on it may take a second
+    from rich.console import Console  # imported here because it may take a second
     from rlhf.cli.monitor_live import follow
 
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how one leaves
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it
         follow(settings.log_dir[0], Console(highlight=False))
     return 0
 

@@ -1,4 +1,4 @@
-"""The health panel as lines of a terminal."""
+"""The health panel in the terminal."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ STYLES: dict[Level, str] = {"problem": "bold red", "warning": "yellow", "ok": "g
 
 
 def verdict(results: Sequence[Finding]) -> Text:
-    """The number of findings of each level, such as `1 problem, 2 warnings, 20 ok`."""
+    """Return the number of findings of each level, such as `1 problem, 2 warnings, 20 ok`."""
     counts = Counter(finding.level for finding in results)
     parts = [
         Text(f"{counts[level]} {level}{'s' * (level in ('problem', 'warning') and counts[level] > 1)}", style)
@@ -28,14 +28,14 @@ def verdict(results: Sequence[Finding]) -> Text:
 
 
 def finding_line(finding: Finding) -> Text:
-    """One line of a finding."""
+    """Return a finding in one line."""
     word = finding.level.upper() if finding.level == "problem" else finding.level
     line = Text.assemble((f"{word:<8}", STYLES[finding.level]), f"{finding.stage} {finding.check}: ")
     return line.append(visible(finding.summary))
 
 
 def finding_details(finding: Finding) -> list[Text]:
-    """Evidence, cause and advice of a finding that needs them."""
+    """Return evidence, cause and advice of a problem or warning."""
     if finding.level not in ("problem", "warning"):
         return []
     parts = {"evidence": finding.evidence, "likely cause": finding.cause, "what to change": finding.advice}

@@ -62,7 +62,7 @@ def _watch(reader: LogReader, view: Callable[[], Group], console: Console) -> No
 
 
 def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_only: bool = False) -> list[Text]:
-    """At most `height - 1` lines of at most `width` columns.
+    """Return at most `height - 1` lines of at most `width` columns.
 
     Args:
         reader: polled.
@@ -77,8 +77,10 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
     stage = reader.stages[-1]
     head = [_title(reader), _bar(reader.progress(stage), width, now, ascii_only)]
     metrics, results = _metrics(reader, stage, width, ascii_only), findings(reader)
-    bad, doubtful = ([finding_line(one) for one in results if one.level == level] for level in ("problem", "warning"))
-    health = [*bad, *_problems(reader), *doubtful]  # the verdict does not count what the log lacks
+    problems, warnings = (
+        [finding_line(finding) for finding in results if finding.level == level] for level in ("problem", "warning")
+    )
+    health = [*problems, *_problems(reader), *warnings]  # the verdict does not count what the log lacks
     spacious = height >= _SPACIOUS
     room = height - 1 - len(head) - 1 - 4 * spacious  # the verdict, and two headings with a blank line each
     health = health[: max(1, room // 4)]
@@ -97,7 +99,7 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
 
 
 def sparkline(series: Series, width: int, blocks: str = _BLOCKS) -> str:
-    """The course of a series in `width` characters, from its lowest to its highest value; a space where it has none."""
+    """Return a series in `width` characters, from its lowest to its highest value; a space stands for a missing one."""
     cells = [cell[np.isfinite(cell)] for cell in np.array_split(series.values, min(width, max(len(series.values), 1)))]
     means = np.array([cell.mean() if cell.size else math.nan for cell in cells])
     known = means[np.isfinite(means)]
@@ -112,7 +114,7 @@ def sparkline(series: Series, width: int, blocks: str = _BLOCKS) -> str:
 
 
 def _fit(lines: list[Text], width: int, height: int, ascii_only: bool) -> list[Text]:
-    """Each line cut to the width, and as many as there is room for."""
+    """Return as many lines as there is room for, each cut to the width."""
     lines = lines[: max(height - 1, 1)]
     if ascii_only:
         lines = [Text(line.plain.encode("ascii", "backslashreplace").decode()) for line in lines]
@@ -131,7 +133,7 @@ def _problems(reader: LogReader) -> list[Text]:
 
 
 def _title(reader: LogReader) -> Text:
-    """The run's name, where its stage is, and where those before it are."""
+    """Return the run's name and the progress of its stages."""
     parts = []
     for stage in reader.stages:
         progress = reader.progress(stage)
@@ -141,7 +143,7 @@ def _title(reader: LogReader) -> Text:
 
 
 def _bar(progress: Progress, width: int, now: float, ascii_only: bool) -> Text:
-    """Bar, pace and time left; or how it ended."""
+    """Return a progress bar with pace and time left, or the end of the stage."""
     words = _words(progress, now)
     space = min(30, width - cell_len(words) - 2)
     if progress.total <= 0 or space < 5:
@@ -173,7 +175,7 @@ def _duration(seconds: float) -> str:
 
 
 def _metrics(reader: LogReader, stage: str, width: int, ascii_only: bool) -> list[Text]:
-    """Label, sparkline and newest value of each metric."""
+    """Return label, sparkline and newest value of each metric."""
     lines = []
     labels = {name: describe(name).short for name in in_order(reader.names(stage))}
     for name, label in labels.items():
@@ -190,7 +192,7 @@ def _metrics(reader: LogReader, stage: str, width: int, ascii_only: bool) -> lis
 
 
 def _samples(reader: LogReader, room: int, width: int) -> list[Text]:
-    """The newest completions: with their prompts, where there is room for two."""
+    """Return the newest completions, with their prompts if there is room for two."""
     detailed = room >= 6
     count = max(room // (3 if detailed else 1), 0)
     lines = []

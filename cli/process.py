@@ -96,7 +96,7 @@ class _LossyStream:
 
 
 def _settle_user() -> None:
-    """Give libraries a user name and folders where there are none, as in a container with a bare user id."""
+    """Set a user name and folders for libraries if there are none, as in a container with a bare user id."""
     try:
         getpass.getuser()
     except (KeyError, OSError):

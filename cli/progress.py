@@ -12,6 +12,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rlhf.cli.terminal import stderr_console
 
 from rlhf.train.observers import Observer, StageStart
@@ -30,11 +31,11 @@ class StageProgress(Observer):
         self._task: TaskID | None = None
         self._bar = Progress(
             TextColumn("[bold]{task.description:<7}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
+            BarColumn(bar_width=24, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[metrics]}", table_column=Column()),  # wraps in a narrow terminal, alone
             console=self._console,
         )
         if self._console.is_terminal:

@@ -30,16 +30,16 @@ Flags go on top of --config, which goes on top of the defaults."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program and return its exit code."""
     return run_command(lambda: _train(command_line(argv)))
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """The configuration of a command line; prints help or errors and exits (code 2) as tyro does."""
+    """Return the configuration of a command line; print help or errors and exit, as tyro does."""
     commands = _commands()
-    place = next((place for place, word in enumerate(argv) if word in commands), 0)
-    if place and not {"-h", "--help"} & set(argv):
-        moved = shlex.join([argv[place], *argv[:place], *argv[place + 1 :]])
+    position = next((position for position, word in enumerate(argv) if word in commands), 0)
+    if position and not {"-h", "--help"} & set(argv):
+        moved = shlex.join([argv[position], *argv[:position], *argv[position + 1 :]])
         raise UserError(f"the stage comes first: rlhf-train {moved}")
     if argv and argv[0] in commands:
         kind, text = commands[argv[0]]
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 
 def _commands() -> dict[str, tuple[type[RunConfig], str]]:
-    """The configuration and the help of every stage, and of the pipeline, by name."""
+    """Return configuration and help of every stage and of the pipeline, by name."""
     stages: dict[str, tuple[type[RunConfig], str]] = {
         stage.name: (stage.config, stage.help) for stage in STAGES.values()
     }
@@ -67,7 +67,7 @@ def _commands() -> dict[str, tuple[type[RunConfig], str]]:
 
 def _train(argv: list[str]) -> None:
     config = parse(argv)
-    from rich.text import Text  # from here on it may take a second
+    from rich.text import Text  # imported here because it may take a second
     from rlhf.cli.training import open_training
 
     from rlhf.train.pipeline import run_stages

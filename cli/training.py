@@ -1,4 +1,4 @@
-"""The programs that train: signals stop them after a step, progress is shown, and every stage ends with a report."""
+"""Parts that training programs share: signal handlers, the progress display, and a report at the end of each stage."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from rlhf.train.signals import StopRequest, stop_on_signal
 
 
 class Training(NamedTuple):
-    """What a program gives to `rlhf.train.pipeline.run_stages`."""
+    """Arguments of `rlhf.train.pipeline.run_stages`."""
 
     observers: tuple[Observer, ...]
     stop: StopRequest
@@ -24,21 +24,21 @@ class Training(NamedTuple):
 
 @contextlib.contextmanager
 def open_training() -> Iterator[Training]:
-    """Make this process one that trains, until the block ends."""
+    """Install the signal handlers and set up the process for training until the block ends."""
     keep_freed_memory()
     with stop_on_signal() as stop:
         yield Training((ReportWriter(), StageProgress()), stop)
 
 
 class ReportWriter(Observer):
-    """Writes report/report.html and tells what is wrong, however a stage ends, but for Ctrl-C twice."""
+    """Writes report/report.html and logs the problems found when a stage ends, except after a second Ctrl-C."""
 
     def on_start(self, start: StageStart) -> None:
-        """Learn which run it is."""
+        """Store the stage's name and the output folder."""
         self._stage, self._output_dir = start.stage.name, start.config.output_dir
 
     def on_end(self, error: BaseException | None) -> None:
-        """Write the report. A run never fails for it."""
+        """Write the report; a failure to do so does not end the run."""
         if isinstance(error, KeyboardInterrupt):
             return
         path = self._output_dir / "report" / "report.html"
@@ -49,7 +49,7 @@ class ReportWriter(Observer):
             ]
             lines = [f"report in {path}"]
             lines += [f"PROBLEM {problem.check}: {problem.summary}; {problem.advice}" for problem in problems]
-        except Exception as failure:  # whatever it is, the models are worth more
+        except Exception as failure:  # of any kind: the trained models must not be lost
             lines = [f"{path}: not written ({failure})"]
         for line in lines:
             log_user(visible(line), stage=self._stage)

@@ -1,7 +1,7 @@
 """The table of training stages, in order. Importing it imports no torch.
 
-What a stage computes is in a module of its own, which is imported when the stage runs. To add a stage, write that
-module and add one entry to the table; a stage of your own is registered from the file that defines it:
+Each stage has a module of its own, which is imported when the stage runs. To add a stage, write the module and add one
+entry to the table, or register the stage from the file that defines it:
 
     register(Stage(name="distil", config=DistilRun, program=StageProgram(check_distil, run_distil), ...))
 """
@@ -20,23 +20,23 @@ from rlhf.stage_rules import PPO_RULES, REWARD_RULES, SFT_RULES
 
 
 class StageResult(NamedTuple):
-    """What a stage leaves behind."""
+    """The result of a stage."""
 
     model: Path
     """The model folder."""
     metrics: dict[str, float]
-    """Its last evaluation."""
+    """Metrics of the last evaluation."""
     finished: bool = True
-    """False where a callback stopped the stage: its state is saved, and its model is not written yet."""
+    """False if a callback stopped the stage: its state is saved, but its model is not written."""
 
 
 class StageProgram(NamedTuple):
-    """What a stage does."""
+    """The functions of a stage."""
 
     check: Callable[[Any, Mapping[str, Any]], Any]
-    """(config, models) -> the model that the stage will leave behind, as later stages' checks need it. `models` has
-    what earlier stages of the same pipeline will leave behind, by stage. Reads the data files through, and raises
-    UserError for what the run would refuse."""
+    """(config, models) -> spec of the model that the stage will write, for the checks of later stages. `models` has
+    the specs of earlier stages of the same pipeline, by stage. Reads the data files through, and raises UserError for
+    whatever the run would refuse."""
     run: Callable[..., StageResult]
     """(config, observers, stop) -> result."""
     needs: Callable[[Any], Sequence[str]] = lambda config: ()
@@ -45,50 +45,50 @@ class StageProgram(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What is known of a stage before it runs."""
+    """An entry of the table: a stage's names, settings and files."""
 
     name: str
-    """In the log and on the command line; also the name of its section of settings."""
+    """Name in the log and on the command line, and of the section of settings."""
     title: str
-    """In plots."""
+    """Title in plots."""
     help: str
-    """One line."""
+    """One line for the command line's --help."""
     config: type[RunConfig]
-    """Settings of a run of this stage alone."""
+    """Configuration of a run of this stage alone."""
     program: StageProgram | str
-    """What it does, or where that is: `module:name`, imported when it is needed."""
+    """The functions, or where they are: `module:name`, imported when needed."""
     folder: str
-    """In the output folder: the model that it writes."""
+    """Name of the model's folder in the output folder."""
     data: str
-    """Setting that names the file to learn from, without which the stage runs on the embedded example; empty where
-    there is neither."""
+    """Setting that names the training data, without which the stage uses the embedded example; empty if it has
+    neither."""
     schema: str
     """Name of that file's `rlhf.data.schema.Schema`."""
     files: Mapping[str, str]
-    """Settings that name files, and what their content is called where a run and its continuation are compared: data,
+    """Settings that name files, each with the name under which the content is compared when a run is continued: data,
     validation, tokenizer, model or sources."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Earlier stages whose models it starts from, and the setting that names another model instead."""
+    """Earlier stages whose models the stage starts from, each with the setting that names another model."""
     own_settings: tuple[str, ...] = ()
-    """Prefixes of settings outside its section that this stage alone reads."""
+    """Prefixes of settings outside the section that only this stage reads."""
     rules: tuple[Rule, ...] = ()
-    """Settings that are idle or refused."""
+    """Rules for settings that have no effect or are refused."""
     unit: str = "step"
-    """What a step is called."""
+    """Name of a step."""
     checkpoint_every: int = 100
-    """Steps between checkpoints where the configuration does not say."""
+    """Default of `checkpoint.every`."""
     shown: tuple[str, ...] = ()
     """Metrics on the progress display."""
     in_pipeline: bool = True
-    """Whether the pipeline runs it."""
+    """True if the pipeline runs the stage."""
 
     def section_of(self, config: RunConfig) -> Any:
-        """The stage's section of a configuration."""
+        """Return the stage's section of a configuration."""
         return getattr(config, self.name)
 
 
 STAGES: dict[str, Stage] = {}
-"""By name, in the order in which the pipeline runs them."""
+"""All stages by name, in the order of the pipeline."""
 
 
 def register(stage: Stage) -> None:
@@ -164,7 +164,7 @@ register(
 
 
 def load_program(stage: Stage) -> StageProgram:
-    """Return what a stage does, importing its module where that is still to be done."""
+    """Return the functions of a stage, importing its module if necessary."""
     if isinstance(stage.program, StageProgram):
         return stage.program
     module, _, name = stage.program.partition(":")
@@ -194,25 +194,28 @@ def pipeline_names() -> tuple[str, ...]:
 
 
 def pipeline_type() -> type[PipelineRun]:
-    """Return `PipelineRun` with the settings of every stage that is registered beside its own."""
-    others = tuple(stage.config for stage in STAGES.values() if not issubclass(PipelineRun, stage.config))
-    return _pipeline_type(others, pipeline_names()) if others else PipelineRun
+    """Return `PipelineRun` with the settings of all stages that were registered later."""
+    configs = tuple(stage.config for stage in STAGES.values() if not issubclass(PipelineRun, stage.config))
+    return _pipeline_type(configs, pipeline_names()) if configs else PipelineRun
 
 
 @functools.cache
-def _pipeline_type(others: tuple[type[RunConfig], ...], names: tuple[str, ...]) -> type[PipelineRun]:
+def _pipeline_type(configs: tuple[type[RunConfig], ...], names: tuple[str, ...]) -> type[PipelineRun]:
     start_at: Any = Literal[names]
     fields = [("start_at", start_at, field(default=names[0]))]
-    made = dataclasses.make_dataclass("PipelineRun", fields, bases=(PipelineRun, *others), frozen=True, kw_only=True)
-    made.__doc__ = PipelineRun.__doc__
-    return made
+    bases: tuple[type, ...] = (PipelineRun, *configs)
+    extended = dataclasses.make_dataclass("PipelineRun", fields, bases=bases, frozen=True, kw_only=True)
+    extended.__doc__ = PipelineRun.__doc__
+    return extended
 
 
 def check_settings(config: RunConfig, stage: Stage) -> list[str]:
-    """Return a line for each setting of a stage that is set and has no effect; the first stage tells what all share.
+    """Return a line for each setting of a stage that is set but has no effect.
+
+    Lines on settings that stages share are returned for the first stage only.
 
     Raises:
-        UserError: something that is set is refused.
+        UserError: a setting is refused.
     """
     is_first = not isinstance(config, PipelineRun) or config.start_at == stage.name
     shared = [rule for rule in COMPUTE_RULES if is_first or rule.refused]

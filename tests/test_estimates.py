@@ -98,10 +98,10 @@ def test_linearised_keeps_the_value_and_removes_the_bias_of_resampling():
     """|mean of 200 numbers around 0|: resampling widens it; the linearisation's interval surrounds the value."""
     values = np.random.default_rng(3).normal(0, 1, (200, 40))
 
-    def of_sums(sums):
+    def mean_size(sums):
         return np.abs(sums).sum(axis=0) / 200
 
-    plain, straight = one(Estimate(values, of_sums)), one(linearised(Estimate(values, of_sums), least=0.0))
+    plain, straight = one(Estimate(values, mean_size)), one(linearised(Estimate(values, mean_size), least=0.0))
     assert straight.value == pytest.approx(plain.value)
     assert plain.low > plain.value, "every resample is above"
     assert straight.low < straight.value < straight.high

@@ -7,7 +7,7 @@ import pytest
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.train.supervised import _tell_shared
+from rlhf.train.supervised import _note_shared
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
@@ -102,6 +102,6 @@ def test_records_that_both_files_have_are_told(tmp_path, tokenizer, validation, 
 
     run = Notes()
     train = loaded(tmp_path, tokenizer, DEMONSTRATIONS, CLEAN)
-    _tell_shared(run, tmp_path / "val.json", train, loaded(tmp_path, tokenizer, DEMONSTRATIONS, validation, "val"))
+    _note_shared(run, tmp_path / "val.json", train, loaded(tmp_path, tokenizer, DEMONSTRATIONS, validation, "val"))
     assert len(run.lines) == bool(count)
     assert all(f"val.json: {count} of {len(validation)} records are also" in line for line in run.lines)

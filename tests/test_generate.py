@@ -53,7 +53,9 @@ def test_stream_draws_what_generate_draws(params, config, tokens, options):
 def test_stream_gives_each_token_before_the_next_is_drawn(params, config, tokens, monkeypatch):
     drawn = stream(params, tokens[0], random.key(1), config=config, max_new_tokens=5)
     first = next(drawn)
-    monkeypatch.setattr("rlhf.generate.completer.decode", lambda *_, **__: pytest.fail("the second was asked for"))
+    monkeypatch.setattr(
+        "rlhf.generate.completer.sample_token", lambda *_, **__: pytest.fail("the second was asked for")
+    )
     assert 0 <= first < config.vocab_size
     with pytest.raises(pytest.fail.Exception, match="the second"):
         next(drawn)

@@ -17,7 +17,7 @@ from rlhf.io.reward_sources import RewardSource, call_reward_function, check_col
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models import gpt2
 from rlhf.models.gpt2_config import GPT2Config
-from rlhf.train.ppo import _with_spread
+from rlhf.train.ppo import _without_rounding_std
 from rlhf.train.reward import _statistics
 
 FUNCTIONS = """
@@ -431,9 +431,9 @@ def test_statistics_of_scores_that_vary_by_rounding_alone_do_not_scale(chosen, s
 def test_ppo_does_not_scale_by_a_stored_spread_of_rounding(mean, std, scales):
     run = noting()
     model: Any = RewardModel({}, None, None, RewardStatistics(mean, std, 40))  # type: ignore[arg-type]
-    source = _with_spread(run, RewardSource("judge", 1.0, model, None))
+    source = _without_rounding_std(run, RewardSource("judge", 1.0, model, None))
     assert source.model is not None
     assert source.model.statistics == RewardStatistics(mean, std if scales else 1.0, 40)
     assert len(run.lines) == (not scales)
     function = RewardSource("length", 1.0, None, len)
-    assert _with_spread(run, function) is function
+    assert _without_rounding_std(run, function) is function

@@ -20,7 +20,7 @@ from rlhf.evaluate.measures import Measures, make_measure
 from rlhf.evaluate.sft_evaluation import ROW_LENGTH
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program
-from rlhf.generate.complete import complete, make_completion_fn, texts_of
+from rlhf.generate.complete import complete, decode_completions, make_completion_fn
 from rlhf.io.model_folder import LanguageModel, RewardModel, load_language_model, load_reward_model
 from rlhf.kl import KLEstimator, kl_estimate
 from rlhf.models.architecture import ModelShape
@@ -215,7 +215,7 @@ def complete_and_measure(
         kl |= _estimated_kl(log_probs, ref_log_probs)
     tokenizer = models.language_models[role].tokenizer
     return MeasuredCompletions(
-        texts_of(tokenizer, completions),
+        decode_completions(tokenizer, completions),
         [row[:length] for row, length in zip(completions.tokens.tolist(), lengths.tolist(), strict=True)],
         completions.ended.double().numpy(),
         entropy.sum(dim=1).numpy(),

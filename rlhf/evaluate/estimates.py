@@ -1,8 +1,8 @@
-"""Figures with their uncertainty: how many samples, and a 95% bootstrap interval.
+"""Figures with their number of samples and a 95% bootstrap interval.
 
-Every figure is a function of sums over the samples (a mean is a sum over a count, a correlation is made of six sums).
-So one resampling serves all figures about the same samples, and the difference of two models that answered the same
-prompts is paired without further ado.
+Every figure is a function of sums over the samples: a mean is the ratio of two sums, a correlation a function of six.
+One resampling therefore serves all figures of the same samples, and the difference of two models that completed the
+same prompts is a paired one.
 """
 
 import warnings
@@ -14,113 +14,113 @@ import numpy as np
 _RESAMPLES = 4000
 _ELEMENTS_AT_ONCE = 1 << 22
 _ROUNDING = 1e-6
-"""Relative difference of two float32 scores of the same text in different batches, at most."""
+"""Bound on the relative difference of two float32 scores of one text in different batches."""
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Figure(NamedTuple):
-    """A number and what is known of its uncertainty."""
+    """A number with its 95% interval."""
 
     value: float
     low: float
-    """Lower end of the 95% interval; NaN where there are fewer than two samples."""
+    """Lower end of the interval; NaN with fewer than two samples."""
     high: float
     n: int
-    """Samples: pairs, records or prompts, whichever are independent of one another."""
+    """Number of independent samples: pairs, records or prompts."""
 
 
 class Estimate(NamedTuple):
-    """A figure before its interval is known."""
+    """A figure as a function of sums over samples, from which `figures` computes value and interval."""
 
     columns: Array
-    """[n, m]: what is summed over the samples."""
-    of_sums: Callable[[Array], Array]
-    """[m, ...] sums -> [...] the figure."""
+    """[n, m]: the summands."""
+    from_sums: Callable[[Array], Array]
+    """[m, ...] sums -> [...] figure."""
 
 
-def win_indicator(scores: Array, others: Array | float) -> Array:
-    """[n]: 1 where a score is above the other, 0.5 where they tie but for rounding, else 0."""
-    tie = np.isclose(scores, others, rtol=_ROUNDING, atol=0.0)
-    return np.where(tie, 0.5, scores > others)
+def win_indicator(scores: Array, baselines: Array | float) -> Array:
+    """Return [n]: 1 where a score is above its baseline, 0.5 where they tie up to rounding, else 0."""
+    tie = np.isclose(scores, baselines, rtol=_ROUNDING, atol=0.0)
+    return np.where(tie, 0.5, scores > baselines)
 
 
 def mean(values: Any) -> Estimate:
-    """The mean of [n] values."""
+    """Return the mean of [n] values."""
     return ratio(values, np.ones(len(values)))
 
 
 def ratio(totals: Any, weights: Any) -> Estimate:
-    """sum(totals) / sum(weights) of two [n] arrays: a mean over tokens, say, where the samples are records."""
+    """Return sum(totals) / sum(weights) of two [n] arrays: for example a mean over tokens, with records as samples."""
     return Estimate(np.stack([totals, weights], axis=1).astype(np.float64), lambda sums: sums[0] / sums[1])
 
 
 def exponential(estimate: Estimate) -> Estimate:
-    """exp(figure): perplexity from the loss."""
-    return Estimate(estimate.columns, lambda sums: np.exp(np.minimum(estimate.of_sums(sums), 700.0)))
+    """Return exp(figure): perplexity from the loss."""
+    return Estimate(estimate.columns, lambda sums: np.exp(np.minimum(estimate.from_sums(sums), 700.0)))
 
 
-def difference(one: Estimate, other: Estimate) -> Estimate:
-    """one - other, about the same samples in the same order."""
-    width = one.columns.shape[1]
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """Return first - second, of the same samples in the same order."""
+    width = first.columns.shape[1]
     return Estimate(
-        np.concatenate([one.columns, other.columns], axis=1),
-        lambda sums: one.of_sums(sums[:width]) - other.of_sums(sums[width:]),
+        np.concatenate([first.columns, second.columns], axis=1),
+        lambda sums: first.from_sums(sums[:width]) - second.from_sums(sums[width:]),
     )
 
 
 def grouped_correlation(x: Any, y: Any) -> Estimate:
-    """Pearson's correlation of values that come in groups.
+    """Return Pearson's correlation of values that come in groups.
 
     Args:
         x: [n, k]: each sample has k values (the two members of a preference pair).
         y: [n, k].
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    x, y = _centred(x), _centred(y)  # small numbers: their squares keep their digits
+    x, y = _centred(x), _centred(y)  # squares of small numbers keep their digits
     columns = np.stack([part.sum(axis=1) for part in (np.ones_like(x), x, y, x * y, x * x, y * y)], axis=1)
 
-    def of_sums(sums: Array) -> Array:
+    def correlation(sums: Array) -> Array:
         mean_x, mean_y, xy, xx, yy = sums[1:] / sums[0]
         return (xy - mean_x * mean_y) / np.sqrt((xx - mean_x**2) * (yy - mean_y**2))
 
-    return Estimate(columns, of_sums)
+    return Estimate(columns, correlation)
 
 
 def _centred(values: Array) -> Array:
-    """The values minus their mean; zeros where they differ by rounding alone."""
+    """Return the values minus their mean, or zeros if they differ by rounding alone."""
     varies = np.ptp(values) > _ROUNDING * np.abs(values).max()
     return values - values.mean() if varies else np.zeros_like(values)
 
 
 def linearised(estimate: Estimate, *, least: float = -np.inf) -> Estimate:
-    """The same figure, whose interval is that of its jackknife linearisation.
+    """Return the same figure with the interval of its jackknife linearisation.
 
-    For figures that resampling itself moves: an expected calibration error grows with every sample drawn twice.
+    For figures that resampling biases: an expected calibration error grows with every sample that is drawn twice.
 
     Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", chapter 6 (the figure as the mean
     of the samples' influences).
 
     Args:
         estimate: the figure.
-        least: value below which the figure cannot fall.
+        least: lower bound of the figure.
     """
     total = estimate.columns.sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):  # nothing is left of a single sample
-        without = estimate.of_sums((total - estimate.columns).T)
-    return from_influence(float(estimate.of_sums(total)), without, least=least)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a single sample leaves nothing
+        leave_one_out = estimate.from_sums((total - estimate.columns).T)
+    return from_influence(float(estimate.from_sums(total)), leave_one_out, least=least)
 
 
-def from_influence(value: float, without: Any, *, least: float = -np.inf) -> Estimate:
-    """A figure from its value and its values [n] with each sample left out; see `linearised`."""
-    without = np.asarray(without, dtype=np.float64)
-    influence = (len(without) - 1) * (without.mean() - without) if len(without) > 1 else np.zeros(1)
+def from_influence(value: float, leave_one_out: Any, *, least: float = -np.inf) -> Estimate:
+    """Return a figure from its value and its [n] values with one sample left out each; see `linearised`."""
+    values = np.asarray(leave_one_out, dtype=np.float64)
+    influence = (len(values) - 1) * (values.mean() - values) if len(values) > 1 else np.zeros(1)
     columns = np.stack([influence, np.ones_like(influence)], axis=1)
     return Estimate(columns, lambda sums: np.maximum(value + sums[0] / sums[1], least))
 
 
 def figures(estimates: Mapping[str, Estimate], *, seed: int) -> dict[str, Figure]:
-    """Values and 95% percentile intervals of figures about the same samples, all from the same resamples.
+    """Return values and 95% percentile intervals of figures of the same samples, all from the same resamples.
 
     Args:
         estimates: by name; all with the same number of samples.
@@ -128,35 +128,35 @@ def figures(estimates: Mapping[str, Estimate], *, seed: int) -> dict[str, Figure
     """
     if not estimates:
         return {}
-    whole = np.concatenate([estimate.columns for estimate in estimates.values()], axis=1)
-    places = np.cumsum([estimate.columns.shape[1] for estimate in estimates.values()])[:-1]
+    columns = np.concatenate([estimate.columns for estimate in estimates.values()], axis=1)
+    offsets = np.cumsum([estimate.columns.shape[1] for estimate in estimates.values()])[:-1]
 
-    def of_counts(counts: Array) -> Array:
-        sums = np.split(whole.T @ counts.T, places)
+    def figures_of(counts: Array) -> Array:
+        sums = np.split(columns.T @ counts.T, offsets)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.stack([e.of_sums(s) for e, s in zip(estimates.values(), sums, strict=True)])
+            return np.stack([e.from_sums(s) for e, s in zip(estimates.values(), sums, strict=True)])
 
-    n = len(whole)
-    values = of_counts(np.ones((1, n)))[:, 0]
-    low, high = _percentiles(of_counts, n, seed) if n > 1 else (np.full(len(values), np.nan),) * 2
+    n = len(columns)
+    values = figures_of(np.ones((1, n)))[:, 0]
+    low, high = _percentiles(figures_of, n, seed) if n > 1 else (np.full(len(values), np.nan),) * 2
     return {
         name: Figure(float(value), float(lower), float(upper), n)
         for name, value, lower, upper in zip(estimates, values, low, high, strict=True)
     }
 
 
-def _percentiles(of_counts: Callable[[Array], Array], n: int, seed: int) -> tuple[Array, Array]:
-    """Ends of the intervals; a resample is how often each sample was drawn."""
-    from scipy.stats import DegenerateDataWarning, bootstrap  # here, because it takes a while to import
+def _percentiles(figures_of: Callable[[Array], Array], n: int, seed: int) -> tuple[Array, Array]:
+    """Return the ends of the intervals; a resample is given by the count of each of the n samples."""
+    from scipy.stats import DegenerateDataWarning, bootstrap  # imported here because it is slow to import
 
-    def statistic(drawn: Any, axis: int) -> Array:
-        drawn = np.atleast_2d(drawn)
-        rows = np.arange(len(drawn))[:, None] * n
-        counts = np.bincount((drawn + rows).ravel(), minlength=drawn.size).reshape(len(drawn), n)
-        return of_counts(counts.astype(np.float64))
+    def statistic(resamples: Any, axis: int) -> Array:
+        resamples = np.atleast_2d(resamples)
+        rows = np.arange(len(resamples))[:, None] * n
+        counts = np.bincount((resamples + rows).ravel(), minlength=resamples.size).reshape(len(resamples), n)
+        return figures_of(counts.astype(np.float64))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # a NaN says it: a correlation of two samples
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # the figure is NaN: a correlation of two samples
         result = bootstrap(
             (np.arange(n),),
             statistic,

@@ -20,32 +20,31 @@ class JudgementConfig(Section):
     eval_type: Literal["all", "sft", "reward", "policy"] = "all"
     """What to evaluate; all does what models and data allow and says what it leaves out."""
     test_data: tuple[Path, ...] = ()
-    """Files of demonstrations, preference pairs or prompts, told apart by their columns. None takes the records that
-    the run in MODEL_DIR held out."""
+    """Files of demonstrations, preference pairs or prompts; none takes the records held out by MODEL_DIR's run."""
     train_data: Path | None = None
-    """Preference pairs that the bag-of-words baseline learns from; none takes the run's training pairs where its
-    held-out ones are judged, or else cross-validation on the test pairs."""
+    """Preference pairs that the bag-of-words baseline learns from.
+    None takes the run's training pairs if its held-out pairs are judged, or else cross-validation on the test pairs."""
     limit: PositiveInt | None = None
     """Records read of each file, from its beginning; none is all."""
 
     against: Path | None = None
-    """Model folder that the policy is compared with; none is MODEL_DIR/sft. The KL is measured from MODEL_DIR/sft, or
-    without one from this."""
+    """Model folder that the policy is compared with; none is MODEL_DIR/sft.
+    The KL is measured from MODEL_DIR/sft, or from this model if there is none."""
     reward_model: Path | None = None
     """Reward model that scores completions; none is MODEL_DIR/reward."""
     judge: tuple[str, ...] = ()
-    """Python functions, `module:function` or `file.py:function`: scorers, with the signature of a reward function, or
-    pairwise judges, which have the arguments `first` and `second`; see the README."""
+    """Python functions that score or compare completions: `module:function` or `file.py:function`; see the README.
+    Scorers have the signature of a reward function, pairwise judges the arguments `first` and `second`."""
     decoding: tuple[Decoding, ...] = ("sampled", "greedy")
-    """How completions are made."""
+    """Decoding methods of the completions."""
     samples: BatchSize = 1
     """Sampled completions per prompt."""
     temperature: PositiveFloat | None = None
-    """Of the policy and what it is compared with alike; none is that of the run, or else 1."""
+    """Sampling temperature of both the policy and the model it is compared with; none is the run's, or else 1."""
     max_new_tokens: BatchSize | None = None
-    """Longest completion; none is that of the run, or else 64 or half of a shorter context."""
+    """Longest completion in tokens; none is the run's, or else 64, or half of a shorter context."""
     seed: Seed = 0
-    """Of sampling, resampling and cross-validation."""
+    """Seed of sampling, resampling and cross-validation."""
 
     output: Path | None = None
     """Folder for evaluation.json, completions.jsonl and pairs.jsonl; none is MODEL_DIR/report."""
@@ -54,11 +53,11 @@ class JudgementConfig(Section):
     micro_batch_size: BatchSize = 8
     """Packed rows computed at once. Bounds memory; changes results only by rounding."""
     rollout_batch_size: BatchSize = 64
-    """Completions generated together; the same holds."""
+    """Completions generated together. Bounds memory; changes results only by rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ComputeConfig, JudgementConfig):  # whose flags come first, because it is named last
+class EvaluateConfig(ComputeConfig, JudgementConfig):  # the last base's flags come first
     """Judge models on data they were not trained on: each figure with its samples and a 95% interval."""
 
 
@@ -72,7 +71,7 @@ NO_POLICY_RULES = (
         _NO_POLICY,
     ),
 )
-"""Settings that have no effect where no policy is evaluated."""
+"""Settings that have no effect if no policy is evaluated."""
 
 POLICY_RULES = (
     Rule(
@@ -81,4 +80,4 @@ POLICY_RULES = (
         "has no effect with --decoding greedy, which draws nothing at random",
     ),
 )
-"""Settings that have no effect beside others where a policy is evaluated."""
+"""Settings that have no effect beside others if a policy is evaluated."""

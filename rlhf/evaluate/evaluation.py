@@ -130,8 +130,8 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
     model = {"sft": folders.sft, "reward": folders.reward, "policy": folders.policy}[kind]
     single = (config.model_dir / "config.json").is_file()
     if model is None:
-        wanted = "reward model" if kind == "reward" else "language model"
-        return f"{config.model_dir} is no {wanted}" if single else f"{config.model_dir} has no {kind}/"
+        model_kind = "reward model" if kind == "reward" else "language model"
+        return f"{config.model_dir} is no {model_kind}" if single else f"{config.model_dir} has no {kind}/"
     if not usable:
         return f"no {_SCHEMAS[kind].name} among the test data"
     problems = [data.problem for data in usable if data.problem]
@@ -139,7 +139,7 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
 
 
 def _check_options(config: EvaluateConfig, folders: Folders, judges: list[Judge], kinds: set[str]) -> None:
-    """Refuse settings without effect, or tell the user of them."""
+    """Refuse or report settings without effect."""
     for line in check_rules(config, POLICY_RULES if "policy" in kinds else NO_POLICY_RULES):
         log_user(line)
     if "policy" in kinds and folders.reward is not None and folders.reward.name in {judge.name for judge in judges}:

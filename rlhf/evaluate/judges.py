@@ -55,18 +55,18 @@ class Preferences(NamedTuple):
     """A pairwise judge's probabilities that one model's completions are better than another's."""
 
     first: Array
-    """[B] probability that the one model's completion is better, shown first."""
+    """[B] probability that the first model's completion is better, shown first."""
     second: Array
     """[B] the same, shown second."""
 
     @property
     def outcome(self) -> Array:
-        """[B] mean over both orders: above 0.5 a win of the one model, 0.5 a tie."""
+        """[B] mean over both orders: above 0.5 a win of the first model, 0.5 a tie."""
         return (self.first + self.second) / 2
 
 
 def prefer(
-    judge: Judge, prompts: Sequence[str], one: Sequence[str], other: Sequence[str], columns: Sequence[dict[str, Any]]
+    judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], columns: Sequence[dict[str, Any]]
 ) -> Preferences:
     """Call a pairwise judge in both orders.
 
@@ -78,8 +78,8 @@ def prefer(
         NonFiniteError: a number is NaN or infinite.
     """
     what = f"judge {judge.name}"
-    forward = np.array(call_function(judge.function, what, columns, prompts=prompts, first=one, second=other))
-    backward = np.array(call_function(judge.function, what, columns, prompts=prompts, first=other, second=one))
+    forward = np.array(call_function(judge.function, what, columns, prompts=prompts, first=first, second=second))
+    backward = np.array(call_function(judge.function, what, columns, prompts=prompts, first=second, second=first))
     for values in (forward, backward):
         if ((values < 0) | (values > 1)).any():
             bad = float(values[(values < 0) | (values > 1)][0])

@@ -1,4 +1,4 @@
-"""Token-level measures of finished texts by language models, and scores by reward models, over a micro-batch."""
+"""Token-level measures of completed texts under language models, and their scores by reward models."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,20 +17,20 @@ from rlhf.types import Params
 
 
 class Measures(NamedTuple):
-    """Log-probs, entropies and scores of finished texts."""
+    """Log-probs, entropies and scores of completed texts."""
 
     log_probs: Tensor
-    """[C] float32, nats: of each token under the model."""
+    """[C] float32, nats: log-prob of each token under the model."""
     correct: Tensor
-    """[C] bool: True where it was the model's most likely token."""
+    """[C] bool: True for the model's most likely token."""
     entropy: Tensor
-    """[C] float32, nats: of the model's distribution before it."""
+    """[C] float32, nats: entropy of the distribution that each token is drawn from."""
     ref_log_probs: Tensor
-    """[C] float32, nats: under the reference; zeros without one."""
+    """[C] float32, nats: log-prob under the reference; zeros without one."""
     exact_kl: Tensor
     """[C] float32, nats: KL(model || reference) over the vocabulary; zeros without a reference."""
     scores: Tensor
-    """[B, K] float32, reward units: each of the K reward models on the last token."""
+    """[B, K] float32, reward units: the K reward models' scores, at the last token."""
 
 
 def make_measure(

@@ -1,4 +1,4 @@
-"""Completing prompts through an executor, in length order, and putting the results back in the prompts' order."""
+"""Completion of prompts through an executor: in the order of their lengths, with results in the prompts' order."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,30 +17,30 @@ from rlhf.types import FrozenParams, Params
 
 
 def default_length(context: int) -> int:
-    """Tokens of the longest completion where nobody says how many: 64, or half of a shorter context."""
+    """Return the default of `max_new_tokens`: 64, or half of a shorter context."""
     return max(1, min(64, context // 2))
 
 
 def complete(
     executor: Executor, prompts: Sequence[np.ndarray], keys: Tensor, *, rows: int, name: str = "rollout"
 ) -> Completions:
-    """Run a map of the program that makes completions on all prompts.
+    """Complete all prompts with one of the program's `eval_fns`.
 
     Args:
-        executor: its program has the map (`rlhf.generate.complete.make_completion_fn`).
+        executor: its program has the function, made by `make_completion_fn`.
         prompts: token ids, each [n].
-        keys: [len(prompts), 2] int32: the randomness of each.
+        keys: [len(prompts), 2] int32: one key per prompt.
         rows: prompts per micro-batch.
-        name: of the map.
+        name: of the function in the program.
     """
     batches = prompt_batches(prompts, keys, rows=rows)
     results = executor.map(name, [batch for batch, _ in batches])
-    back = torch.argsort(torch.tensor([number for _, numbers in batches for number in numbers]))
-    return Completions(*(torch.cat(parts)[back] for parts in zip(*results, strict=True)))
+    to_prompt_order = torch.argsort(torch.tensor([number for _, numbers in batches for number in numbers]))
+    return Completions(*(torch.cat(parts)[to_prompt_order] for parts in zip(*results, strict=True)))
 
 
-def texts_of(tokenizer: Tokenizer, completions: Completions) -> list[str]:
-    """The text of every completion, without its stop token."""
+def decode_completions(tokenizer: Tokenizer, completions: Completions) -> list[str]:
+    """Return the text of every completion, without its stop token."""
     lengths = completions.mask.sum(dim=1) - completions.ended.long()
     rows = zip(completions.tokens.tolist(), lengths.tolist(), strict=True)
     return [tokenizer.decode(tokens[:length]) for tokens, length in rows]
@@ -59,23 +59,24 @@ def make_completion_fn(
     max_concurrent: int | None = None,
     draw: Callable[..., Any] = decode_steps,
 ) -> Callable[[Params, FrozenParams, PromptBatch], Completions]:
-    """(params, frozen, PromptBatch) -> completions of the policy, with values where the head is on its trunk.
+    """Return a function (params, frozen, PromptBatch) -> `Completions` of the policy.
+
+    Completions have values where params["value_head"] is there.
 
     Args:
         config: shape of the policy.
-        dtype: of its passes.
-        max_new_tokens: of `rlhf.models.decoding.generate_completions`, as all that follow but the last.
+        dtype: of its forward pass.
+        max_new_tokens: as in `rlhf.models.decoding.generate_completions`, and so are the arguments below.
         min_new_tokens: same.
         temperature: same.
         top_k: same.
         top_p: same.
         stop_tokens: same.
         max_concurrent: same.
-        draw: same, or a compiled form (`rlhf.execution.draws`). Each call on a CPU then goes through 16 layers or more
-            (32 with one row), beside which the way into compiled code costs little.
+        draw: same, or its compiled form (`rlhf.execution.draws`). On a CPU each call of that form then computes at
+            least 16 layers (32 with one row), which makes the overhead of the call small.
     """
     per_call = 1 if draw is decode_steps else max(1, (32 if max_concurrent == 1 else 16) // config.n_layer)
-
     decoder = architecture_of(config)
 
     def rollout(params: Params, frozen: FrozenParams, batch: PromptBatch) -> Completions:

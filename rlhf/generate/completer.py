@@ -12,7 +12,7 @@ from rlhf.distributed.compute_context import compute_dtype
 from rlhf.errors import UserError
 from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.program import ModelState, Program
-from rlhf.generate.complete import complete, default_length, make_completion_fn, texts_of
+from rlhf.generate.complete import complete, decode_completions, default_length, make_completion_fn
 from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.model_folder import load_language_model
 from rlhf.io.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class Completer:
         program = Program({}, {"rollout": rollout}, {})
         executor = LocalExecutor(program, ModelState({"policy": model.params}, {}), self._device)
         completions = complete(executor, [self.encode(prompt) for prompt in prompts], keys, rows=_ROWS)
-        texts = texts_of(model.tokenizer, completions)
+        texts = decode_completions(model.tokenizer, completions)
         return [TextChunk(text, ended) for text, ended in zip(texts, completions.ended.tolist(), strict=True)]
 
     def _sampling(self) -> dict[str, Any]:

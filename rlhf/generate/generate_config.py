@@ -12,28 +12,28 @@ from rlhf.setting_rules import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Section):
-    """Complete prompts: those given here, those of a file, or those that you type."""
+    """Complete prompts that are given as flags, in a file, or typed."""
 
     model_dir: Path = Path("outputs/policy")
-    """Model folder in Hugging Face form; of a run's output folder its policy/, or else its sft/."""
+    """Model folder in Hugging Face form, or a run's output folder, whose policy/ or else sft/ is taken."""
     against: Path | None = None
-    """Another model folder, whose completions are shown beside."""
+    """Second model folder, whose completions are shown side by side with the first's."""
     prompt: tuple[str, ...] = ()
-    """Prompts to complete. Without these and --prompt-file they are read from the terminal, or line by line from what
-    is piped in."""
+    """Prompts to complete.
+    Without this and --prompt-file they are read from the terminal, or line by line from a pipe."""
     prompt_file: Path | None = None
     """File of prompts: JSON list or JSON Lines with the key `prompt`, or one prompt per line in a .txt file."""
     template: str = "{prompt}"
-    """What stands around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
+    """Text around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
     output: Path | None = None
     """JSON Lines file to write instead of showing completions."""
     overwrite: bool = False
     """Replace the file even if it was not written by rlhf, or has been changed since."""
 
     max_new_tokens: BatchSize | None = None
-    """Longest completion; none is 64, or half of the model's context where that is less."""
+    """Longest completion in tokens; none is 64, or half of a shorter context."""
     temperature: PositiveFloat = 1.0
-    """Below 1 likely tokens become likelier."""
+    """Sampling temperature; below 1 likely tokens become likelier."""
     top_k: NonNegativeInt = 0
     """Sample from the k most likely tokens; 0 is all."""
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
@@ -43,12 +43,12 @@ class GenerateConfig(Section):
     samples: BatchSize = 1
     """Completions per prompt."""
     seed: Seed = 0
-    """Of the sampling: the same seed, prompts and options give the same completions."""
+    """Seed of the sampling: the same seed, prompts and options give the same completions."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the forward pass."""
+    """Precision of the forward pass."""
     threads: ThreadCount | None = None
     """CPU threads; none takes all cores."""
 

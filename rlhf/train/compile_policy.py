@@ -1,4 +1,4 @@
-"""Decides whether a stage is compiled: where it can be, and where the run is long enough to pay for it."""
+"""The decision to compile a stage: if it can be compiled, and the run is long enough to repay the compilation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ from rlhf.tree import leaves
 from rlhf.types import Params
 
 _COMPILED_GAIN, _FLOPS, _COMPILE_S, _COMPILE_FORWARD_S = 0.25, 1e11, 0.45, 0.25
-"""Measured on two cores: what compilation takes off a step, floating-point operations per second of an eager one, and
-seconds of compilation per parameter tensor of gradients, and of what is only evaluated."""
+"""Measured on two cores: the share of a step that compilation saves, operations per second of eager code, and
+seconds of compilation per parameter tensor, with gradients and without."""
 
 
 def compile_obstacle(config: RunConfig, stage: Stage) -> str:
-    """Return why a stage cannot be compiled here with its settings; empty where it can.
+    """Return the reason why a stage cannot be compiled with its settings on this machine, or an empty string.
 
     Raises:
         UserError: there is an obstacle, and `--compile on` asks for it.
@@ -39,14 +39,14 @@ def compile_obstacle(config: RunConfig, stage: Stage) -> str:
 
 
 def compile_folder(run: Run, models: ModelState, tokens: float, *, evaluated: Sequence[Params] = ()) -> Path | None:
-    """Return where compiled code is kept; None where the stage is not to be compiled, or not worth it.
+    """Return the folder for compiled code, or None if the stage is not compiled.
 
     Args:
         run: of the stage.
-        models: what is trained.
-        tokens: that gradients are taken of in the whole run; never what a resumed run has left, nor anything that
-            depends on workers or threads, because the choice is part of the result's bits.
-        evaluated: models that compiled code also runs without gradients.
+        models: the trained models.
+        tokens: number of tokens with gradients in the whole run. It must not depend on the step a run is resumed
+            from, nor on workers or threads, because the decision changes the result's bits.
+        evaluated: models that compiled code runs without gradients.
 
     Raises:
         UserError: as `compile_obstacle`.

@@ -1,4 +1,4 @@
-"""The context of one stage's run: its output folder, its device and threads, its keys, and what the user was told."""
+"""The context of a stage's run: output folder, device, threads, keys, and the notes for the log."""
 
 import contextlib
 import math
@@ -41,16 +41,16 @@ class Run:
     config: RunConfig
     compute: ComputeContext
     observers: Sequence[Observer] = ()
-    """Whatever watches the training beside its log and checkpoints."""
+    """Observers of the training, beside its log and checkpoints."""
     stop: StopRequest = field(default_factory=StopRequest)
     resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """What is closed when the stage ends."""
+    """Closed when the stage ends."""
     is_saved: bool = False
-    """Whether the stage was finished before: its model is then left as it is."""
+    """True if an earlier run finished the stage: its model folder is then left unchanged."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the models' passes."""
+        """The dtype of forward and backward passes."""
         return self.compute.dtype
 
     @property
@@ -64,22 +64,22 @@ class Run:
         return checkpoint_folder(self.config, self.stage)
 
     def key(self, purpose: Purpose) -> Tensor:
-        """The run's key for one purpose."""
+        """Return the run's key for one purpose."""
         return fold_in(key(self.config.seed), int(purpose))
 
     def note(self, text: str) -> None:
-        """Tell the user something and keep it for the log."""
+        """Show the user a line and keep it for the log."""
         self.compute.note(text)
 
     def trained_params(self, executor: Executor, *values: float) -> Params:
-        """The parameters to be saved as the stage's model.
+        """Return the parameters to be saved as the stage's model.
 
         Args:
-            executor: has them.
-            values: what was measured of them.
+            executor: holds the parameters.
+            values: measurements of them.
 
         Raises:
-            NonFiniteError: a parameter or value is not finite, after the last update was.
+            NonFiniteError: a parameter or value is not finite, although the last update was.
         """
         params = executor.params()
         if not (all_finite(params) and all(map(math.isfinite, values))):
@@ -91,11 +91,11 @@ class Run:
         return params
 
     def open_executor(self, make_program: Callable[[], Program], models: ModelState) -> Executor:
-        """The executor that the configuration asks for; it is closed when the stage ends.
+        """Open the executor that the configuration asks for; it is closed when the stage ends.
 
         Args:
             make_program: an importable function, or a partial of one.
-            models: what the program starts from.
+            models: initial state of the program.
         """
         if self.config.dist.num_workers:
             self.note(describe_workers(self.config.dist))
@@ -104,7 +104,7 @@ class Run:
         return executor
 
     def _log_faults(self, executor: Executor) -> None:
-        """Log what went wrong after the last step, as in a last evaluation, of which no step's metrics tell."""
+        """Log faults after the last step, as in the last evaluation: no step's metrics include them."""
         if faults := executor.faults():
             folder = self.config.output_dir / "logs"
             with contextlib.closing(RunLog(folder, self.stage.name, tensorboard=False)) as log:
@@ -121,13 +121,14 @@ def open_run(
     Args:
         config: of the run.
         stage: to run.
-        observers: of its training.
-        stop: asks it to stop; None for nobody who could.
+        observers: of the training.
+        stop: request to stop; None if nothing can stop the run.
 
     Raises:
-        UserError: settings contradict each other; the folder is in use or holds this stage's checkpoints although
-            `resume` is off, or what is none of its models; or no GPU is there though one was asked for.
-        Interrupted: a signal came before the first step, or after the last: the stage is then finished.
+        UserError: settings contradict each other; the folder is in use, holds checkpoints of this stage although
+            `resume` is off, or holds something else under the model's name; or there is no GPU although one is
+            asked for.
+        Interrupted: a signal came before the first step, or after the last, when the stage is finished.
     """
     check_workers(config.dist)
     idle = check_settings(config, stage)
@@ -149,7 +150,7 @@ def open_run(
 
 @contextlib.contextmanager
 def _stopping(run: Run) -> Iterator[None]:
-    """Let requests to stop know which stage runs."""
+    """Set the stage of the stop request until the block ends."""
     run.stop.stage, run.stop.training = run.stage.name, False
     try:
         yield

@@ -1,4 +1,4 @@
-"""The training loop: it makes steps, tells observers, and stops where it is asked to or something fails."""
+"""The training loop: makes steps, calls observers, saves checkpoints, and stops on request or failure."""
 
 import time
 from collections.abc import Callable
@@ -15,36 +15,36 @@ from rlhf.train.resume import CheckpointWriter, restore, settings_of
 from rlhf.tree import all_finite
 
 Advance = Callable[[int, LoopState, Observers], tuple[dict[str, float], LoopState]]
-"""(step, state, observers) -> (metrics, state): makes one step."""
+"""Makes one step: (step, state, observers) -> (metrics, state)."""
 
 
 class _Loop(NamedTuple):
-    """What every step works with."""
+    """The arguments that all steps share."""
 
     run: Run
     executor: Executor
     observers: Observers
     advance: Advance
     first: int
-    """Steps done before."""
+    """Steps made by the run that is continued."""
     total: int
 
     def describe(self, step: int) -> str:
-        """A step in words."""
+        """Return a step's number with its unit, such as `iteration 3`."""
         return f"{self.run.stage.unit} {step}"
 
 
 def train(
     run: Run, executor: Executor, *, total: int, state: LoopState, identity: dict[str, Any], advance: Advance
 ) -> LoopState:
-    """Make steps 0..total-1, log each, save every few, and resume where a checkpoint stands.
+    """Make steps 0..total-1, or the remaining ones of a resumed run, with logs and checkpoints.
 
     Args:
         run: of the stage.
-        executor: holds everything trained.
-        total: steps.
-        state: of the first step.
-        identity: what else must not change between a run and its continuation, such as the data's digest.
+        executor: holds the trained models.
+        total: number of steps.
+        state: at the first step.
+        identity: values, beside settings, that a continuation must share, such as the data's digest.
         advance: makes one step.
 
     Returns:
@@ -52,9 +52,9 @@ def train(
 
     Raises:
         UserError: the checkpoint belongs to another configuration, data or shape, or saving fails.
-        NonFiniteError: a step was refused; the state, where it is finite, is saved, and the batch goes to nonfinite/.
-        Interrupted: the run was asked to stop; the step was finished and the state saved.
-        WorkersLostError: more processes were lost than may be replaced; the same.
+        NonFiniteError: a step was refused; the batch is in nonfinite/, and the state is saved if it is finite.
+        Interrupted: the run was asked to stop; the step is finished and the state saved.
+        WorkersLostError: more processes were lost than may be replaced; the step is finished and the state saved.
     """
     config = run.config
     identity = identity | settings_of(config, run.stage) | {"compiled": executor.compiled}
@@ -76,7 +76,7 @@ def train(
 
 
 def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
-    """Make one step and all that follows from it."""
+    """Make one step: metrics, faults, checkpoint, and the decision to stop."""
     run, observers, done = loop.run, loop.observers, step + 1
     version, start = loop.executor.version, time.perf_counter()
     try:
@@ -86,7 +86,7 @@ def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
         observers.event("nonfinite", step=step, message=str(error))
         message = f"{run.stage.name} {loop.describe(done)}: {error}; the update was refused. {where}"
         raise NonFiniteError(message) from error
-    except UserError as error:  # as of a reward function
+    except UserError as error:  # for example of a reward function
         observers.event("failed", step=step, message=str(error))
         if loop.executor.version != version or step == loop.first:
             raise
@@ -115,7 +115,7 @@ def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
 
 
 def _save(loop: _Loop, step: int, state: LoopState) -> None:
-    """Let the state be saved; log where it must not be."""
+    """Save the state; log and raise NonFiniteError if it is not finite."""
     try:
         loop.observers.save(step, state)
     except NonFiniteError as error:
@@ -124,7 +124,7 @@ def _save(loop: _Loop, step: int, state: LoopState) -> None:
 
 
 def _save_nonfinite(loop: _Loop, step: int, state: LoopState, error: NonFiniteError, *, is_whole: bool) -> str:
-    """Write the offending batch, and the state: as a checkpoint where nothing of the step was applied yet."""
+    """Write the offending batch and the state, as a checkpoint if no part of the step was applied; describe where."""
     run = loop.run
     folder = run.config.output_dir / "nonfinite" / f"{run.stage.name}-step-{step + 1:06d}"
     tensors = loop.executor.snapshot()
@@ -134,7 +134,7 @@ def _save_nonfinite(loop: _Loop, step: int, state: LoopState, error: NonFiniteEr
     try:
         save_refused(folder, error.batch, None if saved else tensors, manifest)
         where += f" in {folder}"
-    except UserError as problem:  # which does not hide the error that is being reported
+    except UserError as problem:  # must not hide the error that is being reported
         where += f" not saved ({problem})"
     if not saved:
         return f"{where}; --resume goes on from step {last_step(run.checkpoints) or 0}"

@@ -1,4 +1,4 @@
-"""Observers of a run: its log, its checkpoints, and whatever a program or a user wants to know while it trains."""
+"""Observers of the training loop: the log, checkpoints, progress displays and callbacks."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,67 +10,67 @@ from rlhf.stages import Stage
 from rlhf.train.sink import open_sink
 
 LoopState = dict[str, Any]
-"""Plain values, beside the executor's state, that the next step reads; they go into the checkpoint as JSON."""
+"""JSON values, beside the executor's state, that the next step reads and a checkpoint contains."""
 
 
 class StageStart(NamedTuple):
-    """A stage that begins to train, or continues."""
+    """The start of a stage's training, or of its continuation."""
 
     stage: Stage
     config: RunConfig
     step: int
-    """Steps done before, in the run that is continued."""
+    """Steps made by the run that is continued."""
     total: int
-    """Steps in all."""
+    """Steps of the whole run."""
     notes: tuple[str, ...]
-    """Lines that the user was told before."""
+    """Lines that the user has been shown."""
 
 
 class Observer:
-    """Learns what happens in the training loop; override what is of interest.
+    """Base class of observers of the training loop, whose methods do nothing.
 
-    Observers are called in their order, at the end in the reverse order. What one raises ends the run.
+    Observers are called in their order, and in the reverse order at the end. An exception ends the run.
     """
 
     def on_start(self, start: StageStart) -> None:
-        """A stage is about to make its first step."""
+        """Called before the first step."""
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Step number `step`, from 1, was made; return True to stop the run after its state is saved."""
+        """Called after step number `step`, from 1; True stops the run after its state is saved."""
         return False
 
     def on_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        """Step number `step` made these completions."""
+        """Called with completions of step number `step`."""
 
     def on_event(self, name: str, values: Mapping[str, Any]) -> None:
-        """Something else happened: fault, nonfinite, failed, interrupted or end."""
+        """Called for any other event: fault, nonfinite, failed, interrupted or end."""
 
     def on_save(self, step: int, state: LoopState) -> None:
-        """The state after `step` steps is to be saved."""
+        """Called to save the state after `step` steps."""
 
     def on_end(self, error: BaseException | None) -> None:
-        """The stage's loop is over, or ended by `error`."""
+        """Called when the loop ends, with the exception that ended it, if any."""
 
 
 class Observers:
-    """Observers that are called together."""
+    """A sequence of observers, called one after the other."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = tuple(observers)
 
     @contextlib.contextmanager
     def observe(self, start: StageStart) -> Iterator[None]:
-        """Call `on_start` now, and at the end of the block `on_end` of all that were started."""
+        """Call `on_start`, and at the end of the block `on_end` of all observers that were started."""
         with contextlib.ExitStack() as stack:
             for observer in self._observers:
                 observer.on_start(start)
-                stack.push(_at_end(observer))
+                stack.push(_exit_callback(observer))
             yield
 
     def step(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Call `on_step`; whether one of them asks to stop."""
-        answers = [observer.on_step(step, metrics) for observer in self._observers]
-        return any(answers)
+        """Call `on_step` of all; return True if one of them stops the run."""
+        stops = [observer.on_step(step, metrics) for observer in self._observers]
+        return any(stops)
 
     def samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         """Call `on_samples`."""
@@ -88,19 +88,19 @@ class Observers:
             observer.on_save(step, state)
 
 
-def _at_end(observer: Observer) -> Callable[[Any, BaseException | None, Any], bool]:
-    def call(kind: Any, error: BaseException | None, trace: Any) -> bool:
+def _exit_callback(observer: Observer) -> Callable[[Any, BaseException | None, Any], bool]:
+    def on_exit(error_type: Any, error: BaseException | None, traceback: Any) -> bool:
         observer.on_end(error)
         return False
 
-    return call
+    return on_exit
 
 
 class LogWriter(Observer):
-    """Writes logs/: metrics every few steps, samples and events."""
+    """Writes metrics, samples and events to logs/."""
 
     def on_start(self, start: StageStart) -> None:
-        """Open the log. A continued run's later lines are removed."""
+        """Open the log; lines after the step that is continued from are removed."""
         config = start.config
         self._every, self._total = config.log.every, start.total
         self._log = RunLog(
@@ -114,7 +114,7 @@ class LogWriter(Observer):
         self._log.event(name, format=FORMAT, step=start.step, total=start.total, unit=start.stage.unit, notes=notes)
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Write a line of metrics."""
+        """Write a line of metrics every `log.every` steps."""
         if step % self._every == 0 or step == self._total:
             self._log.metrics(step, dict(metrics))
         return False
@@ -135,27 +135,27 @@ class LogWriter(Observer):
 class CallbackObserver(Observer):
     """Calls a function `(stage, step, metrics)` after every step.
 
-    Whatever it returns that is true asks the run to stop. So does an exception, which is kept in `error`.
+    A true result stops the run. So does an exception, which is kept in `error`.
     """
 
     def __init__(self, callback: Callable[[str, int, dict[str, float]], Any]) -> None:
-        """Args: the function."""
+        """Args: callback: the function."""
         self._callback = callback
         self.error: Exception | None = None
         self.stage: Stage | None = None
         self.metrics: dict[str, float] = {}
-        """Of the last step."""
+        """Metrics of the last step."""
 
     def on_start(self, start: StageStart) -> None:
-        """Learn which stage it is."""
+        """Store the stage."""
         self.stage = start.stage
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Call the function with metrics of its own."""
+        """Call the function with a copy of the metrics."""
         assert self.stage is not None
         self.metrics = dict(metrics)
         try:
             return bool(self._callback(self.stage.name, step, dict(metrics)))
-        except Exception as error:  # the user's, who gets it after the state is saved
+        except Exception as error:  # raised to the caller after the state is saved
             self.error = error
             return True

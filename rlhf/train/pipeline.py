@@ -1,4 +1,4 @@
-"""Training by a configuration, from Python: one stage or the pipeline, a walk over the table of stages."""
+"""Training from Python by a configuration: one stage, or the pipeline."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from rlhf.train.observers import CallbackObserver, Observer
 from rlhf.train.signals import StopRequest
 
 Callback = Callable[[str, int, dict[str, float]], Any]
-"""Gets (stage, step, metrics) after every step; a true result stops the run."""
+"""Called with (stage, step, metrics) after every step; a true result stops the run."""
 
 
 def run(
@@ -26,10 +26,10 @@ def run(
     observers: Sequence[Observer] = (),
     base: PipelineRun | None = None,
 ) -> StageResult:
-    """Train as a configuration says: one stage, or the pipeline.
+    """Train one stage or the pipeline, as the configuration says.
 
-    The process stays as it is: no signal handler is installed, nothing is printed (messages go to the logger `rlhf`),
-    and no report is written. torch's number of threads is set while the run lasts. It may be called in any thread.
+    No signal handler is installed, nothing is printed (messages go to the logger `rlhf`), and no report is written.
+    torch's number of threads is set while the run lasts. The function may be called in any thread.
 
         import rlhf
         from rlhf.config import SFTConfig, SFTRun
@@ -39,28 +39,29 @@ def run(
 
     Args:
         config: `SFTRun`, `RewardRun`, `PPORun`, `PipelineRun`, or that of a registered stage.
-        callback: called with (stage, step, metrics) after every step. What it returns that is true stops the run after
-            its state is saved, so that `resume` goes on from there to the bits of the run that never stopped. An
-            exception does the same and then reaches the caller.
-        observers: learn more: see `rlhf.train.observers.Observer`.
-        base: settings of earlier stages, where a stage that is run alone on the embedded example needs their models.
+        callback: called with (stage, step, metrics) after every step. A true result stops the run after its state is
+            saved; `resume` continues to the same bits as a run without a stop. An exception stops the run in the
+            same way and is then raised to the caller.
+        observers: see `rlhf.train.observers.Observer`.
+        base: settings of earlier stages, for a stage that is run alone on the embedded example and needs their models.
 
     Returns:
-        Of the last stage that ran. `finished` is False where the callback stopped it.
+        The result of the last stage that ran. `finished` is False if the callback stopped it.
 
     Raises:
         UserError, NonFiniteError, WorkersLostError: see `rlhf.train.loop.train`.
     """
-    watcher = CallbackObserver(callback or (lambda stage, step, metrics: False))
+    callback_observer = CallbackObserver(callback or (lambda stage, step, metrics: False))
     results: dict[str, StageResult] = {}
-    with contextlib.suppress(Interrupted):  # by the observers: there are no signals here
-        results = run_stages(config, observers=(*observers, watcher), base=base)
-    if watcher.error is not None:
-        raise watcher.error
+    with contextlib.suppress(Interrupted):  # by an observer
+        results = run_stages(config, observers=(*observers, callback_observer), base=base)
+    if callback_observer.error is not None:
+        raise callback_observer.error
     if results:
         return list(results.values())[-1]
-    assert watcher.stage is not None
-    return StageResult(config.output_dir / watcher.stage.folder, watcher.metrics, finished=False)
+    stage = callback_observer.stage
+    assert stage is not None
+    return StageResult(config.output_dir / stage.folder, callback_observer.metrics, finished=False)
 
 
 def run_stages(
@@ -70,18 +71,18 @@ def run_stages(
     stop: StopRequest | None = None,
     base: PipelineRun | None = None,
 ) -> dict[str, StageResult]:
-    """Run the stages that a configuration asks for, in order; each reads the models that those before left behind.
+    """Run the stages of a configuration in order; each reads the models that earlier ones wrote.
 
-    What a later stage of the pipeline would refuse is refused before anything is trained. With `config.resume`,
-    finished stages are passed over and the interrupted one continues from its last checkpoint. A stage that is run
-    alone on the embedded example trains the models that it needs and that are not there. As soon as a data file or a
-    model is named, nothing is trained that was not asked for.
+    What a later stage of the pipeline would refuse is refused before training begins. With `config.resume`, finished
+    stages are skipped and the interrupted one continues from its last checkpoint. A stage that is run alone on the
+    embedded example first trains the models that it needs and that are missing; with a data file or a model named,
+    only the stage itself is trained.
 
     Args:
         config: of the run.
         observers: of all stages.
-        stop: asks the run to stop.
-        base: as of `run`.
+        stop: request to stop the run.
+        base: as in `run`.
 
     Raises:
         UserError, NonFiniteError, Interrupted, WorkersLostError: see `rlhf.train.loop.train`.
@@ -106,20 +107,20 @@ def run_stages(
 def _train_missing(
     config: RunConfig, stage: Stage, base: PipelineRun, observers: Sequence[Observer], stop: StopRequest
 ) -> None:
-    """Train those models a stage needs that are not there, unless one of their stages, or it, would refuse."""
+    """Train the missing models that a stage needs, after checking their stages and the stage itself."""
     settings = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(config)}
-    whole = dataclasses.replace(base, **settings)
+    pipeline = dataclasses.replace(base, **settings)
     needed = [STAGES[name] for name in load_program(stage).needs(config)]
-    missing = [other for other in needed if not (config.output_dir / other.folder).is_dir()]
-    _check(whole, [*missing, stage])
-    for other in missing:
+    missing = [source for source in needed if not (config.output_dir / source.folder).is_dir()]
+    _check(pipeline, [*missing, stage])
+    for source in missing:
         if not stop.requested:
-            log_user(f"{config.output_dir / other.folder}: not there yet; training it on the embedded example first")
-            load_program(other).run(whole, observers, stop)
+            log_user(f"{config.output_dir / source.folder}: not there yet; training it on the embedded example first")
+            load_program(source).run(pipeline, observers, stop)
 
 
 def _check(config: PipelineRun, stages: Sequence[Stage]) -> None:
-    """Raise UserError for what one of `stages`, which are run in order, would refuse; reads all data files through."""
+    """Raise UserError if one of `stages`, run in order, would refuse its settings or files; reads all data files."""
     check_workers(config.dist)
     for stage in stages:
         check_settings(config, stage)

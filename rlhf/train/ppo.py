@@ -1,4 +1,4 @@
-"""PPO with a KL penalty: prompts, an SFT model and a reward in, an aligned policy out.
+"""PPO with a KL penalty: from prompts, an SFT model and a reward to an aligned policy.
 
 One iteration: complete a batch of prompts, score the completions, turn scores and KL into advantages, and make
 several epochs of minibatch updates. Follows Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), Stiennon et al.
@@ -19,10 +19,7 @@ from rlhf.estimators import ESTIMATORS
 from rlhf.experience import Experience, make_experience
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
 from rlhf.io.reward_identity import identify_sources
-from rlhf.io.reward_sources import (
-    RewardSource,
-    check_columns,
-)
+from rlhf.io.reward_sources import RewardSource, check_columns
 from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.stages import STAGES, StageProgram, StageResult
@@ -36,17 +33,10 @@ from rlhf.train.ppo_program import learning_rate, make_ppo_program, shapes_of, s
 from rlhf.train.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.train.resume import Identity, digests_of
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage_inputs import (
-    ModelSpec,
-    check_data,
-    embedded_file,
-    open_dataset,
-    start_folder,
-)
+from rlhf.train.stage_inputs import ModelSpec, check_data, embedded_file, open_dataset, start_folder
 
-_CANCELLED = 1e-2
-"""Size of what a score adds up at least, where the sum is close to 0."""
-
+_MIN_SCALE = 1e-2
+"""Lower bound on the magnitude of the summands of a score, whose sum may be close to 0."""
 
 _STAGE = STAGES["ppo"]
 
@@ -58,11 +48,11 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
     """
     with open_run(config, _STAGE, observers, stop) as run:
         ppo, identity = _open(run, config)
-        last: dict[str, float] = {}
+        last_metrics: dict[str, float] = {}
 
         def advance(step: int, state: LoopState, observers: Observers) -> tuple[dict[str, float], LoopState]:
             metrics, state = _iterate(ppo, step, state, observers)
-            last.update(metrics)
+            last_metrics.update(metrics)
             return metrics, state
 
         train(
@@ -73,11 +63,11 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
             identity=identity,
             advance=advance,
         )
-        return StageResult(_save(ppo, config, identity["data"]), last)
+        return StageResult(_save(ppo, config, identity["data"]), last_metrics)
 
 
 def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return what the policy will be, after reading the prompts through: see `rlhf.stages.StageProgram`."""
+    """Return the spec of the policy, after reading the prompts through; see `rlhf.stages.StageProgram`."""
     inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
     check_columns(inputs.sources, check_data(PROMPTS, config.prompt_data))
     return inputs.policy
@@ -90,9 +80,9 @@ def _needs(config: PPORun) -> tuple[str, ...]:
 
 
 def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
-    """Read models, reward sources and prompts."""
+    """Return what iterations work with, and the identity of the run, from models, reward sources and prompts."""
     model_spec, sources, context = read_ppo_inputs(config)
-    sources = [_with_spread(run, source) for source in sources] if config.ppo.normalize_reward else sources
+    sources = [_without_rounding_std(run, source) for source in sources] if config.ppo.normalize_reward else sources
     settings, specs, folder = config.ppo, reward_specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
     reward_notes = [line for source in sources if source.model is not None for line in source.model.notes]
@@ -114,12 +104,12 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     return ppo, digests | {"model": model_spec.digest, "sources": identify_sources(specs)}
 
 
-def _with_spread(run: Run, source: RewardSource) -> RewardSource:
-    """A source whose reward model's standard deviation, if it is no more than rounding, is 1; the user is told."""
+def _without_rounding_std(run: Run, source: RewardSource) -> RewardSource:
+    """Return the source, with a warning and a standard deviation of 1 if its own is no more than rounding."""
     if source.model is None:
         return source
     statistics = source.model.statistics
-    size = max(abs(statistics.mean), _CANCELLED)
+    size = max(abs(statistics.mean), _MIN_SCALE)
     if spread(statistics.std, size):
         return source
     run.note(
@@ -130,7 +120,7 @@ def _with_spread(run: Run, source: RewardSource) -> RewardSource:
 
 
 def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tuple[dict[str, float], LoopState]:
-    """One iteration: generate, score, learn, log samples, then move the KL coefficient and the reference."""
+    """Make one iteration: generate, score, update, log samples, then move the KL coefficient and the reference."""
     settings, kl_coef = ppo.settings, state["kl_coef"]
     times = [time.perf_counter()]
     rollout = make_rollout(ppo, step)
@@ -154,10 +144,10 @@ def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tup
         bootstrap_value=scored.bootstrap_values,
     )
     times.append(time.perf_counter())
-    update = _learn(ppo, step, rollout, scored, experience, kl_coef)
+    update_metrics = _update(ppo, step, rollout, scored, experience, kl_coef)
     times.append(time.perf_counter())
     tokens = sum(map(len, rollout.prompts)) + int(rollout.completions.mask.sum())
-    metrics = {name: float(value) for name, value in experience.metrics.items()} | update
+    metrics = {name: float(value) for name, value in experience.metrics.items()} | update_metrics
     metrics |= {name: float(values.mean()) for name, values in scored.raw.items()}
     metrics |= {
         "objective/kl_coef": kl_coef,
@@ -180,17 +170,17 @@ def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tup
     return metrics, {"kl_coef": kl_coef}
 
 
-def _learn(
+def _update(
     ppo: PPO, step: int, rollout: Rollout, scored: Scored, experience: Experience, kl_coef: float
 ) -> dict[str, float]:
-    """Several epochs of minibatch updates; means of their metrics."""
+    """Make several epochs of minibatch updates; return the means of their metrics."""
     settings, warmup = ppo.settings, step < ppo.settings.critic_warmup
     if settings.critic_warmup and step == settings.critic_warmup:
-        ppo.executor.reset_optimizer()  # the policy's first updates shall not see averages of gradients it never had
+        ppo.executor.reset_optimizer()  # its moments are of gradients that the policy did not have
     first_update = ppo.executor.version
     collected: defaultdict[str, list[float]] = defaultdict(list)
 
-    def micro_batches_of(minibatch: list[int]) -> list[PPOBatch]:
+    def make_micro_batches(minibatch: list[int]) -> list[PPOBatch]:
         return [
             ppo_batch(
                 packed,
@@ -204,13 +194,13 @@ def _learn(
             for packed in pack_rollout(ppo, rollout, minibatch)
         ]
 
-    prefetched = Prefetch(map(micro_batches_of, _minibatches(ppo, step, len(rollout.texts))))
+    prefetched = Prefetch(map(make_micro_batches, _minibatches(ppo, step, len(rollout.texts))))
     for minibatch, micro_batches in enumerate(prefetched):
         version, rate = ppo.executor.version, learning_rate(settings, step, minibatch)
         metrics = ppo.executor.step("critic" if warmup else "ppo", micro_batches, rate, overlap=prefetched.prepare)
         for name, value in metrics.items():
             collected[name].append(value)
-        if ppo.executor.version == version:  # beyond target_kl
+        if ppo.executor.version == version:  # above target_kl: the update was refused
             break
     updates = ppo.executor.version - first_update
     means = {name: sum(values) / len(values) for name, values in collected.items()}
@@ -219,7 +209,7 @@ def _learn(
 
 
 def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:
-    """The completions of each update of an iteration: for each epoch a permutation, cut into minibatches."""
+    """Return the completions of each update: for every epoch a permutation, cut into minibatches."""
     settings, minibatches = ppo.settings, []
     iteration_key = fold_in(ppo.run.key(Purpose.MINIBATCH), step)
     for epoch in range(settings.num_epochs):
@@ -231,7 +221,7 @@ def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:
 
 
 def _save(ppo: PPO, config: PPORun, data: str) -> Path:
-    """Write OUTPUT_DIR/policy, with the value function beside it; its manifest has the digest of the `data`."""
+    """Write OUTPUT_DIR/policy with its value function and a manifest that has the digest of the `data`."""
     folder = ppo.run.model_folder
     if ppo.run.is_saved:
         return folder

@@ -1,4 +1,4 @@
-"""What PPO starts from: the policy, the sources of reward, and the context that all models involved can read."""
+"""The inputs of PPO: the policy, the sources of reward, and the context that all models can read."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,24 +13,24 @@ from rlhf.train.stage_inputs import ModelSpec, start_model_spec
 
 
 class PPOInputs(NamedTuple):
-    """What PPO starts from."""
+    """The inputs of PPO, without the policy's parameters."""
 
     policy: ModelSpec
     sources: list[RewardSource]
     context: int
-    """Tokens of a prompt and its completion together: the shortest context of the models that read them."""
+    """Longest prompt and completion together, in tokens: the shortest context of the models that read them."""
 
 
 def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelSpec | None = None) -> PPOInputs:
-    """Read what PPO starts from, but for the policy's parameters; refuse what cannot work together.
+    """Return the inputs of PPO, after checking that they work together.
 
     Args:
         config: of the stage.
-        sft: what OUTPUT_DIR/sft will hold, where it is trained first.
-        reward: what OUTPUT_DIR/reward will hold, where it is trained first.
+        sft: the future OUTPUT_DIR/sft, if it is trained first.
+        reward: the future OUTPUT_DIR/reward, if it is trained first.
 
     Raises:
-        UserError: a model or source is not there or not fit, or no prompt fits before the longest completion.
+        UserError: a model or source is missing or does not fit, or the longest completion leaves no room for a prompt.
     """
     settings = config.ppo
     compile_obstacle(config, STAGES["ppo"])
@@ -60,12 +60,12 @@ def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelS
 
 
 def scores_with_own_model(config: PPORun) -> bool:
-    """Whether the model in OUTPUT_DIR/reward is among the sources of reward."""
+    """Return True if the model in OUTPUT_DIR/reward is among the sources of reward."""
     return any(names_folder(spec, _reward_folder(config)) for spec in reward_specs(config))
 
 
 def reward_specs(config: PPORun) -> tuple[str, ...]:
-    """The sources of reward that are named, or OUTPUT_DIR/reward."""
+    """Return the sources of reward that are named, or OUTPUT_DIR/reward."""
     return config.ppo.reward or (str(_reward_folder(config)),)
 
 

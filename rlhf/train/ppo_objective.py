@@ -1,4 +1,4 @@
-"""PPO's objective: clipped policy loss, value loss, entropy bonus, and the KL to the reference where asked for."""
+"""The PPO objective: clipped policy loss, value loss, entropy bonus, and optionally the KL to the reference."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -34,7 +34,9 @@ def make_ppo_objective(
     policy_coef: float = 1.0,
     gradient_checkpointing: bool = False,
 ) -> Objective:
-    """(params, frozen, PPOBatch) -> policy loss + value_coef * value loss - entropy_coef * entropy [+ kl_coef * KL].
+    """Return the PPO objective, a function (params, frozen, PPOBatch) -> (loss sum, metric sums).
+
+    The loss is policy loss + value_coef * value loss - entropy_coef * entropy, with loss_kl + kl_coef * KL.
 
     Source: Schulman et al. 2017, eq. 9, https://arxiv.org/abs/1707.06347; the KL in the loss is that of Shao et al.
     2024 (GRPO), eq. 4, https://arxiv.org/abs/2402.03300.
@@ -43,14 +45,14 @@ def make_ppo_objective(
         config: shape of the policy.
         critic_config: shape of a separate critic; None for params["value_head"] on the policy's trunk, or no critic.
         dtype: of the models' forward and backward pass.
-        temperature: as when sampling.
+        temperature: of sampling.
         clip_eps: of `rlhf.losses.ppo_policy_loss`.
-        dual_clip: of the same.
+        dual_clip: same.
         value_clip_eps: of `rlhf.losses.ppo_value_loss`.
         value_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus.
         loss_kl: KL to the reference in the loss, weighted by the batch's kl_coef; "exact" reads frozen["reference"].
-        policy_coef: 0 leaves the value loss alone (critic warm-up).
+        policy_coef: factor on the policy's terms; 0 trains only the value function (critic warm-up).
         gradient_checkpointing: of `rlhf.models.gpt2.hidden_states`, in policy and critic.
     """
     forward = _make_policy_forward(
@@ -102,7 +104,7 @@ def make_ppo_objective(
 
     def critic(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         assert critic_config is not None
-        values = _critic(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
+        values = _critic_values(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
         return value_loss(values, batch)
 
     if critic_config is None:
@@ -111,14 +113,14 @@ def make_ppo_objective(
 
 
 class _PolicyOutputs(NamedTuple):
-    """What the policy's forward pass gives at each completion token."""
+    """Outputs of the policy's forward pass at each completion token."""
 
     log_probs: Tensor
     """[C] float32, nats."""
     entropies: Tensor
     """[C] float32, nats."""
     exact_kl: Tensor | None
-    """[C] float32, nats: KL(policy || reference) over the vocabulary; None where it is not asked for."""
+    """[C] float32, nats: KL(policy || reference) over the vocabulary; None unless it is asked for."""
     hidden: Tensor
     """[C, D]: the states that predict the tokens."""
 
@@ -131,7 +133,7 @@ def _make_policy_forward(
     with_exact_kl: bool,
     gradient_checkpointing: bool,
 ) -> Callable[[Params, FrozenParams, PPOBatch], _PolicyOutputs]:
-    """Return (policy, frozen, PPOBatch) -> `_PolicyOutputs`; arguments as `make_ppo_objective`'s."""
+    """Return a function (policy, frozen, PPOBatch) -> `_PolicyOutputs`; arguments as in `make_ppo_objective`."""
     decoder = architecture_of(config)
 
     def per_token(models: FrozenParams, hidden: Tensor, targets: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
@@ -157,6 +159,6 @@ def _make_policy_forward(
     return forward
 
 
-def _critic(params: Params, batch: PPOBatch, config: ModelShape, dtype: torch.dtype, **options: Any) -> Tensor:
+def _critic_values(params: Params, batch: PPOBatch, config: ModelShape, dtype: torch.dtype, **options: Any) -> Tensor:
     hidden = trunk_states(params["critic"]["trunk"], batch.rows, config, dtype, **options)
     return apply_head(params["critic"]["head"], gather_rows(hidden, batch.predictors))

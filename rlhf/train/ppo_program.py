@@ -1,4 +1,4 @@
-"""PPO's work as a `Program`: what is trained, what is frozen, and the pure functions over micro-batches."""
+"""The `Program` of PPO: trained and frozen models, and pure functions over micro-batches."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,32 +27,32 @@ from rlhf.types import Params, Tree
 
 
 class ModelShapes(NamedTuple):
-    """The models involved."""
+    """Shapes of the models of a run."""
 
     policy: ModelShape
     critic: ModelShape | None
-    """The separate critic's; None with a value head on the policy, or no critic."""
+    """Of a separate critic; None with a value head on the policy, or without a critic."""
     reward_models: tuple[ModelShape, ...]
     stop_ids: tuple[int, ...]
-    """Ids that end a completion."""
+    """Ids of tokens that end a completion."""
 
 
 def shapes_of(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> ModelShapes:
-    """The shapes of a policy, of the reward models among the sources, and of a separate critic."""
-    critic, start = None, critic_source(sources)
+    """Return the shapes of a policy, of the reward models among the sources, and of a separate critic."""
+    critic, source = None, critic_source(sources)
     if settings.critic == "separate":
-        critic = start.model.config if start and start.model else policy.config
+        critic = source.model.config if source and source.model else policy.config
     reward_models = tuple(source.model.config for source in sources if source.model is not None)
     return ModelShapes(policy.config, critic, reward_models, policy.tokenizer.stop_ids)
 
 
 def start_models(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> ModelState:
-    """Policy and value function; reference and reward models, frozen.
+    """Return the initial state: policy and value function, with reference and reward models frozen.
 
     Args:
         settings: the ppo section.
-        policy: the SFT model: where the policy starts, and the reference.
-        sources: of reward; a separate critic starts from `critic_source` of them.
+        policy: the SFT model, from which the policy starts, and which is the reference.
+        sources: of reward; a separate critic starts from their `critic_source`.
     """
     reward_models = [source.model for source in sources if source.model is not None]
     frozen = {f"reward_model_{n}": model.params for n, model in enumerate(reward_models)}
@@ -61,20 +61,20 @@ def start_models(settings: PPOConfig, policy: LanguageModel, sources: Sequence[R
 
 
 def critic_source(sources: Sequence[RewardSource]) -> RewardSource | None:
-    """The first reward model that is optimised, from which a separate critic starts; None where there is none."""
+    """Return the first source with a reward model and a weight, from which a separate critic starts, or None."""
     return next((source for source in sources if source.model is not None and source.weight), None)
 
 
 def updates_per_iteration(settings: PPOConfig) -> int:
-    """Minibatches of one iteration, over all its epochs."""
+    """Return the number of minibatches of an iteration, over all its epochs."""
     completions = settings.batch_size * settings.samples_per_prompt
     return settings.num_epochs * -(-completions // settings.minibatch_size)
 
 
 def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
-    """The rate of one update: the full one while the critic warms up, that of the schedule after it.
+    """Return the learning rate of one update: the full rate while the critic warms up, then that of the schedule.
 
-    The schedule counts minibatches, those included that `target_kl` passes over, so that it always reaches its end.
+    The schedule also counts minibatches that are skipped because of `target_kl`, so that it always reaches its end.
 
     Args:
         settings: the ppo section.
@@ -90,19 +90,19 @@ def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
 
 
 def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
-    """Whether the scorer's log-probs (and values of a head on the policy) replace those captured while sampling."""
+    """Return True if the scorer's log-probs, and values of a head on the policy, replace those of the sampling."""
     return settings.recompute_log_probs if settings.recompute_log_probs is not None else dtype == torch.bfloat16
 
 
 def make_ppo_program(
     shapes: ModelShapes, settings: PPOConfig, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """PPO's work: `rollout` and `score`, then `ppo` steps, or `critic` steps while a critic warms up.
+    """Return the program of PPO: `rollout` and `score`, `ppo` steps, and `critic` steps for the critic's warm-up.
 
     Args:
         shapes: of the models.
         settings: the ppo section.
-        dtype: of the models' passes.
+        dtype: of forward and backward passes.
         compile_to: see `Program`.
     """
     rate = constant_schedule(settings.learning_rate)  # replaced in every step by `learning_rate`
@@ -132,7 +132,7 @@ def make_ppo_program(
     )
     steps = {"ppo": StepSpec(objective(), make_adamw(settings, rate), settings.max_grad_norm, limit)}
     if settings.critic != "none":
-        warmup_adamw = make_adamw(settings, rate, _critic_alone)
+        warmup_adamw = make_adamw(settings, rate, _critic_lr_multiplier)
         steps["critic"] = StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm)
     frozen_shapes = {"reference": shapes.policy, **reward_model_shapes(shapes.reward_models)}
     return Program(
@@ -152,20 +152,20 @@ def make_ppo_program(
             ),
             "score": score if compile_to is None else compiled(score, compile_to),
         },
-        frozen_updates={} if settings.ref_ema is None else {"reference": _follow(settings.ref_ema)},
-        # compiled code casts at no cost, and rounds otherwise: policy and reference must be cast in the same place
+        frozen_updates={} if settings.ref_ema is None else {"reference": _make_ema_update(settings.ref_ema)},
+        # compiled code casts at no cost, but rounds differently: policy and reference must be cast in the same place
         prepare_frozen=make_frozen_cast(frozen_shapes, torch.float32 if compile_to else dtype),
         compile_to=compile_to,
     )
 
 
-def _critic_alone(params: Tree) -> Tree:
-    """Factors on the learning rate while the critic warms up: 0 for the policy."""
+def _critic_lr_multiplier(params: Tree) -> Tree:
+    """Return factors on the learning rate for the critic's warm-up: 0 for the policy, else 1."""
     return tree_map_named(lambda name, leaf: float(not name.startswith("policy.")), params)
 
 
 def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSource | None) -> Params:
-    """The value head, a separate critic that starts by predicting its source's part of the score, or nothing."""
+    """Return a value head, a separate critic that at first predicts its source's part of the score, or nothing."""
     if settings.critic == "none":
         return {}
     if settings.critic == "shared":
@@ -178,11 +178,11 @@ def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSo
     return {"critic": {"trunk": params["trunk"], "head": head}}
 
 
-def _follow(decay: float) -> Callable[[Params, Params], Params]:
-    """A reference that moves towards the policy."""
+def _make_ema_update(decay: float) -> Callable[[Params, Params], Params]:
+    """Return a function (reference, params) -> exponential moving average of reference and policy."""
 
     def update_frozen(reference: Params, params: Params) -> Params:
-        moved: Params = tree_map(lambda old, new: decay * old + (1.0 - decay) * new, reference, params["policy"])
-        return moved
+        average: Params = tree_map(lambda old, new: decay * old + (1.0 - decay) * new, reference, params["policy"])
+        return average
 
     return update_frozen

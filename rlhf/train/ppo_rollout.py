@@ -1,4 +1,4 @@
-"""The first half of a PPO iteration: completing prompts and scoring what came out."""
+"""The rollout of a PPO iteration: completions of prompts, and their scores."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from rlhf.data.dataset import Dataset
 from rlhf.errors import NonFiniteError
 from rlhf.execution.executor import Executor
 from rlhf.experience import Experience, postprocess_scores
-from rlhf.generate.complete import complete, texts_of
+from rlhf.generate.complete import complete, decode_completions
 from rlhf.io.model_folder import LanguageModel
 from rlhf.io.reward_sources import RewardSource, call_reward_function
 from rlhf.models.decoding import Completions
@@ -30,11 +30,11 @@ from rlhf.train.ppo_program import ModelShapes, recomputes_log_probs
 from rlhf.train.stage_inputs import record_order
 
 _ROW_LENGTH = 256
-"""Tokens per packed row, where the context allows and no sequence needs more."""
+"""Tokens of a packed row, unless the context is shorter or a sequence is longer."""
 
 
 class PPO(NamedTuple):
-    """Everything an iteration works with."""
+    """The arguments that all iterations share."""
 
     run: Run
     settings: PPOConfig
@@ -44,7 +44,7 @@ class PPO(NamedTuple):
     sources: list[RewardSource]
     executor: Executor
     context: int
-    """Tokens that every model involved can read."""
+    """Shortest context of the models, in tokens."""
 
 
 class Rollout(NamedTuple):
@@ -55,67 +55,67 @@ class Rollout(NamedTuple):
     prompts: list[np.ndarray]
     """Token ids of each prompt."""
     groups: Tensor
-    """[B] int64: equal for completions of one prompt."""
+    """[B] int64: index of the prompt that a completion belongs to."""
     completions: Completions
     joined: JoinedCompletions
-    """The same behind their prompts, of which every micro-batch is packed."""
+    """Prompts with their completions, from which micro-batches are packed."""
     texts: list[str]
     version: int
-    """Of the policy that made them."""
+    """Version of the policy that drew them."""
 
 
 class Scored(NamedTuple):
-    """What is known of an iteration's completions before learning from them."""
+    """Log-probs, values and scores of an iteration's completions, before the update."""
 
     log_probs: Tensor
-    """[B, T] nats, policy."""
+    """[B, T] nats, of the policy."""
     ref_log_probs: Tensor
-    """[B, T] nats, reference."""
+    """[B, T] nats, of the reference."""
     values: Tensor | None
     """[B, T] reward units; None without a critic."""
     scores: Tensor
-    """[B] reward units, shaped: what the policy is rewarded with."""
+    """[B] reward units: scores after `postprocess_scores`, which the policy is trained on."""
     raw: dict[str, Tensor]
-    """[B] by source's metric, as the source gave them."""
+    """[B] scores as the sources return them, by the source's metric."""
     bootstrap_values: Tensor
-    """[B] reward units: value after the last token; 0 where that is an end, and without ppo.bootstrap_truncated."""
+    """[B] reward units: value after the last token; 0 if the completion ended, or without ppo.bootstrap_truncated."""
 
 
 def make_rollout(ppo: PPO, step: int) -> Rollout:
-    """Complete the iteration's prompts; a completion depends on seed, iteration, its place and the policy alone."""
+    """Complete the iteration's prompts; a completion depends only on seed, iteration, index, sample and policy."""
     settings = ppo.settings
     order = record_order(ppo.run.key(Purpose.ORDER), len(ppo.prompts), step * settings.batch_size, settings.batch_size)
     records = [record for record in order for _ in range(settings.samples_per_prompt)]
     prompts = [ppo.prompts.prompt(record, ppo.context - settings.max_new_tokens) for record in records]
-    places = torch.arange(len(order)).repeat_interleave(settings.samples_per_prompt)
+    groups = torch.arange(len(order)).repeat_interleave(settings.samples_per_prompt)
     samples = torch.arange(settings.samples_per_prompt).repeat(len(order))
-    keys = fold_in(fold_in(fold_in(ppo.run.key(Purpose.SAMPLING), step).expand(len(records), 2), places), samples)
+    keys = fold_in(fold_in(fold_in(ppo.run.key(Purpose.SAMPLING), step).expand(len(records), 2), groups), samples)
     version = ppo.executor.version
     completions = complete(ppo.executor, prompts, keys, rows=settings.rollout_batch_size)
     return Rollout(
         columns=[ppo.prompts.columns(record) for record in records],
         prompts=prompts,
-        groups=places,
+        groups=groups,
         completions=completions,
         joined=join_completions(prompts, completions.tokens, completions.mask.sum(dim=1)),
-        texts=texts_of(ppo.policy.tokenizer, completions),
+        texts=decode_completions(ppo.policy.tokenizer, completions),
         version=version,
     )
 
 
-def pack_rollout(ppo: PPO, rollout: Rollout, which: Sequence[int]) -> list[PackedCompletions]:
-    """Micro-batches of some of the completions."""
+def pack_rollout(ppo: PPO, rollout: Rollout, indices: Sequence[int]) -> list[PackedCompletions]:
+    """Return micro-batches of the completions with the given indices."""
     needed = max(map(len, rollout.prompts)) + ppo.settings.max_new_tokens
     return pack_completions(
         rollout.joined,
-        which,
+        indices,
         rows=ppo.settings.micro_batch_size,
         row_length=max(needed, min(_ROW_LENGTH, ppo.context)),
     )
 
 
 def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
-    """Reference log-probs, values and scores of all completions.
+    """Return log-probs, values and scores of all completions.
 
     Raises:
         NonFiniteError: one of them is not finite.
@@ -152,9 +152,9 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
 
 
 def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experience) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl for the first completions, as many as `log.samples` asks for.
+    """Return lines of samples.jsonl for the first `log.samples` completions.
 
-    The first `log.token_samples` of them have `per_token`: the pieces of the text and what PPO knows of each token.
+    The first `log.token_samples` of them have `per_token`: pieces of the text, with log-probs, values and advantages.
     """
     settings, lengths, kl = ppo.run.config.log, rollout.completions.mask.sum(dim=1), experience.kl.sum(dim=1)
     lines = [
@@ -180,7 +180,7 @@ def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experie
     for row, line in enumerate(lines[: settings.token_samples]):
         length = line["tokens"]
         pieces = ppo.policy.tokenizer.pieces(rollout.completions.tokens[row, :length].tolist())
-        # last in its line, so that a reader can leave it out unparsed
+        # last in its line, so that a reader can skip it without parsing
         line["per_token"] = {"pieces": pieces} | {
             name: _rounded(rows[row, :length]) for name, rows in arrays.items() if rows is not None
         }
@@ -188,18 +188,18 @@ def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experie
 
 
 def _rounded(values: Tensor) -> list[float]:
-    """Four decimals: a third of the bytes."""
+    """Return the values rounded to four decimals, which take a third of the bytes."""
     return [round(value, 4) for value in values.tolist()]
 
 
-def _sum_sources(ppo: PPO, rollout: Rollout, by_model: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """(raw scores by source's metric, weighted sum [B] with reward models normalised)."""
+def _sum_sources(ppo: PPO, rollout: Rollout, model_scores: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return raw scores by the source's metric, and their weighted sum [B] with reward models normalised."""
     raw, total = {}, torch.zeros(len(rollout.texts))
-    columns_of_models = iter(by_model.T.contiguous())  # sums of strided columns round otherwise
+    scores_by_model = iter(model_scores.T.contiguous())  # sums of strided columns round differently
     prompts = [columns["prompt"] for columns in rollout.columns]
     for source in ppo.sources:
         if source.model is not None:
-            raw[source.metric] = scores = next(columns_of_models)
+            raw[source.metric] = scores = next(scores_by_model)
             mean, std, _ = source.model.statistics
             normal = (scores - mean) / std if ppo.settings.normalize_reward else scores
         else:

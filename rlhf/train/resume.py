@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and what must agree between it and its continuation: settings by value, files by content."""
+"""Checkpoints of a run, and the comparison of a run with its continuation: settings by value, files by content."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +20,13 @@ from rlhf.train.observers import LoopState, Observer
 from rlhf.tree import all_finite
 
 Identity = dict[str, Any]
-"""What must agree between a run and its continuation, as JSON values: settings, and the content of files."""
+"""JSON values that a run and its continuation must share: settings, and digests of files."""
 
 _FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist", "threads")
-"""Prefixes of settings that may differ when a run is resumed: but for the threads, they change no bit of it."""
+"""Prefixes of settings that may differ when a run is resumed; only the threads change its bits."""
 
 _NOT_FREE = ("dist.reduce",)
-"""Settings that change bits, although one of those prefixes is theirs."""
+"""Settings with one of those prefixes that may not differ, because they change bits."""
 
 _CONTENTS = {
     "data": "the data have changed",
@@ -37,18 +37,18 @@ _CONTENTS = {
 
 
 class Difference(NamedTuple):
-    """What differs between a run and its continuation."""
+    """Differences between a run and its continuation."""
 
     changes: list[str]
-    """What forbids to continue."""
+    """Differences that prevent the continuation."""
     notes: list[str]
-    """What the user is told."""
+    """Differences that the user is shown."""
 
 
 def settings_of(config: RunConfig, stage: Stage) -> Identity:
-    """Return every setting that decides the stage's results, as JSON values, but for those that name files."""
-    others = [other for other in STAGES.values() if other.name != stage.name]
-    foreign = [prefix for other in others for prefix in (f"{other.name}.", *other.own_settings)]
+    """Return the settings that decide the stage's results, as JSON values, without those that name files."""
+    other_stages = [candidate for candidate in STAGES.values() if candidate.name != stage.name]
+    foreign = [prefix for other in other_stages for prefix in (f"{other.name}.", *other.own_settings)]
     files = _file_settings()
     return {
         name: _json(value)
@@ -58,12 +58,12 @@ def settings_of(config: RunConfig, stage: Stage) -> Identity:
 
 
 def _file_settings() -> dict[str, str]:
-    """Return the settings that name files, and what their content is called."""
+    """Return the settings that name files, with the names under which their contents are compared."""
     return {setting: content for stage in STAGES.values() for setting, content in stage.files.items()}
 
 
 def digests_of(data: Path, tokenizer: Tokenizer, validation: Path | None = None) -> Identity:
-    """Return the digests of a stage's data files and tokenizer, by the names under which they are compared."""
+    """Return the digests of a stage's data files and tokenizer, by the names of `Stage.files`."""
     return {
         "data": sha256(data),
         "validation": sha256(validation) if validation is not None else None,
@@ -72,10 +72,10 @@ def digests_of(data: Path, tokenizer: Tokenizer, validation: Path | None = None)
 
 
 def diff_settings(config: RunConfig, stage: Stage, before: Identity, now: Identity) -> Difference:
-    """Return what differs between the identity in a checkpoint and that of the run.
+    """Return the differences between a checkpoint's identity and the run's.
 
-    A setting that the checkpoint lacks, because a newer version added it, had its default. A digest that it lacks is
-    not compared. A setting that this version does not know is a change, since its effect is not known either.
+    A setting that the checkpoint lacks, because a newer version added it, had its default. A missing digest is not
+    compared. A setting that this version does not know is a change, since its effect is unknown.
 
     Args:
         config: of the run.
@@ -96,16 +96,16 @@ def diff_settings(config: RunConfig, stage: Stage, before: Identity, now: Identi
 
 
 def restore(run: Run, executor: Executor, state: LoopState, identity: Identity) -> tuple[int, LoopState]:
-    """Give the executor the newest checkpoint's state, where the run is to be resumed.
+    """Load the newest checkpoint into the executor, if the run is resumed.
 
     Args:
         run: of the stage.
-        executor: takes the state.
+        executor: receives the state.
         state: at the start of the run.
         identity: of the run.
 
     Returns:
-        The steps that were made before, and the state that the next one reads.
+        The number of steps made before, and the state for the next one.
 
     Raises:
         UserError: the checkpoint belongs to another configuration, data or shape.
@@ -135,14 +135,14 @@ class CheckpointWriter(Observer):
     """Writes checkpoints that `restore` reads."""
 
     def __init__(self, run: Run, executor: Executor, identity: Identity) -> None:
-        """Args: as of `restore`."""
+        """Args: as in `restore`."""
         self._run, self._executor, self._identity = run, executor, identity
 
     def on_save(self, step: int, state: LoopState) -> None:
         """Write a checkpoint.
 
         Raises:
-            NonFiniteError: the state is not finite, and would replace one that is.
+            NonFiniteError: the state is not finite.
         """
         run, tensors = self._run, self._executor.snapshot()
         if bad := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
@@ -162,7 +162,7 @@ class CheckpointWriter(Observer):
 
 
 def _rounding_notes(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield a line for each change of threads or workers by which rounding may differ."""
+    """Yield a line for each change of threads or workers that can change the rounding."""
     before, now = checkpoint.facts["threads"], compute_threads(config)
     if before != now:
         yield f"it was made with {before} threads per process and goes on with {now}: rounding may differ from here"
@@ -176,10 +176,10 @@ def _rounding_notes(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _upgrade(config: RunConfig, before: Identity, now: Identity) -> tuple[Identity, Identity]:
-    """Return both identities in today's form.
+    """Return both identities in the current form.
 
-    Older checkpoints have paths where newer ones have digests. Where a digest is missing, the path must still lead to
-    the same place. They do not have `dist.reduce`.
+    Older checkpoints lack `dist.reduce`, and have paths instead of digests. If a digest is missing, the path must lead
+    to the same place.
     """
     values, files = flat_fields(config), _file_settings()
     paths = {name: path for name, path in before.items() if name in files}
@@ -195,8 +195,8 @@ def _upgrade(config: RunConfig, before: Identity, now: Identity) -> tuple[Identi
 
 
 def _origin(config: RunConfig, stage: Stage, content: str) -> str:
-    """Return the setting that names a file, with its value."""
-    setting = next((name for name, named in stage.files.items() if named == content), None)
+    """Return the setting that names the file of a content, with its value."""
+    setting = next((name for name, content_name in stage.files.items() if content_name == content), None)
     value = flat_fields(config)[setting] if setting else None
     if value is not None:
         return f"{setting} {value}"

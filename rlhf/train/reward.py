@@ -1,4 +1,4 @@
-"""The reward model: preference pairs in, a scalar model and its statistics out."""
+"""Training of the reward model: from preference pairs to a scalar model and its statistics."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -43,8 +43,7 @@ from rlhf.train.supervised import check_pairs_differ, length_limit, make_adamw, 
 from rlhf.types import FrozenParams, MetricSums, Params
 
 _REFERENCE_PAIRS = 1024
-"""Training pairs whose chosen completions give the reward's mean and standard deviation."""
-
+"""Training pairs from whose chosen completions the reward's mean and standard deviation are computed."""
 
 _STAGE = STAGES["reward"]
 
@@ -59,7 +58,7 @@ def run_reward(config: RewardRun, observers: Sequence[Observer] = (), stop: Stop
 
 
 def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return what the model will be, after reading the data files through: see `rlhf.stages.StageProgram`."""
+    """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config, models.get("sft"))
     _check_margin(config, check_data(PREFERENCES, config.preference_data, config.preference_val_data))
     _check_pairs(config, model_spec)
@@ -71,14 +70,14 @@ def _needs(config: RewardRun) -> tuple[str, ...]:
 
 
 def _model_spec(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
-    """What the reward model starts from; refuses what can be refused before the data is read.
+    """Return the spec of the model that training starts from, after the checks that need no data.
 
     Args:
         config: of the stage.
-        sft: what OUTPUT_DIR/sft will hold, where it is trained first.
+        sft: the future OUTPUT_DIR/sft, if it is trained first.
 
     Raises:
-        UserError: the model to start from is not there or not fit, or a setting contradicts another.
+        UserError: the model is missing or does not fit, or settings contradict each other.
     """
     compile_obstacle(config, _STAGE)
     check_validation(config.preference_data, config.preference_val_data, PREFERENCES)
@@ -86,18 +85,18 @@ def _model_spec(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
 
 
 def _check_margin(config: RewardRun, keys: Collection[str]) -> None:
-    """Raise UserError if margins are asked for that are none of the `keys` of the training pairs."""
+    """Raise UserError if margins are asked for, but are not among the `keys` of the training pairs."""
     if config.reward.use_margin and "margin" not in keys:
         where = config.preference_data or "the embedded example"
         raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
 
 
 def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
-    """Raise UserError if truncation makes all training pairs equal; nothing where the tokenizer is yet to be trained.
+    """Raise UserError if truncation makes all training pairs equal. Do nothing if the tokenizer is not trained yet.
 
     Args:
         config: of the stage.
-        model_spec: of the model that it starts from.
+        model_spec: of the model that training starts from.
     """
     if config.preference_data is not None and model_spec.tokenizer is not None:
         dataset = load_dataset(config.preference_data, PREFERENCES, model_spec.tokenizer, config.cache_dir)
@@ -108,8 +107,8 @@ def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
 
 def _run(run: Run, config: RewardRun) -> StageResult:
     settings, model_spec = config.reward, _model_spec(config)
-    source = start_folder(config, settings.model_path)
-    start = load_language_model(source)
+    folder = start_folder(config, settings.model_path)
+    start = load_language_model(folder)
     for line in start.notes:
         run.note(line)
     max_length = length_limit(settings, start)
@@ -117,7 +116,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
     digests = digests_of(path, start.tokenizer, config.preference_val_data)
     _check_margin(config, split.dataset.keys)
-    run.note(f"trunk from {source}")
+    run.note(f"trunk from {folder}")
     plan = make_plan(settings, len(split.train))
     head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
     models = ModelState({"trunk": start.params, "head": head}, {})
@@ -169,7 +168,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
 
 
 def _statistics(run: Run, chosen: Tensor, rejected: Tensor) -> RewardStatistics:
-    """The statistics of the chosen completions' scores [B]; the user is told where they do not differ."""
+    """Return the statistics of the chosen completions' scores [B], with a warning if they do not differ."""
     size = float(torch.cat([chosen, rejected]).double().square().mean().sqrt())
     measured = float(chosen.double().std()) if len(chosen) > 1 else 0.0
     std = spread(measured, size, run.dtype)
@@ -188,7 +187,7 @@ def make_reward_objective(
     centre_coef: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, MetricSums]]:
-    """(reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
+    """Return a function (reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
 
     def objective(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, MetricSums]:
         hidden = trunk_states(params["trunk"], batch.rows, config, dtype, gradient_checkpointing=gradient_checkpointing)
@@ -205,7 +204,7 @@ def make_reward_objective(
 def make_reward_program(
     config: ModelShape, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """The reward model's work: `main` steps, and `scores` of pairs; arguments as `rlhf.train.sft.make_sft_program`."""
+    """Return the program: `main` steps, and `scores` of pairs; arguments as in `rlhf.train.sft.make_sft_program`."""
     objective = make_reward_objective(
         config, dtype=dtype, centre_coef=settings.centre_coef, gradient_checkpointing=settings.gradient_checkpointing
     )
@@ -219,7 +218,7 @@ def make_reward_program(
 
 
 def _score(executor: Executor, packs: Sequence[PackedPairs]) -> tuple[Tensor, Tensor]:
-    """Scores [B] of chosen and rejected, in the order of the packs."""
+    """Return the scores [B] of chosen and rejected completions, in the order of the packs."""
     results = executor.map("scores", [pack.batch for pack in packs])
     pairs = torch.cat([torch.stack(result)[:, pack.batch.mask] for result, pack in zip(results, packs, strict=True)], 1)
     return pairs[0], pairs[1]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: demonstrations in, a language model out."""
+"""Supervised fine-tuning: from demonstrations to a language model."""
 
 import functools
 import math
@@ -56,17 +56,17 @@ def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopReques
 
 
 def check_sft(config: SFTRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return what the model will be, after reading the data files through: see `rlhf.stages.StageProgram`."""
+    """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config)
     check_data(DEMONSTRATIONS, config.sft_data, config.sft_val_data)
     return model_spec
 
 
 def _model_spec(config: SFTRun) -> ModelSpec:
-    """What the model will be; refuses what can be refused before the data is read.
+    """Return the spec of the model, after the checks that need no data.
 
     Raises:
-        UserError: the model to start from is not fit, the shape impossible, or a setting contradicts another.
+        UserError: the model to start from does not fit, the shape is impossible, or settings contradict each other.
     """
     compile_obstacle(config, _STAGE)
     check_validation(config.sft_data, config.sft_val_data, DEMONSTRATIONS)
@@ -135,7 +135,7 @@ def make_sft_objective(
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, MetricSums]]:
-    """(decoder, frozen, TokenBatch) -> `sft_loss` of the tokens that count, with `sft/accuracy` beside it."""
+    """Return a function (decoder, frozen, TokenBatch) -> `sft_loss` of the masked tokens, with `sft/accuracy`."""
     decoder = architecture_of(config)
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,13 +164,13 @@ def make_sft_objective(
 def make_sft_program(
     config: ModelShape, settings: SFTConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """SFT's work: `main` steps, and `measure` for evaluation.
+    """Return the program of SFT: `main` steps, and `measure` for evaluation.
 
     Args:
         config: of the model.
         settings: the sft section.
         steps: of the whole run, for the schedule.
-        dtype: of the model's passes.
+        dtype: of forward and backward passes.
         compile_to: see `Program`.
     """
     objective = make_sft_objective(
@@ -189,8 +189,7 @@ def make_sft_program(
 def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
     """Return the model that training starts from, the digest of its folder's weights, and the data file.
 
-    The digest is empty where the weights are random.
-    What can be refused is refused before the embedded example is written.
+    The digest is empty if the weights are random. Checks are made before the embedded example is written.
     """
     model_spec, folder = _model_spec(config), config.sft.model_path
     if folder is not None:

@@ -1,4 +1,4 @@
-"""Requests to stop a run, and the signals by which a program's user makes them."""
+"""Requests to stop a run, and the signal handlers of programs that set them."""
 
 import contextlib
 import signal
@@ -12,22 +12,22 @@ from rlhf.io.user_log import log_user
 
 @dataclass
 class StopRequest:
-    """Asks a run to stop after its step, and to save its state."""
+    """A request to a run to finish its step, save its state and stop."""
 
     requested: bool = False
     signal: int = 0
-    """Number of the signal that asked; 0 where none did."""
+    """Number of the signal that set the request; 0 without one."""
     stage: str = ""
-    """Stage that runs; empty between stages."""
+    """The running stage; empty between stages."""
     training: bool = False
-    """Whether the stage has a state to save: it then stops after its step, otherwise at once."""
+    """True if the stage has a state to save: it then stops after its step, otherwise at once."""
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Let the first signal ask the run to stop, and a second Ctrl-C stop it at once.
+    """Install handlers of SIGINT, SIGTERM and SIGHUP that set a stop request, until the block ends.
 
-    For programs: handlers of SIGINT, SIGTERM and SIGHUP are installed, and put back at the end of the block.
+    A second Ctrl-C stops the run at once. For programs only.
     """
     stop = StopRequest()
 
@@ -40,15 +40,15 @@ def stop_on_signal() -> Iterator[StopRequest]:
         log_user("finishing the step, then saving (Ctrl-C again stops at once, unsaved)", stage=stop.stage)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that goes away, but for nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal was closed; nohup ignores it
         numbers.append(signal.SIGHUP)
     try:
         previous = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:  # not in the main thread: whoever runs this there handles signals
+    except ValueError:  # not the main thread, which alone handles signals
         yield stop
         return
     try:
         yield stop
     finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)

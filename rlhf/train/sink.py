@@ -1,4 +1,4 @@
-"""Every line of metrics, handed to a function of the user's as well: to Weights & Biases, a data base, a chat."""
+"""The user's function that receives every line of metrics, for example to send them to Weights & Biases."""
 
 from rlhf.io.process_state import restored_process
 from rlhf.io.run_log import Sink
@@ -7,9 +7,9 @@ from rlhf.io.user_log import log_user
 
 
 def open_sink(target: str | None) -> Sink | None:
-    """The function `target`, `module:function` or `file.py:function`, called with (stage, step, metrics).
+    """Return a sink that calls the function `target`: `module:function` or `file.py:function`.
 
-    What it raises is told once and never ends the run.
+    The function is called with (stage, step, metrics). Its first exception is logged; none ends the run.
 
     Raises:
         UserError: it cannot be imported.
@@ -25,7 +25,7 @@ def open_sink(target: str | None) -> Sink | None:
                 result = function(stage, step, metrics)
             if is_async(result):
                 raise TypeError("it returned a coroutine (async), which is not awaited here")
-        except (Exception, SystemExit) as error:  # it is the user's code, and the run is worth more
+        except (Exception, SystemExit) as error:  # of the user's code, which must not end the run
             if not has_failed:
                 log_user(f"--log.sink {target}: raised {type(error).__name__}: {error} at {stage} {step}; going on")
             has_failed = True

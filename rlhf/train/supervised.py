@@ -1,4 +1,4 @@
-"""What SFT and reward-model training share: shuffled epochs, one step per batch, evaluation on held-out records."""
+"""Supervised training, shared by SFT and reward model: shuffled epochs, and evaluation on held-out records."""
 
 import math
 import time
@@ -28,49 +28,49 @@ from rlhf.train.stage_inputs import ModelSpec, lr_at_step, make_schedule, open_d
 from rlhf.types import Tree
 
 _EVAL_RECORDS = 1024
-"""Held-out records that an evaluation reads at most."""
+"""Upper bound on the held-out records that an evaluation reads."""
 
 
 class DataSplit(NamedTuple):
-    """Records to learn from and records held out."""
+    """Training records and held-out records."""
 
     dataset: Dataset
     train: list[int]
-    """Records of `dataset`."""
+    """Indices into `dataset`."""
     validation: Dataset
-    """Where the held-out records are: the same file, or one of their own."""
+    """The data set of the held-out records: the same one, or that of the validation file."""
     held_out: list[int]
-    """Records of `validation`."""
+    """Indices into `validation`."""
 
 
 def open_split(
     run: Run, path: Path, validation: Path | None, schema: Schema, settings: SupervisedConfig, model: LanguageModel
 ) -> DataSplit:
-    """Open the data; hold out the validation file's records, or a random share (one at least, of two or more).
+    """Open the data; hold out the validation file's records, or a random share (at least one of two or more).
 
     Raises:
-        UserError: as `rlhf.data.dataset.load_dataset`, or every pair to learn from is equal after truncation.
+        UserError: as `rlhf.data.dataset.load_dataset`, or truncation makes every training pair equal.
     """
     max_length = length_limit(settings, model)
-    dataset = source = open_dataset(run, path, schema, model.tokenizer, max_length)
+    dataset = held_out_data = open_dataset(run, path, schema, model.tokenizer, max_length)
     equal = equal_held_out = _equal_pairs(run, path, dataset, max_length)
     if validation is not None:
-        source = open_dataset(run, validation, schema, model.tokenizer, max_length)
-        equal_held_out = _equal_pairs(run, validation, source, max_length)
-        _tell_shared(run, validation, dataset, source)
-        train, held_out = list(range(len(dataset))), list(range(len(source)))
+        held_out_data = open_dataset(run, validation, schema, model.tokenizer, max_length)
+        equal_held_out = _equal_pairs(run, validation, held_out_data, max_length)
+        _note_shared(run, validation, dataset, held_out_data)
+        train, held_out = list(range(len(dataset))), list(range(len(held_out_data)))
     else:
         train, held_out = hold_out(run.key(Purpose.SPLIT), len(dataset), settings.val_fraction)
     train = [record for record in train if record not in equal]
     held_out = [record for record in held_out if record not in equal_held_out]
     check_pairs_differ(path, len(train), max_length)
-    split = DataSplit(dataset, train, source, held_out[:_EVAL_RECORDS])
+    split = DataSplit(dataset, train, held_out_data, held_out[:_EVAL_RECORDS])
     run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
     return split
 
 
 def check_pairs_differ(path: Path, different: int, max_length: int) -> None:
-    """Raise UserError if no pair of a file is `different` after truncation."""
+    """Raise UserError if the number of pairs that are `different` after truncation is 0."""
     if not different:
         raise UserError(
             f"{path}: after truncation to {max_length} tokens the chosen text equals the rejected one in every pair; "
@@ -79,7 +79,7 @@ def check_pairs_differ(path: Path, different: int, max_length: int) -> None:
 
 
 def _equal_pairs(run: Run, path: Path, dataset: Dataset, max_length: int) -> set[int]:
-    """`Dataset.equal_pairs`; the user is told."""
+    """Return `Dataset.equal_pairs` as a set, and note their number."""
     equal = set(dataset.equal_pairs(max_length))
     if equal:
         run.note(
@@ -89,8 +89,8 @@ def _equal_pairs(run: Run, path: Path, dataset: Dataset, max_length: int) -> set
     return equal
 
 
-def _tell_shared(run: Run, path: Path, train: Dataset, validation: Dataset) -> None:
-    """Tell the user what share of the validation file is also learnt from."""
+def _note_shared(run: Run, path: Path, train: Dataset, validation: Dataset) -> None:
+    """Note the number of validation records that are also training records."""
     if shared := int(np.isin(validation.digests, train.digests).sum()):
         run.note(
             f"{path}: {shared} of {len(validation)} records are also among those to learn from; what is measured on "
@@ -99,27 +99,27 @@ def _tell_shared(run: Run, path: Path, train: Dataset, validation: Dataset) -> N
 
 
 def length_limit(settings: SupervisedConfig, model: LanguageModel | ModelSpec) -> int:
-    """Tokens kept of one record."""
+    """Return the number of tokens kept of one record."""
     context = model.config.n_positions
     return min(settings.max_length or context, context)
 
 
 class TrainPlan(NamedTuple):
-    """How long a supervised stage trains, and how fast."""
+    """Number of steps and learning-rate schedule of a supervised stage."""
 
     steps: int
     schedule: Schedule
 
 
 def make_plan(settings: SupervisedConfig, records: int) -> TrainPlan:
-    """Steps for `settings.epochs` passes over `records`, and their schedule."""
+    """Return the plan for `settings.epochs` passes over `records` records."""
     steps = max(1, math.ceil(settings.epochs * records / settings.batch_size))
     steps = min(steps, settings.max_steps or steps)
     return TrainPlan(steps, make_schedule(settings, steps))
 
 
 def make_adamw(settings: Any, schedule: Schedule, lr_multiplier: Callable[[Tree], Tree] | None = None) -> Optimizer:
-    """AdamW with a section's constants."""
+    """Return AdamW with the constants of a section of settings."""
     return adamw(
         schedule,
         b1=settings.adam_b1,
@@ -150,33 +150,33 @@ def train_supervised(
         plan: from `make_plan`.
         split: from `open_split`.
         batches: (records, key) -> micro-batches of one optimiser step.
-        evaluate: metrics of the present parameters on held-out records.
+        evaluate: returns metrics of the current parameters on held-out records.
         identity: as in `rlhf.train.loop.train`.
     """
     if 0 < settings.warmup_fraction * plan.steps < 1 and settings.warmup_fraction != type(settings)().warmup_fraction:
         flag = flag_of(f"{run.stage.name}.warmup_fraction", settings.warmup_fraction)
         run.note(f"{flag}: has no effect: it is less than one of the run's {plan.steps} steps")
     order_key, dropout_key = run.key(Purpose.ORDER), run.key(Purpose.DROPOUT)
-    last: dict[str, float] = {}
+    last_evaluation: dict[str, float] = {}
     prefetched: Prefetch[list[Any]] | None = None
 
-    def batches_of(step: int) -> list[Any]:
+    def micro_batches_at(step: int) -> list[Any]:
         order = record_order(order_key, len(split.train), step * settings.batch_size, settings.batch_size)
-        return batches([split.train[place] for place in order], fold_in(dropout_key, step))
+        return batches([split.train[index] for index in order], fold_in(dropout_key, step))
 
     def advance(step: int, state: LoopState, observers: Observers) -> tuple[dict[str, float], LoopState]:
         nonlocal prefetched
         start = time.perf_counter()
-        prefetched = prefetched or Prefetch(map(batches_of, range(step, plan.steps)))
+        prefetched = prefetched or Prefetch(map(micro_batches_at, range(step, plan.steps)))
         micro_batches = next(prefetched)
         metrics = executor.step("main", micro_batches, overlap=prefetched.prepare)
         tokens = sum(int((batch.rows.segments > 0).sum()) for batch in micro_batches)
         metrics |= {"lr": lr_at_step(plan.schedule, step), "perf/tokens_per_s": tokens / (time.perf_counter() - start)}
         if (step + 1) % settings.eval_every == 0 or step + 1 == plan.steps:
             evaluated = evaluate()
-            last.update(evaluated)
+            last_evaluation.update(evaluated)
             metrics |= evaluated
         return metrics, state
 
     train(run, executor, total=plan.steps, state={}, identity=identity, advance=advance)
-    return last or evaluate()
+    return last_evaluation or evaluate()
