@@ -21,9 +21,6 @@ LAYERS = [
 """From the bottom up; io and data are one layer, in which data may use io."""
 
 
-"""Not yet in cli: training shows its progress by itself."""
-
-
 def layer_of(module: str) -> str:
     parts = module.split(".")
     if any(f"{part}.py" in CONFIG for part in parts):
