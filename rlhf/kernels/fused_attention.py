@@ -135,8 +135,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 def _graph(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return fused attention's inputs and output, with a graph of their own between them."""
     with torch.enable_grad():
-        inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        return inputs, _fused(*inputs, bias)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        return (q, k, v), _fused(q, k, v, bias)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -151,15 +151,15 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, bias = ctx.saved_tensors
+        q, k, v, bias = ctx.saved_tensors
         if not torch.is_grad_enabled() and not is_transformed():
-            inputs, output = ctx.graph or _graph(*inputs, bias)  # again where the graph around is retained
+            inputs, output = ctx.graph or _graph(q, k, v, bias)  # again where the graph around is retained
             ctx.graph = None  # what attention keeps is freed layer by layer
             # `torch.autograd.grad` would import SymPy to compare shapes: half a second and 36 MB
             return None, *_engine_run_backward((output,), (gradient,), False, False, inputs, False, False), None
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+            inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
             output = ctx.reference(*inputs, bias)
             gradients = torch.autograd.grad(output, inputs, gradient, create_graph=create_graph)
         return None, *gradients, None
