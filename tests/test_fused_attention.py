@@ -1,6 +1,10 @@
 """Attention against loops over queries and keys, in every form, dtype and case."""
 
+import gc
 import math
+import subprocess
+import sys
+import weakref
 
 import pytest
 import torch
@@ -138,3 +142,45 @@ def test_attention_under_transforms_is_the_reference(transform):
         return torch.func.vmap(torch.func.grad(loss))(*(torch.stack([x, x.cos()]) for x in tensors))
 
     torch.testing.assert_close(outcome(attention), outcome(reference_of(attention)))
+
+
+class Saved:
+    """A tensor that a graph keeps for its backward pass."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_the_backward_pass_frees_what_attention_kept_while_the_graph_is_alive():
+    kept = weakref.WeakSet()
+
+    def keep(tensor):
+        saved = Saved(tensor)
+        kept.add(saved)
+        return saved
+
+    leaves = [draws(number, B, N, T, H).requires_grad_() for number in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        output = attention(*leaves, None)
+        assert len(kept)
+        output.backward(torch.ones_like(output))
+        gc.collect()
+        assert not len(kept)
+
+
+def test_a_retained_graph_of_attention_gives_the_same_gradients_again():
+    leaves = [draws(number, B, N, T, H).requires_grad_() for number in range(3)]
+    loss = attention(*leaves, segment_bias(SEGMENTS)).square().sum()
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_attention_and_its_gradient_import_no_sympy():
+    """SymPy takes half a second and 36 MB of every training process."""
+    program = (
+        "import sys, torch; from rlhf.models.attention import attention\n"
+        "q, k, v = torch.ones(3, 1, 1, 2, 4).requires_grad_()\n"
+        "attention(q, k, v, None).sum().backward(); print('sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

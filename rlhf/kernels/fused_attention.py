@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from rlhf.transforms import is_transformed, reference_needed
 
@@ -131,27 +132,34 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
+def _graph(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return fused attention's inputs and output, with a graph of their own between them."""
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        return (q, k, v), _fused(q, k, v, bias)
+
+
 class _FusedAttention(torch.autograd.Function):
     """Fused attention whose backward pass is the reference's where it is to be differentiated itself."""
 
     @staticmethod
     def forward(ctx: Any, reference: Function, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)
-        with torch.enable_grad():
-            inputs = q, k, v = tuple(x.detach().requires_grad_() for x in (q, k, v))
-            output = _fused(q, k, v, bias)
-        ctx.reference, ctx.fused = reference, (inputs, output)
-        return output.detach()
+        ctx.reference, ctx.graph = reference, _graph(q, k, v, bias)
+        output: Tensor = ctx.graph[1].detach()
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
         if not torch.is_grad_enabled() and not is_transformed():
-            inputs, output = ctx.fused
-            return None, *torch.autograd.grad(output, inputs, gradient, retain_graph=True), None
-        *inputs, bias = ctx.saved_tensors
+            inputs, output = ctx.graph or _graph(q, k, v, bias)  # again where the graph around is retained
+            ctx.graph = None  # what attention keeps is freed layer by layer
+            # `torch.autograd.grad` would import SymPy to compare shapes: half a second and 36 MB
+            return None, *_engine_run_backward((output,), (gradient,), False, False, inputs, False, False), None
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+            inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
             output = ctx.reference(*inputs, bias)
             gradients = torch.autograd.grad(output, inputs, gradient, create_graph=create_graph)
         return None, *gradients, None
