@@ -18,8 +18,9 @@ from rlhf.distributed.collectives import RankInfo
 from rlhf.distributed.messages import ShardState, copy_arrays, from_numpy, read_shard, to_numpy
 from rlhf.distributed.partition import assign_micro_batches
 from rlhf.distributed.ray_calls import LostError, RayLostError
-from rlhf.execution.executor import Fault, LocalExecutor, copy_state, named_state, not_finite, step_metrics
+from rlhf.execution.executor import Fault, LocalExecutor, copy_state, named_state
 from rlhf.execution.program import ModelState, Program
+from rlhf.execution.update import nonfinite_error, step_metrics
 from rlhf.tree import flat_layout, flatten, leaves, tree_map, unflatten
 from rlhf.types import Params, Tree
 
@@ -203,9 +204,9 @@ class RayExecutor:
         def is_finite(batch: Any) -> bool:
             return self._call(self._workers[:1], "is_finite", name, to_numpy(batch))[0]
 
-        if not update.finite:
-            raise not_finite(name, batches, results, update, is_finite)
-        self._version += update.allowed
+        if not update.is_finite:
+            raise nonfinite_error(name, batches, results, update, is_finite)
+        self._version += update.within_limit
         return step_metrics(results, update)
 
     def _map(self, name: str, batches: Sequence[Any], results: dict[int, Tree]) -> list[Tree]:

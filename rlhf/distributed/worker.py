@@ -22,12 +22,12 @@ from torch import Tensor
 from rlhf.distributed.collectives import Exchange, Group, GroupError, RankInfo, connect_store
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
 from rlhf.distributed.partition import SUBTREES, Range, join_sums, shard_ranges, subtrees
-from rlhf.execution.executor import Update, plan_update, sums_of_results
 from rlhf.execution.frozen import FrozenModels
 from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
 from rlhf.execution.program import Program, StepSpec
 from rlhf.execution.shard import Shard, apply, slice_shard
+from rlhf.execution.update import Update, plan_update, sums_of_results
 from rlhf.tree import CHUNK, FlatLayout, all_finite, chunked_squared_norms, to_device, tree_sum, unflatten
 from rlhf.types import Tree
 
@@ -142,11 +142,11 @@ class Worker:
             results = self.sum_gradients(name, shares, batches)
             self.reduce(shares, mode)
             update = self.decide(results, shares, spec)
-            if update.finite and update.allowed:
+            if update.is_finite and update.within_limit:
                 self._updating = True  # whoever fails before the end has parts of two versions
                 if self._shard is not None:
-                    pieces = slice_shard(self._shard, self._gradient, spec.optimizer, self._layout)
-                    self._shard = apply(self._shard, version, pieces, update.scale, spec.optimizer, learning_rate)
+                    slices = slice_shard(self._shard, self._gradient, spec.optimizer, self._layout)
+                    self._shard = apply(self._shard, version, slices, update.scale, spec.optimizer, learning_rate)
                 self.publish()
                 self._version, self._updating = version + 1, False
             on_error.pop_all()
@@ -217,7 +217,7 @@ class Worker:
     def blended(self, version: int) -> dict[str, Any]:
         """The frozen models that change, at that version."""
         self._check(version)
-        return {name: to_numpy(model) for name, model in self._frozen.changing.items()}
+        return {name: to_numpy(model) for name, model in self._frozen.masters.items()}
 
     def params(self, version: int) -> np.ndarray:
         """[n] float32: all parameters, flat, at that version."""
