@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.distributed.collectives import Exchange, Group, GroupError, RankInfo, connect_store
+from rlhf.distributed.collectives import Group, GroupError, RankInfo, connect_store
+from rlhf.distributed.exchange import Exchange
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
 from rlhf.distributed.partition import SUBTREES, Range, join_sums, shard_ranges, subtrees
 from rlhf.execution.frozen import FrozenModels
@@ -265,7 +266,7 @@ class Worker:
             total: micro-batches.
         """
         own_part = slice(*self._ranges[self._place.rank])
-        for piece, arrived in exchange.pieces(len(self._gradient)):
+        for piece, arrived in exchange.segments(len(self._gradient)):
             own = {span: flat[own_part][piece] for span, flat in self._sums.items()}
             join_sums(own | dict(zip(spans, arrived, strict=True)), total, out=self._gradient[piece])
 
