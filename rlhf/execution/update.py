@@ -15,7 +15,7 @@ from rlhf.tree import all_finite, tree_sum
 
 
 class Update(NamedTuple):
-    """What to do with the summed gradient of a step's micro-batches."""
+    """The decision about the summed gradient of a step's micro-batches."""
 
     scale: float
     """The factor that turns the sum into the clipped mean gradient."""
