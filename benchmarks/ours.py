@@ -168,7 +168,7 @@ def _rollout(
 
 def _executor(make_program: Any, models: ModelState, device: str) -> Any:
     keep_freed_memory()
-    return open_executor(make_program, models, DistConfig(), device=torch.device(device), tell=print)
+    return open_executor(make_program, models, DistConfig(), device=torch.device(device))
 
 
 def _computing(precision: str, choice: str) -> tuple[int, torch.dtype, Path | None]:

@@ -70,7 +70,7 @@ def _executor(config: GPT2Config, **dist: Any) -> Iterator[Any]:
     params = gpt2.init(config, key=random.key(0))
     settings = DistConfig(snapshot_every=10_000, **dist)
     keep_freed_memory()
-    with open_executor(program, ModelState(params, {}), settings, device=torch.device("cpu"), tell=print) as executor:
+    with open_executor(program, ModelState(params, {}), settings, device=torch.device("cpu")) as executor:
         yield executor
 
 
@@ -228,7 +228,7 @@ class _Calls:
 
     def busy_s(self) -> float:
         """Seconds that the worker has worked."""
-        return self._executor._call(self._executor._workers, "busy")[0]
+        return self._executor._members.call(self._executor._members.workers, "busy")[0]
 
 
 @contextlib.contextmanager

@@ -767,7 +767,7 @@ MUTANTS = [
     ),
     *mutants(
         "execution.gradients",
-        ("a shared parameter's gradient is overwritten", "place.add_(leaf.grad)", "place.copy_(leaf.grad)"),
+        ("a shared parameter's gradient is overwritten", "buffer.add_(leaf.grad)", "buffer.copy_(leaf.grad)"),
         ("gradients of one leaf are kept", "leaf.grad, empty = None, False", "empty = False"),
     ),
     *mutants(

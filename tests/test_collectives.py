@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 
-from rlhf.distributed import collectives, shared_memory
+from rlhf.distributed import collectives, exchange, shared_memory
 from rlhf.distributed.collectives import Group, RankInfo
 
 ALONE = RankInfo(generation=0, rank=0, workers=1, servers=0)
@@ -81,20 +81,20 @@ def test_tensors_arrive_in_the_order_in_which_they_were_sent(monkeypatch, backen
         return [message(turn, sender, receiver, *of) for of in enumerate([9] * len(sent) if in_pieces else sent)]
 
     def work(group):
-        me, found = group.place.rank, []
+        me, found = group.rank_info.rank, []
         for turn in range(len(lengths)):
             sends = [(rank, sent) for rank in range(3) for sent in messages(turn, me, rank)]
             places = [(rank, torch.full_like(sent, -1)) for rank in range(3) for sent in messages(turn, rank, me)]
             receives = [(rank, len(place)) for rank, place in places] if in_pieces else places
-            exchange = group.exchange(sends, receives)
+            pending = group.exchange(sends, receives)
             if me == late:
                 time.sleep(0.003)
-            arrived = [[part.clone() for part in parts] for _, parts in exchange.pieces(9)] if in_pieces else []
-            exchange.finish()
+            arrived = [[part.clone() for part in parts] for _, parts in pending.segments(9)] if in_pieces else []
+            pending.finish()
             found.append([torch.cat(parts) for parts in zip(*arrived, strict=True)] or [place for _, place in places])
         return found
 
-    monkeypatch.setattr(collectives, "SEGMENT", 4)
+    monkeypatch.setattr(exchange, "SEGMENT", 4)
     monkeypatch.setattr(shared_memory, "_SMALL", small)
     for me, found in enumerate(in_group(3, backend, work, capacity=4 * 6 * 40)):
         for turn, got in enumerate(found):
@@ -106,7 +106,7 @@ def test_what_several_receive_is_placed_once():
     own = torch.arange(100_000.0)
 
     def work(group):
-        others = [rank for rank in range(3) if rank != group.place.rank]
+        others = [rank for rank in range(3) if rank != group.rank_info.rank]
         places = [(rank, torch.zeros_like(own)) for rank in others]
         group.exchange([(rank, own) for rank in others], places).finish()
         with pytest.raises(ValueError, match=r"exchange: 2 sends of over \d+ bytes, expected up to \d+"):
@@ -129,7 +129,7 @@ def test_one_that_cannot_share_lets_all_send(monkeypatch, cause):
     monkeypatch.setattr(collectives, name, fail)
 
     def work(group):
-        me, place = group.place.rank, torch.zeros(2)
+        me, place = group.rank_info.rank, torch.zeros(2)
         group.exchange([(1 - me, torch.full((2,), float(me)))], [(1 - me, place)]).finish()
         return group._shared, place.tolist()
 

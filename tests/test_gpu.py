@@ -237,7 +237,7 @@ def test_workers_on_a_gpu_agree_with_the_cpu(monkeypatch, workers, servers, gpus
     for settings in (DistConfig(), dist):
         with (
             connected(settings),
-            open_executor(toy.make_program, toy.models(), settings, device=torch.device("cpu"), tell=print) as executor,
+            open_executor(toy.make_program, toy.models(), settings, device=torch.device("cpu")) as executor,
         ):
             states.append(toy.drive(executor, 5)[1])
     for name, leaf in states[0].items():

@@ -94,7 +94,7 @@ IN_PLACE = {
     "kernels/fused_adamw.py": {"write_update"},  # donated optimiser buffers
     "execution/shard.py": {"_write"},  # donated optimiser buffers
     "execution/executor.py": {"LocalExecutor.step", "copy_state"},  # donated gradients; a snapshot read back
-    "execution/gradients.py": {"_eager.gradient", "_lay_into.lay"},  # the gradient's buffer
+    "execution/gradients.py": {"_eager.gradient", "_accumulate_into.accumulate"},  # the gradient's buffer
     "execution/draws.py": {"CUDAGraphRunner._load"},  # what a recording reads
 }
 """Functions that change tensors in place, by file: caches and donated buffers. The core has none."""

@@ -68,13 +68,13 @@ def test_it_gives_the_bits_of_a_plain_loop_and_resumes_to_them_anywhere(one_ray)
     expected, halves = plain_loop(), []
     for workers in (0, 2):
         dist = DistConfig(num_workers=workers)
-        with open_executor(sgd.make_program, toy.models(), dist, device=CPU, tell=print) as executor:
+        with open_executor(sgd.make_program, toy.models(), dist, device=CPU) as executor:
             halves.append(go_on(executor, range(HALF)))
             assert_same_bits(trained(go_on(executor, range(HALF, STEPS))), expected)
     assert_same_bits(*halves)
     for workers in (0, 2):
         dist = DistConfig(num_workers=workers)
-        with open_executor(sgd.make_program, toy.models(), dist, device=CPU, tell=print) as executor:
+        with open_executor(sgd.make_program, toy.models(), dist, device=CPU) as executor:
             executor.restore(halves[0], HALF)
             assert_same_bits(trained(go_on(executor, range(HALF, STEPS))), expected)
 
@@ -86,7 +86,7 @@ def test_an_optimiser_that_needs_whole_leaves_is_refused_by_name(one_ray, worker
         pytest.raises(
             ValueError, match=r"^step 'needy': its optimizer \(sgd\.update\) has elementwise=False, .*rlhf.adamw"
         ),
-        open_executor(sgd.make_whole_leaves_program, toy.models(), dist, device=CPU, tell=print),
+        open_executor(sgd.make_whole_leaves_program, toy.models(), dist, device=CPU),
     ):
         pass
 

@@ -39,16 +39,16 @@ def one_thread():
 
 
 def run(dist, steps=STEPS):
-    """(what the calls returned, state, faults, lines told)."""
-    told = []
-    with open_executor(toy.make_program, toy.models(), dist, device=CPU, tell=told.append) as executor:
+    """(what the calls returned, state, faults, lines logged)."""
+    lines = []
+    with open_executor(toy.make_program, toy.models(), dist, device=CPU, log=lines.append) as executor:
         seen, state = toy.drive(executor, steps)
         executor.update_frozen("offset")
         more, state = toy.drive(executor, 2)
         seen += more
         params = executor.params()
         assert all(torch.equal(params[name], state[f"params.{name}"]) for name in params)
-        return seen, state, executor.faults(), told
+        return seen, state, executor.faults(), lines
 
 
 def assert_same(got, expected):
@@ -84,7 +84,7 @@ def test_invariant_14_the_ring_agrees_to_tolerance(one_ray, workers, servers):
 
 
 def test_fewer_micro_batches_than_workers(one_ray):
-    with open_executor(toy.make_program, toy.models(), DistConfig(num_workers=3), device=CPU, tell=print) as executor:
+    with open_executor(toy.make_program, toy.models(), DistConfig(num_workers=3), device=CPU) as executor:
         local = LocalExecutor(toy.make_program(), toy.models(), CPU)
         for step in range(3):
             batches = [toy.batch(4, step)]
@@ -99,7 +99,7 @@ def test_a_snapshot_moves_between_executors(one_ray):
     middle = {name: leaf.clone() for name, leaf in middle.items()}
     expected = toy.drive(straight, 3)
     for dist in (DistConfig(num_workers=3), DistConfig(num_workers=2, num_servers=1)):
-        with open_executor(toy.make_program, toy.models(), dist, device=CPU, tell=print) as executor:
+        with open_executor(toy.make_program, toy.models(), dist, device=CPU) as executor:
             with pytest.raises(ValueError, match=r"params\.b is missing"):
                 executor.restore({name: leaf for name, leaf in middle.items() if name != "params.b"}, 3)
             executor.restore(middle, 3)
@@ -116,7 +116,7 @@ def test_workers_have_the_priority_of_their_driver(one_ray):
 
 def test_what_is_not_finite_is_refused_and_named(one_ray):
     local = LocalExecutor(toy.make_program(), toy.models(), CPU)
-    with open_executor(toy.make_program, toy.models(), DistConfig(num_workers=2), device=CPU, tell=print) as executor:
+    with open_executor(toy.make_program, toy.models(), DistConfig(num_workers=2), device=CPU) as executor:
         batches = [toy.batch(4, number) for number in range(4)]
         executor.step("main", batches)
         local.step("main", batches)
@@ -138,7 +138,7 @@ def test_an_error_of_the_users_function_is_the_users(one_ray):
     """In a map it harms nobody; in a step the others, who wait for the one that failed, are released at once."""
     local = LocalExecutor(toy.make_program(), toy.models(), CPU)
     good, bad = [toy.batch(4, number) for number in range(4)], (torch.ones(2, 3), torch.ones(2))
-    with open_executor(toy.make_program, toy.models(), DistConfig(num_workers=2), device=CPU, tell=print) as executor:
+    with open_executor(toy.make_program, toy.models(), DistConfig(num_workers=2), device=CPU) as executor:
         with pytest.raises(RuntimeError, match=r"size of tensor|mat1 and mat2"):
             executor.map("predict", [bad])
         assert executor.step("main", good) == local.step("main", good)

@@ -30,7 +30,7 @@ DAEMONS = {
     "raylet": lambda command: command.split(" ")[0].endswith("/raylet"),
     "GCS": lambda command: command.split(" ")[0].endswith("/gcs_server"),
     "agent": lambda command: "dashboard/agent.py" in command or "DashboardAgent" in command,
-    "janitor": lambda command: "janitor.py" in command,
+    "reaper": lambda command: "reaper.py" in command,
 }
 
 
@@ -91,7 +91,7 @@ def test_a_daemon_that_dies_or_stops_ends_the_run_saved_or_not_at_all(tmp_path, 
         subprocess.run([*command, "--resume"], check=True, capture_output=True, timeout=300)
     else:
         assert run.returncode == 0, err
-        assert daemon in ("janitor", "agent")
+        assert daemon in ("reaper", "agent")
     assert sha(folder) == digest
     time.sleep(1.0)
     assert [text for text in commands().values() if str(ray) in text] == []
@@ -161,16 +161,16 @@ def test_a_machine_that_is_lost_costs_seconds_and_no_bit(monkeypatch, cores, wor
         nodes.append(Node(f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2", "--num-cpus=1", folder=folder))
         time.sleep(10)
         dist = DistConfig(num_workers=2, snapshot_every=2, address=f"127.0.0.1:{port}", placement="spread")
-        told: list[str] = []
-        options = {"device": torch.device("cpu"), "tell": told.append}
+        lines: list[str] = []
+        options = {"device": torch.device("cpu"), "log": lines.append}
         with open_executor(toy.make_program, toy.models(), dist, **options) as executor:
             first = toy.drive(executor, 3)
             nodes[1].kill()
             begun = time.monotonic()
             second = toy.drive(executor, 3)
             assert time.monotonic() - begun < 75
-            assert len(executor._workers) == workers
-            assert told
+            assert len(executor._members.workers) == workers
+            assert lines
         local = LocalExecutor(toy.make_program(), toy.models(), torch.device("cpu"))
         for found in (first, second):
             seen, state = toy.drive(local, 3)

@@ -102,7 +102,7 @@ class FaultyWorker(Worker):
             fault = json.loads(path.read_text())
         except (OSError, ValueError):
             return
-        if (moment, self._place.rank, self._version) == (fault["moment"], fault["rank"], fault["version"]):
+        if (moment, self._rank_info.rank, self._version) == (fault["moment"], fault["rank"], fault["version"]):
             path.unlink(missing_ok=True)
             os.kill(os.getpid(), getattr(signal, fault["signal"]))
 

@@ -1,4 +1,4 @@
-"""Where the work runs: the executor interface, the sharded parameter server, and the Ray workers around it."""
+"""Distributed training: the sharded parameter server, its Ray workers, and the choice of an executor."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ import torch
 from rlhf.config import DistConfig
 from rlhf.execution.executor import Executor, LocalExecutor
 from rlhf.execution.program import ModelState, Program
+from rlhf.io.user_log import log_user
 
 
 @contextlib.contextmanager
@@ -17,44 +18,44 @@ def open_executor(
     dist: DistConfig,
     *,
     device: torch.device,
-    tell: Callable[[str], None],
+    log: Callable[[str], None] = log_user,
 ) -> Iterator[Executor]:
-    """The executor that a configuration asks for, until the block ends.
+    """Yield the executor that a configuration asks for, and close it when the block ends.
 
     Args:
         make_program: an importable function, or a partial of one; other processes call it too.
-        models: what the program starts from.
+        models: the program's initial state.
         dist: with `num_workers` 0 everything runs in this process.
-        device: of this process, where it computes.
-        tell: gets one line for the user whenever something goes wrong.
+        device: used if everything runs in this process.
+        log: called with one line for the user at every fault.
 
     Raises:
-        UserError: the Ray cluster cannot be reached, or has too few resources.
+        UserError: the Ray cluster is unreachable, or has too few resources.
     """
     if not dist.num_workers:
         yield LocalExecutor(make_program(), models, device)
         return
-    from rlhf.distributed.cluster import open_cluster  # here, because importing ray takes a while
+    from rlhf.distributed.cluster import open_cluster  # here, because importing ray is slow
     from rlhf.distributed.ray_executor import RayExecutor
 
     with (
         open_cluster(dist) as cluster,
-        contextlib.closing(RayExecutor(cluster, make_program, models, tell)) as executor,
+        contextlib.closing(RayExecutor(cluster, make_program, models, log)) as executor,
     ):
         yield executor
 
 
 @contextlib.contextmanager
 def connected(dist: DistConfig) -> Iterator[None]:
-    """Keep one Ray for several executors, where there are to be workers.
+    """Keep one connection to Ray for all executors in the block, if the configuration has workers.
 
     Raises:
-        UserError: the Ray cluster cannot be reached.
+        UserError: the Ray cluster is unreachable.
     """
     if not dist.num_workers:
         yield
         return
-    from rlhf.distributed import ray_session as session
+    from rlhf.distributed.ray_session import open_session
 
-    with session.connected(dist):
+    with open_session(dist):
         yield

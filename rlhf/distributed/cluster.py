@@ -1,4 +1,4 @@
-"""The processes that a configuration asks for, as Ray actors: their calls, and who of them is still alive."""
+"""The processes that a configuration asks for, as Ray actors: their start, calls, health and end."""
 
 import contextlib
 import functools
@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 from rlhf.config import DistConfig
 from rlhf.distributed.collectives import GroupError, serve_store
 from rlhf.distributed.ray_calls import Daemon, LostError, RayCalls, RayLostError, is_alive
-from rlhf.distributed.ray_session import START_S, connected, daemons, leave
+from rlhf.distributed.ray_session import START_S, daemons, leave, open_session
 from rlhf.distributed.worker import Worker
 from rlhf.errors import UserError, WorkersLostError
 
-_LOOK_S = 0.5
-"""Between looks at who is silent, while waiting for results."""
+_CHECK_S = 0.5
+"""Interval of health checks while waiting for results."""
 
 _SETUP_S = 30.0
-"""Within this a new process answers."""
-
+"""Time-out of a new process's first answer."""
 
 _MOVE_S = 25.0
-"""Within this Ray has noticed that a machine is lost, and has sought other places for what was there."""
+"""Time-out of Ray's moving the processes of a lost machine to other machines."""
 
 
 class Member(NamedTuple):
@@ -31,18 +30,18 @@ class Member(NamedTuple):
 
     actor: Any
     name: str
-    """As users know it: worker 1, server 0."""
+    """For users, such as worker 1 or server 0."""
     bundle: int
-    """Of the placement group; a replacement takes it over."""
+    """Of the placement group; a replacement takes the same."""
     loaded: Any
-    """Reference that is there once the process has loaded its program."""
+    """A reference that is ready once the process has loaded its program."""
 
 
 class Cluster:
-    """A running Ray, with room for the processes that a configuration asks for."""
+    """A Ray cluster with reserved resources for the processes that a configuration asks for."""
 
     def __init__(self, dist: DistConfig) -> None:
-        """Use `open_cluster`."""
+        """Reserve the resources; call `open_cluster`, which also connects."""
         import ray
 
         self.dist, self._ray = dist, ray
@@ -57,7 +56,7 @@ class Cluster:
         """Start a process that makes its `Worker` and calls the worker's `load`.
 
         Args:
-            name: as users know it.
+            name: of the process, for users.
             bundle: of the placement group.
             arguments: of `load`.
         """
@@ -70,8 +69,8 @@ class Cluster:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
         )
         actor = self._run(options.remote)
-        alone = dist.gpus_per_worker == 1  # NCCL refuses two processes on one GPU
-        backend = dist.backend if dist.backend != "auto" else ("nccl" if alone else "shared")
+        has_gpu = dist.gpus_per_worker == 1  # of its own: NCCL refuses two processes on one GPU
+        backend = dist.backend if dist.backend != "auto" else ("nccl" if has_gpu else "shared")
         device = "cuda" if dist.gpus_per_worker else "cpu"
         make_worker = functools.partial(
             Worker, device=device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s
@@ -80,37 +79,37 @@ class Cluster:
         return Member(actor, name, bundle, self._run(actor.load.remote, make_worker, *arguments))
 
     def call(self, member: Member, method: str, *arguments: Any) -> Any:
-        """Call a method of a member's `Worker`; a reference to what it will return."""
+        """Begin a call of a method of a member's `Worker`, and return a reference to its result."""
         return self._run(member.actor.call.remote, method, *arguments)
 
-    def find_room(self, members: Sequence[Member]) -> list[Member]:
-        """Those whose places another process can take: on a machine that is there, perhaps after Ray has moved them.
+    def find_replaceable(self, members: Sequence[Member]) -> list[Member]:
+        """Return the members that can be replaced, because their bundles are on machines that answer.
 
-        Ray itself seeks other places for those of a lost machine; it is waited for.
+        Ray moves the bundles of a lost machine to other machines, which this method waits for.
         """
         deadline = time.monotonic() + _MOVE_S
         while True:
             table = self._run(self._ray.util.placement_group_table, self._group)
             placed = placed_bundles(table, self._run(self._ray.nodes), lambda node: is_alive(node, 2.0))
-            roomy = [member for member in members if member.bundle in placed]
-            if len(roomy) == len(members) or time.monotonic() > deadline:
-                return roomy
-            time.sleep(_LOOK_S)
+            replaceable = [member for member in members if member.bundle in placed]
+            if len(replaceable) == len(members) or time.monotonic() > deadline:
+                return replaceable
+            time.sleep(_CHECK_S)
 
     def results(self, calls: dict[Any, Member]) -> Iterator[tuple[Any, Any]]:
-        """Yield (reference, result) of calls in the order in which they end; processes that fall silent are ended.
+        """Yield (reference, result) of calls in the order in which they end, and kill silent processes.
 
         Args:
-            calls: whose method returned which reference. Emptied on the way; the caller may add to it between yields.
+            calls: the member of each reference. The generator empties it; the caller may add to it between yields.
 
         Raises:
-            LostError: at the end, if a process was lost or a group has failed; at once, if Ray is lost.
-            Exception: what a member's own code raised.
+            LostError: at the end, if a process was lost or the group has failed; at once, if Ray is lost.
+            Exception: any error of the members' functions.
         """
         lost: list[Member] = []
         failed = False
         while calls:
-            done, _ = self._run(self._ray.wait, list(calls), num_returns=1, timeout=_LOOK_S)
+            done, _ = self._run(self._ray.wait, list(calls), num_returns=1, timeout=_CHECK_S)
             for call in done:
                 member = calls.pop(call)
                 try:
@@ -119,7 +118,7 @@ class Cluster:
                     if not isinstance(error.cause, GroupError):
                         raise (error.cause if isinstance(error.cause, Exception) else error) from None
                     failed = True
-                except self._ray.exceptions.RayError:  # the process has died, or its machine
+                except self._ray.exceptions.RayError:  # the process or its machine is lost
                     lost += [member] if member not in lost else []
                 else:
                     yield call, result
@@ -129,17 +128,17 @@ class Cluster:
             raise LostError(", ".join(member.name for member in lost) or "a collective failed", lost)
 
     def put(self, value: Any) -> Any:
-        """Place arrays in shared memory, where every process of this machine reads them without a copy."""
+        """Put arrays into shared memory, which every process of this machine reads without a copy."""
         return self._run(self._ray.put, value)
 
     def kill(self, members: Sequence[Member]) -> None:
-        """End processes at once, also stopped ones."""
+        """Kill processes, including stopped ones."""
         for member in members:
             if not self._kill_here(member):
                 self._run(self._ray.kill, member.actor)
 
     def _kill_here(self, member: Member) -> bool:
-        """End a process of this machine without Ray, which waits for seconds for a stopped one."""
+        """Kill a process of this machine without Ray, which waits several seconds for a stopped one."""
         pid = self._pids.get(member.actor)
         if self.host != "127.0.0.1" or pid is None:
             return False
@@ -148,31 +147,31 @@ class Cluster:
         return True
 
     def abandon(self, members: Sequence[Member]) -> None:
-        """End processes and the connection to a Ray that is lost; no other call is made."""
+        """Kill processes and close the connection to a Ray that is lost, without calling Ray."""
         for member in members:
             self._kill_here(member)
         leave(lost=True)
 
     def close(self) -> None:
-        """Give the resources back."""
+        """Release the resources."""
         with contextlib.suppress(self._ray.exceptions.RayError, LostError):
             if self._ray.is_initialized():
                 self._run(self._ray.util.remove_placement_group, self._group)
         self._run.close()
 
     def _is_silent(self, member: Member) -> bool:
-        """Whether a process has not answered for `heartbeat_s`, or has not started in time; asks it on the way."""
+        """Ping a process, and return True if it has not answered for `heartbeat_s` or has not started in time."""
         now = time.monotonic()
-        ping, asked = self._pings[member.actor]
+        ping, sent = self._pings[member.actor]
         if self._run(self._ray.wait, [ping], timeout=0)[0]:
-            with contextlib.suppress(self._ray.exceptions.RayError):  # whoever waits for its work learns of its death
+            with contextlib.suppress(self._ray.exceptions.RayError):  # its calls report its death
                 self._pids[member.actor] = self._run(self._ray.get, ping)
             self._pings[member.actor] = (self._run(member.actor.ping.remote), now)
             return False
-        return now - asked > (self.dist.heartbeat_s if member.actor in self._pids else _SETUP_S)
+        return now - sent > (self.dist.heartbeat_s if member.actor in self._pids else _SETUP_S)
 
     def _reserve(self) -> Any:
-        """A placement group; refused within seconds where the cluster has not the room."""
+        """Return a placement group, or raise UserError within seconds if the cluster has too few resources."""
         dist = self.dist
         bundle = {"CPU": float(dist.threads_per_worker)}
         if dist.gpus_per_worker:
@@ -181,25 +180,25 @@ class Cluster:
         group = self._run(self._ray.util.placement_group, [bundle] * count, strategy=dist.placement.upper())
         if not self._run(self._ray.wait, [self._run(group.ready)], timeout=START_S)[0]:
             self._run(self._ray.util.remove_placement_group, group)
-            there = self._run(self._ray.available_resources)
-            have = ", ".join(f"{there.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
-            asked = " and ".join(f"{amount * count:g} {name}" for name, amount in bundle.items())
+            available = self._run(self._ray.available_resources)
+            free = ", ".join(f"{available.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+            needed = " and ".join(f"{amount * count:g} {name}" for name, amount in bundle.items())
             raise UserError(
-                f"--dist: {dist.num_workers} workers and {dist.num_servers} servers ask for {asked}, but the cluster "
-                f"has {have} free; lower --dist.num-workers or --dist.threads-per-worker"
+                f"--dist: {dist.num_workers} workers and {dist.num_servers} servers ask for {needed}, but the cluster "
+                f"has {free} free; lower --dist.num-workers or --dist.threads-per-worker"
             )
         return group
 
 
 @contextlib.contextmanager
 def open_cluster(dist: DistConfig) -> Iterator[Cluster]:
-    """Connect, and reserve room for the workers and servers.
+    """Connect to Ray, and reserve resources for the workers and servers until the block ends.
 
     Raises:
-        UserError: the cluster cannot be reached, or has too few resources.
-        WorkersLostError: Ray is lost before there is anything to go on with.
+        UserError: the cluster is unreachable, or has too few resources.
+        WorkersLostError: Ray is lost before the first step.
     """
-    with connected(dist):
+    with open_session(dist):
         try:
             cluster = Cluster(dist)
             try:
@@ -214,12 +213,12 @@ def open_cluster(dist: DistConfig) -> Iterator[Cluster]:
 def placed_bundles(
     table: dict[str, Any], nodes: Sequence[dict[str, Any]], answers: Callable[[Daemon], bool]
 ) -> set[int]:
-    """The bundles of a placement group that are on machines that answer.
+    """Return the bundles of a placement group that are on machines that answer.
 
     Args:
-        table: of the placement group, as Ray gives it.
-        nodes: of the cluster, as Ray gives them.
-        answers: asks a machine's raylet.
+        table: Ray's table of the placement group.
+        nodes: Ray's list of the cluster's nodes.
+        answers: returns True if a machine's raylet answers.
     """
     alive = {
         node["NodeID"]
@@ -230,7 +229,7 @@ def placed_bundles(
 
 
 def _actor_class() -> Any:
-    """A process with a `Worker` in it, that answers pings while it computes and is never restarted behind our back."""
+    """Return the actor of a `Worker`, which answers pings while it computes and which Ray never restarts."""
     import ray
 
     class Process:
@@ -239,7 +238,7 @@ def _actor_class() -> Any:
             return os.getpid()
 
         def load(self, make_worker: Callable[[], Worker], *arguments: Any) -> None:
-            self.worker = make_worker()  # here, so that pings are answered while torch is imported
+            self.worker = make_worker()  # here, so that the process answers pings while it imports torch
             self.worker.load(*arguments)
 
         def call(self, method: str, *arguments: Any) -> Any:

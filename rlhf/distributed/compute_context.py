@@ -1,4 +1,4 @@
-"""Where a program computes: its device, its threads, its workers."""
+"""The device, threads and workers of a program."""
 
 import contextlib
 import os
@@ -16,10 +16,10 @@ from rlhf.io.user_log import log_user
 
 
 def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device that a configuration names.
+    """Return the device of a configuration.
 
     Raises:
-        UserError: it asks for a GPU and there is none.
+        UserError: there is no GPU for `cuda`.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
@@ -27,23 +27,23 @@ def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def compute_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
-    """The dtype of the models' passes that a configuration names."""
+    """Return the dtype of the models' forward and backward passes."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def compute_threads(config: ComputeConfig) -> int:
-    """CPU threads of each process that computes. The bits of a result depend on it."""
+    """Return the number of CPU threads of each computing process; the bits of results depend on it."""
     return config.dist.threads_per_worker if config.dist.num_workers else config.threads or available_cores()
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def limit_threads(number: int) -> Iterator[None]:
-    """Let torch use so many CPU threads until the block ends."""
+    """Limit torch to `number` CPU threads until the block ends."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -53,15 +53,11 @@ def limit_threads(number: int) -> Iterator[None]:
 
 
 _CROWD = 4
-"""Threads that may share a core; with more, a run would hardly move."""
+"""The most threads per core; with more, a run makes hardly any progress."""
 
 
 def check_workers(dist: DistConfig) -> None:
-    """Refuse more workers than this machine can move.
-
-    Raises:
-        UserError: their threads are more than four times its cores.
-    """
+    """Raise UserError if the workers' threads are more than four times this machine's cores."""
     threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
     if dist.num_workers and dist.address is None and threads > _CROWD * cores:
         raise UserError(
@@ -72,7 +68,7 @@ def check_workers(dist: DistConfig) -> None:
 
 
 def describe_workers(dist: DistConfig) -> str:
-    """The workers in words, and whether they share cores."""
+    """Return a line about the number of workers, and about shared cores."""
     servers = f" and {dist.num_servers} parameter servers" if dist.num_servers else ""
     threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
     crowded = f"; their {threads} threads share {cores} cores" if not dist.address and threads > cores else ""
@@ -80,36 +76,36 @@ def describe_workers(dist: DistConfig) -> str:
 
 
 class ComputeContext(NamedTuple):
-    """Where the models run."""
+    """The device, threads and workers of the models, and the user's log."""
 
     config: ComputeConfig
     device: torch.device
     notes: list[str]
-    """What the user has been told."""
+    """The lines logged so far."""
     stage: str = ""
-    """Of training, in front of what the user is told."""
+    """Of training; a prefix of the logged lines."""
 
     def note(self, text: str) -> None:
-        """Tell the user a line."""
+        """Log a line for the user."""
         self.notes.append(text)
         log_user(text, stage=self.stage)
 
     def note_all(self, lines: Iterable[str]) -> None:
-        """Tell the user each line once."""
+        """Log each line for the user, unless it was logged before."""
         for line in lines:
             if line not in self.notes:
                 self.note(line)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the models' passes."""
+        """The dtype of the models' passes."""
         return compute_dtype(self.config.precision)
 
     def open_executor(
         self, make_program: Callable[[], Program], models: ModelState
     ) -> contextlib.AbstractContextManager[Executor]:
-        """The executor that the configuration asks for, until the block ends; arguments as `rlhf.distributed`'s."""
-        return open_executor(make_program, models, self.config.dist, device=self.device, tell=self.note)
+        """Open the configured executor until the block ends; see `rlhf.distributed.open_executor`."""
+        return open_executor(make_program, models, self.config.dist, device=self.device, log=self.note)
 
 
 @contextlib.contextmanager
@@ -117,7 +113,7 @@ def open_compute_context(config: ComputeConfig) -> Iterator[ComputeContext]:
     """Set up device, threads and Ray.
 
     Raises:
-        UserError: there is no such device, or the cluster cannot be reached.
+        UserError: there is no such device, or the cluster is unreachable.
     """
     context = ComputeContext(config, find_device(config.device), [])
     check_workers(config.dist)

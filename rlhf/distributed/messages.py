@@ -1,4 +1,4 @@
-"""What crosses between processes: NumPy arrays, which lie in shared memory without a copy, and plain values."""
+"""Messages between processes: trees of NumPy arrays, which Ray keeps in shared memory, and plain values."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from rlhf.types import Tree
 
 
 class ShardState(NamedTuple):
-    """A copy of a shard."""
+    """A copy of a shard, as arrays."""
 
     start: int
-    """First element."""
+    """First element of its range."""
     params: np.ndarray
     """[n] float32."""
     opt_state: list[np.ndarray] | None
-    """Leaves [n], or [] for counters; None is the optimiser's first state."""
+    """Leaves [n], or [] for counters; None is the optimiser's initial state."""
 
 
 def to_numpy(tree: Tree) -> Any:
-    """Every leaf as an array on the CPU (no copy where it is there); equal tensors of a tree share one array."""
+    """Return every leaf as an array, without a copy if it is on the CPU; equal tensors of a tree share one array."""
     seen: dict[Any, np.ndarray] = {}
 
     def convert(leaf: Tensor) -> np.ndarray:
@@ -40,9 +40,9 @@ def to_numpy(tree: Tree) -> Any:
 
 
 def from_numpy(tree: Any, device: torch.device, *, copy: bool = False) -> Tree:
-    """Every array as a tensor; on the CPU a view of it, unless `copy` or it lies otherwise than new tensors do."""
+    """Return every array as a tensor; on the CPU a view, unless `copy` is set or the array is not aligned."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # we do not write
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing writes to it
         return realign(
             tree_map(
                 lambda array: (torch.tensor(array) if copy else torch.from_numpy(np.asarray(array))).to(device), tree
@@ -51,41 +51,41 @@ def from_numpy(tree: Any, device: torch.device, *, copy: bool = False) -> Tree:
 
 
 def copy_arrays(tree: Any) -> Any:
-    """A tree whose arrays are copies, in memory of this process; other leaves, such as numbers, are taken over."""
+    """Return a tree whose arrays are copies in this process's memory; other leaves, such as numbers, are the same."""
     return tree_map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, tree)
 
 
 def write_shard(shard: Shard) -> ShardState:
-    """A shard's buffers as arrays."""
+    """Return a shard's buffers as arrays."""
     return ShardState(shard.start, to_numpy(shard.params), [to_numpy(leaf) for leaf in leaves(shard.opt_state)])
 
 
 def read_shard(
-    state: Sequence[ShardState], optimizer: Optimizer, part: Range, version: int, device: torch.device
+    states: Sequence[ShardState], optimizer: Optimizer, elements: Range, version: int, device: torch.device
 ) -> Shard:
-    """A shard from copies of shards that were cut in any way.
+    """Return a shard of a range of elements, from copies of shards of any ranges.
 
     Args:
-        state: in order; together the whole buffer.
-        optimizer: whose state it is.
-        part: elements wanted.
+        states: in order; together the whole buffer.
+        optimizer: of `opt_state`.
+        elements: the range of the shard.
         version: of the state.
         device: of the result.
     """
-    shard = init_shard(read_params(state, part).to(device), optimizer)
+    shard = init_shard(read_params(states, elements).to(device), optimizer)
     for number, leaf in enumerate(leaves(shard.opt_state)):
-        parts = [copy.opt_state[number] for copy in state if copy.opt_state is not None]
-        if parts:
-            leaf.copy_(_elements(parts, part) if leaf.ndim else torch.tensor(parts[0]))
-    return shard._replace(start=part[0], version=version)
+        arrays = [state.opt_state[number] for state in states if state.opt_state is not None]
+        if arrays:
+            leaf.copy_(_read(arrays, elements) if leaf.ndim else torch.tensor(arrays[0]))
+    return shard._replace(start=elements[0], version=version)
 
 
-def read_params(state: Sequence[ShardState], part: Range) -> Tensor:
-    """A new tensor of some elements of the whole parameter buffer; arguments as `read_shard`'s."""
-    return _elements([copy.params for copy in state], part)
+def read_params(states: Sequence[ShardState], elements: Range) -> Tensor:
+    """Return a new tensor of a range of the whole parameter buffer; arguments as in `read_shard`."""
+    return _read([state.params for state in states], elements)
 
 
-def _elements(parts: Sequence[np.ndarray], part: Range) -> Tensor:
-    """A new tensor of some elements of arrays that lie behind one another."""
-    whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    return torch.tensor(whole[slice(*part)])
+def _read(arrays: Sequence[np.ndarray], elements: Range) -> Tensor:
+    """Return a new tensor of a range of elements of the concatenated arrays."""
+    whole = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    return torch.tensor(whole[slice(*elements)])

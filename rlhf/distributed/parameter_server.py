@@ -13,15 +13,16 @@ from rlhf.config import DistConfig
 from rlhf.distributed import open_executor
 from rlhf.execution.executor import Fault
 from rlhf.execution.program import ModelState, Program, StepSpec
+from rlhf.io.user_log import log_user
 from rlhf.optim import Optimizer
 from rlhf.tree import tree_map
 from rlhf.types import MetricSums, Params
 
 
 class ParameterServer:
-    """Trains parameters that lie in shards, one for each worker or in servers of their own; a context manager.
+    """A trainer of sharded parameters, whose shards are in the workers or in dedicated servers; a context manager.
 
-    Every step is applied exactly once. Its bits depend neither on the number of workers nor on who dies meanwhile.
+    Every step is applied exactly once. The bits depend neither on the number of workers nor on lost processes.
 
     Example:
         >>> import torch
@@ -30,14 +31,14 @@ class ParameterServer:
         >>> from rlhf.optim import adamw
         >>> from rlhf.schedules import constant_schedule
         >>>
-        >>> def loss(params, batch):  # a sum over the micro-batch, and what it is a sum of
+        >>> def loss(params, batch):  # the sum over the micro-batch, and metric sums
         ...     inputs, targets = batch
         ...     errors = torch.tanh(inputs @ params["hidden"]) @ params["out"] - targets
         ...     return errors.square().sum(), {"loss/mse": errors.detach().square().sum(), "count": errors.shape[0]}
         >>>
         >>> params = {"hidden": torch.linspace(-1, 1, 32).reshape(4, 8), "out": torch.zeros(8)}
         >>> inputs = torch.linspace(-1, 1, 256).reshape(64, 4)
-        >>> batch = list(zip(inputs.split(16), inputs.sum(dim=1).split(16)))  # always these four micro-batches
+        >>> batch = list(zip(inputs.split(16), inputs.sum(dim=1).split(16)))  # four micro-batches
         >>>
         >>> with ParameterServer(loss, params, adamw(constant_schedule(0.05)), DistConfig(num_workers=2)) as server:
         ...     for _ in range(100):
@@ -55,68 +56,69 @@ class ParameterServer:
         dist: DistConfig,
         *,
         max_grad_norm: float = float("inf"),
-        tell: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = log_user,
     ) -> None:
         """Start the workers.
 
         Args:
-            loss: (params, micro-batch) -> (loss sum, metric sums with `count`); pure. It goes to other processes: a
-                function of a module that they can import, or of the running script.
+            loss: (params, micro-batch) -> (loss sum, metric sums with `count`); pure. Other processes call it too, so
+                it is a function of an importable module or of the running script.
             params: any pytree of float32 tensors.
             optimizer: element-wise, such as `rlhf.optim.adamw`.
-            dist: how many workers and servers, and what to do about faults; with no worker all runs in this process.
-            max_grad_norm: global-norm clipping of the mean gradient; inf is off.
-            tell: gets one line for every fault.
+            dist: the number of workers and servers, and the reaction to faults; without workers everything runs in
+                this process.
+            max_grad_norm: for global-norm clipping of the mean gradient; inf disables it.
+            log: called with one line for every fault.
 
         Raises:
-            UserError: the Ray cluster cannot be reached, or has too few resources.
+            UserError: the Ray cluster is unreachable, or has too few resources.
             ValueError: the optimiser needs whole leaves.
         """
         make_program = functools.partial(_make_program, loss, optimizer, max_grad_norm)
         self._resources = contextlib.ExitStack()
         self._executor = self._resources.enter_context(
-            open_executor(make_program, ModelState(params, {}), dist, device=torch.device("cpu"), tell=tell)
+            open_executor(make_program, ModelState(params, {}), dist, device=torch.device("cpu"), log=log)
         )
 
     @property
     def version(self) -> int:
-        """Steps applied."""
+        """The number of steps applied."""
         return self._executor.version
 
     def step(self, batches: Sequence[Any]) -> dict[str, float]:
         """Apply one optimiser step on the summed gradient of the micro-batches (pytrees of tensors).
 
         Returns:
-            Means of the loss's metrics, and `grad_norm`.
+            Means of the metrics, and `grad_norm`.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite; nothing was changed.
+            NonFiniteError: a loss or gradient is not finite; nothing has changed.
         """
         return self._executor.step("main", batches)
 
     def params(self) -> Params:
-        """A copy of the present parameters, on the CPU."""
+        """Return a copy of the current parameters, on the CPU."""
         params: Params = tree_map(torch.clone, self._executor.params())
         return params
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of parameters and optimiser state by dotted name: what `safetensors` can save and `restore` takes."""
+        """Return a copy of parameters and optimiser state by dotted name, for `safetensors` and `restore`."""
         return {name: leaf.clone() for name, leaf in self._executor.snapshot().items()}
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
         """Continue from a snapshot taken after `version` steps, with any number of workers.
 
         Raises:
-            ValueError: it is of other parameters.
+            ValueError: the snapshot is of other parameters.
         """
         self._executor.restore(state, version)
 
     def faults(self) -> list[Fault]:
-        """What went wrong, and was made good, since the last call."""
+        """Return the faults since the last call."""
         return self._executor.faults()
 
     def close(self) -> None:
-        """End all workers, and Ray where it was started for them."""
+        """End all workers, and Ray if it was started for them."""
         self._resources.close()
 
     def __enter__(self) -> "ParameterServer":

@@ -1,7 +1,7 @@
-"""Calls of Ray that end also when Ray itself does not.
+"""Calls of Ray that end even if Ray does not answer.
 
-Ray's own calls have no time-out where one of its daemons is stopped, and where one has died they may end the process.
-So they are made in a thread of their own, and only while the daemons answer, which is asked without Ray.
+Ray's calls have no time-out if one of its daemons is stopped, and may end the process if one has died. So a separate
+thread makes them, and only while the daemons answer, which is checked without Ray.
 """
 
 import os
@@ -13,31 +13,31 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 SILENCE_S = 10.0
-"""Ray is taken to be lost once a daemon has not answered for so long."""
+"""Time without an answer of a daemon after which Ray is lost."""
 
-_LOOK_S = 0.5
-"""Between looks at the daemons, while a call takes its time."""
+_CHECK_S = 0.5
+"""Interval of checks of the daemons during a call."""
 
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""The beginning of a gRPC connection: HTTP/2's preface and an empty frame of settings."""
+"""The start of a gRPC connection: HTTP/2's preface and an empty settings frame."""
 
 _SETTINGS = 4
-"""The type of HTTP/2 frame with which a server begins."""
+"""The type of a server's first HTTP/2 frame."""
 
 _Result = TypeVar("_Result")
 
 
 class LostError(Exception):
-    """Processes died or fell silent, or their group failed."""
+    """Processes died or stopped answering, or their group failed."""
 
     def __init__(self, what: str, members: Sequence[Any] = ()) -> None:
-        """Takes what was lost, in words; the members among it: none where only the group has failed."""
+        """Store the lost members, none if only the group has failed; `what` describes the loss."""
         super().__init__(what)
         self.members = members
 
 
 class RayLostError(LostError):
-    """Ray itself is lost, or has no place for a single worker: nothing can be replaced."""
+    """Ray itself is lost, or no machine has resources for a worker: nothing can be replaced."""
 
 
 class Daemon(NamedTuple):
@@ -47,14 +47,14 @@ class Daemon(NamedTuple):
     host: str
     port: int
     restarts: bool
-    """Whether another may take its place: one that has ended is then waited for."""
+    """True if it may be restarted, in which case callers wait for one that has ended."""
 
 
 def first_answer(host: str, port: int, timeout_s: float) -> bytes:
-    """The first bytes with which a server answers the beginning of a gRPC connection; none where it hangs up.
+    """Return the first bytes of a server's answer to the start of a gRPC connection; none if it hangs up.
 
     Raises:
-        OSError: nothing listens there, or what does is silent for `timeout_s`.
+        OSError: no server listens there, or it does not answer within `timeout_s`.
     """
     with socket.create_connection((host, port), timeout=timeout_s) as connection:
         connection.sendall(_HELLO)
@@ -62,43 +62,48 @@ def first_answer(host: str, port: int, timeout_s: float) -> bytes:
 
 
 def speaks_grpc(answer: bytes) -> bool:
-    """Whether `first_answer` is that of a gRPC server; one that wants TLS cannot be told from others."""
+    """Return True if `first_answer` is that of a gRPC server; with TLS enabled, every answer is taken for one."""
     tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
     return tls or (len(answer) > 3 and answer[3] == _SETTINGS)
 
 
 def is_alive(daemon: Daemon, silence_s: float) -> bool:
-    """Whether a daemon answers within `silence_s`."""
+    """Return True if a daemon answers within `silence_s`."""
     deadline = time.monotonic() + silence_s
-    while (left := deadline - time.monotonic()) > 0:
+    while (remaining_s := deadline - time.monotonic()) > 0:
         try:
-            first_answer(daemon.host, daemon.port, left)
+            first_answer(daemon.host, daemon.port, remaining_s)
             return True
         except ConnectionRefusedError:
             if not daemon.restarts:
                 return False
-            time.sleep(min(_LOOK_S, left))
-        except ConnectionError:  # it has hung up, as a process that has just ended: the next look tells
-            time.sleep(min(0.01, left))
+            time.sleep(min(_CHECK_S, remaining_s))
+        except ConnectionError:  # it has hung up, as a process that is ending does
+            time.sleep(min(0.01, remaining_s))
         except OSError:
             return False
     return False
 
 
 class RayCalls:
-    """Makes calls one after the other, for as long as all daemons answer."""
+    """A thread that makes calls one after the other while all daemons answer."""
 
     def __init__(self, daemons: Sequence[Daemon], silence_s: float = SILENCE_S) -> None:
-        """Args: the daemons that a call may wait for; after how much silence one is lost."""
+        """Start the thread.
+
+        Args:
+            daemons: those that a call may wait for.
+            silence_s: time without an answer after which one is lost.
+        """
         self._daemons, self._silence_s = daemons, silence_s
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def __call__(self, function: Callable[..., _Result], *arguments: Any, **options: Any) -> _Result:
-        """The function's result.
+        """Return the function's result.
 
         Raises:
-            RayLostError: a daemon has ended or fallen silent; the call may never end, and no other may be made.
+            RayLostError: a daemon has ended or does not answer; the call may never end, so make no other.
         """
         self.check()
         answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
@@ -106,13 +111,13 @@ class RayCalls:
         def job() -> None:
             try:
                 answer.put((function(*arguments, **options), None))
-            except BaseException as error:  # whatever it is, the caller's thread raises it
+            except BaseException as error:  # the caller's thread raises it
                 answer.put((None, error))
 
         self._jobs.put(job)
         while True:
             try:
-                result, error = answer.get(timeout=_LOOK_S)
+                result, error = answer.get(timeout=_CHECK_S)
             except queue.Empty:
                 self.check()
                 continue
@@ -127,7 +132,7 @@ class RayCalls:
                 raise RayLostError(f"Ray (its {daemon.name} at {daemon.host}:{daemon.port} does not answer)")
 
     def close(self) -> None:
-        """End the thread, after the call that it is in."""
+        """End the thread after its current call."""
         self._jobs.put(None)
 
     def _work(self) -> None:
@@ -136,13 +141,13 @@ class RayCalls:
 
 
 def daemons_of_driver() -> list[Daemon]:
-    """The daemons that this process, which is connected, depends on: the cluster's GCS and this machine's raylet."""
+    """Return the daemons that this connected process depends on: the cluster's GCS and this machine's raylet."""
     import ray
 
     context = ray.get_runtime_context()
     host, _, port = context.gcs_address.rpartition(":")
-    here = context.get_node_id()
-    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    node_id = context.get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
     return [
         Daemon("raylet", node["NodeManagerAddress"], node["NodeManagerPort"], restarts=False),
         Daemon("GCS", host.strip("[]"), int(port), restarts=True),

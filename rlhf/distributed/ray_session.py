@@ -1,7 +1,7 @@
-"""A running Ray: one of our own on this machine, or a cluster that is there already.
+"""The connection to Ray: to a private cluster on this machine, or to an existing cluster.
 
-One of our own is bound to the loopback device, has a token of its own, writes only to a temporary folder, and goes with
-this process, however that ends.
+A private cluster is bound to the loopback device, has its own token, writes only to a temporary folder, and ends with
+this process, even if the process is killed.
 """
 
 import atexit
@@ -21,36 +21,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import DistConfig
-from rlhf.distributed import reaper as janitor
+from rlhf.distributed import reaper
 from rlhf.distributed.ray_calls import Daemon, daemons_of_driver, first_answer, is_alive, speaks_grpc
 from rlhf.errors import UserError, WorkersLostError
 
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",  # we say so ourselves, in one line
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",  # by default Ray ends our process after a minute
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",  # the executor logs it in one line
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",  # by default Ray ends this process after a minute
 }
-_OWN_CLUSTER = _QUIET | {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name notwithstanding: the node's address is 127.0.0.1
+_PRIVATE_CLUSTER = _QUIET | {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: sets the node's address to 127.0.0.1
     "RAY_AUTH_MODE": "token",
-    "RAY_worker_niceness": "0",  # by default 15: beside any other program workers would hardly get a core
+    "RAY_worker_niceness": "0",  # by default 15, with which workers get hardly any core beside other programs
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Environment variables that Ray reads when it is imported, so they are set before."""
+"""Environment variables that Ray reads at import, so they are set before."""
 
 START_S = 10.0
-"""Within this a cluster answers, or is taken to be unreachable."""
+"""Time-out after which a cluster is unreachable."""
 
 _PROBE_S = 5.0
-"""Within this the process behind an address answers."""
+"""Time-out of the process at an address."""
 
 _REMEDY = "start one with `ray start --head`, or leave --dist.address out"
 
 _LEAVE_S = 15.0
-"""Within this Ray lets go of a process."""
+"""Time-out of disconnecting from Ray."""
 
-_JANITOR_S = 15.0
-"""Within this the janitor is done."""
+_REAPER_S = 15.0
+"""Time-out of the reaper."""
 
 
 @dataclass
@@ -58,60 +58,61 @@ class _Session:
     """This process's connection to Ray."""
 
     folder: str | None
-    """Of the cluster, where it is our own."""
+    """Of a private cluster."""
     daemons: list[Daemon]
-    left: bool = False
+    is_closed: bool = False
 
 
 _sessions: list[_Session] = []
-"""The last one is that of now; one that was left early may lie below it."""
+"""The last one is the current session; one that was closed early may precede it."""
 
-_janitors: list[int] = []
-"""Their process numbers."""
+_reapers: list[int] = []
+"""Process ids of the reapers."""
 
 
 @contextlib.contextmanager
-def connected(dist: DistConfig) -> Iterator[None]:
-    """Connect to `dist.address`, or run a cluster on this machine; nested, and where Ray is up already, take that.
+def open_session(dist: DistConfig) -> Iterator[None]:
+    """Connect to `dist.address`, or start a private cluster; use the connection that exists, if there is one.
 
     Raises:
-        UserError: the cluster cannot be reached, or Ray does not start here.
+        UserError: the cluster is unreachable, or Ray does not start on this machine.
+        WorkersLostError: the connection that exists is lost.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        if _sessions and _sessions[-1].left:
+        if _sessions and _sessions[-1].is_closed:
             raise WorkersLostError("Ray does not answer any more; continue with --resume")
         yield
         return
-    with _own_cluster(dist) if dist.address is None else _connection(dist.address):
+    with _private_cluster(dist) if dist.address is None else _connection(dist.address):
         yield
 
 
 def daemons() -> list[Daemon]:
-    """What this process, which is connected, depends on."""
+    """Return the daemons that this process depends on, while it is connected."""
     return _sessions[-1].daemons if _sessions else daemons_of_driver()
 
 
 def leave(*, lost: bool = False) -> None:
-    """Disconnect from Ray, also where it is `lost`; does nothing where others have connected."""
-    if not _sessions or _sessions[-1].left:
+    """Disconnect from Ray, even if it is `lost`; do nothing if this module has not connected."""
+    if not _sessions or _sessions[-1].is_closed:
         return
     session = _sessions[-1]
-    session.left = True
+    session.is_closed = True
     lost = lost or not all(is_alive(daemon, _PROBE_S) for daemon in session.daemons)
     if session.folder is not None and lost:
-        janitor.kill(janitor.processes_of(session.folder, spared=(os.getpid(), *_janitors)))
+        reaper.kill(reaper.processes_of(session.folder, spared=(os.getpid(), *_reapers)))
     import ray
 
     thread = threading.Thread(target=ray.shutdown, daemon=True)
     thread.start()
     thread.join(_LEAVE_S)
     if thread.is_alive():
-        atexit.unregister(ray.shutdown)  # which would wait for ever, too
+        atexit.unregister(ray.shutdown)  # which would also wait for ever
 
 
 @contextlib.contextmanager
-def _joined(folder: str | None) -> Iterator[None]:
-    """Remember the connection that has just been made, and end it with the block."""
+def _register(folder: str | None) -> Iterator[None]:
+    """Register the new connection as the current session, and close it when the block ends."""
     _sessions.append(_Session(folder, daemons_of_driver()))
     try:
         yield
@@ -121,15 +122,17 @@ def _joined(folder: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_cluster(dist: DistConfig) -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="rlhf-", dir="/tmp" if Path("/tmp").is_dir() else None)  # sockets: a short path
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # Ray, once interrupted, writes to it again at our exit
-    with _swept(folder), _environment(_OWN_CLUSTER | _authentication()):
+def _private_cluster(dist: DistConfig) -> Iterator[None]:
+    folder = tempfile.mkdtemp(
+        prefix="rlhf-", dir="/tmp" if Path("/tmp").is_dir() else None
+    )  # sockets need a short path
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # an interrupted Ray writes to it at exit
+    with _reaper(folder), _environment(_PRIVATE_CLUSTER | _authentication()):
         import ray
 
         cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers)
         try:
-            with _signals_kept():
+            with _restore_sigterm():
                 ray.init(
                     address="local",
                     num_cpus=max(cores, os.cpu_count() or 1),
@@ -138,41 +141,41 @@ def _own_cluster(dist: DistConfig) -> Iterator[None]:
                     logging_level=logging.ERROR,
                     _temp_dir=folder,
                 )
-        except Exception as error:  # what Ray raises has no class of its own
+        except Exception as error:  # Ray raises no class of its own
             raise UserError(
                 f"Ray does not start on this machine ({error}): start one with `ray start --head` and name it with "
                 "--dist.address auto, or use --dist.num-workers 0"
             ) from error
-        with _joined(folder):
+        with _register(folder):
             yield
 
 
 @functools.cache
 def _authentication() -> dict[str, str]:
-    """Return the settings by which only we may use a cluster of our own.
+    """Return the settings that restrict a private cluster to this process.
 
-    Ray reads its mode once, at import: where a program has imported it before us, the cluster can only do without.
+    Ray reads its mode once, at import: if a program has imported it before, the cluster has no token.
     """
     return {"RAY_AUTH_MODE": "disabled"} if "ray" in sys.modules else {"RAY_AUTH_TOKEN": _token()}
 
 
 @contextlib.contextmanager
-def _swept(folder: str) -> Iterator[None]:
-    """Have a janitor end what a cluster leaves behind; where it is dead or stopped itself, do its work."""
-    watch = subprocess.Popen([sys.executable, janitor.__file__, folder], stdin=subprocess.PIPE, start_new_session=True)
-    _janitors.append(watch.pid)
+def _reaper(folder: str) -> Iterator[None]:
+    """Run a reaper that cleans up after a cluster; if the reaper itself is dead or stopped, clean up here."""
+    watch = subprocess.Popen([sys.executable, reaper.__file__, folder], stdin=subprocess.PIPE, start_new_session=True)
+    _reapers.append(watch.pid)
     try:
         yield
     finally:
         assert watch.stdin is not None
-        watch.stdin.close()  # the janitor begins, as it does when this process is killed
+        watch.stdin.close()  # starts the reaper, as the death of this process does
         with contextlib.suppress(subprocess.TimeoutExpired):
-            watch.wait(_JANITOR_S)
+            watch.wait(_REAPER_S)
         if watch.returncode != 0:
             watch.kill()
             watch.wait()
-            janitor.sweep(folder, os.getpid())
-        _janitors.remove(watch.pid)
+            reaper.kill_process_group(folder, os.getpid())
+        _reapers.remove(watch.pid)
 
 
 @contextlib.contextmanager
@@ -183,7 +186,7 @@ def _connection(address: str) -> Iterator[None]:
         import ray
 
         try:
-            with _signals_kept():
+            with _restore_sigterm():
                 ray.init(address=f"{host}:{port}", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             if "version mismatch" in str(error).lower():
@@ -191,18 +194,18 @@ def _connection(address: str) -> Iterator[None]:
             else:
                 reason = "no Ray cluster answers there"
             raise UserError(f"--dist.address {address}: {reason} ({error})") from error
-        with _joined(None):
+        with _register(None):
             yield
 
 
 @functools.cache
 def _token() -> str:
-    """One for this process, which Ray reads once; by default it would lie in the user's home."""
+    """Return this process's token, which Ray reads once; by default Ray writes one to the user's home."""
     return os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
 
 
 def _find_address(address: str) -> tuple[str, int]:
-    """Host and port of a cluster; `auto` is what RAY_ADDRESS says, or the cluster that Ray finds on this machine."""
+    """Return host and port of a cluster; `auto` is RAY_ADDRESS, or the cluster that Ray finds on this machine."""
     where = address
     if address == "auto":
         from ray._private.services import get_ray_address_from_environment
@@ -219,7 +222,7 @@ def _find_address(address: str) -> tuple[str, int]:
 
 
 def _check_reachable(address: str, host: str, port: int) -> None:
-    """Raise UserError if no gRPC server answers: Ray itself would try for minutes, with lines of its own."""
+    """Raise UserError if no gRPC server answers: Ray itself would try for minutes, and print its own messages."""
     where = f"{host}:{port}"
     try:
         if speaks_grpc(first_answer(host, port, _PROBE_S)):
@@ -235,6 +238,7 @@ def _check_reachable(address: str, host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables until the block ends."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -248,8 +252,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray puts a handler of its own on SIGTERM, which exits; the run's handler shall stay, and learn of the signal."""
+def _restore_sigterm() -> Iterator[None]:
+    """Restore the run's handler of SIGTERM after Ray has set its own, and pass it a signal that Ray has taken."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -257,5 +261,5 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
         signal.raise_signal(signal.SIGTERM)
     finally:
-        with contextlib.suppress(ValueError):  # not in the main thread, where Ray sets none either
+        with contextlib.suppress(ValueError):  # outside the main thread, where Ray sets none either
             signal.signal(signal.SIGTERM, before)

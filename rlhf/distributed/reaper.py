@@ -1,6 +1,6 @@
-"""Ends a cluster's processes and removes its folder once the process that started it is gone, however it went.
+"""A program that ends a cluster's processes and removes its folder once the process that started it has ended.
 
-Run as a program with the folder as its argument: it waits until its standard input is closed.
+Its argument is the folder. It waits until its standard input is closed, which also happens if the starter is killed.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 def processes_of(folder: str, *, spared: tuple[int, ...] = ()) -> list[int]:
-    """All processes but the spared that name the folder in their command or have a file in it open.
+    """Return the processes, except `spared`, that name the folder in their command or have a file of it open.
 
-    Where there is no /proc it finds none, and Ray's own fate sharing has to do.
+    Without /proc there are none, and only Ray ends its processes.
     """
     return [
         int(entry.name)
@@ -29,24 +29,24 @@ def _belongs(entry: Path, folder: str) -> bool:
         if folder.encode() in (entry / "cmdline").read_bytes():
             return True
         return any(os.readlink(link).startswith(folder + "/") for link in (entry / "fd").iterdir())
-    except OSError:  # it has ended, or is not ours
+    except OSError:  # it has ended, or belongs to another user
         return False
 
 
 def kill(processes: list[int]) -> None:
-    """End processes at once, also stopped ones."""
+    """Kill processes, including stopped ones."""
     for number in processes:
         with contextlib.suppress(OSError):  # it has ended
             os.kill(number, signal.SIGKILL)
 
 
-def sweep(folder: str, starter: int) -> None:
-    """Kill what belongs to a folder, but the process that started it and may live on; and remove the folder."""
-    for _ in range(50):  # a process that is being started now has no file open yet
-        left = processes_of(folder, spared=(os.getpid(), starter))
-        kill(left)
+def kill_process_group(folder: str, starter: int) -> None:
+    """Kill the processes of a folder except the one that started the cluster, and remove the folder."""
+    for _ in range(50):  # a process that is just starting has no file open yet
+        processes = processes_of(folder, spared=(os.getpid(), starter))
+        kill(processes)
         shutil.rmtree(folder, ignore_errors=True)
-        if not left and not Path(folder).exists():
+        if not processes and not Path(folder).exists():
             return
         time.sleep(0.1)
 
@@ -56,4 +56,4 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
-    sweep(sys.argv[1], parent)
+    kill_process_group(sys.argv[1], parent)

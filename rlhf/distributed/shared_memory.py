@@ -1,7 +1,7 @@
-"""Memory in which processes of one machine hand large tensors over: twice as fast as connections between them.
+"""Shared memory for large tensors between processes of one machine, which is twice as fast as connections.
 
-Every member of a group writes into an area of its own and reads what it wants from the others'. Areas have no names:
-the system frees them with the last process that holds them, however that ends.
+Every member of a group writes to its own area and reads from the others' areas. Areas have no names: the system frees
+them with the last process that holds them, even if it is killed.
 """
 
 import functools
@@ -17,81 +17,89 @@ import torch
 from torch import Tensor
 
 _ALIGN = 64
-"""Bytes; what an area holds begins at multiples of it."""
+"""The alignment of tensors in an area, in bytes."""
 _SENDS = 2000
-"""The most in one exchange."""
+"""The most sends in one exchange."""
 _TABLE = 1 << 15
-"""Bytes before the tensors: the number of sends, then receiver and first byte of each."""
+"""Bytes of the table before the tensors: the number of sends, then receiver and first byte of each."""
 
 _SMALL = 1 << 24
-"""Bytes up to which an area is halved: for so few, waiting for each other once more would take longer than copies."""
+"""Capacity in bytes up to which an area is halved: for so few, another barrier takes longer than the copies."""
 
 
 class SharedMemory:
-    """All members' areas. Small ones have two halves, written in turn: who goes on first spoils nothing still read."""
+    """All members' areas. Small areas have two halves, written in turn, so that no write overlaps a pending read."""
 
     def __init__(self, rank: int, areas: Sequence[mmap.mmap], capacity: int) -> None:
-        """Args: this member's rank; the areas by rank; the capacity that they were made with."""
+        """Map the areas.
+
+        Args:
+            rank: this member's.
+            areas: by rank.
+            capacity: that of `make_area`.
+        """
         self.halved = _parts(capacity) == 2
         self._rank, self._start, self._size = rank, 0, len(areas[rank]) // _parts(capacity)
         self._bytes = [torch.frombuffer(area, dtype=torch.uint8) for area in areas]
         self._words = [memoryview(area).cast("q") for area in areas]
 
     def write(self, sends: Sequence[tuple[int, Tensor]]) -> None:
-        """Begin an exchange: place tensors for others, one that several receive once. `read` when all have done so.
+        """Begin an exchange by writing tensors for other members; all members write before any of them reads.
 
-        Where areas are not halved, all must have read what the last exchange brought.
+        A tensor that several members receive is written once. If areas are not halved, all members must have finished
+        reading the last exchange.
 
         Args:
             sends: (rank, [n] float32).
 
         Raises:
-            ValueError: there are more than there is room for.
+            ValueError: the tensors exceed the capacity.
         """
         if self.halved:
             self._start = self._size - self._start
-        end, table, places = _TABLE, array("q", [len(sends)]), dict[tuple[int, int], int]()
+        end, table, offsets = _TABLE, array("q", [len(sends)]), dict[tuple[int, int], int]()
         for rank, tensor in sends:
             key = tensor.data_ptr(), len(tensor)
-            if key not in places:
-                places[key], end = end, end + -(-tensor.nbytes // _ALIGN) * _ALIGN
+            if key not in offsets:
+                offsets[key], end = end, end + -(-tensor.nbytes // _ALIGN) * _ALIGN
                 if end > self._size or len(sends) > _SENDS:
                     raise ValueError(f"exchange: {len(sends)} sends of over {end} bytes, expected up to {self._size}")
-                self._at(self._rank, places[key], len(tensor)).copy_(tensor)
-            table.extend((rank, places[key]))
+                self._view(self._rank, offsets[key], len(tensor)).copy_(tensor)
+            table.extend((rank, offsets[key]))
         first = self._start // 8
         self._words[self._rank][first : first + len(table)] = table
 
     def read(self, receives: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """What others have placed for this member, where it lies; it is there until the next exchange begins.
+        """Return views of the tensors that other members have written for this one, valid until the next exchange.
 
         Args:
-            receives: (rank, n of the tensor), a rank's in the order in which it sent them.
+            receives: (rank, n of the tensor), in the order in which each rank sends them.
         """
-        places = {rank: self._places(rank) for rank, _ in receives}
-        return [self._at(rank, next(places[rank]), size) for rank, size in receives]
+        offsets = {rank: self._offsets(rank) for rank, _ in receives}
+        return [self._view(rank, next(offsets[rank]), size) for rank, size in receives]
 
-    def _places(self, rank: int) -> Iterator[int]:
+    def _offsets(self, rank: int) -> Iterator[int]:
+        """Return the first bytes of the tensors that a member has written for this one."""
         words, first = self._words[rank], self._start // 8 + 1
         last = first + 2 * words[first - 1]
-        return (words[at + 1] for at in range(first, last, 2) if words[at] == self._rank)
+        return (words[row + 1] for row in range(first, last, 2) if words[row] == self._rank)
 
-    def _at(self, rank: int, place: int, size: int) -> Tensor:
-        start = self._start + place
+    def _view(self, rank: int, offset: int, size: int) -> Tensor:
+        start = self._start + offset
         return self._bytes[rank][start : start + 4 * size].view(torch.float32)
 
 
 def make_area(capacity: int) -> tuple[int, Tensor]:
-    """A new area, which takes no memory before it is written to.
+    """Make an area, which takes no memory before it is written to.
 
     Args:
-        capacity: bytes that one exchange may send.
+        capacity: the most bytes of one exchange.
 
     Returns:
-        (its file descriptor, [4] int64: where other processes of this machine find it while that is open).
+        (file descriptor, [4] int64: its address for other processes of this machine while the descriptor is open).
 
     Raises:
-        OSError: this system has no such memory, or may refuse it when it is written to.
+        OSError: the system has no such memory, or might refuse it at a write.
     """
     if not hasattr(os, "memfd_create") or Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
         raise OSError("no memory without a name, or none that is certain to be there")
@@ -108,17 +116,17 @@ def make_area(capacity: int) -> tuple[int, Tensor]:
 
 
 def open_area(address: Tensor) -> mmap.mmap:
-    """The area that another process has made, or this one.
+    """Map the area of any process of this machine.
 
     Raises:
-        OSError: it is on another machine, hidden or gone, or may not be mapped.
+        OSError: the area is on another machine, inaccessible or gone.
     """
     machine, process, number, token = address.tolist()
     if machine != _machine():
         raise OSError("on another machine")
     descriptor = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
     try:
-        if os.pread(descriptor, 8, 0) != array("q", [token]).tobytes():  # a copy of this machine, with our numbers
+        if os.pread(descriptor, 8, 0) != array("q", [token]).tobytes():  # a clone of this machine
             raise OSError("another file")
         return mmap.mmap(descriptor, 0)
     finally:
@@ -126,12 +134,12 @@ def open_area(address: Tensor) -> mmap.mmap:
 
 
 def _parts(capacity: int) -> int:
-    """How many exchanges an area holds: two where it is halved."""
+    """Return the number of parts of an area: two if it is halved."""
     return 2 if capacity <= _SMALL else 1
 
 
 @functools.cache
 def _machine() -> int:
-    """The same in all processes of this machine that have the same numbers for processes."""
+    """Return a number that is equal in all processes of this machine and process namespace."""
     names = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     return int.from_bytes(hashlib.sha256(names.encode()).digest()[:7])

@@ -1,13 +1,13 @@
-"""One process of the parameter server: it computes on micro-batches, owns a shard of the state, or both.
+"""One process of the parameter server, which computes on micro-batches, owns a shard of the state, or both.
 
-Plain Python around pure functions: it does not know who calls its methods (`rlhf.distributed.cluster` makes a Ray
-actor of it), and can be driven by hand. What goes in and out is NumPy arrays and plain values.
+This is plain Python around pure functions, independent of Ray (`rlhf.distributed.cluster` makes an actor of it).
+Arguments and results are NumPy arrays and plain values.
 
-An optimiser step is one call on every member, in which they go together through
+An optimiser step is one call on every member, in which all members run
 
     sum_gradients   each worker sums the gradients of its micro-batches, subtree by subtree
-    reduce          every shard's owner receives its range of all subtrees' sums and adds them up in the tree's order
-    decide          all learn losses, counts and square sums, and come to the same decision about the update
+    reduce          every owner of a shard receives its range of all subtrees' sums and adds them in the tree's order
+    decide          all members gather losses, counts and squared norms, and take the same decision about the update
     publish         every owner, having updated its shard, sends its parameters to all workers
 """
 
@@ -19,24 +19,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.distributed.collectives import Exchange, Group, GroupError, RankInfo, connect_store
+from rlhf.distributed.collectives import Group, GroupError, RankInfo, connect_store
+from rlhf.distributed.exchange import Exchange
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
 from rlhf.distributed.partition import SUBTREES, Range, join_sums, shard_ranges, subtrees
-from rlhf.execution.executor import Update, plan_update, sums_of_results
 from rlhf.execution.frozen import FrozenModels
 from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
 from rlhf.execution.program import Program, StepSpec
 from rlhf.execution.shard import Shard, apply, slice_shard
+from rlhf.execution.update import Update, plan_update, sums_of_results
 from rlhf.tree import CHUNK, FlatLayout, all_finite, chunked_squared_norms, to_device, tree_sum, unflatten
 from rlhf.types import Tree
 
 
 class Worker:
-    """A process's state and what it can be told to do."""
+    """The state of a process, and the methods that the driver calls."""
 
     def __init__(self, *, device: str, threads: int, backend: str, timeout_s: float) -> None:
-        """Args: the device that everything lives on; CPU threads; the group's backend, and its operations' limit."""
+        """Initialise a process without a program.
+
+        Args:
+            device: holds the state and runs the functions.
+            threads: number of CPU threads.
+            backend: of `rlhf.distributed.collectives.Group`.
+            timeout_s: of every operation of the group.
+        """
         torch.set_num_threads(threads)
         keep_freed_memory()
         self._device, self._threads = torch.device(device), threads
@@ -46,36 +54,36 @@ class Worker:
         self._shard: Shard | None = None
 
     def load(self, make_program: Callable[[], Program], layout: FlatLayout, frozen: dict[str, Tree]) -> None:
-        """Take up a program; its models' arrays are read where they lie, on the CPU. `restore` brings the parameters.
+        """Load a program and its frozen models; `restore` loads the parameters.
 
         Args:
-            make_program: of the program.
+            make_program: returns the program.
             layout: of the parameters.
-            frozen: models by name, as arrays.
+            frozen: models by name, as arrays, which are not copied on the CPU.
         """
         torch.set_num_threads(self._threads)
         self._program, self._layout = make_program(), layout
         self._frozen = FrozenModels(self._program, from_numpy(frozen, self._device))
         self._gradients = make_gradients(self._program, layout)
 
-    def join(self, place: RankInfo, host: str, port: int) -> None:
+    def join(self, rank_info: RankInfo, host: str, port: int) -> None:
         """Form a new generation with the other members.
 
         Raises:
-            GroupError: they did not come in time.
+            GroupError: the other members did not join in time.
         """
         self.leave()
         self._store = self._store or connect_store(host, port, self._timeout_s)
         self._group = Group(
             self._store,
-            place,
+            rank_info,
             backend=self._backend,
             timeout_s=self._timeout_s,
             device=self._device,
-            capacity=SUBTREES * 4 * self._layout.size,  # what `reduce` may send
+            capacity=SUBTREES * 4 * self._layout.size,  # of `reduce`
         )
-        self._place, self._computes = place, place.rank < place.workers
-        self._ranges = dict(zip(place.owners, shard_ranges(self._layout.size, len(place.owners)), strict=True))
+        self._rank_info, self._computes = rank_info, rank_info.rank < rank_info.workers
+        self._ranges = dict(zip(rank_info.owners, shard_ranges(self._layout.size, len(rank_info.owners)), strict=True))
         self._sums: dict[Range, Tensor] = {}
 
     def leave(self) -> None:
@@ -84,27 +92,27 @@ class Worker:
             self._group.close()
             self._group = None
 
-    def restore(self, version: int, blended: dict[str, Tree], *state: ShardState) -> None:
-        """Continue from a copy of the whole state: each owner takes its range, each worker the parameters.
+    def restore(self, version: int, frozen: dict[str, Tree], *states: ShardState) -> None:
+        """Load a copy of the whole state: each owner its range, each worker the parameters.
 
         Args:
             version: of the state.
-            blended: frozen models that have changed since the beginning.
-            *state: shards in order that make up the whole buffer, cut in any way.
+            frozen: master parameters of the frozen models that are updated.
+            *states: shards in order, which together make up the whole buffer.
         """
         self._version, self._updating, self._shard = version, False, None
-        self._frozen.replace(from_numpy(blended, self._device))
+        self._frozen.replace(from_numpy(frozen, self._device))
         if self._computes:
-            self._flat = read_params(state, (0, self._layout.size)).to(self._device)
-            self._params = unflatten(self._flat, self._layout)  # views: every update shows in them
-        if self._place.rank in self._ranges:
-            own = self._ranges[self._place.rank]
-            shard = read_shard(state, self._program.optimizer, own, version, self._device)
-            self._shard = shard._replace(params=self._flat[slice(*own)]) if self._computes else shard
+            self._flat = read_params(states, (0, self._layout.size)).to(self._device)
+            self._params = unflatten(self._flat, self._layout)  # views: every update is visible in them
+        if self._rank_info.rank in self._ranges:
+            elements = self._ranges[self._rank_info.rank]
+            shard = read_shard(states, self._program.optimizer, elements, version, self._device)
+            self._shard = shard._replace(params=self._flat[slice(*elements)]) if self._computes else shard
             self._gradient = torch.empty_like(shard.params)
 
     def map(self, name: str, version: int, batch: Any) -> Any:
-        """`program.eval_fns[name]` of one micro-batch, at the parameters of that version."""
+        """Return `program.eval_fns[name]` of one micro-batch, with the parameters of that version."""
         self._check(version)
         with torch.no_grad():
             result = self._program.eval_fns[name](self._params, self._frozen.prepared, self._batch(batch))
@@ -114,47 +122,47 @@ class Worker:
         self,
         name: str,
         version: int,
-        shares: Sequence[Range],
+        assignment: Sequence[Range],
         mode: str,
         batches: Sequence[Any],
         learning_rate: float | None = None,
     ) -> tuple[list[Any], Update]:
-        """One optimiser step, together with all other members; nothing is applied where it is refused.
+        """Apply one optimiser step, together with all other members; a refused step changes nothing.
 
         Args:
             name: of the program's step.
-            version: of the parameters, before it.
-            shares: the micro-batches of every member, by rank.
+            version: of the parameters before the step.
+            assignment: each member's range of micro-batches, by rank.
             mode: tree, or ring for the backend's own allreduce.
-            batches: the own share.
-            learning_rate: of `rlhf.execution.executor.Executor.step`.
+            batches: this member's micro-batches.
+            learning_rate: as in `rlhf.execution.executor.Executor.step`.
 
         Returns:
-            (loss sum, metric sums) of each own micro-batch, and the decision that all have come to.
+            (loss sum, metric sums) of each of these micro-batches, and the decision of all members.
 
         Raises:
-            GroupError: a member has failed; the state is that of no version until `restore`.
+            GroupError: a member has failed; the state is unusable until `restore`.
         """
         self._check(version)
         spec = self._program.steps[name]
         with contextlib.ExitStack() as on_error:
-            on_error.callback(self.leave)  # so that nobody waits for this process
-            results = self.sum_gradients(name, shares, batches)
-            self.reduce(shares, mode)
-            update = self.decide(results, shares, spec)
-            if update.finite and update.allowed:
-                self._updating = True  # whoever fails before the end has parts of two versions
+            on_error.callback(self.leave)  # so that no member waits for this process
+            results = self.sum_gradients(name, assignment, batches)
+            self.reduce(assignment, mode)
+            update = self.decide(results, assignment, spec)
+            if update.is_finite and update.within_limit:
+                self._updating = True  # a failure from here on leaves parts of two versions
                 if self._shard is not None:
-                    pieces = slice_shard(self._shard, self._gradient, spec.optimizer, self._layout)
-                    self._shard = apply(self._shard, version, pieces, update.scale, spec.optimizer, learning_rate)
+                    slices = slice_shard(self._shard, self._gradient, spec.optimizer, self._layout)
+                    self._shard = apply(self._shard, version, slices, update.scale, spec.optimizer, learning_rate)
                 self.publish()
                 self._version, self._updating = version + 1, False
             on_error.pop_all()
         return [to_numpy(result) for result in results], update
 
-    def sum_gradients(self, name: str, shares: Sequence[Range], batches: Sequence[Any]) -> list[Any]:
-        """Sum the gradients of the own micro-batches, subtree by subtree; arguments and result as `step`'s."""
-        (first, stop), results = shares[self._place.rank], []
+    def sum_gradients(self, name: str, assignment: Sequence[Range], batches: Sequence[Any]) -> list[Any]:
+        """Sum the gradients of this member's micro-batches by subtree; arguments and results as in `step`."""
+        (first, stop), results = assignment[self._rank_info.rank], []
 
         def gradient(batch: Any) -> Tensor:
             flat, result = self._gradients[name](self._params, self._frozen.prepared, self._batch(batch))
@@ -163,41 +171,41 @@ class Worker:
 
         self._sums = {
             (start, end): tree_sum(map(gradient, batches[start - first : end - first]), add=Tensor.add_)
-            for start, end in subtrees(first, stop, _total(shares))
+            for start, end in subtrees(first, stop, _total(assignment))
         }
         return results
 
-    def reduce(self, shares: Sequence[Range], mode: str) -> None:
-        """Add up the gradient of all micro-batches, each owner its range; arguments as `step`'s."""
+    def reduce(self, assignment: Sequence[Range], mode: str) -> None:
+        """Sum the gradients of all micro-batches, each owner its range; arguments as in `step`."""
         if mode == "ring":
             self._reduce_ring()
         else:
-            self._reduce_tree(shares)
+            self._reduce_tree(assignment)
         self._sums = {}
 
-    def decide(self, results: Sequence[Any], shares: Sequence[Range], spec: StepSpec) -> Update:
-        """Tell all members what one knows of the update, and come to the same decision."""
+    def decide(self, results: Sequence[Any], assignment: Sequence[Range], spec: StepSpec) -> Update:
+        """Gather losses, counts and squared norms from all members, and return the decision about the update."""
         squares = chunked_squared_norms(self._gradient).cpu() if self._shard is not None else torch.zeros(0).double()
-        own = torch.cat([sums_of_results(results, spec).flatten(), squares]).to(self._device)
-        rows = [3 * (stop - start) for start, stop in shares]
-        ranges = [self._ranges.get(rank, (0, 0)) for rank in range(self._place.size)]
+        vector = torch.cat([sums_of_results(results, spec).flatten(), squares]).to(self._device)
+        rows = [3 * (stop - start) for start, stop in assignment]
+        ranges = [self._ranges.get(rank, (0, 0)) for rank in range(self._rank_info.size)]
         sizes = [count + (high - low) // CHUNK for count, (low, high) in zip(rows, ranges, strict=True)]
-        parts = [part.cpu() for part in self._group_now().all_gather(own, sizes)]
+        parts = [part.cpu() for part in self._group_now().all_gather(vector, sizes)]
         table = torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)]).reshape(-1, 3)
         squares = torch.cat([part[count:] for part, count in zip(parts, rows, strict=True)])
         return plan_update(table, squares, spec)
 
     def publish(self) -> None:
-        """Every owner sends its range of the parameters to all workers."""
-        me, sends, receives = self._place.rank, [], []
+        """Send this member's range of the parameters to all workers, and receive the other ranges."""
+        me, sends, receives = self._rank_info.rank, [], []
         if self._shard is not None:
-            sends = [(rank, self._shard.params) for rank in range(self._place.workers) if rank != me]
+            sends = [(rank, self._shard.params) for rank in range(self._rank_info.workers) if rank != me]
         if self._computes:
             receives = [(owner, self._flat[slice(*part)]) for owner, part in self._ranges.items() if owner != me]
         self._group_now().exchange(sends, receives).finish()
 
-    def is_finite(self, name: str, batch: Any) -> bool:
-        """Whether loss, metrics and gradient of a micro-batch are finite."""
+    def is_batch_finite(self, name: str, batch: Any) -> bool:
+        """Return True if loss, metrics and gradient of a micro-batch are finite."""
         return all_finite(self._gradients[name](self._params, self._frozen.prepared, self._batch(batch)))
 
     def update_frozen(self, name: str) -> None:
@@ -205,27 +213,27 @@ class Worker:
         self._frozen.update(name, self._params)
 
     def reset_optimizer(self) -> None:
-        """Start the optimiser's state anew."""
+        """Replace the optimiser's state by its initial one."""
         if self._shard is not None:
             self._shard = self._shard._replace(opt_state=self._program.optimizer.init(self._shard.params))
 
     def snapshot(self, version: int) -> ShardState | None:
-        """A copy of the own shard, at that version."""
+        """Return a copy of this member's shard at that version, if it has one."""
         self._check(version)
         return None if self._shard is None else write_shard(self._shard)
 
-    def blended(self, version: int) -> dict[str, Any]:
-        """The frozen models that change, at that version."""
+    def frozen_masters(self, version: int) -> dict[str, Any]:
+        """Return the master parameters of the frozen models that are updated, at that version."""
         self._check(version)
-        return {name: to_numpy(model) for name, model in self._frozen.changing.items()}
+        return {name: to_numpy(model) for name, model in self._frozen.masters.items()}
 
     def params(self, version: int) -> np.ndarray:
-        """[n] float32: all parameters, flat, at that version."""
+        """Return [n] float32: all parameters, flat, at that version."""
         self._check(version)
         return to_numpy(self._flat)
 
     def peak_bytes(self) -> int:
-        """The most memory that this process ever held, with what it read of others' in memory that they share."""
+        """Return the peak memory of this process, including the shared memory that it has read."""
         return peak_bytes(self._device)
 
     def _check(self, version: int) -> None:
@@ -241,41 +249,44 @@ class Worker:
             raise GroupError("the group was left after an error")
         return self._group
 
-    def _reduce_tree(self, shares: Sequence[Range]) -> None:
-        """An all-to-all, in which every owner adds up what arrives."""
-        me, total = self._place.rank, _total(shares)
+    def _reduce_tree(self, assignment: Sequence[Range]) -> None:
+        """Exchange the sums of subtrees all-to-all, and add them up."""
+        me, total = self._rank_info.rank, _total(assignment)
         parts = [(owner, slice(*part)) for owner, part in self._ranges.items() if owner != me]
-        sends = [(owner, own[part]) for owner, part in parts for own in self._sums.values()]
-        theirs: list[tuple[int, Range]] = []  # subtrees, and whose they are
+        sends = [(owner, flat[part]) for owner, part in parts for flat in self._sums.values()]
+        remote: list[tuple[int, Range]] = []  # (rank, subtree) of the sums to receive
         if self._shard is not None:
-            theirs = [
-                (rank, span) for rank, share in enumerate(shares) if rank != me for span in subtrees(*share, total)
+            remote = [
+                (rank, subtree)
+                for rank, batches in enumerate(assignment)
+                if rank != me
+                for subtree in subtrees(*batches, total)
             ]
-        exchange = self._group_now().exchange(sends, [(rank, len(self._gradient)) for rank, _ in theirs])
+        exchange = self._group_now().exchange(sends, [(rank, len(self._gradient)) for rank, _ in remote])
         if self._shard is not None:
-            self.add_up(exchange, [span for _, span in theirs], total)
+            self.add_up(exchange, [subtree for _, subtree in remote], total)
         exchange.finish()
 
-    def add_up(self, exchange: Exchange, spans: Sequence[Range], total: int) -> None:
-        """Sum the own range, piece by piece as others' subtrees arrive.
+    def add_up(self, exchange: Exchange, remote: Sequence[Range], total: int) -> None:
+        """Sum the gradient of this member's shard, segment by segment as other members' sums arrive.
 
         Args:
-            exchange: on which they do.
-            spans: the subtree that each tensor received is the sum of.
-            total: micro-batches.
+            exchange: of the sums.
+            remote: the subtree of each received tensor.
+            total: number of micro-batches.
         """
-        own_part = slice(*self._ranges[self._place.rank])
-        for piece, arrived in exchange.pieces(len(self._gradient)):
-            own = {span: flat[own_part][piece] for span, flat in self._sums.items()}
-            join_sums(own | dict(zip(spans, arrived, strict=True)), total, out=self._gradient[piece])
+        shard_part = slice(*self._ranges[self._rank_info.rank])
+        for segment, arrived in exchange.segments(len(self._gradient)):
+            sums = {subtree: flat[shard_part][segment] for subtree, flat in self._sums.items()}
+            join_sums(sums | dict(zip(remote, arrived, strict=True)), total, out=self._gradient[segment])
 
     def _reduce_ring(self) -> None:
-        own = list(self._sums.values())
-        total = tree_sum(own, add=Tensor.add_) if own else torch.zeros(self._layout.size, device=self._device)
+        sums = list(self._sums.values())
+        total = tree_sum(sums, add=Tensor.add_) if sums else torch.zeros(self._layout.size, device=self._device)
         self._group_now().all_reduce(total)
         if self._shard is not None:
-            self._gradient.copy_(total[slice(*self._ranges[self._place.rank])])
+            self._gradient.copy_(total[slice(*self._ranges[self._rank_info.rank])])
 
 
-def _total(shares: Sequence[Range]) -> int:
-    return max(stop for _, stop in shares)
+def _total(assignment: Sequence[Range]) -> int:
+    return max(stop for _, stop in assignment)

@@ -1,1 +1,1 @@
-"""How a stage's pure functions are run: the executor interface, its form in one process, and compiled code."""
+"""The execution of a stage's pure functions: the executor interface, its in-process form, and compiled code."""

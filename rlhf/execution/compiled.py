@@ -1,4 +1,4 @@
-"""The one place where `torch.compile` is applied: to whole functions of models and micro-batches."""
+"""`torch.compile` of whole functions of models and micro-batches, the only use of it."""
 
 import contextlib
 import functools
@@ -24,67 +24,67 @@ _shapes: Any = importlib.import_module("torch.fx.experimental._config")
 _numbers = itertools.count()
 
 _SMALL = 1 << 24
-"""Parameters below which kernels are called from C++: Python between them costs 3 to 5% of a step there, and 9 to 24%
-of a decoded token. All of it is one file for the C++ compiler, which takes minutes where layers are many."""
+"""Number of parameters below which generated C++ calls the kernels: calls from Python cost 3 to 5% of a step, and 9 to
+24% of a decoded token. The C++ compiler takes minutes for the one file of a model with many layers."""
 
 _ADVICE = ("TensorFloat32 tensor cores", r"\s*Online softmax is disabled")
-"""The compiler's warnings to users who could do otherwise: float32 is IEEE here, and what it decides is its affair."""
+"""Warnings of the compiler that do not apply: float32 is IEEE here on purpose, and its choices need no report."""
 
 
-def compiled(function: Callable[..., Any], folder: Path, *, own_products: bool = False) -> Callable[..., Any]:
-    """`function` as compiled code, made at its first call and kept in `folder` for later runs and other processes.
+def compiled(function: Callable[..., Any], folder: Path, *, compile_products: bool = False) -> Callable[..., Any]:
+    """Return `function` as compiled code, made at its first call and kept in `folder` for other runs and processes.
 
-    The first two arguments are models: shapes, strides and types are those of the first call and are not looked at
-    again. The dimensions of all others are symbolic: one graph serves micro-batches of every shape, if none has the
-    size 1, which the compiler takes as a constant. The first call holds a lock, so that of several processes one
-    compiles and the others load what it made.
+    The first two arguments are models, whose shapes, strides and types must be those of the first call and are not
+    checked again. The dimensions of all other arguments are symbolic: one graph serves micro-batches of every shape, if
+    no dimension is 1, which the compiler takes as a constant. The first call holds a lock, so that one of several
+    processes compiles and the others load its code.
 
     Args:
         function: pure; its whole graph must be traceable.
-        folder: made if missing. Code depends on the number of threads, so each number has a folder of its own.
-        own_products: let the compiler write bfloat16 products of batches of matrices where the CPU has matrix tiles
-            (AMX); those that `rlhf.kernels.products.product` makes take half to a third of the library's time.
+        folder: made if missing. Code depends on the number of threads, so each number has its own subfolder.
+        compile_products: let the compiler generate batched bfloat16 matrix products if the CPU has matrix tiles (AMX);
+            those of `rlhf.kernels.fused_layers` take half to a third of the library's time.
     """
     graph: Callable[..., Any] | None = None
 
-    def call(params: Params, other: Any, *batch: Any, **options: Any) -> Any:
+    def call(params: Params, second: Any, *batch: Any, **options: Any) -> Any:
         nonlocal graph
         if graph is not None:
-            return graph(params, other, *batch, **options)
+            return graph(params, second, *batch, **options)
         settings: dict[str, Any] = {
-            "guard_filter_fn": functools.partial(_of_batch, models=function.__code__.co_varnames[:2])
+            "guard_filter_fn": functools.partial(_filter_guards, models=function.__code__.co_varnames[:2])
         }
         if leaves(params)[0].is_cpu:
-            small = own_products or sum(leaf.numel() for leaf in leaves(params)) < _SMALL
-            settings |= {"cpp_wrapper": small} | (_own_products() if own_products else {})
-        made = torch.compile(_with_own_code(function), fullgraph=True, options=settings)
-        tree_map(_mark_symbolic, batch)  # each dimension for itself: equal sizes are a coincidence
-        own = folder / f"threads-{torch.get_num_threads()}"
-        own.mkdir(parents=True, exist_ok=True)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)  # read by torch at every compilation
+            small = compile_products or sum(leaf.numel() for leaf in leaves(params)) < _SMALL
+            settings |= {"cpp_wrapper": small} | (_product_settings() if compile_products else {})
+        traced = torch.compile(_copy_code(function), fullgraph=True, options=settings)
+        tree_map(_mark_symbolic, batch)  # each dimension separately: equal sizes are a coincidence
+        cache = folder / f"threads-{torch.get_num_threads()}"
+        cache.mkdir(parents=True, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # read by torch at every compilation
         with (
-            acquire_lock(own / "lock", blocking=True),
+            acquire_lock(cache / "lock", blocking=True),
             _shapes.patch(use_duck_shape=False),
             _short_exponentials(),
             warnings.catch_warnings(),
         ):
             for advice in _ADVICE:
                 warnings.filterwarnings("ignore", message=advice)
-            result = made(params, other, *batch, **options)
-        graph = made
+            result = traced(params, second, *batch, **options)
+        graph = traced
         return result
 
     return call
 
 
 def has_compiler() -> bool:
-    """Whether this machine has what compiled code for the CPU needs."""
+    """Return True if this machine has a C++ compiler, which compiled code for the CPU needs."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
 @functools.cache
-def _own_products() -> dict[str, Any]:
-    """The compiler's settings; nothing is measured, because the choice of a kernel is part of the result's bits."""
+def _product_settings() -> dict[str, Any]:
+    """Return the compiler's settings without autotuning, because the choice of a kernel changes the bits of results."""
     from torch._inductor import config, select_algorithm  # here, because it takes seconds
 
     def prefer_tiles(choices: list[Any]) -> list[Any]:
@@ -97,15 +97,15 @@ def _own_products() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _short_exponentials() -> Iterator[None]:
-    """Let the compiler take torch's shorter exponential where a CPU's kernel reads bfloat16, as torch's attention does.
+    """Let the compiler use torch's faster exponential in CPU kernels that read bfloat16, as torch's attention does.
 
-    It is within 20 units in the last place of float32, a thousandth of what rounding to bfloat16 takes, and is written
-    in line instead of called, which saves a third of the time of softmax and GELU. It makes a large number of NaN, so
-    NaN is put back. The compiler has no setting for it.
+    Its error of 20 units in the last place of float32 is a thousandth of the rounding to bfloat16. It is inlined, which
+    saves a third of the time of softmax and GELU. It returns a large number for NaN, so NaN is restored. The compiler
+    has no setting for it.
     """
-    written: Any = importlib.import_module("torch._inductor.codegen.cpp").CppVecOverrides  # here: it takes seconds
+    overrides: Any = importlib.import_module("torch._inductor.codegen.cpp").CppVecOverrides  # slow to import
     state: Any = importlib.import_module("torch._inductor.virtualized").V
-    plain_exp, plain_sigmoid = written.exp, written.sigmoid
+    plain_exp, plain_sigmoid = overrides.exp, overrides.sigmoid
 
     def reads_bfloat16() -> bool:
         return any(state.graph.get_dtype(name) == torch.bfloat16 for name in state.kernel.args.input_buffers)
@@ -117,24 +117,24 @@ def _short_exponentials() -> Iterator[None]:
         one = f"decltype({x})(1)"
         return f"{one} / ({one} + {exp(f'{x}.neg()')})" if reads_bfloat16() else plain_sigmoid(x)
 
-    written.exp, written.sigmoid = staticmethod(exp), staticmethod(sigmoid)
+    overrides.exp, overrides.sigmoid = staticmethod(exp), staticmethod(sigmoid)
     try:
-        with _cache.patch(cache_key_tag="short exponentials"):  # else the cache would not know of them
+        with _cache.patch(cache_key_tag="short exponentials"):  # so that the cache depends on them
             yield
     finally:
-        written.exp, written.sigmoid = staticmethod(plain_exp), staticmethod(plain_sigmoid)
+        overrides.exp, overrides.sigmoid = staticmethod(plain_exp), staticmethod(plain_sigmoid)
 
 
-def _of_batch(guards: Sequence[Any], models: tuple[str, ...]) -> list[bool]:
-    """Which of the compiler's conditions are tested at every call: none on models, whose leaves are many."""
+def _filter_guards(guards: Sequence[Any], models: tuple[str, ...]) -> list[bool]:
+    """Return, for each guard, True if every call checks it: not those of models, which have many leaves."""
     return [not guard.name.startswith(models) for guard in guards]
 
 
-def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy whose code object is no other's.
+def _copy_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy with a unique code object.
 
-    The compiler keeps what it made and learnt by code object, and several stages compile the same code: it would take
-    constants that differ between them, such as the layout of their parameters, for variables.
+    The compiler caches by code object, and several stages compile the same function: it would treat constants that
+    differ between them, such as the layout of their parameters, as variables.
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)

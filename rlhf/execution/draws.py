@@ -1,4 +1,4 @@
-"""Fast forms of `rlhf.models.decoding.decode_steps`: compiled, and on a GPU recorded."""
+"""Fast forms of `rlhf.models.decoding.decode_steps`: compiled, and on a GPU recorded as a CUDA graph."""
 
 import itertools
 import weakref
@@ -17,8 +17,8 @@ DecodeSteps = Callable[..., tuple[DecodeState, DecodeOutput]]
 
 
 def compiled_draw(folder: Path) -> DecodeSteps:
-    """`decode_steps` as compiled code that is kept in `folder`; on a GPU all its draws are one CUDA graph."""
-    on_cpu = compiled(decode_steps, folder, own_products=True)
+    """Return `decode_steps` as compiled code, kept in `folder`; on a GPU all steps of a call are one CUDA graph."""
+    on_cpu = compiled(decode_steps, folder, compile_products=True)
     on_gpu = CUDAGraphRunner(one_by_one(compiled(decode_steps, folder)))
 
     def draw(
@@ -30,14 +30,14 @@ def compiled_draw(folder: Path) -> DecodeSteps:
 
 
 def one_by_one(draw: DecodeSteps) -> DecodeSteps:
-    """`draw` called for every token, so that there is no more to compile than for one."""
+    """Return `draw` called for every token, so that only the code for one token is compiled."""
 
     def call(params: Any, value_head: Any, batch: DecodeState, *rest: Tensor, count: int, **options: Any) -> Any:
         parts = []
         for _ in range(count):
             batch, drawn = draw(params, value_head, batch, *rest, count=1, **options)
             parts.append(drawn)
-        return batch, DecodeOutput(*(torch.cat(same) for same in zip(*parts, strict=True)))
+        return batch, DecodeOutput(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
     return call
 
@@ -45,9 +45,9 @@ def one_by_one(draw: DecodeSteps) -> DecodeSteps:
 class CUDAGraphRunner:
     """A function on a GPU, recorded once for each combination of shapes and options and then replayed.
 
-    A replay launches all kernels together: between them the host has nothing to do. They read and write the same
-    memory each time, so arguments are first copied into buffers of the recording's own, unless they are these already,
-    as what the last call gave back. Results are valid until the next call.
+    A replay launches all kernels together, without work of the host between them. They read and write the same memory
+    each time, so arguments are first copied into the recording's buffers, unless they are these buffers already, such
+    as results of the last call. Results are valid until the next call.
 
     Source: CUDA graphs, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
     """
@@ -56,26 +56,26 @@ class CUDAGraphRunner:
         """Record `function`.
 
         Args:
-            function: the first two arguments are models, which nothing writes into. Others may be written in place, if
-                a second run from the same arguments writes the same. It must not wait for the device.
+            function: its first two arguments are models, which it does not change. It may change others in place, if a
+                second run with the same arguments writes the same. It must not wait for the device.
         """
         self._function = function
         self._pool: Any = None
         self._buffers: dict[Hashable, Tensor] = {}
         self._models: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
-        """By buffer of a model: the tensor it is a copy of, and how many changes that had seen."""
+        """By buffer of a model: the tensor that it is a copy of, and that tensor's version counter."""
         self._recordings: dict[Hashable, _Recording] = {}
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Run the function; see the class for how long results last."""
-        places, kinds = itertools.count(), []
+        """Run the function; results are valid until the next call."""
+        numbers, kinds = itertools.count(), []
 
         def load(leaf: Any, *, model: bool) -> Any:
-            place = next(places)
+            number = next(numbers)
             if not isinstance(leaf, Tensor):
                 kinds.append(leaf)
                 return leaf
-            kind = (place, leaf.shape, leaf.stride(), leaf.dtype)
+            kind = (number, leaf.shape, leaf.stride(), leaf.dtype)
             kinds.append(kind)
             return self._load(kind, leaf, model)
 
@@ -92,15 +92,15 @@ class CUDAGraphRunner:
             self._buffers[kind] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
         buffer = self._buffers[kind]
         source, changes = self._models.get(kind, (None, 0))
-        known = source is not None and source() is leaf and changes == leaf._version
-        if not known and leaf.data_ptr() != buffer.data_ptr():
+        is_current = source is not None and source() is leaf and changes == leaf._version
+        if not is_current and leaf.data_ptr() != buffer.data_ptr():
             buffer.copy_(leaf)
             if model:
                 self._models[kind] = (weakref.ref(leaf), leaf._version)
         return buffer
 
     def _record(self, buffers: list[Any], options: dict[str, Any]) -> "_Recording":
-        # The first run compiles, and sets up what cannot be set up while recording.
+        # The first run compiles, and initialises what a recording cannot initialise.
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -1,23 +1,21 @@
-"""Where pure functions meet state: the interface through which a stage computes, and its in-process form.
+"""The executor interface, through which a stage computes, and its in-process form.
 
 A stage describes its work once, as a `Program` of pure functions over micro-batches, and drives it through an
-`Executor`. It does not know where the micro-batches run: the result has the same bits wherever they do.
+`Executor`, which holds the state. Wherever the micro-batches run, the result has the same bits.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from rlhf.errors import NonFiniteError
 from rlhf.execution.frozen import FrozenModels
 from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import peak_bytes, reset_peak
-from rlhf.execution.program import ModelState, Program, StepSpec
-from rlhf.execution.shard import apply, init_shard, slice_shard, update_scale
-from rlhf.ops import mean_metrics
+from rlhf.execution.program import ModelState, Program
+from rlhf.execution.shard import apply, init_shard, slice_shard
+from rlhf.execution.update import nonfinite_error, plan_update, step_metrics, sums_of_results
 from rlhf.tree import (
     FlatLayout,
     all_finite,
@@ -35,14 +33,14 @@ from rlhf.types import Params, Tree
 
 
 class Fault(NamedTuple):
-    """Something that went wrong with a process and was made good."""
+    """The loss of a process from which the executor recovered."""
 
     what: str
     """One line for the user."""
     recovery_s: float
-    """Seconds until the work went on."""
+    """Seconds until the work continued."""
     final: bool
-    """No restart is left: the executor finishes in this process, and the run should save and end."""
+    """True if no restart is left: the executor continues in this process, and the run should save and end."""
 
 
 class Executor(Protocol):
@@ -50,14 +48,14 @@ class Executor(Protocol):
 
     @property
     def version(self) -> int:
-        """Optimiser steps applied since the beginning of the run: the version of the parameters."""
+        """The version of the parameters: optimiser steps applied since the beginning of the run."""
 
     @property
     def compiled(self) -> bool:
-        """Whether its steps run as compiled code."""
+        """True if the steps run as compiled code."""
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
-        """Run `program.eval_fns[name]` on every micro-batch; results on the CPU, in order."""
+        """Return `program.eval_fns[name]` of every micro-batch, on the CPU and in order."""
 
     def step(
         self,
@@ -67,15 +65,18 @@ class Executor(Protocol):
         *,
         overlap: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
-        """Apply one optimiser step on the summed gradient of the micro-batches; means of the metrics, `grad_norm`.
+        """Apply one optimiser step on the summed gradient of the micro-batches.
 
-        A step beyond its `StepSpec.limit` changes nothing, `version` included; its metrics are returned all the same.
+        A step beyond its `StepSpec.limit` changes nothing, `version` included, but returns its metrics.
 
         Args:
-            name: of the step.
+            name: the step's name.
             batches: its micro-batches.
-            learning_rate: of this step; None takes that of the optimiser's schedule.
-            overlap: called while others, or a GPU, compute the gradients; more than once where a step is repeated.
+            learning_rate: of this step; None uses the optimiser's schedule.
+            overlap: called while workers or a GPU compute the gradients; more than once if a step is repeated.
+
+        Returns:
+            Means of the metrics, and `grad_norm`.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; nothing has changed.
@@ -85,15 +86,15 @@ class Executor(Protocol):
         """Replace a frozen model by `program.frozen_updates[name]` of it and the parameters."""
 
     def reset_optimizer(self) -> None:
-        """Start the optimiser's state anew."""
+        """Replace the optimiser's state by its initial one."""
 
     def params(self) -> Params:
-        """The present parameters, on the CPU: perhaps views, which are not to be changed and which a step changes."""
+        """Return the current parameters on the CPU: possibly views, to be read before the next step."""
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Everything that the next step reads, by dotted name, on the CPU: parameters, optimiser, blended models.
+        """Return everything that the next step reads: parameters, optimiser state, frozen models that are updated.
 
-        Views as `params` are: to be saved or copied before the next step.
+        Keys are dotted names. The tensors are on the CPU and may be views: save or copy them before the next step.
         """
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
@@ -104,17 +105,22 @@ class Executor(Protocol):
         """
 
     def peak_bytes(self) -> int:
-        """The most memory that one of its processes ever held; 0 where the system does not tell."""
+        """Return the peak memory of its largest process in bytes; 0 if the system does not report it."""
 
     def faults(self) -> list[Fault]:
-        """What went wrong since the last call."""
+        """Return the faults since the last call."""
 
 
 class LocalExecutor:
-    """Everything in this process: one shard, micro-batches one after the other."""
+    """An executor in this process: one shard, micro-batches one after the other."""
 
     def __init__(self, program: Program, models: ModelState, device: torch.device) -> None:
-        """Take over a program and its models; `device` is where all of it lives and runs.
+        """Initialise the state of a program on a device.
+
+        Args:
+            program: the functions to run.
+            models: the initial parameters and the frozen models.
+            device: holds the state and runs the functions.
 
         Raises:
             ValueError: an optimiser needs whole leaves.
@@ -126,18 +132,18 @@ class LocalExecutor:
         self._layout = flat_layout(models.params)
         flat = flatten(to_device(models.params, device), self._layout)
         self._shard = init_shard(flat, program.optimizer)
-        self._params = unflatten(self._shard.params, self._layout)  # views: every update shows in them
+        self._params = unflatten(self._shard.params, self._layout)  # views: every update is visible in them
         self._gradients = make_gradients(program, self._layout)
-        self._updating = False  # True for good where an update fails half-way
+        self._updating = False  # stays True if an update fails half-way
 
     @property
     def version(self) -> int:
-        """Optimiser steps applied since the beginning of the run: the version of the parameters."""
+        """The version of the parameters: optimiser steps applied since the beginning of the run."""
         return self._shard.version
 
     @property
     def compiled(self) -> bool:
-        """Whether its steps run as compiled code."""
+        """True if the steps run as compiled code."""
         return self._program.compile_to is not None
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
@@ -171,15 +177,15 @@ class LocalExecutor:
 
         gradient_sum = tree_sum(map(flat_gradient, batches), add=Tensor.add_)
         squares = chunked_squared_norms(gradient_sum)
-        pieces = slice_shard(self._shard, gradient_sum, spec.optimizer, self._layout)
+        slices = slice_shard(self._shard, gradient_sum, spec.optimizer, self._layout)
         overlap()
-        results = to_device(results, "cpu")  # here alone a GPU is waited for: it applies the update while we go on
+        results = to_device(results, "cpu")  # the only wait for a GPU: it applies the update in the background
         update = plan_update(sums_of_results(results, spec), squares.cpu(), spec)
-        if not update.finite:
-            raise not_finite(name, batches, results, update, lambda batch: all_finite(gradient(batch)))
-        if update.allowed:
+        if not update.is_finite:
+            raise nonfinite_error(name, batches, results, update, lambda batch: all_finite(gradient(batch)))
+        if update.within_limit:
             self._updating = True
-            self._shard = apply(self._shard, self.version, pieces, update.scale, spec.optimizer, learning_rate)
+            self._shard = apply(self._shard, self.version, slices, update.scale, spec.optimizer, learning_rate)
             self._updating = False
         return step_metrics(results, update)
 
@@ -201,14 +207,14 @@ class LocalExecutor:
     def snapshot(self) -> dict[str, Tensor]:
         """See `Executor.snapshot`."""
         self._check_whole()
-        state = named_state(self._shard.params, self._shard.opt_state, self._frozen.changing, self._layout)
+        state = named_state(self._shard.params, self._shard.opt_state, self._frozen.masters, self._layout)
         return {name: leaf.detach().cpu() for name, leaf in state.items()}
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
         """See `Executor.restore`."""
-        changing = tree_map(torch.clone, self._frozen.changing)  # which may alias the models' own tensors
-        copy_state(named_state(self._shard.params, self._shard.opt_state, changing, self._layout), state)
-        self._frozen.replace(changing)
+        masters = tree_map(torch.clone, self._frozen.masters)  # which may alias the caller's tensors
+        copy_state(named_state(self._shard.params, self._shard.opt_state, masters, self._layout), state)
+        self._frozen.replace(masters)
         self._shard, self._updating = self._shard._replace(version=version), False
 
     def peak_bytes(self) -> int:
@@ -216,11 +222,11 @@ class LocalExecutor:
         return peak_bytes(self._device)
 
     def faults(self) -> list[Fault]:
-        """See `Executor.faults`: one process has none that it outlives."""
+        """Return no faults: a single process survives none."""
         return []
 
     def _check_whole(self) -> None:
-        """Raise RuntimeError if the parameters are of no version, which must neither be used nor saved."""
+        """Raise RuntimeError if an update stopped half-way: such parameters must be neither used nor saved."""
         if self._updating:
             raise RuntimeError("an update failed half-way: restore a snapshot or checkpoint before anything else")
 
@@ -228,94 +234,29 @@ class LocalExecutor:
         return realign(to_device(batch, self._device))
 
 
-class Update(NamedTuple):
-    """What is done with the summed gradient of a step's micro-batches."""
-
-    scale: float
-    """Turns it into the clipped mean gradient."""
-    grad_norm: float
-    """Of the mean gradient, before clipping."""
-    finite: bool
-    """Whether every loss and the gradient are; otherwise the step is refused with an error."""
-    allowed: bool
-    """Whether the step is within its limit; otherwise it is passed over."""
-
-
-def sums_of_results(results: Sequence[Any], spec: StepSpec) -> Tensor:
-    """[M, 3] float64 on the CPU: each micro-batch's loss, count and limited metric (0 where there is no limit).
-
-    Args:
-        results: (loss sum, metric sums with `count`) of each.
-        spec: of the step.
-    """
-    rows = []
-    for loss, metrics in results:
-        limited = float(metrics[spec.limit.metric]) if spec.limit else 0.0
-        rows.append([float(loss), float(metrics["count"]), limited])
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
-
-
-def plan_update(table: Tensor, squares: Tensor, spec: StepSpec) -> Update:
-    """Decide about a step. All who own a part of the parameters decide alike, from the same numbers.
-
-    Args:
-        table: [M, 3], `sums_of_results` of all micro-batches.
-        squares: [chunks] float64, `rlhf.tree.chunked_squared_norms` of the summed gradient.
-        spec: of the step.
-    """
-    _, count, limited = tree_sum(table).tolist()
-    scale, norm = update_scale(squares, count, spec.max_grad_norm)
-    allowed = spec.limit is None or limited / (count or 1.0) <= spec.limit.most
-    return Update(scale, norm, math.isfinite(norm) and all_finite(table), allowed)
-
-
-def step_metrics(results: Sequence[Any], update: Update) -> dict[str, float]:
-    """Means of the micro-batches' metric sums, and `grad_norm`."""
-    _, sums = tree_sum(results)
-    return {name: float(mean) for name, mean in mean_metrics(sums).items()} | {"grad_norm": update.grad_norm}
-
-
-def not_finite(
-    name: str, batches: Sequence[Any], results: Sequence[Any], update: Update, is_finite: Callable[[Any], bool]
-) -> NonFiniteError:
-    """The error of a refused step, with the offending micro-batch.
-
-    Args:
-        name: of the step.
-        batches: its micro-batches.
-        results: of each, as in `sums_of_results`.
-        update: what was decided.
-        is_finite: whether loss, metrics and gradient of one micro-batch are.
-    """
-    loss, _ = tree_sum(results)
-    offender = next((number for number, batch in enumerate(batches) if not is_finite(batch)), 0)
-    message = f"{name}: loss {float(loss):g}, gradient norm {update.grad_norm:g} in micro-batch {offender}"
-    return NonFiniteError(message, batches[offender])
-
-
-def named_state(params: Tensor, opt_state: Any, blended: dict[str, Params], layout: FlatLayout) -> dict[str, Tensor]:
-    """Views of everything a snapshot holds, by name.
+def named_state(params: Tensor, opt_state: Any, frozen: dict[str, Params], layout: FlatLayout) -> dict[str, Tensor]:
+    """Return views of everything a snapshot holds, by dotted name.
 
     Args:
         params: [layout.size] flat.
-        opt_state: of the optimiser over `params`.
-        blended: the frozen models that change.
+        opt_state: the optimiser's state over `params`.
+        frozen: the frozen models that are updated.
         layout: of the parameters.
     """
     state = tree_map(lambda leaf: unflatten(leaf, layout) if leaf.ndim else leaf, opt_state)
-    return named_leaves({"params": unflatten(params, layout), "optimizer": state, "frozen": blended})
+    return named_leaves({"params": unflatten(params, layout), "optimizer": state, "frozen": frozen})
 
 
-def copy_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def copy_state(target: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Write a snapshot into the views of `named_state`.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape; nothing was written.
     """
-    for name in own.keys() | state.keys():
-        if name not in own or name not in state:
-            raise ValueError(f"{name} is {'missing' if name in own else 'unknown'}")
-        if own[name].shape != state[name].shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
-    for name, leaf in own.items():
+    for name in target.keys() | state.keys():
+        if name not in target or name not in state:
+            raise ValueError(f"{name} is {'missing' if name in target else 'unknown'}")
+        if target[name].shape != state[name].shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(target[name].shape)}")
+    for name, leaf in target.items():
         leaf.copy_(state[name])

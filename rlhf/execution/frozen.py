@@ -1,4 +1,4 @@
-"""Constant models of one process: as functions compute with them, and those that change as they are kept."""
+"""The frozen models of one process, in the form that functions compute with."""
 
 from rlhf.execution.program import Program
 from rlhf.tree import realign
@@ -8,23 +8,23 @@ from rlhf.types import FrozenParams, Params
 class FrozenModels:
     """A program's frozen models, prepared once for all micro-batches.
 
-    A model that is updated keeps its float32 parameters beside: updates and snapshots are of these.
+    A model that the program updates also keeps its float32 master parameters, which updates and snapshots use.
     """
 
     def __init__(self, program: Program, models: FrozenParams) -> None:
-        """Take over `models`, float32, by name."""
+        """Prepare `models`, float32, by name."""
         self._program = program
         self.prepared: FrozenParams = {}
-        self.changing: FrozenParams = {}
+        self.masters: FrozenParams = {}
         self.replace(models)
 
     def replace(self, models: FrozenParams) -> None:
-        """Put models, float32, in the places of those of their names."""
+        """Replace the models of the same names by `models`, float32."""
         for name, model in realign(models).items():
             self.prepared[name] = self._program.prepare_frozen(name, model)
             if name in self._program.frozen_updates:
-                self.changing[name] = model
+                self.masters[name] = model
 
     def update(self, name: str, params: Params) -> None:
         """Replace a model by `program.frozen_updates[name]` of it and the parameters."""
-        self.replace({name: self._program.frozen_updates[name](self.changing[name], params)})
+        self.replace({name: self._program.frozen_updates[name](self.masters[name], params)})

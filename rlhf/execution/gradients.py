@@ -1,4 +1,4 @@
-"""The gradient of a step's loss: compiled, or by a backward pass that frees what it has used."""
+"""The gradient of a step's loss: compiled, or by a backward pass that frees memory as early as possible."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +18,18 @@ Gradient = Callable[[Params, dict[str, Params], Any], tuple[Tensor, tuple[Tensor
 
 
 def make_gradient(objective: Objective, layout: FlatLayout, compile_to: Path | None) -> Gradient:
-    """The gradient of `objective` with respect to its first argument.
+    """Return the gradient function of `objective` with respect to its first argument.
 
     Args:
         objective: pure.
-        layout: of the parameters, and of the gradient.
-        compile_to: where compiled code is kept; None runs the functions as they are.
+        layout: of the parameters and of the gradient.
+        compile_to: the folder of compiled code; None runs eagerly.
     """
     return _eager(objective, layout) if compile_to is None else compiled(_traceable(objective, layout), compile_to)
 
 
 def make_gradients(program: Program, layout: FlatLayout) -> dict[str, Gradient]:
-    """The gradient of each step's objective, with the parameters laid out as `layout`."""
+    """Return the gradient function of each step's objective, by the step's name."""
     return {name: make_gradient(spec.objective, layout, program.compile_to) for name, spec in program.steps.items()}
 
 
@@ -44,40 +44,40 @@ def _traceable(objective: Objective, layout: FlatLayout) -> Gradient:
 
 
 def _eager(objective: Objective, layout: FlatLayout) -> Gradient:
-    """The same bits without `torch.func`, which keeps all that a second derivative would need: twice the memory.
+    """Return the gradient function without `torch.func`, which takes twice the memory for second derivatives.
 
-    Each leaf's gradient is laid into the flat buffer, and freed, as soon as it is complete. What one part of the
-    objective kept is gone before the next begins; gradients of a leaf that several parts read add up.
+    Each leaf's gradient is added to the flat buffer, and freed, as soon as it is complete. The graph of one part of
+    the objective is freed before the next part begins; the gradients of a leaf that several parts read add up.
     """
     parts = objective.parts if isinstance(objective, SumOfLosses) else (objective,)
 
     def gradient(params: Params, frozen: dict[str, Params], batch: Any) -> tuple[Tensor, tuple[Tensor, MetricSums]]:
-        own = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
+        inputs = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
         flat = torch.zeros(layout.size, device=leaves(params)[0].device)
-        tree_map(_lay_into, own, unflatten(flat, layout))
+        tree_map(_accumulate_into, inputs, unflatten(flat, layout))
         results = []
         for part in parts:
             with torch.enable_grad():
-                result = part(own, frozen, batch)
+                result = part(inputs, frozen, batch)
                 if result[0].requires_grad:
-                    result[0].backward(inputs=leaves(own))  # type: ignore[no-untyped-call]
+                    result[0].backward(inputs=leaves(inputs))  # type: ignore[no-untyped-call]
             results.append(tree_map(Tensor.detach, result))
-            del result  # with what its metrics may still hold
+            del result  # and the graph that its metrics may hold
         return flat, add_results(results)
 
     return gradient
 
 
-def _lay_into(leaf: Tensor, place: Tensor) -> None:
-    """Let the backward pass put the leaf's gradient there, and later ones add to it."""
+def _accumulate_into(leaf: Tensor, buffer: Tensor) -> None:
+    """Let the first backward pass write the leaf's gradient to `buffer`, and later ones add to it."""
     empty = True
 
-    def lay(leaf: Tensor) -> None:
+    def accumulate(leaf: Tensor) -> None:
         nonlocal empty
         if empty:
-            place.copy_(leaf.grad)  # type: ignore[arg-type]  # it has just been made
+            buffer.copy_(leaf.grad)  # type: ignore[arg-type]  # set just before the hook
         else:
-            place.add_(leaf.grad)  # type: ignore[arg-type]
+            buffer.add_(leaf.grad)  # type: ignore[arg-type]
         leaf.grad, empty = None, False
 
-    leaf.register_post_accumulate_grad_hook(lay)  # type: ignore[no-untyped-call]
+    leaf.register_post_accumulate_grad_hook(accumulate)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Memory of this process: what the allocator keeps, and the most that was ever held."""
+"""The memory of this process: the allocator's policy, and peak usage."""
 
 import ctypes
 import sys
@@ -10,11 +10,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # parameters of mallopt, as i
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next buffer instead of giving it back to the system.
+    """Let glibc keep freed memory for the next buffer instead of returning it to the system.
 
-    The large buffers of a step would else be faulted in anew, page by page, at every step: a quarter of its time. It
-    changes the whole process, so whoever starts the process calls it: programs and workers. Other C libraries are left
-    as they are.
+    Otherwise the large buffers of a step cause page faults at every step, which take a quarter of its time. This
+    setting affects the whole process, so only programs and workers call it. It has no effect on other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -24,7 +23,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory held since the start or `reset_peak`: a GPU's, or the process's; 0 if it cannot be known."""
+    """Return the peak memory since the start or `reset_peak`, of the GPU or the process; 0 if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -36,11 +35,11 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to measure anew, where the system can."""
+    """Reset the peak memory, if the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
-            return  # a container may forbid it: the peak is then that of all stages so far
+            return  # some containers forbid it: the peak then includes earlier stages

@@ -18,67 +18,67 @@ Objective = Callable[[Params, FrozenParams, Any], tuple[Tensor, MetricSums]]
 
 @dataclass(frozen=True)
 class SumOfLosses:
-    """A sum of objectives, each with a forward pass of its own, which may share parameters.
+    """A sum of objectives, each with its own forward pass; they may share parameters.
 
-    Where memory counts, each is differentiated by itself, and the gradients are added up.
+    The eager gradient differentiates the parts one after the other, which saves memory.
     """
 
     parts: tuple[Objective, ...]
 
     def __call__(self, params: Params, frozen: FrozenParams, batch: Any) -> tuple[Tensor, MetricSums]:
-        """All parts together, as any objective."""
+        """Return the sum of the losses and the metrics of all parts."""
         return add_results([part(params, frozen, batch) for part in self.parts])
 
 
 def add_results(results: Sequence[tuple[Tensor, MetricSums]]) -> tuple[Tensor, MetricSums]:
-    """The sum of losses, and all metrics; those that several have, such as `count`, are the same in each."""
+    """Return the sum of the losses and all metrics; a metric of several parts, such as `count`, is equal in each."""
     losses, metrics = zip(*results, strict=True)
-    return functools.reduce(torch.add, losses), {name: of for some in metrics for name, of in some.items()}
+    return functools.reduce(torch.add, losses), {name: value for part in metrics for name, value in part.items()}
 
 
 class MetricLimit(NamedTuple):
-    """The largest mean of a metric with which a step is still applied."""
+    """The largest mean of a metric at which a step is still applied."""
 
     metric: str
     most: float
 
 
 class StepSpec(NamedTuple):
-    """How one kind of optimiser step is made."""
+    """The specification of one kind of optimiser step."""
 
     objective: Objective
     """Its gradient is summed over the micro-batches."""
     optimizer: Optimizer
     """Element-wise; all steps of a program share its state."""
     max_grad_norm: float
-    """Of the mean gradient; inf is off."""
+    """Of the mean gradient; inf disables clipping."""
     limit: MetricLimit | None = None
-    """A step beyond it changes nothing."""
+    """A step beyond it is skipped."""
 
 
 class Program(NamedTuple):
-    """A stage's work as pure functions; any process can make it, so it holds no tensors."""
+    """A stage's work as pure functions; every process makes its own, so it holds no tensors."""
 
     steps: dict[str, StepSpec]
     """Optimiser steps by name."""
     eval_fns: dict[str, Callable[[Params, FrozenParams, Any], Tree]]
     """(params, frozen, micro-batch) -> any tree of tensors, by name."""
     frozen_updates: dict[str, Callable[[Params, Params], Params]]
-    """(frozen model, params) -> its new value, by the frozen model's name (a reference that follows the policy)."""
+    """(frozen model, params) -> updated frozen model, by its name, such as a reference that follows the policy."""
     prepare_frozen: Callable[[str, Params], Params] = lambda name, model: model
-    """(name, frozen model) -> what it is computed with, as in another dtype; made once in each process."""
+    """(name, frozen model) -> the form that functions compute with, such as another dtype; once in each process."""
     compile_to: Path | None = None
-    """Where compiled code is kept, if the steps' gradients are to be compiled; None runs them as they are."""
+    """The folder of compiled code, if the steps' gradients are compiled; None runs them eagerly."""
 
     @property
     def optimizer(self) -> Optimizer:
-        """Whose state all steps share: the first's; without steps (evaluation) one without state."""
+        """The first step's optimiser, whose state all steps share; without steps (evaluation) a stateless one."""
         for spec in self.steps.values():
             return spec.optimizer
         return Optimizer(lambda params: (), lambda grads, state, params: (params, state))
 
     def check_optimizers(self) -> None:
-        """Raise ValueError if an optimiser needs whole leaves, which executors do not have."""
+        """Raise ValueError if an optimiser needs whole leaves, which executors split."""
         for name, spec in self.steps.items():
             _, update, elementwise, _ = spec.optimizer
             if not elementwise:
@@ -91,9 +91,9 @@ class Program(NamedTuple):
 
 
 class ModelState(NamedTuple):
-    """What a program starts from."""
+    """The initial state of a program."""
 
     params: Params
-    """Where training starts, float32."""
+    """Initial parameters, float32."""
     frozen: FrozenParams
     """Constant models by name."""

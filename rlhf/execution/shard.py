@@ -1,7 +1,7 @@
-"""The parameter server's pure inside: flat fp32 master parameters, optimiser state, and the exactly-once update.
+"""The functions of the parameter server: flat fp32 master parameters, optimiser state, and the exactly-once update.
 
-The flat buffer of all parameters is cut into contiguous ranges at multiples of `rlhf.tree.CHUNK`; each range is one
-`Shard` with a version. One process holds one shard; nothing here knows who hosts it.
+The flat buffer of all parameters is split into contiguous ranges at multiples of `rlhf.tree.CHUNK`; each range is one
+`Shard` with a version. One process holds one shard; this module does not depend on which.
 """
 
 import functools
@@ -17,28 +17,28 @@ from rlhf.tree import CHUNK, FlatLayout, leaves, named_leaves, tree_map, unflatt
 from rlhf.types import Tree
 
 _GROUP = 1 << 22
-"""Elements updated at once: what the update allocates stays small (16 MB), and its calls cost little. On a GPU, where
-calls cost more, it is 32 times as many."""
+"""Elements updated at once on a CPU: temporary buffers stay small (16 MB) at little overhead per call. On a GPU, where
+a call costs more, it is 32 times as many."""
 
 
 class Shard(NamedTuple):
-    """One range of the flat buffer and its optimiser state; `apply` writes both in place (donated buffers)."""
+    """A range of the flat buffer and its optimiser state; `apply` updates both in place (donated buffers)."""
 
     start: int
     """First element of the range, a multiple of CHUNK."""
     params: Tensor
     """[n] float32."""
     opt_state: Any
-    """State of the optimiser over `params`: leaves [n], or [] for counters."""
+    """The optimiser's state over `params`: leaves [n], or [] for counters."""
     version: int
     """Steps applied since the beginning of the run."""
 
 
 def init_shard(flat: Tensor, optimizer: Optimizer, *, start: int = 0, stop: int | None = None) -> Shard:
-    """The shard of [start, stop) of a flat parameter buffer, at version 0.
+    """Return the shard of [start, stop) of a flat parameter buffer, at version 0.
 
     Raises:
-        ValueError: the range is not cut at multiples of CHUNK.
+        ValueError: `start` or `stop` is not a multiple of CHUNK.
     """
     stop = flat.numel() if stop is None else stop
     if start % CHUNK or stop % CHUNK:
@@ -48,56 +48,56 @@ def init_shard(flat: Tensor, optimizer: Optimizer, *, start: int = 0, stop: int 
 
 
 def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float, float]:
-    """(factor that turns a summed gradient into the clipped mean gradient, norm of the mean gradient before clipping).
+    """Return the factor from summed to clipped mean gradient, and the norm of the mean gradient before clipping.
 
     Args:
-        squares: [chunks] float64, the square sums of all shards in the order of the buffer.
-        count: what the sum is divided by: the tokens or pairs of the global batch; 0 divides by 1.
-        max_norm: global-norm clipping; inf is off.
+        squares: [chunks] float64, the squared norms of all shards' chunks in the order of the buffer.
+        count: the divisor of the mean: tokens or pairs of the global batch; 0 divides by 1.
+        max_norm: of global-norm clipping; inf disables it.
     """
     norm = squares.sum().sqrt() / (count or 1.0)
     return float(clip_scale(norm, max_norm)) / (count or 1.0), float(norm)
 
 
 class UpdateSlice(NamedTuple):
-    """Views of elements of a shard that are updated at once: for every leaf its part, by its dotted name."""
+    """Views of the elements of a shard that are updated at once: each leaf's block, by the leaf's dotted name."""
 
     gradient: dict[str, Tensor]
     opt_state: Any
-    """Counters are not cut."""
+    """Counters are not split."""
     params: dict[str, Tensor]
     hyperparameters: dict[str, Any] | None
     """`Optimizer.hyperparameters` of the whole leaves."""
 
 
 def slice_shard(shard: Shard, gradient_sum: Tensor, optimizer: Optimizer, layout: FlatLayout) -> list[UpdateSlice]:
-    """What `apply` updates. Nothing is read, so this can be done while a GPU is at the gradient.
+    """Return the views that `apply` updates. It reads no element, so a GPU may still be computing the gradient.
 
     Args:
-        shard: to be updated.
-        gradient_sum: [n] float32, its range of the summed gradient.
-        optimizer: element-wise, as `rlhf.optim.adamw`.
+        shard: the shard to update.
+        gradient_sum: [n] float32, the shard's range of the summed gradient.
+        optimizer: element-wise, such as `rlhf.optim.adamw`.
         layout: of the whole buffer.
     """
     hyperparameters = _leaf_hyperparameters(optimizer.hyperparameters, layout)
     size = _GROUP * (1 if shard.params.is_cpu else 32)
 
-    def piece(group: _Group) -> UpdateSlice:
-        def part(leaf: Tensor) -> dict[str, Tensor]:
+    def slice_group(group: _Group) -> UpdateSlice:
+        def split(leaf: Tensor) -> dict[str, Tensor]:
             blocks = leaf[group.start : group.stop].split_with_sizes(list(group.blocks.values()))
             return dict(zip(group.blocks, blocks, strict=True))
 
-        state = tree_map(lambda leaf: part(leaf) if leaf.ndim else leaf, shard.opt_state)
+        state = tree_map(lambda leaf: split(leaf) if leaf.ndim else leaf, shard.opt_state)
         records = None if hyperparameters is None else {name: hyperparameters[name] for name in group.blocks}
-        return UpdateSlice(part(gradient_sum), state, part(shard.params), records)
+        return UpdateSlice(split(gradient_sum), state, split(shard.params), records)
 
-    return [piece(group) for group in _groups(shard.start, shard.params.numel(), size, layout)]
+    return [slice_group(group) for group in _groups(shard.start, shard.params.numel(), size, layout)]
 
 
 def apply(
     shard: Shard,
     step: int,
-    pieces: Sequence[UpdateSlice],
+    slices: Sequence[UpdateSlice],
     scale: float,
     optimizer: Optimizer,
     learning_rate: float | None = None,
@@ -106,27 +106,27 @@ def apply(
 
     Args:
         shard: its buffers are updated in place and belong to the result.
-        step: the step that this is; must be the shard's version. The step before it was applied already, and is
-            answered with the shard as it is.
-        pieces: of `slice_shard`; the gradient may be overwritten (a donated buffer).
+        step: the number of this step: the shard's version. The step before it is already applied and returns the
+            shard unchanged.
+        slices: from `slice_shard`; the gradient may be overwritten (a donated buffer).
         scale: from `update_scale`.
         optimizer: as in `slice_shard`.
-        learning_rate: replaces the optimiser's own in this step.
+        learning_rate: replaces the optimiser's schedule in this step.
 
     Returns:
         The shard at version step + 1.
 
     Raises:
-        ValueError: the step is neither the next one nor the last one applied.
+        ValueError: the step is neither the next one nor the one applied last.
     """
     if step == shard.version - 1:
         return shard
     if step != shard.version:
         raise ValueError(f"apply: step is {step}, expected {shard.version}: the next one")
     updated: Any = shard.opt_state
-    for piece in pieces:
-        updated = write_update(optimizer, *piece, scale=scale, learning_rate=learning_rate)
-    _write(_leaves_of(shard.opt_state, counters=True), _leaves_of(updated, counters=True))  # after all pieces
+    for update_slice in slices:
+        updated = write_update(optimizer, *update_slice, scale=scale, learning_rate=learning_rate)
+    _write(_leaves_of(shard.opt_state, counters=True), _leaves_of(updated, counters=True))  # after all slices
     return shard._replace(version=shard.version + 1)
 
 
@@ -141,10 +141,10 @@ def write_update(
     scale: float,
     learning_rate: float | None,
 ) -> Any:
-    """Write an optimiser's step with grads times `scale` into the buffers of params and state.
+    """Update the buffers of params and state in place, with `grads` times `scale`.
 
-    Counters of the state are not written, so that a shard can be updated in parts; the state returned has the new ones.
-    Arguments are the fields of `UpdateSlice`, and those of `apply`.
+    Counters are not written, so that a shard can be updated slice by slice; the returned state has the new counters.
+    Arguments are the fields of `UpdateSlice` and those of `apply`.
     """
     options = {"learning_rate": learning_rate, "hyperparameters": hyperparameters}
     options = {name: value for name, value in options.items() if value is not None}
@@ -155,33 +155,36 @@ def write_update(
 
 
 class _Group(NamedTuple):
-    """Where a `UpdateSlice` lies in its shard: elements [start, stop)."""
+    """The position of an `UpdateSlice` in its shard: elements [start, stop)."""
 
     start: int
     stop: int
     blocks: dict[str, int]
-    """Elements of each leaf's part, which lie behind one another."""
+    """The number of elements of each leaf's block; blocks are consecutive."""
 
 
 @functools.lru_cache(maxsize=8)  # the same in every step
 def _groups(start: int, count: int, size: int, layout: FlatLayout) -> list[_Group]:
-    """Cut a shard of [start, start + count) into groups of `size` elements, and these into the parts of leaves.
+    """Split a shard of [start, start + count) into groups of `size` elements, and each group into blocks of leaves.
 
-    A part takes in the gap behind its leaf, in which all is zero: it begins and ends at multiples of ALIGNMENT, as
-    kernels ask for. There is at least one group, if an empty one: a shard without elements counts its steps too.
+    A block includes the zeros that pad its leaf, so that it starts and ends at multiples of ALIGNMENT, as kernels
+    require. There is at least one group, which may be empty: a shard without elements also counts its steps.
     """
     ends = (*layout.offsets[1:], layout.size)
     groups = []
     for low in range(start, start + max(count, 1), size):
         high = min(low + size, start + count)
-        sizes = {n: min(end, high) - max(o, low) for n, o, end in zip(layout.names, layout.offsets, ends, strict=True)}
-        groups.append(_Group(low - start, high - start, {n: number for n, number in sizes.items() if number > 0}))
+        sizes = {
+            name: min(end, high) - max(offset, low)
+            for name, offset, end in zip(layout.names, layout.offsets, ends, strict=True)
+        }
+        groups.append(_Group(low - start, high - start, {name: size for name, size in sizes.items() if size > 0}))
     return groups
 
 
 @functools.lru_cache(maxsize=8)
 def _leaf_hyperparameters(hyperparameters: Callable[[Tree], Tree] | None, layout: FlatLayout) -> dict[str, Any] | None:
-    """`Optimizer.hyperparameters` by leaf name, from the names and shapes of the layout."""
+    """Return `Optimizer.hyperparameters` by leaf name, computed from the names and shapes of the layout."""
     if hyperparameters is None:
         return None
     return named_leaves(hyperparameters(unflatten(torch.empty(layout.size, device="meta"), layout)))

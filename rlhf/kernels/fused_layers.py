@@ -119,7 +119,7 @@ def _product(x: Tensor, p: dict[str, Tensor]) -> Tensor:
     """Return x @ weight of x [..., K], and p["weight"] [K, N] or what was packed.
 
     In compiled bfloat16 code on CPUs, single tokens [B, 1, K] times a small weight are a batch of one, whose product
-    the compiler may write itself (`own_products` of `rlhf.execution.compiled`).
+    the compiler may write itself (`compile_products` of `rlhf.execution.compiled`).
     """
     if "packed" in p:
         packed: Tensor = packed_product(x, p["packed"])

@@ -1,0 +1,94 @@
+"""The processes of the parameter server: calls of several of them, and the group that they form."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf.distributed.cluster import Cluster, Member
+from rlhf.distributed.collectives import RankInfo
+from rlhf.distributed.ray_calls import RayLostError
+
+
+class Members:
+    """The workers and servers of a cluster, in the order of their ranks: workers first."""
+
+    def __init__(self, cluster: Cluster, load_arguments: Sequence[Any], log: Callable[[str], None]) -> None:
+        """Start the processes that the cluster's configuration asks for.
+
+        Args:
+            cluster: with resources for them.
+            load_arguments: of `Worker.load`, also for replacements.
+            log: called with one line for the user when a process is not replaced.
+        """
+        self._cluster, self._load_arguments, self._log = cluster, load_arguments, log
+        self._generation = 0
+        workers, servers = cluster.dist.num_workers, cluster.dist.num_servers
+        self.workers = [self._start(f"worker {number}", number) for number in range(workers)]
+        self.servers = [self._start(f"server {number}", workers + number) for number in range(servers)]
+
+    @property
+    def all(self) -> list[Member]:
+        """All processes, by rank."""
+        return self.workers + self.servers
+
+    def begin(self, member: Member, method: str, *arguments: Any) -> tuple[Member, Any]:
+        """Begin a call of a method; `collect` waits for its result."""
+        return member, self._cluster.call(member, method, *arguments)
+
+    def collect(self, calls: Sequence[tuple[Member, Any]]) -> list[Any]:
+        """Return the results of calls, in the order of the calls.
+
+        Raises:
+            LostError: a process was lost or the group failed.
+        """
+        results = dict(self._cluster.results({reference: member for member, reference in calls}))
+        return [results[reference] for _, reference in calls]
+
+    def call(self, members: Sequence[Member], method: str, *arguments: Any) -> list[Any]:
+        """Call a method of several members with the same arguments, and return their results."""
+        return self.collect([self.begin(member, method, *arguments) for member in members])
+
+    def join(self) -> None:
+        """Let all processes form the next generation of the group, once they have loaded the program."""
+        self.collect([(member, member.loaded) for member in self.all])
+        self._generation += 1
+        workers, servers = len(self.workers), len(self.servers)
+        store = (self._cluster.host, self._cluster.store.port)
+        self.collect(
+            [
+                self.begin(member, "join", RankInfo(self._generation, rank, workers, servers), *store)
+                for rank, member in enumerate(self.all)
+            ]
+        )
+
+    def replace(self, lost: Sequence[Member]) -> None:
+        """Kill the lost members, and start others in their places unless the configuration says `shrink`.
+
+        Raises:
+            RayLostError: there is no machine left for a worker.
+        """
+        self._cluster.kill(lost)
+        survivors = [member for member in self.workers if member not in lost]
+        if self._cluster.dist.on_failure == "shrink" and survivors:
+            self.workers = survivors
+        missing = [member for member in self.all if member in lost]
+        replaceable = self._cluster.find_replaceable(missing) if missing else []
+        if dropped := [member.name for member in missing if member not in replaceable]:
+            self._log(f"no machine has room for {', '.join(dropped)}: going on without")
+        self.workers, self.servers = (
+            [
+                self._start(member.name, member.bundle) if member in replaceable else member
+                for member in members
+                if member in replaceable or member not in missing
+            ]
+            for members in (self.workers, self.servers)
+        )
+        if not self.workers:
+            raise RayLostError("all workers (no machine has room for one)")
+
+    def kill(self, *, abandon: bool = False) -> None:
+        """End all processes; `abandon` also gives up the connection to a Ray that is lost."""
+        (self._cluster.abandon if abandon else self._cluster.kill)(self.all)
+        self.workers, self.servers = [], []
+
+    def _start(self, name: str, bundle: int) -> Member:
+        return self._cluster.start(name, bundle, *self._load_arguments)
