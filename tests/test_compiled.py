@@ -28,7 +28,7 @@ from rlhf.data.dataset import TokenSequence
 from rlhf.execution.compiled import compiled, has_compiler
 from rlhf.execution.draws import compiled_draw
 from rlhf.execution.gradients import make_gradient
-from rlhf.kernels import products as decoding
+from rlhf.kernels import fused_layers
 from rlhf.models import gpt2
 from rlhf.models.decoding import generate_completions as generate
 from rlhf.models.forward import forward
@@ -203,13 +203,13 @@ def test_compiled_draws_make_the_same_completions(params, config, folder, option
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("small", [decoding._SMALL, 0], ids=["the compiler's own products", "packed weights"])
+@pytest.mark.parametrize("small", [fused_layers._SMALL, 0], ids=["the compiler's own products", "packed weights"])
 def test_compiled_draws_in_bfloat16_have_the_log_probs_of_the_full_forward(folder, small, monkeypatch):
     """Wide enough for the compiler's own products; what one row says depends neither on its slot nor on the others."""
-    monkeypatch.setattr(decoding, "_SMALL", small)
+    monkeypatch.setattr(fused_layers, "_SMALL", small)
     config = GPT2Config(vocab_size=96, n_positions=48, n_embd=64, n_layer=2, n_head=2)
     params = gpt2.cast_for_compute(gpt2.init(config, key=random.key(1)), torch.bfloat16)
-    to_draw_with = decoding.prepare_for_decoding(params, torch.bfloat16)
+    to_draw_with = gpt2.prepare_for_decoding(params, torch.bfloat16)
     draw = compiled_draw(folder)
     prompts = torch.from_numpy(np.stack([sequence(seed, 6, config) for seed in range(9)]))
     lengths, keys = torch.tensor([6, 2, 3, 1, 5, 4, 6, 6, 2]), random.split(random.key(3), 9)

@@ -9,7 +9,6 @@ import torch
 import toy
 from laws import assert_close, assert_same_bits
 from rlhf.kernels.attention import attention, decode_attention, packed_attention, segment_bias
-from rlhf.kernels.products import prepare_for_decoding
 
 from rlhf import random
 from rlhf.config import DistConfig
@@ -20,7 +19,7 @@ from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.gradients import make_gradient
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.models import gpt2
-from rlhf.models.decoding import decode_steps
+from rlhf.models.decode_state import decode_steps
 from rlhf.models.decoding import generate_completions as generate
 from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
@@ -134,7 +133,7 @@ def completions(params, device, draw=decode_steps, dtype=torch.float32, seed=5, 
     head = {"weight": random.normal(random.key(2), (1, CONFIG.n_embd)), "bias": torch.zeros(1)}
     placed = to_device((params, head, PROMPTS, LENGTHS, random.split(random.key(seed), 26)), device)
     params, head, *tensors = placed
-    params, source = prepare_for_decoding(params, dtype), torch.arange(26, device=device) % 13
+    params, source = gpt2.prepare_for_decoding(params, dtype), torch.arange(26, device=device) % 13
     return generate(params, *tensors, config=CONFIG, source=source, value_head=head, draw=draw, **settings)
 
 
