@@ -33,6 +33,7 @@ TESTS = {
     "models.attention": "fused_attention gpt2",
     "models.decode_state": "decoding",
     "models.forward": "gpt2",
+    "models.gpt2_parameters": "gpt2",
     "models.layers": "gpt2",
     "models.scoring": "objectives",
     "train.ppo_objective": "objectives",
@@ -677,7 +678,7 @@ MUTANTS = [
         ("attention: no residual", "x = x + drop(affine(attended_BTD", "x = drop(affine(attended_BTD"),
         ("no final norm", 'return layer_norm(x, params["ln_f"], eps=eps)', "return x"),
         ("no positions", ' + gather_rows(params["wpe"]["weight"], positions)', ""),
-        ("prefill: state of the padding", "hidden_UTD[each, lengths - 1]", "hidden_UTD[each, -1]"),
+        ("prefill: state of the padding", "hidden_UTD[every, lengths - 1]", "hidden_UTD[every, -1]"),
         (
             "decode: sees one slot more",
             "device=tokens.device) > lengths[:, None]",
@@ -689,6 +690,9 @@ MUTANTS = [
             "lengths[:, None]), config, attend)[:, 0]",
             "lengths[:, None] * 0), config, attend)[:, 0]",
         ),
+    ),
+    *mutants(
+        "models.gpt2_parameters",
         ("init: residual std", "/ (2 * config.n_layer) ** 0.5", "/ config.n_layer ** 0.5"),
         ("embeddings rounded", ' | {"wte": params["wte"], "wpe": params["wpe"]}', ""),
     ),

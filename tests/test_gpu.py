@@ -8,7 +8,6 @@ import test_compiled
 import torch
 import toy
 from laws import assert_close, assert_same_bits
-from rlhf.kernels.attention import attention, decode_attention, packed_attention, segment_bias
 
 from rlhf import random
 from rlhf.config import DistConfig
@@ -19,6 +18,7 @@ from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.gradients import make_gradient
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.models import gpt2
+from rlhf.models.attention import AttentionLayout, attend_to_cache, attention_layout, self_attention
 from rlhf.models.decode_state import decode_steps
 from rlhf.models.decoding import generate_completions as generate
 from rlhf.models.forward import forward
@@ -98,9 +98,9 @@ def test_attention_of_packed_rows_agrees_with_the_masked_form():
     for dtype in (torch.float64, torch.bfloat16):
         leaf = qkv.to(torch.bfloat16).to(dtype).requires_grad_()
         if dtype == torch.bfloat16:
-            out = packed_attention(leaf, rows.bounds)
+            out = self_attention(leaf, AttentionLayout(None, rows.bounds))
         else:
-            out = attention(*leaf.permute(2, 0, 3, 1, 4).unbind(), segment_bias(rows.segments))
+            out = self_attention(leaf, attention_layout(rows.segments, None, leaf, leaf.shape[3]))
         (out.double() * weights.double() * real).sum().backward()
         found += [(out.detach().double() * real), leaf.grad.double()]
     for exact, fast in zip(found[:2], found[2:], strict=True):
@@ -110,7 +110,7 @@ def test_attention_of_packed_rows_agrees_with_the_masked_form():
 
 @pytest.mark.parametrize(("width", "dtype"), [(16, torch.float32), (64, torch.float32), (24, torch.bfloat16)], ids=str)
 def test_attention_to_a_cache_agrees_with_the_plain_form(width, dtype):
-    from rlhf.kernels.decode_attention import decode_attention_triton
+    from rlhf.kernels.decode_attention_triton import decode_attention_triton
 
     qkv, cache = random.normal(random.key(1), (5, 3, 3, width)), random.normal(random.key(2), (2, 5, 150, 3, width))
     qkv, cache, lengths = qkv.cuda().to(dtype), cache.cuda().to(dtype), torch.tensor([0, 63, 64, 149, 7])
@@ -120,7 +120,7 @@ def test_attention_to_a_cache_agrees_with_the_plain_form(width, dtype):
     assert_same_bits(written, cache)
     bias = torch.where(torch.arange(150) <= lengths[:, None], 0.0, -torch.inf).double()
     (keys, values), q = cache.cpu().double(), qkv[:, 0].cpu().double()
-    exact = decode_attention(q, keys.permute(0, 2, 3, 1), values.transpose(1, 2), bias)
+    exact = attend_to_cache(q, keys.permute(0, 2, 3, 1), values.transpose(1, 2), bias)
     assert_close(found.cpu().double(), exact, 1e-5 if dtype == torch.float32 else 1e-2)
 
 

@@ -126,31 +126,28 @@ def init_decode_state(params: Params, rows: int, capacity: int, idle: int, confi
 
 def fill_rows(
     params: Params,
+    prompts: tuple[Tensor, Tensor, Tensor],
+    config: ModelShape,
     state: DecodeState,
     rows: list[int],
     first: int,
-    prompts: Tensor,
-    prompt_lengths: Tensor,
-    source: Tensor,
-    config: ModelShape,
 ) -> DecodeState:
     """Start the completions `first`, `first + 1`, … in these rows: read each of their prompts once.
 
     Args:
         params: prepared for decoding.
+        prompts: right-padded [U, P] int64, their lengths [U] int64, and the prompt of each completion [B] int64.
+        config: the shape of `params`.
         state: its cache is written in place.
         rows: rows to fill, one per completion.
         first: index of the first completion to start.
-        prompts: [U, P] int64, right-padded.
-        prompt_lengths: [U] int64.
-        source: [B] int64, the prompt of each completion.
-        config: the shape of `params`.
     """
-    row = torch.tensor(rows, device=prompts.device)
-    completion = torch.arange(first, first + len(rows), device=prompts.device)
+    tokens, lengths, source = prompts
+    row = torch.tensor(rows, device=tokens.device)
+    completion = torch.arange(first, first + len(rows), device=tokens.device)
     unique, prompt = torch.unique(source[completion], return_inverse=True)
-    lengths = prompt_lengths[unique]
-    tokens = prompts[unique, : int(lengths.max())]
+    lengths = lengths[unique]
+    tokens = tokens[unique, : int(lengths.max())]
     prefill = architecture_of(config).prefill
     hidden = prefill(params, tokens, lengths, state.cache, config=config, rows=row, source=prompt)
     return DecodeState(

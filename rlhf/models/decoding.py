@@ -1,5 +1,6 @@
 """Completing prompts with a key-value cache: the decoding engine of every architecture."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -64,10 +65,8 @@ def generate_completions(
 ) -> Completions:
     """Complete prompts, capturing log-probs and values on the way.
 
-    Token t of a completion is drawn with `uniform_at(key, t)`, so a completion depends on its prompt and its key
-    alone. Filters and `min_new_tokens` shape what is drawn; log-probs are those of the unfiltered
-    softmax(logits / temperature), the same as in the reference and in the update.
-
+    Token t of a completion is drawn with `uniform_at(key, t)`, so a completion depends on its prompt and its key alone.
+    Filters and `min_new_tokens` shape what is drawn; log-probs are those of softmax(logits / temperature) before them.
     Completions are written in the rows of a key-value cache. When one ends, its row takes the next one; when none is
     waiting and half of the rows are idle, these are dropped. Attention reads the filled part of the cache alone.
 
@@ -120,9 +119,7 @@ def generate_completions(
     tokens = torch.full((count + 1, max_new_tokens), -1, device=device)  # idle rows write into the last
     per_token = torch.zeros(count + 1, max_new_tokens, 3, device=device)
     capacity = prompts.shape[1] + max_new_tokens
-
-    def fill(state: DecodeState, rows: list[int], first: int) -> DecodeState:
-        return fill_rows(params, state, rows, first, prompts, prompt_lengths, source, config)
+    fill = functools.partial(fill_rows, params, (prompts, prompt_lengths, source), config)
 
     def advance(state: DecodeState, least: int) -> tuple[DecodeState, DecodeOutput]:
         slots = attended_slots(least, capacity, device)
@@ -132,17 +129,16 @@ def generate_completions(
         )  # fmt: skip
 
     state = init_decode_state(params, min(max_concurrent or count, count), capacity, count, config)
-    ends = [start + max_new_tokens for start in starts]
-    for output in _decode(state, starts, ends, per_call, fill, advance, may_stop=bool(stop_tokens)):
-        place = (output.completion, output.step)
-        tokens[place], per_token[place] = output.token, output.per_token
+    for output in _decode(state, starts, max_new_tokens, per_call, fill, advance, may_stop=bool(stop_tokens)):
+        tokens[output.completion, output.step] = output.token
+        per_token[output.completion, output.step] = output.per_token
     return _completions(tokens[:count], per_token[:count], stops)
 
 
 def _decode(
     state: DecodeState,
     starts: list[int],
-    ends: list[int],
+    max_new_tokens: int,
     per_call: int,
     fill: Callable[[DecodeState, list[int], int], DecodeState],
     advance: Callable[[DecodeState, int], tuple[DecodeState, DecodeOutput]],
@@ -154,7 +150,7 @@ def _decode(
     Args:
         state: idle rows.
         starts: slots that each completion's prompt takes.
-        ends: slots that the prompt and the longest completion take.
+        max_new_tokens: slots that the longest completion takes.
         per_call: tokens that `advance` draws per row.
         fill: (state, rows, first) -> the state with the completions `first`, `first + 1`, … started in these rows.
         advance: (state, slots in use after it) -> the state and the tokens drawn.
@@ -168,7 +164,7 @@ def _decode(
             rows = idle[: count - first]
             state = fill(state, rows, first)
             for row in rows:
-                filled[row], limits[row], first = starts[first], ends[first], first + 1
+                filled[row], limits[row], first = starts[first], starts[first] + max_new_tokens, first + 1
         elif first == count and 2 < len(filled) <= 2 * len(idle):
             rows = sorted(sorted(range(len(filled)), key=lambda row: not filled[row])[: len(filled) // 2])
             state, filled, limits = select_rows(state, rows), [filled[n] for n in rows], [limits[n] for n in rows]
