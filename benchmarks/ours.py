@@ -37,7 +37,7 @@ from rlhf.io.model_folder import (
 )
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models import gpt2
-from rlhf.models.decoding import decode_steps
+from rlhf.models.decode_state import decode_steps
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.heads import init_reward_head
 from rlhf.random import key, split

@@ -1,9 +1,9 @@
 """From scores to advantages: token rewards and generalised advantage estimation.
 
 Arrays are [..., T] over completion tokens, with any leading dimensions. A mask may have holes, such as the results of
-tools between the turns of a conversation: the result is that of the row without them. What lies at masked positions,
-NaN included, does not matter, and the result there is 0. Everything is computed and returned in float32 at least:
-half-precision inputs are upcast first, float64 stays float64.
+tools between the turns of a conversation: the result is that of the row without them. Masked positions may hold
+anything, NaN included; the result there is 0. Everything is computed and returned in float32 at least: half-precision
+inputs are upcast first, float64 stays float64.
 """
 
 import torch
@@ -14,11 +14,12 @@ from rlhf.ops import upcast
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float | Tensor) -> Tensor:
-    """Per-token rewards: a KL penalty on every token, the sequence's score on its last one.
+    """Return per-token rewards: a KL penalty on every token, and the score of the sequence on its last one.
 
         rewards_t = -kl_coef kl_t + [t is the last True of the mask] score
 
-    so that each row sums to score - kl_coef * (sum of its KL).
+    Each row sums to score - kl_coef * (sum of its KL).
+
     Source: Ziegler et al. 2019, eq. 2, https://arxiv.org/abs/1909.08593, spread over tokens as in their code.
 
     Args:
@@ -33,6 +34,11 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float | 
     Raises:
         ValueError: shapes do not match.
         TypeError: mask is not bool.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> token_rewards(torch.tensor([2.0]), torch.tensor([[1.0, 3.0, 0.0]]), mask, kl_coef=0.5)
+        tensor([[-0.5000,  0.5000,  0.0000]])
     """
     check_mask("token_rewards", mask, kl=kl)
     _check_time("token_rewards", kl=kl)
@@ -52,7 +58,7 @@ def gae(
     lam: float | Tensor = 0.95,
     bootstrap_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, in O(log T) whole-array steps.
+    """Return generalised advantage estimates and returns, in O(log T) whole-array steps.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   V after the last token = bootstrap_value
         A_t = sum_l (gamma lam)^l delta_{t+l},   returns_t = A_t + V_t
@@ -67,8 +73,8 @@ def gae(
         mask: [..., T] bool, True on each row's tokens. Over a hole, token t + 1 is the next one that counts.
         gamma: discount per token, in [0, 1].
         lam: lambda of GAE, in [0, 1]; 1 gives return-to-go minus value, 0 the TD error.
-        bootstrap_value: [...] float, value of the state after each row's last token; None is 0, the value of an end.
-            A row that was cut before its end goes on from there. Differentiated.
+        bootstrap_value: [...] float, value of the state after each row's last token; None is 0, the value after an end.
+            It is the value of what follows in a row that was cut before its end. Differentiated.
 
     Returns:
         (advantages, returns), each [..., T], 0 where the mask is False.
@@ -76,6 +82,11 @@ def gae(
     Raises:
         ValueError: shapes differ, or gamma or lam is outside [0, 1].
         TypeError: mask is not bool.
+
+    Example:
+        >>> rewards, values, mask = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([True, True])
+        >>> gae(rewards, values, mask, lam=1.0)
+        (tensor([0.5000, 0.5000]), tensor([1., 1.]))
     """
     rewards, values, bootstrap_value = _prepare("gae", rewards, values, mask, gamma, lam, bootstrap_value)
     front = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)  # the tokens in order, then the rest
@@ -101,7 +112,15 @@ def gae_loop(
     lam: float | Tensor = 0.95,
     bootstrap_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`gae` by the backward recursion A_t = delta_t + gamma lam A_{t+1}: the textbook form, one step per token."""
+    """Return `gae` by the backward recursion A_t = delta_t + gamma lam A_{t+1}: the textbook form, one step per token.
+
+    Source, arguments and errors: as `gae`.
+
+    Example:
+        >>> rewards, values, mask = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([True, True])
+        >>> gae_loop(rewards, values, mask, lam=0.0)
+        (tensor([0.0000, 0.5000]), tensor([0.5000, 1.0000]))
+    """
     rewards, values, next_value = _prepare("gae_loop", rewards, values, mask, gamma, lam, bootstrap_value)
     advantage, columns = torch.zeros_like(next_value), [torch.zeros_like(rewards[..., :0])]
     for t in reversed(range(mask.shape[-1])):
@@ -122,7 +141,7 @@ def _prepare(
     lam: float | Tensor,
     bootstrap_value: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards, values, bootstrap value), checked and upcast, 0 where the mask is False or nothing was given."""
+    """Return (rewards, values, bootstrap value), checked and upcast; 0 where the mask is False, or by default."""
     check_mask(function, mask, rewards=rewards, values=values)
     _check_time(function, rewards=rewards)
     check_value(function, (gamma >= 0) & (gamma <= 1), "in [0, 1]", gamma=gamma)
@@ -136,10 +155,11 @@ def _prepare(
 
 
 def _check_time(function: str, **tensor: Tensor) -> None:
+    """Raise ValueError if the tensor has no axis of time."""
     ((name, x),) = tensor.items()
     check_value(function, x.ndim > 0, "at least 1 dimension, time the last", **{name: tuple(x.shape)})
 
 
 def _shift(x: Tensor, steps: int) -> Tensor:
-    """x some steps later, zero (False) after the end."""
+    """Return x some steps later, zero (False) after the end."""
     return torch.nn.functional.pad(x[..., steps:], (0, steps))

@@ -1,7 +1,7 @@
-"""Micro-batches: what one pure function gets at a time.
+"""Micro-batches: the inputs of one call of a pure function.
 
 Sequences are packed into rows, and only the positions whose prediction counts are listed, by their index into the
-flattened rows. So neither padding nor prompt logits are computed, whatever the stage.
+flattened rows. So neither padding nor prompt logits are computed in any stage.
 """
 
 from typing import NamedTuple
@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Packed sequences: several behind one another in each row, told apart by segment."""
+    """Packed sequences: each row holds several, distinguished by segment."""
 
     tokens: Tensor
     """[R, T] int64."""
     positions: Tensor
     """[R, T] int64, from 0 in each sequence."""
     segments: Tensor
-    """[R, T] int64: 1, 2, … within a row; 0 where there is nothing."""
+    """[R, T] int64: 1, 2, … within a row; 0 on padding."""
     bounds: Tensor
-    """[S + 1] int32 into the flattened rows: where each sequence begins, and the end of the last. What the rows have
-    left counts, as sequences of nothing."""
+    """[S + 1] int32 into the flattened rows: the start of each sequence, and the end of the last. Padding counts as
+    sequences of its own."""
 
 
 class TokenBatch(NamedTuple):
-    """Sequences and the tokens of theirs that count."""
+    """Sequences, and those of their tokens that count."""
 
     rows: Rows
     predictors: Tensor
@@ -32,7 +32,7 @@ class TokenBatch(NamedTuple):
     targets: Tensor
     """[C] int64: the tokens that count."""
     mask: Tensor
-    """[C] bool: False on filling, where shapes are kept fixed."""
+    """[C] bool: False on padding to a fixed shape."""
     key: Tensor
     """[2] int32, for dropout."""
 
@@ -48,7 +48,7 @@ class PairBatch(NamedTuple):
     margin: Tensor
     """[B] float32, reward units."""
     mask: Tensor
-    """[B] bool: False on filling."""
+    """[B] bool: False on padding."""
 
 
 class PromptBatch(NamedTuple):
@@ -73,7 +73,7 @@ class ScoreBatch(NamedTuple):
     targets: Tensor
     """[C] int64: the completion tokens."""
     mask: Tensor
-    """[C] bool: False on filling."""
+    """[C] bool: False on padding."""
     last: Tensor
     """[B] int64: last real token of each sequence."""
 
@@ -87,7 +87,7 @@ class PPOBatch(NamedTuple):
     targets: Tensor
     """[C] int64: the completion tokens."""
     mask: Tensor
-    """[C] bool: False on filling."""
+    """[C] bool: False on padding."""
     old_log_probs: Tensor
     """[C] float32, nats, when sampled."""
     ref_log_probs: Tensor

@@ -42,9 +42,9 @@ def check_integer(function: str, **tensors: Tensor) -> None:
 
 
 def check_value(function: str, ok: bool | Tensor, rule: str, **value: object) -> None:
-    """Raise ValueError unless `ok`, naming the one keyword argument given, its value and the `rule` it breaks.
+    """Raise ValueError unless `ok`, naming the one keyword argument, its value and the `rule` it breaks.
 
-    A tensor passes whatever it holds. Write a range as `(x >= 0) & (x <= 1)`: `0 <= x <= 1` would read the tensor.
+    A tensor `ok` passes unread. Write a range as `(x >= 0) & (x <= 1)`: `0 <= x <= 1` would read the tensor.
     """
     if not isinstance(ok, Tensor) and not ok:
         ((name, got),) = value.items()

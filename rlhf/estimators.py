@@ -20,7 +20,7 @@ from rlhf.advantages import gae
 
 
 class RewardedCompletions(NamedTuple):
-    """An iteration's completions as an estimator reads them; all are constants of float32 at least."""
+    """The input of an estimator: one iteration's completions, all constants, of float32 at least."""
 
     scores: Tensor
     """[B] reward units."""
@@ -31,7 +31,7 @@ class RewardedCompletions(NamedTuple):
     mask: Tensor
     """[B, T] bool, True on each row's tokens."""
     groups: Tensor | None = None
-    """[B] int64: equal for completions of one prompt; None where the caller does not tell."""
+    """[B] int64: equal for completions of one prompt; None if unknown."""
     values: Tensor | None = None
     """[B, T] reward units; None without a critic."""
     bootstrap_value: Tensor | None = None
@@ -43,7 +43,7 @@ class RewardedCompletions(NamedTuple):
 
 
 class AdvantageEstimate(NamedTuple):
-    """What an estimator returns."""
+    """The result of an estimator."""
 
     advantages: Tensor
     """[B, T] reward units."""
@@ -56,9 +56,9 @@ class Estimator(NamedTuple):
 
     name: str
     function: Callable[[RewardedCompletions], AdvantageEstimate]
-    """Pure. What it gives at masked positions does not count."""
+    """Pure; its results at masked positions are ignored."""
     needs_critic: bool
-    """Whether it reads values and returns their targets; without, the run has no critic at all."""
+    """True if it reads values and returns their targets; if False, the run has no critic."""
 
 
 def _gae(completions: RewardedCompletions) -> AdvantageEstimate:
@@ -78,14 +78,14 @@ GAE = Estimator("gae", _gae, needs_critic=True)
 """Generalised advantage estimation (`rlhf.advantages.gae`)."""
 
 ESTIMATORS = {GAE.name: GAE}
-"""By name."""
+"""Estimators by name."""
 
 
 def register_estimator(estimator: Estimator) -> None:
     """Add an estimator to `ESTIMATORS`.
 
     Raises:
-        ValueError: there is another one of its name.
+        ValueError: another estimator has its name.
     """
     if ESTIMATORS.setdefault(estimator.name, estimator) != estimator:
         raise ValueError(f"register_estimator: there is another estimator {estimator.name!r}; take another name")

@@ -1,4 +1,4 @@
-"""From a batch of scored completions to what PPO learns from: scores, token rewards, advantages, returns."""
+"""Scored completions into what PPO learns from: post-processed scores, token rewards, advantages and returns."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from rlhf.types import Metrics
 
 
 class Experience(NamedTuple):
-    """What one iteration's completions teach, as constants: nothing has a gradient to scores, log-probs or values."""
+    """Advantages, returns and metrics of one iteration's completions, as constants without gradients."""
 
     advantages: Tensor
     """[B, T] float32, reward units or whitened."""
@@ -33,7 +33,7 @@ def postprocess_scores(
     missing_eos_penalty: float | Tensor = 0.0,
     clip: float | Tensor = float("inf"),
 ) -> Tensor:
-    """Clip the scores of completions, then penalise those that did not end by themselves.
+    """Return clipped scores, less a penalty for completions that did not end by themselves.
 
     Source: Stiennon et al. 2020 (a completion without end-of-text is bad whatever its text), as TRL's
     `missing_eos_penalty`; clipping as OpenRLHF's `reward_clip_range`.
@@ -50,6 +50,10 @@ def postprocess_scores(
     Raises:
         ValueError: shapes differ, or a number is out of range.
         TypeError: ended is not bool.
+
+    Example:
+        >>> postprocess_scores(torch.tensor([3.0, 1.0]), torch.tensor([True, False]), missing_eos_penalty=2.0, clip=2.0)
+        tensor([ 2., -1.])
     """
     check_mask("postprocess_scores", ended, scores=scores)
     check_value("postprocess_scores", missing_eos_penalty >= 0, "at least 0", missing_eos_penalty=missing_eos_penalty)
@@ -77,13 +81,13 @@ def make_experience(
     whiten_advantages: bool = True,
     bootstrap_value: Tensor | None = None,
 ) -> Experience:
-    """Token rewards (KL penalty and score), an estimator's advantages, and whitening over the whole batch.
+    """Return an estimator's advantages from token rewards (KL penalty and score), whitened over the whole batch.
 
     Source: Ziegler et al. 2019, section 2; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO",
     https://arxiv.org/abs/2403.17031.
 
     Args:
-        scores: [B] float, shaped (`postprocess_scores`); constant.
+        scores: [B] float, reward units (after `postprocess_scores`); constant.
         log_probs: [B, T] float, nats, policy; constant.
         ref_log_probs: [B, T] float, nats, reference; constant.
         values: [B, T] float, reward units; constant. None where the estimator needs no critic.
@@ -150,7 +154,7 @@ def make_experience(
 
 
 def _estimate(estimator: Estimator, completions: RewardedCompletions) -> AdvantageEstimate:
-    """The estimator's result, checked, 0 where the mask is False."""
+    """Return the estimator's result, checked, 0 where the mask is False."""
     advantages, returns = estimator.function(completions)
     function, mask = f"estimator {estimator.name}", completions.mask
     _check_critic(function, estimator, returns=returns)
@@ -162,7 +166,7 @@ def _estimate(estimator: Estimator, completions: RewardedCompletions) -> Advanta
 
 
 def _check_critic(function: str, estimator: Estimator, **tensor: Tensor | None) -> None:
-    """Raise ValueError unless a tensor of the critic's is there exactly where the estimator needs one."""
+    """Raise ValueError unless the critic's tensor is given exactly if the estimator needs a critic."""
     ((name, x),) = tensor.items()
     rule = f"{'a tensor' if estimator.needs_critic else 'None'} with the estimator {estimator.name}"
     got = "None" if x is None else "a tensor"

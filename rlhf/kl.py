@@ -21,16 +21,20 @@ region, and float32 still squares it and adds it up; verl clamps the log-ratio t
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
-    """exp(log_ratio), continued by its tangent above `MAX_LOG_RATIO`: finite, with a finite gradient that is not 0.
+    """Return exp(log_ratio), continued by its tangent above `MAX_LOG_RATIO`: finite, with a finite, non-zero gradient.
 
-    Exact below. A plain clamp would have gradient 0 above, and so would not bring back a token whose probability has
-    exploded; a plain `exp` overflows at 89, where a gradient of 0 times infinity is NaN.
+    It is exact below. A plain clamp would have gradient 0 above, and so would not bring back a token whose probability
+    has exploded; a plain `exp` overflows at 89, where a gradient of 0 times infinity is NaN.
+
+    Example:
+        >>> ratio_of(torch.tensor([0.0, -torch.inf])), ratio_of(torch.tensor(1e4)).isfinite()
+        (tensor([1., 0.]), tensor(True))
     """
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp() + _beyond(log_ratio)
 
 
 def _beyond(log_ratio: Tensor) -> Tensor:
-    """What the tangent at `MAX_LOG_RATIO` adds above it, 0 below."""
+    """Return the part of the tangent at `MAX_LOG_RATIO` above it, 0 below."""
     return math.exp(MAX_LOG_RATIO) * torch.relu(log_ratio - MAX_LOG_RATIO)
 
 
@@ -55,6 +59,10 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: KLEstima
 
     Raises:
         ValueError: shapes differ, or the estimator is unknown.
+
+    Example:
+        >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-3.0]), estimator="k2")
+        tensor([2.])
     """
     check_same_shape("kl_estimate", log_probs=log_probs, ref_log_probs=ref_log_probs)
     difference = upcast(log_probs) - upcast(ref_log_probs)
@@ -68,7 +76,7 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: KLEstima
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """KL(policy || reference) of the next-token distributions, summed over the whole vocabulary.
+    """Return KL(policy || reference) of the next-token distributions, summed over the whole vocabulary.
 
         sum_v p_v (log p_v - log q_v),   p = softmax(logits / temperature), q likewise
 
@@ -86,6 +94,11 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float | Tensor 
 
     Raises:
         ValueError: shapes differ, or temperature is not positive.
+
+    Example:
+        >>> logits = torch.tensor([1.0, 2.0])
+        >>> exact_kl(logits, logits + 5.0)
+        tensor(0.)
     """
     check_same_shape("exact_kl", logits=logits, ref_logits=ref_logits)
     log_p = torch.log_softmax(scale_logits(logits, temperature), dim=-1)
@@ -104,7 +117,7 @@ def adaptive_kl_coef(
     target: float | Tensor = 6.0,
     horizon: float | Tensor = 10_000.0,
 ) -> Any:
-    """Move the KL coefficient so that the KL per sequence approaches `target`.
+    """Return the KL coefficient moved so that the KL per sequence approaches `target`.
 
         kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon)
 
@@ -125,6 +138,10 @@ def adaptive_kl_coef(
     Raises:
         ValueError: target or horizon is not positive, or num_samples is above horizon: the coefficient could turn
             negative.
+
+    Example:
+        >>> round(adaptive_kl_coef(0.1, 12.0, num_samples=1000, target=6.0), 6)
+        0.102
     """
     check_value("adaptive_kl_coef", target > 0, "above 0", target=target)
     check_value("adaptive_kl_coef", horizon > 0, "above 0", horizon=horizon)

@@ -1,4 +1,4 @@
-"""The losses of the three stages, as sums over what counts.
+"""The losses of the three stages, as sums over the entries that count.
 
 Each returns `(loss_sum, sums)`: the sum over the mask, and `MetricSums`, detached sums under the names of their means
 with `"count"`, the number of entries that count. Everything is divided by it once, over the global batch
@@ -29,7 +29,7 @@ from rlhf.types import MetricSums
 
 
 def sft_loss(log_probs: Tensor, *, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, MetricSums]:
-    """Cross-entropy of the tokens that count: the completion's, or all of them.
+    """Return the cross-entropy of the tokens that count: those of the completion, or all of them.
 
         L = - sum_t w_t m_t log pi(y_t | x, y_<t)
 
@@ -48,6 +48,12 @@ def sft_loss(log_probs: Tensor, *, mask: Tensor, weights: Tensor | None = None) 
     Raises:
         ValueError: shapes differ.
         TypeError: mask is not bool.
+
+    Example:
+        >>> log_probs, mask = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([True, True, False])
+        >>> loss, sums = sft_loss(log_probs, mask=mask)
+        >>> loss, sums["count"]
+        (tensor(3.), tensor(2))
     """
     check_mask("sft_loss", mask, log_probs=log_probs)
     loss = -_weighted_sum("sft_loss", torch.where(mask, upcast(log_probs), 0.0), mask, weights)
@@ -63,7 +69,7 @@ def reward_loss(
     margin: Tensor | None = None,
     centre_coef: float | Tensor = 0.0,
 ) -> tuple[Tensor, MetricSums]:
-    """Bradley-Terry loss of preference pairs.
+    """Return the Bradley-Terry loss of preference pairs.
 
         L = sum_i w_i (-log sigmoid(c_i - r_i - margin_i) + centre_coef (c_i + r_i)^2)
 
@@ -86,6 +92,11 @@ def reward_loss(
     Raises:
         ValueError: shapes differ, or centre_coef is negative.
         TypeError: mask is not bool.
+
+    Example:
+        >>> loss, sums = reward_loss(torch.tensor([2.0, 1.0]), rejected_scores=torch.tensor([0.0, 1.0]))
+        >>> round(float(loss), 4), sums["reward/accuracy"]
+        (0.8201, tensor(1.5000))
     """
     mask = torch.ones_like(chosen_scores, dtype=torch.bool) if mask is None else mask
     check_mask("reward_loss", mask, chosen_scores=chosen_scores, rejected_scores=rejected_scores)
@@ -117,7 +128,7 @@ def ppo_policy_loss(
     clip_eps: float | Tensor = 0.2,
     dual_clip: float | Tensor | None = None,
 ) -> tuple[Tensor, MetricSums]:
-    """Clipped surrogate policy loss.
+    """Return the clipped surrogate policy loss.
 
         L = - sum_t w_t m_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t),   r_t = exp(log_probs_t - old_log_probs_t)
         with dual_clip c, where A_t < 0:  - max(min(...), c A_t)
@@ -145,6 +156,13 @@ def ppo_policy_loss(
     Raises:
         ValueError: shapes differ, or clip_eps or dual_clip is out of range.
         TypeError: mask is not bool.
+
+    Example:
+        >>> log_probs = torch.tensor([-1.0, -2.0])
+        >>> advantages, mask = torch.tensor([1.0, -3.0]), torch.tensor([True, True])
+        >>> loss, sums = ppo_policy_loss(log_probs, old_log_probs=log_probs, advantages=advantages, mask=mask)
+        >>> loss, sums["val/ratio"]
+        (tensor(2.), tensor(2.))
     """
     check_mask("ppo_policy_loss", mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     check_value("ppo_policy_loss", clip_eps > 0, "above 0", clip_eps=clip_eps)
@@ -176,7 +194,7 @@ def ppo_value_loss(
     weights: Tensor | None = None,
     value_clip_eps: float | Tensor = 0.2,
 ) -> tuple[Tensor, MetricSums]:
-    """Clipped squared error of the value function.
+    """Return the clipped squared error of the value function.
 
         L = 1/2 sum_t w_t m_t max((V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2)
 
@@ -198,6 +216,12 @@ def ppo_value_loss(
     Raises:
         ValueError: shapes differ, or value_clip_eps is not positive.
         TypeError: mask is not bool.
+
+    Example:
+        >>> values, old_values, returns = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([2.0])
+        >>> loss, _ = ppo_value_loss(values, old_values=old_values, returns=returns, mask=torch.tensor([True]))
+        >>> round(float(loss), 4)
+        0.845
     """
     check_mask("ppo_value_loss", mask, values=values, old_values=old_values, returns=returns)
     check_value("ppo_value_loss", value_clip_eps > 0, "above 0", value_clip_eps=value_clip_eps)
@@ -215,7 +239,7 @@ def ppo_value_loss(
 
 
 def _weighted_sum(function: str, per_entry: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
-    """The sum of what is 0 where the mask is False, each entry times its weight."""
+    """Return the weighted sum of entries that are 0 where the mask is False."""
     if weights is None:
         return per_entry.sum()
     got, shape = tuple(weights.shape), tuple(mask.shape)

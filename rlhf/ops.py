@@ -17,30 +17,49 @@ _VARIANCE_EPS = 1e-8
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """[] sum of `values` where `mask` is True, float32 at least.
+    """Return the [] sum of `values` where `mask` is True, float32 at least.
 
     Raises:
         ValueError: shapes differ.
         TypeError: mask is not bool.
+
+    Example:
+        >>> masked_sum(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(3.)
     """
     check_mask("masked_sum", mask, values=values)
     return torch.where(mask, upcast(values), 0.0).sum()
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """[] mean of `values` where `mask` is True, float32 at least; 0 of nothing. Errors as `masked_sum`."""
+    """Return the [] mean of `values` where `mask` is True, float32 at least; 0 of nothing. Errors as `masked_sum`.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(1.5000)
+    """
     return masked_sum(values, mask) / mask.sum().clamp(min=1)
 
 
 def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
-    """[] variance of `values` where `mask` is True; `unbiased` divides by n - 1. Dtype and errors as `masked_sum`."""
+    """Return the [] variance of `values` where `mask` is True; dtype and errors as `masked_sum`.
+
+    Args:
+        values: float, any shape.
+        mask: bool of the same shape.
+        unbiased: divide the squares by n - 1 instead of n.
+
+    Example:
+        >>> masked_var(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(1.)
+    """
     values = upcast(values)
     centred, count = torch.where(mask, values - masked_mean(values, mask), 0.0), mask.sum()
     return centred.square().sum() / (count - int(unbiased)).clamp(min=1)
 
 
 def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = False) -> Tensor:
-    """Scale to unit variance over the mask; shift to zero mean too, or keep the mean.
+    """Return values scaled to unit variance over the mask, with zero mean or with their own.
 
         (values - mean) / sqrt(var + 1e-8)  [+ mean]
 
@@ -50,7 +69,7 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = Tru
     Args:
         values: float, any shape.
         mask: bool of the same shape; None counts everything.
-        shift_mean: whether the result has mean 0; otherwise the mean of `values` is kept.
+        shift_mean: shift the mean to 0; False keeps the mean of `values`.
         unbiased: divide the squares by n - 1 instead of n.
 
     Returns:
@@ -59,6 +78,10 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = Tru
     Raises:
         ValueError: shapes differ.
         TypeError: mask is not bool.
+
+    Example:
+        >>> whiten(torch.tensor([1.0, 3.0]))
+        tensor([-1.,  1.])
     """
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
@@ -70,17 +93,22 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = Tru
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table [N, D] by index [...] int64: [..., D].
+    """Return rows [..., D] of a table [N, D] by index [...] int64.
 
-    The gradient with respect to the table adds up in a fixed order, also in compiled code with several threads, where
-    that of an embedding or of indexing is a race.
+    The gradient with respect to the table is summed in a fixed order, in compiled code with several threads too, where
+    that of an embedding or of indexing depends on a race.
+
+    Example:
+        >>> gather_rows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0]))
+        tensor([[3.],
+                [1.]])
     """
     rows = table.gather(0, index.reshape(-1, 1).expand(-1, table.shape[1]))
     return rows.view(*index.shape, table.shape[1])
 
 
 def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at `targets`, in float32 at least.
+    """Return log softmax(logits / temperature) at `targets`, in float32 at least.
 
     This is the one definition used in sampling, in the reference and in the update. Filters that only shape
     what is sampled (top-k, top-p, minimal length) are not part of it.
@@ -96,6 +124,10 @@ def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float | Ten
     Raises:
         ValueError: shapes do not match, or temperature is not positive.
         TypeError: targets is not int64.
+
+    Example:
+        >>> token_log_probs(torch.zeros(2, 4), torch.tensor([0, 3])).exp()
+        tensor([0.2500, 0.2500])
     """
     check_integer("token_log_probs", targets=targets)
     check_same_shape("token_log_probs", targets=targets, **{"logits[..., 0]": logits[..., 0]})
@@ -104,7 +136,7 @@ def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float | Ten
 
 
 def entropy(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature) over the last axis.
+    """Return the entropy of softmax(logits / temperature) over the last axis.
 
         H = logsumexp(z) - sum_v softmax(z)_v z_v,   z = logits / temperature
 
@@ -118,6 +150,10 @@ def entropy(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
 
     Raises:
         ValueError: temperature is not positive.
+
+    Example:
+        >>> entropy(torch.zeros(4)).exp()
+        tensor(4.)
     """
     scaled = scale_logits(logits, temperature)
     possible = torch.where(scaled == -torch.inf, 0.0, scaled)  # p log p tends to 0, where 0 * inf is NaN
@@ -125,21 +161,29 @@ def entropy(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
 
 
 def is_argmax(logits: Tensor, targets: Tensor) -> Tensor:
-    """[...] bool: whether no token has a higher logit than the target. The mean is the token accuracy.
+    """Return [...] bool, True where no token has a higher logit than the target; the mean is the token accuracy.
 
     Args:
         logits: [..., V] float.
         targets: [...] int64 in [0, V).
+
+    Example:
+        >>> is_argmax(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([1, 0]))
+        tensor([ True, False])
     """
     scaled = scale_logits(logits, 1.0)  # as `token_log_probs` has it: compiled code takes target and maximum from there
     return target_logits(scaled, targets) >= scaled.amax(dim=-1, keepdim=True).squeeze(-1)
 
 
 def scale_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """logits / temperature, at least float32: low-precision logits lose the tail of the softmax.
+    """Return logits / temperature, at least float32: low-precision logits lose the tail of the softmax.
 
     Raises:
         ValueError: temperature is not positive.
+
+    Example:
+        >>> scale_logits(torch.tensor([1.0, 2.0], dtype=torch.bfloat16), 0.5)
+        tensor([2., 4.])
     """
     check_value(
         "scale_logits", temperature > 0, "above 0 (for the most likely token use top_k=1)", temperature=temperature
@@ -149,15 +193,24 @@ def scale_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it is that already: the dtype in which the library adds up."""
+    """Return `x` in float32, or float64 `x` itself: the dtype in which the library sums.
+
+    Example:
+        >>> upcast(torch.ones(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 
 def mean_metrics(sums: MetricSums) -> Metrics:
-    """Every sum divided by `sums["count"]` (by 1 when that is 0), without the count itself.
+    """Return every sum divided by `sums["count"]` (by 1 when that is 0), without the count itself.
 
     Raises:
         KeyError: there is no "count".
+
+    Example:
+        >>> mean_metrics({"loss/sft": torch.tensor(6.0), "count": torch.tensor(3)})
+        {'loss/sft': tensor(2.)}
     """
     count = torch.where(sums["count"] == 0, 1, sums["count"])
     return {name: total / count for name, total in sums.items() if name != "count"}
@@ -165,5 +218,10 @@ def mean_metrics(sums: MetricSums) -> Metrics:
 
 @accelerated("compiled_ops.target_logits")
 def target_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """[...] logits [..., V] of the targets [...] int64."""
+    """Return the logits [...] of targets [...] int64, from logits [..., V].
+
+    Example:
+        >>> target_logits(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))
+        tensor([5.])
+    """
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

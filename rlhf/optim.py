@@ -1,7 +1,7 @@
 """Optimisers as pure (init, update) pairs over pytrees.
 
-A stage's executor keeps all parameters in one flat buffer, cut into shards, and calls `update` on trees of the parts of
-leaves that it has: `Optimizer` says what that asks of an optimiser.
+A stage's executor keeps all parameters in one flat buffer, cut into shards, and calls `update` on trees of parts
+of leaves: `Optimizer` says what this requires of an optimiser.
 """
 
 import math
@@ -19,20 +19,21 @@ from rlhf.types import Tree
 
 
 class Optimizer(NamedTuple):
-    """A pair of pure functions. Whoever writes one fills in these two; the rest tells executors what they may do."""
+    """A pair of pure functions; the other fields tell executors what they may do with it."""
 
     init: Callable[[Tree], Any]
     """params -> state: trees like params, and counters (leaves [])."""
     update: Callable[..., tuple[Tree, Any]]
-    """(grads, state, params, *, learning_rate=None) -> (params, state). A learning rate that is given replaces the
-    optimiser's own in that step."""
+    """(grads, state, params, *, learning_rate=None) -> (params, state). An argument `learning_rate` replaces the
+    optimiser's own rate in that step."""
     elementwise: bool = True
-    """Whether the update of an element reads nothing but that element, and the counters. Executors cut leaves into
-    parts, and refuse an optimiser that needs them whole."""
+    """True if the update of an element reads that element and the counters alone. Executors cut leaves into parts, and
+    refuse an optimiser that needs them whole."""
     hyperparameters: Callable[[Tree], Tree] | None = None
-    """params -> what is applied to each leaf, a hashable record chosen by its name and shape; None treats all alike.
-    Executors compute it once, from the whole leaves, and hand it to `update` as the keyword `hyperparameters`. A kernel
-    tells by the records that it can take the place of `update`: an optimiser with another one has others, or none."""
+    """params -> a hashable record per leaf, chosen by its name and shape; None treats all leaves alike. Executors
+    compute the records once, from whole leaves, and pass them to `update` as the keyword `hyperparameters`. A kernel
+    recognises by their type that it may replace `update`: an optimiser with another update uses another type, or None.
+    """
 
 
 class AdamState(NamedTuple):
@@ -48,7 +49,7 @@ class AdamState(NamedTuple):
 
 @dataclass(frozen=True)
 class AdamWHyperparameters:
-    """What `adamw` applies to one leaf."""
+    """The hyperparameters of one leaf under `adamw`."""
 
     learning_rate: Schedule
     b1: float
@@ -69,7 +70,7 @@ def adamw(
     weight_decay_mask: Callable[[Tree], Tree] | None = None,
     lr_multiplier: Callable[[Tree], Tree] | None = None,
 ) -> Optimizer:
-    """AdamW: Adam with weight decay decoupled from the gradient.
+    """Return AdamW: Adam with weight decay decoupled from the gradient.
 
         mu = b1 mu + (1 - b1) g,   nu = b2 nu + (1 - b2) g^2
         p  = p (1 - lr decay) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
@@ -143,11 +144,11 @@ def adamw(
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = None) -> tuple[Tree, Tensor]:
-    """Scale all gradients so that their common Euclidean norm is at most `max_norm`: by `clip_scale` of it.
+    """Return gradients scaled by `clip_scale`, so that their joint Euclidean norm is at most `max_norm`.
 
     Args:
         grads: any pytree.
-        max_norm: above 0; `inf` leaves everything as it is.
+        max_norm: above 0; `inf` changes nothing.
         norm: [] the global norm, where `grads` is only a part of the whole; None computes it.
 
     Returns:
@@ -155,6 +156,10 @@ def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = N
 
     Raises:
         ValueError: max_norm is not positive.
+
+    Example:
+        >>> clip_by_global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, 10.0)
+        ({'a': tensor([3.]), 'b': tensor([4.])}, tensor(5., dtype=torch.float64))
     """
     check_value("clip_by_global_norm", max_norm > 0, "above 0", max_norm=max_norm)
     norm = global_norm(grads) if norm is None else norm.double()
@@ -163,7 +168,7 @@ def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = N
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """The factor on gradients that clips their global norm; executors, which have the norm, apply it too.
+    """Return the factor that clips gradients of a global norm; executors apply it to their shards.
 
         min(1, max_norm / (norm + 1e-6))
 
@@ -171,7 +176,11 @@ def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
 
     Args:
         norm: [] float64, before clipping.
-        max_norm: above 0; `inf` gives 1 whatever the norm is.
+        max_norm: above 0; `inf` gives 1 at every norm.
+
+    Example:
+        >>> clip_scale(torch.tensor(4.0, dtype=torch.float64), 2.0)
+        tensor(0.5000, dtype=torch.float64)
     """
     if not isinstance(max_norm, Tensor) and max_norm == math.inf:
         return torch.ones_like(norm)

@@ -24,18 +24,18 @@ _BLOCK = 1 << 16  # positions hashed at once: the 20 rounds then run inside the 
 
 
 class Purpose(IntEnum):
-    """What a run's keys are for: `fold_in(key(seed), Purpose.SAMPLING)`. Numbers are never reused."""
+    """The purposes of a run's keys: `fold_in(key(seed), Purpose.SAMPLING)`. Numbers are never reused."""
 
     INIT = 0
     """Weights of a new trunk."""
     HEAD = 1
     """Weights of a new head."""
     SPLIT = 2
-    """Which records are held out."""
+    """Selection of the records that are held out."""
     ORDER = 3
     """Order of records and prompts, by epoch."""
     DROPOUT = 4
-    """By step and micro-batch."""
+    """Dropout, by step and micro-batch."""
     SAMPLING = 5
     """Completions, by iteration, prompt and sample."""
     MINIBATCH = 6
@@ -45,20 +45,24 @@ class Purpose(IntEnum):
 
 
 def key(seed: int) -> Tensor:
-    """A key from a seed in [0, 2**64).
+    """Return the key of a seed in [0, 2**64).
 
     Returns:
         [2] int32: the high and the low word of the seed.
 
     Raises:
         ValueError: the seed is negative or needs more than 64 bits.
+
+    Example:
+        >>> key(5)
+        tensor([0, 5], dtype=torch.int32)
     """
     check_value("key", 0 <= seed < _WORD**2, "in [0, 2**64)", seed=seed)
     return torch.tensor([_signed(seed >> 32), _signed(seed & (_WORD - 1))], dtype=torch.int32)
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
-    """Derive a key from a key and an integer in [0, 2**63).
+    """Return the key derived from a key and an integer in [0, 2**63).
 
     Args:
         key: [..., 2] int32.
@@ -72,12 +76,17 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
 
 def split(key: Tensor, num: int = 2) -> Tensor:
-    """[num, 2] int32: `num` keys derived from one."""
+    """Return `num` keys derived from one, [num, 2] int32.
+
+    Example:
+        >>> split(key(0), 3).shape
+        torch.Size([3, 2])
+    """
     return fold_in(key.unsqueeze(0), torch.arange(num, device=key.device))
 
 
 def bits(key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent 32-bit words for each (key, position).
+    """Return two independent 32-bit words for each (key, position).
 
     Args:
         key: [..., 2] int32.
@@ -90,9 +99,9 @@ def bits(key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def uniform_at(key: Tensor, position: Tensor) -> Tensor:
-    """float64 in [0, 1), a multiple of 2**-53, for each (key, position); see `bits` for the shapes.
+    """Return float64 in [0, 1), a multiple of 2**-53, for each (key, position); see `bits` for the shapes.
 
-    Both words of the hash go into it, so that no token of a large vocabulary lies between two values it can take.
+    It uses both words of the hash, so that no token of a large vocabulary lies between two of its values.
     """
     high, low = bits(key, position)
     number = ((high.long() & (_WORD - 1)) << 21) | ((low.long() >> 11) & ((1 << 21) - 1))
@@ -100,12 +109,12 @@ def uniform_at(key: Tensor, position: Tensor) -> Tensor:
 
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """float32 `shape` in [0, 1), multiples of 2**-23: element i (row-major) is `uniform_at(key, i)` cut to 23 bits."""
+    """Return float32 `shape` in [0, 1): element i (row-major) is `uniform_at(key, i)` truncated to 23 bits."""
     return _unit(_words(key, math.prod(shape))[0]).view(shape)
 
 
 def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """float32 `shape`, standard normal, by the Box-Muller transform: elements 2i and 2i + 1 come from position i."""
+    """Return float32 `shape`, standard normal (Box-Muller): elements 2i and 2i + 1 come from position i."""
     count = math.prod(shape)
     first, second = _words(key, (count + 1) // 2)
     radius, angle = torch.sqrt(-2.0 * torch.log1p(-_unit(first))), 2.0 * math.pi * _unit(second)
@@ -114,20 +123,25 @@ def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def permutation(key: Tensor, n: int) -> Tensor:
-    """[n] int64: 0..n-1 in a random order (sorted by 64 random bits each)."""
+    """Return 0..n-1 in a random order, sorted by 64 random bits each; [n] int64.
+
+    Example:
+        >>> permutation(key(0), 4).sort().values
+        tensor([0, 1, 2, 3])
+    """
     high, low = _words(key, n)
     return torch.argsort(high.long() * _WORD + (low.long() & (_WORD - 1)), stable=True)
 
 
 def _words(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Two int32 [n] words at positions 0..n-1, in blocks that stay in cache."""
+    """Return two int32 [n] words at positions 0..n-1, computed in blocks that stay in cache."""
     starts = range(0, max(n, 1), _BLOCK)
     blocks = [bits(key, torch.arange(start, min(start + _BLOCK, n), device=key.device)) for start in starts]
     return torch.cat([first for first, _ in blocks]), torch.cat([second for _, second in blocks])
 
 
 def _threefry(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32-20; int32 additions wrap, as the algorithm wants."""
+    """Return the two words of Threefry-2x32-20; int32 additions wrap, as the algorithm requires."""
     schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
     x0, x1 = x0 + k0, x1 + k1
     for group in range(5):

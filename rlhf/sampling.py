@@ -1,4 +1,4 @@
-"""Drawing tokens: filters of logits, and one draw by inverse CDF."""
+"""Token sampling: filters of logits, and draws by inverse CDF."""
 
 import torch
 import torch.nn.functional as F
@@ -7,19 +7,19 @@ from torch import Tensor
 from rlhf.accelerate import accelerated
 from rlhf.checks import check_value
 
-_SUMMED = 128
+_BLOCK = 128
 """Tokens of the vocabulary in a block."""
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float | Tensor = 1.0) -> Tensor:
-    """Set to -inf every token outside the `top_k` most likely, and outside the nucleus of mass `top_p`.
+    """Return logits with -inf for every token outside the `top_k` most likely, or outside the nucleus of mass `top_p`.
 
     Source: Fan et al. 2018, https://arxiv.org/abs/1805.04833 (top-k); Holtzman et al. 2020,
     https://arxiv.org/abs/1904.09751 (nucleus: the smallest set whose probability reaches p).
 
     Args:
         logits: [..., V] float, temperature applied.
-        top_k: tokens kept; 0 keeps all. Tokens that tie with the k-th stay, but for 1, which is greedy.
+        top_k: tokens kept; 0 keeps all. Tokens that tie with the k-th stay, except for 1, which is greedy.
         top_p: in (0, 1]; 1 keeps all. At least one token stays.
 
     Returns:
@@ -27,6 +27,10 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float | Tensor = 1.0
 
     Raises:
         ValueError: top_k or top_p is out of range.
+
+    Example:
+        >>> filter_logits(torch.tensor([3.0, 2.0, 1.0]), top_k=2)
+        tensor([3., 2., -inf])
     """
     check_value("filter_logits", top_k >= 0, "at least 0", top_k=top_k)
     check_value("filter_logits", (top_p > 0) & (top_p <= 1), "in (0, 1]", top_p=top_p)
@@ -54,30 +58,39 @@ def sample_token(logits: Tensor, uniform: Tensor) -> Tensor:
     blocks' sums.
 
     Args:
-        logits: [..., V] float; -inf never drawn.
+        logits: [..., V] float; a token of -inf is never drawn.
         uniform: [...] float64 in [0, 1) (`rlhf.random.uniform_at`).
 
     Returns:
         [...] int64 in [0, V), also where logits are NaN.
+
+    Example:
+        >>> sample_token(torch.tensor([0.0, -torch.inf, 0.0]), torch.tensor(0.75, dtype=torch.float64))
+        tensor(2)
     """
     blocks = _in_blocks(logits, fill=-torch.inf).double()  # their differences too are rounded to float64
     weights = (blocks - blocks.amax((-2, -1), keepdim=True)).exp()
     ends = cumulative(weights.sum(-1))
     threshold = uniform.unsqueeze(-1) * ends[..., -1:]
     block = (ends <= threshold).sum(-1, keepdim=True).clamp(max=ends.shape[-1] - 1)
-    inside = cumulative(weights.gather(-2, block.unsqueeze(-1).expand(*block.shape, _SUMMED)).squeeze(-2))
+    inside = cumulative(weights.gather(-2, block.unsqueeze(-1).expand(*block.shape, _BLOCK)).squeeze(-2))
     rest = (threshold - F.pad(ends, (1, 0)).gather(-1, block)).clamp(min=0)
     below = torch.nextafter(inside[..., -1:], torch.zeros_like(rest))
     rest = rest.minimum(below)  # some token exceeds it, however the sums are rounded
-    return block.squeeze(-1) * _SUMMED + (inside <= rest).sum(-1)
+    return block.squeeze(-1) * _BLOCK + (inside <= rest).sum(-1)
 
 
 def _in_blocks(x: Tensor, fill: float = 0.0) -> Tensor:
-    """[..., V] as [..., N, 128], filled up with `fill`."""
-    return F.pad(x, (0, -x.shape[-1] % _SUMMED), value=fill).view(*x.shape[:-1], -1, _SUMMED)
+    """Return [..., V] as [..., N, 128], padded with `fill`."""
+    return F.pad(x, (0, -x.shape[-1] % _BLOCK), value=fill).view(*x.shape[:-1], -1, _BLOCK)
 
 
 @accelerated("blocked_sampling.cumulative")
 def cumulative(x: Tensor) -> Tensor:
-    """Running sums over the last axis of [..., V]."""
+    """Return running sums over the last axis of [..., V].
+
+    Example:
+        >>> cumulative(torch.tensor([1.0, 2.0]))
+        tensor([1., 3.])
+    """
     return x.cumsum(dim=-1)

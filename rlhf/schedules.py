@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions from a step to a rate, both [] tensors: a changing rate never recompiles."""
+"""Learning-rate schedules: functions from a step to a rate, both [] tensors, so that a new rate never recompiles."""
 
 import math
 from collections.abc import Callable
@@ -13,22 +13,32 @@ Schedule = Callable[[Tensor], Tensor]
 
 
 def constant_schedule(value: float, *, warmup_steps: int = 0) -> Schedule:
-    """`value` after a linear warm-up: update k (from 0) of the warm-up gets value (k + 1) / (warmup_steps + 1).
+    """Return the schedule that stays at `value` after a linear warm-up.
+
+    Update k (from 0) of the warm-up has the rate value (k + 1) / (warmup_steps + 1).
 
     Raises:
         ValueError: warmup_steps is negative.
+
+    Example:
+        >>> constant_schedule(1.0, warmup_steps=3)(torch.tensor(0))
+        tensor(0.2500, dtype=torch.float64)
     """
     check_value("constant_schedule", warmup_steps >= 0, "at least 0", warmup_steps=warmup_steps)
     return lambda step: value * _warmup(step, warmup_steps)
 
 
 def linear_schedule(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
-    """Falls linearly from `value` at the end of the warm-up to `final` at `total_steps`.
+    """Return the schedule that falls linearly from `value` at the end of the warm-up to `final` at `total_steps`.
 
-    The rate `final` itself would come one update after the last, so no update is made at 0.
+    The rate `final` belongs to the update after the last, so that no update is made at rate 0.
 
     Raises:
         ValueError: warmup_steps is not below total_steps, or negative.
+
+    Example:
+        >>> linear_schedule(1.0, 4)(torch.tensor(1))
+        tensor(0.7500, dtype=torch.float64)
     """
     _check_steps("linear_schedule", warmup_steps, total_steps)
 
@@ -40,12 +50,16 @@ def linear_schedule(value: float, total_steps: int, *, warmup_steps: int = 0, fi
 
 
 def cosine_schedule(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
-    """Falls along half a cosine from `value` at the end of the warm-up to `final` at `total_steps`.
+    """Return the schedule that falls along half a cosine from `value` after the warm-up to `final` at `total_steps`.
 
     Source: Loshchilov and Hutter 2017, eq. 5 without restarts, https://arxiv.org/abs/1608.03983.
 
     Raises:
         ValueError: warmup_steps is not below total_steps, or negative.
+
+    Example:
+        >>> cosine_schedule(1.0, 4)(torch.tensor(2))
+        tensor(0.5000, dtype=torch.float64)
     """
     _check_steps("cosine_schedule", warmup_steps, total_steps)
 

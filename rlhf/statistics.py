@@ -1,4 +1,4 @@
-"""Figures about a model from tensors already computed: pure, no model in sight."""
+"""Statistics of scores, log-probs and texts, from values already computed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,25 +10,33 @@ from torch import Tensor
 from rlhf.checks import check_rank, check_same_shape, check_value
 
 _ROUNDING = 1e-4
-"""Relative differences that the same text may have between two batches, with room to spare; float32 has 1e-7."""
+"""Relative difference that the same text may have in two batches, generously; that of float32 is 1e-7."""
 
 
 def spread(std: float, size: float, dtype: torch.dtype = torch.float32) -> float:
-    """A standard deviation, or 0 where it is no more than rounding.
+    """Return a standard deviation, or 0 where it is no more than rounding.
 
     Args:
-        std: of values that a model gives.
+        std: of values computed by a model.
         size: their typical absolute value.
-        dtype: in which the model computes.
+        dtype: of the model's computation.
+
+    Example:
+        >>> spread(0.5, 1.0), spread(1e-6, 1.0)
+        (0.5, 0.0)
     """
     return std if std > max(_ROUNDING, torch.finfo(dtype).eps / 4) * size else 0.0
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """[] Pearson's correlation of two [n] float tensors; NaN where one varies by rounding alone, or not at all.
+    """Return the [] Pearson correlation of two [n] float tensors; NaN if one is constant but for rounding.
 
     Raises:
         ValueError: shapes differ.
+
+    Example:
+        >>> correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0]))
+        tensor(-1., dtype=torch.float64)
     """
     check_rank("correlation", 1, x=x)
     check_same_shape("correlation", x=x, y=y)
@@ -37,7 +45,7 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _centred(values: Tensor) -> Tensor:
-    """[n] float64 values minus their mean; zeros where they differ by rounding alone."""
+    """Return [n] float64 values minus their mean; zeros where they differ by rounding alone."""
     shifted = values.double() - values.double()[:1]
     rounding = 8 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
     varies = shifted.abs().max() > rounding * values.double().abs().max()
@@ -47,7 +55,7 @@ def _centred(values: Tensor) -> Tensor:
 def preference_metrics(
     chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> dict[str, float]:
-    """Metrics of how well scores order preference pairs, and of how far they follow length.
+    """Return metrics of the order that scores give to preference pairs, and of their correlation with length.
 
     Args:
         chosen: [B] float, scores in reward units.
@@ -61,6 +69,11 @@ def preference_metrics(
 
     Raises:
         ValueError: shapes differ.
+
+    Example:
+        >>> chosen, rejected, lengths = torch.tensor([2.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([3, 5])
+        >>> preference_metrics(chosen, rejected, lengths, lengths)["reward/accuracy"]
+        0.75
     """
     check_same_shape(
         "preference_metrics",
@@ -82,10 +95,15 @@ def preference_metrics(
 
 
 def mean_interval(values: Tensor) -> tuple[float, float]:
-    """(mean, half-width of its 95% confidence interval) of [n] values, by the normal approximation: 1.96 s / sqrt(n).
+    """Return (mean, half-width of its 95% confidence interval) of [n] values, normal: 1.96 s / sqrt(n).
 
     Raises:
         ValueError: there are fewer than two values.
+
+    Example:
+        >>> mean, half_width = mean_interval(torch.tensor([1.0, 3.0]))
+        >>> mean, round(half_width, 2)
+        (2.0, 1.96)
     """
     check_rank("mean_interval", 1, values=values)
     if values.numel() < 2:
@@ -106,19 +124,23 @@ class Reliability(NamedTuple):
 
 
 def reliability(margins: Tensor, *, bins: int = 10) -> Reliability:
-    """Sort pairs into equal bins of the model's confidence, for a reliability curve.
+    """Return pairs in bins of equal width of the model's confidence, for a reliability curve.
 
-    By Bradley and Terry the preferred member is the better one with probability sigma(|margin|). A bin holds its upper
-    edge, as in scikit-learn's `calibration_curve`; the bins here cover [0.5, 1], since nobody is less sure than that.
+    In the Bradley-Terry model the member with the higher score is better with probability sigma(|margin|). A bin
+    includes its upper edge, as in scikit-learn's `calibration_curve`; the bins cover [0.5, 1], the range of confidence.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2, https://arxiv.org/abs/1706.04599.
 
     Args:
         margins: [B] float, score of the chosen minus that of the rejected, reward units.
-        bins: how many.
+        bins: number of bins.
 
     Raises:
         ValueError: margins has not one dimension, or bins is not positive.
+
+    Example:
+        >>> reliability(torch.tensor([0.0, 9.0]), bins=10).bin
+        tensor([0, 9])
     """
     check_rank("reliability", 1, margins=margins)
     check_value("reliability", bins > 0, "at least 1", bins=bins)
@@ -130,40 +152,48 @@ def reliability(margins: Tensor, *, bins: int = 10) -> Reliability:
 
 
 def expected_calibration_error(margins: Tensor, *, bins: int = 10) -> float:
-    """Mean distance of a preference model's confidence from how often it is right, over the bins of `reliability`.
+    """Return the mean distance between a preference model's confidence and accuracy, over the bins of `reliability`.
 
         sum_b n_b / n |accuracy_b - confidence_b|
 
     Source, arguments and errors: as `reliability`, eq. 3.
+
+    Example:
+        >>> expected_calibration_error(torch.zeros(4))
+        0.0
     """
-    place, confidence, correct = reliability(margins, bins=bins)
-    gaps = torch.zeros(bins, dtype=torch.float64, device=margins.device).index_add(0, place, correct - confidence)
+    index, confidence, correct = reliability(margins, bins=bins)
+    gaps = torch.zeros(bins, dtype=torch.float64, device=margins.device).index_add(0, index, correct - confidence)
     return float(gaps.abs().sum() / max(len(margins), 1))
 
 
 def token_repetition(tokens: Sequence[int], *, n: int = 4) -> float:
-    """Share of a text's n-grams that the text has before: 1 - distinct / all; 0 for a text shorter than n tokens.
+    """Return the share of a text's n-grams that repeat earlier ones: 1 - distinct / all; 0 below n tokens.
 
     Source: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", eq. 8,
     https://arxiv.org/abs/1908.04319.
+
+    Example:
+        >>> token_repetition([1, 2, 1, 2], n=2) == 1 - 2 / 3
+        True
     """
     grams = ngrams(tokens, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 class Diversity(NamedTuple):
-    """Distinct n-grams of many texts, and what each text adds to them; see `diversity`."""
+    """Distinct n-grams of many texts, and each text's part in them; see `diversity`."""
 
     distinct: int
-    """Different n-grams in all."""
+    """Distinct n-grams of all texts together."""
     totals: list[int]
     """N-grams of each text."""
     sole: list[int]
-    """Different n-grams that only this text has."""
+    """Distinct n-grams of each text that no other text has."""
 
 
 def diversity(texts: Sequence[Sequence[Sequence[int]]], *, n: int) -> Diversity:
-    """Count distinct n-grams.
+    """Return the counts of distinct n-grams.
 
         distinct-n = distinct / sum(totals),   and without text i  (distinct - sole[i]) / (sum(totals) - totals[i])
 
@@ -173,12 +203,22 @@ def diversity(texts: Sequence[Sequence[Sequence[int]]], *, n: int) -> Diversity:
     Args:
         texts: the token ids of each text; a text may have several pieces, which n-grams do not cross.
         n: tokens of an n-gram.
+
+    Example:
+        >>> diversity([[[1, 2, 3]], [[1, 2]]], n=2)
+        Diversity(distinct=2, totals=[2, 1], sole=[1, 0])
     """
     grams = [[gram for piece in text for gram in ngrams(piece, n)] for text in texts]
-    holders = Counter(gram for own in grams for gram in set(own))
-    return Diversity(len(holders), list(map(len, grams)), [sum(holders[g] == 1 for g in set(own)) for own in grams])
+    texts_with = Counter(gram for text in grams for gram in set(text))
+    sole = [sum(texts_with[gram] == 1 for gram in set(text)) for text in grams]
+    return Diversity(len(texts_with), list(map(len, grams)), sole)
 
 
 def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """All runs of n tokens, in order."""
+    """Return all runs of n tokens, in order.
+
+    Example:
+        >>> ngrams([1, 2, 3], 2)
+        [(1, 2), (2, 3)]
+    """
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]

@@ -5,15 +5,15 @@ from torch import Tensor
 
 
 def is_transformed() -> bool:
-    """Return whether a transform of `torch.func`, or autograd's forward mode, is running."""
+    """Return True while a transform of `torch.func`, or autograd's forward mode, is running."""
     is_forward_mode = torch.autograd.forward_ad._current_level >= 0
     return is_forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def reference_needed(*tensors: Tensor) -> bool:
-    """Return whether tensors are differentiated twice or forward, or mapped, for which fused operators have no rule.
+    """Return True if tensors are mapped, or differentiated twice or forward, where fused operators have no rule.
 
-    They have one outside of transforms, and for tensors of which one `torch.func.grad` alone takes the gradient.
+    They have one outside of transforms, and for tensors whose gradient a single `torch.func.grad` takes.
     """
     if not is_transformed():
         return False
@@ -25,13 +25,13 @@ def reference_needed(*tensors: Tensor) -> bool:
 
 
 def check_untransformed(function: str, reason: str) -> None:
-    """Raise RuntimeError if a transform of `torch.func` is running, which `function` does not allow for a `reason`."""
+    """Raise RuntimeError while a transform of `torch.func`, which `function` does not support, is running."""
     if is_transformed():
         raise RuntimeError(f"{function}: runs under no transform of torch.func: {reason}")
 
 
 def _graphs_of(x: Tensor) -> int:
-    """Return in how many graphs a tensor takes part: one for each level of `torch.func.grad`, and autograd's own."""
+    """Return the number of graphs a tensor is part of: one for each level of `torch.func.grad`, and autograd's own."""
     count = 0
     while torch._C._functorch.is_gradtrackingtensor(x):
         count += x.requires_grad

@@ -21,22 +21,27 @@ CHUNK = 4096
 
 
 def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Apply `function` to every leaf (and to the leaves at the same places of `rest`); returns a new tree."""
+    """Return the tree of `function` of every leaf, and of the leaves in the same places of `rest`.
+
+    Example:
+        >>> tree_map(torch.add, {"w": torch.ones(1)}, {"w": torch.ones(1)})
+        {'w': tensor([2.])}
+    """
     return pytree.tree_map(function, tree, *rest)
 
 
 def tree_map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """`tree_map` whose `function` gets each leaf's dotted name first."""
+    """Return `tree_map` of a `function` whose first argument is each leaf's dotted name."""
     return pytree.tree_map_with_path(lambda path, *same: function(_dotted(path), *same), tree, *rest)
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """The leaves in traversal order: dicts by insertion, lists by index."""
+    """Return the leaves in traversal order: dicts by insertion, lists by index."""
     return pytree.tree_leaves(tree)
 
 
 def named_leaves(tree: Tree) -> dict[str, Tensor]:
-    """The leaves by dotted name, sorted by it.
+    """Return the leaves by dotted name, sorted by it.
 
     Example:
         >>> list(named_leaves({"h": [{"w": torch.ones(1)}], "b": torch.ones(1)}))
@@ -53,7 +58,7 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
 
 
 def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
-    """A tree of the structure of `tree` whose leaves are taken from `named` by dotted name.
+    """Return a tree of the structure of `tree` with the leaves of `named`, by dotted name.
 
     Raises:
         ValueError: a name is missing from or unknown to `tree`.
@@ -69,21 +74,21 @@ def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
-    """Floating-point leaves as `dtype`; the others, and those that have it already, unchanged."""
+    """Return the tree with floating-point leaves in `dtype`; leaves of that or another kind are unchanged."""
     return tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
 
 
 def to_device(tree: Tree, device: torch.device | str) -> Tree:
-    """Every leaf on `device`; a GPU is not waited for when it is given something."""
+    """Return the tree with every leaf on `device`; copies to a GPU do not wait for it."""
     to_gpu = torch.device(device).type == "cuda"
     return tree_map(lambda leaf: leaf.to(device, non_blocking=to_gpu), tree)
 
 
 def realign(tree: Tree) -> Tree:
-    """Every leaf as new tensors lie in memory, contiguous, from a multiple of 64 bytes on; copied where it does not.
+    """Return the tree with contiguous leaves that start at multiples of 64 bytes, as new tensors do; others are copied.
 
-    Matrix products of the same numbers have other last bits where they begin elsewhere or have other strides: results
-    would depend on whether a tensor comes from a file, from shared memory or is a slice of another one.
+    The last bits of matrix products depend on the alignment and the strides of their operands: results would depend on
+    whether a tensor comes from a file, from shared memory or is a slice of another one.
     """
 
     def align(leaf: Tensor) -> Tensor:
@@ -95,12 +100,12 @@ def realign(tree: Tree) -> Tree:
 
 
 def all_finite(tree: Tree) -> bool:
-    """Whether every element of every floating-point leaf is finite. Waits for the device."""
+    """Return True if every element of every floating-point leaf is finite. Waits for the device."""
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree) if leaf.is_floating_point())
 
 
 def tree_sum(trees: Iterable[Tree], *, add: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Tree:
-    """Add trees along one fixed binary tree over 0..M-1.
+    """Return the sum of trees, added along one fixed binary tree over 0..M-1.
 
         sum(0..M) = sum(0..P) + sum(P..M),   P the largest power of two below M
 
@@ -108,11 +113,15 @@ def tree_sum(trees: Iterable[Tree], *, add: Callable[[Tensor, Tensor], Tensor] =
     At most log2(M) + 1 partial sums are alive at once: hand over a generator to keep memory low.
 
     Args:
-        trees: to add.
-        add: of two leaves; `Tensor.add_` writes sums into trees that are not needed afterwards.
+        trees: trees of one structure.
+        add: sum of two leaves; `Tensor.add_` writes into trees that are not needed afterwards.
 
     Raises:
         ValueError: there is nothing to add.
+
+    Example:
+        >>> tree_sum({"w": torch.tensor(float(n))} for n in range(4))
+        {'w': tensor(6.)}
     """
     partial: list[tuple[int, Tree]] = []  # (how many were added, their sum), sizes falling: a binary counter
     for tree in trees:
@@ -131,7 +140,7 @@ def tree_sum(trees: Iterable[Tree], *, add: Callable[[Tensor, Tensor], Tensor] =
 
 
 class FlatLayout(NamedTuple):
-    """Where each leaf of a tree lies in one flat buffer: sorted by name, each aligned to `ALIGNMENT` elements."""
+    """Positions of a tree's leaves in one flat buffer: sorted by name, each aligned to `ALIGNMENT` elements."""
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
@@ -145,7 +154,14 @@ class FlatLayout(NamedTuple):
 
 
 def flat_layout(tree: Tree) -> FlatLayout:
-    """The layout of `tree` in a flat buffer, which depends on names and shapes alone, in whatever order they come."""
+    """Return the layout of `tree` in a flat buffer, which depends on its names and shapes alone, not on their order.
+
+    Example:
+        >>> tree = {"w": torch.ones(2), "b": torch.ones(1)}
+        >>> layout = flat_layout(tree)
+        >>> layout.names, layout.offsets, layout.size
+        (('b', 'w'), (0, 64), 4096)
+    """
     named = named_leaves(tree)
     with_paths, spec = pytree.tree_flatten_with_path(tree)
     position = {name: index for index, name in enumerate(named)}
@@ -164,18 +180,17 @@ def flat_layout(tree: Tree) -> FlatLayout:
 
 
 def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) -> Tensor:
-    """All leaves in one new [layout.size] buffer; the gaps between them are zero.
+    """Return all leaves in one new [layout.size] buffer; the gaps between them are zero.
 
     Raises:
         ValueError: the tree's structure or shapes are not those of `layout`.
     """
-    found, spec = pytree.tree_flatten(tree)
-    if spec != layout.spec or any(
-        leaf.shape != layout.shapes[at] for leaf, at in zip(found, layout.order, strict=True)
-    ):
+    in_order, spec = pytree.tree_flatten(tree)
+    shapes = [layout.shapes[index] for index in layout.order]
+    if spec != layout.spec or [leaf.shape for leaf in in_order] != shapes:
         raise ValueError("flatten: the tree has another structure or other shapes than its layout")
-    parts: list[Tensor] = [leaf.reshape(-1) for leaf in found]
-    parts = [parts[traversed] for traversed in sorted(range(len(parts)), key=lambda i: layout.order[i])]
+    by_index = dict(zip(layout.order, in_order, strict=True))
+    parts = [by_index[index].reshape(-1) for index in range(len(in_order))]
     ends = (*layout.offsets[1:], layout.size)
     padded = []
     for part, begin, end in zip(parts, layout.offsets, ends, strict=True):
@@ -184,25 +199,30 @@ def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) 
 
 
 def unflatten(flat: Tensor, layout: FlatLayout) -> Tree:
-    """The tree whose leaves are views into `flat` (no copy: a change of `flat` shows in them)."""
+    """Return the tree whose leaves are views into `flat`: no copy, so they follow its changes."""
     views = [
         flat[offset : offset + shape.numel()].view(shape)
         for shape, offset in zip(layout.shapes, layout.offsets, strict=True)
     ]
-    return pytree.tree_unflatten([views[at] for at in layout.order], layout.spec)
+    return pytree.tree_unflatten([views[index] for index in layout.order], layout.spec)
 
 
 def chunked_squared_norms(flat: Tensor) -> Tensor:
-    """[n / CHUNK] float64: the sum of squares of each chunk of a flat float32 buffer, to 1e-6 of it.
+    """Return [n / CHUNK] float64: the sum of squares of each chunk of a flat float32 buffer, to a relative 1e-6.
 
-    A shard's chunks are the buffer's, so a norm put together from them has the same bits for any number of shards.
-    Within a chunk squares are added in float32, so one whose norm is above 1.8e19 counts as infinite.
+    Shards are cut between chunks, so a norm computed from them has the same bits for any number of shards. Squares are
+    added in float32 within a chunk, so a chunk whose norm is above 1.8e19 counts as infinite.
     """
     return torch.linalg.vector_norm(flat.view(-1, CHUNK), dim=1).double().square()
 
 
 def global_norm(tree: Tree) -> Tensor:
-    """[] float64: the Euclidean norm over all leaves."""
+    """Return the Euclidean norm over all leaves, [] float64.
+
+    Example:
+        >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        tensor(5., dtype=torch.float64)
+    """
     return torch.stack([leaf.double().square().sum() for leaf in leaves(tree)]).sum().sqrt()
 
 

@@ -13,6 +13,7 @@ from rlhf.config import LogConfig, ModelConfig, PipelineRun, PPOConfig, RewardCo
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models import gpt2
 from rlhf.models.gpt2_config import GPT2Config
+from rlhf.tree import named_leaves, tree_map_named
 from rlhf.types import Params
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,12 +45,12 @@ def config() -> GPT2Config:
 def params(config: GPT2Config) -> Params:
     """Random parameters with biases and norms away from 0 and 1, so that a dropped one shows."""
     blank = gpt2.init(config, key=random.key(1))
-    names = {name: number for number, name in enumerate(gpt2.named_leaves(blank))}
+    names = {name: number for number, name in enumerate(named_leaves(blank))}
 
     def disturb(name: str, leaf: torch.Tensor) -> torch.Tensor:
         return leaf + 0.2 * random.normal(random.fold_in(random.key(2), names[name]), tuple(leaf.shape))
 
-    return gpt2.tree_map_named(disturb, blank)
+    return tree_map_named(disturb, blank)
 
 
 @pytest.fixture

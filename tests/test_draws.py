@@ -5,7 +5,7 @@ from laws import assert_same_bits
 
 from rlhf import random
 from rlhf.execution.draws import one_by_one
-from rlhf.models.decoding import decode_steps
+from rlhf.models.decode_state import decode_steps
 from rlhf.models.decoding import generate_completions as generate
 
 

@@ -34,6 +34,7 @@ from rlhf.models.gpt2_config import GPT2Config
 from rlhf.statistics import expected_calibration_error
 from rlhf.train.reward import run_reward
 from rlhf.train.sft import run_sft
+from rlhf.tree import tree_map_named
 
 WORDS = [
     "the",
@@ -80,9 +81,7 @@ def model(tokenizer, seed, **shape):
         vocab_size=tokenizer.vocab_size, **{"n_positions": 48, "n_embd": 16, "n_layer": 2, "n_head": 2} | shape
     )
     params = gpt2.init(config, key=random.key(seed))
-    return LanguageModel(
-        gpt2.tree_map_named(lambda _, leaf: 8 * leaf if leaf.ndim > 1 else leaf, params), config, tokenizer
-    )
+    return LanguageModel(tree_map_named(lambda _, leaf: 8 * leaf if leaf.ndim > 1 else leaf, params), config, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +338,7 @@ def test_completions_do_not_depend_on_company_or_batches(evaluate):
 def test_estimated_kl_agrees_with_the_exact_one(evaluate, shelf, tokenizer, tmp_path):
     """Near models, so that k3's rare large terms do not matter, and many samples."""
     sft = model(tokenizer, 0)
-    near = gpt2.tree_map_named(
+    near = tree_map_named(
         lambda _, leaf: leaf + 0.02 * random.normal(random.key(leaf.numel()), tuple(leaf.shape)), sft.params
     )
     save_language_model(tmp_path / "near", sft._replace(params=near), facts={})

@@ -7,7 +7,7 @@ from torch.func import grad
 from rlhf import random
 from rlhf.kernels import fused_layers
 from rlhf.kl import exact_kl
-from rlhf.models.gpt2 import prepare_for_decoding
+from rlhf.models.gpt2_parameters import prepare_for_decoding
 from rlhf.ops import entropy, token_log_probs
 from rlhf.tree import cast, named_leaves
 

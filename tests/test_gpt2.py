@@ -234,7 +234,7 @@ def test_trunk_runs_in_the_dtype_of_its_parameters(params, config, tokens):
 
 def test_compute_copy_leaves_the_embeddings_in_the_dtype_of_the_master_weights(params):
     low = gpt2.cast_for_compute(params, torch.bfloat16)
-    master = {name for name, leaf in gpt2.named_leaves(low).items() if leaf.dtype == torch.float32}
+    master = {name for name, leaf in named_leaves(low).items() if leaf.dtype == torch.float32}
     assert master == {"wte.weight", "wpe.weight"}
 
 

@@ -18,8 +18,8 @@ from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.gradients import make_gradient
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.models import gpt2
-from rlhf.models.attention import attend_to_cache, attention, attention_layout, self_attention
-from rlhf.models.decoding import decode_steps
+from rlhf.models.attention import AttentionLayout, attend_to_cache, attention_layout, self_attention
+from rlhf.models.decode_state import decode_steps
 from rlhf.models.decoding import generate_completions as generate
 from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
@@ -98,11 +98,9 @@ def test_attention_of_packed_rows_agrees_with_the_masked_form():
     for dtype in (torch.float64, torch.bfloat16):
         leaf = qkv.to(torch.bfloat16).to(dtype).requires_grad_()
         if dtype == torch.bfloat16:
-            layout = attention_layout(rows.segments, rows.bounds, leaf.flatten(2), 2)
-            assert layout.bounds is not None
-            out = self_attention(leaf, layout)
+            out = self_attention(leaf, AttentionLayout(None, rows.bounds))
         else:
-            out = attention(*leaf.permute(2, 0, 3, 1, 4).unbind(), attention_layout(rows.segments, None, leaf, 2).bias)
+            out = self_attention(leaf, attention_layout(rows.segments, None, leaf, leaf.shape[3]))
         (out.double() * weights.double() * real).sum().backward()
         found += [(out.detach().double() * real), leaf.grad.double()]
     for exact, fast in zip(found[:2], found[2:], strict=True):

@@ -87,7 +87,8 @@ PURE = sorted(
 )
 IN_PLACE = {
     "models/attention.py": {"write_prompts", "decode_attention"},  # the KV cache
-    "models/decoding.py": {"generate_completions", "_keep"},  # the tables that it fills and returns; the cache's rows
+    "models/decode_state.py": {"select_rows"},  # the cache of fewer rows
+    "models/decoding.py": {"generate_completions", "_decode"},  # the tables that it returns; a list of its own
     "models/architecture.py": {"register"},  # the table of architectures
     "kernels/recomputation.py": {"_Remat.backward.weighted"},  # a list of its own
     "kernels/fused_attention.py": {"_FusedAttention.forward", "_FusedAttention.backward"},  # tensors of its own

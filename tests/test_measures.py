@@ -13,15 +13,14 @@ from rlhf.models.decoding import generate_completions as generate
 from rlhf.models.forward import forward
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.ops import entropy, token_log_probs
+from rlhf.tree import tree_map_named
 
 OTHER = GPT2Config(vocab_size=48, n_positions=40, n_embd=24, n_layer=1, n_head=3)
 
 
 def loud(seed):
     """Weights so large that every part of the model shows."""
-    return gpt2.tree_map_named(
-        lambda _, leaf: 10 * leaf if leaf.ndim > 1 else leaf, gpt2.init(OTHER, key=random.key(seed))
-    )
+    return tree_map_named(lambda _, leaf: 10 * leaf if leaf.ndim > 1 else leaf, gpt2.init(OTHER, key=random.key(seed)))
 
 
 @pytest.fixture

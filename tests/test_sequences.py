@@ -44,7 +44,7 @@ def test_log_probs_of_joined_completions_are_those_of_sampling(params, config):
         params, prompts, lengths, keys, config=config, max_new_tokens=5, stop_tokens=(2, 9)
     )
     tokens, mask = join(prompts, lengths, completions)
-    logits = rlhf.gpt2.forward(params, tokens[:, :-1], config=config)
+    logits = rlhf.forward(params, tokens[:, :-1], config=config)
     log_probs = rlhf.token_log_probs(logits, tokens[:, 1:])[mask[:, 1:]]
     assert torch.allclose(log_probs, completions.log_probs[completions.mask], atol=1e-5)
 

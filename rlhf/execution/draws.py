@@ -1,4 +1,4 @@
-"""Fast forms of `rlhf.models.decoding.decode_steps`: compiled, and on a GPU recorded as a CUDA graph."""
+"""Fast forms of `rlhf.models.decode_state.decode_steps`: compiled, and on a GPU recorded as a CUDA graph."""
 
 import itertools
 import weakref
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.execution.compiled import compiled
-from rlhf.models.decoding import DecodeOutput, DecodeState, decode_steps
+from rlhf.models.decode_state import DecodeOutput, DecodeState, decode_steps
 from rlhf.tree import tree_map
 
 DecodeSteps = Callable[..., tuple[DecodeState, DecodeOutput]]

@@ -12,7 +12,8 @@ from rlhf.data.collate import prompt_batches
 from rlhf.execution.executor import Executor
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models.architecture import ModelShape, architecture_of
-from rlhf.models.decoding import Completions, decode_steps, generate_completions
+from rlhf.models.decode_state import decode_steps
+from rlhf.models.decoding import Completions, generate_completions
 from rlhf.types import FrozenParams, Params
 
 

@@ -1,4 +1,4 @@
-"""Forms of `rlhf.sampling` that fit a CPU's cache, and running sums that a GPU makes fast."""
+"""Fast forms of `rlhf.sampling`: draws that fit a CPU's cache, and running sums for GPUs."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def sample_token(reference: Callable[..., Tensor], logits: Tensor, uniform: Tens
 
 
 def cumulative(reference: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """On a GPU add up in blocks: scans of long rows are slow there, and torch 2.11 cannot compile them."""
+    """Sum in blocks on a GPU: scans of long rows are slow there, and torch 2.11 cannot compile them."""
     if not x.is_cuda:
         return reference(x)
     if x.shape[-1] <= _SHORT:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def target_logits(reference: Callable[..., Tensor], logits: Tensor, targets: Tensor) -> Tensor:
-    """Compiled and differentiated, sum over a mask, whose gradient is part of another pass over the logits."""
+    """Sum over a mask in compiled code with gradients, whose backward pass is fused with another over the logits."""
     if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
         return reference(logits, targets)
     token = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)

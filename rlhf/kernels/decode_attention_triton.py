@@ -9,16 +9,16 @@ _BLOCK, _WARPS = 32, 1
 
 
 def decode_attention_triton(qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """`decode_attention` of one new token per row, whose key and value are put into the cache on the way.
+    """Return `decode_attention` of one new token per row, whose key and value are written into the cache.
 
-    The softmax's maximum and sum are kept up while the slots go by, so keys and values are read once, and no slot that
-    is not in use is read.
+    The softmax's maximum and sum are updated slot by slot, so keys and values are read once, and unused slots are not
+    read.
 
     Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867.
 
     Args:
         qkv: [B, 3, N, H] on a GPU: queries, keys and values of the new tokens.
-        keys: [B, N, H, S], laid out as [B, S, N, H] (`rlhf.models.gpt2.init_cache`); written in place.
+        keys: [B, N, H, S], laid out as [B, S, N, H] (`rlhf.models.attention.init_kv_cache`); written in place.
         values: [B, N, S, H], laid out alike; written in place.
         lengths: [B] int64, below S: slots in use, and the slot of the new token.
 

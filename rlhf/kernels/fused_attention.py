@@ -19,14 +19,14 @@ Function = Callable[..., Any]
 def attention_layout(
     reference: Function, segments: Tensor | None, bounds: Tensor | None, like: Tensor, n_head: int
 ) -> Any:
-    """Leave the bias away where `self_attention` takes bounds instead: on a GPU, in bfloat16."""
+    """Omit the bias where `self_attention` reads bounds instead: on a GPU, in bfloat16."""
     if bounds is None or not flash_attention_takes(like, n_head):
         return reference(segments, bounds, like, n_head)
     return reference(None, None, like, n_head)._replace(bounds=bounds)
 
 
 def flash_attention_takes(like: Tensor, n_head: int) -> bool:
-    """Return whether FlashAttention takes states like these [..., D]."""
+    """Return True if FlashAttention supports states like these [..., D]."""
     return like.is_cuda and like.dtype == torch.bfloat16 and like.shape[-1] % (8 * n_head) == 0
 
 
@@ -46,7 +46,7 @@ def self_attention(reference: Function, qkv: Tensor, layout: Any) -> Tensor:
 
 
 def attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Run torch's fused attention, but in bfloat16 on a CPU, where its backward pass is slow."""
+    """Run torch's fused attention, except in bfloat16 on a CPU, where its backward pass is slow."""
     if torch.compiler.is_compiling():
         return _compiled_attention(reference, q, k, v, bias)
     if reference_needed(q, k, v):
@@ -84,9 +84,9 @@ def prompt_attention(reference: Function, q: Tensor, k: Tensor, v: Tensor) -> Te
 def init_kv_cache(
     reference: Function, like: Tensor, *, n_layer: int, batch_size: int, n_head: int, slots: int, width: int
 ) -> Any:
-    """On a GPU let all of a slot lie together, as [B, S, N, H], for `decode_attention`.
+    """Lay all of a slot together on a GPU, as [B, S, N, H], for `decode_attention`.
 
-    On CPUs slots lie together in the keys, components in the values: so both products with a query run along memory.
+    On CPUs slots are contiguous in the keys, components in the values, so that both products read memory in order.
     """
     if not like.is_cuda:
         return reference(like, n_layer=n_layer, batch_size=batch_size, n_head=n_head, slots=slots, width=width)
@@ -100,7 +100,7 @@ def init_kv_cache(
 def decode_attention(
     reference: Function, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, bias: Tensor
 ) -> Tensor:
-    """On a GPU run the Triton kernel, which reads no slot that is not in use."""
+    """Run the Triton kernel on a GPU; it reads no slot that is not in use."""
     if not qkv.is_cuda:
         return reference(qkv, keys, values, lengths, bias)
     from rlhf.kernels.decode_attention_triton import decode_attention_triton  # here, because it imports Triton
@@ -109,7 +109,7 @@ def decode_attention(
 
 
 def attend_to_cache(reference: Function, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Compiled, sums of products become vector code, where products of so small matrices would cost calls."""
+    """Compile to sums of products, which become vector code; products of such small matrices would cost calls."""
     if not torch.compiler.is_compiling():
         return reference(q, keys, values, bias)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -119,7 +119,7 @@ def attend_to_cache(reference: Function, q: Tensor, keys: Tensor, values: Tensor
 
 
 def additive_mask(reference: Function, allowed: Tensor) -> Tensor:
-    """Compiled code takes the mask's logarithm: it keeps what took one, and makes anything cheaper in every layer."""
+    """Take the mask's logarithm in compiled code, which stores its result; anything cheaper is recomputed per layer."""
     return allowed.float().log() if torch.compiler.is_compiling() else reference(allowed)
 
 
@@ -140,7 +140,7 @@ def _graph(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[tuple[
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Fused attention whose backward pass is the reference's where it is to be differentiated itself."""
+    """Fused attention whose backward pass is the reference's when differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, reference: Function, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -166,7 +166,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _Exp(torch.autograd.Function):
-    """exp in bfloat16, which its gradient takes as it is: a compiler would keep it in float32 beside."""
+    """Exponential in bfloat16, whose gradient reads that result: a compiler would store a float32 copy as well."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fast forms of `rlhf.models.layers`: what a compiler fuses, oneDNN's layouts of weights, and padding for GPUs."""
+"""Fast forms of `rlhf.models.layers`: forms that a compiler fuses, oneDNN's weight layouts, and padding for GPUs."""
 
 import math
 from collections.abc import Callable
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ALIGNMENT = 64
-"""Rows to which an embedding is filled up on GPUs: their matrix units cannot write rows of 50,257 logits."""
+"""Multiple to which an embedding's rows are padded on GPUs: their matrix units cannot write rows of 50,257 logits."""
 _NO_TOKEN = -1e30
 _SMALL = 1 << 18
-"""Elements of a weight up to which a product is left to the compiler; beyond, the library is faster."""
+"""Elements of a weight up to which the compiler writes a product; oneDNN is faster beyond."""
 _PACKS = bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-"""Whether this CPU's library has layouts of its own for the weights of bfloat16 products."""
+"""True if oneDNN has packed layouts for the weights of bfloat16 products on this CPU."""
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 
 
 def affine(reference: Function, x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """Take one call for product and sum; compiled, the sum is part of whatever comes next."""
+    """Compute product and sum in one call; compiled code fuses the sum with the next operation."""
     if torch.compiler.is_compiling() or "packed" in p:
         return _product(x, p) + p["bias"]
     flat = torch.addmm(p["bias"], x.reshape(-1, x.shape[-1]), p["weight"])
@@ -30,14 +30,14 @@ def affine(reference: Function, x: Tensor, p: dict[str, Tensor]) -> Tensor:
 
 
 def pack_affine(reference: Function, p: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Lay a large bfloat16 weight on a CPU out for oneDNN: "packed" takes the place of "weight"."""
+    """Pack a large bfloat16 weight on a CPU for oneDNN: "packed" replaces "weight"."""
     if not _packs(p["weight"]):
         return reference(p)
     return {"packed": _pack(p["weight"].T), "bias": p["bias"]}
 
 
 def layer_norm(reference: Function, x: Tensor, p: dict[str, Tensor], *, eps: float) -> Tensor:
-    """Compiled in low precision, add up the gradients of weight and bias by row first."""
+    """Sum the gradients of weight and bias by row first in compiled code of low precision."""
     if x.dtype == torch.float32 or not torch.compiler.is_compiling():
         return reference(x, p, eps=eps)
     weight, bias = (p[name].expand(len(x), 1, -1) for name in ("weight", "bias"))
@@ -45,7 +45,7 @@ def layer_norm(reference: Function, x: Tensor, p: dict[str, Tensor], *, eps: flo
 
 
 def gelu(reference: Function, x: Tensor) -> Tensor:
-    """Compiled code has a faster exponential than tanh: x sigmoid(2z) = x (1 + tanh z) / 2."""
+    """Use the identity x sigmoid(2z) = x (1 + tanh z) / 2 in compiled code, where exp is faster than tanh."""
     if not torch.compiler.is_compiling():
         return reference(x)
     wide = x.float()
@@ -55,9 +55,9 @@ def gelu(reference: Function, x: Tensor) -> Tensor:
 def unembed(
     reference: Function, hidden: Tensor, embedding: dict[str, Tensor], *, vocab_size: int, padded: bool = False
 ) -> Tensor:
-    """Read packed weights on a CPU; on a GPU make as many columns as its matrix units can write.
+    """Read packed weights on a CPU; on a GPU compute as many columns as its matrix units can write.
 
-    To cut columns off makes passes over the logits twice as long, because a GPU's vector loads must not cross the end
+    Cutting columns off makes passes over the logits twice as long, because a GPU's vector loads must not cross the end
     of a row: -1e30 instead becomes exactly 0 in a softmax, and 0 times it is 0, so sums over tokens stay what they are.
     """
     if "packed" in embedding:
@@ -69,14 +69,14 @@ def unembed(
 
 
 def pack_embedding(reference: Function, embedding: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add the packed weight beside the plain one; on a GPU fill the plain one up."""
+    """Add the packed weight to the plain one; on a GPU pad the plain one."""
     weight = embedding["weight"]
     packed = {"packed": _pack(weight)} if _packs(weight) else {}
     return {"weight": pad_vocab(weight)} | packed
 
 
 def pad_vocab(embedding: Tensor) -> Tensor:
-    """Return the embedding [V, D]; on a GPU filled up with zeros to rows of logits that its matrix units can write."""
+    """Return the embedding [V, D]; on a GPU padded with zeros to rows of logits that its matrix units can write."""
     missing = -len(embedding) % _ALIGNMENT
     return F.pad(embedding, (0, 0, 0, missing)) if embedding.is_cuda and missing else embedding
 
@@ -93,8 +93,8 @@ def mask_vocab_padding(logits: Tensor, vocab_size: int) -> Tensor:
 def packed_product(x: Tensor, packed: Tensor) -> Tensor:
     """Return [..., N] = x @ weight.T, of [..., K] bfloat16 and a packed weight [N, K].
 
-    Plain weights are laid out so at every product, which takes longer than a product with a few rows. An operator of
-    our own around oneDNN's, which the compiler knows only for constants.
+    A plain weight is packed anew in every product, which takes longer than a product with a few rows. This operator
+    wraps oneDNN's, which the compiler supports for constants only.
     """
     rows: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return rows

@@ -1,4 +1,4 @@
-"""`rlhf.remat` done: functions whose backward pass computes them again."""
+"""Fast forms of `rlhf.remat`: functions that are recomputed in the backward pass."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Function = Callable[..., Any]
 
 
 def remat(reference: Function, function: Function) -> Function:
-    """Keep the arguments alone; see `rlhf.remat.remat`."""
+    """Store the arguments alone; see `rlhf.remat.remat`."""
 
     def again(*arguments: Any) -> Any:
         leaves, structure = pytree.tree_flatten(arguments)
@@ -27,7 +27,7 @@ def remat(reference: Function, function: Function) -> Function:
 
 
 def in_chunks(reference: Function, function: Function, size: int) -> Function:
-    """Compute again chunk by chunk; see `rlhf.remat.in_chunks`."""
+    """Recompute chunk by chunk; see `rlhf.remat.in_chunks`."""
 
     def chunked(shared: Any, *columns: Tensor) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling() or len(columns[0]) <= size:
@@ -58,7 +58,7 @@ class _Remat(torch.autograd.Function):
         places = [place for place, needed in enumerate(wanted) if needed]
 
         def weighted(*some: Tensor) -> Tensor:
-            """A scalar with the wanted gradients; `vjp` would not let `remat` be nested."""
+            """Return a scalar with the required gradients; `vjp` would not let `remat` be nested."""
             everything = list(leaves)
             for place, leaf in zip(places, some, strict=True):
                 everything[place] = leaf

@@ -1,8 +1,8 @@
-"""What the library asks of a decoder, and the table of those it has.
+"""The interface of decoders, and the table of architectures.
 
 An architecture is one file and one line in `_MODULES`. Its functions are pure, over a pytree of parameters of its own
 and a frozen dataclass that says their shape; a model in hand is such a shape and its parameters, because the shape's
-`model_type` leads to the architecture. One defined elsewhere is entered by `register`, when its module is imported.
+`model_type` leads to the architecture. One defined elsewhere calls `register` when its module is imported.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from rlhf.types import Params
 
 
 class ModelShape(Protocol):
-    """What the shapes of all architectures have in common: a frozen dataclass with these fields."""
+    """The shape of a model: a frozen dataclass with at least these fields."""
 
     model_type: ClassVar[str]
     """Hugging Face's name of the architecture."""

@@ -12,12 +12,12 @@ from rlhf.accelerate import accelerated
 
 
 class AttentionLayout(NamedTuple):
-    """Which tokens of a row see which, computed once for all layers."""
+    """The mask of self-attention over packed rows, computed once for all layers."""
 
     bias: Tensor | None
-    """[B, 1, T, T] float32; None where every row is one sequence, or where `bounds` say it."""
+    """[B, 1, T, T] float32; None where every row is one sequence, or `bounds` replace it."""
     bounds: Tensor | None
-    """[S + 1] int32 (`rlhf.batches.Rows.bounds`), where a kernel takes them instead."""
+    """[S + 1] int32 (`rlhf.batches.Rows.bounds`), where a kernel reads them instead of the bias."""
 
 
 class KVCache(NamedTuple):
@@ -31,12 +31,12 @@ class KVCache(NamedTuple):
 
 @accelerated("fused_attention.attention_layout")
 def attention_layout(segments: Tensor | None, bounds: Tensor | None, like: Tensor, n_head: int) -> AttentionLayout:
-    """Return who sees whom: each token the earlier ones of its own segment.
+    """Return the layout in which each token sees itself and the earlier tokens of its segment.
 
     Args:
         segments: [B, T] int64, equal for tokens that may see each other; None is one segment per row.
-        bounds: [S + 1] int32, where segments lie, if each is in one piece; for kernels alone.
-        like: [..., D], of the device and dtype of the hidden states.
+        bounds: [S + 1] int32, where segments start, if each is contiguous; read by kernels alone.
+        like: [..., D], with the device and dtype of the hidden states.
         n_head: attention heads.
     """
     if segments is None:
@@ -47,7 +47,7 @@ def attention_layout(segments: Tensor | None, bounds: Tensor | None, like: Tenso
 
 @accelerated("fused_attention.self_attention")
 def self_attention(qkv: Tensor, layout: AttentionLayout) -> Tensor:
-    """Return the attention of whole rows to themselves.
+    """Return self-attention over packed rows.
 
     Args:
         qkv: [B, T, 3, N, H]: queries, keys and values; differentiated.
@@ -70,10 +70,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q: [B, N, T, H]; differentiated, as `k` and `v`.
         k: same.
         v: same.
-        bias: [B, 1, T, T] or what broadcasts to it; every query sees a key. None is causal.
+        bias: [B, 1, T, T] or what broadcasts to it; every query has a key with a finite bias. None is causal.
 
     Returns:
         [B, N, T, H] in the dtype of q.
+
+    Example:
+        >>> q, v = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, 0.0], [3.0, 2.0]]]])
+        >>> attention(q, q, v, None)
+        tensor([[[[1., 0.],
+                  [2., 1.]]]])
     """
     bias = additive_mask(causal(q.shape[2], q.device)) if bias is None else bias
     products = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
@@ -82,7 +88,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 @accelerated("fused_attention.prompt_attention")
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the causal `attention` of prompts, one per row, of which no gradient is taken."""
+    """Return the causal `attention` [B, N, T, H] of prompts, one per row; not differentiated."""
     return attention(q, k, v, None)
 
 
@@ -98,11 +104,11 @@ def write_prompts(cache: KVCache, layer: int, k: Tensor, v: Tensor, rows: Tensor
 
     Args:
         cache: written in place.
-        layer: which.
+        layer: index of the layer.
         k: keys.
         v: values.
         rows: [R] int64, the cache's rows.
-        source: [R] int64, the prompt that each of them gets.
+        source: [R] int64, the prompt of each of these rows.
     """
     width = k.shape[2]
     cache.keys[layer][rows, ..., :width] = k[source].transpose(-1, -2)
@@ -138,7 +144,7 @@ def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Te
         q: [B, N, H].
         keys: [B, N, H, U].
         values: [B, N, U, H].
-        bias: [B, U]; every row sees a slot.
+        bias: [B, U]; every row has a slot with a finite bias.
 
     Returns:
         [B, N, H] in the dtype of q.
@@ -156,10 +162,16 @@ def heads_first(qkv: Tensor) -> tuple[Tensor, ...]:
 
 @accelerated("fused_attention.additive_mask")
 def additive_mask(allowed: Tensor) -> Tensor:
-    """Return float32: 0 where it is allowed, else -inf."""
+    """Return a float32 bias: 0 where `allowed` is True, -inf elsewhere."""
     return torch.where(allowed, 0.0, -torch.inf)
 
 
 def causal(length: int, device: torch.device) -> Tensor:
-    """Return [T, T] bool: query t may see key s where s <= t."""
+    """Return [T, T] bool: query t may see key s where s <= t.
+
+    Example:
+        >>> causal(2, torch.device("cpu"))
+        tensor([[ True, False],
+                [ True,  True]])
+    """
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()

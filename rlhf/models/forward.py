@@ -1,4 +1,4 @@
-"""Forward passes over packed rows: hidden states at the positions whose prediction counts, and nothing more."""
+"""Forward passes: logits of padded rows, and hidden states of packed rows."""
 
 from typing import Any
 
@@ -51,13 +51,13 @@ def padding_layout(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def at_predictors(params: Params, batch: ScoreBatch | PPOBatch, config: ModelShape, **options: Any) -> Tensor:
-    """Return [C, D] hidden states that predict the completion tokens; no other logits are ever computed.
+    """Return [C, D] hidden states at the positions that predict the completion tokens, the only ones with logits.
 
     Args:
         params: of the decoder.
         batch: finished texts.
         config: the shape of `params`.
-        **options: of `rlhf.models.gpt2.hidden_states`.
+        **options: as in `rlhf.models.gpt2.hidden_states`.
     """
     return gather_rows(packed_hidden_states(params, batch.rows, config, **options), batch.predictors)
 

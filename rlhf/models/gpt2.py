@@ -1,15 +1,9 @@
-"""GPT-2 as pure functions over a pytree of parameters.
+"""GPT-2: whole sequences, prompts into a key-value cache, and one token at a time.
 
-Parameters are nested dicts and lists under OpenAI's names, so that a leaf's dotted name is its Hugging Face name
-without the `transformer.` prefix:
-
-    wte.weight [V, D]   wpe.weight [T, D]   ln_f.{weight,bias} [D]   and for each layer h.i:
-    ln_1, ln_2 {weight,bias} [D]
-    attn.c_attn {weight [D, 3D], bias [3D]}   attn.c_proj {weight [D, D], bias [D]}
-    mlp.c_fc {weight [D, 4D], bias [4D]}      mlp.c_proj {weight [4D, D], bias [D]}
+`rlhf.models.gpt2_parameters` describes the parameters. Computation runs in their dtype.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", https://github.com/openai/gpt-2;
-outputs equal `transformers.GPT2LMHeadModel`. Computation runs in the dtype of the parameters.
+outputs equal `transformers.GPT2LMHeadModel`.
 """
 
 import functools
@@ -31,67 +25,22 @@ from rlhf.models.attention import (
     write_prompts,
 )
 from rlhf.models.gpt2_config import PRESETS, GPT2Config, settings_to_shape, shape_to_settings
-from rlhf.models.hugging_face import strip_prefix, take_leaves
-from rlhf.models.layers import affine, dropout, gelu, layer_norm, pack_affine, pack_embedding, unembed
+from rlhf.models.gpt2_parameters import (
+    MASK_BUFFERS,
+    cast_for_compute,
+    empty,
+    from_hugging_face,
+    init,
+    prepare_for_decoding,
+    select_vocab,
+    to_hugging_face,
+    unembedding,
+)
+from rlhf.models.layers import affine, dropout, gelu, layer_norm, unembed
 from rlhf.ops import gather_rows
-from rlhf.random import fold_in, normal
+from rlhf.random import fold_in
 from rlhf.remat import remat
-from rlhf.tree import cast, named_leaves, tree_map_named
 from rlhf.types import Params
-
-_INIT_STD = 0.02
-_MASKS = (".attn.bias", ".attn.masked_bias")
-"""Suffixes of the causal mask's buffers, which older versions of transformers saved."""
-
-
-def init(config: GPT2Config, *, key: Tensor) -> Params:
-    """Return random parameters: normal with std 0.02, projections into the residual stream with 0.02 / sqrt(2L).
-
-    Source: Radford et al. 2019, section 2.3 ("scale the weights of residual layers at initialization by 1/sqrt(N)").
-
-    Args:
-        config: the shape.
-        key: [2] int32, consumed.
-
-    Returns:
-        float32 parameters.
-    """
-    structure = empty(config)
-    keys = {name: fold_in(key, index) for index, name in enumerate(named_leaves(structure))}
-
-    def leaf(name: str, like: Tensor) -> Tensor:
-        if name.endswith("bias"):
-            return torch.zeros(like.shape)
-        if "ln_" in name:
-            return torch.ones(like.shape)
-        std = _INIT_STD / (2 * config.n_layer) ** 0.5 if "c_proj" in name else _INIT_STD
-        return std * normal(keys[name], tuple(like.shape))
-
-    params: Params = tree_map_named(leaf, structure)
-    return params
-
-
-def empty(config: GPT2Config) -> Params:
-    """Return the parameters' structure and shapes without memory: tensors on the `meta` device."""
-    width = config.n_embd
-
-    def affine(*shape: int) -> Params:
-        return {"weight": torch.empty(shape, device="meta"), "bias": torch.empty(shape[-1], device="meta")}
-
-    def block() -> Params:
-        return {
-            "ln_1": affine(width),
-            "attn": {"c_attn": affine(width, 3 * width), "c_proj": affine(width, width)},
-            "ln_2": affine(width),
-            "mlp": {"c_fc": affine(width, 4 * width), "c_proj": affine(4 * width, width)},
-        }
-
-    return {
-        "wte": {"weight": torch.empty(config.vocab_size, width, device="meta")},
-        "wpe": {"weight": torch.empty(config.n_positions, width, device="meta")},
-        "h": [block() for _ in range(config.n_layer)],
-        "ln_f": affine(width),
-    }
 
 
 def hidden_states(
@@ -115,12 +64,12 @@ def hidden_states(
         positions: [B, T] int64 in [0, n_positions); None is 0..T-1 in every row.
         segments: [B, T] int64, equal for tokens that may see each other; None is one segment per row. This one rule
             serves left padding, right padding (a segment of its own) and several sequences packed in a row.
-        bounds: [S + 1] int32, where segments lie, if each is in one piece (`rlhf.batches.Rows.bounds`); on a GPU
-            attention is faster with them.
-        dropout_rate: share dropped after the embedding, each attention and each MLP, as GPT-2's `resid_pdrop` and
-            `embd_pdrop` (attention weights are not dropped); 0 outside of SFT.
+        bounds: [S + 1] int32, where each segment starts (`rlhf.batches.Rows.bounds`), if every segment is contiguous;
+            with them attention is faster on a GPU.
+        dropout_rate: fraction dropped after the embedding, each attention and each MLP, as GPT-2's `resid_pdrop` and
+            `embd_pdrop` (attention weights are not dropped); 0 except in SFT.
         key: [2] int32, consumed; needed where dropout_rate is not 0.
-        gradient_checkpointing: the backward pass computes each block again from its input (`rlhf.remat.remat`).
+        gradient_checkpointing: the backward pass recomputes each block from its input (`rlhf.remat.remat`).
 
     Returns:
         [B, T, D] in the parameters' dtype.
@@ -143,8 +92,8 @@ def hidden_states(
     check_value("hidden_states", dropout_rate == 0 or key is not None, "given when dropout_rate is not 0", key=key)
     layout = attention_layout(segments, bounds, params["ln_f"]["weight"], config.n_head)
 
-    def drop(x: Tensor, place: int) -> Tensor:
-        return x if key is None or dropout_rate == 0 else dropout(x, dropout_rate, key=fold_in(key, place))
+    def drop(x: Tensor, site: int) -> Tensor:
+        return x if key is None or dropout_rate == 0 else dropout(x, dropout_rate, key=fold_in(key, site))
 
     return _blocks(
         params,
@@ -163,38 +112,13 @@ def logits(params: Params, hidden: Tensor, *, config: GPT2Config, padded: bool =
         params: GPT-2 parameters, or their `unembedding`.
         hidden: hidden states.
         config: the shape of `params`.
-        padded: of `rlhf.models.layers.unembed`.
+        padded: as in `rlhf.models.layers.unembed`.
     """
     return unembed(hidden, params["wte"], vocab_size=config.vocab_size, padded=padded)
 
 
-def unembedding(params: Params) -> Params:
-    """Return the part of the parameters that `logits` reads."""
-    return {"wte": params["wte"]}
-
-
-def cast_for_compute(params: Params, dtype: torch.dtype) -> Params:
-    """Return parameters to compute with in `dtype`; the embeddings stay as they are, and are rounded after the look-up.
-
-    So an embedding's gradient adds up in the master weights' dtype: a row that occurs a hundred times in a batch would
-    lose most of its gradient in bfloat16.
-    """
-    return cast(params, dtype) | {"wte": params["wte"], "wpe": params["wpe"]}
-
-
-def prepare_for_decoding(params: Params, dtype: torch.dtype) -> Params:
-    """Return parameters to read single tokens with, all in `dtype`: without gradients embeddings may be rounded too."""
-
-    def block(p: Params) -> Params:
-        packed = {part: {name: pack_affine(cast(p[part][name], dtype)) for name in p[part]} for part in ("attn", "mlp")}
-        return {"ln_1": cast(p["ln_1"], dtype), "ln_2": cast(p["ln_2"], dtype)} | packed
-
-    wte, wpe, ln_f = (cast(params[name], dtype) for name in ("wte", "wpe", "ln_f"))
-    return {"wte": pack_embedding(wte), "wpe": wpe, "h": [block(p) for p in params["h"]], "ln_f": ln_f}
-
-
 def init_cache(params: Params, batch_size: int, slots: int, *, config: GPT2Config) -> KVCache:
-    """Return an empty cache for `batch_size` sequences of up to `slots` tokens, of the blocks' dtype and device."""
+    """Return an empty cache for `batch_size` sequences of up to `slots` tokens, with the blocks' dtype and device."""
     width = config.n_embd // config.n_head
     like = params["ln_f"]["weight"]
     return init_kv_cache(
@@ -212,7 +136,7 @@ def prefill(
     rows: Tensor | None = None,
     source: Tensor | None = None,
 ) -> Tensor:
-    """Read whole prompts, filling the first P slots of cache rows; return the states that predict what follows.
+    """Read whole prompts into the first P slots of cache rows; return the states that predict their next tokens.
 
     Args:
         params: GPT-2 parameters.
@@ -221,8 +145,8 @@ def prefill(
         lengths: [U] int64, real tokens per prompt, at least 1.
         cache: written in place.
         config: the shape of `params`.
-        rows: [R] int64, the cache's rows that are filled; None is the first U.
-        source: [R] int64, the prompt that each of them gets, so that several may share one; None is 0..U-1.
+        rows: [R] int64, the cache rows to fill; None is the first U.
+        source: [R] int64, the prompt of each of these rows, so that several may share one; None is 0..U-1.
 
     Returns:
         [R, D]: the hidden state of each row's last real token, which predicts its first completion token.
@@ -233,16 +157,16 @@ def prefill(
     count, width = tokens.shape
     limit = min(cache.values[0].shape[2], config.n_positions)
     check_value("prefill", width <= limit, f"at most {limit}", width=width)
-    each = torch.arange(count, device=tokens.device)
-    filled, prompt = each if rows is None else rows, each if source is None else source
+    every = torch.arange(count, device=tokens.device)
+    rows, source = every if rows is None else rows, every if source is None else source
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         q, k, v = heads_first(qkv)
-        write_prompts(cache, layer, k, v, filled, prompt)
+        write_prompts(cache, layer, k, v, rows, source)
         return prompt_attention(q, k, v)
 
     hidden_UTD = _blocks(params, _embed(params, tokens, torch.arange(width, device=tokens.device)), config, attend)
-    return hidden_UTD[each, lengths - 1][prompt]
+    return hidden_UTD[every, lengths - 1][source]
 
 
 def decode(
@@ -256,7 +180,7 @@ def decode(
         lengths: [B] int64, tokens already in the cache: the position of this one.
         cache: written in place at slot `lengths`.
         config: the shape of `params`.
-        cache_length: slots to attend over, above every element of `lengths`: the filled part of the cache.
+        cache_length: slots to attend over, greater than every element of `lengths`.
 
     Returns:
         [B, D].
@@ -271,30 +195,8 @@ def decode(
     return _blocks(params, _embed(params, tokens[:, None], lengths[:, None]), config, attend)[:, 0]
 
 
-def select_vocab(params: Params, rows: int) -> Params:
-    """Return the parameters with the first `rows` rows of the embedding."""
-    return params | {"wte": {"weight": params["wte"]["weight"][:rows].clone()}}
-
-
-def to_hugging_face(params: Params) -> dict[str, Tensor]:
-    """Return the state dict of `transformers.GPT2LMHeadModel`, without the tied `lm_head.weight`."""
-    return {f"transformer.{name}": leaf for name, leaf in named_leaves(params).items()}
-
-
-def from_hugging_face(state: dict[str, Tensor], *, config: GPT2Config) -> Params:
-    """Return parameters from a state dict of `GPT2Model`, `GPT2LMHeadModel` or `GPT2ForSequenceClassification`.
-
-    Names with and without `transformer.` are taken; causal-mask buffers, `lm_head` and `score` are left aside.
-
-    Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the message names it.
-    """
-    weights = {name: leaf for name, leaf in state.items() if not name.startswith(("lm_head.", "score."))}
-    return take_leaves(empty(config), strip_prefix(weights, "transformer.", _MASKS))
-
-
 def _embed(params: Params, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Return the sum of the two embeddings in the dtype of the blocks; the tables may be wider than it."""
+    """Return the sum of the two embeddings in the dtype of the blocks; the tables may have a wider one."""
     embedded = gather_rows(params["wte"]["weight"], tokens) + gather_rows(params["wpe"]["weight"], positions)
     return embedded.to(params["ln_f"]["weight"].dtype)
 
@@ -304,7 +206,7 @@ def _blocks(
     x: Tensor,
     config: GPT2Config,
     attend: Callable[[int, Tensor], Tensor],
-    drop: Callable[[Tensor, int], Tensor] = lambda x, place: x,
+    drop: Callable[[Tensor, int], Tensor] = lambda x, site: x,
     *,
     gradient_checkpointing: bool = False,
 ) -> Tensor:
@@ -314,9 +216,9 @@ def _blocks(
         params: GPT-2 parameters.
         x: embedded tokens.
         config: the shape of `params`.
-        attend: (layer, [B, T, 3, N, H]) -> [B, N, T, H].
-        drop: of what is added to the residual stream, by place.
-        gradient_checkpointing: of `hidden_states`.
+        attend: (layer, queries, keys and values [B, T, 3, N, H]) -> attended values [B, N, T, H].
+        drop: (x, site) -> x with dropout, applied to whatever enters the residual stream.
+        gradient_checkpointing: as in `hidden_states`.
     """
     eps = config.layer_norm_epsilon
 
@@ -357,5 +259,5 @@ ARCHITECTURE = Architecture(
     aliases=frozenset({"GPT2Model"}),
     prefix="transformer.",
     embedding="wte.weight",
-    ignored_suffixes=_MASKS,
+    ignored_suffixes=MASK_BUFFERS,
 )

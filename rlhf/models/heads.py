@@ -12,7 +12,7 @@ from rlhf.types import Params
 
 
 def init_reward_head(n_embd: int, *, key: Tensor) -> Params:
-    """A linear head without bias (preferences cannot tell it), normal with std 1/sqrt(n_embd + 1).
+    """Return a linear head without bias, which preferences do not determine; normal with std 1/sqrt(n_embd + 1).
 
     Source: Stiennon et al. 2020, "Learning to summarize from human feedback", https://github.com/openai/summarize-from-feedback;
     Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail 11, https://arxiv.org/abs/2403.17031.
@@ -20,35 +20,58 @@ def init_reward_head(n_embd: int, *, key: Tensor) -> Params:
     Args:
         n_embd: width of the trunk.
         key: [2] int32, consumed.
+
+    Example:
+        >>> init_reward_head(8, key=rlhf.random.key(0))["weight"].shape
+        torch.Size([1, 8])
     """
     return {"weight": normal(key, (1, n_embd)) / (n_embd + 1) ** 0.5}
 
 
 def init_value_head(n_embd: int) -> Params:
-    """A linear head that starts at value 0 everywhere: first returns are then the rewards themselves."""
+    """Return a linear head whose value is 0 everywhere: the first returns are then the rewards themselves.
+
+    Example:
+        >>> apply_head(init_value_head(8), torch.ones(3, 8))
+        tensor([0., 0., 0.])
+    """
     return {"weight": torch.zeros(1, n_embd), "bias": torch.zeros(1)}
 
 
 def value_head_from_reward(
     head: Params, *, mean: float | Tensor = 0.0, std: float | Tensor = 1.0, weight: float | Tensor = 1.0
 ) -> Params:
-    """The value head that predicts weight (reward - mean) / std of a reward head, as a critic starts.
+    """Return the value head that predicts weight (reward - mean) / std of a reward head: the start of a critic.
 
     Args:
         head: of the reward model.
         mean: subtracted from the reward.
-        std: what the reward is divided by.
+        std: divisor of the reward, above 0.
         weight: of this reward in the sum that the critic predicts.
 
     Raises:
         ValueError: std is not positive.
+
+    Example:
+        >>> head = {"weight": torch.ones(1, 2)}
+        >>> apply_head(value_head_from_reward(head, mean=1.0, std=2.0), torch.tensor([2.0, 3.0]))
+        tensor(2.)
     """
     check_value("value_head_from_reward", std > 0, "above 0", std=std)
     return {"weight": head["weight"] * weight / std, "bias": head["weight"].new_ones(1) * (-mean * weight / std)}
 
 
 def apply_head(head: Params, hidden: Tensor) -> Tensor:
-    """hidden [..., D] -> [...] in float32 at least: scores and values are sums that low precision would round off."""
+    """Return the scalars [...] of hidden states [..., D], in float32 at least: in low precision they would be rounded.
+
+    Args:
+        head: `{"weight": [1, D]}`, with or without `"bias": [1]`; differentiated.
+        hidden: [..., D] float; differentiated.
+
+    Example:
+        >>> apply_head({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, torch.tensor([[2.0, 3.0]]))
+        tensor([6.])
+    """
     weight = head["weight"].to(torch.promote_types(head["weight"].dtype, torch.float32))
     scalar = (hidden.to(weight.dtype) @ weight.T).squeeze(-1)
     return scalar + head["bias"][0].to(weight.dtype) if "bias" in head else scalar

@@ -11,14 +11,19 @@ from rlhf.types import Params
 
 @accelerated("fused_layers.affine")
 def affine(x: Tensor, p: Params) -> Tensor:
-    """Return x @ weight + bias of x [B, T, K] and {"weight": [K, N], "bias": [N]}, or what `pack_affine` made of it."""
+    """Return x @ weight + bias [B, T, N] of x [B, T, K] and {"weight": [K, N], "bias": [N]}, plain or packed.
+
+    Example:
+        >>> affine(torch.ones(1, 1, 2), {"weight": torch.ones(2, 1), "bias": torch.ones(1)})
+        tensor([[[3.]]])
+    """
     weight: Tensor = p["weight"]
     return x @ weight + p["bias"]
 
 
 @accelerated("fused_layers.pack_affine")
 def pack_affine(p: Params) -> Params:
-    """Return the parameters of an `affine` as its products with single tokens read them fastest."""
+    """Return the parameters of an `affine` in the layout that is fastest for single tokens."""
     return p
 
 
@@ -27,6 +32,10 @@ def layer_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
     """Return the layer norm of x [..., D] with {"weight": [D], "bias": [D]}.
 
     Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450.
+
+    Example:
+        >>> layer_norm(torch.tensor([1.0, 3.0]), {"weight": torch.ones(2), "bias": torch.zeros(2)}, eps=1e-12)
+        tensor([-1.,  1.])
     """
     return F.layer_norm(x, (x.shape[-1],), p["weight"], p["bias"], eps)
 
@@ -36,12 +45,16 @@ def gelu(x: Tensor) -> Tensor:
     """Return GELU in its tanh form.
 
     Source: Hendrycks and Gimpel 2016, section 2, https://arxiv.org/abs/1606.08415.
+
+    Example:
+        >>> gelu(torch.tensor([-100.0, 0.0, 100.0]))
+        tensor([ -0.,   0., 100.])
     """
     return F.gelu(x, approximate="tanh")
 
 
 def dropout(x: Tensor, rate: float, *, key: Tensor) -> Tensor:
-    """Return x with a share `rate` of its elements set to 0 and the others scaled by 1 / (1 - rate).
+    """Return x with each element set to 0 with probability `rate`, and the others scaled by 1 / (1 - rate).
 
     Source: Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html.
 
@@ -49,6 +62,10 @@ def dropout(x: Tensor, rate: float, *, key: Tensor) -> Tensor:
         x: float.
         rate: in [0, 1).
         key: [2] int32, consumed.
+
+    Example:
+        >>> dropout(torch.ones(3), 0.0, key=rlhf.random.key(0))
+        tensor([1., 1., 1.])
     """
     return torch.where(uniform(key, tuple(x.shape)) >= rate, x / (1.0 - rate), 0.0)
 
@@ -59,9 +76,9 @@ def unembed(hidden: Tensor, embedding: Params, *, vocab_size: int, padded: bool 
 
     Args:
         hidden: hidden states.
-        embedding: {"weight": [V, D]}, or what `pack_embedding` made of it.
+        embedding: {"weight": [V, D]}, or the result of `pack_embedding`.
         vocab_size: V.
-        padded: allow columns beyond V, all of them -1e30 (softmax makes exactly 0 of that), where they make it faster.
+        padded: allow columns beyond V where they are faster; all are -1e30, of which softmax makes exactly 0.
     """
     weight: Tensor = embedding["weight"]
     return hidden @ weight.to(hidden.dtype).T
@@ -69,5 +86,5 @@ def unembed(hidden: Tensor, embedding: Params, *, vocab_size: int, padded: bool 
 
 @accelerated("fused_layers.pack_embedding")
 def pack_embedding(embedding: Params) -> Params:
-    """Return an embedding as `unembed` reads it fastest for single tokens."""
+    """Return an embedding in the layout in which `unembed` is fastest for single tokens."""
     return embedding

@@ -1,4 +1,4 @@
-"""Frozen looks at finished texts: log-probs, values and scores of completions, and scores of preference pairs."""
+"""Forward passes without gradients: log-probs, values and scores of completions, and scores of preference pairs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from rlhf.types import FrozenParams, Params
 
 
 class Scores(NamedTuple):
-    """What a frozen look at finished completions gives; [C] tensors are zeros where they were not asked for."""
+    """Scores of finished completions; [C] tensors that were not requested are zeros."""
 
     ref_log_probs: Tensor
     """[C] float32, nats, reference."""
@@ -40,14 +40,14 @@ def make_scorer(
     log_probs: bool = False,
     bootstrap: bool = False,
 ) -> Callable[[Params, FrozenParams, ScoreBatch], Scores]:
-    """(params, frozen, ScoreBatch) -> `Scores`: reference log-probs, separate critic's values, reward model's scores.
+    """Return (params, frozen, ScoreBatch) -> `Scores`: reference log-probs, critic's values, reward models' scores.
 
     Args:
         config: shape of policy and reference (frozen["reference"]).
-        critic_config: shape of params["critic"]; None where there is none.
+        critic_config: shape of params["critic"]; None without a separate critic.
         reward_configs: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
         dtype: of the models' forward pass; a frozen model that has it already (`make_frozen_cast`) is not copied.
-        temperature: as when sampling.
+        temperature: that of sampling.
         log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
         bootstrap: compute the values of the states after the last tokens.
     """
@@ -87,7 +87,7 @@ def make_scorer(
 
 
 def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[ModelShape], dtype: torch.dtype) -> Tensor:
-    """[B, K] float32, reward units: what frozen["reward_model_0"], … give the last token of each sequence.
+    """Return the scores of frozen["reward_model_0"], … at the last token of each sequence: [B, K] reward units.
 
     Args:
         frozen: holds the K reward models.
@@ -128,7 +128,7 @@ def reward_model_shapes(configs: Sequence[ModelShape]) -> dict[str, ModelShape]:
 def make_pair_scores(
     config: ModelShape, *, dtype: torch.dtype = torch.float32
 ) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, Tensor]]:
-    """(reward model, frozen, PairBatch) -> scores [B] of the chosen and of the rejected, reward units."""
+    """Return (reward model, frozen, PairBatch) -> scores [B] of the chosen and of the rejected, reward units."""
 
     def scores(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, Tensor]:
         hidden = trunk_states(params["trunk"], batch.rows, config, dtype)

@@ -15,7 +15,7 @@ from rlhf.generate.complete import make_completion_fn
 from rlhf.io.model_folder import LanguageModel
 from rlhf.io.reward_sources import RewardSource
 from rlhf.models.architecture import ModelShape
-from rlhf.models.decoding import decode_steps
+from rlhf.models.decode_state import decode_steps
 from rlhf.models.heads import init_value_head, value_head_from_reward
 from rlhf.models.scoring import make_frozen_cast, make_scorer, reward_model_shapes
 from rlhf.schedules import constant_schedule

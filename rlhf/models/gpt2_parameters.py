@@ -1,0 +1,126 @@
+"""The parameters of GPT-2: structure, random initialisation, precision, and Hugging Face's state dict.
+
+Parameters are nested dicts and lists under OpenAI's names, so that a leaf's dotted name is its Hugging Face name
+without the `transformer.` prefix:
+
+    wte.weight [V, D]   wpe.weight [T, D]   ln_f.{weight,bias} [D]   and for each layer h.i:
+    ln_1, ln_2 {weight,bias} [D]
+    attn.c_attn {weight [D, 3D], bias [3D]}   attn.c_proj {weight [D, D], bias [D]}
+    mlp.c_fc {weight [D, 4D], bias [4D]}      mlp.c_proj {weight [4D, D], bias [D]}
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.hugging_face import strip_prefix, take_leaves
+from rlhf.models.layers import pack_affine, pack_embedding
+from rlhf.random import fold_in, normal
+from rlhf.tree import cast, named_leaves, tree_map_named
+from rlhf.types import Params
+
+_INIT_STD = 0.02
+MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
+"""Suffixes of the causal mask's buffers, which older versions of transformers saved."""
+
+
+def init(config: GPT2Config, *, key: Tensor) -> Params:
+    """Return random parameters: normal with std 0.02, projections into the residual stream with 0.02 / sqrt(2L).
+
+    Source: Radford et al. 2019, section 2.3 ("scale the weights of residual layers at initialization by 1/sqrt(N)").
+
+    Args:
+        config: the shape.
+        key: [2] int32, consumed.
+
+    Returns:
+        float32 parameters.
+
+    Example:
+        >>> params = init(rlhf.PRESETS["tiny"], key=rlhf.random.key(0))
+        >>> params["wte"]["weight"].shape
+        torch.Size([512, 64])
+    """
+    structure = empty(config)
+    keys = {name: fold_in(key, index) for index, name in enumerate(named_leaves(structure))}
+
+    def leaf(name: str, like: Tensor) -> Tensor:
+        if name.endswith("bias"):
+            return torch.zeros(like.shape)
+        if "ln_" in name:
+            return torch.ones(like.shape)
+        std = _INIT_STD / (2 * config.n_layer) ** 0.5 if "c_proj" in name else _INIT_STD
+        return std * normal(keys[name], tuple(like.shape))
+
+    params: Params = tree_map_named(leaf, structure)
+    return params
+
+
+def empty(config: GPT2Config) -> Params:
+    """Return the parameters' structure and shapes without memory: tensors on the `meta` device."""
+    width = config.n_embd
+
+    def affine(*shape: int) -> Params:
+        return {"weight": torch.empty(shape, device="meta"), "bias": torch.empty(shape[-1], device="meta")}
+
+    def block() -> Params:
+        return {
+            "ln_1": affine(width),
+            "attn": {"c_attn": affine(width, 3 * width), "c_proj": affine(width, width)},
+            "ln_2": affine(width),
+            "mlp": {"c_fc": affine(width, 4 * width), "c_proj": affine(4 * width, width)},
+        }
+
+    return {
+        "wte": {"weight": torch.empty(config.vocab_size, width, device="meta")},
+        "wpe": {"weight": torch.empty(config.n_positions, width, device="meta")},
+        "h": [block() for _ in range(config.n_layer)],
+        "ln_f": affine(width),
+    }
+
+
+def unembedding(params: Params) -> Params:
+    """Return the part of the parameters that `logits` reads."""
+    return {"wte": params["wte"]}
+
+
+def cast_for_compute(params: Params, dtype: torch.dtype) -> Params:
+    """Return parameters to compute with in `dtype`; embeddings keep theirs, and are rounded after the look-up.
+
+    An embedding's gradient then adds up in the dtype of the master weights: in bfloat16, a row that occurs a hundred
+    times in a batch would lose most of its gradient.
+    """
+    return cast(params, dtype) | {"wte": params["wte"], "wpe": params["wpe"]}
+
+
+def prepare_for_decoding(params: Params, dtype: torch.dtype) -> Params:
+    """Return parameters for `prefill`, `decode` and `logits` alone, packed, all in `dtype`, embeddings included."""
+
+    def block(p: Params) -> Params:
+        packed = {part: {name: pack_affine(cast(p[part][name], dtype)) for name in p[part]} for part in ("attn", "mlp")}
+        return {"ln_1": cast(p["ln_1"], dtype), "ln_2": cast(p["ln_2"], dtype)} | packed
+
+    wte, wpe, ln_f = (cast(params[name], dtype) for name in ("wte", "wpe", "ln_f"))
+    return {"wte": pack_embedding(wte), "wpe": wpe, "h": [block(p) for p in params["h"]], "ln_f": ln_f}
+
+
+def select_vocab(params: Params, rows: int) -> Params:
+    """Return the parameters with the first `rows` rows of the embedding."""
+    return params | {"wte": {"weight": params["wte"]["weight"][:rows].clone()}}
+
+
+def to_hugging_face(params: Params) -> dict[str, Tensor]:
+    """Return the state dict of `transformers.GPT2LMHeadModel`, without the tied `lm_head.weight`."""
+    return {f"transformer.{name}": leaf for name, leaf in named_leaves(params).items()}
+
+
+def from_hugging_face(state: dict[str, Tensor], *, config: GPT2Config) -> Params:
+    """Return parameters from a state dict of `GPT2Model`, `GPT2LMHeadModel` or `GPT2ForSequenceClassification`.
+
+    Names with and without `transformer.` are accepted; causal-mask buffers, `lm_head` and `score` are ignored.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; the message names it.
+    """
+    weights = {name: leaf for name, leaf in state.items() if not name.startswith(("lm_head.", "score."))}
+    return take_leaves(empty(config), strip_prefix(weights, "transformer.", MASK_BUFFERS))
