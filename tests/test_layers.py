@@ -91,7 +91,7 @@ IN_PLACE = {
     "models/decoding.py": {"generate_completions", "_decode"},  # the tables that it returns; a list of its own
     "models/architecture.py": {"register"},  # the table of architectures
     "kernels/recomputation.py": {"_Remat.backward.weighted"},  # a list of its own
-    "kernels/fused_attention.py": {"_FusedAttention.forward", "_FusedAttention.backward"},  # tensors of its own
+    "kernels/fused_attention.py": {"_graph", "_FusedAttention.backward"},  # tensors of its own
     "kernels/fused_adamw.py": {"write_update"},  # donated optimiser buffers
     "execution/shard.py": {"_write"},  # donated optimiser buffers
     "execution/executor.py": {"LocalExecutor.step", "copy_state"},  # donated gradients; a snapshot read back
@@ -184,7 +184,7 @@ assert {"scipy", "sklearn", "ray", "transformers"}.isdisjoint(sys.modules)
 def test_files_and_functions_stay_small():
     for path in FILES:
         text = path.read_text()
-        assert text.count("\n") <= 400, f"{path} is more than one concept"
+        assert text.count("\n") <= 300, f"{path} is more than one concept"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno <= 90, f"{path.name}: {node.name} is too long"

@@ -38,12 +38,13 @@ def one_thread():
 
 def plain_loop():
     """Parameters and momentum, on whole trees, with gradients clipped as the program says."""
-    models, spec = realign(toy.models()), sgd.make_program().steps["main"]
+    models, program = realign(toy.models()), sgd.make_program()
+    spec, frozen = program.steps["main"], {name: program.prepare_frozen(name, m) for name, m in models.frozen.items()}
     params, layout = models.params, flat_layout(models.params)
     state = sgd.init(params)
     differentiate = torch.func.grad_and_value(spec.objective, has_aux=True)
     for batches, rate in zip(BATCHES, RATES, strict=True):
-        results = [differentiate(params, models.frozen, realign(batch)) for batch in batches]
+        results = [differentiate(params, frozen, realign(batch)) for batch in batches]
         total = tree_sum(grads for grads, _ in results)
         count = sum(float(metrics["count"]) for _, (_, metrics) in results)
         norm = chunked_squared_norms(flatten(total, layout)).sum().sqrt().item() / count

@@ -59,14 +59,14 @@ def stream(
         ValueError: an argument is out of range, or prompt and completion do not fit.
     """
     length = len(prompt)
-    max_concurrent = length + max_new_tokens
-    if not 1 <= length < max_concurrent <= config.n_positions:
+    slots = length + max_new_tokens
+    if not 1 <= length < slots <= config.n_positions:
         raise ValueError(
             f"stream: prompt and completion have {length} + {max_new_tokens} tokens, expected at least 1 each and at "
             f"most n_positions = {config.n_positions} in all"
         )
     decoder = architecture_of(config)
-    cache = decoder.init_cache(params, 1, max_concurrent, config=config)
+    cache = decoder.init_cache(params, 1, slots, config=config)
     lengths = torch.tensor([length], device=prompt.device)
     hidden = decoder.prefill(params, prompt[None], lengths, cache, config=config)
     for step in range(max_new_tokens):
