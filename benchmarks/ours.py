@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
 import torch
 
 from benchmarks import material
@@ -190,7 +191,7 @@ def make_material(folder: Path, size: str) -> Made:
     shape = work.shape
     config = GPT2Config(**shape._asdict())
     demonstrations = write_embedded(folder / "data").demonstrations
-    tokenizer = Tokenizer.train(texts(demonstrations, DEMONSTRATIONS), min(1024, shape.vocab_size))
+    tokenizer = _tokenizer(demonstrations, shape.vocab_size)
     model = LanguageModel(gpt2.init(config, key=key(0)), config, tokenizer)
     save_language_model(folder / "model", model, facts={})
     head = init_reward_head(config.n_embd, key=key(1))
@@ -203,6 +204,19 @@ def make_material(folder: Path, size: str) -> Made:
     )
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return Made(folder / "model", folder / "reward", folder / "prompts.json", demonstrations)
+
+
+def _tokenizer(source: Path, vocab_size: int) -> Tokenizer:
+    """Return a tokenizer trained on demonstrations, with an entry for every row of the embedding.
+
+    A model folder's rows without an entry are left out when it is read. The entries beyond the trained ones are filler.
+    """
+    trained = Tokenizer.train(texts(source, DEMONSTRATIONS), min(1024, vocab_size))
+    with tempfile.TemporaryDirectory() as folder:
+        trained.save(Path(folder))
+        backend = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    backend.add_tokens([f"<filler {number}>" for number in range(vocab_size - trained.vocab_size)])
+    return Tokenizer(backend, trained.eos, "the benchmark's tokenizer")
 
 
 def _prompts(source: Path, tokenizer: Tokenizer, length: int, count: int) -> list[dict[str, Any]]:
