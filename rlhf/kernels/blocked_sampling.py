@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CACHED = 8 * 50_257
-"""Logits drawn from at a time on a CPU, whose float64 exponentials then stay in its cache: half of the time for GPT-2."""
+"""Logits drawn from at a time on a CPU, whose float64 exponentials then stay in its cache: half the time for GPT-2."""
 _SHORT, _BLOCK = 2048, 128
 """Elements of a row up to which one product with ones adds it up, and those of a block of a longer one."""
 
