@@ -12,7 +12,7 @@ demo: $(VENV)/base
 	$(BIN)/rlhf-example --create-dummy-data
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
