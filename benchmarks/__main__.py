@@ -39,6 +39,8 @@ class Benchmarks:
     """The peers' environment."""
     output: Path = Path("outputs/benchmarks")
     """Folder for the JSON files and the sides' logs."""
+    against: Path | None = None
+    """An earlier JSON file, or a folder of them, to compare this run with."""
 
 
 def main(asked: Benchmarks) -> None:
@@ -48,20 +50,25 @@ def main(asked: Benchmarks) -> None:
 
         make(asked.peers)
         return
-    _measure([name for name in (*COMPARISONS, "phases") if asked.which in (name, "all")], asked)
+    from benchmarks import history
+
+    earlier = history.read(asked.against) if asked.against else {}
+    written = _measure([name for name in (*COMPARISONS, "phases") if asked.which in (name, "all")], asked)
     if asked.which in ("allreduce", "all"):
         from benchmarks import allreduce
 
-        allreduce.run(asked.output, rounds=asked.rounds)
+        written += allreduce.run(asked.output, rounds=asked.rounds)
     if asked.which in ("scaling", "all"):
         from benchmarks import scaling
 
-        scaling.run(asked.output, size=asked.size, rounds=asked.rounds)
+        written += scaling.run(asked.output, size=asked.size, rounds=asked.rounds)
+    history.report(written, earlier)
 
 
-def _measure(names: list[str], asked: Benchmarks) -> None:
+def _measure(names: list[str], asked: Benchmarks) -> list[Path]:
+    """Run the programs of these names; return the JSON files that they have written."""
     if not names:
-        return
+        return []
     import torch
 
     from benchmarks.bench import Bench
@@ -83,8 +90,7 @@ def _measure(names: list[str], asked: Benchmarks) -> None:
             made=make_material(Path(folder), asked.size),
         )
         torch.set_num_threads(bench.threads)  # of the roofline's measures
-        for name in names:
-            importlib.import_module(f"benchmarks.{name}").run(bench)
+        return [path for name in names for path in importlib.import_module(f"benchmarks.{name}").run(bench)]
 
 
 def command() -> None:

@@ -23,7 +23,7 @@ BACKENDS = ("shared", "gloo")
 """Through memory that the ranks share, and through gloo's connections as between machines."""
 
 
-def run(output: Path, *, rounds: int = 9) -> None:
+def run(output: Path, *, rounds: int = 9) -> list[Path]:
     """Print and write the figures."""
     rows = []
     for ranks in (2, 4):
@@ -48,7 +48,7 @@ def run(output: Path, *, rounds: int = 9) -> None:
                         "ratio": ratio(times[backend], times["bare"]),
                     }
                 )
-    report("allreduce", rows, output)
+    return [report("allreduce", rows, output)]
 
 
 def _rank(rank: int, ranks: int, port: int, megabytes: int, rounds: int, result: str) -> None:

@@ -42,16 +42,15 @@ class Work:
     """Whether both must compute in IEEE fp32."""
 
 
-def compare_all(name: str, works: list[Work], bench: Bench) -> None:
-    """Measure rows one after the other, then print and write the table."""
+def compare_all(name: str, works: list[Work], bench: Bench) -> list[Path]:
+    """Measure rows one after the other, then print and write the table; return the JSON file, if there is a row."""
     rows, title = [], f"{name}-{bench.size}-{bench.device}"
     for work in works:
         if bench.only in work.what:
             rows.append(compare(work, rounds=bench.rounds, device=bench.device, logs=bench.logs))
             write(title, rows, bench.output)
             console.print(f"  ratio {rows[-1]['ratio']:.3g}, target {work.target}")
-    if rows:
-        report(title, rows, bench.output)
+    return [report(title, rows, bench.output)] if rows else []
 
 
 def compare(work: Work, *, rounds: int, device: str, logs: Path) -> dict[str, Any]:

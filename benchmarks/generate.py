@@ -1,5 +1,6 @@
 """Completions against transformers' generate."""
 
+from pathlib import Path
 from typing import Any
 
 from benchmarks import material, ours, roofline
@@ -26,9 +27,9 @@ _GPU: tuple[dict[str, Any], ...] = ({"precision": "bf16"},)
 _QUEUE_BATCHES = (32, 64, 128, 256)
 
 
-def run(bench: Bench) -> None:
+def run(bench: Bench) -> list[Path]:
     """Measure every row."""
-    compare_all("generate", works(bench), bench)
+    return compare_all("generate", works(bench), bench)
 
 
 def works(bench: Bench) -> list[Work]:

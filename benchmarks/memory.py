@@ -4,6 +4,7 @@ Rows are in MB, so a ratio below its target is good, unlike in the other tables.
 """
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from benchmarks import material, ours, ppo
@@ -21,7 +22,7 @@ _MICRO_BATCH, _ROLLOUT_BATCH = 4, 16
 """Completions that we score or update on at once there, and generate at once: what a user short of memory would set."""
 
 
-def run(bench: Bench) -> None:
+def run(bench: Bench) -> list[Path]:
     """Measure every row; each process has the machine's memory to itself, so they run one after the other."""
     fitting = [critic for critic in ppo.CRITICS if bench.size in _LIMITS and bench.device == "cpu"]
     measured = [_fit(bench, critic) for critic in fitting]
@@ -29,8 +30,7 @@ def run(bench: Bench) -> None:
         work = ppo.work(bench, critic, "fp32", _TARGET)
         measured += [_against(bench, work, setting) for setting in work.ours]
     rows = [row for row in measured if row]
-    if rows:
-        report(f"memory-{bench.size}-{bench.device}", rows, bench.output)
+    return [report(f"memory-{bench.size}-{bench.device}", rows, bench.output)] if rows else []
 
 
 def _fit(bench: Bench, critic: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Where the time of our PPO iteration goes: the phases that its log tells apart, compiled and in bf16."""
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 from benchmarks import ours, ppo
@@ -12,11 +13,10 @@ _WARMUP = 2
 """Iterations that are not counted: compilation, caches."""
 
 
-def run(bench: Bench) -> None:
+def run(bench: Bench) -> list[Path]:
     """Measure both kinds of critic, one after the other."""
     rows = [row for critic in ppo.CRITICS for row in _phases(bench, critic)]
-    if rows:
-        report(f"phases-{bench.size}-{bench.device}", rows, bench.output)
+    return [report(f"phases-{bench.size}-{bench.device}", rows, bench.output)] if rows else []
 
 
 def _phases(bench: Bench, critic: str) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Whole PPO iterations against the last TRL release with PPO."""
 
+from pathlib import Path
 from typing import Any
 
 from benchmarks import material, ours, roofline
@@ -13,9 +14,9 @@ _FP32: tuple[dict[str, Any], ...] = ({},)
 _BEST: tuple[dict[str, Any], ...] = (*_FP32, {"matmul": "medium"}, {"precision": "bf16"})
 
 
-def run(bench: Bench) -> None:
+def run(bench: Bench) -> list[Path]:
     """Measure every row."""
-    compare_all("ppo", works(bench), bench)
+    return compare_all("ppo", works(bench), bench)
 
 
 def works(bench: Bench) -> list[Work]:

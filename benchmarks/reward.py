@@ -1,5 +1,6 @@
 """Optimiser steps of the reward model against TRL's RewardTrainer."""
 
+from pathlib import Path
 from typing import Any
 
 from benchmarks import material, ours, roofline
@@ -10,9 +11,9 @@ from benchmarks.sft import BEST
 _TARGET = 2.5
 
 
-def run(bench: Bench) -> None:
+def run(bench: Bench) -> list[Path]:
     """Measure every row."""
-    compare_all("reward", works(bench), bench)
+    return compare_all("reward", works(bench), bench)
 
 
 def works(bench: Bench) -> list[Work]:

@@ -40,7 +40,7 @@ NOTHING = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)
 """A model whose computation takes no time: what is left is orchestration."""
 
 
-def run(output: Path, *, size: str = "small", rounds: int = 9) -> None:
+def run(output: Path, *, size: str = "small", rounds: int = 9) -> list[Path]:
     """Print and write the figures."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
@@ -51,7 +51,7 @@ def run(output: Path, *, size: str = "small", rounds: int = 9) -> None:
         rows += _traffic(size)
         rows += _workers(size, rounds)
     rows += _iteration(size)
-    report(f"scaling-{size}", rows, output)
+    return [report(f"scaling-{size}", rows, output)]
 
 
 def _row(what: str, times: list[float], reference: list[float] | None = None) -> dict[str, Any]:

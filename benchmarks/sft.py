@@ -1,5 +1,6 @@
 """Optimiser steps of SFT against TRL's SFTTrainer, and against an nn.Module with torch.compile."""
 
+from pathlib import Path
 from typing import Any
 
 from benchmarks import material, ours, roofline
@@ -33,9 +34,9 @@ _LAYOUTS: dict[str, tuple[float, tuple[dict[str, Any], ...]]] = {
 """Ways to lay out lengths that vary, with targets: in random order, or, where that may be given up, by length."""
 
 
-def run(bench: Bench) -> None:
+def run(bench: Bench) -> list[Path]:
     """Measure every row."""
-    compare_all("sft", works(bench), bench)
+    return compare_all("sft", works(bench), bench)
 
 
 def works(bench: Bench) -> list[Work]:

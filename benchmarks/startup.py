@@ -25,7 +25,7 @@ _LIMIT = 600.0
 """Seconds after which a start has failed."""
 
 
-def run(bench: Bench) -> None:
+def run(bench: Bench) -> list[Path]:
     """Measure and write the one row."""
     with tempfile.TemporaryDirectory(prefix="rlhf-startup-") as folder:
         starts = {"ours": lambda: _ours(bench, Path(folder)), "peer": lambda: _peer(bench)}
@@ -39,7 +39,7 @@ def run(bench: Bench) -> None:
         "target": _TARGET,
         "seconds": times,
     }
-    report(f"startup-{bench.size}-{bench.device}", [row], bench.output)
+    return [report(f"startup-{bench.size}-{bench.device}", [row], bench.output)]
 
 
 def _ours(bench: Bench, folder: Path) -> None:

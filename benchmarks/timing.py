@@ -67,20 +67,27 @@ def machine() -> dict[str, str]:
     }
 
 
-def report(name: str, rows: list[dict[str, Any]], output: Path) -> None:
-    """Print a table and write it as JSON; cells that hold lists or more are in the JSON alone."""
+def report(name: str, rows: list[dict[str, Any]], output: Path) -> Path:
+    """Print a table and write it as JSON; return the JSON file's path."""
+    show(name, rows)
+    return write(name, rows, output)
+
+
+def show(name: str, rows: list[dict[str, Any]]) -> None:
+    """Print a table; cells that hold lists or more are left out."""
     headings = [heading for heading, cell in rows[0].items() if not isinstance(cell, list | dict)]
     table = Table(*headings, title=name)
     for row in rows:
         cells = (row[heading] for heading in headings)
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
     console.print(table)
-    write(name, rows, output)
 
 
-def write(name: str, rows: list[dict[str, Any]], output: Path) -> None:
-    """Write rows as JSON, with the machine and the date."""
+def write(name: str, rows: list[dict[str, Any]], output: Path) -> Path:
+    """Write rows as JSON, with the machine and the date; return its path."""
     output.mkdir(parents=True, exist_ok=True)
     taken = datetime.now(UTC).isoformat(timespec="seconds")
     content = {"taken": taken, "machine": machine(), "rows": rows}
-    (output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    path = output / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as program
-from benchmarks import compare, generate, material, ours, ppo, roofline, session, sides, timing
+from benchmarks import compare, generate, history, material, ours, ppo, roofline, session, sides, timing
 from benchmarks.bench import Bench
 from benchmarks.peers import environment
 from benchmarks.peers.module_gpt2 import GPT2
@@ -414,6 +414,39 @@ def test_a_comparison_prints_its_table_and_writes_json(bench, monkeypatch, capsy
     assert row["of roofline"] == pytest.approx(least / np.median(row["seconds"]["ours"]))
 
 
+def test_a_run_is_compared_with_an_earlier_one(tmp_path, capsys):
+    """The peer's time, which the machine doubled, cancels in the ratio; the last line is JSON."""
+    earlier, now = tmp_path / "earlier", tmp_path / "now"
+    sft = {"work": "SFT", "peer": "TRL", "ratio": 3.0, "seconds": {"ours": [1.0, 2.0, 3.0]}}
+    timing.write("sft", [sft], earlier)
+    timing.write("memory", [{"work": "PPO", "peer": "TRL", "ours, MB": 400.0, "ratio": 0.5}], earlier)
+    rows = [sft | {"ratio": 3.3, "seconds": {"ours": [4.0]}}, sft | {"work": "another"}]
+    written = [timing.write("sft", rows, now), timing.write("scaling", [{"what": "step", "ms": 7.0}], now)]
+    written += [timing.write("phases", [{"iteration": "PPO", "phase": "score", "ms": "5 [4 to 9]"}], now)]
+    history.report(written, history.read(earlier))
+    *table, last = capsys.readouterr().out.splitlines()
+    assert "this run against the earlier one" in "".join(table)
+    assert json.loads(last)["rows"] == {
+        "SFT, TRL": {"ours": 4000.0, "ratio": 3.3},
+        "another, TRL": {"ours": 2000.0, "ratio": 3.0},
+        "step": {"ours": 7.0, "ratio": None},
+        "PPO, score": {"ours": 5.0, "ratio": None},
+    }
+    (compared,) = json.loads(last)["against"]
+    assert compared["now / then"] == 2
+    assert compared["ratio to the peer, now / then"] == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("content", [None, "[]", '{"rows": [1]}', "{"])
+def test_a_file_that_holds_no_results_is_refused_before_anything_is_measured(tmp_path, monkeypatch, content):
+    path = tmp_path / "earlier.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "sft", "--against", str(path)])
+    with pytest.raises(SystemExit, match=r"--against .*earlier\.json is no file of results"):
+        program.command()
+
+
 @pytest.mark.usefixtures("_nothing_is_left_running")
 def test_a_peer_that_does_not_start_ends_the_program(bench, monkeypatch, capsys):
     monkeypatch.setenv("FAKE_PEER", "dead")
@@ -503,6 +536,7 @@ def test_every_comparison_runs_to_its_end(bench, which):
     assert done.returncode == 0, done.stderr
     title = f"{which}-tiny-cpu"
     assert title in done.stdout
+    assert len(json.loads(done.stdout.splitlines()[-1])["rows"])
     rows = json.loads((bench.output / f"{title}.json").read_text())["rows"]
     expected = {"startup": 1, "generate": 2, "sft": 6, "reward": 1, "ppo": 3, "memory": 4}
     assert len(rows) == expected[which]
