@@ -100,3 +100,7 @@ class PPOBatch(NamedTuple):
     """[C] float32, reward units; zeros without a critic."""
     kl_coef: Tensor
     """[] float32: weight of the KL where it is part of the loss."""
+    weights: Tensor
+    """[C] float32: weight of each token in the policy's loss (`rlhf.weighting.loss_weights`)."""
+    sequences: Tensor
+    """[C] int64: the completion that a token belongs to, from 0 in the micro-batch."""

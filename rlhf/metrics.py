@@ -133,6 +133,10 @@ _TABLE = (
            "Distance of the policy from the reference, summed over each completion's tokens and estimated from "
            "them.", "0 at first, then a slow rise to a few nats. Clearly negative or growing without end: look at "
            "kl_coef and the learning rate.", short="KL, nats", headline=True, checks=("negative-kl", "kl-explosion")),
+    Metric("objective/equal_groups", "Groups of equal scores", "share of completions", "down", "equal-groups",
+           "Completions of prompts whose scores are all equal: a group estimator learns nothing from them.",
+           "Well below 1. Near 1: the prompts are too easy, too hard, or the reward is too coarse.",
+           short="equal groups", low=0, high=1),
     Metric("response_length/mean", "Length", "tokens per completion", "none", "length",
            "Tokens of a completion, its end-of-text included.", "Steady, or drifting for a reason. A steady climb "
            "with the score often means that the reward likes long answers.",
