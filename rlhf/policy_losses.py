@@ -70,7 +70,7 @@ def cispo_loss(
     log_ratio = log_probs.detach() - old_log_probs
     ratio = ratio_of(log_ratio)
     clipped = clip_ratio("cispo_loss", ratio, clip_eps, clip_eps_high)
-    loss = weighted_sum("cispo_loss", -clipped.detach() * advantages * log_probs, mask, weights)
+    loss = weighted_sum("cispo_loss", -clipped * advantages * log_probs, mask, weights)
     return loss, {
         "loss/policy_avg": loss.detach(),
         "policy/clipfrac_avg": torch.where(mask, (clipped != ratio).float(), 0.0).sum(),

@@ -94,6 +94,24 @@ class RewardConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPOConfig(SupervisedConfig):
+    """Direct preference optimisation on preference pairs."""
+
+    epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
+    """Number of passes over the training split; may be fractional."""
+    learning_rate: NonNegativeFloat = 1e-4
+    """Peak learning rate, reached after the warm-up."""
+    beta: PositiveFloat = 0.1
+    """Coefficient of the KL to the reference, in reward units per nat; the tau of IPO."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss: sigmoid (DPO) or ipo."""
+    label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
+    """Probability that a label is wrong, in the sigmoid loss."""
+    model_path: Path | None = None
+    """Model folder that initialises the policy, and is the reference. If None, OUTPUT_DIR/sft."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig(OptimizerConfig):
     """PPO with a KL penalty to a reference model."""
 

@@ -1,9 +1,10 @@
 """Rules for the settings of the training stages, as `rlhf.stage_config` has them. Importing it imports no torch."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf.config import PPOConfig
+from rlhf.config import DPOConfig, PPOConfig
 from rlhf.setting_rules import Rule, flag_of
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
@@ -81,6 +82,23 @@ REWARD_RULES = (
     ),
 )
 
+DPO_RULES = (
+    _NO_SAMPLES,
+    _worker_rule("dpo", "batch_size", rows=2),
+    *_model_rules("preference_data"),
+    Rule(
+        ("dpo.val_fraction",),
+        lambda config: config.preference_val_data is not None,
+        "has no effect with --preference-val-data",
+    ),
+    Rule(
+        ("dpo.label_smoothing",),
+        lambda config: config.dpo.loss == "ipo",
+        "is of --dpo.loss sigmoid alone; drop one of the two",
+        refused=True,
+    ),
+)
+
 
 def _updates_once(ppo: PPOConfig) -> bool:
     """Return whether an iteration makes a single update, in which every ratio is 1."""
@@ -128,6 +146,11 @@ def _knows_loss(config: Any) -> bool:
 
 
 PPO_RULES = (
+    Rule(
+        tuple(f"dpo.{spec.name}" for spec in dataclasses.fields(DPOConfig)),
+        lambda config: True,
+        "has no effect in the pipeline, which ends with PPO; run `rlhf-train dpo`",
+    ),
     _worker_rule("ppo", "minibatch_size"),
     *_model_rules("prompt_data"),
     Rule(

@@ -30,6 +30,7 @@ SECONDS = 120  # after which a child is given up
 
 TESTS = {
     "advantages": "advantages group_baselines",
+    "losses": "losses policy_losses",
     "kernels.compiled_ops": "accelerate",
     "models.attention": "fused_attention gpt2",
     "models.decode_state": "decoding",
@@ -98,9 +99,9 @@ MUTANTS = [
     ),
     *mutants(
         "policy_losses",
-        ("cispo: weight differentiated", "-clipped.detach() * advantages", "-clipped * advantages"),
-        ("cispo: weight not clipped", "-clipped.detach() * advantages", "-ratio.detach() * advantages"),
-        ("cispo: sign", "-clipped.detach() * advantages", "clipped.detach() * advantages"),
+        ("cispo: weight differentiated", "log_ratio = log_probs.detach() -", "log_ratio = log_probs -"),
+        ("cispo: weight not clipped", "-clipped * advantages", "-ratio * advantages"),
+        ("cispo: sign", "-clipped * advantages", "clipped * advantages"),
         ("cispo: old policy's gradient", "* advantages * log_probs, mask", "* advantages * old_log_probs, mask"),
         (
             "cispo: ratio inverted",
