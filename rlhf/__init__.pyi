@@ -3,14 +3,21 @@ from . import train as train
 from . import tree as tree
 from .advantages import gae as gae
 from .advantages import gae_loop as gae_loop
+from .advantages import returns_to_go as returns_to_go
 from .advantages import token_rewards as token_rewards
+from .best_of_n_sampling import best_of_n as best_of_n
+from .best_of_n_sampling import bon_kl_bound as bon_kl_bound
 from .distributed.parameter_server import ParameterServer as ParameterServer
+from .ensembles import combine_scores as combine_scores
 from .experience import Experience as Experience
 from .experience import make_experience as make_experience
 from .experience import postprocess_scores as postprocess_scores
+from .group_baselines import equal_groups as equal_groups
+from .group_baselines import group_advantages as group_advantages
 from .io.model_folder import load_model as load_model
 from .kl import adaptive_kl_coef as adaptive_kl_coef
 from .kl import exact_kl as exact_kl
+from .kl import importance_weighted_kl as importance_weighted_kl
 from .kl import kl_estimate as kl_estimate
 from .losses import ppo_policy_loss as ppo_policy_loss
 from .losses import ppo_value_loss as ppo_value_loss
@@ -40,6 +47,11 @@ from .optim import AdamState as AdamState
 from .optim import Optimizer as Optimizer
 from .optim import adamw as adamw
 from .optim import clip_by_global_norm as clip_by_global_norm
+from .policy_losses import cispo_loss as cispo_loss
+from .policy_losses import gspo_loss as gspo_loss
+from .preference_losses import dpo_loss as dpo_loss
+from .preference_losses import ipo_loss as ipo_loss
+from .preference_losses import sequence_log_ratio as sequence_log_ratio
 from .sampling import filter_logits as filter_logits
 from .sampling import sample_token as sample_token
 from .schedules import constant_schedule as constant_schedule
@@ -52,5 +64,6 @@ from .statistics import mean_interval as mean_interval
 from .statistics import preference_metrics as preference_metrics
 from .statistics import reliability as reliability
 from .statistics import token_repetition as token_repetition
+from .weighting import loss_weights as loss_weights
 
 __version__: str

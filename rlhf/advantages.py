@@ -49,6 +49,34 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float | 
     return penalties + torch.where(last, upcast(scores).unsqueeze(-1), 0.0)
 
 
+def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float | Tensor = 1.0) -> Tensor:
+    """Return the discounted sum of the rewards from each token on.
+
+        G_t = sum_l gamma^l r_{t+l}
+
+    Whitened over the batch (`rlhf.ops.whiten`), with the KL in the rewards, it is the advantage of REINFORCE++.
+
+    Source: Hu 2025, "REINFORCE++", section 3, https://arxiv.org/abs/2501.03262.
+
+    Args:
+        rewards: [..., T] float (`token_rewards`); differentiated.
+        mask: [..., T] bool, True on each row's tokens.
+        gamma: discount per token, in [0, 1].
+
+    Returns:
+        [..., T] reward units, 0 where the mask is False.
+
+    Raises:
+        ValueError: shapes differ, or gamma is outside [0, 1].
+        TypeError: mask is not bool.
+
+    Example:
+        >>> returns_to_go(torch.tensor([1.0, 2.0]), torch.tensor([True, True]), gamma=0.5)
+        tensor([2., 2.])
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,

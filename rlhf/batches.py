@@ -51,6 +51,26 @@ class PairBatch(NamedTuple):
     """[B] bool: False on padding."""
 
 
+class CompletionPairBatch(NamedTuple):
+    """Preference pairs whose completions have their log-probs compared; sequence 2i is chosen, 2i + 1 rejected."""
+
+    rows: Rows
+    predictors: Tensor
+    """[C] int64: the position that predicts each completion token."""
+    targets: Tensor
+    """[C] int64: the completion tokens."""
+    sequences: Tensor
+    """[C] int64: the sequence that each token belongs to."""
+    token_mask: Tensor
+    """[C] bool: False on padding."""
+    ref_chosen: Tensor
+    """[B] float32, nats: log-prob of the chosen completion under the reference."""
+    ref_rejected: Tensor
+    """[B] float32, nats: of the rejected one."""
+    mask: Tensor
+    """[B] bool: False on padding."""
+
+
 class PromptBatch(NamedTuple):
     """Prompts to complete."""
 
@@ -100,3 +120,7 @@ class PPOBatch(NamedTuple):
     """[C] float32, reward units; zeros without a critic."""
     kl_coef: Tensor
     """[] float32: weight of the KL where it is part of the loss."""
+    weights: Tensor
+    """[C] float32: weight of each token in the policy's loss (`rlhf.weighting.loss_weights`)."""
+    sequences: Tensor
+    """[C] int64: the completion that a token belongs to, from 0 in the micro-batch."""

@@ -22,11 +22,13 @@ from rlhf.ranges import (
     ThreadCount,
     UnitInterval,
 )
-from rlhf.stage_config import OptimizerConfig, PPOConfig, RewardConfig, SFTConfig, SupervisedConfig
+from rlhf.stage_config import DPOConfig, OptimizerConfig, PPOConfig, RewardConfig, SFTConfig, SupervisedConfig
 
 __all__ = [
     "CheckpointConfig",
     "ComputeConfig",
+    "DPOConfig",
+    "DPORun",
     "DistConfig",
     "LogConfig",
     "ModelConfig",
@@ -203,6 +205,17 @@ class RewardRun(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPORun(RunConfig):
+    """Settings of rlhf-train dpo."""
+
+    preference_data: Path | None = None
+    """JSON list or JSON Lines of {"prompt", "chosen", "rejected"}. If None, the embedded example is used."""
+    preference_val_data: Path | None = None
+    """Validation file. If None, dpo.val_fraction of the records is held out."""
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PPORun(RunConfig):
     """Settings of rlhf-train ppo."""
 
@@ -212,7 +225,7 @@ class PPORun(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineRun(SFTRun, RewardRun, PPORun):
+class PipelineRun(SFTRun, RewardRun, DPORun, PPORun):
     """Settings of rlhf-train pipeline, which runs the three stages in order."""
 
     start_at: Literal["sft", "reward", "ppo"] = "sft"

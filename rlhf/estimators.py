@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rlhf.advantages import gae
+from rlhf.advantages import gae, returns_to_go
+from rlhf.group_baselines import Baseline, Scale, group_advantages
 
 
 class RewardedCompletions(NamedTuple):
@@ -59,6 +60,8 @@ class Estimator(NamedTuple):
     """Pure; its results at masked positions are ignored."""
     needs_critic: bool
     """True if it reads values and returns their targets; if False, the run has no critic."""
+    whiten: bool = True
+    """Whether a run whitens its advantages, unless told otherwise. False where their size is part of the method."""
 
 
 def _gae(completions: RewardedCompletions) -> AdvantageEstimate:
@@ -77,7 +80,34 @@ def _gae(completions: RewardedCompletions) -> AdvantageEstimate:
 GAE = Estimator("gae", _gae, needs_critic=True)
 """Generalised advantage estimation (`rlhf.advantages.gae`)."""
 
-ESTIMATORS = {GAE.name: GAE}
+
+def _from_groups(baseline: Baseline, scale: Scale) -> Callable[[RewardedCompletions], AdvantageEstimate]:
+    """Return an estimator that gives every token of a completion the completion's advantage."""
+
+    def estimate(completions: RewardedCompletions) -> AdvantageEstimate:
+        if completions.groups is None:
+            raise ValueError("group estimator: groups is None, expected the prompt of each completion")
+        returns = completions.rewards.sum(dim=-1)
+        advantages = group_advantages(returns, completions.groups, baseline=baseline, scale=scale)
+        return AdvantageEstimate(advantages.unsqueeze(-1).expand(completions.mask.shape))
+
+    return estimate
+
+
+def _returns_to_go(completions: RewardedCompletions) -> AdvantageEstimate:
+    return AdvantageEstimate(returns_to_go(completions.rewards, completions.mask, gamma=completions.gamma))
+
+
+RLOO = Estimator("rloo", _from_groups("leave_one_out", "none"), needs_critic=False, whiten=False)
+"""Score minus the mean of the group's others, Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740."""
+GRPO = Estimator("grpo", _from_groups("mean", "group_std"), needs_critic=False, whiten=False)
+"""Score standardised within the group, Shao et al. 2024, https://arxiv.org/abs/2402.03300."""
+DR_GRPO = Estimator("dr-grpo", _from_groups("mean", "none"), needs_critic=False, whiten=False)
+"""Score minus the group's mean, Liu et al. 2025, https://arxiv.org/abs/2503.20783."""
+REINFORCE_PLUS_PLUS = Estimator("reinforce++", _returns_to_go, needs_critic=False)
+"""Return to go, whitened over the batch's tokens, Hu 2025, https://arxiv.org/abs/2501.03262."""
+
+ESTIMATORS = {estimator.name: estimator for estimator in (GAE, RLOO, GRPO, DR_GRPO, REINFORCE_PLUS_PLUS)}
 """Estimators by name."""
 
 

@@ -43,8 +43,13 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: KLEstima
 
         d  = log_probs - ref_log_probs
         k1 = d                    unbiased, may be negative
-        k2 = d^2 / 2              biased, its gradient is the KL's own
+        k2 = d^2 / 2              biased
         k3 = exp(-d) - 1 + d      unbiased, never negative
+
+    As estimates of the KL, k1 and k3 are right on average. As losses, what counts is the mean of their gradients over
+    samples of the policy: that of k1 is 0, that of k2 is the gradient of KL(policy || reference), and that of k3 is the
+    gradient of KL(reference || policy), the other direction. All three are wrong once the policy has moved away from
+    the one that sampled; `importance_weighted_kl` has the gradient of KL(policy || reference) there, too.
 
     Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. Where -d is above
     `MAX_LOG_RATIO`, k3's exp is continued by its tangent (`ratio_of`).
@@ -73,6 +78,42 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: KLEstima
     if estimator == "k3":
         return torch.expm1((-difference).clamp(max=MAX_LOG_RATIO)) + _beyond(-difference) + difference
     raise ValueError(f"kl_estimate: estimator is {estimator!r}, expected one of k1, k2, k3")
+
+
+def importance_weighted_kl(
+    log_probs: Tensor, *, old_log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEstimator = "k3"
+) -> Tensor:
+    """Estimate KL(policy || reference) per token from tokens that an older policy sampled, gradient included.
+
+        r k,   r = exp(log_probs - old_log_probs),   k as `kl_estimate`
+
+    Its mean over tokens of the older policy is that of k over tokens of the policy, whatever the policy is. So with k1
+    and k3 its mean is the KL, and the mean of its gradient is the gradient of the KL; with k2 neither is. It is per
+    token, in states that the older policy visited.
+
+    Source: importance sampling of Schulman's estimators; k3 is used so by DeepSeek-AI 2025, "DeepSeek-V3.2", section
+    3.1, https://arxiv.org/abs/2512.02556.
+
+    Args:
+        log_probs: [...] float, nats, policy; differentiated.
+        old_log_probs: [...] float, nats, policy that sampled; constant.
+        ref_log_probs: [...] float, nats, reference; constant.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        [...] float32 (float64 for float64 inputs), nats.
+
+    Raises:
+        ValueError: shapes differ, or the estimator is unknown.
+
+    Example:
+        >>> log_probs, ref_log_probs = torch.tensor([-1.0]), torch.tensor([-3.0])
+        >>> importance_weighted_kl(log_probs, old_log_probs=log_probs, ref_log_probs=ref_log_probs, estimator="k1")
+        tensor([2.])
+    """
+    check_same_shape("importance_weighted_kl", log_probs=log_probs, old_log_probs=old_log_probs)
+    ratio = ratio_of(upcast(log_probs) - upcast(old_log_probs.detach()))
+    return ratio * kl_estimate(log_probs, ref_log_probs.detach(), estimator=estimator)
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:

@@ -56,7 +56,7 @@ def sft_loss(log_probs: Tensor, *, mask: Tensor, weights: Tensor | None = None) 
         (tensor(3.), tensor(2))
     """
     check_mask("sft_loss", mask, log_probs=log_probs)
-    loss = -_weighted_sum("sft_loss", torch.where(mask, upcast(log_probs), 0.0), mask, weights)
+    loss = -weighted_sum("sft_loss", torch.where(mask, upcast(log_probs), 0.0), mask, weights)
     return loss, {"loss/sft": loss.detach(), "count": mask.sum()}
 
 
@@ -108,7 +108,7 @@ def reward_loss(
         check_same_shape("reward_loss", chosen_scores=chosen_scores, margin=margin)
         required = difference - torch.where(mask, _constant(margin), 0.0)
     per_pair = -F.logsigmoid(required) + centre_coef * (chosen + rejected).square()
-    loss = _weighted_sum("reward_loss", torch.where(mask, per_pair, 0.0), mask, weights)
+    loss = weighted_sum("reward_loss", torch.where(mask, per_pair, 0.0), mask, weights)
     correct = (difference > 0).float() + 0.5 * (difference == 0).float()
     return loss, {
         "loss/reward": loss.detach(),
@@ -126,18 +126,21 @@ def ppo_policy_loss(
     mask: Tensor,
     weights: Tensor | None = None,
     clip_eps: float | Tensor = 0.2,
+    clip_eps_high: float | Tensor | None = None,
     dual_clip: float | Tensor | None = None,
 ) -> tuple[Tensor, MetricSums]:
     """Return the clipped surrogate policy loss.
 
-        L = - sum_t w_t m_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t),   r_t = exp(log_probs_t - old_log_probs_t)
+        L = - sum_t w_t m_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps_high) A_t)
+        r_t = exp(log_probs_t - old_log_probs_t)
         with dual_clip c, where A_t < 0:  - max(min(...), c A_t)
 
     Above `rlhf.kl.MAX_LOG_RATIO` exp is continued by its tangent (`rlhf.kl.ratio_of`): loss and gradient are finite at
     any finite log-ratio, and the gradient is 0 exactly where the clip, or dual clip, binds.
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7, https://arxiv.org/abs/1707.06347;
-    dual clip: Ye et al. 2020, eq. 5, https://arxiv.org/abs/1912.09729. Advantages are used as given.
+    dual clip: Ye et al. 2020, eq. 5, https://arxiv.org/abs/1912.09729; clip-higher: Yu et al. 2025, "DAPO", eq. 10,
+    https://arxiv.org/abs/2503.14476. Advantages are used as given.
 
     Args:
         log_probs: [...] float, nats, current policy; the only differentiated input.
@@ -146,6 +149,7 @@ def ppo_policy_loss(
         mask: [...] bool, True where the token counts.
         weights: broadcast to [...]; constant; None is 1.
         clip_eps: dimensionless, above 0.
+        clip_eps_high: above 0; the upper one of the two, where they differ; None is `clip_eps`.
         dual_clip: None, or above 1: bounds the loss of a bad token whose ratio has exploded.
 
     Returns:
@@ -154,7 +158,7 @@ def ppo_policy_loss(
             `policy/approxkl_avg` (nats: half the squared log-ratio, as TRL), `val/ratio`, `count` (tokens).
 
     Raises:
-        ValueError: shapes differ, or clip_eps or dual_clip is out of range.
+        ValueError: shapes differ, or clip_eps, clip_eps_high or dual_clip is out of range.
         TypeError: mask is not bool.
 
     Example:
@@ -165,17 +169,16 @@ def ppo_policy_loss(
         (tensor(2.), tensor(2.))
     """
     check_mask("ppo_policy_loss", mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    check_value("ppo_policy_loss", clip_eps > 0, "above 0", clip_eps=clip_eps)
     check_value("ppo_policy_loss", dual_clip is None or dual_clip > 1, "None or above 1", dual_clip=dual_clip)
     log_ratio = torch.where(mask, upcast(log_probs), 0.0) - torch.where(mask, _constant(old_log_probs), 0.0)
     advantages = torch.where(mask, _constant(advantages), 0.0)
     ratio = ratio_of(log_ratio)
     unclipped = -ratio * advantages
-    clipped = -torch.clamp(ratio, 1.0 - clip_eps, 1.0 + clip_eps) * advantages  # type: ignore[arg-type]
+    clipped = -clip_ratio("ppo_policy_loss", ratio, clip_eps, clip_eps_high) * advantages
     per_token = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)
-    loss = _weighted_sum("ppo_policy_loss", per_token, mask, weights)
+    loss = weighted_sum("ppo_policy_loss", per_token, mask, weights)
     return loss, {
         "loss/policy_avg": loss.detach(),
         "policy/clipfrac_avg": (clipped > unclipped).float().sum(),
@@ -230,7 +233,7 @@ def ppo_value_loss(
     )
     within = torch.clamp(values, old_values - value_clip_eps, old_values + value_clip_eps)
     unclipped, clipped = (values - returns).square(), (within - returns).square()
-    loss = 0.5 * _weighted_sum("ppo_value_loss", torch.maximum(unclipped, clipped), mask, weights)
+    loss = 0.5 * weighted_sum("ppo_value_loss", torch.maximum(unclipped, clipped), mask, weights)
     return loss, {
         "loss/value_avg": loss.detach(),
         "val/clipfrac_avg": (clipped > unclipped).float().sum(),
@@ -238,8 +241,32 @@ def ppo_value_loss(
     }
 
 
-def _weighted_sum(function: str, per_entry: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the weighted sum of entries that are 0 where the mask is False."""
+def clip_ratio(function: str, ratio: Tensor, clip_eps: float | Tensor, clip_eps_high: float | Tensor | None) -> Tensor:
+    """Return clip(ratio, 1 - clip_eps, 1 + clip_eps_high); the upper is `clip_eps` if it is None.
+
+    Raises:
+        ValueError: `function` got one that is not positive.
+
+    Example:
+        >>> clip_ratio("example", torch.tensor([0.5, 1.0, 2.0]), 0.2, 0.3)
+        tensor([0.8000, 1.0000, 1.3000])
+    """
+    check_value(function, clip_eps > 0, "above 0", clip_eps=clip_eps)
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    check_value(function, high > 0, "above 0", clip_eps_high=high)
+    return ratio.clamp(min=1.0 - clip_eps).clamp(max=1.0 + high)
+
+
+def weighted_sum(function: str, per_entry: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the weighted sum of entries that are 0 where the mask is False; the weights are constant.
+
+    Raises:
+        ValueError: `function` got weights that do not broadcast to the mask.
+
+    Example:
+        >>> weighted_sum("example", torch.tensor([1.0, 2.0]), torch.tensor([True, True]), torch.tensor(0.5))
+        tensor(1.5000)
+    """
     if weights is None:
         return per_entry.sum()
     got, shape = tuple(weights.shape), tuple(mask.shape)

@@ -7,42 +7,11 @@ metric that is not registered is shown by its key.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-Direction = Literal["up", "down", "none"]
+from rlhf.metric_record import Metric
 
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A metric, or (key with a final `/`) all metrics of that prefix; `{}` in its texts stands for the rest."""
-
-    key: str
-    label: str
-    """Name on the page and in plots."""
-    unit: str = ""
-    """Unit; the page shows a unit that begins with `share` in per cent."""
-    direction: Direction = "none"
-    """Direction of better values; `none` if neither is better."""
-    chart: str = ""
-    """Chart of `rlhf.monitor.charts`, or the title of a new one; if empty, a chart with this metric only."""
-    meaning: str = ""
-    good: str = ""
-    """Expected course of a good run."""
-    short: str = ""
-    """Name in the terminal, at most 16 columns; if empty, the metric is not shown there."""
-    row: str = ""
-    """Name in evaluation tables, if it differs from the label."""
-    low: float | None = None
-    high: float | None = None
-    """Bounds of the possible values; None if unbounded."""
-    signed: bool = False
-    """Evaluation tables show the sign of positive values."""
-    headline: bool = False
-    """Shown among the key figures of the page's overview."""
-    checks: tuple[str, ...] = ()
-    """Names of the health checks (`rlhf.monitor.health.CHECKS`) that judge it."""
-
+__all__ = ["METRICS", "Metric", "describe", "in_order", "is_registered", "register"]
 
 # fmt: off
 _TABLE = (
@@ -116,6 +85,32 @@ _TABLE = (
            "length-correlation", "The same on records that were trained on.", "Near 0.", low=-1, high=1),
     Metric("eval/reward/pairs", "Held-out pairs", "pairs", meaning="Number of pairs that are held out.",
            good="Some hundreds: with 100, the accuracy of a coin is between 0.4 and 0.6.", low=0),
+    # DPO
+    Metric("loss/dpo", "Loss, training", "nats per pair", "down", "preference-loss",
+           "Minus log sigmoid of the implicit rewards' margin. log 2 = 0.69 is the reference.", "Falls below 0.69.",
+           short="loss", low=0, headline=True),
+    Metric("eval/loss/dpo", "Loss, held-out", "nats per pair", "down", "preference-loss",
+           "The same on held-out pairs.", "Falls. Rising while the training loss falls: over-fitting.", low=0),
+    Metric("loss/ipo", "Loss, training", "squared nats per pair", "down", "preference-loss",
+           "Squared distance of the difference of log-ratios from 1 / (2 beta).", "Falls.", short="loss", low=0),
+    Metric("eval/loss/ipo", "Loss, held-out", "squared nats per pair", "down", "preference-loss",
+           "The same on held-out pairs.", "Falls.", low=0),
+    Metric("rewards/accuracies", "Accuracy of implicit rewards, this batch", "share of pairs", "up",
+           "preference-accuracy", "Pairs whose chosen completion has the higher implicit reward, beta times the "
+           "log-ratio to the reference.", "Rises from 0.5.", short="accuracy", low=0, high=1),
+    Metric("eval/rewards/accuracies", "Accuracy of implicit rewards, held-out", "share of pairs", "up",
+           "preference-accuracy", "The same on held-out pairs.", "Rises from 0.5.",
+           short="held-out acc.", low=0, high=1, headline=True),
+    Metric("rewards/margins", "Margin of implicit rewards", "reward units", "up", "implicit-rewards",
+           "Implicit reward of the chosen minus that of the rejected completion.", "Rises from 0.", short="margin"),
+    Metric("rewards/chosen", "Implicit reward, chosen", "reward units", "none", "implicit-rewards",
+           "Beta times the log-ratio of the chosen completion.",
+           "Around 0. Far below: the policy also loses what was chosen."),
+    Metric("rewards/rejected", "Implicit reward, rejected", "reward units", "none", "implicit-rewards",
+           "Beta times the log-ratio of the rejected completion.", "Falls."),
+    *(Metric(f"eval/rewards/{name}", f"Implicit rewards, {name}, held-out", "reward units", direction,
+             "held-out-implicit-rewards", "The same on held-out pairs.", "As in training.")
+      for name, direction in (("margins", "up"), ("chosen", "none"), ("rejected", "none"))),
     # PPO, the most telling first
     Metric("objective/scores", "Score", "reward units per completion", "up", "score",
            "Mean reward of the completions, as PPO is rewarded: normalised, clipped, with the penalty for completions "
@@ -133,6 +128,10 @@ _TABLE = (
            "Distance of the policy from the reference, summed over each completion's tokens and estimated from "
            "them.", "0 at first, then a slow rise to a few nats. Clearly negative or growing without end: look at "
            "kl_coef and the learning rate.", short="KL, nats", headline=True, checks=("negative-kl", "kl-explosion")),
+    Metric("objective/equal_groups", "Groups of equal scores", "share of completions", "down", "equal-groups",
+           "Completions of prompts whose scores are all equal: a group estimator learns nothing from them.",
+           "Well below 1. Near 1: the prompts are too easy, too hard, or the reward is too coarse.",
+           short="equal groups", low=0, high=1),
     Metric("response_length/mean", "Length", "tokens per completion", "none", "length",
            "Tokens of a completion, its end-of-text included.", "Steady, or drifting for a reason. A steady climb "
            "with the score often means that the reward likes long answers.",

@@ -94,6 +94,24 @@ class RewardConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPOConfig(SupervisedConfig):
+    """Direct preference optimisation on preference pairs."""
+
+    epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
+    """Number of passes over the training split; may be fractional."""
+    learning_rate: NonNegativeFloat = 1e-4
+    """Peak learning rate, reached after the warm-up."""
+    beta: PositiveFloat = 0.1
+    """Coefficient of the KL to the reference, in reward units per nat; the tau of IPO."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss: sigmoid (DPO) or ipo."""
+    label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
+    """Probability that a label is wrong, in the sigmoid loss."""
+    model_path: Path | None = None
+    """Model folder that initialises the policy, and is the reference. If None, OUTPUT_DIR/sft."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig(OptimizerConfig):
     """PPO with a KL penalty to a reference model."""
 
@@ -160,19 +178,35 @@ class PPOConfig(OptimizerConfig):
     """Update the reference after each iteration: reference = ref_ema * reference + (1 - ref_ema) * policy. If None, the
     reference is fixed."""
 
+    kl_importance_weighting: bool = False
+    """Weigh the KL in the loss by the probability ratio: its gradient is then that of KL(policy || reference), with k1
+    and k3, also in the later updates of an iteration."""
+
     estimator: str = "gae"
-    """Advantage estimator: gae (generalised advantage estimation), or another one registered in `rlhf.estimators`."""
+    """Advantage estimator: gae (generalised advantage estimation, with a critic), rloo, grpo, dr-grpo, reinforce++, one
+    registered in `rlhf.estimators`, or a Python function `module:function` or `file.py:function`."""
+    drop_equal_groups: bool = False
+    """Leave out of the updates the completions of prompts whose scores are all equal."""
     gamma: UnitInterval = 1.0
     """Discount factor per token."""
     lam: UnitInterval = 0.95
     """Lambda parameter of generalised advantage estimation."""
     bootstrap_truncated: bool = False
     """Bootstrap from the critic's value if a completion was cut at max_new_tokens. Otherwise it is treated as ended."""
-    whiten_advantages: bool = True
-    """Whiten advantages to zero mean and unit variance over the whole batch."""
+    whiten_advantages: bool | None = None
+    """Whiten advantages to zero mean and unit variance over the whole batch. If None, as the estimator does: gae and
+    reinforce++ whiten, rloo, grpo and dr-grpo do not."""
 
+    loss: str = "ppo"
+    """Policy loss: ppo (clipped surrogate), cispo (clipped weights), gspo (ratios of whole completions, which need a
+    clip_eps of about 3e-4), or a Python function `module:function` or `file.py:function` like them."""
+    loss_per: Literal["token", "sequence", "constant"] = "token"
+    """Mean of the policy's loss over an update: over all tokens; over completions of the mean over their tokens; or
+    over completions of the sum over their tokens divided by max_new_tokens."""
     clip_eps: Annotated[float, Interval(gt=0, lt=1)] = 0.2
     """Clip the probability ratio to [1 - clip_eps, 1 + clip_eps]."""
+    clip_eps_high: PositiveFloatOrInf | None = None
+    """Clip the probability ratio to [1 - clip_eps, 1 + clip_eps_high]. If None, clip_eps."""
     dual_clip: Annotated[float, Gt(1), Lt(math.inf)] | None = None
     """Upper bound of the loss of tokens with negative advantage, in units of the advantage. If None, no bound."""
     value_clip_eps: PositiveFloatOrInf = 0.2
@@ -184,9 +218,11 @@ class PPOConfig(OptimizerConfig):
     target_kl: PositiveFloat | None = None
     """Approximate KL of a minibatch, in nats per token, above which updates stop early; kl_target adapts kl_coef."""
 
-    critic: Literal["none", "shared", "separate"] = "separate"
+    critic: Literal["none", "shared", "separate"] | None = None
     """Value function: none, a head on the policy (shared), or a separate model, initialised from the reward model if
-    there is one."""
+    there is one. If None, separate for estimators that read values, and none for the others."""
+    critic_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the value function, with the schedule of learning_rate. If None, learning_rate."""
     critic_warmup: NonNegativeInt = 0
     """Number of initial iterations that train only the value function; less than num_iterations."""
     recompute_log_probs: bool | None = None
@@ -216,10 +252,12 @@ class PPOConfig(OptimizerConfig):
                 raise ValueError(f"{name} must be at most {expression} = {maximum}, got {value}")
         if self.kl_adaptive and self.kl_horizon < total:
             raise ValueError(f"kl_horizon must be at least an iteration's {total} completions, got {self.kl_horizon:g}")
-        if self.kl_in_loss and self.kl_estimator == "k1":
+        if self.kl_in_loss and self.kl_estimator == "k1" and not self.kl_importance_weighting:
             raise ValueError(
                 "kl_estimator must be k2, k3 or exact with kl_in_loss, got k1: its gradient is 0 on average"
             )
+        if self.critic_learning_rate is not None and self.learning_rate == 0:
+            raise ValueError("critic_learning_rate must be None with a learning_rate of 0, of which it is a multiple")
         if not self.kl_in_loss and self.kl_estimator == "exact":
             raise ValueError(
                 "kl_estimator must be k1, k2 or k3 without kl_in_loss, got exact, which does not depend on the token "

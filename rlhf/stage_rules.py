@@ -1,9 +1,10 @@
 """Rules for the settings of the training stages, as `rlhf.stage_config` has them. Importing it imports no torch."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf.config import PPOConfig
+from rlhf.config import DPOConfig, PPOConfig
 from rlhf.setting_rules import Rule, flag_of
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
@@ -81,6 +82,23 @@ REWARD_RULES = (
     ),
 )
 
+DPO_RULES = (
+    _NO_SAMPLES,
+    _worker_rule("dpo", "batch_size", rows=2),
+    *_model_rules("preference_data"),
+    Rule(
+        ("dpo.val_fraction",),
+        lambda config: config.preference_val_data is not None,
+        "has no effect with --preference-val-data",
+    ),
+    Rule(
+        ("dpo.label_smoothing",),
+        lambda config: config.dpo.loss == "ipo",
+        "is of --dpo.loss sigmoid alone; drop one of the two",
+        refused=True,
+    ),
+)
+
 
 def _updates_once(ppo: PPOConfig) -> bool:
     """Return whether an iteration makes a single update, in which every ratio is 1."""
@@ -96,13 +114,14 @@ def _has_no_warmup_step(ppo: PPOConfig) -> bool:
 def _is_registered(config: Any) -> bool:
     from rlhf.estimators import ESTIMATORS  # which imports torch
 
-    return config.ppo.estimator in ESTIMATORS
+    return config.ppo.estimator in ESTIMATORS or ":" in config.ppo.estimator
 
 
 def _needs_critic(config: Any) -> bool:
     from rlhf.estimators import ESTIMATORS
 
-    return _is_registered(config) and ESTIMATORS[config.ppo.estimator].needs_critic
+    estimator = ESTIMATORS.get(config.ppo.estimator)
+    return estimator is not None and estimator.needs_critic
 
 
 def _estimators(needs_critic: Sequence[bool]) -> str:
@@ -113,10 +132,25 @@ def _estimators(needs_critic: Sequence[bool]) -> str:
 
 
 def _has_no_critic(config: Any) -> bool:
-    return bool(config.ppo.critic == "none")
+    return bool(config.ppo.critic == "none" or (config.ppo.critic is None and not _needs_critic(config)))
+
+
+def _compares_groups(config: Any) -> bool:
+    return config.ppo.estimator in ("rloo", "grpo", "dr-grpo")
+
+
+def _knows_loss(config: Any) -> bool:
+    from rlhf.policy_losses import POLICY_LOSSES
+
+    return config.ppo.loss in POLICY_LOSSES or ":" in config.ppo.loss
 
 
 PPO_RULES = (
+    Rule(
+        tuple(f"dpo.{spec.name}" for spec in dataclasses.fields(DPOConfig)),
+        lambda config: True,
+        "has no effect in the pipeline, which ends with PPO; run `rlhf-train dpo`",
+    ),
     _worker_rule("ppo", "minibatch_size"),
     *_model_rules("prompt_data"),
     Rule(
@@ -152,7 +186,39 @@ PPO_RULES = (
     Rule(
         ("ppo.estimator",),
         lambda config: not _is_registered(config),
-        lambda config: f"there is no such estimator; there are: {_estimators((True, False))}",
+        lambda config: (
+            f"there is no such estimator; there are: {_estimators((True, False))}, module:function, file.py:function"
+        ),
+        refused=True,
+    ),
+    Rule(
+        ("ppo.loss",),
+        lambda config: not _knows_loss(config),
+        "there is no such loss; there are: ppo, cispo, gspo, module:function, file.py:function",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.dual_clip",),
+        lambda config: config.ppo.loss != "ppo",
+        "is of --ppo.loss ppo alone; drop one of the two",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.estimator",),
+        lambda config: _compares_groups(config) and config.ppo.samples_per_prompt < 2,
+        "compares the completions of a prompt, of which there is 1; raise --ppo.samples-per-prompt, for example to 4",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.drop_equal_groups",),
+        lambda config: config.ppo.samples_per_prompt < 2,
+        "leaves no completion to learn from: every prompt has 1; raise --ppo.samples-per-prompt",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.kl_importance_weighting",),
+        lambda config: not config.ppo.kl_in_loss or config.ppo.kl_estimator == "exact",
+        "has no effect without --ppo.kl-in-loss and an estimator k1, k2 or k3",
         refused=True,
     ),
     Rule(
@@ -165,18 +231,25 @@ PPO_RULES = (
         refused=True,
     ),
     Rule(
-        ("ppo.estimator",),
+        ("ppo.critic",),
         lambda config: not _has_no_critic(config) and not _needs_critic(config),
-        "reads no values, which a critic would learn in vain; add --ppo.critic none",
+        lambda config: (
+            f"the estimator {config.ppo.estimator} reads no values, which a critic would learn in vain; leave it out"
+        ),
         refused=True,
     ),
     Rule(
         ("ppo.critic_warmup", "ppo.bootstrap_truncated"),
         _has_no_critic,
-        "asks for values, of which --ppo.critic none has none; drop one of the two",
+        lambda config: f"asks for values, of which the estimator {config.ppo.estimator} has none; drop it",
         refused=True,
     ),
-    Rule(("ppo.value_coef", "ppo.value_clip_eps", "ppo.lam"), _has_no_critic, "has no effect with --ppo.critic none"),
+    Rule(
+        ("ppo.value_coef", "ppo.value_clip_eps", "ppo.lam", "ppo.critic_learning_rate"),
+        _has_no_critic,
+        lambda config: f"has no effect with the estimator {config.ppo.estimator}, which has no critic",
+    ),
+    Rule(("ppo.gamma",), _compares_groups, "has no effect on the scores of whole completions"),
     Rule(("ppo.top_p",), lambda config: config.ppo.top_k == 1, "has no effect with --ppo.top-k 1"),
     Rule(
         ("ppo.normalize_reward",),

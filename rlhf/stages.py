@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig, SFTRun
+from rlhf.config import DPORun, PipelineRun, PPORun, RewardRun, RunConfig, SFTRun
 from rlhf.setting_rules import COMPUTE_RULES, Rule, check_rules
-from rlhf.stage_rules import PPO_RULES, REWARD_RULES, SFT_RULES
+from rlhf.stage_rules import DPO_RULES, PPO_RULES, REWARD_RULES, SFT_RULES
 
 
 class StageResult(NamedTuple):
@@ -92,12 +92,13 @@ STAGES: dict[str, Stage] = {}
 
 
 def register(stage: Stage) -> None:
-    """Add a stage to the end of the table.
+    """Add a stage to the end of the table. Two stages may write one folder, unless the pipeline runs both.
 
     Raises:
         ValueError: the name or folder is taken, or the configuration has no section of that name.
     """
-    if stage.name in STAGES or stage.folder in [other.folder for other in STAGES.values()]:
+    rivals = [other for other in STAGES.values() if other.in_pipeline and stage.in_pipeline]
+    if stage.name in STAGES or stage.folder in [other.folder for other in rivals]:
         raise ValueError(f"register: the name {stage.name!r} or the folder {stage.folder!r} is taken by another stage")
     if stage.name not in {spec.name for spec in dataclasses.fields(stage.config)}:
         raise ValueError(
@@ -153,12 +154,35 @@ register(
         folder="policy",
         data="prompt_data",
         schema="prompts",
-        files={"prompt_data": "data", "ppo.model_path": "model", "ppo.reward": "sources"},
+        files={
+            "prompt_data": "data",
+            "ppo.model_path": "model",
+            "ppo.reward": "sources",
+            "ppo.estimator": "estimator",
+            "ppo.loss": "loss",
+        },
         sources={"sft": "ppo.model_path", "reward": "ppo.reward"},
         rules=PPO_RULES,
         unit="iteration",
         checkpoint_every=10,
         shown=("objective/scores", "objective/kl", "response_length/mean"),
+    )
+)
+register(
+    Stage(
+        name="dpo",
+        title="DPO",
+        help="Direct preference optimisation on preference pairs, from the SFT model.",
+        config=DPORun,
+        program="rlhf.train.dpo:PROGRAM",
+        folder="policy",
+        data="preference_data",
+        schema="preference pairs",
+        files={"preference_data": "data", "preference_val_data": "validation", "dpo.model_path": "model"},
+        sources={"sft": "dpo.model_path"},
+        rules=DPO_RULES,
+        shown=("rewards/accuracies", "eval/rewards/accuracies"),
+        in_pipeline=False,
     )
 )
 

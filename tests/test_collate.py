@@ -264,12 +264,16 @@ def test_ppo_batch_gathers_each_tokens_own_numbers():
     names = ("old_log_probs", "ref_log_probs", "old_values", "advantages", "returns")
     arrays = dict(zip(names, map(array, range(0, 500, 100)), strict=True))
     packs = packs_of([8, 1, 10, 3, 4])
-    batches = [ppo_batch(pack, **arrays, kl_coef=0.3) for pack in packs]
+    weights = torch.arange(COUNT) / 3.0
+    batches = [ppo_batch(pack, **arrays, kl_coef=0.3, weights=weights) for pack in packs]
     for pack, batch in zip(packs, batches, strict=True):
         for name in ("rows", "predictors", "targets", "mask"):
             assert getattr(batch, name) is getattr(pack.batch, name)
         assert batch.kl_coef.shape == ()
         assert float(batch.kl_coef) == pytest.approx(0.3)
+        owners = [cell // STEPS for cell in pack.cells.tolist()]
+        assert batch.weights.tolist() == weights[owners].tolist()
+        assert [int(pack.sequences[number]) for number in batch.sequences] == owners
         for name, values in arrays.items():
             expected = [values[divmod(cell, STEPS)] for cell in pack.cells.tolist()]
             assert torch.equal(getattr(batch, name), torch.stack(expected))

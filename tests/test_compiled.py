@@ -104,7 +104,7 @@ def ppo_batches(config):
     arrays = {name: random.normal(random.key(seed), (6, 24)) for seed, name in enumerate(names, 20)}
     joined = join_completions(prompts, tokens, lengths)
     return [
-        ppo_batch(packed, **arrays, kl_coef=0.1)
+        ppo_batch(packed, **arrays, kl_coef=0.1, weights=torch.ones(6))
         for which in (range(6), [1], range(2, 6))
         for packed in pack_completions(joined, which, rows=8, row_length=32)
     ]

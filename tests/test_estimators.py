@@ -82,18 +82,26 @@ def test_a_name_is_registered_once():
         register_estimator(GAE._replace(needs_critic=False))
 
 
-FREE = {"estimator": "reinforce", "critic": "none"}
+FREE = {"estimator": "reinforce"}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "rloop"}, r"^--ppo.estimator rloop: there is no such estimator; there are: gae, reinforce$"),
-        ({"critic": "none"}, r"^--ppo.critic none: the estimator gae reads values; .* that reads none: reinforce$"),
-        ({"estimator": "reinforce"}, r"^--ppo.estimator reinforce: reads no values, .*; add --ppo.critic none$"),
-        ({"estimator": "reinforce", "critic": "shared"}, r"^--ppo.estimator reinforce: .* add --ppo.critic none$"),
-        (FREE | {"critic_warmup": 2}, r"^--ppo.critic-warmup 2: asks for values, of which --ppo.critic none has none"),
+        (
+            {"estimator": "rloop"},
+            r"^--ppo.estimator rloop: there is no such estimator; there are: gae, rloo, grpo, dr-",
+        ),
+        ({"critic": "none"}, r"^--ppo.critic none: the estimator gae reads values; .* that reads none: rloo, .*force$"),
+        (FREE | {"critic": "shared"}, r"^--ppo.critic shared: the estimator reinforce reads no values"),
+        (FREE | {"critic": "separate"}, r"^--ppo.critic separate: the estimator reinforce reads no"),
+        (FREE | {"critic_warmup": 2}, r"^--ppo.critic-warmup 2: asks for values, of which the estimator reinforce has"),
         (FREE | {"bootstrap_truncated": True}, r"^--ppo.bootstrap-truncated: asks for values"),
+        ({"estimator": "rloo"}, r"^--ppo.estimator rloo: compares the completions of a prompt, of which there is 1; r"),
+        ({"drop_equal_groups": True}, r"^--ppo.drop-equal-groups: leaves no completion to learn from"),
+        ({"loss": "gspoo"}, r"^--ppo.loss gspoo: there is no such loss; there are: ppo, cispo, gspo, module:function"),
+        ({"loss": "gspo", "dual_clip": 3.0}, r"^--ppo.dual-clip 3.0: is of --ppo.loss ppo alone; drop one of the two$"),
+        ({"kl_importance_weighting": True}, r"^--ppo.kl-importance-weighting: has no effect without --ppo.kl-in-loss"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_by_name(options, message):
@@ -101,10 +109,13 @@ def test_combinations_that_cannot_work_are_refused_by_name(options, message):
         check_settings(PPORun(ppo=PPOConfig(**options)), STAGES["ppo"])
 
 
-@pytest.mark.parametrize("option", [{"value_coef": 0.5}, {"value_clip_eps": 0.1}, {"lam": 0.5}])
+@pytest.mark.parametrize(
+    "option", [{"value_coef": 0.5}, {"value_clip_eps": 0.1}, {"lam": 0.5}, {"critic_learning_rate": 1e-3}]
+)
 def test_settings_of_a_critic_are_idle_without_one(option):
     lines = check_settings(PPORun(ppo=PPOConfig(**FREE, **option)), STAGES["ppo"])
-    assert [line.rpartition(": ")[2] for line in lines] == ["has no effect with --ppo.critic none"]
+    idle = "has no effect with the estimator reinforce, which has no critic"
+    assert [line.rpartition(": ")[2] for line in lines] == [idle]
     assert check_settings(PPORun(ppo=PPOConfig(**FREE)), STAGES["ppo"]) == []
 
 

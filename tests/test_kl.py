@@ -18,7 +18,7 @@ from laws import (
 )
 from torch.func import grad, grad_and_value
 
-from rlhf.kl import adaptive_kl_coef, exact_kl, kl_estimate, ratio_of
+from rlhf.kl import adaptive_kl_coef, exact_kl, importance_weighted_kl, kl_estimate, ratio_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 ESTIMATORS = pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -264,3 +264,65 @@ def test_invariant_11_adaptive_kl_coef_value(kl_coef, kl, num_samples, target, h
 def test_invariant_11_adaptive_kl_coef_known_values(kl, factor):
     """With the constants of Ziegler et al.: target 6 nats, horizon 10,000."""
     assert adaptive_kl_coef(0.15, kl, num_samples=64) == pytest.approx(0.15 * factor, rel=1e-12)
+
+
+POLICY, OLDER, REFERENCE = (floats(seed, 4) for seed in (70, 71, 72))
+
+
+def mean_gradient(sampled_by, loss):
+    """Over all tokens, weighed by the probability that `sampled_by` draws them, of the loss of their log-probs."""
+
+    def mean(logits):
+        return (torch.softmax(sampled_by, -1) * loss(torch.log_softmax(logits, -1))).sum()
+
+    return grad(mean)(POLICY)
+
+
+def kl_gradient(forwards=True):
+    def divergence(logits):
+        return exact_kl(logits, REFERENCE) if forwards else exact_kl(REFERENCE, logits)
+
+    return grad(divergence)(POLICY)
+
+
+def test_the_mean_gradients_of_the_estimators_are_those_that_the_docstring_names():
+    found = {
+        name: mean_gradient(POLICY, lambda x, n=name: kl_estimate(x, torch.log_softmax(REFERENCE, -1), estimator=n))
+        for name in ("k1", "k2", "k3")
+    }
+    assert_close(found["k1"], torch.zeros(4))
+    assert_close(found["k2"], kl_gradient())
+    assert_close(found["k3"], kl_gradient(forwards=False))
+    assert (kl_gradient() - kl_gradient(forwards=False)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@pytest.mark.parametrize("sampled_by", [POLICY, OLDER], ids=["on-policy", "off-policy"])
+def test_the_importance_weighted_kl_is_exact_gradient_included(estimator, sampled_by):
+    def loss(log_probs):
+        return importance_weighted_kl(
+            log_probs,
+            old_log_probs=torch.log_softmax(sampled_by, -1),
+            ref_log_probs=torch.log_softmax(REFERENCE, -1),
+            estimator=estimator,
+        )
+
+    assert_close(mean_gradient(sampled_by, loss), kl_gradient())
+    value = (torch.softmax(sampled_by, -1) * loss(torch.log_softmax(POLICY, -1))).sum()
+    assert_close(value, exact_kl(POLICY, REFERENCE))
+    off = mean_gradient(OLDER, lambda x: kl_estimate(x, torch.log_softmax(REFERENCE, -1), estimator="k2"))
+    assert (off - kl_gradient()).abs().max() > 0.01, "which the plain estimator is not"
+
+
+def test_the_importance_weights_constants_have_no_gradient_and_a_far_ratio_is_finite():
+    log_probs, old, ref = floats(1, 5), floats(2, 5), floats(3, 5)
+    slopes = grad(
+        lambda old, ref: importance_weighted_kl(log_probs, old_log_probs=old, ref_log_probs=ref).sum(), (0, 1)
+    )(old, ref)
+    assert not any(slope.any() for slope in slopes)
+    zero = torch.zeros(1)
+    assert importance_weighted_kl(zero, old_log_probs=zero - 1e3, ref_log_probs=zero).isfinite()
+    half = (x.bfloat16() for x in (log_probs, old, ref))
+    assert importance_weighted_kl(next(half), old_log_probs=next(half), ref_log_probs=next(half)).dtype == torch.float32
+    with pytest.raises(ValueError, match="importance_weighted_kl: old_log_probs has shape"):
+        importance_weighted_kl(log_probs, old_log_probs=old[:1], ref_log_probs=ref)

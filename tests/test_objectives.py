@@ -66,12 +66,17 @@ def token_batch(sequences, places) -> TokenBatch:
     )
 
 
+def extras(batch):
+    """Weights and sequences, which the losses per token do not read."""
+    return torch.ones(batch.targets.shape), torch.zeros_like(batch.targets)
+
+
 def ppo_batch(sequences, places, seed=40) -> PPOBatch:
     batch = token_batch(sequences, places)
     old, ref, values, advantages, returns = (
         random.normal(random.fold_in(random.key(seed), n), batch.targets.shape) for n in range(5)
     )
-    return PPOBatch(*batch[:4], old - 4.0, ref - 4.0, values, advantages, returns, torch.tensor(0.7))
+    return PPOBatch(*batch[:4], old - 4.0, ref - 4.0, values, advantages, returns, torch.tensor(0.7), *extras(batch))
 
 
 def alone(params, config, sequence, prompt):
@@ -300,7 +305,9 @@ def test_invariant_1_first_minibatch_has_ratio_one(model, config, tokens, temper
         scorer = make_scorer(config, None, [], temperature=temperature, log_probs=True)
         old = scorer(params, frozen, ScoreBatch(packed.rows, index, targets, mask, last)).log_probs
     noise = random.normal(random.key(5), targets.shape)
-    batch = PPOBatch(packed.rows, index, targets, mask, old, old, noise, noise, noise, torch.tensor(0.0))
+    batch = PPOBatch(
+        packed.rows, index, targets, mask, old, old, noise, noise, noise, torch.tensor(0.0), noise, targets
+    )
     _, sums = make_ppo_objective(config, config, temperature=temperature)(params, frozen, batch)
     means = mean_metrics(sums)
     assert means["val/ratio"].item() == pytest.approx(1.0, abs=1e-5)

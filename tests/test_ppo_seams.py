@@ -150,7 +150,7 @@ def test_the_critic_starts_from_the_first_optimised_model_and_its_weight(base):
     gold, first, second = (reward_source(base, weight, name) for weight, name in ((0, "g"), (-0.5, "a"), (2, "b")))
     assert critic_source([gold, first, second]) is first
     assert critic_source([gold]) is None
-    head = start_models(PPOConfig(), policy, [gold, first, second]).params["critic"]["head"]
+    head = start_models(PPOConfig(critic="separate"), policy, [gold, first, second]).params["critic"]["head"]
     hidden = torch.ones(policy.config.n_embd)
     score = hidden @ first.model.params["head"]["weight"][0]
     value = hidden @ head["weight"][0] + head["bias"][0]

@@ -16,12 +16,30 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from rlhf import advantages, experience, kl, losses, ops, optim, random, remat
-from rlhf.advantages import gae, gae_loop, token_rewards
+from rlhf import (
+    advantages,
+    best_of_n_sampling,
+    ensembles,
+    experience,
+    group_baselines,
+    kl,
+    losses,
+    ops,
+    optim,
+    policy_losses,
+    preference_losses,
+    random,
+    remat,
+    weighting,
+)
+from rlhf.advantages import gae, gae_loop, returns_to_go, token_rewards
 from rlhf.batches import Rows
+from rlhf.best_of_n_sampling import best_of_n
+from rlhf.ensembles import combine_scores
 from rlhf.experience import make_experience, postprocess_scores
-from rlhf.kl import adaptive_kl_coef, exact_kl, kl_estimate, ratio_of
-from rlhf.losses import ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss
+from rlhf.group_baselines import equal_groups, group_advantages
+from rlhf.kl import adaptive_kl_coef, exact_kl, importance_weighted_kl, kl_estimate, ratio_of
+from rlhf.losses import clip_ratio, ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss, weighted_sum
 from rlhf.models import attention, forward, gpt2, heads, layers
 from rlhf.ops import (
     entropy,
@@ -38,12 +56,19 @@ from rlhf.ops import (
     whiten,
 )
 from rlhf.optim import AdamState, adamw, clip_by_global_norm, clip_scale
+from rlhf.policy_losses import cispo_loss, gspo_loss
+from rlhf.preference_losses import dpo_loss, ipo_loss, sequence_log_ratio
 from rlhf.schedules import constant_schedule
 from rlhf.tree import cast
 
-MODULES = (losses, advantages, kl, ops, optim, experience, remat, layers, attention, heads, forward)
+MODULES = (
+    losses, policy_losses, preference_losses, weighting, advantages, group_baselines, ensembles, best_of_n_sampling, kl,
+    ops, optim, experience, remat, layers, attention, heads, forward,
+)  # fmt: skip
 
 OTHERS = {
+    "loss_weights": "lengths in, constants out",
+    "bon_kl_bound": "a number in, a number out",
     "chunk_size": "numbers in, a number out",
     "init_reward_head": "makes parameters of a key",
     "init_value_head": "makes parameters of a number",
@@ -132,6 +157,16 @@ def experienced(scores, log_probs, values, after, kl_coef, gamma, lam, mask):
         whiten_rewards=True,
         bootstrap_value=after,
     )[:2]
+
+
+def clipped_by(loss):
+    return lambda x, old, advantages, low, high, mask: loss(
+        x, old_log_probs=old, advantages=advantages, mask=mask, clip_eps=low, clip_eps_high=high
+    )[0]
+
+
+GROUPS = torch.tensor([1, 0, 1, 0])
+PACKED = torch.tensor([0, 1, 0, 1, 1])
 
 
 def controlled(kl_coef, kl, samples, target, horizon):
@@ -273,7 +308,56 @@ CASES = {
         per_token(3, 0.2),
         (0, 3),
     ),
+    "clip_ratio": Case(
+        lambda x, low, high, mask: clip_ratio("test", x.exp(), low, high), per_token(1, 0.2, 0.3), (0, 1, 2)
+    ),
+    "weighted_sum": Case(lambda x, w, mask: weighted_sum("test", x, mask, w), per_token(2), (0,)),
+    "ppo_policy_loss, clip-higher": Case(clipped_by(ppo_policy_loss), per_token(3, 0.2, 0.3), (0, 3, 4)),
+    "cispo_loss": Case(clipped_by(cispo_loss), per_token(3, 0.2, 0.3), ()),  # its gradient is not its value's
+    "gspo_loss": Case(clipped_by(gspo_loss), per_token(3, 0.02, 0.03), (0, 3, 4)),
+    "gspo_loss, packed": Case(
+        clipped_by(lambda x, **options: gspo_loss(x, sequences=PACKED.expand(x.shape), **options)),
+        per_token(3, 0.02, 0.03),
+        (0, 3, 4),
+    ),
+    "dpo_loss": Case(
+        lambda chosen, rejected, beta, smoothing, mask: dpo_loss(
+            chosen, rejected_log_ratios=rejected, mask=mask, beta=beta, label_smoothing=smoothing
+        )[0],
+        per_token(2, 0.3, 0.1),
+        (0, 1, 2, 3),
+    ),
+    "ipo_loss": Case(
+        lambda chosen, rejected, beta, mask: ipo_loss(chosen, rejected_log_ratios=rejected, mask=mask, beta=beta)[0],
+        per_token(2, 0.3),
+        (0, 1, 2),
+    ),
+    "sequence_log_ratio": Case(
+        lambda x, ref, mask: sequence_log_ratio(x, ref_log_probs=ref, mask=mask), per_token(2), (0,)
+    ),
+    "group_advantages": Case(lambda x, targets: group_advantages(x[:, 0], GROUPS), logits(1), (0,)),
+    "group_advantages, mean over deviation": Case(
+        lambda x, targets: group_advantages(x[:, 0], GROUPS, baseline="mean", scale="group_std"), logits(1), (0,)
+    ),
+    "group_advantages, batch over deviation": Case(
+        lambda x, targets: group_advantages(x[:, 0], GROUPS, baseline="batch", scale="batch_std"), logits(1), (0,)
+    ),
+    "equal_groups": Case(lambda x, targets: equal_groups(x[:, 0].round(), GROUPS), logits(1), ()),
+    "combine_scores, mean": Case(lambda x, targets: combine_scores(x), logits(1), (0,)),
+    "combine_scores, min": Case(lambda x, targets: combine_scores(x, how="min"), logits(1), (0,)),
+    "combine_scores, uncertainty": Case(
+        lambda x, coef, targets: combine_scores(x, how="uncertainty", coef=coef), logits(1, 0.3), (0, 1)
+    ),
+    "best_of_n": Case(lambda proxy, values, targets: best_of_n(proxy, values, 3), logits(2), (1,)),
+    "importance_weighted_kl": Case(
+        lambda x, old, ref, mask: importance_weighted_kl(x, old_log_probs=old, ref_log_probs=ref), per_token(3), (0,)
+    ),
     "token_rewards": Case(rewarded, per_row(0.3), (0, 1, 4)),
+    "returns_to_go": Case(
+        lambda scores, rewards, values, after, gamma, mask: returns_to_go(rewards, mask, gamma=gamma),
+        per_row(0.9),
+        (1, 4),
+    ),
     "gae": Case(estimated(gae), per_row(0.9, 0.8), (1, 2, 3, 4, 5)),
     "gae_loop": Case(estimated(gae_loop), per_row(0.9, 0.8), (1, 2, 3, 4, 5)),
     "kl_estimate, k1": Case(lambda x, y, mask: kl_estimate(x, y, estimator="k1"), per_token(2), (0, 1)),

@@ -210,12 +210,14 @@ def ppo_batch(
     advantages: Tensor,
     returns: Tensor | None,
     kl_coef: float,
+    weights: Tensor,
 ) -> PPOBatch:
     """Return the batch of an update on packed completions.
 
-    The arrays are [B, T] over the iteration's completions. Without a critic, old_values and returns are None, and zeros
-    in the batch.
+    The arrays are [B, T] over the iteration's completions; weights are [B]. Without a critic, old_values and returns
+    are None, and zeros in the batch.
     """
+    rows = packed.cells // advantages.shape[1]
 
     def tokens_of(array: Tensor | None) -> Tensor:
         flat = torch.zeros(len(packed.cells)) if array is None else array.flatten()[packed.cells]
@@ -232,6 +234,8 @@ def ppo_batch(
         advantages=tokens_of(advantages),
         returns=tokens_of(returns),
         kl_coef=torch.tensor(kl_coef),
+        weights=pad_to_two(weights[rows]),
+        sequences=pad_to_two(torch.unique_consecutive(rows, return_inverse=True)[1]),
     )
 
 

@@ -15,8 +15,8 @@ from rlhf.io.paths import places
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages import STAGES
 
-_STAGES = {stage.schema: stage.name for stage in reversed(STAGES.values())}
-"""The first stage that learns from each schema, by the name of the schema."""
+_EXAMPLES = {"demonstrations": "demonstrations.json", "preference pairs": "preferences.json", "prompts": "prompts.json"}
+"""The embedded example's file of each schema, by the name of the schema."""
 
 _HELD_OUT = "held out by the run"
 
@@ -39,7 +39,11 @@ def training_pairs(model_dir: Path, run: PipelineRun) -> TestData | None:
     path, problem = _training_file(model_dir, run, PREFERENCES)
     if problem:
         return None
-    train = None if run.preference_val_data is not None else _split(run, path, PREFERENCES)[0]
+    train = (
+        None
+        if run.preference_val_data is not None
+        else _split(run, path, PREFERENCES, _stage_of(model_dir, PREFERENCES))[0]
+    )
     return TestData(path, PREFERENCES, train, "of the run's training")
 
 
@@ -58,13 +62,13 @@ def mark_trained(data: Sequence[TestData], model_dir: Path) -> list[TestData]:
 
 def _held_out(model_dir: Path, run: PipelineRun, schema: Schema, validation: Path | None) -> TestData:
     if validation is not None:
-        digest = _recorded(model_dir, _STAGES[schema.name]).get("validation")
+        digest = _recorded(model_dir, _stage_of(model_dir, schema)).get("validation")
         path, problem = _locate(places(validation, run.output_dir, model_dir), digest, "was validated on")
         return TestData(path, schema, None, _HELD_OUT, problem)
     path, problem = _training_file(model_dir, run, schema)
     if problem:
         return TestData(path, schema, None, _HELD_OUT, problem)
-    _, held_out = _split(run, path, schema)
+    _, held_out = _split(run, path, schema, _stage_of(model_dir, schema))
     return TestData(path, schema, held_out or None, _HELD_OUT if held_out else "which it learnt from")
 
 
@@ -80,18 +84,16 @@ def _prompts(model_dir: Path, run: PipelineRun) -> TestData:
 
 def _training_file(model_dir: Path, run: PipelineRun, schema: Schema) -> tuple[Path, str]:
     """Return the file that a stage learnt from, and the reason why it cannot be used, empty where it can."""
-    digest = _recorded(model_dir, _STAGES[schema.name]).get("data")
+    digest = _recorded(model_dir, _stage_of(model_dir, schema)).get("data")
     return _locate(_training_paths(model_dir, run, schema), digest, "learnt from")
 
 
 def _training_paths(model_dir: Path, run: PipelineRun, schema: Schema) -> list[Path]:
     """Return the paths at which the file that a stage learnt from may be."""
-    setting, example = {
-        "sft": (run.sft_data, "demonstrations.json"),
-        "reward": (run.preference_data, "preferences.json"),
-        "ppo": (run.prompt_data, "prompts.json"),
-    }[_STAGES[schema.name]]
-    return [model_dir / "data" / example] if setting is None else places(setting, run.output_dir, model_dir)
+    setting = {DEMONSTRATIONS: run.sft_data, PREFERENCES: run.preference_data, PROMPTS: run.prompt_data}[schema]
+    return (
+        [model_dir / "data" / _EXAMPLES[schema.name]] if setting is None else places(setting, run.output_dir, model_dir)
+    )
 
 
 def _locate(candidates: Sequence[Path], digest: str | None, use: str) -> tuple[Path, str]:
@@ -111,9 +113,17 @@ def _locate(candidates: Sequence[Path], digest: str | None, use: str) -> tuple[P
     return candidates[0], f"{candidates[0]}, which the run had, is no longer there"
 
 
+def _stage_of(model_dir: Path, schema: Schema) -> str:
+    """Return the first stage that learnt from a schema in a run's folder, or else the first that learns from it."""
+    names = [stage.name for stage in STAGES.values() if stage.schema == schema.name]
+    return next((name for name in names if _recorded(model_dir, name)), names[0])
+
+
 def _recorded(model_dir: Path, stage: str) -> dict[str, Any]:
     """Return the digests of a stage's data, from its model's manifest or its last checkpoint; empty where unknown."""
     manifest = _read(model_dir / STAGES[stage].folder / "manifest.json")
+    if manifest.get("stage", stage) != stage:  # of another stage that writes the same folder
+        manifest = {}
     root = model_dir / "checkpoints" / stage
     if "data" in manifest or (step := last_step(root)) is None:
         return manifest
@@ -131,8 +141,8 @@ def _read(manifest: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _split(run: PipelineRun, path: Path, schema: Schema) -> tuple[list[int], list[int]]:
+def _split(run: PipelineRun, path: Path, schema: Schema, stage: str) -> tuple[list[int], list[int]]:
     """Return (records trained on, records held out), as the stage drew them."""
-    settings: SupervisedConfig = run.reward if schema is PREFERENCES else run.sft
+    settings: SupervisedConfig = STAGES[stage].section_of(run)
     count = len(usable_pairs(path)) if schema is PREFERENCES else sum(1 for _ in read_checked(path, schema))
     return hold_out(fold_in(key(run.seed), int(Purpose.SPLIT)), count, settings.val_fraction)

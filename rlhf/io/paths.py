@@ -88,11 +88,15 @@ def _map_paths(config: _Section, change: Callable[[Path], Path]) -> _Section:
             return str(change(Path(target)))
         return f"{change(Path(path))}:{function}" if path.endswith(".py") else target
 
+    def changed_name(name: str) -> str:
+        return changed_target(name) if ":" in name else name
+
     names = [spec.name for spec in dataclasses.fields(config)]  # type: ignore[arg-type]
     values = {name: changed(getattr(config, name)) for name in names}
     if isinstance(config, PPOConfig):
         targets = [(spec, parse_source(spec)[1]) for spec in config.reward]
         values["reward"] = tuple(spec.removesuffix(target) + changed_target(target) for spec, target in targets)
+        values |= {name: changed_name(values[name]) for name in ("estimator", "loss")}
     if isinstance(config, LogConfig) and config.sink is not None:
         values["sink"] = changed_target(config.sink)
     return type(config)(**values)

@@ -11,29 +11,33 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from rlhf.batches import PPOBatch
 from rlhf.config import PPORun
 from rlhf.data.collate import Prefetch, ppo_batch
 from rlhf.data.schema import PROMPTS
-from rlhf.estimators import ESTIMATORS
 from rlhf.experience import Experience, make_experience
+from rlhf.group_baselines import equal_groups
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
 from rlhf.io.reward_identity import identify_sources
 from rlhf.io.reward_sources import RewardSource, check_columns
 from rlhf.kl import adaptive_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
-from rlhf.stages import STAGES, StageProgram, StageResult
+from rlhf.stages import STAGES, StageProgram, StageResult, check_settings
 from rlhf.statistics import spread
 from rlhf.train.compile_policy import compile_folder
 from rlhf.train.context import Run, open_run
 from rlhf.train.loop import train
 from rlhf.train.observers import LoopState, Observer, Observers
+from rlhf.train.ppo_functions import identify_functions, open_estimator, open_policy_loss, with_defaults
 from rlhf.train.ppo_inputs import read_ppo_inputs, reward_specs, scores_with_own_model
 from rlhf.train.ppo_program import learning_rate, make_ppo_program, shapes_of, start_models
 from rlhf.train.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.train.resume import Identity, digests_of
 from rlhf.train.signals import StopRequest
 from rlhf.train.stage_inputs import ModelSpec, check_data, embedded_file, open_dataset, start_folder
+from rlhf.weighting import loss_weights
 
 _MIN_SCALE = 1e-2
 """Lower bound on the magnitude of the summands of a score, whose sum may be close to 0."""
@@ -46,6 +50,8 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
 
     Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
     """
+    check_settings(config, _STAGE)
+    config = with_defaults(config)
     with open_run(config, _STAGE, observers, stop) as run:
         ppo, identity = _open(run, config)
         last_metrics: dict[str, float] = {}
@@ -68,6 +74,7 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
 
 def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the policy, after reading the prompts through; see `rlhf.stages.StageProgram`."""
+    open_estimator(config.ppo), open_policy_loss(config.ppo)
     inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
     check_columns(inputs.sources, check_data(PROMPTS, config.prompt_data))
     return inputs.policy
@@ -99,9 +106,10 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     optimised = [source.model.params for source in sources if source.model is not None and source.weight]
     compile_to = compile_folder(run, models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
     executor = run.open_executor(functools.partial(make_ppo_program, shapes, settings, run.dtype, compile_to), models)
-    ppo = PPO(run, settings, policy, shapes, prompts, sources, executor, context)
+    ppo = PPO(run, settings, open_estimator(settings), policy, shapes, prompts, sources, executor, context)
     digests = digests_of(path, policy.tokenizer)
-    return ppo, digests | {"model": model_spec.digest, "sources": identify_sources(specs)}
+    functions = identify_functions(settings)
+    return ppo, digests | functions | {"model": model_spec.digest, "sources": identify_sources(specs)}
 
 
 def _without_rounding_std(run: Run, source: RewardSource) -> RewardSource:
@@ -133,14 +141,14 @@ def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tup
         scored.values,
         rollout.completions.mask,
         groups=rollout.groups,
-        estimator=ESTIMATORS[settings.estimator],
+        estimator=ppo.estimator,
         kl_coef=kl_coef,
         kl_estimator="k1" if settings.kl_estimator == "exact" else settings.kl_estimator,
         kl_in_loss=settings.kl_in_loss,
         gamma=settings.gamma,
         lam=settings.lam,
         whiten_rewards=settings.whiten_rewards,
-        whiten_advantages=settings.whiten_advantages,
+        whiten_advantages=bool(settings.whiten_advantages),
         bootstrap_value=scored.bootstrap_values,
     )
     times.append(time.perf_counter())
@@ -149,6 +157,8 @@ def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tup
     tokens = sum(map(len, rollout.prompts)) + int(rollout.completions.mask.sum())
     metrics = {name: float(value) for name, value in experience.metrics.items()} | update_metrics
     metrics |= {name: float(values.mean()) for name, values in scored.raw.items()}
+    if settings.samples_per_prompt > 1:
+        metrics["objective/equal_groups"] = float(equal_groups(scored.scores, rollout.groups).float().mean())
     metrics |= {
         "objective/kl_coef": kl_coef,
         "response_length/ended": float(rollout.completions.ended.float().mean()),
@@ -179,8 +189,12 @@ def _update(
         ppo.executor.reset_optimizer()  # its moments are of gradients that the policy did not have
     first_update = ppo.executor.version
     collected: defaultdict[str, list[float]] = defaultdict(list)
+    lengths = rollout.completions.mask.sum(dim=1)
 
     def make_micro_batches(minibatch: list[int]) -> list[PPOBatch]:
+        constant = settings.max_new_tokens if settings.loss_per == "constant" else None
+        weights = torch.zeros(len(lengths))
+        weights[minibatch] = loss_weights(lengths[minibatch], per=settings.loss_per, length=constant)
         return [
             ppo_batch(
                 packed,
@@ -190,11 +204,12 @@ def _update(
                 advantages=experience.advantages,
                 returns=experience.returns,
                 kl_coef=kl_coef,
+                weights=weights,
             )
             for packed in pack_rollout(ppo, rollout, minibatch)
         ]
 
-    prefetched = Prefetch(map(make_micro_batches, _minibatches(ppo, step, len(rollout.texts))))
+    prefetched = Prefetch(map(make_micro_batches, _minibatches(ppo, step, _learnt_from(ppo, rollout, scored))))
     for minibatch, micro_batches in enumerate(prefetched):
         version, rate = ppo.executor.version, learning_rate(settings, step, minibatch)
         metrics = ppo.executor.step("critic" if warmup else "ppo", micro_batches, rate, overlap=prefetched.prepare)
@@ -204,18 +219,26 @@ def _update(
             break
     updates = ppo.executor.version - first_update
     means = {name: sum(values) / len(values) for name, values in collected.items()}
-    means["val/ratio_first"] = collected["val/ratio"][0]  # before any update: anything but 1 is a defect
+    if means:
+        means["val/ratio_first"] = collected["val/ratio"][0]  # before any update: anything but 1 is a defect
     return means | {"lr": learning_rate(settings, step, 0), "policy/updates": updates}
 
 
-def _minibatches(ppo: PPO, step: int, count: int) -> list[list[int]]:
-    """Return the completions of each update: for every epoch a permutation, cut into minibatches."""
+def _learnt_from(ppo: PPO, rollout: Rollout, scored: Scored) -> list[int]:
+    """Return the completions that updates read: all, or those whose group has different scores."""
+    if not ppo.settings.drop_equal_groups:
+        return list(range(len(rollout.texts)))
+    return (~equal_groups(scored.scores, rollout.groups)).nonzero().flatten().tolist()
+
+
+def _minibatches(ppo: PPO, step: int, rows: Sequence[int]) -> list[list[int]]:
+    """Return the completions of each update: for every epoch a permutation of `rows`, cut into minibatches."""
     settings, minibatches = ppo.settings, []
     iteration_key = fold_in(ppo.run.key(Purpose.MINIBATCH), step)
-    for epoch in range(settings.num_epochs):
-        order = permutation(fold_in(iteration_key, epoch), count).tolist()
+    for epoch in range(settings.num_epochs if rows else 0):
+        order = [rows[index] for index in permutation(fold_in(iteration_key, epoch), len(rows)).tolist()]
         minibatches += [
-            order[first : first + settings.minibatch_size] for first in range(0, count, settings.minibatch_size)
+            order[first : first + settings.minibatch_size] for first in range(0, len(rows), settings.minibatch_size)
         ]
     return minibatches
 

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from rlhf.batches import PPOBatch
 from rlhf.execution.program import Objective, SumOfLosses, add_results
-from rlhf.kl import exact_kl, kl_estimate
-from rlhf.losses import ppo_policy_loss, ppo_value_loss
+from rlhf.kl import exact_kl, importance_weighted_kl, kl_estimate
+from rlhf.losses import ppo_value_loss, weighted_sum
 from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.models.forward import at_predictors, trunk_states
 from rlhf.models.heads import apply_head
 from rlhf.ops import entropy, gather_rows, masked_sum, token_log_probs
+from rlhf.policy_losses import POLICY_LOSSES, PolicyLoss
 from rlhf.remat import chunk_size, in_chunks
 from rlhf.tree import tree_map
 from rlhf.types import FrozenParams, MetricSums, Params
@@ -25,18 +26,22 @@ def make_ppo_objective(
     *,
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
+    policy_loss: PolicyLoss = POLICY_LOSSES["ppo"],
     clip_eps: float = 0.2,
+    clip_eps_high: float | None = None,
     dual_clip: float | None = None,
     value_clip_eps: float = 0.2,
     value_coef: float = 0.1,
     entropy_coef: float = 0.0,
     loss_kl: Literal["none", "k1", "k2", "k3", "exact"] = "none",
+    weight_kl: bool = False,
     policy_coef: float = 1.0,
     gradient_checkpointing: bool = False,
 ) -> Objective:
     """Return the PPO objective, a function (params, frozen, PPOBatch) -> (loss sum, metric sums).
 
-    The loss is policy loss + value_coef * value loss - entropy_coef * entropy, with loss_kl + kl_coef * KL.
+    The loss is policy loss + value_coef * value loss - entropy_coef * entropy, with loss_kl + kl_coef * KL. The batch's
+    weights are those of the policy's terms.
 
     Source: Schulman et al. 2017, eq. 9, https://arxiv.org/abs/1707.06347; the KL in the loss is that of Shao et al.
     2024 (GRPO), eq. 4, https://arxiv.org/abs/2402.03300.
@@ -46,12 +51,15 @@ def make_ppo_objective(
         critic_config: shape of a separate critic; None for params["value_head"] on the policy's trunk, or no critic.
         dtype: of the models' forward and backward pass.
         temperature: of sampling.
-        clip_eps: of `rlhf.losses.ppo_policy_loss`.
-        dual_clip: same.
+        policy_loss: of `rlhf.policy_losses`, or one like them.
+        clip_eps: of the policy loss.
+        clip_eps_high: same.
+        dual_clip: same; of `rlhf.losses.ppo_policy_loss` alone.
         value_clip_eps: of `rlhf.losses.ppo_value_loss`.
         value_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus.
         loss_kl: KL to the reference in the loss, weighted by the batch's kl_coef; "exact" reads frozen["reference"].
+        weight_kl: weigh it by the probability ratio (`rlhf.kl.importance_weighted_kl`).
         policy_coef: factor on the policy's terms; 0 trains only the value function (critic warm-up).
         gradient_checkpointing: of `rlhf.models.gpt2.hidden_states`, in policy and critic.
     """
@@ -59,25 +67,28 @@ def make_ppo_objective(
         config, dtype, temperature, bool(entropy_coef), loss_kl == "exact", gradient_checkpointing
     )
 
-    def policy_loss(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums, Tensor]:
+    dual = {} if dual_clip is None else {"dual_clip": dual_clip}
+
+    def weighted(per_token: Tensor, batch: PPOBatch) -> Tensor:
+        return weighted_sum("PPO objective", torch.where(batch.mask, per_token, 0.0), batch.mask, batch.weights)
+
+    def terms_of_policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums, Tensor]:
         outputs = forward(params["policy"], frozen, batch)
-        loss, metrics = ppo_policy_loss(
+        loss, metrics = policy_loss(
             outputs.log_probs,
             old_log_probs=batch.old_log_probs,
             advantages=batch.advantages,
             mask=batch.mask,
+            weights=batch.weights,
             clip_eps=clip_eps,
-            dual_clip=dual_clip,
+            clip_eps_high=clip_eps_high,
+            sequences=batch.sequences,
+            **dual,
         )
-        token_entropy = masked_sum(outputs.entropies, batch.mask)
-        loss = loss - entropy_coef * token_entropy
-        metrics["policy/entropy_avg"] = token_entropy.detach()
+        loss = loss - entropy_coef * weighted(outputs.entropies, batch)
+        metrics["policy/entropy_avg"] = masked_sum(outputs.entropies, batch.mask).detach()
         if loss_kl != "none":
-            token_kl = outputs.exact_kl
-            if loss_kl != "exact":
-                token_kl = kl_estimate(outputs.log_probs, batch.ref_log_probs, estimator=loss_kl)
-            assert token_kl is not None
-            kl = masked_sum(token_kl, batch.mask)
+            kl = weighted(_token_kl(outputs, batch, loss_kl, weight_kl), batch)
             loss = loss + batch.kl_coef * kl
             metrics["loss/kl_avg"] = kl.detach()
         return policy_coef * loss, metrics, outputs.hidden
@@ -93,14 +104,14 @@ def make_ppo_objective(
         return value_coef * loss, metrics
 
     def both(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
-        loss, metrics, hidden = policy_loss(params, frozen, batch)
+        loss, metrics, hidden = terms_of_policy(params, frozen, batch)
         if "value_head" not in params:
             return loss, metrics
         return add_results([(loss, metrics), value_loss(apply_head(params["value_head"], hidden), batch)])
 
     def policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         params = params if policy_coef else tree_map(Tensor.detach, params)
-        return policy_loss(params, frozen, batch)[:2]
+        return terms_of_policy(params, frozen, batch)[:2]
 
     def critic(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
         assert critic_config is not None
@@ -123,6 +134,20 @@ class _PolicyOutputs(NamedTuple):
     """[C] float32, nats: KL(policy || reference) over the vocabulary; None unless it is asked for."""
     hidden: Tensor
     """[C, D]: the states that predict the tokens."""
+
+
+def _token_kl(
+    outputs: _PolicyOutputs, batch: PPOBatch, name: Literal["k1", "k2", "k3", "exact"], weigh: bool
+) -> Tensor:
+    """Return [C] nats, the KL to the reference of each token, as `make_ppo_objective` was asked for."""
+    if name == "exact":
+        assert outputs.exact_kl is not None, "the forward pass was asked for it"
+        return outputs.exact_kl
+    if weigh:
+        return importance_weighted_kl(
+            outputs.log_probs, old_log_probs=batch.old_log_probs, ref_log_probs=batch.ref_log_probs, estimator=name
+        )
+    return kl_estimate(outputs.log_probs, batch.ref_log_probs, estimator=name)
 
 
 def _make_policy_forward(

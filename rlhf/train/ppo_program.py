@@ -19,6 +19,7 @@ from rlhf.models.decode_state import decode_steps
 from rlhf.models.heads import init_value_head, value_head_from_reward
 from rlhf.models.scoring import make_frozen_cast, make_scorer, reward_model_shapes
 from rlhf.schedules import constant_schedule
+from rlhf.train.ppo_functions import open_policy_loss
 from rlhf.train.ppo_objective import make_ppo_objective
 from rlhf.train.stage_inputs import lr_at_step, make_schedule
 from rlhf.train.supervised import make_adamw
@@ -113,12 +114,15 @@ def make_ppo_program(
         shapes.critic,
         dtype=dtype,
         temperature=settings.temperature,
+        policy_loss=open_policy_loss(settings),
         clip_eps=settings.clip_eps,
+        clip_eps_high=settings.clip_eps_high,
         dual_clip=settings.dual_clip,
         value_clip_eps=settings.value_clip_eps,
         value_coef=settings.value_coef,
         entropy_coef=settings.entropy_coef,
         loss_kl=settings.kl_estimator if settings.kl_in_loss else "none",
+        weight_kl=settings.kl_importance_weighting,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     score = make_scorer(
@@ -130,9 +134,10 @@ def make_ppo_program(
         log_probs=recomputes_log_probs(settings, dtype),
         bootstrap=settings.bootstrap_truncated,
     )
-    steps = {"ppo": StepSpec(objective(), make_adamw(settings, rate), settings.max_grad_norm, limit)}
+    adamw = make_adamw(settings, rate, _lr_multiplier(settings, policy=1.0))
+    steps = {"ppo": StepSpec(objective(), adamw, settings.max_grad_norm, limit)}
     if settings.critic != "none":
-        warmup_adamw = make_adamw(settings, rate, _critic_lr_multiplier)
+        warmup_adamw = make_adamw(settings, rate, _lr_multiplier(settings, policy=0.0))
         steps["critic"] = StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm)
     frozen_shapes = {"reference": shapes.policy, **reward_model_shapes(shapes.reward_models)}
     return Program(
@@ -159,9 +164,13 @@ def make_ppo_program(
     )
 
 
-def _critic_lr_multiplier(params: Tree) -> Tree:
-    """Return factors on the learning rate for the critic's warm-up: 0 for the policy, else 1."""
-    return tree_map_named(lambda name, leaf: float(not name.startswith("policy.")), params)
+def _lr_multiplier(settings: PPOConfig, policy: float) -> Callable[[Tree], Tree] | None:
+    """Return a function params -> factors on the learning rate: `policy`, and the critic's own; None if all are 1."""
+    rate = settings.critic_learning_rate
+    critic = 1.0 if rate is None else rate / settings.learning_rate
+    if policy == critic == 1.0:
+        return None
+    return functools.partial(tree_map_named, lambda name, leaf: policy if name.startswith("policy.") else critic)
 
 
 def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSource | None) -> Params:

@@ -18,6 +18,7 @@ from rlhf.data.collate import (
 )
 from rlhf.data.dataset import Dataset
 from rlhf.errors import NonFiniteError
+from rlhf.estimators import Estimator
 from rlhf.execution.executor import Executor
 from rlhf.experience import Experience, postprocess_scores
 from rlhf.generate.complete import complete, decode_completions
@@ -38,6 +39,7 @@ class PPO(NamedTuple):
 
     run: Run
     settings: PPOConfig
+    estimator: Estimator
     policy: LanguageModel
     shapes: ModelShapes
     prompts: Dataset

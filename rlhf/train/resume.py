@@ -32,6 +32,8 @@ _CONTENTS = {
     "data": "the data have changed",
     "validation": "the validation file has changed, so the evaluations before and after would be of different records",
     "tokenizer": "the tokenizer has changed",
+    "estimator": "the estimator has changed",
+    "loss": "the loss has changed",
     "model": "the weights that the stage starts from have changed",
 }
 

@@ -1,0 +1,157 @@
+"""Policy losses beside `rlhf.losses.ppo_policy_loss`, and the table of them all.
+
+They have one signature, so that a run chooses among them by name (`--ppo.loss`), and so that one of your own is a
+function like them. Masks, weights and what is returned are described in `rlhf.losses`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import check_integer, check_mask, check_same_shape
+from rlhf.kl import ratio_of
+from rlhf.losses import clip_ratio, ppo_policy_loss, weighted_sum
+from rlhf.ops import upcast
+from rlhf.types import MetricSums
+
+PolicyLoss = Callable[..., tuple[Tensor, MetricSums]]
+"""(log_probs, *, old_log_probs, advantages, mask, weights, clip_eps, clip_eps_high, sequences) -> (loss sum, sums)."""
+
+
+def cispo_loss(
+    log_probs: Tensor,
+    *,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor | None = None,
+    clip_eps: float | Tensor = 1.0,
+    clip_eps_high: float | Tensor | None = None,
+    sequences: Tensor | None = None,
+) -> tuple[Tensor, MetricSums]:
+    """Return the policy loss with clipped importance-sampling weights.
+
+        L = - sum_t w_t m_t c_t A_t log_probs_t,   c_t = clip(r_t, 1 - eps, 1 + eps_high), constant
+
+    No token loses its gradient where the clip binds; its weight is bounded instead.
+
+    Source: MiniMax 2025, "MiniMax-M1", eq. 4 and 5, https://arxiv.org/abs/2506.13585, who bound the ratio from above
+    alone: clip_eps 1, the default here.
+
+    Args:
+        log_probs: [...] float, nats, current policy; the only differentiated input.
+        old_log_probs: [...] float, nats, policy that sampled; constant.
+        advantages: [...] float; constant.
+        mask: [...] bool, True where the token counts.
+        weights: broadcast to [...]; constant; None is 1.
+        clip_eps: dimensionless, above 0.
+        clip_eps_high: above 0; None is `clip_eps`.
+        sequences: not read; an argument of all policy losses.
+
+    Returns:
+        loss: [] sum.
+        sums: those of `ppo_policy_loss`; `policy/clipfrac_avg` is the share of tokens whose ratio is clipped.
+
+    Raises:
+        ValueError: shapes differ, or a clip is not positive.
+        TypeError: mask is not bool.
+
+    Example:
+        >>> log_probs = torch.tensor([-1.0, -2.0])
+        >>> advantages, mask = torch.tensor([1.0, -3.0]), torch.tensor([True, True])
+        >>> cispo_loss(log_probs, old_log_probs=log_probs, advantages=advantages, mask=mask)[0]
+        tensor(-5.)
+    """
+    check_mask("cispo_loss", mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    log_probs, old_log_probs, advantages = (
+        torch.where(mask, upcast(x), 0.0) for x in (log_probs, old_log_probs.detach(), advantages.detach())
+    )
+    log_ratio = log_probs.detach() - old_log_probs
+    ratio = ratio_of(log_ratio)
+    clipped = clip_ratio("cispo_loss", ratio, clip_eps, clip_eps_high)
+    loss = weighted_sum("cispo_loss", -clipped * advantages * log_probs, mask, weights)
+    return loss, {
+        "loss/policy_avg": loss.detach(),
+        "policy/clipfrac_avg": torch.where(mask, (clipped != ratio).float(), 0.0).sum(),
+        "policy/approxkl_avg": 0.5 * log_ratio.square().sum(),
+        "val/ratio": torch.where(mask, ratio, 0.0).sum(),
+        "count": mask.sum(),
+    }
+
+
+def gspo_loss(
+    log_probs: Tensor,
+    *,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor | None = None,
+    clip_eps: float | Tensor = 3e-4,
+    clip_eps_high: float | Tensor | None = None,
+    sequences: Tensor | None = None,
+) -> tuple[Tensor, MetricSums]:
+    """Return the clipped surrogate of whole sequences: `ppo_policy_loss` with one ratio for all tokens of a sequence.
+
+        r_i = (pi(y_i | x_i) / pi_old(y_i | x_i))^(1 / n_i) = exp(1 / n_i sum_t (log_probs_t - old_log_probs_t))
+
+    With weights per sequence (`rlhf.weighting.loss_weights`) and one advantage per sequence, it is eq. 5 of the paper.
+
+    Source: Zheng et al. 2025, "Group Sequence Policy Optimization", https://arxiv.org/abs/2507.18071. A sequence's
+    ratio is much closer to 1 than a token's, so its clips are smaller: the paper has 3e-4 and 4e-4.
+
+    Args:
+        log_probs: [..., T] float, nats, current policy; the only differentiated input.
+        old_log_probs: [..., T] float, nats, policy that sampled; constant.
+        advantages: [..., T] float; constant.
+        mask: [..., T] bool, True where the token counts.
+        weights: broadcast to [..., T]; constant; None is 1.
+        clip_eps: dimensionless, above 0.
+        clip_eps_high: above 0; None is `clip_eps`.
+        sequences: [..., T] int64 in [0, T), equal for tokens of one sequence where several lie along T; None if each
+            row is one sequence.
+
+    Returns:
+        loss: [] sum.
+        sums: those of `ppo_policy_loss`, of the sequences' ratios.
+
+    Raises:
+        ValueError: shapes differ, or a clip is not positive.
+        TypeError: mask is not bool, or sequences is not int64.
+
+    Example:
+        >>> log_probs, old = torch.tensor([-1.0, -2.0]), torch.tensor([-1.2, -2.2])
+        >>> mask = torch.tensor([True, True])
+        >>> loss, sums = gspo_loss(log_probs, old_log_probs=old, advantages=torch.ones(2), mask=mask, clip_eps=0.5)
+        >>> round(float(sums["val/ratio"] / 2), 4)
+        1.2214
+    """
+    check_mask("gspo_loss", mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    log_ratio = torch.where(mask, upcast(log_probs), 0.0) - torch.where(mask, upcast(old_log_probs.detach()), 0.0)
+    if sequences is None:
+        mean = log_ratio.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        mean = mean.expand(log_ratio.shape)
+    else:
+        check_integer("gspo_loss", sequences=sequences)
+        check_same_shape("gspo_loss", log_probs=log_probs, sequences=sequences)
+        sums = torch.zeros_like(log_ratio).scatter_add(-1, sequences, log_ratio)
+        counts = torch.zeros_like(log_ratio).scatter_add(-1, sequences, mask.to(log_ratio.dtype))
+        mean = (sums / counts.clamp(min=1)).gather(-1, sequences)
+    return ppo_policy_loss(
+        mean,
+        old_log_probs=torch.zeros_like(mean),
+        advantages=advantages,
+        mask=mask,
+        weights=weights,
+        clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
+    )
+
+
+def _ppo(log_probs: Tensor, *, sequences: Tensor | None = None, **arguments: Tensor) -> tuple[Tensor, MetricSums]:
+    """Return `ppo_policy_loss`, whose tokens do not depend on their sequence."""
+    return ppo_policy_loss(log_probs, **arguments)
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {"ppo": _ppo, "cispo": cispo_loss, "gspo": gspo_loss}
+"""Policy losses by name."""

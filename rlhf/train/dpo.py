@@ -1,0 +1,195 @@
+"""Direct preference optimisation: from preference pairs and an SFT model to an aligned policy, without a reward model.
+
+The reference is the model that training starts from. Its log-probs are computed once, before the first step, and the
+model itself is not kept. Metrics have TRL's names.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.batches import CompletionPairBatch
+from rlhf.config import DPORun
+from rlhf.data.dataset import Dataset
+from rlhf.data.preference_batches import PackedCompletionPairs, completion_pair_batches
+from rlhf.data.schema import PREFERENCES
+from rlhf.execution.executor import Executor
+from rlhf.execution.program import ModelState, Objective, Program, StepSpec
+from rlhf.io.model_folder import load_language_model, save_language_model
+from rlhf.models.architecture import ModelShape, architecture_of
+from rlhf.models.forward import packed_hidden_states
+from rlhf.ops import gather_rows, mean_metrics, token_log_probs
+from rlhf.preference_losses import dpo_loss, ipo_loss
+from rlhf.remat import chunk_size, in_chunks
+from rlhf.stage_config import DPOConfig
+from rlhf.stages import STAGES, StageProgram, StageResult
+from rlhf.train.compile_policy import compile_folder, compile_obstacle
+from rlhf.train.context import Run, open_run
+from rlhf.train.observers import Observer
+from rlhf.train.resume import digests_of
+from rlhf.train.signals import StopRequest
+from rlhf.train.stage_inputs import (
+    ModelSpec,
+    check_data,
+    check_validation,
+    embedded_file,
+    make_schedule,
+    start_folder,
+    start_model_spec,
+)
+from rlhf.train.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
+from rlhf.tree import tree_sum
+from rlhf.types import FrozenParams, MetricSums, Params
+
+_STAGE = STAGES["dpo"]
+
+
+def run_dpo(config: DPORun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
+    """Train on preference pairs and write OUTPUT_DIR/policy.
+
+    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
+    """
+    with open_run(config, _STAGE, observers, stop) as run:
+        return _run(run, config)
+
+
+def check_dpo(config: DPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
+    """Return the spec of the policy, after reading the data files through; see `rlhf.stages.StageProgram`."""
+    model_spec = _model_spec(config, models.get("sft"))
+    check_data(PREFERENCES, config.preference_data, config.preference_val_data)
+    return model_spec
+
+
+def _needs(config: DPORun) -> tuple[str, ...]:
+    return () if config.dpo.model_path else ("sft",)
+
+
+def _model_spec(config: DPORun, sft: ModelSpec | None = None) -> ModelSpec:
+    """Return the spec of the model that training starts from, after the checks that need no data."""
+    compile_obstacle(config, _STAGE)
+    check_validation(config.preference_data, config.preference_val_data, PREFERENCES)
+    return start_model_spec(config, config.dpo.model_path, "--dpo.model-path", sft)
+
+
+def _run(run: Run, config: DPORun) -> StageResult:
+    settings, model_spec = config.dpo, _model_spec(config)
+    folder = start_folder(config, settings.model_path)
+    start = load_language_model(folder)
+    for line in start.notes:
+        run.note(line)
+    max_length = length_limit(settings, start)
+    path = config.preference_data or embedded_file(run, "preferences")
+    split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
+    digests = digests_of(path, start.tokenizer, config.preference_val_data)
+    run.note(f"policy and reference from {folder}")
+    plan, models = make_plan(settings, len(split.train)), ModelState(start.params, {})
+    compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
+    executor = run.open_executor(
+        functools.partial(make_dpo_program, start.config, settings, plan.steps, run.dtype, compile_to), models
+    )
+    pack = functools.partial(completion_pair_batches, max_length=max_length, rows=settings.micro_batch_size)
+    # before a checkpoint is restored, the parameters are those of the reference
+    train_ref = reference_log_probs(executor, split.dataset, pack(split.dataset, split.train))
+    held_out_packs = pack(split.validation, split.held_out)
+    held_out_ref = reference_log_probs(executor, split.validation, held_out_packs)
+    held_out = pack(split.validation, split.held_out, ref_log_probs=held_out_ref)
+
+    def evaluate() -> dict[str, float]:
+        if not held_out:
+            return {}
+        means = mean_metrics(tree_sum(executor.map("measure", [packed.batch for packed in held_out])))
+        return {f"eval/{name}": float(mean) for name, mean in means.items()}
+
+    metrics = train_supervised(
+        run,
+        executor,
+        settings,
+        plan,
+        split,
+        batches=lambda records, key: [p.batch for p in pack(split.dataset, records, ref_log_probs=train_ref)],
+        evaluate=evaluate,
+        identity=digests | {"model": model_spec.digest},
+    )
+    if not run.is_saved:
+        params = run.trained_params(executor)
+        facts = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+        facts |= {"data": digests["data"], "validation": digests["validation"]}
+        save_language_model(run.model_folder, start._replace(params=params), facts=facts)
+    return StageResult(run.model_folder, metrics)
+
+
+def reference_log_probs(executor: Executor, dataset: Dataset, packs: Sequence[PackedCompletionPairs]) -> Tensor:
+    """Return [len(dataset), 2] nats: the log-probs of the chosen and rejected completions that are packed, else 0."""
+    found = torch.zeros(len(dataset), 2)
+    for packed, result in zip(packs, executor.map("log_probs", [packed.batch for packed in packs]), strict=True):
+        found[packed.records] = torch.stack(result, dim=1)[: len(packed.records)]
+    return found
+
+
+def make_completion_log_probs(
+    config: ModelShape, *, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
+) -> Callable[[Params, CompletionPairBatch], tuple[Tensor, Tensor]]:
+    """Return a function (decoder, CompletionPairBatch) -> log-probs [B] of chosen and rejected completions, in nats."""
+    decoder = architecture_of(config)
+
+    def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor]:
+        return (token_log_probs(decoder.logits(params, hidden, config=config, padded=True), targets),)
+
+    def log_probs(params: Params, batch: CompletionPairBatch) -> tuple[Tensor, Tensor]:
+        params = decoder.cast_for_compute(params, dtype)
+        hidden = packed_hidden_states(params, batch.rows, config, gradient_checkpointing=gradient_checkpointing)
+        (tokens,) = in_chunks(per_token, chunk_size(config.vocab_size))(
+            decoder.unembedding(params), gather_rows(hidden, batch.predictors), batch.targets
+        )
+        sequences = torch.arange(2 * len(batch.mask), device=tokens.device).unsqueeze(1)
+        belongs = (batch.sequences == sequences) & batch.token_mask
+        sums = torch.where(belongs, tokens, 0.0).sum(dim=1)  # in a fixed order, which a scatter has not
+        return sums[0::2], sums[1::2]
+
+    return log_probs
+
+
+def make_dpo_objective(
+    config: ModelShape,
+    settings: DPOConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Objective:
+    """Return a function (decoder, frozen, CompletionPairBatch) -> `dpo_loss` or `ipo_loss` of the pairs."""
+    log_probs = make_completion_log_probs(config, dtype=dtype, gradient_checkpointing=settings.gradient_checkpointing)
+
+    def objective(params: Params, frozen: FrozenParams, batch: CompletionPairBatch) -> tuple[Tensor, MetricSums]:
+        chosen, rejected = log_probs(params, batch)
+        chosen, rejected = chosen - batch.ref_chosen, rejected - batch.ref_rejected
+        if settings.loss == "ipo":
+            return ipo_loss(chosen, rejected_log_ratios=rejected, mask=batch.mask, beta=settings.beta)
+        smoothing = settings.label_smoothing
+        return dpo_loss(
+            chosen, rejected_log_ratios=rejected, mask=batch.mask, beta=settings.beta, label_smoothing=smoothing
+        )
+
+    return objective
+
+
+def make_dpo_program(
+    config: ModelShape, settings: DPOConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
+) -> Program:
+    """Return the program: `main` steps, `log_probs` of pairs, and `measure`; arguments as in `make_sft_program`."""
+    objective = make_dpo_objective(config, settings, dtype=dtype)
+    log_probs = make_completion_log_probs(config, dtype=dtype)
+    optimizer = make_adamw(settings, make_schedule(settings, steps))
+    return Program(
+        steps={"main": StepSpec(objective, optimizer, settings.max_grad_norm)},
+        eval_fns={
+            "log_probs": lambda params, frozen, batch: log_probs(params, batch),
+            "measure": lambda params, frozen, batch: objective(params, frozen, batch)[1],
+        },
+        frozen_updates={},
+        compile_to=compile_to,
+    )
+
+
+PROGRAM = StageProgram(check_dpo, run_dpo, _needs)
