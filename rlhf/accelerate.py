@@ -10,7 +10,12 @@ T = TypeVar("T")
 
 
 def reference_of(function: Callable[P, T]) -> Callable[P, T]:
-    """Return the reference of an accelerated function; any other function itself."""
+    """Return the reference of an accelerated function; any other function itself.
+
+    Example:
+        >>> reference_of(rlhf.sample_token) is not rlhf.sample_token, reference_of(len) is len
+        (True, True)
+    """
     reference: Callable[P, T] = getattr(function, "__wrapped__", function)
     return reference
 

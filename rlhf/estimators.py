@@ -86,6 +86,13 @@ def register_estimator(estimator: Estimator) -> None:
 
     Raises:
         ValueError: another estimator has its name.
+
+    Example:
+        >>> def score_as_advantage(completions):
+        ...     return AdvantageEstimate(completions.scores.unsqueeze(-1).expand(completions.mask.shape))
+        >>> register_estimator(Estimator("score", score_as_advantage, needs_critic=False))
+        >>> "score" in ESTIMATORS
+        True
     """
     if ESTIMATORS.setdefault(estimator.name, estimator) != estimator:
         raise ValueError(f"register_estimator: there is another estimator {estimator.name!r}; take another name")

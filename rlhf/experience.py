@@ -114,6 +114,15 @@ def make_experience(
         ValueError: shapes do not match, a number is out of range, or the estimator needs values and gets none, or the
             other way round.
         TypeError: mask is not bool.
+
+    Example:
+        >>> log_probs, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, True]])
+        >>> experience = make_experience(
+        ...     torch.tensor([1.0]), log_probs, log_probs - 0.5, torch.zeros(1, 2), mask,
+        ...     kl_coef=0.1, lam=1.0, whiten_advantages=False,
+        ... )
+        >>> experience.returns, experience.metrics["objective/kl"]
+        (tensor([[0.9000, 0.9500]]), tensor(1.))
     """
     _check_critic("make_experience", estimator, values=values)
     scores, log_probs, ref_log_probs = (upcast(x.detach()) for x in (scores, log_probs, ref_log_probs))

@@ -251,6 +251,11 @@ def register(metric: Metric) -> None:
 
     Raises:
         ValueError: the key belongs to another metric.
+
+    Example:
+        >>> register(Metric("reward/jokes", "Jokes", unit="per completion", meaning="Jokes told."))
+        >>> describe("reward/jokes").label
+        'Jokes'
     """
     if METRICS.setdefault(metric.key, metric) != metric:
         raise ValueError(
@@ -259,12 +264,22 @@ def register(metric: Metric) -> None:
 
 
 def is_registered(key: str) -> bool:
-    """Return whether the table has a metric, by its key or a prefix."""
+    """Return whether the table has a metric, by its key or a prefix.
+
+    Example:
+        >>> is_registered("objective/kl"), is_registered("timing_s/generate"), is_registered("my/metric")
+        (True, True, False)
+    """
     return _row_of(key) is not None
 
 
 def describe(key: str) -> Metric:
-    """Return the metric of a key; the label of one that is not registered is its key."""
+    """Return the metric of a key; the label of one that is not registered is its key.
+
+    Example:
+        >>> describe("objective/kl").unit, describe("my/metric").label
+        ('nats per completion', 'my/metric')
+    """
     row = _row_of(key)
     if row is None:
         return Metric(key, key, meaning="A metric of this run.", short=key)
@@ -276,7 +291,12 @@ def describe(key: str) -> Metric:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Return keys in the order of the table; those of one prefix, and unregistered ones, keep their order."""
+    """Return keys in the order of the table; those of one prefix, and unregistered ones, keep their order.
+
+    Example:
+        >>> in_order(["my/metric", "objective/kl", "loss/sft"])
+        ['loss/sft', 'objective/kl', 'my/metric']
+    """
     ranks = {row: rank for rank, row in enumerate(METRICS)}
     return sorted(keys, key=lambda key: ranks.get(_row_of(key) or "", len(ranks)))
 

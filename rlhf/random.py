@@ -70,6 +70,11 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
     Returns:
         [..., 2] int32.
+
+    Example:
+        >>> iteration = fold_in(fold_in(key(0), Purpose.SAMPLING), 3)
+        >>> fold_in(iteration, torch.arange(4)).shape  # one key per prompt
+        torch.Size([4, 2])
     """
     data = torch.as_tensor(data, dtype=torch.int64, device=key.device)
     return torch.stack(_threefry(key[..., 0], key[..., 1], _high(data) | _FOLD, _low(data)), dim=-1)
@@ -94,6 +99,11 @@ def bits(key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Two int32 tensors of the broadcast shape; all 32 bits are random.
+
+    Example:
+        >>> high, low = bits(key(0), torch.arange(3))
+        >>> high.shape, high.dtype
+        (torch.Size([3]), torch.int32)
     """
     return _threefry(key[..., 0], key[..., 1], _high(position), _low(position))
 
@@ -102,6 +112,10 @@ def uniform_at(key: Tensor, position: Tensor) -> Tensor:
     """Return float64 in [0, 1), a multiple of 2**-53, for each (key, position); see `bits` for the shapes.
 
     It uses both words of the hash, so that no token of a large vocabulary lies between two of its values.
+
+    Example:
+        >>> uniform_at(key(0), torch.tensor([7])) == uniform_at(key(0), torch.arange(10))[7]
+        tensor([True])
     """
     high, low = bits(key, position)
     number = ((high.long() & (_WORD - 1)) << 21) | ((low.long() >> 11) & ((1 << 21) - 1))
@@ -109,12 +123,24 @@ def uniform_at(key: Tensor, position: Tensor) -> Tensor:
 
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return float32 `shape` in [0, 1): element i (row-major) is `uniform_at(key, i)` truncated to 23 bits."""
+    """Return float32 `shape` in [0, 1): element i (row-major) is `uniform_at(key, i)` truncated to 23 bits.
+
+    Example:
+        >>> numbers = uniform(key(0), (2, 3))
+        >>> numbers.shape, bool(((numbers >= 0) & (numbers < 1)).all())
+        (torch.Size([2, 3]), True)
+    """
     return _unit(_words(key, math.prod(shape))[0]).view(shape)
 
 
 def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return float32 `shape`, standard normal (Box-Muller): elements 2i and 2i + 1 come from position i."""
+    """Return float32 `shape`, standard normal (Box-Muller): elements 2i and 2i + 1 come from position i.
+
+    Example:
+        >>> noise = normal(key(0), (100, 100))
+        >>> round(float(noise.mean()), 1) + 0.0, round(float(noise.std()), 1)
+        (0.0, 1.0)
+    """
     count = math.prod(shape)
     first, second = _words(key, (count + 1) // 2)
     radius, angle = torch.sqrt(-2.0 * torch.log1p(-_unit(first))), 2.0 * math.pi * _unit(second)

@@ -33,7 +33,12 @@ Bound = Gt | Ge | Lt | Le | Interval
 
 
 def bounds_of(hint: Any) -> list[Bound]:
-    """Return the bounds in an annotation, also an optional one."""
+    """Return the bounds in an annotation, also an optional one.
+
+    Example:
+        >>> bounds_of(PositiveInt | None)
+        [Ge(ge=1), Le(le=2147483647)]
+    """
     if get_origin(hint) is Annotated:
         return [extra for extra in get_args(hint)[1:] if isinstance(extra, Bound)]
     return [bound for part in get_args(hint) for bound in bounds_of(part)]
@@ -47,6 +52,10 @@ def range_error(bounds: Sequence[Bound], value: Any) -> str:
     Args:
         bounds: the bounds, from `bounds_of`; without bounds there is no condition.
         value: the value of the setting; values that are not numbers are not checked.
+
+    Example:
+        >>> range_error(bounds_of(UnitInterval), 1.5), range_error(bounds_of(UnitInterval), 0.5)
+        ('in [0, 1]', '')
     """
     if not bounds or isinstance(value, bool) or not isinstance(value, int | float):
         return ""
@@ -125,7 +134,13 @@ def _expanded(value: Any) -> Any:
 
 
 def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return every leaf of a config dataclass by its dotted name."""
+    """Return every leaf of a config dataclass by its dotted name.
+
+    Example:
+        >>> from rlhf.config import CheckpointConfig
+        >>> flat_fields(CheckpointConfig(), prefix="checkpoint.")
+        {'checkpoint.every': None, 'checkpoint.keep': 2}
+    """
     leaves: dict[str, Any] = {}
     for spec in dataclasses.fields(config):
         value, name = getattr(config, spec.name), prefix + spec.name

@@ -36,7 +36,12 @@ def remat(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def chunk_size(vocab_size: int) -> int:
-    """Return the number of tokens whose float32 logits take at most 256 MB, for `in_chunks`."""
+    """Return the number of tokens whose float32 logits take at most 256 MB, for `in_chunks`.
+
+    Example:
+        >>> chunk_size(50_257)
+        1335
+    """
     return max(1, _CHUNK // vocab_size)
 
 

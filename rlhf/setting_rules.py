@@ -35,6 +35,13 @@ def check_rules(config: Any, rules: Sequence[Rule]) -> list[str]:
 
     Raises:
         UserError: a rule refuses a setting that differs from its default.
+
+    Example:
+        >>> from rlhf.config import CheckpointConfig
+        >>> rule = Rule(("checkpoint.keep",), lambda config: config.checkpoint.keep > 9, "takes a lot of space")
+        >>> from rlhf.config import RunConfig
+        >>> check_rules(RunConfig(checkpoint=CheckpointConfig(keep=20)), [rule])
+        ['--checkpoint.keep 20: takes a lot of space']
     """
     values, defaults = flat_fields(config), flat_fields(type(config)())
     lines = []
@@ -50,7 +57,12 @@ def check_rules(config: Any, rules: Sequence[Rule]) -> list[str]:
 
 
 def flag_of(name: str, value: Any = None) -> str:
-    """Return the flag of a setting, followed by its value unless that is omitted, True or a tuple."""
+    """Return the flag of a setting, followed by its value unless that is omitted, True or a tuple.
+
+    Example:
+        >>> flag_of("ppo.batch_size", 8), flag_of("ppo.stop_at_eos", False)
+        ('--ppo.batch-size 8', '--ppo.no-stop-at-eos')
+    """
     flag = name.replace("_", "-")
     if value is False:
         section, dot, last = flag.rpartition(".")

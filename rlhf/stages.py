@@ -96,6 +96,15 @@ def register(stage: Stage) -> None:
 
     Raises:
         ValueError: the name or folder is taken, or the configuration has no section of that name.
+
+    Example:
+        >>> from rlhf.config import SFTConfig
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class DistilRun(RunConfig):
+        ...     distil: SFTConfig = field(default_factory=SFTConfig)
+        >>> register(dataclasses.replace(STAGES["sft"], name="distil", folder="distil", config=DistilRun))
+        >>> list(STAGES)[-1]
+        'distil'
     """
     if stage.name in STAGES or stage.folder in [other.folder for other in STAGES.values()]:
         raise ValueError(f"register: the name {stage.name!r} or the folder {stage.folder!r} is taken by another stage")
@@ -164,7 +173,12 @@ register(
 
 
 def load_program(stage: Stage) -> StageProgram:
-    """Return the functions of a stage, importing its module if necessary."""
+    """Return the functions of a stage, importing its module if necessary.
+
+    Example:
+        >>> load_program(STAGES["sft"]).run.__name__
+        'run_sft'
+    """
     if isinstance(stage.program, StageProgram):
         return stage.program
     module, _, name = stage.program.partition(":")
@@ -177,6 +191,10 @@ def stages_of(config: RunConfig) -> list[Stage]:
 
     Raises:
         TypeError: no stage has such a configuration.
+
+    Example:
+        >>> [stage.name for stage in stages_of(PipelineRun(start_at="reward"))][:2]
+        ['reward', 'ppo']
     """
     if isinstance(config, PipelineRun):
         names = pipeline_names()
@@ -189,12 +207,22 @@ def stages_of(config: RunConfig) -> list[Stage]:
 
 
 def pipeline_names() -> tuple[str, ...]:
-    """Return the names of the stages that the pipeline runs, in order."""
+    """Return the names of the stages that the pipeline runs, in order.
+
+    Example:
+        >>> pipeline_names()[:3]
+        ('sft', 'reward', 'ppo')
+    """
     return tuple(stage.name for stage in STAGES.values() if stage.in_pipeline)
 
 
 def pipeline_type() -> type[PipelineRun]:
-    """Return `PipelineRun` with the settings of all stages that were registered later."""
+    """Return `PipelineRun` with the settings of all stages that were registered later.
+
+    Example:
+        >>> issubclass(pipeline_type(), PipelineRun)
+        True
+    """
     configs = tuple(stage.config for stage in STAGES.values() if not issubclass(PipelineRun, stage.config))
     return _pipeline_type(configs, pipeline_names()) if configs else PipelineRun
 
@@ -216,6 +244,11 @@ def check_settings(config: RunConfig, stage: Stage) -> list[str]:
 
     Raises:
         UserError: a setting is refused.
+
+    Example:
+        >>> from rlhf.config import ComputeConfig, DistConfig
+        >>> check_settings(SFTRun(dist=DistConfig(max_restarts=3)), STAGES["sft"])
+        ['--dist.max-restarts 3: has no effect without --dist.num-workers']
     """
     is_first = not isinstance(config, PipelineRun) or config.start_at == stage.name
     shared = [rule for rule in COMPUTE_RULES if is_first or rule.refused]

@@ -5,7 +5,12 @@ from torch import Tensor
 
 
 def is_transformed() -> bool:
-    """Return True while a transform of `torch.func`, or autograd's forward mode, is running."""
+    """Return True while a transform of `torch.func`, or autograd's forward mode, is running.
+
+    Example:
+        >>> is_transformed(), torch.vmap(lambda x: x + is_transformed())(torch.zeros(2))
+        (False, tensor([1., 1.]))
+    """
     is_forward_mode = torch.autograd.forward_ad._current_level >= 0
     return is_forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -14,6 +19,15 @@ def reference_needed(*tensors: Tensor) -> bool:
     """Return True if tensors are mapped, or differentiated twice or forward, where fused operators have no rule.
 
     They have one outside of transforms, and for tensors whose gradient a single `torch.func.grad` takes.
+
+    Example:
+        >>> seen = []
+        >>> def square(x):
+        ...     seen.append(reference_needed(x))
+        ...     return (x * x).sum()
+        >>> _ = torch.func.grad(square)(torch.ones(2)), torch.func.hessian(square)(torch.ones(2))
+        >>> seen
+        [False, True]
     """
     if not is_transformed():
         return False
@@ -25,7 +39,13 @@ def reference_needed(*tensors: Tensor) -> bool:
 
 
 def check_untransformed(function: str, reason: str) -> None:
-    """Raise RuntimeError while a transform of `torch.func`, which `function` does not support, is running."""
+    """Raise RuntimeError while a transform of `torch.func`, which `function` does not support, is running.
+
+    Example:
+        >>> torch.vmap(lambda x: check_untransformed("my_function", "it reads a tensor's value"))(torch.zeros(2))
+        Traceback (most recent call last):
+        RuntimeError: my_function: runs under no transform of torch.func: it reads a tensor's value
+    """
     if is_transformed():
         raise RuntimeError(f"{function}: runs under no transform of torch.func: {reason}")
 

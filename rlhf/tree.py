@@ -31,12 +31,22 @@ def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 
 def tree_map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Return `tree_map` of a `function` whose first argument is each leaf's dotted name."""
+    """Return `tree_map` of a `function` whose first argument is each leaf's dotted name.
+
+    Example:
+        >>> tree_map_named(lambda name, leaf: f"{name}: {list(leaf.shape)}", {"h": [torch.ones(2, 3)]})
+        {'h': ['h.0: [2, 3]']}
+    """
     return pytree.tree_map_with_path(lambda path, *same: function(_dotted(path), *same), tree, *rest)
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """Return the leaves in traversal order: dicts by insertion, lists by index."""
+    """Return the leaves in traversal order: dicts by insertion, lists by index.
+
+    Example:
+        >>> leaves({"b": torch.tensor(1), "a": [torch.tensor(2)]})
+        [tensor(1), tensor(2)]
+    """
     return pytree.tree_leaves(tree)
 
 
@@ -62,6 +72,10 @@ def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
 
     Raises:
         ValueError: a name is missing from or unknown to `tree`.
+
+    Example:
+        >>> with_leaves({"h": [torch.tensor(1)]}, {"h.0": torch.tensor(2)})
+        {'h': [tensor(2)]}
     """
     with_paths, spec = pytree.tree_flatten_with_path(tree)
     names = [_dotted(path) for path, _ in with_paths]
@@ -74,12 +88,22 @@ def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
-    """Return the tree with floating-point leaves in `dtype`; leaves of that or another kind are unchanged."""
+    """Return the tree with floating-point leaves in `dtype`; leaves of that or another kind are unchanged.
+
+    Example:
+        >>> cast({"weight": torch.ones(1), "step": torch.tensor(3)}, torch.bfloat16)
+        {'weight': tensor([1.], dtype=torch.bfloat16), 'step': tensor(3)}
+    """
     return tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
 
 
 def to_device(tree: Tree, device: torch.device | str) -> Tree:
-    """Return the tree with every leaf on `device`; copies to a GPU do not wait for it."""
+    """Return the tree with every leaf on `device`; copies to a GPU do not wait for it.
+
+    Example:
+        >>> to_device({"weight": torch.ones(1)}, "cpu")
+        {'weight': tensor([1.])}
+    """
     to_gpu = torch.device(device).type == "cuda"
     return tree_map(lambda leaf: leaf.to(device, non_blocking=to_gpu), tree)
 
@@ -89,6 +113,10 @@ def realign(tree: Tree) -> Tree:
 
     The last bits of matrix products depend on the alignment and the strides of their operands: results would depend on
     whether a tensor comes from a file, from shared memory or is a slice of another one.
+
+    Example:
+        >>> realign({"weight": torch.ones(4, 2).T})["weight"].is_contiguous()
+        True
     """
 
     def align(leaf: Tensor) -> Tensor:
@@ -100,7 +128,12 @@ def realign(tree: Tree) -> Tree:
 
 
 def all_finite(tree: Tree) -> bool:
-    """Return True if every element of every floating-point leaf is finite. Waits for the device."""
+    """Return True if every element of every floating-point leaf is finite. Waits for the device.
+
+    Example:
+        >>> all_finite({"weight": torch.tensor([1.0, torch.inf])})
+        False
+    """
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree) if leaf.is_floating_point())
 
 
@@ -184,6 +217,11 @@ def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) 
 
     Raises:
         ValueError: the tree's structure or shapes are not those of `layout`.
+
+    Example:
+        >>> tree = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
+        >>> flatten(tree, flat_layout(tree)).sum()
+        tensor(4.)
     """
     in_order, spec = pytree.tree_flatten(tree)
     shapes = [layout.shapes[index] for index in layout.order]
@@ -199,7 +237,15 @@ def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) 
 
 
 def unflatten(flat: Tensor, layout: FlatLayout) -> Tree:
-    """Return the tree whose leaves are views into `flat`: no copy, so they follow its changes."""
+    """Return the tree whose leaves are views into `flat`: no copy, so they follow its changes.
+
+    Example:
+        >>> tree = {"weight": torch.ones(2, 2)}
+        >>> layout = flat_layout(tree)
+        >>> unflatten(flatten(tree, layout), layout)
+        {'weight': tensor([[1., 1.],
+                [1., 1.]])}
+    """
     views = [
         flat[offset : offset + shape.numel()].view(shape)
         for shape, offset in zip(layout.shapes, layout.offsets, strict=True)
@@ -212,6 +258,10 @@ def chunked_squared_norms(flat: Tensor) -> Tensor:
 
     Shards are cut between chunks, so a norm computed from them has the same bits for any number of shards. Squares are
     added in float32 within a chunk, so a chunk whose norm is above 1.8e19 counts as infinite.
+
+    Example:
+        >>> chunked_squared_norms(torch.ones(2 * CHUNK))
+        tensor([4096., 4096.], dtype=torch.float64)
     """
     return torch.linalg.vector_norm(flat.view(-1, CHUNK), dim=1).double().square()
 
