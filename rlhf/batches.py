@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from rlhf.field_docs import documented
 
+
+@documented
 class Rows(NamedTuple):
     """Packed sequences: each row holds several, distinguished by segment."""
 
@@ -23,6 +26,7 @@ class Rows(NamedTuple):
     sequences of its own."""
 
 
+@documented
 class TokenBatch(NamedTuple):
     """Sequences, and those of their tokens that count."""
 
@@ -37,6 +41,7 @@ class TokenBatch(NamedTuple):
     """[2] int32, for dropout."""
 
 
+@documented
 class PairBatch(NamedTuple):
     """Preference pairs; both members are in the same micro-batch."""
 
@@ -51,6 +56,7 @@ class PairBatch(NamedTuple):
     """[B] bool: False on padding."""
 
 
+@documented
 class PromptBatch(NamedTuple):
     """Prompts to complete."""
 
@@ -64,6 +70,7 @@ class PromptBatch(NamedTuple):
     """[B, 2] int32: the randomness of each completion."""
 
 
+@documented
 class ScoreBatch(NamedTuple):
     """Finished completions to score."""
 
@@ -78,6 +85,7 @@ class ScoreBatch(NamedTuple):
     """[B] int64: last real token of each sequence."""
 
 
+@documented
 class PPOBatch(NamedTuple):
     """Completion tokens of one minibatch's part, with everything the update needs."""
 

@@ -17,8 +17,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rlhf.advantages import gae
+from rlhf.field_docs import documented
 
 
+@documented
 class RewardedCompletions(NamedTuple):
     """The input of an estimator: one iteration's completions, all constants, of float32 at least."""
 
@@ -42,6 +44,7 @@ class RewardedCompletions(NamedTuple):
     """Lambda of generalised advantage estimation."""
 
 
+@documented
 class AdvantageEstimate(NamedTuple):
     """The result of an estimator."""
 
@@ -51,6 +54,7 @@ class AdvantageEstimate(NamedTuple):
     """[B, T] reward units: targets of the value function; None without a critic."""
 
 
+@documented
 class Estimator(NamedTuple):
     """A way to estimate advantages."""
 

@@ -8,11 +8,13 @@ from torch import Tensor
 from rlhf.advantages import token_rewards
 from rlhf.checks import check_mask, check_same_shape, check_value
 from rlhf.estimators import GAE, AdvantageEstimate, Estimator, RewardedCompletions
+from rlhf.field_docs import documented
 from rlhf.kl import KLEstimator, kl_estimate
 from rlhf.ops import masked_mean, masked_var, upcast, whiten
 from rlhf.types import Metrics
 
 
+@documented
 class Experience(NamedTuple):
     """Advantages, returns and metrics of one iteration's completions, as constants without gradients."""
 

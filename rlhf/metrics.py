@@ -10,9 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from rlhf.field_docs import documented
+
 Direction = Literal["up", "down", "none"]
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class Metric:
     """A metric, or (key with a final `/`) all metrics of that prefix; `{}` in its texts stands for the rest."""

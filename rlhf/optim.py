@@ -13,13 +13,24 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import check_value
+from rlhf.field_docs import documented
 from rlhf.schedules import Schedule
 from rlhf.tree import global_norm, tree_map
 from rlhf.types import Tree
 
 
+@documented
 class Optimizer(NamedTuple):
-    """A pair of pure functions; the other fields tell executors what they may do with it."""
+    """A pair of pure functions; the other fields tell executors what they may do with it.
+
+    Example:
+        >>> def step(grads, state, params, *, learning_rate=None):
+        ...     rate = 0.1 if learning_rate is None else learning_rate
+        ...     return tree_map(lambda p, g: p - rate * g, params, grads), state
+        >>> sgd = Optimizer(init=lambda params: {}, update=step)
+        >>> sgd.update({"w": torch.tensor(1.0)}, {}, {"w": torch.tensor(2.0)})
+        ({'w': tensor(1.9000)}, {})
+    """
 
     init: Callable[[Tree], Any]
     """params -> state: trees like params, and counters (leaves [])."""
@@ -36,6 +47,7 @@ class Optimizer(NamedTuple):
     """
 
 
+@documented
 class AdamState(NamedTuple):
     """State of `adamw`."""
 
@@ -47,6 +59,7 @@ class AdamState(NamedTuple):
     """Like params: running mean of its square."""
 
 
+@documented
 @dataclass(frozen=True)
 class AdamWHyperparameters:
     """The hyperparameters of one leaf under `adamw`."""

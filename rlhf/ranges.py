@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
+from rlhf.field_docs import documented
+
 _FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 """Smallest normal and largest number of float32."""
 
@@ -109,6 +111,9 @@ def _describe(bound: Bound) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """A dataclass that checks its ranges when it is created, and accepts paths as texts and with ~."""
+
+    def __init_subclass__(cls) -> None:
+        documented(cls)
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
+from rlhf.field_docs import documented
 from rlhf.ranges import flat_fields
 
 
+@documented
 class Rule(NamedTuple):
     """A condition under which settings have no effect or are refused."""
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig, SFTRun
+from rlhf.field_docs import documented
 from rlhf.setting_rules import COMPUTE_RULES, Rule, check_rules
 from rlhf.stage_rules import PPO_RULES, REWARD_RULES, SFT_RULES
 
 
+@documented
 class StageResult(NamedTuple):
     """The result of a stage."""
 
@@ -30,6 +32,7 @@ class StageResult(NamedTuple):
     """False if a callback stopped the stage: its state is saved, but its model is not written."""
 
 
+@documented
 class StageProgram(NamedTuple):
     """The functions of a stage."""
 
@@ -43,6 +46,7 @@ class StageProgram(NamedTuple):
     """config -> earlier stages whose models the stage reads from the output folder."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """An entry of the table: a stage's names, settings and files."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import check_rank, check_same_shape, check_value
+from rlhf.field_docs import documented
 
 _ROUNDING = 1e-4
 """Relative difference that the same text may have in two batches, generously; that of float32 is 1e-7."""
@@ -112,6 +113,7 @@ def mean_interval(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(1.96 * values.std() / values.numel() ** 0.5)
 
 
+@documented
 class Reliability(NamedTuple):
     """The correctness of a preference model by its confidence; see `reliability`."""
 
@@ -181,6 +183,7 @@ def token_repetition(tokens: Sequence[int], *, n: int = 4) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+@documented
 class Diversity(NamedTuple):
     """Distinct n-grams of many texts, and each text's part in them; see `diversity`."""
 

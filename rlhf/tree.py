@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rlhf.field_docs import documented
 from rlhf.types import Tree
 
 ALIGNMENT = 64
@@ -172,6 +173,7 @@ def tree_sum(trees: Iterable[Tree], *, add: Callable[[Tensor, Tensor], Tensor] =
     return total
 
 
+@documented
 class FlatLayout(NamedTuple):
     """Positions of a tree's leaves in one flat buffer: sorted by name, each aligned to `ALIGNMENT` elements."""
 

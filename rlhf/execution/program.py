@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.field_docs import documented
 from rlhf.optim import Optimizer
 from rlhf.types import FrozenParams, MetricSums, Params, Tree
 
@@ -16,6 +17,7 @@ Objective = Callable[[Params, FrozenParams, Any], tuple[Tensor, MetricSums]]
 """(params, frozen, micro-batch) -> (loss sum, metric sums with `count`)."""
 
 
+@documented
 @dataclass(frozen=True)
 class SumOfLosses:
     """A sum of objectives, each with its own forward pass; they may share parameters.
@@ -36,6 +38,7 @@ def add_results(results: Sequence[tuple[Tensor, MetricSums]]) -> tuple[Tensor, M
     return functools.reduce(torch.add, losses), {name: value for part in metrics for name, value in part.items()}
 
 
+@documented
 class MetricLimit(NamedTuple):
     """The largest mean of a metric at which a step is still applied."""
 
@@ -43,6 +46,7 @@ class MetricLimit(NamedTuple):
     most: float
 
 
+@documented
 class StepSpec(NamedTuple):
     """The specification of one kind of optimiser step."""
 
@@ -56,6 +60,7 @@ class StepSpec(NamedTuple):
     """A step beyond it is skipped."""
 
 
+@documented
 class Program(NamedTuple):
     """A stage's work as pure functions; every process makes its own, so it holds no tensors."""
 
@@ -90,6 +95,7 @@ class Program(NamedTuple):
                 )
 
 
+@documented
 class ModelState(NamedTuple):
     """The initial state of a program."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.accelerate import accelerated
+from rlhf.field_docs import documented
 from rlhf.optim import Optimizer, clip_scale
 from rlhf.tree import CHUNK, FlatLayout, leaves, named_leaves, tree_map, unflatten
 from rlhf.types import Tree
@@ -21,6 +22,7 @@ _GROUP = 1 << 22
 a call costs more, it is 32 times as many."""
 
 
+@documented
 class Shard(NamedTuple):
     """A range of the flat buffer and its optimiser state; `apply` updates both in place (donated buffers)."""
 
@@ -59,6 +61,7 @@ def update_scale(squares: Tensor, count: float, max_norm: float) -> tuple[float,
     return float(clip_scale(norm, max_norm)) / (count or 1.0), float(norm)
 
 
+@documented
 class UpdateSlice(NamedTuple):
     """Views of the elements of a shard that are updated at once: each leaf's block, by the leaf's dotted name."""
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from rlhf.errors import NonFiniteError
 from rlhf.execution.program import StepSpec
 from rlhf.execution.shard import update_scale
+from rlhf.field_docs import documented
 from rlhf.ops import mean_metrics
 from rlhf.tree import all_finite, tree_sum
 
 
+@documented
 class Update(NamedTuple):
     """The decision about the summed gradient of a step's micro-batches."""
 
