@@ -147,7 +147,7 @@ def _default(value: Any) -> str:
 
 
 def _fill(text: str, indent: str = "", end: str = "") -> str:
-    """Return text wrapped at the terminal's width: `indent` before all lines but the first, `end` after but the last."""
+    """Return text wrapped at the terminal's width, with `indent` before and `end` after each line break."""
     width = min(max(shutil.get_terminal_size().columns, 40), _MAX_WIDTH) - len(end)
     options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     return f"{end}\n".join(textwrap.wrap(text, width, subsequent_indent=indent, **options)).replace(_SPACE, " ")

@@ -47,7 +47,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """Shape of a model trained from scratch. A model folder has its own shape; settings given here must agree with it."""
+    """Shape of a model trained from scratch. A model folder has its own, with which settings here must agree."""
 
     family: str = "gpt2"
     """Architecture, by Hugging Face's `model_type`."""
@@ -78,8 +78,8 @@ class CheckpointConfig(Section):
     """Checkpoints written during training, in addition to the model folder at the end of each stage."""
 
     every: PositiveInt | None = None
-    """Steps between checkpoints. If None, 100 steps, or 10 iterations for PPO. A run also writes a checkpoint when it ends
-    or is stopped."""
+    """Steps between checkpoints. If None, 100 steps, or 10 iterations for PPO. A run also writes a checkpoint when it
+    ends or is stopped."""
     keep: PositiveInt = 2
     """Number of checkpoints to keep per stage; older ones are deleted."""
 
@@ -95,7 +95,7 @@ class LogConfig(Section):
     token_samples: NonNegativeInt = 16
     """Number of those completions written with per-token log-probs, values and advantages (40 bytes per token)."""
     tensorboard: bool = True
-    """Also write TensorBoard event files."""
+    """Write TensorBoard event files in addition to metrics.jsonl."""
     sink: str | None = None
     """Function `module:function` or `file.py:function` that is called with (stage, step, metrics) for every line of
     metrics.jsonl, for example to feed Weights & Biases. If it raises, the error is reported once and the run
@@ -122,14 +122,15 @@ class DistConfig(Section):
     """Backend of the collectives. shared is gloo, with shared memory between the workers of one machine. auto selects
     nccl if each worker has a GPU of its own, otherwise shared."""
     reduce: Literal["tree", "ring"] = "tree"
-    """Method of gradient reduction. tree adds along a fixed tree and gives the same bits for any number of workers; ring
-    uses the backend's allreduce."""
+    """Method of gradient reduction. tree adds along a fixed tree and gives the same bits for any number of workers;
+    ring uses the backend's allreduce."""
     timeout_s: Seconds = 60.0
     """Timeout of a collective in seconds. Members that exceed it are considered lost."""
     heartbeat_s: Seconds = 5.0
     """Seconds without an answer after which a process is considered lost."""
     max_restarts: NonNegativeInt = 10
-    """Maximum number of faults to recover from. After one more, the run finishes its step in one process, saves and ends."""
+    """Maximum number of faults to recover from. After one more, the run finishes its step in one process, saves and
+    ends."""
     on_failure: Literal["replace", "shrink"] = "replace"
     """Reaction to a lost worker: replace it with a new one, or shrink to fewer workers."""
     snapshot_every: PositiveInt = 10
@@ -141,8 +142,8 @@ class ComputeConfig(Section):
     """Device, precision and workers of every program that computes."""
 
     dist_config: str | None = None
-    """YAML file with a dist section, or `distributed` for the one that ships with rlhf. Overrides the dist section of the
-    configuration file."""
+    """YAML file with a dist section, or `distributed` for the one that ships with rlhf. Overrides the dist section of
+    the configuration file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; auto selects a GPU if one is available."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -209,8 +210,8 @@ class PPORun(RunConfig):
     """Settings of rlhf-train ppo."""
 
     prompt_data: Path | None = None
-    """JSON list or JSON Lines of {"prompt"}. Other columns are passed to reward functions. If None, the embedded example
-    is used."""
+    """JSON list or JSON Lines of {"prompt"}. Other columns are passed to reward functions. If None, the embedded
+    example is used."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
 

@@ -57,7 +57,8 @@ class SupervisedConfig(OptimizerConfig):
     batch_size: BatchSize = 32
     """Number of records per optimiser step."""
     max_length: Annotated[int, Ge(2), Le(2**20)] | None = None
-    """Maximum number of tokens per record; longer records are truncated. If None, the model's context length is used."""
+    """Maximum number of tokens per record; longer records are truncated. If None, the model's context length is
+    used."""
     val_fraction: HalfOpenUnitInterval = 0.05
     """Fraction of the records held out for validation if there is no validation file."""
     eval_every: PositiveInt = 100
@@ -172,7 +173,8 @@ class PPOConfig(OptimizerConfig):
     clip_eps: Annotated[float, Interval(gt=0, lt=1)] = 0.2
     """Clip the probability ratio to [1 - clip_eps, 1 + clip_eps]."""
     dual_clip: Annotated[float, Gt(1), Lt(math.inf)] | None = None
-    """Upper bound of the loss of tokens with negative advantage, in units of the advantage. If None, there is no bound."""
+    """Upper bound of the loss of tokens with negative advantage, in units of the advantage. If None, there is no
+    bound."""
     value_clip_eps: PositiveFloatOrInf = 0.2
     """Clip values to within value_clip_eps of those at sampling time; inf disables clipping."""
     value_coef: NonNegativeFloat = 0.1
