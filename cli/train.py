@@ -62,7 +62,9 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 
 def _about(prog: str, description: str) -> Help:
-    return Help(prog=prog, description=description, usage=__doc__ or "", page=_PAGE)
+    usage = __doc__ or ""
+    example = usage if f"{prog} " in usage else f"{prog} --output-dir outputs"  # a registered stage
+    return Help(prog=prog, description=description, usage=example, page=_PAGE)
 
 
 def _commands() -> dict[str, tuple[type[RunConfig], str]]:

@@ -12,8 +12,11 @@ _Record = TypeVar("_Record")
 def documented(kind: type[_Record]) -> type[_Record]:
     """Decorate a NamedTuple or dataclass so that `help` shows the strings under its fields.
 
-    Fields of a NamedTuple get them in place of "Alias for field number 0"; the docstring of a dataclass gets a section
-    `Attributes:`. Without source code nothing changes.
+    A field of a NamedTuple gets its string in place of "Alias for field number 0". The docstring of a dataclass gets a
+    section `Attributes:`. Without source code, nothing changes.
+
+    Args:
+        kind: the class.
 
     Example:
         >>> rlhf.Completions.ended.__doc__
@@ -30,9 +33,12 @@ def documented(kind: type[_Record]) -> type[_Record]:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """Return the string under each field of a class, by the field's name, as one line of text.
+    """Return the string under each field of a class, by the name of the field, as one line of text.
 
     Fields of base classes come first. Fields without a string are left out.
+
+    Args:
+        kind: a NamedTuple or dataclass.
 
     Example:
         >>> field_docs(rlhf.Completions)["ended"]
@@ -47,7 +53,7 @@ def field_docs(kind: type) -> dict[str, str]:
 
 @functools.cache
 def _docs_by_class(module: str) -> dict[str, dict[str, str]]:
-    """Return the strings under the fields of every class of a module; none where there is no source code."""
+    """Return the strings under the fields of every class of a module, or none if there is no source code."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (KeyError, OSError, TypeError):
@@ -56,10 +62,9 @@ def _docs_by_class(module: str) -> dict[str, dict[str, str]]:
 
 
 def _docs_of(node: ast.ClassDef) -> dict[str, str]:
-    docs = {}
-    for statement, follower in zip(node.body, node.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            match follower:
-                case ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[statement.target.id] = " ".join(text.split())
-    return docs
+    """Return the strings under the annotated names of a class, by name."""
+    return {
+        ast.unparse(field.target): " ".join(str(string.value.value).split())
+        for field, string in zip(node.body, node.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(string, ast.Expr) and isinstance(string.value, ast.Constant)
+    }

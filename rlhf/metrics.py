@@ -1,51 +1,17 @@
-"""The table of metrics, which the log, terminal, plots, page and evaluation tables share.
+"""The table of metrics, which the log, the terminal, plots, the web page and evaluation tables share.
 
-To add a metric, add one `Metric` to `METRICS`, or call `register` in the file of the stage that logs it. It then has a
-label and chart on the page and in the report, a curve in the plot of that chart, a line in `rlhf-monitor --live`
-if it has a `short` name, and a row in the table of `rlhf-evaluate`. The health checks named in `checks` judge it. A
-metric that is not registered is shown by its key.
+To add a metric, add a `Metric` to `METRICS`, or call `register` in the file of the stage that logs it. The metric then
+has a label and a chart on the page and in the report, and a curve in the plot of that chart. It has a line in
+`rlhf-monitor --live` if it has a `short` name, and a row in the table of `rlhf-evaluate`. The health checks named in
+`checks` apply to it. A metric that is not registered is shown by its key.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-from rlhf.field_docs import documented
+from rlhf.metric_record import Direction, Metric
 
-Direction = Literal["up", "down", "none"]
-
-
-@documented
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A metric, or (key with a final `/`) all metrics of that prefix; `{}` in its texts stands for the rest."""
-
-    key: str
-    label: str
-    """Name on the page and in plots."""
-    unit: str = ""
-    """Unit; the page shows a unit that begins with `share` in per cent."""
-    direction: Direction = "none"
-    """Direction of better values; `none` if neither is better."""
-    chart: str = ""
-    """Chart of `rlhf.monitor.charts`, or the title of a new one; if empty, a chart with this metric only."""
-    meaning: str = ""
-    good: str = ""
-    """Expected course of a good run."""
-    short: str = ""
-    """Name in the terminal, at most 16 columns; if empty, the metric is not shown there."""
-    row: str = ""
-    """Name in evaluation tables, if it differs from the label."""
-    low: float | None = None
-    high: float | None = None
-    """Bounds of the possible values; None if unbounded."""
-    signed: bool = False
-    """Evaluation tables show the sign of positive values."""
-    headline: bool = False
-    """Shown among the key figures of the page's overview."""
-    checks: tuple[str, ...] = ()
-    """Names of the health checks (`rlhf.monitor.health.CHECKS`) that judge it."""
-
+__all__ = ["METRICS", "Direction", "Metric", "describe", "in_order", "is_registered", "register"]
 
 # fmt: off
 _TABLE = (
@@ -252,6 +218,9 @@ def register(metric: Metric) -> None:
 
     Only programs that import that file know the metric, such as the one that trains the stage and writes its report.
 
+    Args:
+        metric: the metric.
+
     Raises:
         ValueError: the key belongs to another metric.
 
@@ -267,7 +236,7 @@ def register(metric: Metric) -> None:
 
 
 def is_registered(key: str) -> bool:
-    """Return whether the table has a metric, by its key or a prefix.
+    """Return True if the table has a metric with this key, or with a prefix of it.
 
     Example:
         >>> is_registered("objective/kl"), is_registered("timing_s/generate"), is_registered("my/metric")
@@ -277,7 +246,7 @@ def is_registered(key: str) -> bool:
 
 
 def describe(key: str) -> Metric:
-    """Return the metric of a key; the label of one that is not registered is its key.
+    """Return the metric of a key. The label of a metric that is not registered is its key.
 
     Example:
         >>> describe("objective/kl").unit, describe("my/metric").label
@@ -294,7 +263,7 @@ def describe(key: str) -> Metric:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Return keys in the order of the table; those of one prefix, and unregistered ones, keep their order.
+    """Return `keys` in the order of the table. Keys of the same prefix, and unregistered keys, keep their order.
 
     Example:
         >>> in_order(["my/metric", "objective/kl", "loss/sft"])
