@@ -85,8 +85,6 @@ def make_experience(
 ) -> Experience:
     """Return advantages and returns of scored completions, from token rewards made of KL penalty and score.
 
-    The advantages are whitened over the whole batch by default.
-
     Source: Ziegler et al. 2019, section 2; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO",
     https://arxiv.org/abs/2403.17031.
 
@@ -95,8 +93,7 @@ def make_experience(
         log_probs: [B, T] float, nats, policy; constant.
         ref_log_probs: [B, T] float, nats, reference; constant.
         values: [B, T] float, reward units; constant. None if the estimator needs no critic.
-        mask: [B, T] bool, True on the tokens of each row. A mask may have holes, such as the results of tools; the
-            result is that of the row without them.
+        mask: [B, T] bool, True on the tokens of each row. It may have holes, such as the results of tools.
         groups: [B] int64, index of the prompt, for estimators that compare completions of the same prompt.
         estimator: advantage estimator (`rlhf.estimators`).
         kl_coef: KL coefficient, in reward units per nat.
@@ -119,13 +116,9 @@ def make_experience(
         TypeError: mask is not bool.
 
     Example:
-        >>> log_probs, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, True]])
-        >>> experience = make_experience(
-        ...     torch.tensor([1.0]), log_probs, log_probs - 0.5, torch.zeros(1, 2), mask,
-        ...     kl_coef=0.1, lam=1.0, whiten_advantages=False,
-        ... )
-        >>> experience.returns, experience.metrics["objective/kl"]
-        (tensor([[0.9000, 0.9500]]), tensor(1.))
+        >>> scores, log_probs, mask = torch.ones(1), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+        >>> make_experience(scores, log_probs, log_probs - 0.5, log_probs, mask, kl_coef=0.1, lam=1.0).returns
+        tensor([[0.9000, 0.9500]])
     """
     _check_critic("make_experience", estimator, values=values)
     scores, log_probs, ref_log_probs = (upcast(x.detach()) for x in (scores, log_probs, ref_log_probs))

@@ -16,6 +16,7 @@ from rlhf.execution.memory import peak_bytes, reset_peak
 from rlhf.execution.program import ModelState, Program
 from rlhf.execution.shard import apply, init_shard, slice_shard
 from rlhf.execution.update import nonfinite_error, plan_update, step_metrics, sums_of_results
+from rlhf.field_docs import documented
 from rlhf.tree import (
     FlatLayout,
     all_finite,
@@ -32,6 +33,7 @@ from rlhf.tree import (
 from rlhf.types import Params, Tree
 
 
+@documented
 class Fault(NamedTuple):
     """Loss of a process from which the executor has recovered."""
 
