@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+from rlhf.cli.help import Help, help_of_flags
 
 from rlhf.errors import UserError
 from rlhf.ranges import bounds_of, range_error
@@ -19,17 +20,15 @@ def parse_arguments(
     kind: type[_Config],
     argv: Sequence[str],
     *,
-    prog: str,
-    description: str | None = None,
+    about: Help,
     default: Callable[[Sequence[str]], _Config] | None = None,
 ) -> _Config:
-    """Return the configuration of a command line. Prints help or errors and exits (code 2) as tyro does.
+    """Return the configuration of a command line. Prints the help and exits, or prints errors and exits with code 2.
 
     Args:
         kind: the dataclass whose fields are the flags.
-        argv: without the program's name.
-        prog: the program's name.
-        description: its help; the dataclass's docstring if there is none.
+        argv: the words after the program's name.
+        about: the program's name and help.
         default: arguments -> the configuration below the flags.
 
     Raises:
@@ -37,7 +36,10 @@ def parse_arguments(
     """
     arguments = join_flags(kind, argv)
     base = kind() if default is None else default(arguments)
-    return tyro.cli(kind, prog=prog, description=description, default=base, args=arguments)
+    if {"-h", "--help"} & set(argv):
+        print(help_of_flags(about, kind, base))
+        raise SystemExit(0)
+    return tyro.cli(kind, prog=about.prog, default=base, args=arguments)
 
 
 def join_flags(kind: type, argv: Sequence[str]) -> list[str]:

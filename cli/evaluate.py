@@ -10,9 +10,18 @@ from collections.abc import Sequence
 
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, run_command
+from rlhf.cli.help import Help
 from rlhf.cli.process import command_line
 
 from rlhf.evaluate.evaluate_config import EvaluateConfig
+
+_ABOUT = Help(
+    prog="rlhf-evaluate",
+    description="Evaluate models on data that they were not trained on. Every figure comes with its sample size and a "
+    "95% confidence interval.",
+    usage=__doc__ or "",
+    page="docs/reference/programs.md",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +34,7 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     return parse_arguments(
         EvaluateConfig,
         argv,
-        prog="rlhf-evaluate",
+        about=_ABOUT,
         default=lambda arguments: EvaluateConfig(dist=base_config(arguments).dist),
     )
 

@@ -10,9 +10,18 @@ from collections.abc import Sequence
 
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
+from rlhf.cli.help import Help
 from rlhf.cli.process import command_line
 
 from rlhf.generate.generate_config import GenerateConfig
+
+_ABOUT = Help(
+    prog="rlhf-generate",
+    description="Complete prompts given as flags, in a file, or typed in the terminal, with one model or with two side "
+    "by side.",
+    usage=__doc__ or "",
+    page="docs/reference/programs.md",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> GenerateConfig:
     """Return the configuration of a command line. Prints help or errors and exits (code 2) as tyro does."""
-    return parse_arguments(GenerateConfig, argv, prog="rlhf-generate")
+    return parse_arguments(GenerateConfig, argv, about=_ABOUT)
 
 
 def _generate(config: GenerateConfig) -> None:

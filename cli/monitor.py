@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
+from rlhf.cli.help import Help
 from rlhf.cli.process import command_line
 
 from rlhf.errors import UserError
@@ -27,28 +28,28 @@ from rlhf.setting_rules import Rule, check_rules
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor(Section):
-    """See how runs are doing by their logs. Choose one of the things to do; --live if none is chosen."""
+    """Settings of rlhf-monitor."""
 
     log_dir: tuple[Path, ...] = (Path("outputs/logs"),)
-    """Folders of logs, or output folders. Several are runs to compare: plots show their mean and spread."""
+    """Log folders or output folders of runs. Several runs are compared: plots show their mean and spread."""
     live: bool = False
-    """Follow one run in the terminal until Ctrl-C; print its state once where there is no terminal."""
+    """Follow one run in the terminal until Ctrl-C. Without a terminal, its state is printed once."""
     serve: bool = False
-    """Follow runs on a local web page, with charts, samples and the health panel."""
+    """Follow runs on a local web page with charts, samples and health checks."""
     report: bool = False
-    """Write the page as one self-contained file, report.html."""
+    """Write the same page as one self-contained file, report.html."""
     plot_type: Literal["all", "loss", "reward", "kl", "lengths", "timing", "samples"] | None = None
-    """Write PNG plots."""
+    """Write the plots of one kind, or all of them, as PNG files."""
     check: bool = False
-    """Print the health checks; exit code 1 if one of them finds a problem, 0 if none does."""
+    """Print the health checks. The exit code is 1 if one of them finds a problem, and 0 otherwise."""
     output_dir: Path | None = None
-    """Folder for plots and report.html; none is report/ beside the first run's logs/."""
+    """Folder for plots and report.html. If None, report/ beside the first run's logs/."""
     overwrite: bool = False
-    """Replace such files there even if they were not written by rlhf, or have been changed since."""
+    """Replace existing files even if rlhf did not write them, or if they were changed since."""
     port: Annotated[int, Interval(ge=0, le=65535)] = 8742
-    """Of the page, on this machine alone; 0 takes a free one."""
+    """Port of the page (localhost only); 0 selects a free one."""
     open_browser: bool = True
-    """Open the page in a browser."""
+    """Open the page in a browser, with --serve."""
 
 
 RULES = (
@@ -62,6 +63,15 @@ RULES = (
 )
 
 
+_ABOUT = Help(
+    prog="rlhf-monitor",
+    description="Show how runs are doing, from their logs: live in the terminal, on a web page, as plots or as health "
+    "checks. Choose one of --live, --serve, --report, --plot-type and --check; --live is the default.",
+    usage=__doc__ or "",
+    page="docs/reference/programs.md",
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     codes: list[int] = []
@@ -71,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Monitor:
     """Return the settings of a command line; print help or errors and exit, as tyro does."""
-    return parse_arguments(Monitor, argv, prog="rlhf-monitor")
+    return parse_arguments(Monitor, argv, about=_ABOUT)
 
 
 def _monitor(settings: Monitor) -> int:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, describe, run_command
+from rlhf.cli.help import Help, help_of_commands
 from rlhf.cli.process import command_line
 from rlhf.cli.terminal import stderr_console
 
@@ -24,9 +25,10 @@ from rlhf.errors import UserError
 from rlhf.io.presets import narrow
 from rlhf.stages import STAGES, pipeline_names, pipeline_type
 
-_DESCRIPTION = """Train a GPT-2-style language model from human feedback.
-
-Flags go on top of --config, which goes on top of the defaults."""
+_DESCRIPTION = (
+    "Train a language model from human feedback. Flags override the file of --config, which overrides the defaults."
+)
+_PAGE = "docs/reference/settings.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,14 +48,23 @@ def parse(argv: Sequence[str]) -> RunConfig:
         return parse_arguments(
             kind,
             argv[1:],
-            prog=f"rlhf-train {argv[0]}",
-            description=text,
+            about=_about(f"rlhf-train {argv[0]}", text),
             default=lambda arguments: narrow(base_config(arguments), kind),
         )
+    if {"-h", "--help"} & set(argv):
+        texts = {name: text for name, (_, text) in commands.items()}
+        print(help_of_commands(_about("rlhf-train", _DESCRIPTION), texts))
+        raise SystemExit(0)
     kinds = [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in commands.items()]
-    union: Any = functools.reduce(operator.or_, kinds)  # only for its help and its errors
-    config: RunConfig = tyro.cli(union, prog="rlhf-train", description=_DESCRIPTION, args=argv)
+    union: Any = functools.reduce(operator.or_, kinds)  # only for its errors
+    config: RunConfig = tyro.cli(union, prog="rlhf-train", args=argv)
     return config
+
+
+def _about(prog: str, description: str) -> Help:
+    usage = __doc__ or ""
+    example = usage if f"{prog} " in usage else f"{prog} --output-dir outputs"  # a registered stage
+    return Help(prog=prog, description=description, usage=example, page=_PAGE)
 
 
 def _commands() -> dict[str, tuple[type[RunConfig], str]]:

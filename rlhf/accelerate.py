@@ -1,4 +1,4 @@
-"""The seam between reference functions and their fast forms in `rlhf.kernels`."""
+"""Replacement of reference functions by their fast forms in `rlhf.kernels`."""
 
 import functools
 import importlib
@@ -10,19 +10,25 @@ T = TypeVar("T")
 
 
 def reference_of(function: Callable[P, T]) -> Callable[P, T]:
-    """Return the reference of an accelerated function; any other function itself."""
+    """Return the reference of an accelerated function, or the function itself if it is not accelerated.
+
+    Example:
+        >>> reference_of(rlhf.sample_token) is not rlhf.sample_token, reference_of(len) is len
+        (True, True)
+    """
     reference: Callable[P, T] = getattr(function, "__wrapped__", function)
     return reference
 
 
 def accelerated(kernel: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a reference function with its fast form; without the folder `rlhf.kernels` the reference runs.
+    """Return a decorator that replaces a reference function by its fast form in `rlhf.kernels`.
 
-    A fast form takes the reference as its first argument, then the reference's own, and falls back to it wherever it
-    is not faster. Both compute the same but for rounding, which a test of each pair shows.
+    A fast form takes the reference as its first argument, followed by the reference's own arguments. It calls the
+    reference where it is not faster. Both compute the same result up to rounding, as a test of each pair shows. Without
+    the folder `rlhf.kernels` the reference runs.
 
     Args:
-        kernel: `module.function` in `rlhf.kernels`.
+        kernel: name of the fast form, `module.function` in `rlhf.kernels`.
 
     Example:
         >>> @accelerated("fused_layers.gelu")

@@ -1,9 +1,9 @@
-"""From scores to advantages: token rewards and generalised advantage estimation.
+"""Token rewards and generalised advantage estimation.
 
-Arrays are [..., T] over completion tokens, with any leading dimensions. A mask may have holes, such as the results of
-tools between the turns of a conversation: the result is that of the row without them. Masked positions may hold
-anything, NaN included; the result there is 0. Everything is computed and returned in float32 at least: half-precision
-inputs are upcast first, float64 stays float64.
+Tensors are [..., T] over completion tokens, with any leading dimensions. A mask may have holes, such as the results of
+tools between the turns of a conversation; the result is that of the row without them. Masked positions may hold any
+value, NaN included; the result there is 0. Half-precision inputs are upcast, and results are float32, or float64 for
+float64 inputs.
 """
 
 import torch
@@ -14,22 +14,22 @@ from rlhf.ops import upcast
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float | Tensor) -> Tensor:
-    """Return per-token rewards: a KL penalty on every token, and the score of the sequence on its last one.
+    """Return per-token rewards: a KL penalty on every token, and the score on the last token of each row.
 
         rewards_t = -kl_coef kl_t + [t is the last True of the mask] score
 
-    Each row sums to score - kl_coef * (sum of its KL).
+    The rewards of a row sum to score - kl_coef * (sum of its KL).
 
     Source: Ziegler et al. 2019, eq. 2, https://arxiv.org/abs/1909.08593, spread over tokens as in their code.
 
     Args:
         scores: [...] float, reward units; differentiated.
         kl: [..., T] float, nats per token (`rlhf.kl.kl_estimate`); differentiated.
-        mask: [..., T] bool, True on each row's tokens.
-        kl_coef: reward units per nat.
+        mask: [..., T] bool, True on the tokens of each row.
+        kl_coef: KL coefficient, in reward units per nat.
 
     Returns:
-        [..., T] reward units, 0 where the mask is False. A row without tokens drops its score.
+        [..., T] reward units, 0 where the mask is False. The score of a row without tokens is dropped.
 
     Raises:
         ValueError: shapes do not match.
@@ -86,23 +86,24 @@ def gae(
     lam: float | Tensor = 0.95,
     bootstrap_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return generalised advantage estimates and returns, in O(log T) whole-array steps.
+    """Return generalised advantage estimates and returns, in O(log T) tensor operations.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   V after the last token = bootstrap_value
         A_t = sum_l (gamma lam)^l delta_{t+l},   returns_t = A_t + V_t
 
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
-    eq. 16, https://arxiv.org/abs/1506.02438. The sum is taken by doubling: after step i, A_t holds the terms
-    l < 2^i, and A_t + (gamma lam)^(2^i) A_{t + 2^i} those below 2^(i+1). `gae_loop` is the form it is tested against.
+    eq. 16, https://arxiv.org/abs/1506.02438. The sum is computed by doubling: after step i, A_t holds the terms
+    l < 2^i, and A_t + (gamma lam)^(2^i) A_{t + 2^i} holds the terms l < 2^(i+1). `gae_loop` is the textbook form, which
+    gives the same result up to rounding.
 
     Args:
         rewards: [..., T] float; differentiated.
         values: [..., T] float, value of the state in which token t is chosen; differentiated.
-        mask: [..., T] bool, True on each row's tokens. Over a hole, token t + 1 is the next one that counts.
-        gamma: discount per token, in [0, 1].
-        lam: lambda of GAE, in [0, 1]; 1 gives return-to-go minus value, 0 the TD error.
-        bootstrap_value: [...] float, value of the state after each row's last token; None is 0, the value after an end.
-            It is the value of what follows in a row that was cut before its end. Differentiated.
+        mask: [..., T] bool, True on the tokens of each row. Before a hole, token t + 1 is the next token that counts.
+        gamma: discount factor per token, in [0, 1].
+        lam: lambda parameter, in [0, 1]; 1 gives return-to-go minus value, and 0 gives the TD error.
+        bootstrap_value: [...] float, value of the state after the last token of each row; differentiated. Pass it for
+            rows that were cut before their end. None stands for 0, the value after an end.
 
     Returns:
         (advantages, returns), each [..., T], 0 where the mask is False.
@@ -140,9 +141,29 @@ def gae_loop(
     lam: float | Tensor = 0.95,
     bootstrap_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `gae` by the backward recursion A_t = delta_t + gamma lam A_{t+1}: the textbook form, one step per token.
+    """Return advantages and returns of generalised advantage estimation by the textbook recursion, token by token.
 
-    Source, arguments and errors: as `gae`.
+        delta_t = r_t + gamma V_{t+1} - V_t,   V after the last token = bootstrap_value
+        A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t
+
+    Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
+    eq. 16, https://arxiv.org/abs/1506.02438. `gae` is the fast form.
+
+    Args:
+        rewards: [..., T] float; differentiated.
+        values: [..., T] float, value of the state in which token t is chosen; differentiated.
+        mask: [..., T] bool, True on the tokens of each row. Before a hole, token t + 1 is the next token that counts.
+        gamma: discount factor per token, in [0, 1].
+        lam: lambda parameter, in [0, 1].
+        bootstrap_value: [...] float, value of the state after the last token of each row; differentiated. None stands
+            for 0.
+
+    Returns:
+        (advantages, returns), each [..., T], 0 where the mask is False.
+
+    Raises:
+        ValueError: shapes differ, or gamma or lam is outside [0, 1].
+        TypeError: mask is not bool.
 
     Example:
         >>> rewards, values, mask = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([True, True])

@@ -1,16 +1,19 @@
 """Micro-batches: the inputs of one call of a pure function.
 
-Sequences are packed into rows, and only the positions whose prediction counts are listed, by their index into the
-flattened rows. So neither padding nor prompt logits are computed in any stage.
+Sequences are packed into rows. A batch lists the positions whose predictions count, as indices into the flattened rows,
+so that no stage computes logits of padding or prompts.
 """
 
 from typing import NamedTuple
 
 from torch import Tensor
 
+from rlhf.field_docs import documented
 
+
+@documented
 class Rows(NamedTuple):
-    """Packed sequences: each row holds several, distinguished by segment."""
+    """Packed sequences: each row holds several, which are told apart by segment."""
 
     tokens: Tensor
     """[R, T] int64."""
@@ -23,34 +26,39 @@ class Rows(NamedTuple):
     sequences of its own."""
 
 
+@documented
 class TokenBatch(NamedTuple):
-    """Sequences, and those of their tokens that count."""
+    """Sequences and the tokens that count in them."""
 
     rows: Rows
+    """The packed sequences."""
     predictors: Tensor
     """[C] int64 into the flattened rows: the position that predicts each token that counts."""
     targets: Tensor
     """[C] int64: the tokens that count."""
     mask: Tensor
-    """[C] bool: False on padding to a fixed shape."""
+    """[C] bool: False on entries that pad to a fixed shape."""
     key: Tensor
-    """[2] int32, for dropout."""
+    """[2] int32: key of the dropout."""
 
 
+@documented
 class PairBatch(NamedTuple):
     """Preference pairs; both members are in the same micro-batch."""
 
     rows: Rows
+    """The packed sequences."""
     chosen: Tensor
-    """[B] int64 into the flattened rows: last token of each chosen sequence."""
+    """[B] int64 into the flattened rows: the last token of each chosen sequence."""
     rejected: Tensor
-    """[B] int64: last token of each rejected one."""
+    """[B] int64 into the flattened rows: the last token of each rejected sequence."""
     margin: Tensor
     """[B] float32, reward units."""
     mask: Tensor
     """[B] bool: False on padding."""
 
 
+@documented
 class CompletionPairBatch(NamedTuple):
     """Preference pairs whose completions have their log-probs compared; sequence 2i is chosen, 2i + 1 rejected."""
 
@@ -71,23 +79,26 @@ class CompletionPairBatch(NamedTuple):
     """[B] bool: False on padding."""
 
 
+@documented
 class PromptBatch(NamedTuple):
     """Prompts to complete."""
 
     prompts: Tensor
     """[U, P] int64, right-padded."""
     lengths: Tensor
-    """[U] int64."""
+    """[U] int64: tokens of each prompt."""
     source: Tensor
-    """[B] int64: the prompt of each completion."""
+    """[B] int64: index of each completion's prompt."""
     keys: Tensor
-    """[B, 2] int32: the randomness of each completion."""
+    """[B, 2] int32: key of each completion."""
 
 
+@documented
 class ScoreBatch(NamedTuple):
     """Finished completions to score."""
 
     rows: Rows
+    """The packed sequences."""
     predictors: Tensor
     """[C] int64: the position that predicts each completion token."""
     targets: Tensor
@@ -95,13 +106,15 @@ class ScoreBatch(NamedTuple):
     mask: Tensor
     """[C] bool: False on padding."""
     last: Tensor
-    """[B] int64: last real token of each sequence."""
+    """[B] int64 into the flattened rows: the last real token of each sequence."""
 
 
+@documented
 class PPOBatch(NamedTuple):
-    """Completion tokens of one minibatch's part, with everything the update needs."""
+    """Completion tokens of a part of a minibatch, with everything that the update reads."""
 
     rows: Rows
+    """The packed sequences."""
     predictors: Tensor
     """[C] int64: the position that predicts each completion token."""
     targets: Tensor
@@ -109,15 +122,15 @@ class PPOBatch(NamedTuple):
     mask: Tensor
     """[C] bool: False on padding."""
     old_log_probs: Tensor
-    """[C] float32, nats, when sampled."""
+    """[C] float32, nats: log-probs when the tokens were sampled."""
     ref_log_probs: Tensor
-    """[C] float32, nats, reference."""
+    """[C] float32, nats: log-probs under the reference."""
     old_values: Tensor
-    """[C] float32, reward units, when sampled; zeros without a critic."""
+    """[C] float32, reward units: values when the tokens were sampled; zeros without a critic."""
     advantages: Tensor
     """[C] float32, reward units."""
     returns: Tensor
-    """[C] float32, reward units; zeros without a critic."""
+    """[C] float32, reward units: targets of the value function; zeros without a critic."""
     kl_coef: Tensor
     """[] float32: weight of the KL where it is part of the loss."""
     weights: Tensor

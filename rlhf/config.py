@@ -49,12 +49,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """Shape of a model trained from scratch. A model folder has its own, with which fields set here must agree."""
+    """Shape of a model trained from scratch. A model folder has its own, with which settings here must agree."""
 
     family: str = "gpt2"
-    """Architecture, named by Hugging Face's `model_type`."""
+    """Architecture, by Hugging Face's `model_type`."""
     preset: Literal["tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "small"
-    """Named shape; the fields below override parts of it."""
+    """Named shape; the other model settings override parts of it."""
     n_layer: Annotated[int, Ge(1), Le(1024)] | None = None
     """Number of transformer blocks."""
     n_head: Annotated[int, Ge(1), Le(1024)] | None = None
@@ -80,7 +80,8 @@ class CheckpointConfig(Section):
     """Checkpoints written during training, in addition to the model folder at the end of each stage."""
 
     every: PositiveInt | None = None
-    """Steps between checkpoints. If None, 100, or 10 iterations for PPO. A run that ends or is stopped writes one."""
+    """Steps between checkpoints. If None, 100 steps, or 10 iterations for PPO. A run also writes a checkpoint when it
+    ends or is stopped."""
     keep: PositiveInt = 2
     """Number of checkpoints to keep per stage; older ones are deleted."""
 
@@ -90,13 +91,13 @@ class LogConfig(Section):
     """Metrics and samples written to logs/."""
 
     every: PositiveInt = 1
-    """Steps (iterations for PPO) between lines of metrics.jsonl."""
+    """Steps, or iterations for PPO, between lines of metrics.jsonl."""
     samples: NonNegativeInt = 64
     """Number of completions per PPO iteration written to samples.jsonl."""
     token_samples: NonNegativeInt = 16
     """Number of those completions written with per-token log-probs, values and advantages (40 bytes per token)."""
     tensorboard: bool = True
-    """Also write TensorBoard event files."""
+    """Write TensorBoard event files in addition to metrics.jsonl."""
     sink: str | None = None
     """Function `module:function` or `file.py:function` that is called with (stage, step, metrics) for every line of
     metrics.jsonl, for example to feed Weights & Biases. If it raises, the error is reported once and the run
@@ -105,34 +106,35 @@ class LogConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DistConfig(Section):
-    """Workers, parameter servers and fault tolerance; see distributed.yaml."""
+    """Workers, parameter servers and fault tolerance. The preset distributed.yaml is an example."""
 
     num_workers: ProcessCount = 0
     """Number of Ray workers; 0 runs everything in this process, without Ray."""
     num_servers: ProcessCount = 0
     """Number of dedicated parameter servers; 0 keeps the parameter shards in the workers."""
     address: str | None = None
-    """Ray cluster to use, auto or HOST:PORT. If None, one is started on this machine and stopped at the end."""
+    """Ray cluster to use: auto, or HOST:PORT. If None, a cluster is started on this machine and stopped at the end."""
     threads_per_worker: ThreadCount = 1
-    """CPU threads per worker."""
+    """Number of CPU threads per worker."""
     gpus_per_worker: UnitInterval = 0.0
-    """GPUs per worker."""
+    """Number of GPUs per worker, which may be a fraction."""
     placement: Literal["pack", "spread"] = "pack"
-    """Place workers together on few nodes (pack) or on different nodes (spread)."""
+    """Placement of the workers: on few nodes (pack) or on different nodes (spread)."""
     backend: Literal["auto", "shared", "gloo", "nccl"] = "auto"
-    """Backend of the collectives. auto selects nccl if each worker has its own GPU, otherwise shared: gloo, with shared
-    memory between the workers of one machine."""
+    """Backend of the collectives. shared is gloo, with shared memory between the workers of one machine. auto selects
+    nccl if each worker has a GPU of its own, otherwise shared."""
     reduce: Literal["tree", "ring"] = "tree"
-    """Gradient reduction: tree sums along a fixed tree and gives the same bits for any number of workers; ring uses the
-    backend's allreduce."""
+    """Method of gradient reduction. tree adds along a fixed tree and gives the same bits for any number of workers;
+    ring uses the backend's allreduce."""
     timeout_s: Seconds = 60.0
-    """Timeout of a collective in seconds, after which its members are considered lost."""
+    """Timeout of a collective in seconds. Members that exceed it are considered lost."""
     heartbeat_s: Seconds = 5.0
     """Seconds without an answer after which a process is considered lost."""
     max_restarts: NonNegativeInt = 10
-    """Number of faults to recover from. After one more, the run finishes its step in one process, saves and ends."""
+    """Maximum number of faults to recover from. After one more, the run finishes its step in one process, saves and
+    ends."""
     on_failure: Literal["replace", "shrink"] = "replace"
-    """Replace a lost worker with a new one, or shrink to fewer workers."""
+    """Reaction to a lost worker: replace it with a new one, or shrink to fewer workers."""
     snapshot_every: PositiveInt = 10
     """Steps between snapshots of the server's state in this process's memory (12 bytes per parameter)."""
 
@@ -142,16 +144,17 @@ class ComputeConfig(Section):
     """Device, precision and workers of every program that computes."""
 
     dist_config: str | None = None
-    """YAML file with a dist section, or `distributed` for the one that ships with rlhf; read after --config."""
+    """YAML file with a dist section, or `distributed` for the one that ships with rlhf. Overrides the dist section of
+    the configuration file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; auto selects a GPU if one is available."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the forward and backward pass. Master weights, optimiser and losses are always fp32."""
+    """Precision of forward and backward passes. Master weights, optimiser and losses are always fp32."""
     threads: ThreadCount | None = None
-    """CPU threads. If None, all cores are used. The bits of a result depend on it."""
+    """Number of CPU threads. If None, all cores are used. The bits of a result depend on it."""
     cache_dir: Path | None = None
-    """Folder for tokenised data and compiled code. If None, $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf, or a temporary
-    folder if the home folder is not writable."""
+    """Folder for tokenised data and compiled code. If None, $XDG_CACHE_HOME/rlhf or ~/.cache/rlhf is used, or a
+    temporary folder if the home folder is not writable."""
     dist: DistConfig = field(default_factory=DistConfig)
 
 
@@ -166,7 +169,7 @@ class OutputConfig(Section):
     seed: Seed = 0
     """Seed of all random numbers."""
     resume: bool = False
-    """Resume the run in output_dir from its last checkpoint; the result has the same bits as an uninterrupted run."""
+    """Resume the run in output_dir from its last checkpoint. The result has the same bits as an uninterrupted run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +177,8 @@ class RunConfig(ComputeConfig, OutputConfig):  # whose flags come first, because
     """Settings common to all training runs."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the training step with torch.compile: steps are faster after half a minute or more of compilation, the
-    first time; auto compiles if the run is long enough to make up for it. The bits of a result depend on it."""
+    """Compile the training step with torch.compile. Compilation takes half a minute or more the first time and makes
+    steps faster; auto compiles if the run is long enough to make up for it. The bits of a result depend on it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -220,7 +223,8 @@ class PPORun(RunConfig):
     """Settings of rlhf-train ppo."""
 
     prompt_data: Path | None = None
-    """JSON list or JSON Lines of {"prompt"}; reward functions get other columns. If None, the embedded example."""
+    """JSON list or JSON Lines of {"prompt"}. Other columns are passed to reward functions. If None, the embedded
+    example is used."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
 

@@ -11,9 +11,9 @@ class UserError(Exception):
 
 
 class NonFiniteError(Exception):
-    """A loss, gradient, reward or value is not finite, and the update is refused before it is applied.
+    """A loss, gradient, reward or value is not finite, and the update was refused before it was applied.
 
-    `batch` holds the offending micro-batch, as far as it is known, so that the caller can write it to disk. Programs
+    `batch` is the offending micro-batch, or None if it is unknown, so that the caller can write it to disk. Programs
     exit with code 3.
     """
 
@@ -25,11 +25,10 @@ class NonFiniteError(Exception):
 
 
 class Interrupted(BaseException):
-    """The run was stopped by a signal, or by an observer (signal 0), after finishing its step and saving.
+    """The run was stopped by a signal, or by an observer (signal 0), after it finished its step and saved its state.
 
-    Programs exit with code 128 + the signal.
-
-    Like KeyboardInterrupt it is not an Exception: it can be raised anywhere, and is no error of the interrupted code.
+    Programs exit with code 128 + the signal. Like KeyboardInterrupt, this is not an Exception: it can be raised
+    anywhere, and is not an error of the interrupted code.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -38,7 +37,7 @@ class Interrupted(BaseException):
 
 
 class WorkersLostError(Exception):
-    """More worker processes were lost than may be replaced; the step was finished in one process and saved.
+    """More workers were lost than may be replaced; the step was finished in one process and its state was saved.
 
     Programs exit with code 4.
     """

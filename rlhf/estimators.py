@@ -1,7 +1,7 @@
-"""Advantage estimators: from rewarded completions to advantages, and to value targets where there is a critic.
+"""Advantage estimators: functions from rewarded completions to advantages and, with a critic, to value targets.
 
-An estimator is one pure function in a record. `ESTIMATORS` holds those that `--ppo.estimator` knows by name; one more
-is a file that calls `register_estimator`:
+An estimator is a record with one pure function. `ESTIMATORS` holds those that `--ppo.estimator` knows by name. To add
+one, write a file that calls `register_estimator`:
 
     def batch_mean(completions: RewardedCompletions) -> AdvantageEstimate:
         returns = completions.rewards.sum(dim=-1)
@@ -17,51 +17,56 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rlhf.advantages import gae, returns_to_go
+from rlhf.field_docs import documented
 from rlhf.group_baselines import Baseline, Scale, group_advantages
 
 
+@documented
 class RewardedCompletions(NamedTuple):
-    """The input of an estimator: one iteration's completions, all constants, of float32 at least."""
+    """Input of an estimator: the completions of one iteration, as constants in float32 or float64."""
 
     scores: Tensor
-    """[B] reward units."""
+    """[B] reward units: score of each completion."""
     kl: Tensor
     """[B, T] nats: KL(policy || reference) per token; 0 where the mask is False."""
     rewards: Tensor
-    """[B, T] reward units: the score on the last token and, unless the loss has it, the KL penalty on every one."""
+    """[B, T] reward units: the score on the last token, and the KL penalty on every token unless it is in the loss."""
     mask: Tensor
-    """[B, T] bool, True on each row's tokens."""
+    """[B, T] bool: True on the tokens of each row."""
     groups: Tensor | None = None
-    """[B] int64: equal for completions of one prompt; None if unknown."""
+    """[B] int64: index of the prompt, equal for completions of the same prompt. None if unknown."""
     values: Tensor | None = None
-    """[B, T] reward units; None without a critic."""
+    """[B, T] reward units: values of the critic. None without a critic."""
     bootstrap_value: Tensor | None = None
-    """[B] reward units: value of the state after each row's last token; None is 0."""
+    """[B] reward units: value of the state after the last token of each row. None stands for 0."""
     gamma: float | Tensor = 1.0
-    """Discount per token."""
+    """Discount factor per token."""
     lam: float | Tensor = 0.95
-    """Lambda of generalised advantage estimation."""
+    """Lambda parameter of generalised advantage estimation."""
 
 
+@documented
 class AdvantageEstimate(NamedTuple):
-    """The result of an estimator."""
+    """Result of an estimator."""
 
     advantages: Tensor
-    """[B, T] reward units."""
+    """[B, T] reward units: advantage of each token."""
     returns: Tensor | None = None
-    """[B, T] reward units: targets of the value function; None without a critic."""
+    """[B, T] reward units: targets of the value function. None without a critic."""
 
 
+@documented
 class Estimator(NamedTuple):
-    """A way to estimate advantages."""
+    """An advantage estimator."""
 
     name: str
+    """Name, as `--ppo.estimator` takes it."""
     function: Callable[[RewardedCompletions], AdvantageEstimate]
-    """Pure; its results at masked positions are ignored."""
+    """Pure function. Its results at masked positions are ignored."""
     needs_critic: bool
-    """True if it reads values and returns their targets; if False, the run has no critic."""
+    """True if the function reads values and returns their targets. If False, the run has no critic."""
     whiten: bool = True
-    """Whether a run whitens its advantages, unless told otherwise. False where their size is part of the method."""
+    """True if a run whitens its advantages by default. False where their scale is part of the method."""
 
 
 def _gae(completions: RewardedCompletions) -> AdvantageEstimate:
@@ -112,10 +117,20 @@ ESTIMATORS = {estimator.name: estimator for estimator in (GAE, RLOO, GRPO, DR_GR
 
 
 def register_estimator(estimator: Estimator) -> None:
-    """Add an estimator to `ESTIMATORS`.
+    """Add an estimator to `ESTIMATORS`, so that `--ppo.estimator` takes its name.
+
+    Args:
+        estimator: the estimator.
 
     Raises:
-        ValueError: another estimator has its name.
+        ValueError: another estimator has the same name.
+
+    Example:
+        >>> def score_as_advantage(completions):
+        ...     return AdvantageEstimate(completions.scores.unsqueeze(-1).expand(completions.mask.shape))
+        >>> register_estimator(Estimator("score", score_as_advantage, needs_critic=False))
+        >>> "score" in ESTIMATORS
+        True
     """
     if ESTIMATORS.setdefault(estimator.name, estimator) != estimator:
         raise ValueError(f"register_estimator: there is another estimator {estimator.name!r}; take another name")

@@ -1,4 +1,4 @@
-"""Scored completions into what PPO learns from: post-processed scores, token rewards, advantages and returns."""
+"""The data that PPO learns from: post-processed scores, advantages and returns of scored completions."""
 
 from typing import NamedTuple
 
@@ -8,22 +8,24 @@ from torch import Tensor
 from rlhf.advantages import token_rewards
 from rlhf.checks import check_mask, check_same_shape, check_value
 from rlhf.estimators import GAE, AdvantageEstimate, Estimator, RewardedCompletions
+from rlhf.field_docs import documented
 from rlhf.kl import KLEstimator, kl_estimate
 from rlhf.ops import masked_mean, masked_var, upcast, whiten
 from rlhf.types import Metrics
 
 
+@documented
 class Experience(NamedTuple):
     """Advantages, returns and metrics of one iteration's completions, as constants without gradients."""
 
     advantages: Tensor
     """[B, T] float32, reward units or whitened."""
     returns: Tensor | None
-    """[B, T] float32, reward units: targets of the value function; None without a critic."""
+    """[B, T] float32, reward units: targets of the value function. None without a critic."""
     kl: Tensor
     """[B, T] float32, nats: KL(policy || reference) per token."""
     metrics: Metrics
-    """[] float32 by name: means over the batch, under TRL's names."""
+    """[] float32 by name: means over the batch, with the names that TRL uses."""
 
 
 def postprocess_scores(
@@ -33,16 +35,16 @@ def postprocess_scores(
     missing_eos_penalty: float | Tensor = 0.0,
     clip: float | Tensor = float("inf"),
 ) -> Tensor:
-    """Return clipped scores, less a penalty for completions that did not end by themselves.
+    """Return clipped scores, minus a penalty for completions without an end-of-text token.
 
-    Source: Stiennon et al. 2020 (a completion without end-of-text is bad whatever its text), as TRL's
-    `missing_eos_penalty`; clipping as OpenRLHF's `reward_clip_range`.
+    Source: Stiennon et al. 2020, where a completion without an end-of-text token is bad whatever its text, as
+    `missing_eos_penalty` in TRL. Clipping: `reward_clip_range` of OpenRLHF.
 
     Args:
         scores: [B] float, reward units.
-        ended: [B] bool.
-        missing_eos_penalty: reward units, at least 0.
-        clip: scores are clipped to [-clip, clip]; above 0.
+        ended: [B] bool, True for completions that end with an end-of-text token.
+        missing_eos_penalty: penalty in reward units, at least 0.
+        clip: bound of the scores, which are clipped to [-clip, clip]; above 0.
 
     Returns:
         [B] float32 (float64 for float64 scores).
@@ -81,7 +83,7 @@ def make_experience(
     whiten_advantages: bool = True,
     bootstrap_value: Tensor | None = None,
 ) -> Experience:
-    """Return an estimator's advantages from token rewards (KL penalty and score), whitened over the whole batch.
+    """Return advantages and returns of scored completions, from token rewards made of KL penalty and score.
 
     Source: Ziegler et al. 2019, section 2; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO",
     https://arxiv.org/abs/2403.17031.
@@ -90,30 +92,33 @@ def make_experience(
         scores: [B] float, reward units (after `postprocess_scores`); constant.
         log_probs: [B, T] float, nats, policy; constant.
         ref_log_probs: [B, T] float, nats, reference; constant.
-        values: [B, T] float, reward units; constant. None where the estimator needs no critic.
-        mask: [B, T] bool, True on each row's tokens. It may have holes, such as the results of tools: a row then gives
-            what it would without them.
-        groups: [B] int64, equal for completions of one prompt; estimators that compare these read it.
-        estimator: of the advantages (`rlhf.estimators`).
-        kl_coef: reward units per nat.
-        kl_estimator: per-token KL.
-        kl_in_loss: leave the KL out of the rewards, because the loss has it.
-        gamma: discount per token.
-        lam: lambda of GAE.
-        whiten_rewards: scale token rewards to unit variance, keeping their mean.
-        whiten_advantages: zero mean and unit variance over the batch's tokens.
-        bootstrap_value: of `rlhf.advantages.gae`; constant.
+        values: [B, T] float, reward units; constant. None if the estimator needs no critic.
+        mask: [B, T] bool, True on the tokens of each row. It may have holes, such as the results of tools.
+        groups: [B] int64, index of the prompt, for estimators that compare completions of the same prompt.
+        estimator: advantage estimator (`rlhf.estimators`).
+        kl_coef: KL coefficient, in reward units per nat.
+        kl_estimator: per-token KL estimator.
+        kl_in_loss: leave the KL out of the rewards because it is in the loss.
+        gamma: discount factor per token.
+        lam: lambda parameter of GAE.
+        whiten_rewards: scale token rewards to unit variance without shifting their mean.
+        whiten_advantages: whiten advantages to zero mean and unit variance over the tokens of the batch.
+        bootstrap_value: [B] float, value of the state after the last token of each row; constant. None stands for 0.
 
     Returns:
-        An `Experience`. Its metrics: `objective/kl`, `objective/entropy` (minus the sum of log-probs),
-        `objective/scores`, `objective/non_score_reward` and `objective/rlhf_reward`, which is their sum, all per
-        completion; `val/mean`, `val/explained_variance` of the returns, where there is a critic;
-        `response_length/mean`.
+        An `Experience`. Its metrics per completion are `objective/kl`, `objective/entropy` (minus the sum of
+        log-probs), `objective/scores`, `objective/non_score_reward`, `objective/rlhf_reward` (the sum of the last two)
+        and `response_length/mean`. With a critic there are `val/mean` and `val/explained_variance` of the returns.
 
     Raises:
-        ValueError: shapes do not match, a number is out of range, or the estimator needs values and gets none, or the
-            other way round.
+        ValueError: shapes do not match, a number is out of range, values are missing for an estimator that needs
+            them, or are given to one that does not.
         TypeError: mask is not bool.
+
+    Example:
+        >>> scores, log_probs, mask = torch.ones(1), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+        >>> make_experience(scores, log_probs, log_probs - 0.5, log_probs, mask, kl_coef=0.1, lam=1.0).returns
+        tensor([[0.9000, 0.9500]])
     """
     _check_critic("make_experience", estimator, values=values)
     scores, log_probs, ref_log_probs = (upcast(x.detach()) for x in (scores, log_probs, ref_log_probs))

@@ -1,7 +1,7 @@
-"""Kullback-Leibler divergence: per-token estimators, the exact value, and the coefficient's controller.
+"""Kullback-Leibler divergence: per-token estimators, the exact value, and the controller of the coefficient.
 
-Everywhere KL means KL(policy || reference), in nats, and the samples come from the policy. Half-precision inputs are
-upcast to float32 first; float64 stays float64.
+KL always means KL(policy || reference), in nats, and samples come from the policy. Half-precision inputs are upcast to
+float32; float64 stays float64.
 """
 
 import math
@@ -16,15 +16,19 @@ from rlhf.ops import scale_logits, upcast
 KLEstimator = Literal["k1", "k2", "k3"]
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratio of two policies above which `exp` is continued by its tangent. A ratio of e^20 = 4.9e8 has left every trust
-region, and float32 still squares it and adds it up; verl clamps the log-ratio there."""
+"""Log-ratio of two policies above which `exp` is continued by its tangent. A ratio of e^20 = 4.9e8 is outside every
+trust region, yet its squares can still be summed in float32. verl clamps the log-ratio at the same value."""
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
-    """Return exp(log_ratio), continued by its tangent above `MAX_LOG_RATIO`: finite, with a finite, non-zero gradient.
+    """Return exp(log_ratio), continued by its tangent above `MAX_LOG_RATIO`.
 
-    It is exact below. A plain clamp would have gradient 0 above, and so would not bring back a token whose probability
-    has exploded; a plain `exp` overflows at 89, where a gradient of 0 times infinity is NaN.
+    The result and its gradient are finite, and the gradient is never 0. A plain clamp would have gradient 0 above the
+    bound, so that a token whose probability has exploded would never recover. A plain `exp` overflows at 89, where a
+    gradient of 0 times infinity is NaN.
+
+    Args:
+        log_ratio: [...] float, difference of two log-probs.
 
     Example:
         >>> ratio_of(torch.tensor([0.0, -torch.inf])), ratio_of(torch.tensor(1e4)).isfinite()
@@ -34,7 +38,7 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
 
 
 def _beyond(log_ratio: Tensor) -> Tensor:
-    """Return the part of the tangent at `MAX_LOG_RATIO` above it, 0 below."""
+    """Return the increase of the tangent above `MAX_LOG_RATIO`; 0 below."""
     return math.exp(MAX_LOG_RATIO) * torch.relu(log_ratio - MAX_LOG_RATIO)
 
 
@@ -52,7 +56,7 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: KLEstima
     the one that sampled; `importance_weighted_kl` has the gradient of KL(policy || reference) there, too.
 
     Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. Where -d is above
-    `MAX_LOG_RATIO`, k3's exp is continued by its tangent (`ratio_of`).
+    `MAX_LOG_RATIO`, the exponential of k3 is continued by its tangent (`ratio_of`).
 
     Args:
         log_probs: [...] float, nats, policy; differentiated.
@@ -117,21 +121,21 @@ def importance_weighted_kl(
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """Return KL(policy || reference) of the next-token distributions, summed over the whole vocabulary.
+    """Return KL(policy || reference) of next-token distributions, summed over the whole vocabulary.
 
         sum_v p_v (log p_v - log q_v),   p = softmax(logits / temperature), q likewise
 
-    Source: the definition; zero exactly where the logits differ by a constant.
+    The result is zero where the logits differ by a constant.
 
     Args:
-        logits: [..., V] float, policy; differentiated. -inf is a token of probability 0, here and in `ref_logits`; one
-            logit at least is finite.
+        logits: [..., V] float, policy; differentiated. A logit of -inf stands for probability 0, here and in
+            `ref_logits`; at least one logit must be finite.
         ref_logits: [..., V] float, reference; differentiated.
-        temperature: > 0, applied to both.
+        temperature: softmax temperature of both, above 0.
 
     Returns:
-        [...] float32 (float64 for float64 logits), nats. A token of probability 0 under the policy adds nothing; one
-        that the policy alone allows makes the KL infinite, as a constant: the gradient is that of the others.
+        [...] float32 (float64 for float64 logits), nats. A token of probability 0 under the policy adds nothing. A
+        token that only the policy allows makes the KL infinite; it is a constant in the gradient.
 
     Raises:
         ValueError: shapes differ, or temperature is not positive.
@@ -158,27 +162,27 @@ def adaptive_kl_coef(
     target: float | Tensor = 6.0,
     horizon: float | Tensor = 10_000.0,
 ) -> Any:
-    """Return the KL coefficient moved so that the KL per sequence approaches `target`.
+    """Return the KL coefficient, adapted so that the KL per sequence approaches `target`.
 
         kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon)
 
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2,
-    https://arxiv.org/abs/1909.08593; the constants are those of their code.
+    https://arxiv.org/abs/1909.08593; the constants are those of the authors' code.
 
     Args:
-        kl_coef: the present coefficient, > 0. This and all that follow are numbers or [] tensors, which `vmap` and
-            `grad` may take.
-        kl: the mean KL per sequence just measured, nats.
-        num_samples: sequences it was measured on, at most `horizon`.
-        target: nats per sequence, > 0.
-        horizon: sequences over which the coefficient moves by about 20% at most, > 0.
+        kl_coef: current coefficient, above 0. All arguments are numbers or [] tensors, so that `vmap` and `grad` may
+            be applied.
+        kl: measured mean KL per sequence, in nats.
+        num_samples: number of sequences in the measurement, at most `horizon`.
+        target: target of the KL, in nats per sequence, above 0.
+        horizon: number of sequences over which the coefficient changes by at most about 20%, above 0.
 
     Returns:
-        The new coefficient: a float, or a [] tensor where an argument is one.
+        The new coefficient: a float, or a [] tensor if an argument is a tensor.
 
     Raises:
-        ValueError: target or horizon is not positive, or num_samples is above horizon: the coefficient could turn
-            negative.
+        ValueError: target or horizon is not positive, or num_samples is above horizon, in which case the coefficient
+            could become negative.
 
     Example:
         >>> round(adaptive_kl_coef(0.1, 12.0, num_samples=1000, target=6.0), 6)

@@ -1,21 +1,20 @@
-"""The losses of the three stages, as sums over the entries that count.
+"""Losses, as sums over the entries where the mask is True.
 
-Each returns `(loss_sum, sums)`: the sum over the mask, and `MetricSums`, detached sums under the names of their means
-with `"count"`, the number of entries that count. Everything is divided by it once, over the global batch
-(`rlhf.ops.mean_metrics`), so that splitting a batch in any way changes nothing. Masked positions may hold anything,
-NaN included; an all-False mask gives 0 with zero gradient.
+Each loss returns `(loss_sum, sums)`: the sum over the mask, and `MetricSums`. The latter holds detached sums, each by
+the name of its mean, and `"count"`, the number of entries that count. `rlhf.ops.mean_metrics` divides by the count
+once, over the global batch, so that the result does not depend on how a batch is split. Masked positions may hold any
+value, NaN included. An all-False mask gives 0 with zero gradient.
 
-The first tensor is positional, all else goes by keyword. `weights`, constant and broadcast to the mask, scale each
-entry's part of the loss and of its metric under `loss/`, not the count. With N entries in the global batch, in B
-sequences, a division by the count makes of
+Only the first tensor is positional. `weights` are constant and broadcast to the mask. They scale each entry's part of
+the loss and of its metric under `loss/`, but not the count. In a global batch of N entries in B sequences, with n_i
+entries in sequence i, the division by the count then gives for these weights:
 
-    None          the mean over tokens
-    N / (B n_i)   the mean over sequences of their means, n_i the tokens of sequence i, as [B, 1]
-    N / (B L)     the mean over sequences of their sums divided by a constant L, as []
+    None              the mean over tokens
+    N / (B n_i)       the mean over sequences of their means; weights [B, 1]
+    N / (B L)         the mean over sequences of their sums divided by a constant L; weights []
 
-Inputs called constant are detached: they receive no gradient, whatever they were computed from. Everything is computed
-and returned in float32 at least: half-precision inputs are upcast first, float64 stays float64. Coefficients may be
-[] tensors, so that `vmap` and `grad` can take them.
+Inputs that are called constant are detached and receive no gradient. Half-precision inputs are upcast, and results are
+float32, or float64 for float64 inputs. Coefficients may be [] tensors, so that `vmap` and `grad` may be applied.
 """
 
 import torch
@@ -29,17 +28,17 @@ from rlhf.types import MetricSums
 
 
 def sft_loss(log_probs: Tensor, *, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, MetricSums]:
-    """Return the cross-entropy of the tokens that count: those of the completion, or all of them.
+    """Return the cross-entropy of the tokens where the mask is True.
 
         L = - sum_t w_t m_t log pi(y_t | x, y_<t)
 
-    Source: maximum likelihood; the completion-only mask is that of Touvron et al. 2023, "Llama 2", section 3.1,
+    Source: maximum likelihood. A mask of completion tokens only: Touvron et al. 2023, "Llama 2", section 3.1,
     https://arxiv.org/abs/2307.09288.
 
     Args:
         log_probs: [...] float, nats (`rlhf.ops.token_log_probs`); differentiated.
         mask: [...] bool, True on the tokens to learn.
-        weights: broadcast to [...]; constant; None is 1.
+        weights: factors that broadcast to [...]; constant. None stands for 1.
 
     Returns:
         loss: [] sum.
@@ -79,11 +78,11 @@ def reward_loss(
 
     Args:
         chosen_scores: [B] float, reward units; differentiated.
-        rejected_scores: [B] float; differentiated.
-        mask: [B] bool, True on real pairs; None counts all.
-        weights: broadcast to [B]; constant; None is 1.
-        margin: [B] float, how much better the chosen must be; constant; None is 0.
-        centre_coef: >= 0; pulls the pair's sum to zero, which the comparison itself leaves free.
+        rejected_scores: [B] float, reward units; differentiated.
+        mask: [B] bool, True on pairs that count. None counts all.
+        weights: factors that broadcast to [B]; constant. None stands for 1.
+        margin: [B] float, required difference of the scores; constant. None stands for 0.
+        centre_coef: weight of the penalty on the sum of the two scores, which the comparison leaves free; at least 0.
 
     Returns:
         loss: [] sum over pairs; finite, with the right gradient, at any finite margin.
@@ -135,8 +134,8 @@ def ppo_policy_loss(
         r_t = exp(log_probs_t - old_log_probs_t)
         with dual_clip c, where A_t < 0:  - max(min(...), c A_t)
 
-    Above `rlhf.kl.MAX_LOG_RATIO` exp is continued by its tangent (`rlhf.kl.ratio_of`): loss and gradient are finite at
-    any finite log-ratio, and the gradient is 0 exactly where the clip, or dual clip, binds.
+    Above `rlhf.kl.MAX_LOG_RATIO`, exp is continued by its tangent (`rlhf.kl.ratio_of`). Loss and gradient are therefore
+    finite for any finite log-ratio, and the gradient is 0 exactly where the clip or dual clip is active.
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7, https://arxiv.org/abs/1707.06347;
     dual clip: Ye et al. 2020, eq. 5, https://arxiv.org/abs/1912.09729; clip-higher: Yu et al. 2025, "DAPO", eq. 10,
@@ -147,15 +146,16 @@ def ppo_policy_loss(
         old_log_probs: [...] float, nats, policy that sampled; constant.
         advantages: [...] float, reward units; constant.
         mask: [...] bool, True where the token counts.
-        weights: broadcast to [...]; constant; None is 1.
-        clip_eps: dimensionless, above 0.
-        clip_eps_high: above 0; the upper one of the two, where they differ; None is `clip_eps`.
-        dual_clip: None, or above 1: bounds the loss of a bad token whose ratio has exploded.
+        weights: factors that broadcast to [...]; constant. None stands for 1.
+        clip_eps: half-width of the interval of ratios, above 0; dimensionless.
+        clip_eps_high: width of its upper half, above 0. None stands for `clip_eps`.
+        dual_clip: upper bound of the loss where the advantage is negative, in units of the advantage; above 1. None
+            sets no bound.
 
     Returns:
         loss: [] sum.
-        sums: `loss/policy_avg`, `policy/clipfrac_avg` (share of tokens where the clipped term is the larger loss),
-            `policy/approxkl_avg` (nats: half the squared log-ratio, as TRL), `val/ratio`, `count` (tokens).
+        sums: `loss/policy_avg`, `policy/clipfrac_avg` (fraction of tokens where the clipped term is the larger loss),
+            `policy/approxkl_avg` (nats: half the squared log-ratio, as in TRL), `val/ratio`, `count` (tokens).
 
     Raises:
         ValueError: shapes differ, or clip_eps, clip_eps_high or dual_clip is out of range.
@@ -201,20 +201,20 @@ def ppo_value_loss(
 
         L = 1/2 sum_t w_t m_t max((V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2)
 
-    Source: the `baselines` implementation of PPO (https://github.com/openai/baselines, ppo2), kept by
-    lm-human-preferences and TRL; not in the paper.
+    Source: the PPO implementation of OpenAI Baselines (ppo2, https://github.com/openai/baselines), which
+    lm-human-preferences and TRL follow. The clipping is not in the paper.
 
     Args:
         values: [...] float, reward units, current value function; the only differentiated input.
-        old_values: [...] float, when sampled; constant.
-        returns: [...] float, targets; constant.
+        old_values: [...] float, reward units, value function at sampling time; constant.
+        returns: [...] float, reward units, targets; constant.
         mask: [...] bool, True where the token counts.
-        weights: broadcast to [...]; constant; None is 1.
-        value_clip_eps: reward units, above 0; `inf` for the plain squared error.
+        weights: factors that broadcast to [...]; constant. None stands for 1.
+        value_clip_eps: maximum change of the values, in reward units, above 0; `inf` gives the plain squared error.
 
     Returns:
-        loss: [] sum; never below the unclipped one.
-        sums: `loss/value_avg`, `val/clipfrac_avg` (share where the clipped error is the larger), `count` (tokens).
+        loss: [] sum, never below the sum of the unclipped errors.
+        sums: `loss/value_avg`, `val/clipfrac_avg` (fraction of tokens where the clipped error is larger), `count`.
 
     Raises:
         ValueError: shapes differ, or value_clip_eps is not positive.
@@ -258,7 +258,7 @@ def clip_ratio(function: str, ratio: Tensor, clip_eps: float | Tensor, clip_eps_
 
 
 def weighted_sum(function: str, per_entry: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the weighted sum of entries that are 0 where the mask is False; the weights are constant.
+    """Return the weighted sum of the entries, which are 0 where the mask is False. The weights are constant.
 
     Raises:
         ValueError: `function` got weights that do not broadcast to the mask.

@@ -1,17 +1,19 @@
-"""The table of metrics, which the log, terminal, plots, page and evaluation tables share.
+"""The table of metrics, which the log, the terminal, plots, the web page and evaluation tables share.
 
-To add a metric, add one `Metric` to `METRICS`, or call `register` in the file of the stage that logs it. It then has a
-label and chart on the page and in the report, a curve in the plot of that chart, a line in `rlhf-monitor --live`
-if it has a `short` name, and a row in the table of `rlhf-evaluate`. The health checks named in `checks` judge it. A
-metric that is not registered is shown by its key.
+To add a metric, add a `Metric` to `METRICS`, or call `register` in the file of the stage that logs it. The metric then
+has a label and a chart on the page and in the report, and a curve in the plot of that chart. It has a line in
+`rlhf-monitor --live` if it has a `short` name, and a row in the table of `rlhf-evaluate`. The health checks named in
+`checks` apply to it. A metric that is not registered is shown by its key.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
 
-from rlhf.metric_record import Metric
+from rlhf.metric_record import Direction, Metric
 
-__all__ = ["METRICS", "Metric", "describe", "in_order", "is_registered", "register"]
+__all__ = ["METRICS", "Direction", "Metric", "describe", "in_order", "is_registered", "register"]
+
+_IMPLICIT_REWARDS: tuple[tuple[str, Direction], ...] = (("margins", "up"), ("chosen", "none"), ("rejected", "none"))
 
 # fmt: off
 _TABLE = (
@@ -110,7 +112,7 @@ _TABLE = (
            "Beta times the log-ratio of the rejected completion.", "Falls."),
     *(Metric(f"eval/rewards/{name}", f"Implicit rewards, {name}, held-out", "reward units", direction,
              "held-out-implicit-rewards", "The same on held-out pairs.", "As in training.")
-      for name, direction in (("margins", "up"), ("chosen", "none"), ("rejected", "none"))),
+      for name, direction in _IMPLICIT_REWARDS),
     # PPO, the most telling first
     Metric("objective/scores", "Score", "reward units per completion", "up", "score",
            "Mean reward of the completions, as PPO is rewarded: normalised, clipped, with the penalty for completions "
@@ -248,8 +250,16 @@ def register(metric: Metric) -> None:
 
     Only programs that import that file know the metric, such as the one that trains the stage and writes its report.
 
+    Args:
+        metric: the metric.
+
     Raises:
         ValueError: the key belongs to another metric.
+
+    Example:
+        >>> register(Metric("reward/jokes", "Jokes", unit="per completion", meaning="Jokes told."))
+        >>> describe("reward/jokes").label
+        'Jokes'
     """
     if METRICS.setdefault(metric.key, metric) != metric:
         raise ValueError(
@@ -258,12 +268,22 @@ def register(metric: Metric) -> None:
 
 
 def is_registered(key: str) -> bool:
-    """Return whether the table has a metric, by its key or a prefix."""
+    """Return True if the table has a metric with this key, or with a prefix of it.
+
+    Example:
+        >>> is_registered("objective/kl"), is_registered("timing_s/generate"), is_registered("my/metric")
+        (True, True, False)
+    """
     return _row_of(key) is not None
 
 
 def describe(key: str) -> Metric:
-    """Return the metric of a key; the label of one that is not registered is its key."""
+    """Return the metric of a key. The label of a metric that is not registered is its key.
+
+    Example:
+        >>> describe("objective/kl").unit, describe("my/metric").label
+        ('nats per completion', 'my/metric')
+    """
     row = _row_of(key)
     if row is None:
         return Metric(key, key, meaning="A metric of this run.", short=key)
@@ -275,7 +295,12 @@ def describe(key: str) -> Metric:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Return keys in the order of the table; those of one prefix, and unregistered ones, keep their order."""
+    """Return `keys` in the order of the table. Keys of the same prefix, and unregistered keys, keep their order.
+
+    Example:
+        >>> in_order(["my/metric", "objective/kl", "loss/sft"])
+        ['loss/sft', 'objective/kl', 'my/metric']
+    """
     ranks = {row: rank for rank, row in enumerate(METRICS)}
     return sorted(keys, key=lambda key: ranks.get(_row_of(key) or "", len(ranks)))
 

@@ -1,9 +1,8 @@
-"""Masked statistics and the one definition of log-probabilities and entropy.
+"""Masked statistics, log-probabilities and entropy.
 
-Masks are bool, True where a position counts. Positions with False may hold anything, NaN included, and
-receive zero gradient. An all-False mask gives zero, never NaN.
-
-Everything is computed and returned in float32 at least: half-precision inputs are upcast first, float64 stays float64.
+Masks are bool, True where a position counts. Masked positions may hold any value, NaN included, and receive zero
+gradient. An all-False mask gives 0, never NaN. Half-precision inputs are upcast, and results are float32, or float64
+for float64 inputs.
 """
 
 import torch
@@ -17,7 +16,11 @@ _VARIANCE_EPS = 1e-8
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the [] sum of `values` where `mask` is True, float32 at least.
+    """Return the [] sum of `values` where `mask` is True.
+
+    Args:
+        values: float, any shape.
+        mask: bool of the same shape.
 
     Raises:
         ValueError: shapes differ.
@@ -32,7 +35,15 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the [] mean of `values` where `mask` is True, float32 at least; 0 of nothing. Errors as `masked_sum`.
+    """Return the [] mean of `values` where `mask` is True; 0 if the mask is False everywhere.
+
+    Args:
+        values: float, any shape.
+        mask: bool of the same shape.
+
+    Raises:
+        ValueError: shapes differ.
+        TypeError: mask is not bool.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
@@ -42,12 +53,16 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Return the [] variance of `values` where `mask` is True; dtype and errors as `masked_sum`.
+    """Return the [] variance of `values` where `mask` is True; 0 if the mask is False everywhere.
 
     Args:
         values: float, any shape.
         mask: bool of the same shape.
-        unbiased: divide the squares by n - 1 instead of n.
+        unbiased: divide the sum of squares by n - 1 instead of n.
+
+    Raises:
+        ValueError: shapes differ.
+        TypeError: mask is not bool.
 
     Example:
         >>> masked_var(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
@@ -59,21 +74,21 @@ def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tenso
 
 
 def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = False) -> Tensor:
-    """Return values scaled to unit variance over the mask, with zero mean or with their own.
+    """Return values scaled to unit variance over the mask, with their mean shifted to zero or kept.
 
         (values - mean) / sqrt(var + 1e-8)  [+ mean]
 
     Source: `whiten` of Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences",
-    https://github.com/openai/lm-human-preferences (biased variance, as there; TRL uses the unbiased one).
+    https://github.com/openai/lm-human-preferences. The variance is biased, as there; TRL uses the unbiased one.
 
     Args:
         values: float, any shape.
-        mask: bool of the same shape; None counts everything.
-        shift_mean: shift the mean to 0; False keeps the mean of `values`.
-        unbiased: divide the squares by n - 1 instead of n.
+        mask: bool of the same shape. None counts everything.
+        shift_mean: shift the mean to 0; if False, the mean of `values` is kept.
+        unbiased: divide the sum of squares by n - 1 instead of n.
 
     Returns:
-        `values`' shape, float32 (float64 for float64 values); 0 where the mask is False.
+        Tensor of the shape of `values`, float32 (float64 for float64 values); 0 where the mask is False.
 
     Raises:
         ValueError: shapes differ.
@@ -93,10 +108,14 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = Tru
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:
-    """Return rows [..., D] of a table [N, D] by index [...] int64.
+    """Return the rows [..., D] of a table at given indices.
 
-    The gradient with respect to the table is summed in a fixed order, in compiled code with several threads too, where
-    that of an embedding or of indexing depends on a race.
+    The gradient of the table is summed in a fixed order, also in compiled code with several threads. There, the
+    gradient of an embedding or of indexing depends on the timing of the threads.
+
+    Args:
+        table: [N, D] float; differentiated.
+        index: [...] int64 in [0, N).
 
     Example:
         >>> gather_rows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0]))
@@ -108,15 +127,15 @@ def gather_rows(table: Tensor, index: Tensor) -> Tensor:
 
 
 def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """Return log softmax(logits / temperature) at `targets`, in float32 at least.
+    """Return log softmax(logits / temperature) at `targets`.
 
-    This is the one definition used in sampling, in the reference and in the update. Filters that only shape
-    what is sampled (top-k, top-p, minimal length) are not part of it.
+    Sampling, the reference and the update all use this definition. Filters that only change what is sampled (top-k,
+    top-p, minimum length) are not part of it.
 
     Args:
         logits: [..., V] float; differentiated.
         targets: [...] int64 in [0, V).
-        temperature: > 0, dimensionless.
+        temperature: softmax temperature, above 0.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats.
@@ -141,9 +160,9 @@ def entropy(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
         H = logsumexp(z) - sum_v softmax(z)_v z_v,   z = logits / temperature
 
     Args:
-        logits: [..., V] float; differentiated. -inf is a token of probability 0, which adds nothing, nor to the
-            gradient; one logit at least is finite.
-        temperature: > 0.
+        logits: [..., V] float; differentiated. A logit of -inf stands for probability 0 and adds nothing to the result
+            or the gradient; at least one logit must be finite.
+        temperature: softmax temperature, above 0.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats.
@@ -161,7 +180,7 @@ def entropy(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
 
 
 def is_argmax(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return [...] bool, True where no token has a higher logit than the target; the mean is the token accuracy.
+    """Return [...] bool, True where no token has a higher logit than the target. The mean is the token accuracy.
 
     Args:
         logits: [..., V] float.
@@ -176,7 +195,11 @@ def is_argmax(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def scale_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """Return logits / temperature, at least float32: low-precision logits lose the tail of the softmax.
+    """Return logits / temperature, in float32 for half-precision logits, which would lose the tail of the softmax.
+
+    Args:
+        logits: [..., V] float.
+        temperature: softmax temperature, above 0.
 
     Raises:
         ValueError: temperature is not positive.
@@ -193,7 +216,7 @@ def scale_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Return `x` in float32, or float64 `x` itself: the dtype in which the library sums.
+    """Return `x` in float32, or unchanged if it is float64. The library sums in this dtype.
 
     Example:
         >>> upcast(torch.ones(1, dtype=torch.bfloat16)).dtype
@@ -203,7 +226,10 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def mean_metrics(sums: MetricSums) -> Metrics:
-    """Return every sum divided by `sums["count"]` (by 1 when that is 0), without the count itself.
+    """Return every sum divided by `sums["count"]`, or by 1 if the count is 0, without the count itself.
+
+    Args:
+        sums: the sums that a loss returns, added over the micro-batches of a global batch.
 
     Raises:
         KeyError: there is no "count".
@@ -218,7 +244,7 @@ def mean_metrics(sums: MetricSums) -> Metrics:
 
 @accelerated("compiled_ops.target_logits")
 def target_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the logits [...] of targets [...] int64, from logits [..., V].
+    """Return the logits [...] of the targets [...] int64, from logits [..., V].
 
     Example:
         >>> target_logits(torch.tensor([[1.0, 5.0]]), torch.tensor([1]))

@@ -1,7 +1,7 @@
-"""Optimisers as pure (init, update) pairs over pytrees.
+"""Optimisers as pairs of pure functions (init, update) over pytrees.
 
-A stage's executor keeps all parameters in one flat buffer, cut into shards, and calls `update` on trees of parts
-of leaves: `Optimizer` says what this requires of an optimiser.
+The executor of a stage keeps all parameters in one flat buffer, which is cut into shards, and calls `update` on trees
+of parts of leaves. `Optimizer` states what this requires of an optimiser.
 """
 
 import math
@@ -13,50 +13,62 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import check_value
+from rlhf.field_docs import documented
 from rlhf.schedules import Schedule
 from rlhf.tree import global_norm, tree_map
 from rlhf.types import Tree
 
 
+@documented
 class Optimizer(NamedTuple):
-    """A pair of pure functions; the other fields tell executors what they may do with it."""
+    """An optimiser: a pair of pure functions. The other fields tell executors how they may call it.
 
-    init: Callable[[Tree], Any]
-    """params -> state: trees like params, and counters (leaves [])."""
-    update: Callable[..., tuple[Tree, Any]]
-    """(grads, state, params, *, learning_rate=None) -> (params, state). An argument `learning_rate` replaces the
-    optimiser's own rate in that step."""
-    elementwise: bool = True
-    """True if the update of an element reads that element and the counters alone. Executors cut leaves into parts, and
-    refuse an optimiser that needs them whole."""
-    hyperparameters: Callable[[Tree], Tree] | None = None
-    """params -> a hashable record per leaf, chosen by its name and shape; None treats all leaves alike. Executors
-    compute the records once, from whole leaves, and pass them to `update` as the keyword `hyperparameters`. A kernel
-    recognises by their type that it may replace `update`: an optimiser with another update uses another type, or None.
+    Example:
+        >>> def step(grads, state, params, *, learning_rate=None):
+        ...     rate = 0.1 if learning_rate is None else learning_rate
+        ...     return tree_map(lambda p, g: p - rate * g, params, grads), state
+        >>> sgd = Optimizer(init=lambda params: {}, update=step)
+        >>> sgd.update({"w": torch.tensor(1.0)}, {}, {"w": torch.tensor(2.0)})
+        ({'w': tensor(1.9000)}, {})
     """
 
+    init: Callable[[Tree], Any]
+    """params -> state, which consists of trees like params and of counters ([] tensors)."""
+    update: Callable[..., tuple[Tree, Any]]
+    """(grads, state, params, *, learning_rate=None) -> (params, state). If `learning_rate` is given, it replaces the
+    schedule's rate in that step."""
+    elementwise: bool = True
+    """True if the update of an element reads only that element and the counters. Executors cut leaves into parts and
+    refuse an optimiser that needs whole leaves."""
+    hyperparameters: Callable[[Tree], Tree] | None = None
+    """params -> a hashable record for each leaf, chosen by its name and shape. None treats all leaves alike. Executors
+    compute the records once, from whole leaves, and pass them to `update` as the keyword `hyperparameters`. A kernel
+    may replace `update` if it knows the type of the records, so an optimiser with another update needs another type."""
 
+
+@documented
 class AdamState(NamedTuple):
     """State of `adamw`."""
 
     step: Tensor
-    """[] int64, on the CPU: updates made."""
+    """[] int64, on the CPU: number of updates made."""
     mu: Tree
-    """Like params: running mean of the gradient."""
+    """Running mean of the gradient; a tree like params."""
     nu: Tree
-    """Like params: running mean of its square."""
+    """Running mean of the squared gradient; a tree like params."""
 
 
+@documented
 @dataclass(frozen=True)
 class AdamWHyperparameters:
-    """The hyperparameters of one leaf under `adamw`."""
+    """Hyperparameters of one leaf under `adamw`."""
 
     learning_rate: Schedule
     b1: float
     b2: float
     eps: float
     weight_decay: float
-    """0 where the mask is False."""
+    """Weight decay; 0 if the mask of the leaf is False."""
     lr_multiplier: float
 
 
@@ -76,21 +88,22 @@ def adamw(
         p  = p (1 - lr decay) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
 
     Source: Loshchilov and Hutter 2019, algorithm 2, https://arxiv.org/abs/1711.05101, in the arrangement of
-    `torch.optim.AdamW`, which it equals. An element's bits do not depend on how its leaf is cut: `update` is built from
-    single multiplications, additions, divisions and roots, each correctly rounded.
+    `torch.optim.AdamW`, whose results it reproduces. The bits of an element do not depend on how its leaf is cut,
+    because `update` consists of single, correctly rounded multiplications, additions, divisions and roots.
 
     Args:
-        learning_rate: maps the number of updates made to the rate (`rlhf.schedules`).
-        b1: in [0, 1).
-        b2: in [0, 1).
-        eps: above 0, added to the root.
-        weight_decay: at least 0, per unit of learning rate.
-        weight_decay_mask: params -> a tree of bools, True for the leaves that decay. It may read names and shapes, not
-            values. None is the leaves of two or more dimensions: matrices and embeddings, neither biases nor norms.
-        lr_multiplier: params -> a tree of factors on the learning rate, as the mask; 0 keeps a leaf's bits. None is 1.
+        learning_rate: schedule, from the number of updates made to the learning rate (`rlhf.schedules`).
+        b1: decay rate of the running mean of the gradient, in [0, 1).
+        b2: decay rate of the running mean of the squared gradient, in [0, 1).
+        eps: term added to the root, above 0.
+        weight_decay: weight decay per unit of learning rate, at least 0.
+        weight_decay_mask: params -> a tree of bools, True for the leaves that decay. It may read names and shapes, but
+            not values. None selects leaves of two or more dimensions: matrices and embeddings, but not biases or norms.
+        lr_multiplier: params -> a tree of factors on the learning rate. A factor of 0 leaves the bits of a leaf
+            unchanged. None stands for 1.
 
     Returns:
-        An `Optimizer`, whose `update` changes none of its arguments.
+        An `Optimizer`. Its `update` changes none of its arguments.
 
     Raises:
         ValueError: a number is out of range.
@@ -144,15 +157,17 @@ def adamw(
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = None) -> tuple[Tree, Tensor]:
-    """Return gradients scaled by `clip_scale`, so that their joint Euclidean norm is at most `max_norm`.
+    """Return gradients scaled so that their global Euclidean norm is at most `max_norm`.
+
+    The factor is that of `clip_scale`.
 
     Args:
         grads: any pytree.
-        max_norm: above 0; `inf` changes nothing.
-        norm: [] the global norm, where `grads` is only a part of the whole; None computes it.
+        max_norm: maximum norm, above 0; `inf` changes nothing.
+        norm: [] global norm, to pass if `grads` is only a part of the gradient. None computes it.
 
     Returns:
-        (the scaled tree, the norm before scaling as [] float64).
+        (scaled tree, [] float64 norm before scaling).
 
     Raises:
         ValueError: max_norm is not positive.
@@ -168,15 +183,15 @@ def clip_by_global_norm(grads: Tree, max_norm: float, *, norm: Tensor | None = N
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """Return the factor that clips gradients of a global norm; executors apply it to their shards.
+    """Return the factor that clips gradients of a given global norm.
 
         min(1, max_norm / (norm + 1e-6))
 
     Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, as `torch.nn.utils.clip_grad_norm_`.
 
     Args:
-        norm: [] float64, before clipping.
-        max_norm: above 0; `inf` gives 1 at every norm.
+        norm: [] float64, global norm before clipping.
+        max_norm: maximum norm, above 0; `inf` gives the factor 1.
 
     Example:
         >>> clip_scale(torch.tensor(4.0, dtype=torch.float64), 2.0)

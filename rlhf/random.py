@@ -1,11 +1,12 @@
 """Stateless randomness: a key is two 32-bit words, and a random number is a hash of (key, position).
 
-The hash is Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3",
-https://doi.org/10.1145/2063384.2063405; the generator of `jax.random`), in int32 tensor arithmetic, so the bits are
-the same on CPU and GPU, in any batch and in any order. No global generator is read or set.
+The hash is Threefry-2x32 with 20 rounds, the generator of `jax.random`, in int32 tensor arithmetic. The bits are the
+same on CPU and GPU, in any batch and in any order. No global generator is read or set.
 
-A key is used once: either drawn from, or split with `fold_in` / `split`. Derive by meaning
-(`fold_in(fold_in(key, iteration), prompt)`), so that no draw depends on how many were made before.
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", https://doi.org/10.1145/2063384.2063405.
+
+Use each key once, either to draw numbers or to derive keys with `fold_in` and `split`. Derive keys by their purpose, as
+in `fold_in(fold_in(key, iteration), prompt)`, so that no draw depends on the number of earlier draws.
 """
 
 import math
@@ -24,14 +25,14 @@ _BLOCK = 1 << 16  # positions hashed at once: the 20 rounds then run inside the 
 
 
 class Purpose(IntEnum):
-    """The purposes of a run's keys: `fold_in(key(seed), Purpose.SAMPLING)`. Numbers are never reused."""
+    """Purposes of the keys of a run, as in `fold_in(key(seed), Purpose.SAMPLING)`. Numbers are never reused."""
 
     INIT = 0
     """Weights of a new trunk."""
     HEAD = 1
     """Weights of a new head."""
     SPLIT = 2
-    """Selection of the records that are held out."""
+    """Selection of the held-out records."""
     ORDER = 3
     """Order of records and prompts, by epoch."""
     DROPOUT = 4
@@ -41,14 +42,17 @@ class Purpose(IntEnum):
     MINIBATCH = 6
     """Order of completions, by iteration and epoch."""
     EVALUATION = 7
-    """Completions made to compare models."""
+    """Completions for the comparison of models."""
 
 
 def key(seed: int) -> Tensor:
-    """Return the key of a seed in [0, 2**64).
+    """Return the key of a seed.
+
+    Args:
+        seed: an integer in [0, 2**64).
 
     Returns:
-        [2] int32: the high and the low word of the seed.
+        [2] int32, the high and the low word of the seed.
 
     Raises:
         ValueError: the seed is negative or needs more than 64 bits.
@@ -62,21 +66,33 @@ def key(seed: int) -> Tensor:
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
-    """Return the key derived from a key and an integer in [0, 2**63).
+    """Return the key derived from a key and an integer.
 
     Args:
         key: [..., 2] int32.
-        data: an int, or int64 [...] broadcast against the keys, to derive many at once.
+        data: an integer in [0, 2**63), or [...] int64 that is broadcast against the keys, to derive many at once.
 
     Returns:
-        [..., 2] int32.
+        [..., 2] int32, the derived keys.
+
+    Example:
+        >>> iteration = fold_in(fold_in(key(0), Purpose.SAMPLING), 3)
+        >>> fold_in(iteration, torch.arange(4)).shape  # one key per prompt
+        torch.Size([4, 2])
     """
     data = torch.as_tensor(data, dtype=torch.int64, device=key.device)
     return torch.stack(_threefry(key[..., 0], key[..., 1], _high(data) | _FOLD, _low(data)), dim=-1)
 
 
 def split(key: Tensor, num: int = 2) -> Tensor:
-    """Return `num` keys derived from one, [num, 2] int32.
+    """Return several keys derived from one.
+
+    Args:
+        key: [2] int32.
+        num: number of keys.
+
+    Returns:
+        [num, 2] int32, the derived keys.
 
     Example:
         >>> split(key(0), 3).shape
@@ -86,22 +102,38 @@ def split(key: Tensor, num: int = 2) -> Tensor:
 
 
 def bits(key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two independent 32-bit words for each (key, position).
+    """Return two independent words of 32 random bits for each (key, position).
 
     Args:
         key: [..., 2] int32.
-        position: int64 in [0, 2**63), broadcast against the keys.
+        position: [...] int64 in [0, 2**63), broadcast against the keys.
 
     Returns:
-        Two int32 tensors of the broadcast shape; all 32 bits are random.
+        Two int32 tensors of the broadcast shape.
+
+    Example:
+        >>> high, low = bits(key(0), torch.arange(3))
+        >>> high.shape, high.dtype
+        (torch.Size([3]), torch.int32)
     """
     return _threefry(key[..., 0], key[..., 1], _high(position), _low(position))
 
 
 def uniform_at(key: Tensor, position: Tensor) -> Tensor:
-    """Return float64 in [0, 1), a multiple of 2**-53, for each (key, position); see `bits` for the shapes.
+    """Return a uniform number in [0, 1) for each (key, position).
 
-    It uses both words of the hash, so that no token of a large vocabulary lies between two of its values.
+    The numbers are multiples of 2**-53, so that no token of a large vocabulary lies between two of them.
+
+    Args:
+        key: [..., 2] int32.
+        position: [...] int64 in [0, 2**63), broadcast against the keys.
+
+    Returns:
+        float64 tensor of the broadcast shape.
+
+    Example:
+        >>> uniform_at(key(0), torch.tensor([7])) == uniform_at(key(0), torch.arange(10))[7]
+        tensor([True])
     """
     high, low = bits(key, position)
     number = ((high.long() & (_WORD - 1)) << 21) | ((low.long() >> 11) & ((1 << 21) - 1))
@@ -109,12 +141,36 @@ def uniform_at(key: Tensor, position: Tensor) -> Tensor:
 
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return float32 `shape` in [0, 1): element i (row-major) is `uniform_at(key, i)` truncated to 23 bits."""
+    """Return uniform numbers in [0, 1), in float32.
+
+    Element i, in row-major order, is `uniform_at(key, i)` truncated to 23 bits.
+
+    Args:
+        key: [2] int32.
+        shape: shape of the result.
+
+    Example:
+        >>> numbers = uniform(key(0), (2, 3))
+        >>> numbers.shape, bool(((numbers >= 0) & (numbers < 1)).all())
+        (torch.Size([2, 3]), True)
+    """
     return _unit(_words(key, math.prod(shape))[0]).view(shape)
 
 
 def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return float32 `shape`, standard normal (Box-Muller): elements 2i and 2i + 1 come from position i."""
+    """Return standard normal numbers, in float32, by the Box-Muller transform.
+
+    Elements 2i and 2i + 1, in row-major order, are computed from position i.
+
+    Args:
+        key: [2] int32.
+        shape: shape of the result.
+
+    Example:
+        >>> noise = normal(key(0), (100, 100))
+        >>> round(float(noise.mean()), 1) + 0.0, round(float(noise.std()), 1)
+        (0.0, 1.0)
+    """
     count = math.prod(shape)
     first, second = _words(key, (count + 1) // 2)
     radius, angle = torch.sqrt(-2.0 * torch.log1p(-_unit(first))), 2.0 * math.pi * _unit(second)
@@ -123,7 +179,11 @@ def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def permutation(key: Tensor, n: int) -> Tensor:
-    """Return 0..n-1 in a random order, sorted by 64 random bits each; [n] int64.
+    """Return the numbers 0..n-1 in a random order, [n] int64.
+
+    Args:
+        key: [2] int32.
+        n: number of elements.
 
     Example:
         >>> permutation(key(0), 4).sort().values

@@ -1,4 +1,4 @@
-"""Types of settings with their ranges, and the base class of sections, which checks them. Imports no torch."""
+"""Types of settings with their ranges, and the base class of sections, which checks them. Does not import torch."""
 
 import contextlib
 import dataclasses
@@ -11,13 +11,15 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
+from rlhf.field_docs import documented
+
 _FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 """Smallest normal and largest number of float32."""
 
 PositiveInt = Annotated[int, Ge(1), Le(2**31 - 1)]
 NonNegativeInt = Annotated[int, Ge(0), Le(2**31 - 1)]
 BatchSize = Annotated[int, Ge(1), Le(2**20)]
-"""Number of records, rows, samples or tokens that are in memory together."""
+"""Number of records, rows, samples or tokens that are in memory at once."""
 ProcessCount = Annotated[int, Ge(0), Le(1024)]
 ThreadCount = Annotated[int, Ge(1), Le(1024)]
 UnitInterval = Annotated[float, Interval(ge=0, le=1)]
@@ -29,24 +31,37 @@ Seconds = Annotated[float, Ge(1), Le(86_400)]
 Seed = Annotated[int, Interval(ge=0, le=2**64 - 1)]
 
 Bound = Gt | Ge | Lt | Le | Interval
-"""A bound of a range, in an annotation."""
+"""Bound of a range in an annotation."""
 
 
 def bounds_of(hint: Any) -> list[Bound]:
-    """Return the bounds in an annotation, also an optional one."""
+    """Return the bounds in an annotation, including those of an optional type.
+
+    Args:
+        hint: the annotation.
+
+    Example:
+        >>> bounds_of(PositiveInt | None)
+        [Ge(ge=1), Le(le=2147483647)]
+    """
     if get_origin(hint) is Annotated:
         return [extra for extra in get_args(hint)[1:] if isinstance(extra, Bound)]
     return [bound for part in get_args(hint) for bound in bounds_of(part)]
 
 
 def range_error(bounds: Sequence[Bound], value: Any) -> str:
-    """Return the condition that a number violates, in words; empty if it is within its bounds.
+    """Return the condition that a number violates, in words, or an empty text if it is within its bounds.
 
-    A float must also be within the bounds as a float32, in which every program computes, and not be subnormal there.
+    Programs compute in float32, so a float must also be within the bounds after rounding to float32, and must not be
+    subnormal there.
 
     Args:
-        bounds: the bounds, from `bounds_of`; without bounds there is no condition.
-        value: the value of the setting; values that are not numbers are not checked.
+        bounds: the bounds, from `bounds_of`. Without bounds there is no condition.
+        value: the value of the setting. Values that are not numbers are not checked.
+
+    Example:
+        >>> range_error(bounds_of(UnitInterval), 1.5), range_error(bounds_of(UnitInterval), 0.5)
+        ('in [0, 1]', '')
     """
     if not bounds or isinstance(value, bool) or not isinstance(value, int | float):
         return ""
@@ -99,7 +114,10 @@ def _describe(bound: Bound) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A dataclass that checks its ranges when it is created, and accepts paths as texts and with ~."""
+    """Base class of settings: checks ranges when an object is created, and accepts paths as texts and with ~."""
+
+    def __init_subclass__(cls) -> None:
+        documented(cls)
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -110,12 +128,12 @@ class Section:
 
 
 def _as_path(hint: Any, value: Any) -> Any:
-    """Return a text as a Path if the annotation is one; other values unchanged."""
+    """Return a text as a Path if the annotation is a path, and other values unchanged."""
     return Path(value) if isinstance(value, str) and (hint is Path or Path in get_args(hint)) else value
 
 
 def _expanded(value: Any) -> Any:
-    """Return paths with ~ expanded, which shells do not do in YAML or after `--flag=`; other values unchanged."""
+    """Return paths with ~ expanded, which shells do not do after `--flag=`, and other values unchanged."""
     if isinstance(value, tuple):
         return tuple(map(_expanded, value))
     if isinstance(value, Path):
@@ -125,7 +143,17 @@ def _expanded(value: Any) -> Any:
 
 
 def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return every leaf of a config dataclass by its dotted name."""
+    """Return every leaf of a config dataclass by its dotted name.
+
+    Args:
+        config: the dataclass, which may contain other dataclasses.
+        prefix: text before every name.
+
+    Example:
+        >>> from rlhf.config import CheckpointConfig
+        >>> flat_fields(CheckpointConfig(), prefix="checkpoint.")
+        {'checkpoint.every': None, 'checkpoint.keep': 2}
+    """
     leaves: dict[str, Any] = {}
     for spec in dataclasses.fields(config):
         value, name = getattr(config, spec.name), prefix + spec.name

@@ -1,4 +1,4 @@
-"""Token sampling: filters of logits, and draws by inverse CDF."""
+"""Token sampling: filters of logits, and draws from the inverse cumulative distribution function."""
 
 import torch
 import torch.nn.functional as F
@@ -8,22 +8,23 @@ from rlhf.accelerate import accelerated
 from rlhf.checks import check_value
 
 _BLOCK = 128
-"""Tokens of the vocabulary in a block."""
+"""Number of tokens in a block of the vocabulary."""
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float | Tensor = 1.0) -> Tensor:
-    """Return logits with -inf for every token outside the `top_k` most likely, or outside the nucleus of mass `top_p`.
+    """Return logits that are -inf outside the `top_k` most likely tokens and outside the nucleus of mass `top_p`.
 
     Source: Fan et al. 2018, https://arxiv.org/abs/1805.04833 (top-k); Holtzman et al. 2020,
     https://arxiv.org/abs/1904.09751 (nucleus: the smallest set whose probability reaches p).
 
     Args:
-        logits: [..., V] float, temperature applied.
-        top_k: tokens kept; 0 keeps all. Tokens that tie with the k-th stay, except for 1, which is greedy.
-        top_p: in (0, 1]; 1 keeps all. At least one token stays.
+        logits: [..., V] float, already divided by the temperature.
+        top_k: number of tokens to keep; 0 keeps all. Tokens that tie with the k-th are kept too, except for 1, which is
+            greedy.
+        top_p: probability of the tokens to keep, in (0, 1]; 1 keeps all. At least one token is kept.
 
     Returns:
-        [..., V].
+        [..., V] float, the filtered logits.
 
     Raises:
         ValueError: top_k or top_p is out of range.
@@ -51,18 +52,18 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float | Tensor = 1.0
 
 @accelerated("blocked_sampling.sample_token")
 def sample_token(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw from softmax(logits) by inverse CDF: the first token whose cumulative probability exceeds `uniform`.
+    """Draw tokens from softmax(logits): the first token whose cumulative probability exceeds `uniform`.
 
-    Exponentials and sums are float64, so that the probability of every token is softmax's to about 1e-15 of the whole.
-    The block of the vocabulary is drawn first, then the token in it: no sum goes over more than a block, or over the
-    blocks' sums.
+    Exponentials and sums are computed in float64, so that every token has its probability to within about 1e-15. A
+    block of the vocabulary is drawn first, and then a token in it. No sum therefore has more terms than there are
+    tokens in a block, or blocks.
 
     Args:
-        logits: [..., V] float; a token of -inf is never drawn.
-        uniform: [...] float64 in [0, 1) (`rlhf.random.uniform_at`).
+        logits: [..., V] float. A token whose logit is -inf is never drawn.
+        uniform: [...] float64 in [0, 1), from `rlhf.random.uniform_at`.
 
     Returns:
-        [...] int64 in [0, V), also where logits are NaN.
+        [...] int64 in [0, V), even if logits are NaN.
 
     Example:
         >>> sample_token(torch.tensor([0.0, -torch.inf, 0.0]), torch.tensor(0.75, dtype=torch.float64))
@@ -81,13 +82,13 @@ def sample_token(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _in_blocks(x: Tensor, fill: float = 0.0) -> Tensor:
-    """Return [..., V] as [..., N, 128], padded with `fill`."""
+    """Return [..., V] reshaped to [..., N, 128] and padded with `fill`."""
     return F.pad(x, (0, -x.shape[-1] % _BLOCK), value=fill).view(*x.shape[:-1], -1, _BLOCK)
 
 
 @accelerated("blocked_sampling.cumulative")
 def cumulative(x: Tensor) -> Tensor:
-    """Return running sums over the last axis of [..., V].
+    """Return the cumulative sums of `x`, [..., V], over the last dimension.
 
     Example:
         >>> cumulative(torch.tensor([1.0, 2.0]))

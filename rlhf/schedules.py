@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions from a step to a rate, both [] tensors, so that a new rate never recompiles."""
+"""Learning-rate schedules: functions from a step to a rate. Both are [] tensors, so that code is compiled once."""
 
 import math
 from collections.abc import Callable
@@ -9,13 +9,17 @@ from torch import Tensor
 from rlhf.checks import check_value
 
 Schedule = Callable[[Tensor], Tensor]
-"""Maps the number of updates already made ([] int64) to the rate of the next one ([] float64)."""
+"""Function from the number of updates made ([] int64) to the rate of the next update ([] float64)."""
 
 
 def constant_schedule(value: float, *, warmup_steps: int = 0) -> Schedule:
-    """Return the schedule that stays at `value` after a linear warm-up.
+    """Return a schedule that is constant after a linear warm-up.
 
-    Update k (from 0) of the warm-up has the rate value (k + 1) / (warmup_steps + 1).
+    Update k of the warm-up, counted from 0, has the rate value (k + 1) / (warmup_steps + 1).
+
+    Args:
+        value: rate after the warm-up.
+        warmup_steps: number of updates of the warm-up.
 
     Raises:
         ValueError: warmup_steps is negative.
@@ -29,9 +33,15 @@ def constant_schedule(value: float, *, warmup_steps: int = 0) -> Schedule:
 
 
 def linear_schedule(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
-    """Return the schedule that falls linearly from `value` at the end of the warm-up to `final` at `total_steps`.
+    """Return a schedule that decays linearly after a linear warm-up.
 
-    The rate `final` belongs to the update after the last, so that no update is made at rate 0.
+    The rate reaches `final` at the update after the last one, so that no update has the rate 0.
+
+    Args:
+        value: rate at the end of the warm-up.
+        total_steps: number of updates, the warm-up included.
+        warmup_steps: number of updates of the warm-up.
+        final: rate at step `total_steps`.
 
     Raises:
         ValueError: warmup_steps is not below total_steps, or negative.
@@ -50,9 +60,15 @@ def linear_schedule(value: float, total_steps: int, *, warmup_steps: int = 0, fi
 
 
 def cosine_schedule(value: float, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
-    """Return the schedule that falls along half a cosine from `value` after the warm-up to `final` at `total_steps`.
+    """Return a schedule that decays along half a cosine after a linear warm-up.
 
     Source: Loshchilov and Hutter 2017, eq. 5 without restarts, https://arxiv.org/abs/1608.03983.
+
+    Args:
+        value: rate at the end of the warm-up.
+        total_steps: number of updates, the warm-up included.
+        warmup_steps: number of updates of the warm-up.
+        final: rate at step `total_steps`.
 
     Raises:
         ValueError: warmup_steps is not below total_steps, or negative.

@@ -1,8 +1,8 @@
-"""Rules for settings that have no effect in a run or contradict others, and the rules of every program that computes.
+"""Rules for settings that have no effect in a run or contradict each other.
 
-A setting counts as set if it differs from its default, whether by a flag or by YAML. A setting that asks for something
-the run cannot provide is an error; one that merely has no effect is reported in a line. The rules of each training
-stage are in `rlhf.stage_rules`. Importing this module imports no torch.
+A setting counts as set if it differs from its default, whether by a flag or in YAML. A setting that asks for something
+that the run cannot provide is an error; a setting that has no effect is reported in a line. The rules of the training
+stages are in `rlhf.stage_rules`. Importing this module does not import torch.
 """
 
 import os
@@ -10,31 +10,40 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
+from rlhf.field_docs import documented
 from rlhf.ranges import flat_fields
 
 
+@documented
 class Rule(NamedTuple):
-    """A condition under which settings have no effect or are refused."""
+    """Condition under which settings have no effect or are refused."""
 
     names: tuple[str, ...]
     """Dotted names of the settings."""
     applies: Callable[[Any], bool]
-    """config -> True if the settings have no effect."""
+    """config -> True if the condition holds."""
     reason: str | Callable[[Any], str]
-    """Text of the line after the flags, with the remedy; a function computes it from the config."""
+    """Text after the flags in the line, with the remedy, or a function config -> text."""
     refused: bool = False
-    """Raise an error instead of reporting a line."""
+    """True to raise an error instead of reporting a line."""
 
 
 def check_rules(config: Any, rules: Sequence[Rule]) -> list[str]:
-    """Return a line for each rule under which a setting that differs from its default has no effect.
+    """Return a line for each rule that applies to a setting that differs from its default.
 
     Args:
-        config: a configuration dataclass; a rule's names that are not among its fields are skipped.
+        config: a configuration dataclass. Names in rules that are not among its fields are skipped.
         rules: the rules to check.
 
     Raises:
         UserError: a rule refuses a setting that differs from its default.
+
+    Example:
+        >>> from rlhf.config import CheckpointConfig
+        >>> rule = Rule(("checkpoint.keep",), lambda config: config.checkpoint.keep > 9, "takes a lot of space")
+        >>> from rlhf.config import RunConfig
+        >>> check_rules(RunConfig(checkpoint=CheckpointConfig(keep=20)), [rule])
+        ['--checkpoint.keep 20: takes a lot of space']
     """
     values, defaults = flat_fields(config), flat_fields(type(config)())
     lines = []
@@ -50,7 +59,16 @@ def check_rules(config: Any, rules: Sequence[Rule]) -> list[str]:
 
 
 def flag_of(name: str, value: Any = None) -> str:
-    """Return the flag of a setting, followed by its value unless that is omitted, True or a tuple."""
+    """Return the flag of a setting, followed by its value unless that is omitted, True or a tuple.
+
+    Args:
+        name: dotted name of the setting.
+        value: its value; False gives the `no-` form of the flag.
+
+    Example:
+        >>> flag_of("ppo.batch_size", 8), flag_of("ppo.stop_at_eos", False)
+        ('--ppo.batch-size 8', '--ppo.no-stop-at-eos')
+    """
     flag = name.replace("_", "-")
     if value is False:
         section, dot, last = flag.rpartition(".")
@@ -87,25 +105,25 @@ COMPUTE_RULES = (
     Rule(
         ("device",),
         lambda config: _on_workers(config) and config.device == "cuda" and not config.dist.gpus_per_worker,
-        "workers compute on the CPU without --dist.gpus-per-worker; add it, or drop the flag",
+        "workers compute on the CPU without --dist.gpus-per-worker; add that flag, or drop this one",
         refused=True,
     ),
     Rule(
         ("device",),
         lambda config: _on_workers(config) and config.device == "cpu" and config.dist.gpus_per_worker > 0,
-        "workers with --dist.gpus-per-worker compute on GPUs; drop one of the two",
+        "workers with --dist.gpus-per-worker compute on GPUs; drop one of the two flags",
         refused=True,
     ),
     Rule(("threads",), _on_workers, "has no effect on workers; use --dist.threads-per-worker"),
     Rule(
         ("threads",),
         lambda config: _in_process(config) and (config.threads or 0) > (os.cpu_count() or 1),
-        f"more than this machine's {os.cpu_count()} cores, on which they wait for each other",
+        f"more threads than this machine's {os.cpu_count()} cores, which slows all of them down",
     ),
     Rule(
         ("dist.placement",),
         lambda config: _on_workers(config) and config.dist.address is None,
-        "has no effect without --dist.address: there is one machine",
+        "has no effect without --dist.address, because there is only one machine",
     ),
     Rule(
         ("dist.on_failure",),
@@ -113,4 +131,4 @@ COMPUTE_RULES = (
         "has no effect with --dist.max-restarts 0",
     ),
 )  # fmt: skip
-"""Rules of every program that computes, on workers or in its own process."""
+"""Rules of every program that computes, in its own process or on workers."""

@@ -25,21 +25,21 @@ class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule; the base class of every stage's section."""
 
     learning_rate: NonNegativeFloat = 1e-3
-    """Peak learning rate, reached after the warm-up."""
+    """Peak learning rate, reached after warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning-rate schedule after the warm-up; linear and cosine decay to 0."""
+    """Shape of the learning-rate schedule after warm-up; linear and cosine decay to 0."""
     warmup_fraction: HalfOpenUnitInterval = 0.05
     """Fraction of all updates over which the learning rate increases linearly."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay, applied to matrices and embeddings."""
     adam_b1: HalfOpenUnitInterval = 0.9
-    """Decay rate of the running mean of the gradient."""
+    """Adam's beta1: decay rate of the running mean of the gradient."""
     adam_b2: HalfOpenUnitInterval = 0.999
-    """Decay rate of the running mean of the squared gradient."""
+    """Adam's beta2: decay rate of the running mean of the squared gradient."""
     adam_eps: PositiveFloat = 1e-8
-    """Term added to the denominator, the root of the second moment, for numerical stability."""
+    """Adam's epsilon: term added to the denominator, the root of the second moment, for numerical stability."""
     max_grad_norm: PositiveFloatOrInf = 1.0
-    """Maximum global norm of the gradient, which is clipped to it; inf disables clipping."""
+    """Maximum global norm of the gradient. Larger gradients are scaled down to it; inf disables clipping."""
     micro_batch_size: BatchSize = 8
     """Number of packed rows per forward and backward pass. Limits memory; changes results only by rounding."""
     gradient_checkpointing: bool = False
@@ -53,16 +53,16 @@ class SupervisedConfig(OptimizerConfig):
     epochs: Annotated[float, Gt(0), Le(1_000_000)] = 3.0
     """Number of passes over the training split; may be fractional."""
     max_steps: PositiveInt | None = None
-    """Maximum number of optimiser steps."""
+    """Maximum number of optimiser steps. If None, only epochs counts."""
     batch_size: BatchSize = 32
     """Number of records per optimiser step."""
     max_length: Annotated[int, Ge(2), Le(2**20)] | None = None
-    """Maximum tokens per record. If None, the model's context length. Longer records are truncated by
-    `rlhf.data.truncate`."""
+    """Maximum number of tokens per record; longer records are truncated. If None, the model's context length is
+    used."""
     val_fraction: HalfOpenUnitInterval = 0.05
     """Fraction of the records held out for validation if there is no validation file."""
     eval_every: PositiveInt = 100
-    """Steps between evaluations on the validation split; there is always one at the end."""
+    """Steps between evaluations on the validation split. There is always one at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class SFTConfig(SupervisedConfig):
     loss_on: Literal["completion", "all"] = "completion"
     """Tokens that contribute to the loss: those of the completion, or all, including the prompt."""
     dropout: HalfOpenUnitInterval = 0.0
-    """Dropout probability after the embedding, attention and MLP (GPT-2 was trained with 0.1)."""
+    """Dropout probability after the embedding, attention and MLP; GPT-2 was trained with 0.1."""
     model_path: Path | None = None
     """Model folder to start from. If None, weights are initialised randomly."""
 
@@ -84,13 +84,13 @@ class RewardConfig(SupervisedConfig):
     epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
     """Number of passes over the training split. One is common, because reward models overfit quickly."""
     learning_rate: NonNegativeFloat = 3e-4
-    """Peak learning rate, reached after the warm-up."""
+    """Peak learning rate, reached after warm-up."""
     centre_coef: NonNegativeFloat = 0.01
     """Weight of the penalty (chosen + rejected)^2, which keeps rewards centred at 0; 0 disables it."""
     use_margin: bool = False
     """Use the records' `margin` column as the margin of the loss."""
     model_path: Path | None = None
-    """Model folder whose trunk initialises the reward model. If None, OUTPUT_DIR/sft."""
+    """Model folder whose trunk initialises the reward model. If None, OUTPUT_DIR/sft is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +116,11 @@ class PPOConfig(OptimizerConfig):
     """PPO with a KL penalty to a reference model."""
 
     model_path: Path | None = None
-    """Model folder that initialises the policy and the reference. If None, OUTPUT_DIR/sft."""
+    """Model folder that initialises the policy and the reference. If None, OUTPUT_DIR/sft is used."""
     reward: tuple[str, ...] = ()
     """Reward sources, whose weighted scores are summed. Each is a reward-model folder or a Python function,
     `module:function` or `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`. A source of
-    weight 0 is logged as gold/<name> and never optimised. If empty, OUTPUT_DIR/reward."""
+    weight 0 is logged as gold/<name> and never optimised. If empty, OUTPUT_DIR/reward is used."""
 
     num_iterations: PositiveInt = 100
     """Number of iterations; each generates completions and updates the policy on them."""
@@ -142,8 +142,7 @@ class PPOConfig(OptimizerConfig):
     min_new_tokens: NonNegativeInt = 0
     """Minimum number of tokens per completion; no stop token is sampled before them."""
     temperature: PositiveFloat = 1.0
-    """Softmax temperature, applied to the policy and the reference alike: in sampling, in all log-probs and in the
-    update."""
+    """Softmax temperature of the policy and the reference: in sampling, in all log-probs and in the update."""
     top_k: NonNegativeInt = 0
     """Sample from the top_k most likely tokens; 0 disables it. Affects sampling only, not the log-probs."""
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
@@ -172,7 +171,7 @@ class PPOConfig(OptimizerConfig):
     kl_target: PositiveFloat = 6.0
     """Target of the adaptive kl_coef: KL to the reference in nats per completion. For early stopping, see target_kl."""
     kl_horizon: PositiveFloat = 10_000.0
-    """Number of completions over which the adaptive coefficient changes by at most about 20%. Must be at least the
+    """Number of completions over which the adaptive coefficient changes by at most about 20%. It must be at least the
     number of completions per iteration."""
     ref_ema: UnitInterval | None = None
     """Update the reference after each iteration: reference = ref_ema * reference + (1 - ref_ema) * policy. If None, the
@@ -208,7 +207,8 @@ class PPOConfig(OptimizerConfig):
     clip_eps_high: PositiveFloatOrInf | None = None
     """Clip the probability ratio to [1 - clip_eps, 1 + clip_eps_high]. If None, clip_eps."""
     dual_clip: Annotated[float, Gt(1), Lt(math.inf)] | None = None
-    """Upper bound of the loss of tokens with negative advantage, in units of the advantage. If None, no bound."""
+    """Upper bound of the loss of tokens with negative advantage, in units of the advantage. If None, there is no
+    bound."""
     value_clip_eps: PositiveFloatOrInf = 0.2
     """Clip values to within value_clip_eps of those at sampling time; inf disables clipping."""
     value_coef: NonNegativeFloat = 0.1
@@ -230,15 +230,15 @@ class PPOConfig(OptimizerConfig):
     decoding rounds differently."""
 
     learning_rate: NonNegativeFloat = 1e-4
-    """Peak learning rate, reached after the warm-up."""
+    """Peak learning rate, reached after warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Learning-rate schedule after the warm-up; linear and cosine decay to 0."""
+    """Shape of the learning-rate schedule after warm-up; linear and cosine decay to 0."""
     warmup_fraction: HalfOpenUnitInterval = 0.0
     """Fraction of all updates over which the learning rate increases linearly."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, applied to matrices and embeddings."""
     adam_eps: PositiveFloat = 1e-5
-    """Term added to the denominator, the root of the second moment, for numerical stability."""
+    """Adam's epsilon: term added to the denominator, the root of the second moment, for numerical stability."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
-"""The table of training stages, in order. Importing it imports no torch.
+"""The table of training stages, in order. Importing it does not import torch.
 
-Each stage has a module of its own, which is imported when the stage runs. To add a stage, write the module and add one
-entry to the table, or register the stage from the file that defines it:
+Each stage has its own module, which is imported when the stage runs. To add a stage, write the module and add an entry
+to the table, or register the stage in the file that defines it:
 
     register(Stage(name="distil", config=DistilRun, program=StageProgram(check_distil, run_distil), ...))
 """
@@ -15,70 +15,74 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf.config import DPORun, PipelineRun, PPORun, RewardRun, RunConfig, SFTRun
+from rlhf.field_docs import documented
 from rlhf.setting_rules import COMPUTE_RULES, Rule, check_rules
 from rlhf.stage_rules import DPO_RULES, PPO_RULES, REWARD_RULES, SFT_RULES
 
 
+@documented
 class StageResult(NamedTuple):
-    """The result of a stage."""
+    """Result of a stage."""
 
     model: Path
-    """The model folder."""
+    """Folder of the trained model."""
     metrics: dict[str, float]
     """Metrics of the last evaluation."""
     finished: bool = True
-    """False if a callback stopped the stage: its state is saved, but its model is not written."""
+    """False if a callback stopped the stage, in which case its state is saved but its model is not written."""
 
 
+@documented
 class StageProgram(NamedTuple):
-    """The functions of a stage."""
+    """Functions of a stage."""
 
     check: Callable[[Any, Mapping[str, Any]], Any]
-    """(config, models) -> spec of the model that the stage will write, for the checks of later stages. `models` has
-    the specs of earlier stages of the same pipeline, by stage. Reads the data files through, and raises UserError for
-    whatever the run would refuse."""
+    """(config, models) -> spec of the model that the stage will write, for the checks of later stages. `models` has the
+    specs of earlier stages of the same pipeline, by stage. The function reads all data files, and raises UserError for
+    everything that the run would refuse."""
     run: Callable[..., StageResult]
     """(config, observers, stop) -> result."""
     needs: Callable[[Any], Sequence[str]] = lambda config: ()
-    """config -> earlier stages whose models the stage reads from the output folder."""
+    """config -> names of the earlier stages whose models the stage reads from the output folder."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """An entry of the table: a stage's names, settings and files."""
+    """Entry of the table: names, settings and files of a stage."""
 
     name: str
-    """Name in the log and on the command line, and of the section of settings."""
+    """Name of the stage in the log, on the command line and in the settings."""
     title: str
     """Title in plots."""
     help: str
-    """One line for the command line's --help."""
+    """Description in --help, in one line."""
     config: type[RunConfig]
-    """Configuration of a run of this stage alone."""
+    """Configuration type of a run of this stage alone."""
     program: StageProgram | str
-    """The functions, or where they are: `module:name`, imported when needed."""
+    """Functions of the stage, or `module:name`, which is imported when needed."""
     folder: str
-    """Name of the model's folder in the output folder."""
+    """Name of the model folder in the output folder."""
     data: str
-    """Setting that names the training data, without which the stage uses the embedded example; empty if it has
+    """Setting that names the training data. Without it the stage uses the embedded example. Empty if there is
     neither."""
     schema: str
-    """Name of that file's `rlhf.data.schema.Schema`."""
+    """Name of the data's `rlhf.data.schema.Schema`."""
     files: Mapping[str, str]
-    """Settings that name files, each with the name under which the content is compared when a run is continued: data,
-    validation, tokenizer, model or sources."""
+    """Settings that name files, each with the kind of its content: data, validation, tokenizer, model or sources. The
+    content is compared when a run is continued."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Earlier stages whose models the stage starts from, each with the setting that names another model."""
+    """Earlier stages whose models the stage reads, each with the setting that replaces the model by another."""
     own_settings: tuple[str, ...] = ()
-    """Prefixes of settings outside the section that only this stage reads."""
+    """Prefixes of settings outside the stage's section that only this stage reads."""
     rules: tuple[Rule, ...] = ()
     """Rules for settings that have no effect or are refused."""
     unit: str = "step"
-    """Name of a step."""
+    """Name of a step, such as `iteration`."""
     checkpoint_every: int = 100
-    """Default of `checkpoint.every`."""
+    """Default of the setting `checkpoint.every`."""
     shown: tuple[str, ...] = ()
-    """Metrics on the progress display."""
+    """Metrics that the progress display shows."""
     in_pipeline: bool = True
     """True if the pipeline runs the stage."""
 
@@ -94,16 +98,26 @@ STAGES: dict[str, Stage] = {}
 def register(stage: Stage) -> None:
     """Add a stage to the end of the table. Two stages may write one folder, unless the pipeline runs both.
 
+    Args:
+        stage: the stage.
+
     Raises:
-        ValueError: the name or folder is taken, or the configuration has no section of that name.
+        ValueError: the name or folder belongs to another stage, or the configuration has no section of that name.
+
+    Example:
+        >>> from rlhf.config import SFTConfig
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class DistilRun(RunConfig):
+        ...     distil: SFTConfig = field(default_factory=SFTConfig)
+        >>> register(dataclasses.replace(STAGES["sft"], name="distil", folder="distil", config=DistilRun))
+        >>> list(STAGES)[-1]
+        'distil'
     """
     rivals = [other for other in STAGES.values() if other.in_pipeline and stage.in_pipeline]
     if stage.name in STAGES or stage.folder in [other.folder for other in rivals]:
         raise ValueError(f"register: the name {stage.name!r} or the folder {stage.folder!r} is taken by another stage")
     if stage.name not in {spec.name for spec in dataclasses.fields(stage.config)}:
-        raise ValueError(
-            f"register: {stage.config.__name__} has no section {stage.name!r}, which the stage is named by"
-        )
+        raise ValueError(f"register: {stage.config.__name__} has no section {stage.name!r}, the name of the stage")
     STAGES[stage.name] = stage
 
 
@@ -148,7 +162,7 @@ register(
     Stage(
         name="ppo",
         title="PPO",
-        help="PPO with a KL penalty, from the SFT model, against the reward model or any function.",
+        help="PPO with a KL penalty, from the SFT model, on the scores of reward models or functions.",
         config=PPORun,
         program="rlhf.train.ppo:PROGRAM",
         folder="policy",
@@ -188,7 +202,12 @@ register(
 
 
 def load_program(stage: Stage) -> StageProgram:
-    """Return the functions of a stage, importing its module if necessary."""
+    """Return the functions of a stage. Its module is imported if necessary.
+
+    Example:
+        >>> load_program(STAGES["sft"]).run.__name__
+        'run_sft'
+    """
     if isinstance(stage.program, StageProgram):
         return stage.program
     module, _, name = stage.program.partition(":")
@@ -197,10 +216,17 @@ def load_program(stage: Stage) -> StageProgram:
 
 
 def stages_of(config: RunConfig) -> list[Stage]:
-    """Return the stages that a configuration asks for: one, or those of the pipeline from `start_at` on.
+    """Return the stages that a configuration runs: a single stage, or those of the pipeline from `start_at` on.
+
+    Args:
+        config: the configuration of a run.
 
     Raises:
-        TypeError: no stage has such a configuration.
+        TypeError: no stage has a configuration of this type.
+
+    Example:
+        >>> [stage.name for stage in stages_of(PipelineRun(start_at="reward"))][:2]
+        ['reward', 'ppo']
     """
     if isinstance(config, PipelineRun):
         names = pipeline_names()
@@ -209,16 +235,26 @@ def stages_of(config: RunConfig) -> list[Stage]:
         if type(config) is stage.config:
             return [stage]
     kinds = ", ".join(stage.config.__name__ for stage in STAGES.values())
-    raise TypeError(f"{type(config).__name__} is the configuration of no stage; expected {kinds} or PipelineRun")
+    raise TypeError(f"{type(config).__name__} is not the configuration of a stage; expected {kinds} or PipelineRun")
 
 
 def pipeline_names() -> tuple[str, ...]:
-    """Return the names of the stages that the pipeline runs, in order."""
+    """Return the names of the stages that the pipeline runs, in order.
+
+    Example:
+        >>> pipeline_names()[:3]
+        ('sft', 'reward', 'ppo')
+    """
     return tuple(stage.name for stage in STAGES.values() if stage.in_pipeline)
 
 
 def pipeline_type() -> type[PipelineRun]:
-    """Return `PipelineRun` with the settings of all stages that were registered later."""
+    """Return `PipelineRun`, extended by the settings of registered stages.
+
+    Example:
+        >>> issubclass(pipeline_type(), PipelineRun)
+        True
+    """
     configs = tuple(stage.config for stage in STAGES.values() if not issubclass(PipelineRun, stage.config))
     return _pipeline_type(configs, pipeline_names()) if configs else PipelineRun
 
@@ -234,12 +270,21 @@ def _pipeline_type(configs: tuple[type[RunConfig], ...], names: tuple[str, ...])
 
 
 def check_settings(config: RunConfig, stage: Stage) -> list[str]:
-    """Return a line for each setting of a stage that is set but has no effect.
+    """Return a line for each setting that is set but has no effect on a stage.
 
-    Lines on settings that stages share are returned for the first stage only.
+    Lines about settings that stages share are returned for the first stage only.
+
+    Args:
+        config: the configuration of a run.
+        stage: a stage of the run.
 
     Raises:
         UserError: a setting is refused.
+
+    Example:
+        >>> from rlhf.config import ComputeConfig, DistConfig
+        >>> check_settings(SFTRun(dist=DistConfig(max_restarts=3)), STAGES["sft"])
+        ['--dist.max-restarts 3: has no effect without --dist.num-workers']
     """
     is_first = not isinstance(config, PipelineRun) or config.start_at == stage.name
     shared = [rule for rule in COMPUTE_RULES if is_first or rule.refused]

@@ -1,4 +1,4 @@
-"""Statistics of scores, log-probs and texts, from values already computed."""
+"""Statistics of scores, preferences and texts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import check_rank, check_same_shape, check_value
+from rlhf.field_docs import documented
 
 _ROUNDING = 1e-4
-"""Relative difference that the same text may have in two batches, generously; that of float32 is 1e-7."""
+"""Generous bound of the relative difference between scores of the same text in two batches; float32 has 1e-7."""
 
 
 def spread(std: float, size: float, dtype: torch.dtype = torch.float32) -> float:
-    """Return a standard deviation, or 0 where it is no more than rounding.
+    """Return a standard deviation, or 0 if it is no larger than rounding errors.
 
     Args:
-        std: of values computed by a model.
-        size: their typical absolute value.
-        dtype: of the model's computation.
+        std: standard deviation of values that a model computed.
+        size: typical absolute value.
+        dtype: dtype of the computation.
 
     Example:
         >>> spread(0.5, 1.0), spread(1e-6, 1.0)
@@ -29,7 +30,11 @@ def spread(std: float, size: float, dtype: torch.dtype = torch.float32) -> float
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Return the [] Pearson correlation of two [n] float tensors; NaN if one is constant but for rounding.
+    """Return the [] Pearson correlation of two [n] tensors, or NaN if one of them is constant up to rounding.
+
+    Args:
+        x: [n] numbers.
+        y: [n] numbers.
 
     Raises:
         ValueError: shapes differ.
@@ -45,7 +50,7 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _centred(values: Tensor) -> Tensor:
-    """Return [n] float64 values minus their mean; zeros where they differ by rounding alone."""
+    """Return [n] float64 values minus their mean, or zeros if they differ only by rounding."""
     shifted = values.double() - values.double()[:1]
     rounding = 8 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
     varies = shifted.abs().max() > rounding * values.double().abs().max()
@@ -55,13 +60,13 @@ def _centred(values: Tensor) -> Tensor:
 def preference_metrics(
     chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> dict[str, float]:
-    """Return metrics of the order that scores give to preference pairs, and of their correlation with length.
+    """Return metrics of scored preference pairs: accuracy, margin, range and correlation with length.
 
     Args:
-        chosen: [B] float, scores in reward units.
-        rejected: [B] float.
-        chosen_lengths: [B] tokens of the completions.
-        rejected_lengths: [B].
+        chosen: [B] float, scores of the chosen completions, in reward units.
+        rejected: [B] float, scores of the rejected completions.
+        chosen_lengths: [B] numbers of tokens of the chosen completions.
+        rejected_lengths: [B] numbers of tokens of the rejected completions.
 
     Returns:
         `reward/accuracy` (a tie counts half), `reward/margin`, `reward/min`, `reward/mean`, `reward/max`, and
@@ -95,7 +100,10 @@ def preference_metrics(
 
 
 def mean_interval(values: Tensor) -> tuple[float, float]:
-    """Return (mean, half-width of its 95% confidence interval) of [n] values, normal: 1.96 s / sqrt(n).
+    """Return the mean of values and the half-width of its 95% confidence interval, 1.96 s / sqrt(n).
+
+    Args:
+        values: [n] numbers, whose mean is taken as normally distributed.
 
     Raises:
         ValueError: there are fewer than two values.
@@ -112,31 +120,33 @@ def mean_interval(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(1.96 * values.std() / values.numel() ** 0.5)
 
 
+@documented
 class Reliability(NamedTuple):
-    """The correctness of a preference model by its confidence; see `reliability`."""
+    """Confidence and correctness of a preference model, pair by pair, as `reliability` returns them."""
 
     bin: Tensor
-    """[B] int64: the bin of each pair."""
+    """[B] int64: bin of each pair."""
     confidence: Tensor
-    """[B] float64: sigma(|margin|), in [0.5, 1]."""
+    """[B] float64: confidence sigma(|margin|), in [0.5, 1]."""
     correct: Tensor
-    """[B] float64: 1 where the margin is positive, 0.5 at a tie, else 0."""
+    """[B] float64: 1 where the margin is positive, 0.5 at a tie, 0 otherwise."""
 
 
 def reliability(margins: Tensor, *, bins: int = 10) -> Reliability:
-    """Return pairs in bins of equal width of the model's confidence, for a reliability curve.
+    """Return preference pairs in bins of equal width of the model's confidence, for a reliability curve.
 
-    In the Bradley-Terry model the member with the higher score is better with probability sigma(|margin|). A bin
-    includes its upper edge, as in scikit-learn's `calibration_curve`; the bins cover [0.5, 1], the range of confidence.
+    In the Bradley-Terry model, the completion with the higher score is better with probability sigma(|margin|), which
+    is the confidence. The bins cover its range, [0.5, 1]. A bin includes its upper edge, as in `calibration_curve` of
+    scikit-learn.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2, https://arxiv.org/abs/1706.04599.
 
     Args:
-        margins: [B] float, score of the chosen minus that of the rejected, reward units.
+        margins: [B] float, score of the chosen minus score of the rejected completion, in reward units.
         bins: number of bins.
 
     Raises:
-        ValueError: margins has not one dimension, or bins is not positive.
+        ValueError: margins does not have one dimension, or bins is not positive.
 
     Example:
         >>> reliability(torch.tensor([0.0, 9.0]), bins=10).bin
@@ -152,11 +162,18 @@ def reliability(margins: Tensor, *, bins: int = 10) -> Reliability:
 
 
 def expected_calibration_error(margins: Tensor, *, bins: int = 10) -> float:
-    """Return the mean distance between a preference model's confidence and accuracy, over the bins of `reliability`.
+    """Return the mean distance between confidence and accuracy of a preference model, over the bins of `reliability`.
 
         sum_b n_b / n |accuracy_b - confidence_b|
 
-    Source, arguments and errors: as `reliability`, eq. 3.
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3, https://arxiv.org/abs/1706.04599.
+
+    Args:
+        margins: [B] float, score of the chosen minus score of the rejected completion, in reward units.
+        bins: number of bins.
+
+    Raises:
+        ValueError: margins does not have one dimension, or bins is not positive.
 
     Example:
         >>> expected_calibration_error(torch.zeros(4))
@@ -168,10 +185,14 @@ def expected_calibration_error(margins: Tensor, *, bins: int = 10) -> float:
 
 
 def token_repetition(tokens: Sequence[int], *, n: int = 4) -> float:
-    """Return the share of a text's n-grams that repeat earlier ones: 1 - distinct / all; 0 below n tokens.
+    """Return the fraction of n-grams of a text that repeat earlier ones: 1 - distinct / all.
 
     Source: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training", eq. 8,
     https://arxiv.org/abs/1908.04319.
+
+    Args:
+        tokens: token ids of the text. A text of fewer than n tokens gives 0.
+        n: number of tokens in an n-gram.
 
     Example:
         >>> token_repetition([1, 2, 1, 2], n=2) == 1 - 2 / 3
@@ -181,28 +202,30 @@ def token_repetition(tokens: Sequence[int], *, n: int = 4) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+@documented
 class Diversity(NamedTuple):
-    """Distinct n-grams of many texts, and each text's part in them; see `diversity`."""
+    """Counts of distinct n-grams of several texts, as `diversity` returns them."""
 
     distinct: int
-    """Distinct n-grams of all texts together."""
+    """Number of distinct n-grams of all texts together."""
     totals: list[int]
-    """N-grams of each text."""
+    """Number of n-grams of each text."""
     sole: list[int]
-    """Distinct n-grams of each text that no other text has."""
+    """Number of distinct n-grams of each text that occur in no other text."""
 
 
 def diversity(texts: Sequence[Sequence[Sequence[int]]], *, n: int) -> Diversity:
-    """Return the counts of distinct n-grams.
+    """Return counts of distinct n-grams of texts, from which distinct-n is computed.
 
-        distinct-n = distinct / sum(totals),   and without text i  (distinct - sole[i]) / (sum(totals) - totals[i])
+        distinct-n                 = distinct / sum(totals)
+        distinct-n without text i  = (distinct - sole[i]) / (sum(totals) - totals[i])
 
     Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 5.3,
     https://arxiv.org/abs/1510.03055.
 
     Args:
-        texts: the token ids of each text; a text may have several pieces, which n-grams do not cross.
-        n: tokens of an n-gram.
+        texts: token ids of each text. A text may have several pieces, which n-grams do not cross.
+        n: number of tokens in an n-gram.
 
     Example:
         >>> diversity([[[1, 2, 3]], [[1, 2]]], n=2)
@@ -215,7 +238,7 @@ def diversity(texts: Sequence[Sequence[Sequence[int]]], *, n: int) -> Diversity:
 
 
 def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """Return all runs of n tokens, in order.
+    """Return all sequences of n consecutive `tokens`, in order.
 
     Example:
         >>> ngrams([1, 2, 3], 2)

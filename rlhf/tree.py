@@ -1,7 +1,7 @@
-"""Pytrees: nested dicts, lists, tuples and NamedTuples of tensors. The only importer of a pytree library.
+"""Pytrees: nested dicts, lists, tuples and NamedTuples of tensors. No other module imports a pytree library.
 
-Anything that leaves the process (checkpoints, the parameter server, allreduce buffers) is ordered by the sorted
-dotted names of its leaves, never by traversal order, so that two processes cannot disagree about it.
+Data that leaves the process (checkpoints, the parameter server, allreduce buffers) is ordered by the sorted dotted
+names of its leaves instead of traversal order, so that all processes agree on the order.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rlhf.field_docs import documented
 from rlhf.types import Tree
 
 ALIGNMENT = 64
-"""Elements to which every leaf of a flat buffer is aligned (256 bytes of fp32: a cache line on every machine)."""
+"""Alignment of the leaves in a flat buffer, in elements: 256 bytes of fp32, at least a cache line on every machine."""
 
 CHUNK = 4096
-"""Elements to which a flat buffer is padded, where shards are cut, and over which square sums are taken."""
+"""Elements of a chunk of a flat buffer. Buffers are padded to chunks, and shards are cut between them."""
 
 
 def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Return the tree of `function` of every leaf, and of the leaves in the same places of `rest`.
+    """Return the tree of the results of a function on every leaf.
+
+    The `function` is called with a leaf of `tree` and the leaves at the same place in each tree of `rest`.
 
     Example:
         >>> tree_map(torch.add, {"w": torch.ones(1)}, {"w": torch.ones(1)})
@@ -31,17 +34,29 @@ def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 
 def tree_map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Return `tree_map` of a `function` whose first argument is each leaf's dotted name."""
+    """Return the tree of the results of a function on the dotted name and value of every leaf.
+
+    The `function` is called with a name, a leaf of `tree` and the leaves at the same place in each tree of `rest`.
+
+    Example:
+        >>> tree_map_named(lambda name, leaf: f"{name}: {list(leaf.shape)}", {"h": [torch.ones(2, 3)]})
+        {'h': ['h.0: [2, 3]']}
+    """
     return pytree.tree_map_with_path(lambda path, *same: function(_dotted(path), *same), tree, *rest)
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """Return the leaves in traversal order: dicts by insertion, lists by index."""
+    """Return the leaves of a tree in traversal order: dicts in order of insertion, lists by index.
+
+    Example:
+        >>> leaves({"b": torch.tensor(1), "a": [torch.tensor(2)]})
+        [tensor(1), tensor(2)]
+    """
     return pytree.tree_leaves(tree)
 
 
 def named_leaves(tree: Tree) -> dict[str, Tensor]:
-    """Return the leaves by dotted name, sorted by it.
+    """Return the leaves of a tree by dotted name, sorted by name.
 
     Example:
         >>> list(named_leaves({"h": [{"w": torch.ones(1)}], "b": torch.ones(1)}))
@@ -58,10 +73,18 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
 
 
 def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
-    """Return a tree of the structure of `tree` with the leaves of `named`, by dotted name.
+    """Return a tree with other leaves.
+
+    Args:
+        tree: a tree of the wanted structure.
+        named: the new leaves, by dotted name.
 
     Raises:
         ValueError: a name is missing from or unknown to `tree`.
+
+    Example:
+        >>> with_leaves({"h": [torch.tensor(1)]}, {"h.0": torch.tensor(2)})
+        {'h': [tensor(2)]}
     """
     with_paths, spec = pytree.tree_flatten_with_path(tree)
     names = [_dotted(path) for path, _ in with_paths]
@@ -74,21 +97,35 @@ def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
-    """Return the tree with floating-point leaves in `dtype`; leaves of that or another kind are unchanged."""
+    """Return the tree with floating-point leaves in `dtype`. Other leaves are unchanged.
+
+    Example:
+        >>> cast({"weight": torch.ones(1), "step": torch.tensor(3)}, torch.bfloat16)
+        {'weight': tensor([1.], dtype=torch.bfloat16), 'step': tensor(3)}
+    """
     return tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
 
 
 def to_device(tree: Tree, device: torch.device | str) -> Tree:
-    """Return the tree with every leaf on `device`; copies to a GPU do not wait for it."""
+    """Return the tree with every leaf on `device`. Copies to a GPU are asynchronous.
+
+    Example:
+        >>> to_device({"weight": torch.ones(1)}, "cpu")
+        {'weight': tensor([1.])}
+    """
     to_gpu = torch.device(device).type == "cuda"
     return tree_map(lambda leaf: leaf.to(device, non_blocking=to_gpu), tree)
 
 
 def realign(tree: Tree) -> Tree:
-    """Return the tree with contiguous leaves that start at multiples of 64 bytes, as new tensors do; others are copied.
+    """Return the tree with contiguous leaves that start at multiples of 64 bytes, as new tensors do.
 
-    The last bits of matrix products depend on the alignment and the strides of their operands: results would depend on
-    whether a tensor comes from a file, from shared memory or is a slice of another one.
+    The last bits of a matrix product depend on the alignment and strides of its operands, which differ between new
+    tensors, tensors from files or shared memory, and slices. Leaves that are not aligned are copied.
+
+    Example:
+        >>> realign({"weight": torch.ones(4, 2).T})["weight"].is_contiguous()
+        True
     """
 
     def align(leaf: Tensor) -> Tensor:
@@ -100,7 +137,12 @@ def realign(tree: Tree) -> Tree:
 
 
 def all_finite(tree: Tree) -> bool:
-    """Return True if every element of every floating-point leaf is finite. Waits for the device."""
+    """Return True if every element of every floating-point leaf of a tree is finite. Waits for the device.
+
+    Example:
+        >>> all_finite({"weight": torch.tensor([1.0, torch.inf])})
+        False
+    """
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree) if leaf.is_floating_point())
 
 
@@ -109,15 +151,15 @@ def tree_sum(trees: Iterable[Tree], *, add: Callable[[Tensor, Tensor], Tensor] =
 
         sum(0..M) = sum(0..P) + sum(P..M),   P the largest power of two below M
 
-    The order of additions depends on M alone, so any split of the work into aligned subtrees gives the same bits.
-    At most log2(M) + 1 partial sums are alive at once: hand over a generator to keep memory low.
+    The order of additions depends only on M, so any division of the work into aligned subtrees gives the same bits. At
+    most log2(M) + 1 partial sums are alive at once. Pass a generator to keep memory low.
 
     Args:
-        trees: trees of one structure.
-        add: sum of two leaves; `Tensor.add_` writes into trees that are not needed afterwards.
+        trees: trees of the same structure.
+        add: function that adds two leaves. `Tensor.add_` saves memory but overwrites the trees.
 
     Raises:
-        ValueError: there is nothing to add.
+        ValueError: there are no trees.
 
     Example:
         >>> tree_sum({"w": torch.tensor(float(n))} for n in range(4))
@@ -139,22 +181,26 @@ def tree_sum(trees: Iterable[Tree], *, add: Callable[[Tensor, Tensor], Tensor] =
     return total
 
 
+@documented
 class FlatLayout(NamedTuple):
-    """Positions of a tree's leaves in one flat buffer: sorted by name, each aligned to `ALIGNMENT` elements."""
+    """Layout of the leaves of a tree in one flat buffer: sorted by name, each aligned to `ALIGNMENT` elements."""
 
     names: tuple[str, ...]
+    """Dotted names of the leaves, sorted."""
     shapes: tuple[torch.Size, ...]
+    """Shapes of the leaves, in the order of `names`."""
     offsets: tuple[int, ...]
+    """First elements of the leaves in the buffer, in the order of `names`."""
     size: int
-    """Elements of the buffer, a multiple of `CHUNK`."""
+    """Number of elements of the buffer, a multiple of `CHUNK`."""
     spec: Any
-    """The tree's structure, for `unflatten`."""
+    """Structure of the tree, for `unflatten`."""
     order: tuple[int, ...]
-    """Position in `names` of each leaf in traversal order."""
+    """Positions in `names` of the leaves in traversal order."""
 
 
 def flat_layout(tree: Tree) -> FlatLayout:
-    """Return the layout of `tree` in a flat buffer, which depends on its names and shapes alone, not on their order.
+    """Return the layout of `tree` in a flat buffer, which depends only on the names and shapes of its leaves.
 
     Example:
         >>> tree = {"w": torch.ones(2), "b": torch.ones(1)}
@@ -180,10 +226,15 @@ def flat_layout(tree: Tree) -> FlatLayout:
 
 
 def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return all leaves in one new [layout.size] buffer; the gaps between them are zero.
+    """Return all leaves of a tree in one new [layout.size] buffer of a `dtype`, with zeros between the leaves.
 
     Raises:
-        ValueError: the tree's structure or shapes are not those of `layout`.
+        ValueError: structure or shapes of the tree are not those of `layout`.
+
+    Example:
+        >>> tree = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
+        >>> flatten(tree, flat_layout(tree)).sum()
+        tensor(4.)
     """
     in_order, spec = pytree.tree_flatten(tree)
     shapes = [layout.shapes[index] for index in layout.order]
@@ -199,7 +250,13 @@ def flatten(tree: Tree, layout: FlatLayout, dtype: torch.dtype = torch.float32) 
 
 
 def unflatten(flat: Tensor, layout: FlatLayout) -> Tree:
-    """Return the tree whose leaves are views into `flat`: no copy, so they follow its changes."""
+    """Return the tree of a `layout` whose leaves are views of the buffer `flat`, and so follow its changes.
+
+    Example:
+        >>> layout = flat_layout({"weight": torch.ones(2)})
+        >>> unflatten(torch.ones(layout.size), layout)
+        {'weight': tensor([1., 1.])}
+    """
     views = [
         flat[offset : offset + shape.numel()].view(shape)
         for shape, offset in zip(layout.shapes, layout.offsets, strict=True)
@@ -208,16 +265,23 @@ def unflatten(flat: Tensor, layout: FlatLayout) -> Tree:
 
 
 def chunked_squared_norms(flat: Tensor) -> Tensor:
-    """Return [n / CHUNK] float64: the sum of squares of each chunk of a flat float32 buffer, to a relative 1e-6.
+    """Return the sum of squares of each chunk of a buffer, [n / CHUNK] float64, with a relative error of about 1e-6.
 
-    Shards are cut between chunks, so a norm computed from them has the same bits for any number of shards. Squares are
-    added in float32 within a chunk, so a chunk whose norm is above 1.8e19 counts as infinite.
+    Shards are cut between chunks, so a norm computed from these sums has the same bits for any number of shards. Within
+    a chunk, squares are added in float32, so a chunk with a norm above 1.8e19 counts as infinite.
+
+    Args:
+        flat: [n] float32, a flat buffer.
+
+    Example:
+        >>> chunked_squared_norms(torch.ones(2 * CHUNK))
+        tensor([4096., 4096.], dtype=torch.float64)
     """
     return torch.linalg.vector_norm(flat.view(-1, CHUNK), dim=1).double().square()
 
 
 def global_norm(tree: Tree) -> Tensor:
-    """Return the Euclidean norm over all leaves, [] float64.
+    """Return the Euclidean norm over all leaves of a tree, [] float64.
 
     Example:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})

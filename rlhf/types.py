@@ -1,4 +1,4 @@
-"""The few types that every module shares.
+"""Types that all modules share.
 
 Shape letters, used in docstrings and as suffixes of local names throughout the package:
 
@@ -8,8 +8,8 @@ Shape letters, used in docstrings and as suffixes of local names throughout the 
     D  model width                   N  attention heads
     H  width of one head             S  slots of a key-value cache
 
-Time index: `rewards[:, t]`, `values[:, t]` and `log_probs[:, t]` all belong to the decision that emits
-completion token t; `values[:, t]` is the value of the state in which that token is chosen.
+Time index: `rewards[:, t]`, `values[:, t]` and `log_probs[:, t]` belong to the choice of completion token t.
+`values[:, t]` is the value of the state in which that token is chosen.
 """
 
 from typing import Any
@@ -20,16 +20,16 @@ Tree = Any
 """A pytree: nested dicts, lists, tuples and NamedTuples whose leaves are tensors."""
 
 Params = dict[str, Any]
-"""A pytree of parameter tensors, `requires_grad=False`; nested dicts and lists under OpenAI's names."""
+"""A pytree of parameter tensors with `requires_grad=False`: nested dicts and lists."""
 
 FrozenParams = dict[str, Params]
-"""Constant models by name: the reference, reward models."""
+"""Constant models by name: the reference and the reward models."""
 
 Metrics = dict[str, Tensor]
 """Detached [] tensors by metric name."""
 
 MetricSums = dict[str, Tensor]
 """Detached [] sums over a batch, each by the name of its mean, and `"count"`, by which `rlhf.ops.mean_metrics` divides
-them, once."""
+the sums once."""
 
 __all__ = ["FrozenParams", "MetricSums", "Metrics", "Params", "Tensor", "Tree"]

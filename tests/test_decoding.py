@@ -218,5 +218,7 @@ def test_completions_under_a_transform_are_refused_with_the_reason(params, confi
         "grad": lambda: torch.func.grad(run)(torch.tensor(1.0)),
         "jvp": lambda: torch.func.jvp(run, (torch.tensor(1.0),), (torch.tensor(1.0),)),
     }
-    with pytest.raises(RuntimeError, match=r"generate_completions: runs under no transform .* one key per completion"):
+    with pytest.raises(
+        RuntimeError, match=r"generate_completions: does not support transforms .* one key per completion"
+    ):
         calls[transform]()

@@ -273,7 +273,7 @@ def test_a_half_applied_update_is_neither_used_nor_saved_and_a_snapshot_mends_it
         lambda: executor.step("main", batches),
         lambda: executor.update_frozen("offset"),
     ):
-        with pytest.raises(RuntimeError, match="an update failed half-way: restore a snapshot or checkpoint"):
+        with pytest.raises(RuntimeError, match="an update failed half-way; restore a snapshot or checkpoint"):
             use()
     executor.restore(state, 1)
     for _ in range(2):

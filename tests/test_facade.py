@@ -156,7 +156,7 @@ def test_paths_may_be_texts(short_pipeline, tmp_path):
 
 
 def test_a_stage_of_no_configuration_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"RunConfig is the configuration of no stage; expected SFTRun, RewardRun"):
+    with pytest.raises(TypeError, match=r"RunConfig is not the configuration of a stage; expected SFTRun, RewardRun"):
         rlhf.train.run(rlhf.config.RunConfig(output_dir=tmp_path))
 
 

@@ -1,14 +1,24 @@
 """The names that users import, pinned with their arguments: a change here is a change for them."""
 
+import dataclasses
 import doctest
 import importlib
 import inspect
 import pkgutil
+import pydoc
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import rlhf
+import rlhf.config
+import rlhf.estimators
+import rlhf.metrics
+import rlhf.models.architecture
+import rlhf.stages
 
 SIGNATURES = {
     "adamw": "learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, lr_multiplier",
@@ -84,12 +94,81 @@ def test_signatures_are_pinned(name):
     assert ", ".join(inspect.signature(getattr(rlhf, name)).parameters) == SIGNATURES[name]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "tree", "train"])
+def test_a_module_of_the_public_names_is_imported_when_it_is_first_used(name):
+    program = f"import rlhf; print(rlhf.{name}.__name__)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
 MODULES = [m.name for m in pkgutil.walk_packages(rlhf.__path__, "rlhf.") if not m.name.startswith("rlhf.cli")]
 
 
+TABLES = [rlhf.metrics.METRICS, rlhf.estimators.ESTIMATORS, rlhf.stages.STAGES, rlhf.models.architecture._REGISTERED]
+
+
+@pytest.fixture
+def restored_tables():
+    """Entries that examples register are removed afterwards."""
+    before = [dict(table) for table in TABLES]
+    yield
+    for table, entries in zip(TABLES, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples_run(name):
+def test_docstring_examples_run(name, restored_tables, tmp_path, monkeypatch):
     if name.endswith("_triton"):
         pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
+    monkeypatch.chdir(tmp_path)
     failures, _ = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "rlhf": rlhf})
     assert failures == 0
+
+
+def functions_of(module):
+    """The public functions that a module defines, by their dotted name."""
+    loaded = importlib.import_module(module)
+    return {
+        f"{module}.{name}": value
+        for name, value in vars(loaded).items()
+        if inspect.isfunction(value) and value.__module__ == module and not name.startswith("_")
+    }
+
+
+CORE = [name for name in MODULES if name.count(".") == 1 and not hasattr(importlib.import_module(name), "__path__")]
+PUBLIC = {name: value for module in CORE for name, value in functions_of(module).items()} | {
+    f"rlhf.{name}": getattr(rlhf, name) for name in SIGNATURES
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_function_has_an_example_and_names_its_arguments(name):
+    """So that help() of each stands alone."""
+    text = inspect.getdoc(PUBLIC[name])
+    assert ">>> " in text
+    unnamed = [argument for argument in inspect.signature(PUBLIC[name]).parameters if argument not in text]
+    assert not unnamed
+    assert not re.search(r"(?i)\b(errors|arguments|source|raises|returns)[^.]{0,30}\bas `|^same\b", text)
+
+
+RECORDS = {
+    f"{name}.{key}": value
+    for name in MODULES
+    if name in CORE
+    or name.startswith("rlhf.models.")
+    or name.rpartition(".")[0] in ("rlhf.execution", "rlhf.monitor.run_data")
+    for key, value in vars(importlib.import_module(name)).items()
+    if inspect.isclass(value) and value.__module__ == name and hasattr(value, "_fields") and not key.startswith("_")
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_help_documents_the_fields_of_records(name):
+    text = pydoc.render_doc(RECORDS[name])
+    assert "Alias for field number" not in text
+
+
+def test_the_docstring_of_a_dataclass_documents_its_fields():
+    assert "    n_embd: " in rlhf.GPT2Config.__doc__
+    ppo = inspect.getdoc(rlhf.config.PPOConfig)
+    assert all(f"    {field.name}: " in ppo for field in dataclasses.fields(rlhf.config.PPOConfig))

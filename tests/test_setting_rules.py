@@ -178,7 +178,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
 TOLD: dict[str, tuple[str, list[str], str]] = {
     "time-out": ("sft", ["--dist.timeout-s", "7"], "--dist.timeout-s 7.0: has no effect without --dist.num-workers"),
     "threads": ("sft", [*WORKERS, "--threads", "2"], "--threads 2: has no effect on workers"),
-    "many threads": ("sft", ["--threads", "1024"], "--threads 1024: more than this machine's"),
+    "many threads": ("sft", ["--threads", "1024"], "--threads 1024: more threads than this machine's"),
     "spread": ("sft", [*WORKERS, "--dist.placement", "spread"], "--dist.placement spread: has no effect without"),
     "no restarts": ("sft", [*WORKERS, "--dist.on-failure", "shrink", "--dist.max-restarts", "0"], "max-restarts 0"),
     "many workers": ("sft", ["--dist.num-workers", "9"], "--dist.num-workers 9: more workers than an update has"),

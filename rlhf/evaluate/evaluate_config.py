@@ -16,49 +16,49 @@ class JudgementConfig(Section):
     """Settings of an evaluation: models, data, decoding and output."""
 
     model_dir: Path = Path("outputs")
-    """Output folder of a run, with sft/, reward/ and policy/; or one model folder in Hugging Face form."""
+    """Output folder of a run with sft/, reward/ and policy/, or a single model folder in Hugging Face form."""
     eval_type: Literal["all", "sft", "reward", "policy"] = "all"
-    """What to evaluate; all does what models and data allow and says what it leaves out."""
+    """Kind of evaluation; all runs every kind that models and data allow, and reports what it leaves out."""
     test_data: tuple[Path, ...] = ()
-    """Files of demonstrations, preference pairs or prompts; none takes the records held out by MODEL_DIR's run."""
+    """Files of demonstrations, preference pairs or prompts. If empty, the records held out by MODEL_DIR's run."""
     train_data: Path | None = None
-    """Preference pairs that the bag-of-words baseline learns from.
-    None takes the run's training pairs if its held-out pairs are judged, or else cross-validation on the test pairs."""
+    """Preference pairs on which the bag-of-words baseline is trained. If None, the run's training pairs if its held-out
+    pairs are evaluated, otherwise cross-validation on the test pairs."""
     limit: PositiveInt | None = None
-    """Records read of each file, from its beginning; none is all."""
+    """Number of records read from the beginning of each file. If None, all."""
 
     against: Path | None = None
-    """Model folder that the policy is compared with; none is MODEL_DIR/sft.
-    The KL is measured from MODEL_DIR/sft, or from this model if there is none."""
+    """Model folder to compare the policy with. If None, MODEL_DIR/sft. The KL is measured from MODEL_DIR/sft, or from
+    this model if there is no such folder."""
     reward_model: Path | None = None
-    """Reward model that scores completions; none is MODEL_DIR/reward."""
+    """Reward model that scores completions. If None, MODEL_DIR/reward."""
     judge: tuple[str, ...] = ()
-    """Python functions that score or compare completions: `module:function` or `file.py:function`; see the README.
-    Scorers have the signature of a reward function, pairwise judges the arguments `first` and `second`."""
+    """Python functions, `module:function` or `file.py:function`, that score or compare completions. Scorers have the
+    signature of a reward function, and pairwise judges the arguments `first` and `second`."""
     decoding: tuple[Decoding, ...] = ("sampled", "greedy")
     """Decoding methods of the completions."""
     samples: BatchSize = 1
-    """Sampled completions per prompt."""
+    """Number of sampled completions per prompt."""
     temperature: PositiveFloat | None = None
-    """Sampling temperature of both the policy and the model it is compared with; none is the run's, or else 1."""
+    """Sampling temperature of the policy and of the model it is compared with. If None, that of the run, or 1."""
     max_new_tokens: BatchSize | None = None
-    """Longest completion in tokens; none is the run's, or else 64, or half of a shorter context."""
+    """Maximum number of tokens per completion. If None, that of the run, or 64, or half of a shorter context."""
     seed: Seed = 0
-    """Seed of sampling, resampling and cross-validation."""
+    """Seed of sampling, bootstrap and cross-validation."""
 
     output: Path | None = None
-    """Folder for evaluation.json, completions.jsonl and pairs.jsonl; none is MODEL_DIR/report."""
+    """Folder for evaluation.json, completions.jsonl and pairs.jsonl. If None, MODEL_DIR/report."""
     overwrite: bool = False
-    """Replace such files there even if they were not written by rlhf, or have been changed since."""
+    """Replace existing files even if rlhf did not write them, or if they were changed since."""
     micro_batch_size: BatchSize = 8
-    """Packed rows computed at once. Bounds memory; changes results only by rounding."""
+    """Number of packed rows per forward pass. Limits memory; changes results only by rounding."""
     rollout_batch_size: BatchSize = 64
-    """Completions generated together. Bounds memory; changes results only by rounding."""
+    """Number of completions generated together. Limits memory; changes results only by rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ComputeConfig, JudgementConfig):  # the last base's flags come first
-    """Judge models on data they were not trained on: each figure with its samples and a 95% interval."""
+    """Settings of rlhf-evaluate."""
 
 
 _NO_POLICY = "completions are made only in the policy evaluation, and there is none here"

@@ -1,1 +1,1 @@
-"""The execution of a stage's pure functions: the executor interface, its in-process form, and compiled code."""
+"""Execution of the pure functions of a stage: the executor interface, its in-process form, and compiled code."""

@@ -1,4 +1,4 @@
-"""`torch.compile` of whole functions of models and micro-batches, the only use of it."""
+"""Compilation of whole functions of models and micro-batches with `torch.compile`, which no other module calls."""
 
 import contextlib
 import functools
@@ -24,26 +24,33 @@ _shapes: Any = importlib.import_module("torch.fx.experimental._config")
 _numbers = itertools.count()
 
 _SMALL = 1 << 24
-"""Number of parameters below which generated C++ calls the kernels: calls from Python cost 3 to 5% of a step, and 9 to
-24% of a decoded token. The C++ compiler takes minutes for the one file of a model with many layers."""
+"""Number of parameters below which generated C++ code calls the kernels. Calls from Python cost 3 to 5% of a step, and
+9 to 24% of a decoded token, but the C++ compiler takes minutes for a model with many layers."""
 
 _ADVICE = ("TensorFloat32 tensor cores", r"\s*Online softmax is disabled")
-"""Warnings of the compiler that do not apply: float32 is IEEE here on purpose, and its choices need no report."""
+"""Warnings of the compiler that do not apply: float32 follows IEEE on purpose, and choices need no report."""
 
 
 def compiled(function: Callable[..., Any], folder: Path, *, compile_products: bool = False) -> Callable[..., Any]:
-    """Return `function` as compiled code, made at its first call and kept in `folder` for other runs and processes.
+    """Return `function` as compiled code, which is made at the first call and kept in `folder` for later runs.
 
-    The first two arguments are models, whose shapes, strides and types must be those of the first call and are not
-    checked again. The dimensions of all other arguments are symbolic: one graph serves micro-batches of every shape, if
-    no dimension is 1, which the compiler takes as a constant. The first call holds a lock, so that one of several
-    processes compiles and the others load its code.
+    The first two arguments are models. Their shapes, strides and dtypes must be those of the first call, and are not
+    checked again. The dimensions of all other arguments are symbolic, so that one graph serves micro-batches of every
+    shape. A dimension must not be 1, which the compiler takes as a constant. The first call holds a lock, so that one
+    of several processes compiles and the others load its code.
 
     Args:
-        function: pure; its whole graph must be traceable.
-        folder: made if missing. Code depends on the number of threads, so each number has its own subfolder.
-        compile_products: let the compiler generate batched bfloat16 matrix products if the CPU has matrix tiles (AMX);
-            those of `rlhf.kernels.fused_layers` take half to a third of the library's time.
+        function: pure function, whose whole graph can be traced.
+        folder: folder of compiled code, created if missing. Code depends on the number of threads, so each number has a
+            subfolder.
+        compile_products: let the compiler generate batched bfloat16 matrix products if the CPU has matrix tiles (AMX),
+            which take a half to a third of the time of the library's.
+
+    Example:
+        >>> from pathlib import Path
+        >>> function = compiled(lambda params, second, batch: params["w"] * batch, Path("compiled_code"))
+        >>> callable(function)  # the first call, function({"w": ...}, {}, batch), compiles
+        True
     """
     graph: Callable[..., Any] | None = None
 
@@ -78,7 +85,12 @@ def compiled(function: Callable[..., Any], folder: Path, *, compile_products: bo
 
 
 def has_compiler() -> bool:
-    """Return True if this machine has a C++ compiler, which compiled code for the CPU needs."""
+    """Return True if this machine has a C++ compiler, which compiled code for the CPU needs.
+
+    Example:
+        >>> has_compiler() in (True, False)
+        True
+    """
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
@@ -97,7 +109,7 @@ def _product_settings() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _short_exponentials() -> Iterator[None]:
-    """Let the compiler use torch's faster exponential in CPU kernels that read bfloat16, as torch's attention does.
+    """Make the compiler use torch's faster exponential in CPU kernels that read bfloat16, as torch's attention does.
 
     Its error of 20 units in the last place of float32 is a thousandth of the rounding to bfloat16. It is inlined, which
     saves a third of the time of softmax and GELU. It returns a large number for NaN, so NaN is restored. The compiler
@@ -126,15 +138,15 @@ def _short_exponentials() -> Iterator[None]:
 
 
 def _filter_guards(guards: Sequence[Any], models: tuple[str, ...]) -> list[bool]:
-    """Return, for each guard, True if every call checks it: not those of models, which have many leaves."""
+    """Return for each guard whether calls check it. Guards of models, which have many leaves, are not checked."""
     return [not guard.name.startswith(models) for guard in guards]
 
 
 def _copy_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a copy with a unique code object.
 
-    The compiler caches by code object, and several stages compile the same function: it would treat constants that
-    differ between them, such as the layout of their parameters, as variables.
+    The compiler caches by code object, and several stages compile the same function. Without a copy, it would treat
+    constants that differ between stages, such as the layout of their parameters, as variables.
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)

@@ -17,7 +17,16 @@ DecodeSteps = Callable[..., tuple[DecodeState, DecodeOutput]]
 
 
 def compiled_draw(folder: Path) -> DecodeSteps:
-    """Return `decode_steps` as compiled code, kept in `folder`; on a GPU all steps of a call are one CUDA graph."""
+    """Return `decode_steps` as compiled code. On a GPU, all steps of a call are one CUDA graph.
+
+    Args:
+        folder: folder of compiled code.
+
+    Example:
+        >>> draw = compiled_draw(Path("compiled_code"))  # for `draw` of rlhf.generate_completions
+        >>> callable(draw)
+        True
+    """
     on_cpu = compiled(decode_steps, folder, compile_products=True)
     on_gpu = CUDAGraphRunner(one_by_one(compiled(decode_steps, folder)))
 
@@ -30,7 +39,16 @@ def compiled_draw(folder: Path) -> DecodeSteps:
 
 
 def one_by_one(draw: DecodeSteps) -> DecodeSteps:
-    """Return `draw` called for every token, so that only the code for one token is compiled."""
+    """Return a function that calls `draw` for each token, so that only the code for one token is compiled.
+
+    Args:
+        draw: `decode_steps`, or a compiled form of it.
+
+    Example:
+        >>> draw = one_by_one(decode_steps)  # for `draw` of rlhf.generate_completions
+        >>> callable(draw)
+        True
+    """
 
     def call(params: Any, value_head: Any, batch: DecodeState, *rest: Tensor, count: int, **options: Any) -> Any:
         parts = []
@@ -45,9 +63,9 @@ def one_by_one(draw: DecodeSteps) -> DecodeSteps:
 class CUDAGraphRunner:
     """A function on a GPU, recorded once for each combination of shapes and options and then replayed.
 
-    A replay launches all kernels together, without work of the host between them. They read and write the same memory
-    each time, so arguments are first copied into the recording's buffers, unless they are these buffers already, such
-    as results of the last call. Results are valid until the next call.
+    A replay launches all kernels together, without work of the host between them. The kernels read and write the same
+    memory each time. Arguments are therefore copied into the buffers of the recording, unless they are these buffers
+    already, such as results of the last call. Results are valid until the next call.
 
     Source: CUDA graphs, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
     """
@@ -56,18 +74,19 @@ class CUDAGraphRunner:
         """Record `function`.
 
         Args:
-            function: its first two arguments are models, which it does not change. It may change others in place, if a
-                second run with the same arguments writes the same. It must not wait for the device.
+            function: function whose first two arguments are models, which it does not change. It may change other
+                arguments in place if a second run with the same arguments writes the same values. It must not wait for
+                the device.
         """
         self._function = function
         self._pool: Any = None
         self._buffers: dict[Hashable, Tensor] = {}
         self._models: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
-        """By buffer of a model: the tensor that it is a copy of, and that tensor's version counter."""
+        """Source tensor of each buffer of a model, and the version counter of that tensor."""
         self._recordings: dict[Hashable, _Recording] = {}
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Run the function; results are valid until the next call."""
+        """Run the function. Its results are valid until the next call."""
         numbers, kinds = itertools.count(), []
 
         def load(leaf: Any, *, model: bool) -> Any:

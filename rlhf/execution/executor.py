@@ -1,7 +1,7 @@
 """The executor interface, through which a stage computes, and its in-process form.
 
-A stage describes its work once, as a `Program` of pure functions over micro-batches, and drives it through an
-`Executor`, which holds the state. Wherever the micro-batches run, the result has the same bits.
+A stage describes its work as a `Program` of pure functions over micro-batches, and runs it through an `Executor`, which
+holds the state. The result has the same bits wherever the micro-batches run.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from rlhf.execution.memory import peak_bytes, reset_peak
 from rlhf.execution.program import ModelState, Program
 from rlhf.execution.shard import apply, init_shard, slice_shard
 from rlhf.execution.update import nonfinite_error, plan_update, step_metrics, sums_of_results
+from rlhf.field_docs import documented
 from rlhf.tree import (
     FlatLayout,
     all_finite,
@@ -32,15 +33,16 @@ from rlhf.tree import (
 from rlhf.types import Params, Tree
 
 
+@documented
 class Fault(NamedTuple):
-    """The loss of a process from which the executor recovered."""
+    """Loss of a process from which the executor has recovered."""
 
     what: str
-    """One line for the user."""
+    """Description for the user, in one line."""
     recovery_s: float
-    """Seconds until the work continued."""
+    """Time until the work continued, in seconds."""
     final: bool
-    """True if no restart is left: the executor continues in this process, and the run should save and end."""
+    """True if no restart is left. The executor then continues in this process, and the run should save and end."""
 
 
 class Executor(Protocol):
@@ -48,14 +50,14 @@ class Executor(Protocol):
 
     @property
     def version(self) -> int:
-        """The version of the parameters: optimiser steps applied since the beginning of the run."""
+        """Version of the parameters: the number of optimiser steps applied since the beginning of the run."""
 
     @property
     def compiled(self) -> bool:
         """True if the steps run as compiled code."""
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
-        """Return `program.eval_fns[name]` of every micro-batch, on the CPU and in order."""
+        """Return the results of `program.eval_fns[name]` for every micro-batch, on the CPU and in order."""
 
     def step(
         self,
@@ -67,13 +69,14 @@ class Executor(Protocol):
     ) -> dict[str, float]:
         """Apply one optimiser step on the summed gradient of the micro-batches.
 
-        A step beyond its `StepSpec.limit` changes nothing, `version` included, but returns its metrics.
+        A step beyond its `StepSpec.limit` returns its metrics but changes nothing, not even `version`.
 
         Args:
-            name: the step's name.
-            batches: its micro-batches.
-            learning_rate: of this step; None uses the optimiser's schedule.
-            overlap: called while workers or a GPU compute the gradients; more than once if a step is repeated.
+            name: name of the step.
+            batches: micro-batches of the step.
+            learning_rate: learning rate of this step. None uses the optimiser's schedule.
+            overlap: function that is called while workers or a GPU compute the gradients. It is called more than once
+                if the step is repeated.
 
         Returns:
             Means of the metrics, and `grad_norm`.
@@ -83,18 +86,18 @@ class Executor(Protocol):
         """
 
     def update_frozen(self, name: str) -> None:
-        """Replace a frozen model by `program.frozen_updates[name]` of it and the parameters."""
+        """Replace a frozen model by the result of `program.frozen_updates[name]` on it and the parameters."""
 
     def reset_optimizer(self) -> None:
-        """Replace the optimiser's state by its initial one."""
+        """Reset the optimiser's state to its initial value."""
 
     def params(self) -> Params:
-        """Return the current parameters on the CPU: possibly views, to be read before the next step."""
+        """Return the current parameters on the CPU. They may be views, to be read before the next step."""
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return everything that the next step reads: parameters, optimiser state, frozen models that are updated.
+        """Return everything that the next step reads: parameters, optimiser state and updated frozen models.
 
-        Keys are dotted names. The tensors are on the CPU and may be views: save or copy them before the next step.
+        Keys are dotted names. The tensors are on the CPU and may be views, to be saved or copied before the next step.
         """
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
@@ -105,14 +108,27 @@ class Executor(Protocol):
         """
 
     def peak_bytes(self) -> int:
-        """Return the peak memory of its largest process in bytes; 0 if the system does not report it."""
+        """Return the peak memory of the largest process in bytes, or 0 if the system does not report it."""
 
     def faults(self) -> list[Fault]:
         """Return the faults since the last call."""
 
 
 class LocalExecutor:
-    """An executor in this process: one shard, micro-batches one after the other."""
+    """Executor in this process, with one shard. It computes micro-batches one after the other.
+
+    Example:
+        >>> from rlhf.execution.program import StepSpec
+        >>> def loss(params, frozen, batch):
+        ...     errors = params["w"] - batch
+        ...     total = errors.square().sum()
+        ...     return total, {"loss/mse": total.detach(), "count": torch.tensor(len(batch))}
+        >>> optimizer = rlhf.adamw(rlhf.constant_schedule(0.1))
+        >>> program = Program({"main": StepSpec(loss, optimizer, max_grad_norm=1.0)}, {}, {})
+        >>> executor = LocalExecutor(program, ModelState({"w": torch.zeros(1)}, {}), torch.device("cpu"))
+        >>> executor.step("main", [torch.ones(2), torch.ones(1)])["loss/mse"], executor.version
+        (1.0, 1)
+    """
 
     def __init__(self, program: Program, models: ModelState, device: torch.device) -> None:
         """Initialise the state of a program on a device.
@@ -120,7 +136,7 @@ class LocalExecutor:
         Args:
             program: the functions to run.
             models: the initial parameters and the frozen models.
-            device: holds the state and runs the functions.
+            device: device that holds the state and runs the functions.
 
         Raises:
             ValueError: an optimiser needs whole leaves.
@@ -138,7 +154,7 @@ class LocalExecutor:
 
     @property
     def version(self) -> int:
-        """The version of the parameters: optimiser steps applied since the beginning of the run."""
+        """Version of the parameters: the number of optimiser steps applied since the beginning of the run."""
         return self._shard.version
 
     @property
@@ -147,7 +163,7 @@ class LocalExecutor:
         return self._program.compile_to is not None
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
-        """See `Executor.map`."""
+        """Return the results of an evaluation function for every micro-batch, on the CPU and in order."""
         self._check_whole()
         function = self._program.eval_fns[name]
         with torch.no_grad():
@@ -163,7 +179,7 @@ class LocalExecutor:
         *,
         overlap: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
-        """See `Executor.step`."""
+        """Apply one optimiser step on the summed gradient of the micro-batches, as `Executor.step` describes."""
         self._check_whole()
         spec, results = self._program.steps[name], []
 
@@ -190,58 +206,64 @@ class LocalExecutor:
         return step_metrics(results, update)
 
     def update_frozen(self, name: str) -> None:
-        """See `Executor.update_frozen`."""
+        """Replace a frozen model by its updated form."""
         self._check_whole()
         self._frozen.update(name, self._params)
 
     def reset_optimizer(self) -> None:
-        """See `Executor.reset_optimizer`."""
+        """Reset the optimiser's state to its initial value."""
         self._shard = self._shard._replace(opt_state=self._program.optimizer.init(self._shard.params))
 
     def params(self) -> Params:
-        """See `Executor.params`."""
+        """Return the current parameters on the CPU, possibly as views."""
         self._check_whole()
         params: Params = to_device(self._params, "cpu")
         return params
 
     def snapshot(self) -> dict[str, Tensor]:
-        """See `Executor.snapshot`."""
+        """Return everything that the next step reads, by dotted name, possibly as views."""
         self._check_whole()
         state = named_state(self._shard.params, self._shard.opt_state, self._frozen.masters, self._layout)
         return {name: leaf.detach().cpu() for name, leaf in state.items()}
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
-        """See `Executor.restore`."""
+        """Continue from a snapshot taken after `version` steps."""
         masters = tree_map(torch.clone, self._frozen.masters)  # which may alias the caller's tensors
         copy_state(named_state(self._shard.params, self._shard.opt_state, masters, self._layout), state)
         self._frozen.replace(masters)
         self._shard, self._updating = self._shard._replace(version=version), False
 
     def peak_bytes(self) -> int:
-        """See `Executor.peak_bytes`."""
+        """Return the peak memory of this process in bytes, or 0 if the system does not report it."""
         return peak_bytes(self._device)
 
     def faults(self) -> list[Fault]:
-        """Return no faults: a single process survives none."""
+        """Return no faults, because a single process cannot recover from one."""
         return []
 
     def _check_whole(self) -> None:
-        """Raise RuntimeError if an update stopped half-way: such parameters must be neither used nor saved."""
+        """Raise RuntimeError if an update stopped half-way, because its parameters must not be used or saved."""
         if self._updating:
-            raise RuntimeError("an update failed half-way: restore a snapshot or checkpoint before anything else")
+            raise RuntimeError("an update failed half-way; restore a snapshot or checkpoint first")
 
     def _batch(self, batch: Any) -> Any:
         return realign(to_device(batch, self._device))
 
 
 def named_state(params: Tensor, opt_state: Any, frozen: dict[str, Params], layout: FlatLayout) -> dict[str, Tensor]:
-    """Return views of everything a snapshot holds, by dotted name.
+    """Return views of everything that a snapshot holds, by dotted name.
 
     Args:
-        params: [layout.size] flat.
-        opt_state: the optimiser's state over `params`.
-        frozen: the frozen models that are updated.
-        layout: of the parameters.
+        params: [layout.size] flat parameters.
+        opt_state: state of the optimiser over `params`.
+        frozen: frozen models that are updated.
+        layout: layout of the parameters.
+
+    Example:
+        >>> params = {"w": torch.ones(2)}
+        >>> layout = flat_layout(params)
+        >>> list(named_state(flatten(params, layout), {"step": torch.tensor(0)}, {}, layout))
+        ['optimizer.step', 'params.w']
     """
     state = tree_map(lambda leaf: unflatten(leaf, layout) if leaf.ndim else leaf, opt_state)
     return named_leaves({"params": unflatten(params, layout), "optimizer": state, "frozen": frozen})
@@ -250,8 +272,18 @@ def named_state(params: Tensor, opt_state: Any, frozen: dict[str, Params], layou
 def copy_state(target: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Write a snapshot into the views of `named_state`.
 
+    Args:
+        target: the views to write to.
+        state: the snapshot.
+
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; nothing was written.
+        ValueError: a tensor is missing, unknown or has another shape. Nothing has been written.
+
+    Example:
+        >>> target = {"params.w": torch.zeros(2)}
+        >>> copy_state(target, {"params.w": torch.ones(2)})
+        >>> target
+        {'params.w': tensor([1., 1.])}
     """
     for name in target.keys() | state.keys():
         if name not in target or name not in state:

@@ -1,4 +1,4 @@
-"""The memory of this process: the allocator's policy, and peak usage."""
+"""Memory of this process: the policy of the allocator, and the peak."""
 
 import ctypes
 import sys
@@ -10,10 +10,13 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # parameters of mallopt, as i
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next buffer instead of returning it to the system.
+    """Make glibc keep freed memory for the next buffer instead of returning it to the system.
 
     Otherwise the large buffers of a step cause page faults at every step, which take a quarter of its time. This
     setting affects the whole process, so only programs and workers call it. It has no effect on other C libraries.
+
+    Example:
+        >>> keep_freed_memory()
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -23,7 +26,15 @@ def keep_freed_memory() -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the peak memory since the start or `reset_peak`, of the GPU or the process; 0 if it is unknown."""
+    """Return the peak memory in bytes since the start or the last `reset_peak`, or 0 if it is unknown.
+
+    Args:
+        device: the GPU whose memory is measured, or the CPU for the memory of this process.
+
+    Example:
+        >>> peak_bytes(torch.device("cpu")) >= 0
+        True
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -35,7 +46,14 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Reset the peak memory, if the system supports it."""
+    """Reset the peak memory, if the system supports it.
+
+    Args:
+        device: a GPU, or the CPU for this process.
+
+    Example:
+        >>> reset_peak(torch.device("cpu"))
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():

@@ -1,4 +1,4 @@
-"""A stage's work as pure functions over micro-batches: objectives, optimiser steps and evaluations by name."""
+"""The work of a stage as pure functions over micro-batches: objectives, optimiser steps and evaluations by name."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,21 +9,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.field_docs import documented
 from rlhf.optim import Optimizer
 from rlhf.types import FrozenParams, MetricSums, Params, Tree
 
 Objective = Callable[[Params, FrozenParams, Any], tuple[Tensor, MetricSums]]
-"""(params, frozen, micro-batch) -> (loss sum, metric sums with `count`)."""
+"""Function (params, frozen, micro-batch) -> (loss sum, metric sums with `count`)."""
 
 
+@documented
 @dataclass(frozen=True)
 class SumOfLosses:
-    """A sum of objectives, each with its own forward pass; they may share parameters.
+    """A sum of objectives, each with its own forward pass. They may share parameters.
 
     The eager gradient differentiates the parts one after the other, which saves memory.
     """
 
     parts: tuple[Objective, ...]
+    """The objectives to add."""
 
     def __call__(self, params: Params, frozen: FrozenParams, batch: Any) -> tuple[Tensor, MetricSums]:
         """Return the sum of the losses and the metrics of all parts."""
@@ -31,54 +34,71 @@ class SumOfLosses:
 
 
 def add_results(results: Sequence[tuple[Tensor, MetricSums]]) -> tuple[Tensor, MetricSums]:
-    """Return the sum of the losses and all metrics; a metric of several parts, such as `count`, is equal in each."""
+    """Return the sum of the losses and all metrics. A metric of several parts, such as `count`, must be equal in each.
+
+    Args:
+        results: (loss sum, metric sums) of each part.
+
+    Example:
+        >>> count = torch.tensor(2)
+        >>> results = [(torch.tensor(1.0), {"a": 3, "count": count}), (torch.tensor(2.0), {"b": 4, "count": count})]
+        >>> add_results(results)
+        (tensor(3.), {'a': 3, 'count': tensor(2), 'b': 4})
+    """
     losses, metrics = zip(*results, strict=True)
     return functools.reduce(torch.add, losses), {name: value for part in metrics for name, value in part.items()}
 
 
+@documented
 class MetricLimit(NamedTuple):
-    """The largest mean of a metric at which a step is still applied."""
+    """Upper bound of the mean of a metric, beyond which a step is skipped."""
 
     metric: str
+    """Name of the metric."""
     most: float
+    """Largest mean at which the step is applied."""
 
 
+@documented
 class StepSpec(NamedTuple):
-    """The specification of one kind of optimiser step."""
+    """Specification of one kind of optimiser step."""
 
     objective: Objective
-    """Its gradient is summed over the micro-batches."""
+    """Function whose gradient is summed over the micro-batches."""
     optimizer: Optimizer
-    """Element-wise; all steps of a program share its state."""
+    """Element-wise optimiser. All steps of a program share its state."""
     max_grad_norm: float
-    """Of the mean gradient; inf disables clipping."""
+    """Maximum norm of the mean gradient; inf disables clipping."""
     limit: MetricLimit | None = None
-    """A step beyond it is skipped."""
+    """Limit beyond which the step is skipped; None never skips it."""
 
 
+@documented
 class Program(NamedTuple):
-    """A stage's work as pure functions; every process makes its own, so it holds no tensors."""
+    """The work of a stage as pure functions. Every process makes its own program, so it holds no tensors."""
 
     steps: dict[str, StepSpec]
     """Optimiser steps by name."""
     eval_fns: dict[str, Callable[[Params, FrozenParams, Any], Tree]]
-    """(params, frozen, micro-batch) -> any tree of tensors, by name."""
+    """Functions (params, frozen, micro-batch) -> any tree of tensors, by name."""
     frozen_updates: dict[str, Callable[[Params, Params], Params]]
-    """(frozen model, params) -> updated frozen model, by its name, such as a reference that follows the policy."""
+    """Functions (frozen model, params) -> updated frozen model, by the model's name, such as a reference that follows
+    the policy."""
     prepare_frozen: Callable[[str, Params], Params] = lambda name, model: model
-    """(name, frozen model) -> the form that functions compute with, such as another dtype; once in each process."""
+    """(name, frozen model) -> the form that functions compute with, such as another dtype. Called once in each
+    process."""
     compile_to: Path | None = None
-    """The folder of compiled code, if the steps' gradients are compiled; None runs them eagerly."""
+    """Folder of compiled code, if the gradients of steps are compiled. None runs them eagerly."""
 
     @property
     def optimizer(self) -> Optimizer:
-        """The first step's optimiser, whose state all steps share; without steps (evaluation) a stateless one."""
+        """The optimiser of the first step, whose state all steps share. Without steps it has no state."""
         for spec in self.steps.values():
             return spec.optimizer
         return Optimizer(lambda params: (), lambda grads, state, params: (params, state))
 
     def check_optimizers(self) -> None:
-        """Raise ValueError if an optimiser needs whole leaves, which executors split."""
+        """Raise ValueError if an optimiser needs whole leaves, because executors split them."""
         for name, spec in self.steps.items():
             _, update, elementwise, _ = spec.optimizer
             if not elementwise:
@@ -90,8 +110,9 @@ class Program(NamedTuple):
                 )
 
 
+@documented
 class ModelState(NamedTuple):
-    """The initial state of a program."""
+    """Initial state of a program."""
 
     params: Params
     """Initial parameters, float32."""

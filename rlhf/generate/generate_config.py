@@ -12,45 +12,45 @@ from rlhf.setting_rules import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Section):
-    """Complete prompts that are given as flags, in a file, or typed."""
+    """Settings of rlhf-generate."""
 
     model_dir: Path = Path("outputs/policy")
-    """Model folder in Hugging Face form, or a run's output folder, whose policy/ or else sft/ is taken."""
+    """Model folder in Hugging Face form, or the output folder of a run, in which policy/ or otherwise sft/ is read."""
     against: Path | None = None
-    """Second model folder, whose completions are shown side by side with the first's."""
+    """Second model folder. Its completions are shown beside those of the first."""
     prompt: tuple[str, ...] = ()
-    """Prompts to complete.
-    Without this and --prompt-file they are read from the terminal, or line by line from a pipe."""
+    """Prompts to complete. Without prompts and without a prompt file, they are read from the terminal, or line by line
+    from a pipe."""
     prompt_file: Path | None = None
-    """File of prompts: JSON list or JSON Lines with the key `prompt`, or one prompt per line in a .txt file."""
+    """File of prompts: a JSON list or JSON Lines with the key `prompt`, or a .txt file with one prompt per line."""
     template: str = "{prompt}"
     """Text around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
     output: Path | None = None
-    """JSON Lines file to write instead of showing completions."""
+    """JSON Lines file to which completions are written. If None, they are shown in the terminal."""
     overwrite: bool = False
-    """Replace the file even if it was not written by rlhf, or has been changed since."""
+    """Replace an existing file even if rlhf did not write it, or if it was changed since."""
 
     max_new_tokens: BatchSize | None = None
-    """Longest completion in tokens; none is 64, or half of a shorter context."""
+    """Maximum number of tokens per completion. If None, 64, or half of a shorter context."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature; below 1 likely tokens become likelier."""
+    """Sampling temperature; values below 1 make likely tokens likelier."""
     top_k: NonNegativeInt = 0
-    """Sample from the k most likely tokens; 0 is all."""
+    """Sample from the top_k most likely tokens; 0 disables it."""
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Sample from the nucleus of this mass."""
+    """Sample from the smallest set of tokens whose probabilities sum to top_p; 1 disables it."""
     greedy: bool = False
-    """Always take the most likely token."""
+    """Select the most likely token at every step instead of sampling."""
     samples: BatchSize = 1
-    """Completions per prompt."""
+    """Number of completions per prompt."""
     seed: Seed = 0
-    """Seed of the sampling: the same seed, prompts and options give the same completions."""
+    """Seed of the sampling. The same seed, prompts and settings give the same completions."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Device to compute on; auto selects a GPU if one is available."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward pass."""
     threads: ThreadCount | None = None
-    """CPU threads; none takes all cores."""
+    """Number of CPU threads. If None, all cores are used."""
 
 
 GENERATE_RULES = (

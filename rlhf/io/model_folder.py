@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rlhf.errors import UserError
+from rlhf.field_docs import documented
 from rlhf.io.files import atomic_folder, read_json, save_tensors, sha256
 from rlhf.io.manifest import check_replaceable, has_manifest, read_manifest, write_manifest
 from rlhf.io.model_config import (
@@ -34,6 +35,7 @@ from rlhf.models.architecture import ModelShape, architecture_of, architectures
 from rlhf.types import Params
 
 
+@documented
 class LanguageModel(NamedTuple):
     """A decoder with its tokenizer."""
 
@@ -47,6 +49,7 @@ class LanguageModel(NamedTuple):
     """Lines for the user about that folder."""
 
 
+@documented
 class RewardStatistics(NamedTuple):
     """Mean and standard deviation of the scores of reference completions, with which PPO normalises."""
 
@@ -56,6 +59,7 @@ class RewardStatistics(NamedTuple):
     """Number of reference completions; 0 if none were scored."""
 
 
+@documented
 class RewardModel(NamedTuple):
     """A decoder with a scalar head, and its tokenizer."""
 
@@ -114,10 +118,28 @@ def save_reward_model(folder: str | Path, model: RewardModel, *, facts: dict[str
 
 
 def load_model(folder: str | Path) -> LanguageModel | RewardModel:
-    """Return the model in a folder of either kind: `params`, `config` and `tokenizer`. Raises as `load_language_model`.
+    """Return the language or reward model in a folder, with its `params`, `config` and `tokenizer`.
 
-    model = rlhf.load_model("outputs/demo/policy")
-    logits = rlhf.forward(model.params, tokens, config=model.config)
+    Args:
+        folder: a model folder in Hugging Face form, saved by rlhf or by `transformers`.
+
+    Returns:
+        A `RewardModel` if the folder holds a model with a scalar head, otherwise a `LanguageModel`.
+
+    Raises:
+        UserError: a file is missing, truncated, altered or holds another kind of model, or a weight is not finite.
+
+    Example:
+        >>> from rlhf.io.tokenizer import Tokenizer
+        >>> tokenizer = Tokenizer.train(["hello hello"], vocab_size=260)
+        >>> config = rlhf.GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> save_language_model("a_model", LanguageModel(params, config, tokenizer), facts={"made_by": "example"})
+
+        >>> model = rlhf.load_model("a_model")
+        >>> tokens = torch.tensor(model.tokenizer.encode(["hello"]))
+        >>> rlhf.forward(model.params, tokens, config=model.config).shape[-1] == model.config.vocab_size
+        True
     """
     return load_reward_model(folder) if is_reward_model(Path(folder)) else load_language_model(folder)
 
@@ -127,6 +149,15 @@ def load_language_model(folder: str | Path) -> LanguageModel:
 
     Raises:
         UserError: a file is missing, truncated, altered or holds another kind of model, or a weight is not finite.
+
+    Example:
+        >>> from rlhf.io.tokenizer import Tokenizer
+        >>> tokenizer = Tokenizer.train(["hello hello"], vocab_size=260)
+        >>> config = rlhf.GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> save_language_model("my_model", LanguageModel(params, config, tokenizer), facts={})
+        >>> load_language_model("my_model").config == config
+        True
     """
     folder = Path(folder)
     source = _read_model(folder, "language model")

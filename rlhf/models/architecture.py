@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from rlhf.field_docs import documented
 from rlhf.types import Params
 
 
@@ -38,6 +39,7 @@ class ModelShape(Protocol):
         """Blocks."""
 
 
+@documented
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Architecture:
     """A family of decoders as pure functions.

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from rlhf.accelerate import accelerated
+from rlhf.field_docs import documented
 
 
+@documented
 class AttentionLayout(NamedTuple):
     """The mask of self-attention over packed rows, computed once for all layers."""
 
@@ -20,6 +22,7 @@ class AttentionLayout(NamedTuple):
     """[S + 1] int32 (`rlhf.batches.Rows.bounds`), where a kernel reads them instead of the bias."""
 
 
+@documented
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far, a tensor per layer; written in place."""
 

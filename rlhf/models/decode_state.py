@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.field_docs import documented
 from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.models.heads import apply_head
 from rlhf.ops import entropy, scale_logits, token_log_probs
@@ -13,6 +14,7 @@ from rlhf.tree import leaves, tree_map
 from rlhf.types import Params
 
 
+@documented
 class DecodeState(NamedTuple):
     """The rows of a running decode; a row without a completion is idle."""
 
@@ -28,6 +30,7 @@ class DecodeState(NamedTuple):
     """[R] int64: index of its next token in the completion."""
 
 
+@documented
 class DecodeOutput(NamedTuple):
     """The tokens drawn by `decode_steps`, K per row."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf.accelerate import accelerated
 from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
+from rlhf.field_docs import documented
 from rlhf.models.architecture import ModelShape
 from rlhf.models.decode_state import DecodeOutput, DecodeState, decode_steps, fill_rows, init_decode_state, select_rows
 from rlhf.random import uniform_at
@@ -25,6 +26,7 @@ _UNTRANSFORMED = (
 )
 
 
+@documented
 class Completions(NamedTuple):
     """Completions of prompts, right-padded to max_new_tokens with 0 (False)."""
 

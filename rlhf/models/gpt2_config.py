@@ -3,10 +3,18 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from rlhf.field_docs import documented
 
+
+@documented
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config:
-    """Shape of a GPT-2 language model, in the names of its `config.json`."""
+    """Shape of a GPT-2 language model, in the names of its `config.json`.
+
+    Example:
+        >>> GPT2Config(n_embd=1024, n_layer=24, n_head=16) == PRESETS["gpt2-medium"]
+        True
+    """
 
     model_type: ClassVar[str] = "gpt2"
     """Hugging Face's name of the architecture."""

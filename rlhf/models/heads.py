@@ -1,4 +1,4 @@
-"""Scalar heads on hidden states: the reward model's and the value function's.
+"""Scalar heads on hidden states, for reward models and value functions.
 
 A head is `{"weight": [1, D]}`, plus `"bias": [1]` for values: the layout of `GPT2ForSequenceClassification`'s `score`.
 """
@@ -12,14 +12,16 @@ from rlhf.types import Params
 
 
 def init_reward_head(n_embd: int, *, key: Tensor) -> Params:
-    """Return a linear head without bias, which preferences do not determine; normal with std 1/sqrt(n_embd + 1).
+    """Return a linear head with normal weights of standard deviation 1 / sqrt(n_embd + 1).
+
+    The head has no bias, because preferences do not determine one.
 
     Source: Stiennon et al. 2020, "Learning to summarize from human feedback", https://github.com/openai/summarize-from-feedback;
     Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail 11, https://arxiv.org/abs/2403.17031.
 
     Args:
         n_embd: width of the trunk.
-        key: [2] int32, consumed.
+        key: [2] int32 key, which is consumed.
 
     Example:
         >>> init_reward_head(8, key=rlhf.random.key(0))["weight"].shape
@@ -29,7 +31,10 @@ def init_reward_head(n_embd: int, *, key: Tensor) -> Params:
 
 
 def init_value_head(n_embd: int) -> Params:
-    """Return a linear head whose value is 0 everywhere: the first returns are then the rewards themselves.
+    """Return a linear head whose value is 0 everywhere, so that the first returns are the rewards themselves.
+
+    Args:
+        n_embd: width of the trunk.
 
     Example:
         >>> apply_head(init_value_head(8), torch.ones(3, 8))
@@ -41,13 +46,13 @@ def init_value_head(n_embd: int) -> Params:
 def value_head_from_reward(
     head: Params, *, mean: float | Tensor = 0.0, std: float | Tensor = 1.0, weight: float | Tensor = 1.0
 ) -> Params:
-    """Return the value head that predicts weight (reward - mean) / std of a reward head: the start of a critic.
+    """Return the value head that predicts weight (reward - mean) / std, from which a critic starts.
 
     Args:
-        head: of the reward model.
-        mean: subtracted from the reward.
+        head: head of the reward model.
+        mean: mean that is subtracted from the reward.
         std: divisor of the reward, above 0.
-        weight: of this reward in the sum that the critic predicts.
+        weight: weight of this reward in the sum that the critic predicts.
 
     Raises:
         ValueError: std is not positive.
@@ -62,7 +67,7 @@ def value_head_from_reward(
 
 
 def apply_head(head: Params, hidden: Tensor) -> Tensor:
-    """Return the scalars [...] of hidden states [..., D], in float32 at least: in low precision they would be rounded.
+    """Return the scalars [...] of hidden states [..., D], in float32 or float64.
 
     Args:
         head: `{"weight": [1, D]}`, with or without `"bias": [1]`; differentiated.

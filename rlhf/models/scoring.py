@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import PairBatch, ScoreBatch
+from rlhf.field_docs import documented
 from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.models.forward import packed_hidden_states, trunk_states
 from rlhf.models.heads import apply_head
@@ -15,6 +16,7 @@ from rlhf.remat import chunk_size, in_chunks
 from rlhf.types import FrozenParams, Params
 
 
+@documented
 class Scores(NamedTuple):
     """Scores of finished completions; [C] tensors that were not requested are zeros."""
 

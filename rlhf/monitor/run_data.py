@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf.field_docs import documented
 from rlhf.monitor.log import Series, read_logs
 
 
+@documented
 class RunData(NamedTuple):
     """The logs of a run."""
 
@@ -20,16 +22,22 @@ class RunData(NamedTuple):
 
 
 def load_run(folder: str | Path) -> RunData:
-    """Read the logs of a run, which may still be going on.
-
-        kl = rlhf.load_run("outputs/demo").metrics["ppo"]["objective/kl"]
-        plt.plot(kl.steps, kl.values)
+    """Read the logs of a run, finished or in progress.
 
     Args:
         folder: the run's output folder, or its logs/.
 
     Raises:
         UserError: it is no run's folder, or no line can be read.
+
+    Example:
+        >>> from rlhf.io.run_log import RunLog
+        >>> log = RunLog(Path("outputs/logs"), "ppo", tensorboard=False)  # as rlhf-train does
+        >>> log.metrics(1, {"objective/kl": 0.25})
+        >>> log.close()
+        >>> kl = load_run("outputs").metrics["ppo"]["objective/kl"]
+        >>> kl.steps, kl.values
+        (array([1]), array([0.25]))
     """
     (reader,) = read_logs([Path(folder)])
     metrics = {

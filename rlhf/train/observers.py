@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.config import RunConfig
+from rlhf.field_docs import documented
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.stages import Stage
 from rlhf.train.sink import open_sink
@@ -13,6 +14,7 @@ LoopState = dict[str, Any]
 """JSON values, beside the executor's state, that the next step reads and a checkpoint contains."""
 
 
+@documented
 class StageStart(NamedTuple):
     """The start of a stage's training, or of its continuation."""
 
@@ -30,6 +32,15 @@ class Observer:
     """Base class of observers of the training loop, whose methods do nothing.
 
     Observers are called in their order, and in the reverse order at the end. An exception ends the run.
+
+    Example:
+        >>> class Printer(Observer):
+        ...     def on_step(self, step, metrics):
+        ...         print(step, metrics)
+        ...         return False
+        >>> Printer().on_step(1, {"loss/sft": 2.5})
+        1 {'loss/sft': 2.5}
+        False
     """
 
     def on_start(self, start: StageStart) -> None:

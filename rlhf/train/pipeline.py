@@ -31,12 +31,6 @@ def run(
     No signal handler is installed, nothing is printed (messages go to the logger `rlhf`), and no report is written.
     torch's number of threads is set while the run lasts. The function may be called in any thread.
 
-        import rlhf
-        from rlhf.config import SFTConfig, SFTRun
-        config = SFTRun(output_dir="outputs/short", sft=SFTConfig(max_steps=20))
-        result = rlhf.train.run(config, callback=lambda stage, step, metrics: metrics["loss/sft"] < 1.0)
-        result.finished, result.metrics["eval/perplexity"]
-
     Args:
         config: `SFTRun`, `RewardRun`, `PPORun`, `PipelineRun`, or that of a registered stage.
         callback: called with (stage, step, metrics) after every step. A true result stops the run after its state is
@@ -50,6 +44,14 @@ def run(
 
     Raises:
         UserError, NonFiniteError, WorkersLostError: see `rlhf.train.loop.train`.
+
+    Example:
+        >>> from rlhf.config import ModelConfig, SFTConfig, SFTRun
+        >>> sft = SFTConfig(max_steps=20, max_length=16)
+        >>> config = SFTRun(output_dir="outputs/short", model=ModelConfig(preset="tiny"), sft=sft)
+        >>> result = run(config, callback=lambda stage, step, metrics: step == 2)
+        >>> result.finished, result.metrics["loss/sft"] > 0
+        (False, True)
     """
     callback_observer = CallbackObserver(callback or (lambda stage, step, metrics: False))
     results: dict[str, StageResult] = {}
