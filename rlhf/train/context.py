@@ -24,6 +24,7 @@ from rlhf.execution.program import ModelState, Program
 from rlhf.io.cache import default_cache_dir
 from rlhf.io.files import check_writable, lock_folder
 from rlhf.io.output_folder import check_output_folder, checkpoint_folder, has_checkpoints
+from rlhf.io.provenance import Provenance
 from rlhf.io.run_log import RunLog
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages import Stage, check_settings
@@ -47,6 +48,8 @@ class Run:
     """Closed when the stage ends."""
     is_saved: bool = False
     """True if an earlier run finished the stage: its model folder is then left unchanged."""
+    provenance: Provenance = field(default_factory=dict)
+    """Set when the training begins."""
 
     @property
     def dtype(self) -> torch.dtype:

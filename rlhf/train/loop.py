@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rlhf.distributed.compute_context import compute_threads
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.executor import Executor
 from rlhf.io.checkpoint import last_step, save_refused
 from rlhf.io.files import check_free_space
 from rlhf.io.output_folder import write_config
+from rlhf.io.provenance import describe_provenance, provenance_of
 from rlhf.train.context import Run
 from rlhf.train.observers import LogWriter, LoopState, Observers, StageStart
 from rlhf.train.resume import CheckpointWriter, restore, settings_of
@@ -57,15 +59,26 @@ def train(
         WorkersLostError: more processes were lost than may be replaced; the step is finished and the state saved.
     """
     config = run.config
-    identity = identity | settings_of(config, run.stage) | {"compiled": executor.compiled}
+    digests, settings = identity, settings_of(config, run.stage)
+    identity = identity | settings | {"compiled": executor.compiled}
     first, state = restore(run, executor, state, identity)
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
     check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))
-    write_config(config)
+    run.provenance = provenance_of(
+        run.compute.device,
+        precision=config.precision,
+        threads=compute_threads(config),
+        workers=config.dist.num_workers,
+        compiled=executor.compiled,
+        digests=digests,
+    )
+    run.note(describe_provenance(run.provenance))
+    write_config(config, run.stage, run.provenance)
     observers = Observers([LogWriter(), CheckpointWriter(run, executor, identity), *run.observers])
     loop = _Loop(run, executor, observers, advance, first, total)
     run.stop.training = True
-    with observers.observe(StageStart(run.stage, config, first, total, tuple(run.compute.notes))):
+    notes = tuple(run.compute.notes)
+    with observers.observe(StageStart(run.stage, config, first, total, notes, settings, run.provenance)):
         for step in range(first, total):
             state = _step(loop, step, state)
         peak = executor.peak_bytes()

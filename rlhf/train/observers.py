@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.config import RunConfig
+from rlhf.io.provenance import Provenance
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.stages import Stage
 from rlhf.train.sink import open_sink
@@ -24,6 +25,9 @@ class StageStart(NamedTuple):
     """Steps of the whole run."""
     notes: tuple[str, ...]
     """Lines that the user has been shown."""
+    settings: Mapping[str, Any] = {}
+    """The settings that decide the stage's results, as resolved."""
+    provenance: Provenance = {}
 
 
 class Observer:
@@ -110,8 +114,16 @@ class LogWriter(Observer):
             tensorboard=config.log.tensorboard,
             sink=open_sink(config.log.sink),
         )
-        name, notes = "resume" if start.step else "start", list(start.notes)
-        self._log.event(name, format=FORMAT, step=start.step, total=start.total, unit=start.stage.unit, notes=notes)
+        self._log.event(
+            "resume" if start.step else "start",
+            format=FORMAT,
+            step=start.step,
+            total=start.total,
+            unit=start.stage.unit,
+            notes=list(start.notes),
+            settings=dict(start.settings),
+            provenance=start.provenance,
+        )
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Write a line of metrics every `log.every` steps."""

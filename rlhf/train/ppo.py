@@ -231,7 +231,8 @@ def _save(ppo: PPO, config: PPORun, data: str) -> Path:
     save_language_model(
         folder,
         ppo.policy._replace(params=params["policy"]),
-        facts={"stage": _STAGE.name, "seed": config.seed, "iterations": config.ppo.num_iterations, "data": data},
+        facts={"stage": _STAGE.name, "seed": config.seed, "iterations": config.ppo.num_iterations, "data": data}
+        | {"provenance": ppo.run.provenance},
         value_head=params.get("value_head"),
         critic=critic,
     )

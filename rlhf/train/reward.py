@@ -161,7 +161,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     )
     params = run.trained_params(executor, statistics.mean, statistics.std)
     manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-    manifest |= {"data": digests["data"], "validation": digests["validation"]}
+    manifest |= {"data": digests["data"], "validation": digests["validation"], "provenance": run.provenance}
     model = RewardModel(params, start.config, start.tokenizer, statistics)
     save_reward_model(run.model_folder, model, facts=manifest)
     return StageResult(run.model_folder, metrics)

@@ -123,7 +123,7 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     if not run.is_saved:
         params = run.trained_params(executor, metrics.get("eval/loss", 0.0))
         manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-        manifest |= {"data": digests["data"], "validation": digests["validation"]}
+        manifest |= {"data": digests["data"], "validation": digests["validation"], "provenance": run.provenance}
         save_language_model(run.model_folder, model._replace(params=params), facts=manifest)
     return StageResult(run.model_folder, metrics)
 
