@@ -174,6 +174,9 @@ class RunConfig(ComputeConfig, OutputConfig):  # whose flags come first, because
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step with torch.compile: steps are faster after half a minute or more of compilation, the
     first time; auto compiles if the run is long enough to make up for it. The bits of a result depend on it."""
+    stop_early: bool = True
+    """Stop a stage that has gone wrong: a KL far above ppo.kl_budget, or a training loss that rises. Its state is
+    saved."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -217,3 +220,5 @@ class PipelineRun(SFTRun, RewardRun, PPORun):
 
     start_at: Literal["sft", "reward", "ppo"] = "sft"
     """First stage to run. The models of earlier stages must be in output_dir."""
+    strict: bool = False
+    """Stop after a stage whose model is not good enough for the next one to build on."""

@@ -45,7 +45,7 @@ def test_the_commit_is_that_of_the_codes_own_repository(tmp_path):
     subprocess.run([*git, "commit", "-qm", "first"], check=True)
     code_commit.cache_clear()
     commit = code_commit(tmp_path / "rlhf")
-    assert commit == subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert commit == subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
     (tmp_path / "rlhf" / "a.py").write_text("changed")
     code_commit.cache_clear()
     assert code_commit(tmp_path / "rlhf") == f"{commit}-dirty"

@@ -16,8 +16,8 @@ from rlhf.io.presets import dump_config, load_config
 from rlhf.io.provenance import PROMISE, Provenance
 from rlhf.io.run_log import check_logs
 from rlhf.setting_rules import flag_of
+from rlhf.stage_rules import CHOSEN_BY_RULE
 from rlhf.stages import STAGES, Stage, pipeline_type
-
 
 _HEADER = f"""\
 # The settings of a run as resolved. Each stage's result also depends on what its line here says:
@@ -104,7 +104,7 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
             "configuration. Choose another --output-dir"
         )
     previous = load_config(str(path))
-    resolved = dataclasses.replace(previous, **fields)
+    resolved = _with_chosen(dataclasses.replace(previous, **fields), previous)
     same = dataclasses.replace(resolved, config=previous.config, resume=previous.resume) == previous
     if not (same or ours or not has_record(config.output_dir)):
         raise UserError(
@@ -112,6 +112,15 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
             f"start from it: --config {path}"
         )
     return None if same else resolved
+
+
+def _with_chosen(config: PipelineRun, previous: PipelineRun) -> PipelineRun:
+    """Return the configuration with what stages that ran before chose by rule, where `config` leaves it to them."""
+    for section, names in CHOSEN_BY_RULE.items():
+        now, before = getattr(config, section), getattr(previous, section)
+        kept = {name: getattr(before, name) for name in names if getattr(now, name) is None}
+        config = dataclasses.replace(config, **{section: dataclasses.replace(now, **kept)})
+    return config
 
 
 def _start_hint(folder: Path, stage: Stage) -> str:

@@ -1,9 +1,11 @@
 """The training loop: makes steps, calls observers, saves checkpoints, and stops on request or failure."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rlhf.config import PPOConfig
 from rlhf.distributed.compute_context import compute_threads
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.executor import Executor
@@ -12,6 +14,7 @@ from rlhf.io.files import check_free_space
 from rlhf.io.output_folder import write_config
 from rlhf.io.provenance import describe_provenance, provenance_of
 from rlhf.train.context import Run
+from rlhf.train.early_stop import KEPT_FIRST, KEPT_NEWEST, find_failure
 from rlhf.train.observers import LogWriter, LoopState, Observers, StageStart
 from rlhf.train.resume import CheckpointWriter, restore, settings_of
 from rlhf.tree import all_finite
@@ -30,6 +33,8 @@ class _Loop(NamedTuple):
     first: int
     """Steps made by the run that is continued."""
     total: int
+    history: list[dict[str, float]]
+    """Metrics of the first and of the newest steps since the start."""
 
     def describe(self, step: int) -> str:
         """Return a step's number with its unit, such as `iteration 3`."""
@@ -75,10 +80,10 @@ def train(
     run.note(describe_provenance(run.provenance))
     write_config(config, run.stage, run.provenance)
     observers = Observers([LogWriter(), CheckpointWriter(run, executor, identity), *run.observers])
-    loop = _Loop(run, executor, observers, advance, first, total)
+    loop = _Loop(run, executor, observers, advance, first, total, [])
     run.stop.training = True
     notes = tuple(run.compute.notes)
-    with observers.observe(StageStart(run.stage, config, first, total, notes, settings, run.provenance)):
+    with observers.observe(StageStart(run.stage, config, first, total, notes, settings, run.provenance, run.units)):
         for step in range(first, total):
             state = _step(loop, step, state)
         peak = executor.peak_bytes()
@@ -114,6 +119,7 @@ def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
         metrics |= {"fault/restarts": len(faults), "fault/recovery_s": sum(fault.recovery_s for fault in faults)}
     if observers.step(done, metrics):
         run.stop.requested = True
+    _check_progress(loop, step, state, metrics)
     stops = run.stop.requested or any(fault.final for fault in faults)
     every = run.config.checkpoint.every or run.stage.checkpoint_every
     if stops or done == loop.total or done % every == 0:
@@ -125,6 +131,26 @@ def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
             raise Interrupted(f"{where}; continue with --resume", run.stop.signal)
         raise WorkersLostError(f"{where}; continue with --resume. The cause: lost {faults[-1].what}")
     return state
+
+
+def _check_progress(loop: _Loop, step: int, state: LoopState, metrics: dict[str, float]) -> None:
+    """Save and raise UserError if the stage has gone wrong."""
+    run, section = loop.run, loop.run.stage.section_of(loop.run.config)
+    loop.history.append(metrics)
+    del loop.history[KEPT_FIRST:-KEPT_NEWEST]
+    is_ppo = isinstance(section, PPOConfig) and not section.kl_adaptive
+    reason = find_failure(
+        loop.history,
+        kl_budget=section.kl_budget if is_ppo else math.inf,
+        loss=next((name for name in run.stage.shown if name.startswith("loss/")), None),
+    )
+    if reason and run.config.stop_early and step + 1 < loop.total:
+        loop.observers.event("failed", step=step + 1, message=reason)
+        _save(loop, step + 1, state)
+        raise UserError(
+            f"{run.stage.name}: stopped after {loop.describe(step + 1)} of {loop.total} and saved, because {reason}. "
+            "To go on all the same: --resume --no-stop-early"
+        )
 
 
 def _save(loop: _Loop, step: int, state: LoopState) -> None:

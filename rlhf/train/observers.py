@@ -25,9 +25,11 @@ class StageStart(NamedTuple):
     """Steps of the whole run."""
     notes: tuple[str, ...]
     """Lines that the user has been shown."""
-    settings: Mapping[str, Any] = {}
+    settings: Mapping[str, Any] | None = None
     """The settings that decide the stage's results, as resolved."""
-    provenance: Provenance = {}
+    provenance: Provenance | None = None
+    units: Mapping[str, str] | None = None
+    """Units of metrics, where this run's differ from those of `rlhf.metrics`."""
 
 
 class Observer:
@@ -121,8 +123,9 @@ class LogWriter(Observer):
             total=start.total,
             unit=start.stage.unit,
             notes=list(start.notes),
-            settings=dict(start.settings),
-            provenance=start.provenance,
+            settings=dict(start.settings or {}),
+            provenance=start.provenance or {},
+            units=dict(start.units or {}),
         )
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:

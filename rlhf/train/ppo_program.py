@@ -84,7 +84,7 @@ def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
     per_iteration = updates_per_iteration(settings)
     iterations = settings.num_iterations - settings.critic_warmup
     if iteration < settings.critic_warmup:
-        return settings.learning_rate
+        return settings.peak_learning_rate
     schedule = make_schedule(settings, iterations * per_iteration)
     return lr_at_step(schedule, (iteration - settings.critic_warmup) * per_iteration + minibatch)
 
@@ -105,7 +105,7 @@ def make_ppo_program(
         dtype: of forward and backward passes.
         compile_to: see `Program`.
     """
-    rate = constant_schedule(settings.learning_rate)  # replaced in every step by `learning_rate`
+    rate = constant_schedule(settings.peak_learning_rate)  # replaced in every step by `learning_rate`
     limit = None if settings.target_kl is None else MetricLimit("policy/approxkl_avg", settings.target_kl)
     objective = functools.partial(
         make_ppo_objective,
@@ -141,7 +141,7 @@ def make_ppo_program(
             "rollout": make_completion_fn(
                 shapes.policy,
                 dtype=dtype,
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=settings.completion_tokens,
                 min_new_tokens=settings.min_new_tokens,
                 temperature=settings.temperature,
                 top_k=settings.top_k,

@@ -1,5 +1,6 @@
 """Checkpoints of a run, and the comparison of a run with its continuation: settings by value, files by content."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +23,17 @@ from rlhf.tree import all_finite
 Identity = dict[str, Any]
 """JSON values that a run and its continuation must share: settings, and digests of files."""
 
-_FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist", "threads")
+_FREE_TO_CHANGE = (
+    "config", "output_dir", "resume", "cache_dir", "start_at", "strict", "stop_early", "checkpoint.", "log.", "dist",
+    "threads",
+)  # fmt: skip
 """Prefixes of settings that may differ when a run is resumed; only the threads change its bits."""
 
 _NOT_FREE = ("dist.reduce",)
 """Settings with one of those prefixes that may not differ, because they change bits."""
+
+_BEFORE: dict[str, Any] = {"ppo.kl_budget": math.inf}
+"""The values of newer settings that older versions behaved by, where those are not the defaults."""
 
 _CONTENTS = {
     "data": "the data have changed",
@@ -89,7 +96,7 @@ def diff_settings(config: RunConfig, stage: Stage, before: Identity, now: Identi
     for name in sorted({*before, *now}):
         if name not in now:
             changes.append(f"{name} was {before[name]}, and this version of rlhf has no such setting")
-        elif (value := before.get(name, defaults.get(name, now[name]))) != now[name]:
+        elif (value := before.get(name, _BEFORE.get(name, defaults.get(name, now[name])))) != now[name]:
             described = f"{_origin(config, stage, name)}: {_CONTENTS[name]}" if name in _CONTENTS else None
             changes.append(described or f"{name} was {value}, is {now[name]}")
     return Difference(changes, notes)
