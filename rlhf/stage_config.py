@@ -212,7 +212,7 @@ class PPOConfig(OptimizerConfig):
 
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning-rate schedule after the warm-up; linear and cosine decay to 0."""
-    warmup_fraction: HalfOpenUnitInterval = 0.0
+    warmup_fraction: HalfOpenUnitInterval = 0.05
     """Fraction of all updates over which the learning rate increases linearly."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, applied to matrices and embeddings."""

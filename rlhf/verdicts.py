@@ -58,9 +58,8 @@ def reward_verdict(accuracy: float, pairs: int, *, bag_of_words: float, longer: 
     """
     figure = f"The reward model orders {accuracy:.0%} of {pairs} held-out pairs"
     error = _ONE_SIDED * 0.5 / math.sqrt(max(pairs, 1))
-    baselines = {"a bag of words": bag_of_words, "always choosing the longer": max(longer, 1.0 - longer)}
-    if longer < 0.5:
-        baselines["always choosing the shorter"] = baselines.pop("always choosing the longer")
+    by_length = "always choosing the longer" if longer >= 0.5 else "always choosing the shorter"
+    baselines = {"a bag of words": bag_of_words, by_length: max(longer, 1.0 - longer)}
     name, best = max(
         ((name, value) for name, value in baselines.items() if not math.isnan(value)), key=lambda item: item[1]
     )
@@ -114,3 +113,28 @@ def ppo_verdict(
     return Verdict(
         f"The policy's score rose {moved}{ending}. This is the reward that it was trained on: judge it by another one."
     )
+
+
+def policy_verdict(
+    *, judge: str, wins: tuple[float, float, float], prompts: int, against: str, is_own_reward: bool, ended: float
+) -> Verdict:
+    """Return the verdict on a policy by a judge's preference over another model.
+
+    Args:
+        judge: name of the judge.
+        wins: win rate and the ends of its interval; the ends are NaN where all prompts agree.
+        prompts: number of prompts.
+        against: name of the other model.
+        is_own_reward: True if the judge is the reward model that the policy was trained on.
+        ended: share of the policy's completions that end by themselves.
+    """
+    rate, low, high = wins
+    verb = "is preferred to" if low > 0.5 or (math.isnan(low) and rate > 0.5) else ""
+    verb = verb or ("loses to" if high < 0.5 or (math.isnan(high) and rate < 0.5) else "cannot be told from")
+    text = f"The policy {verb} {against} by {judge}: it wins on {rate:.0%} of {prompts} prompts"
+    text += "" if math.isnan(low) else f" (95% interval {low:.0%} to {high:.0%})"
+    if ended < 0.5:
+        text += f", but only {ended:.0%} of its completions end"
+    if is_own_reward:
+        text += ". That is the reward model it was trained on: judge it by another one (--judge)"
+    return Verdict(f"{text}.", sound=verb == "is preferred to" and ended >= 0.5)

@@ -15,7 +15,7 @@ from rlhf.io.provenance import PROMISE, code_commit, describe_provenance, proven
 
 
 def facts(**changes):
-    values = {"precision": "fp32", "threads": 1, "workers": 0, "compiled": False, "digests": {"data": "d"}} | changes
+    values = {"precision": "fp32", "threads": 1, "compiled": False, "digests": {"data": "d"}} | changes
     return provenance_of(torch.device("cpu"), **values)
 
 

@@ -21,6 +21,7 @@ from rlhf.evaluate.evaluation_inputs import (
     unique_prompts,
 )
 from rlhf.evaluate.evaluation_result import Evaluation
+from rlhf.evaluate.evaluation_verdict import judge_evaluation
 from rlhf.evaluate.held_out import held_out_data, mark_trained, training_pairs
 from rlhf.evaluate.judges import Judge, open_judges
 from rlhf.evaluate.policy_evaluation import evaluate_policy
@@ -89,7 +90,7 @@ def run_evaluation(
                 log_user(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}")
                 with spinner():
                     for evaluation, name, records in _evaluate(plan, config, context, folders, judges, run, train):
-                        evaluations.append(evaluation)
+                        evaluations.append(evaluation._replace(verdict=judge_evaluation(evaluation, folders.reward)))
                         lines[name] += records
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written", signal.SIGINT) from None
@@ -226,7 +227,6 @@ def _write(config: EvaluateConfig, report: Report, lines: dict[str, list[dict[st
             find_device(config.device),
             precision=config.precision,
             threads=compute_threads(config),
-            workers=config.dist.num_workers,
             compiled=None,
             digests={"data": {str(item.data.path): sha256(item.data.path) for item in report.evaluations}},
         ),

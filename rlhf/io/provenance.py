@@ -14,14 +14,14 @@ import torch
 import rlhf
 
 Provenance = dict[str, Any]
-"""JSON values by name: rlhf, torch, ray, python, commit, processor, device, precision, threads, workers, compile,
-command and digests. None where there is none."""
+"""JSON values by name: rlhf, torch, ray, python, commit, processor, device, precision, threads, compile, command
+and digests. None where there is none."""
 
 PROMISE = "the same processor, torch and threads give the same bits"
 
 
 def provenance_of(
-    device: torch.device, *, precision: str, threads: int, workers: int, compiled: bool | None, digests: dict[str, Any]
+    device: torch.device, *, precision: str, threads: int, compiled: bool | None, digests: dict[str, Any]
 ) -> Provenance:
     """Return the provenance of what this process computes now.
 
@@ -29,7 +29,6 @@ def provenance_of(
         device: as resolved; the processor is that of the CPU also for a GPU, whose name is the device's.
         precision: fp32 or bf16.
         threads: CPU threads of each computing process.
-        workers: Ray workers; 0 is this process alone.
         compiled: whether the training step is compiled; None where nothing is trained.
         digests: of data and models, by name.
     """
@@ -43,7 +42,6 @@ def provenance_of(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": precision,
         "threads": threads,
-        "workers": workers,
         "compile": compiled,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "digests": digests,

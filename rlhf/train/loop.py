@@ -73,7 +73,6 @@ def train(
         run.compute.device,
         precision=config.precision,
         threads=compute_threads(config),
-        workers=config.dist.num_workers,
         compiled=executor.compiled,
         digests=digests,
     )

@@ -208,14 +208,14 @@ def _judge(
     )
     lengths = np.array([split.validation.answer_lengths(record) for record in split.held_out])
     baselines = {
-        "eval/reward/bag_of_words": float(win_indicator(margins, 0.0).mean()),
-        "eval/reward/longer": float(win_indicator(*lengths.T).mean()),
+        "eval/baseline/bag_of_words": float(win_indicator(margins, 0.0).mean()),
+        "eval/baseline/longer": float(win_indicator(*lengths.T).mean()),
     }
     verdict = reward_verdict(
         metrics["eval/reward/accuracy"],
         len(split.held_out),
-        bag_of_words=baselines["eval/reward/bag_of_words"],
-        longer=baselines["eval/reward/longer"],
+        bag_of_words=baselines["eval/baseline/bag_of_words"],
+        longer=baselines["eval/baseline/longer"],
     )
     return verdict, baselines
 

@@ -151,7 +151,7 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     verdict = None
     if held_out:
         unigram = _unigram_perplexity(split, max_length, model.config.vocab_size)
-        metrics |= {"eval/unigram_perplexity": unigram}
+        metrics |= {"eval/baseline/unigram": unigram}
         verdict = sft_verdict(metrics["eval/perplexity"], unigram, len(split.held_out))
     if not run.is_saved:
         params = run.trained_params(executor, metrics.get("eval/loss", 0.0))
