@@ -98,7 +98,7 @@ def _updates_once(ppo: PPOConfig) -> bool:
 def _has_no_warmup_step(ppo: PPOConfig) -> bool:
     minibatches = -(-ppo.batch_size * ppo.samples_per_prompt // ppo.minibatch_size)
     updates = (ppo.num_iterations - ppo.critic_warmup) * ppo.num_epochs * minibatches
-    return ppo.warmup_fraction * updates < 1
+    return 0 < ppo.warmup_fraction * updates < 1
 
 
 def _is_registered(config: Any) -> bool:

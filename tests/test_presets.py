@@ -269,7 +269,7 @@ REFUSED = {
     "infinite": ("sft: {epochs: .inf}", "sft.epochs must be finite and above 0, got inf"),
     "seed too large": ("seed: 18446744073709551616", "seed must be in [0, 18446744073709551615]"),
     "seed negative": ("seed: -1", "seed must be in [0, 18446744073709551615], got -1"),
-    "contradiction": ("ppo: {min_new_tokens: 40, max_new_tokens: 32}", "ppo.min_new_tokens must be at most max_new_tokens"),
+    "contradiction": (
         "ppo: {min_new_tokens: 40, max_new_tokens: 32}",
         "ppo.min_new_tokens must be at most max_new_tokens = 32, got 40",
     ),

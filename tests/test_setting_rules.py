@@ -125,7 +125,7 @@ ALWAYS: dict[type, dict[str, str]] = {
     },
     monitor.Monitor: {
         "log_dir": "what is read",
-        **dict.fromkeys(("live", "serve", "report", "plot_type", "check"), "what is done; one at a time"),
+        **dict.fromkeys(("live", "serve", "report", "plot_type", "check", "compare"), "what is done; one at a time"),
     },
 }
 ALWAYS[PipelineRun] |= {"stop_early": "when a stage is ended", "strict": "when a pipeline is ended"}

@@ -66,7 +66,7 @@ def train(
     config = run.config
     digests, settings = identity, settings_of(config, run.stage)
     identity = identity | settings | {"compiled": executor.compiled}
-    first, state = restore(run, executor, state, identity)
+    first, state = restore(run, executor, state, identity, total)
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
     check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))
     run.provenance = provenance_of(
