@@ -25,6 +25,8 @@ def show_report(report: Report, console: Console) -> None:
     for evaluation in report.evaluations:
         console.print(_heading(evaluation))
         console.print(_SHOWN[evaluation.kind](evaluation, console.width))
+        if evaluation.verdict:
+            console.print(Text(evaluation.verdict, style="bold"))
         console.print()
     for kind, reason in report.skipped.items():
         console.print(f"{kind} left out: {reason}", markup=False, soft_wrap=True)

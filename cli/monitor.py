@@ -3,7 +3,8 @@
 Usage:
     rlhf-monitor --log-dir outputs/logs --live
     rlhf-monitor --log-dir outputs/logs --serve
-    rlhf-monitor --log-dir outputs/logs --plot-type all
+    rlhf-monitor --log-dir outputs/logs --plot-type all --plot-format pdf
+    rlhf-monitor --log-dir seed-0 seed-1 other-0 other-1 --compare
     rlhf-monitor --log-dir outputs/logs --check
     rlhf-monitor --log-dir seed-0/logs seed-1/logs seed-2/logs --report
 """
@@ -31,15 +32,22 @@ class Monitor(Section):
     """Settings of rlhf-monitor."""
 
     log_dir: tuple[Path, ...] = (Path("outputs/logs"),)
-    """Log folders or output folders of runs. Several runs are compared: plots show their mean and spread."""
+    """Log folders or output folders of runs. Several runs are compared: those with the same settings are one line with
+    a 95% interval over their seeds."""
     live: bool = False
     """Follow one run in the terminal until Ctrl-C. Without a terminal, its state is printed once."""
     serve: bool = False
     """Follow runs on a local web page with charts, samples and health checks."""
     report: bool = False
     """Write the same page as one self-contained file, report.html."""
+    compare: bool = False
+    """Print the settings in which runs differ, and a table of their final figures."""
     plot_type: Literal["all", "loss", "reward", "kl", "lengths", "timing", "samples"] | None = None
-    """Write the plots of one kind, or all of them, as PNG files."""
+    """Write the plots of one kind, or all of them."""
+    plot_format: Literal["png", "pdf", "svg"] = "png"
+    """File format of plots."""
+    titles: bool = True
+    """Write the question that each plot answers above it."""
     check: bool = False
     """Print the health checks. The exit code is 1 if one of them finds a problem, and 0 otherwise."""
     output_dir: Path | None = None
@@ -58,6 +66,12 @@ RULES = (
         ("output_dir", "overwrite"),
         lambda settings: not settings.report and settings.plot_type is None,
         "has no effect without --report or --plot-type",
+        refused=True,
+    ),
+    Rule(
+        ("plot_format", "titles"),
+        lambda settings: settings.plot_type is None,
+        "has no effect without --plot-type",
         refused=True,
     ),
 )
@@ -89,10 +103,13 @@ def _monitor(settings: Monitor) -> int:
         "--live": (settings.live, _live),
         "--serve": (settings.serve, _serve),
         "--report": (settings.report, _report),
+        "--compare": (settings.compare, _compare),
         "--plot-type": (settings.plot_type is not None, _plot),
         "--check": (settings.check, _check),
     }
-    chosen = [name for name, (requested, _) in actions.items() if requested] or ["--live"]
+    chosen = [name for name, (requested, _) in actions.items() if requested] or [
+        "--compare" if len(settings.log_dir) > 1 else "--live"
+    ]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)}: one at a time")
     check_rules(settings, RULES)
@@ -103,7 +120,7 @@ def _monitor(settings: Monitor) -> int:
 
 def _live(settings: Monitor) -> int:
     if len(settings.log_dir) > 1:
-        raise UserError("--live follows one run; give one --log-dir, or compare several with --serve")
+        raise UserError("--live follows one run; give one --log-dir, or compare several with --compare or --serve")
     from rich.console import Console  # imported here because it may take a second
     from rlhf.cli.monitor_live import follow
 
@@ -140,8 +157,24 @@ def _plot(settings: Monitor) -> int:
     from rlhf.monitor.plots import write_plots
 
     folder, kind = _output(settings), settings.plot_type or "all"
-    for path in write_plots(settings.log_dir, kind, folder, overwrite=settings.overwrite):
+    paths = write_plots(
+        settings.log_dir,
+        kind,
+        folder,
+        overwrite=settings.overwrite,
+        file_format=settings.plot_format,
+        titles=settings.titles,
+    )
+    for path in paths:
         print(path)
+    return 0
+
+
+def _compare(settings: Monitor) -> int:
+    from rich.console import Console
+    from rlhf.cli.monitor_compare import print_comparison
+
+    print_comparison(settings.log_dir, Console(highlight=False))
     return 0
 
 

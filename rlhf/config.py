@@ -179,6 +179,8 @@ class RunConfig(ComputeConfig, OutputConfig):  # whose flags come first, because
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step with torch.compile. Compilation takes half a minute or more the first time and makes
     steps faster; auto compiles if the run is long enough to make up for it. The bits of a result depend on it."""
+    stop_early: bool = True
+    """Save and stop a stage that has gone wrong: its KL is far above ppo.kl_budget, or its training loss rises."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -234,3 +236,5 @@ class PipelineRun(SFTRun, RewardRun, DPORun, PPORun):
 
     start_at: Literal["sft", "reward", "ppo"] = "sft"
     """First stage to run. The models of earlier stages must be in output_dir."""
+    strict: bool = False
+    """Stop after a stage whose model is not good enough for the next one to build on."""

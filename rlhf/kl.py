@@ -195,3 +195,42 @@ def adaptive_kl_coef(
     error = kl / target - 1.0
     error = error.clamp(-0.2, 0.2) if isinstance(error, Tensor) else min(max(error, -0.2), 0.2)
     return kl_coef * (1.0 + error * num_samples / horizon)
+
+
+def budget_kl_coef(
+    kl_coef: float | Tensor, kl: float | Tensor, *, budget: float | Tensor, floor: float | Tensor, most: float = 1.5
+) -> Any:
+    """Return the KL coefficient, raised where the KL per sequence exceeds a budget and lowered to `floor` below it.
+
+        max(floor, kl_coef * clip(kl / budget, 1 / most, most))
+
+    A budget is a bound, not a target: below it the coefficient falls back to `floor` and no lower, so that a run that
+    stays within its budget is one with the fixed coefficient `floor`. It answers within a few iterations, however
+    long the run is, where `adaptive_kl_coef` takes its horizon. Source: a multiplicative controller in the manner of
+    Schulman et al. 2017, section 4, https://arxiv.org/abs/1707.06347, whose factor is 2.
+
+    Args:
+        kl_coef: the present coefficient, >= floor. This and all that follow but `most` are numbers or [] tensors.
+        kl: the mean KL per sequence just measured, nats.
+        budget: nats per sequence, > 0; infinity keeps `floor`.
+        floor: the lowest coefficient, >= 0; at 0 the coefficient stays 0.
+        most: the largest factor of one call, > 1.
+
+    Returns:
+        The new coefficient: a float, or a [] tensor where an argument is one.
+
+    Raises:
+        ValueError: budget is not positive, or most is not above 1.
+
+    Example:
+        >>> budget_kl_coef(0.1, 30.0, budget=10.0, floor=0.05), budget_kl_coef(0.06, 1.0, budget=10.0, floor=0.05)
+        (0.15000000000000002, 0.05)
+    """
+    check_value("budget_kl_coef", budget > 0, "above 0", budget=budget)
+    check_value("budget_kl_coef", most > 1, "above 1", most=most)
+    used = kl / budget
+    factor = used.clamp(1 / most, most) if isinstance(used, Tensor) else min(max(used, 1 / most), most)
+    raised = kl_coef * factor
+    if isinstance(raised, Tensor) or isinstance(floor, Tensor):
+        return torch.maximum(torch.as_tensor(raised), torch.as_tensor(floor))
+    return max(floor, raised)

@@ -24,8 +24,9 @@ from rlhf.ranges import (
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule; the base class of every stage's section."""
 
-    learning_rate: NonNegativeFloat = 1e-3
-    """Peak learning rate, reached after warm-up."""
+    learning_rate: NonNegativeFloat | None = None
+    """Peak learning rate, reached after warm-up. If None, it is lower for a pre-trained model than for one trained
+    from scratch: SFT 5e-5 or 1e-3, reward model 1e-5 or 3e-4, DPO 1e-6 or 1e-4, PPO 1e-5 or 1e-4."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning-rate schedule after warm-up; linear and cosine decay to 0."""
     warmup_fraction: HalfOpenUnitInterval = 0.05
@@ -44,6 +45,15 @@ class OptimizerConfig(Section):
     """Number of packed rows per forward and backward pass. Limits memory; changes results only by rounding."""
     gradient_checkpointing: bool = False
     """Recompute the activations inside each block in the backward pass to save memory. Results have the same bits."""
+
+    def default_rates(self) -> tuple[float, float]:
+        """Return the default learning rates of a model from scratch and of a pre-trained one."""
+        return 1e-3, 5e-5
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate; that of a model from scratch if none is set."""
+        return self.default_rates()[0] if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +93,16 @@ class RewardConfig(SupervisedConfig):
 
     epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
     """Number of passes over the training split. One is common, because reward models overfit quickly."""
-    learning_rate: NonNegativeFloat = 3e-4
-    """Peak learning rate, reached after warm-up."""
     centre_coef: NonNegativeFloat = 0.01
     """Weight of the penalty (chosen + rejected)^2, which keeps rewards centred at 0; 0 disables it."""
     use_margin: bool = False
     """Use the records' `margin` column as the margin of the loss."""
     model_path: Path | None = None
     """Model folder whose trunk initialises the reward model. If None, OUTPUT_DIR/sft is used."""
+
+    def default_rates(self) -> tuple[float, float]:
+        """Return the default learning rates of a model from scratch and of a pre-trained one."""
+        return 3e-4, 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +111,6 @@ class DPOConfig(SupervisedConfig):
 
     epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
     """Number of passes over the training split; may be fractional."""
-    learning_rate: NonNegativeFloat = 1e-4
-    """Peak learning rate, reached after the warm-up."""
     beta: PositiveFloat = 0.1
     """Coefficient of the KL to the reference, in reward units per nat; the tau of IPO."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -108,7 +118,11 @@ class DPOConfig(SupervisedConfig):
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
     """Probability that a label is wrong, in the sigmoid loss."""
     model_path: Path | None = None
-    """Model folder that initialises the policy, and is the reference. If None, OUTPUT_DIR/sft."""
+    """Model folder that initialises the policy, and is the reference. If None, OUTPUT_DIR/sft is used."""
+
+    def default_rates(self) -> tuple[float, float]:
+        """Return the default learning rates of a model from scratch and of a pre-trained one."""
+        return 1e-4, 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +151,9 @@ class PPOConfig(OptimizerConfig):
     rollout_slots: BatchSize = 64
     """Number of completions of a micro-batch generated concurrently; when one ends, the next takes its slot."""
 
-    max_new_tokens: BatchSize = 32
-    """Maximum number of tokens per completion."""
+    max_new_tokens: BatchSize | None = None
+    """Maximum number of tokens per completion. If None, 95% of the SFT model's demonstrations fit; 32 if they are not
+    known."""
     min_new_tokens: NonNegativeInt = 0
     """Minimum number of tokens per completion; no stop token is sampled before them."""
     temperature: PositiveFloat = 1.0
@@ -154,13 +169,17 @@ class PPOConfig(OptimizerConfig):
     """Normalise a reward model's scores by the mean and std stored with it."""
     reward_clip: PositiveFloatOrInf = 10.0
     """Clip scores to [-reward_clip, reward_clip]; inf disables clipping."""
-    missing_eos_penalty: NonNegativeFloat = 0.0
-    """Penalty subtracted from the score of a completion without an end-of-text token."""
+    missing_eos_penalty: NonNegativeFloat | None = None
+    """Penalty subtracted from the score of a completion without an end-of-text token. If None, 1 if the demonstrations
+    of the SFT model end within max_new_tokens, otherwise 0."""
     whiten_rewards: bool = False
     """Scale per-token rewards to unit variance over the batch without shifting their mean."""
 
     kl_coef: NonNegativeFloat = 0.05
-    """Coefficient of the KL to the reference; the initial one if kl_adaptive is set."""
+    """Coefficient of the KL to the reference: the lowest one with kl_budget, the initial one with kl_adaptive."""
+    kl_budget: PositiveFloatOrInf = 10.0
+    """KL to the reference, in nats per completion, above which kl_coef is raised until the KL is below it again. inf
+    keeps kl_coef fixed. Has no effect with kl_adaptive."""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """Per-token KL estimator. In the reward: k1, whose optimum is the Gibbs policy, or k2 or k3, whose optima are not.
     In the loss: k2, k3, or exact, which sums over the vocabulary."""
@@ -170,9 +189,9 @@ class PPOConfig(OptimizerConfig):
     """Adapt kl_coef so that the KL approaches kl_target."""
     kl_target: PositiveFloat = 6.0
     """Target of the adaptive kl_coef: KL to the reference in nats per completion. For early stopping, see target_kl."""
-    kl_horizon: PositiveFloat = 10_000.0
-    """Number of completions over which the adaptive coefficient changes by at most about 20%. It must be at least the
-    number of completions per iteration."""
+    kl_horizon: PositiveFloat | None = None
+    """Number of completions over which the adaptive coefficient changes by at most about 20%. Must be at least the
+    number of completions per iteration. If None, a twentieth of the run's completions, if that is not less."""
     ref_ema: UnitInterval | None = None
     """Update the reference after each iteration: reference = ref_ema * reference + (1 - ref_ema) * policy. If None, the
     reference is fixed."""
@@ -229,11 +248,9 @@ class PPOConfig(OptimizerConfig):
     """Recompute the sampled tokens' log-probs in a forward pass before the updates. If None, only in bf16, where cached
     decoding rounds differently."""
 
-    learning_rate: NonNegativeFloat = 1e-4
-    """Peak learning rate, reached after warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the learning-rate schedule after warm-up; linear and cosine decay to 0."""
-    warmup_fraction: HalfOpenUnitInterval = 0.0
+    warmup_fraction: HalfOpenUnitInterval = 0.05
     """Fraction of all updates over which the learning rate increases linearly."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, applied to matrices and embeddings."""
@@ -245,13 +262,13 @@ class PPOConfig(OptimizerConfig):
         total = self.batch_size * self.samples_per_prompt
         for name, value, expression, maximum in (
             ("minibatch_size", self.minibatch_size, "batch_size * samples_per_prompt", total),
-            ("min_new_tokens", self.min_new_tokens, "max_new_tokens", self.max_new_tokens),
+            ("min_new_tokens", self.min_new_tokens, "max_new_tokens", self.completion_tokens),
             ("critic_warmup", self.critic_warmup, "num_iterations - 1", self.num_iterations - 1),
         ):
             if value > maximum:
                 raise ValueError(f"{name} must be at most {expression} = {maximum}, got {value}")
-        if self.kl_adaptive and self.kl_horizon < total:
-            raise ValueError(f"kl_horizon must be at least an iteration's {total} completions, got {self.kl_horizon:g}")
+        if self.kl_adaptive and self.horizon < total:
+            raise ValueError(f"kl_horizon must be at least an iteration's {total} completions, got {self.horizon:g}")
         if self.kl_in_loss and self.kl_estimator == "k1" and not self.kl_importance_weighting:
             raise ValueError(
                 "kl_estimator must be k2, k3 or exact with kl_in_loss, got k1: its gradient is 0 on average"
@@ -263,3 +280,18 @@ class PPOConfig(OptimizerConfig):
                 "kl_estimator must be k1, k2 or k3 without kl_in_loss, got exact, which does not depend on the token "
                 "drawn: as a reward it would not hold the policy back"
             )
+
+    def default_rates(self) -> tuple[float, float]:
+        """Return the default learning rates of a model from scratch and of a pre-trained one."""
+        return 1e-4, 1e-5
+
+    @property
+    def completion_tokens(self) -> int:
+        """The maximum number of tokens per completion; 32, or min_new_tokens if more, if none is set."""
+        return max(32, self.min_new_tokens) if self.max_new_tokens is None else self.max_new_tokens
+
+    @property
+    def horizon(self) -> float:
+        """The horizon of the adaptive coefficient, by rule if none is set."""
+        per_iteration = self.batch_size * self.samples_per_prompt
+        return max(1.0, self.num_iterations / 20) * per_iteration if self.kl_horizon is None else self.kl_horizon

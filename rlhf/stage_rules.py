@@ -7,6 +7,15 @@ from typing import Any
 from rlhf.config import DPOConfig, PPOConfig
 from rlhf.setting_rules import Rule, flag_of
 
+CHOSEN_BY_RULE = {
+    "model": ("n_positions",),
+    "sft": ("learning_rate",),
+    "reward": ("learning_rate",),
+    "dpo": ("learning_rate",),
+    "ppo": ("learning_rate", "max_new_tokens", "missing_eos_penalty", "kl_horizon"),
+}
+"""Settings, by section, that a stage chooses by rule where they are None."""
+
 _SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
 _NO_SAMPLES = Rule(
     ("log.samples", "log.token_samples"), lambda config: not hasattr(config, "ppo"), "has no effect outside of PPO"
@@ -108,7 +117,7 @@ def _updates_once(ppo: PPOConfig) -> bool:
 def _has_no_warmup_step(ppo: PPOConfig) -> bool:
     minibatches = -(-ppo.batch_size * ppo.samples_per_prompt // ppo.minibatch_size)
     updates = (ppo.num_iterations - ppo.critic_warmup) * ppo.num_epochs * minibatches
-    return ppo.warmup_fraction * updates < 1
+    return 0 < ppo.warmup_fraction * updates < 1
 
 
 def _is_registered(config: Any) -> bool:
@@ -267,6 +276,17 @@ PPO_RULES = (
         lambda config: not config.ppo.kl_adaptive,
         "has no effect without --ppo.kl-adaptive (--ppo.target-kl stops updates early)",
         refused=True,
+    ),
+    Rule(
+        ("ppo.kl_budget",),
+        lambda config: config.ppo.kl_coef == 0,
+        "a --ppo.kl-coef of 0 stays 0 when it is raised; give it a start above 0",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.kl_budget",),
+        lambda config: config.ppo.kl_adaptive,
+        "has no effect with --ppo.kl-adaptive, which aims at --ppo.kl-target",
     ),
     Rule(
         ("ppo.kl_estimator", "ppo.kl_in_loss"),

@@ -30,6 +30,8 @@ class StageResult(NamedTuple):
     """Metrics of the last evaluation."""
     finished: bool = True
     """False if a callback stopped the stage, in which case its state is saved but its model is not written."""
+    verdict: Any = None
+    """`rlhf.verdicts.Verdict` on the model; None if there is too little to judge it by."""
 
 
 @documented

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from synthetic_logs import append, completion, healthy, write_log
@@ -372,3 +373,82 @@ def test_a_long_run_opens_and_is_searched(browser, tmp_path, serve):
     size = (tmp_path / "report.html").stat().st_size
     print(f"report of {size / 1e6:.1f} MB in {time.perf_counter() - begun:.2f} s")
     assert size < 5_000_000
+
+
+def with_setup(logs: Path, **settings: Any) -> Path:
+    path = logs / "metrics.jsonl"
+    first, *rest = path.read_text().splitlines()
+    setup = {"settings": settings, "provenance": {"torch": "2.13.0", "digests": {}, "command": HOSTILE}, "units": {}}
+    verdict = {"stage": "ppo", "event": "verdict", "text": "The policy's score rose.", "sound": True}
+    lines = [json.dumps(json.loads(first) | setup), *rest, json.dumps(verdict)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+    return logs
+
+
+def test_runs_are_compared_in_groups_of_equal_settings_and_never_averaged_across(opened, browser, tmp_path):
+    opened(
+        *(
+            with_setup(write_log(tmp_path / f"{rate}-{seed}", seed=seed, samples=1), seed=seed, rate=rate)
+            for rate in ("low", "high")
+            for seed in range(2)
+        )
+    )
+    until(browser, "document.querySelector('.comparison')")
+    table = text_of(browser, ".comparison")
+    for words in ("rate low", "rate high", "mean of 2 runs", "low-0", "high-1", "KL to the reference", "["):
+        assert words in table
+    assert "The policy's score rose." in text_of(browser, "#overview")
+    open_tab(browser, "charts")
+    until(browser, "document.querySelector('#charts .legend li')")
+    legend = text_of(browser, "#charts .legend")
+    assert "rate low (mean of 2, 95% interval): Score\n" in legend
+    assert legend.count("mean of 2") == 4, "of two groups and two metrics"
+
+
+def test_settings_provenance_and_evaluation_have_their_place(opened, browser, tmp_path):
+    logs = with_setup(write_log(tmp_path / "run", samples=1), **{"ppo.kl_coef": 0.25})
+    figure = {"value": 0.62, "low": 0.5, "high": 0.7, "n": 90}
+    evaluation = {
+        "eval_type": "reward", "data": "pairs.json", "verdict": "It can be optimised.",
+        "figures": {"model": {"eval/reward/accuracy": figure}},
+    }  # fmt: skip
+    (tmp_path / "run" / "report").mkdir()
+    (tmp_path / "run" / "report" / "evaluation.json").write_text(json.dumps({"evaluations": [evaluation]}))
+    opened(logs)
+    open_tab(browser, "setup")
+    setup = text_of(browser, "#setup")
+    for words in (
+        "ppo.kl_coef",
+        "0.25",
+        "torch",
+        "2.13.0",
+        "same processor, torch and threads",
+        "It can be optimised.",
+    ):
+        assert words in setup
+    assert "0.62 [0.5, 0.7]" in setup
+    open_tab(browser, "events")
+    assert "kl_coef" not in text_of(browser, "#events")
+
+
+def test_a_chart_is_saved_as_numbers_and_as_a_drawing(opened, browser, tmp_path):
+    opened(write_log(tmp_path / "run", count=30))
+    open_tab(browser, "charts")
+    until(browser, "document.querySelector('#charts .frame canvas')")
+    script = (
+        "(() => { window.saved = {}; save = (name, type, content) => { window.saved[name] = content; }; return 1; })()"
+    )
+    until(browser, script)
+    for kind in ("PNG", "SVG", "CSV"):
+        browser.execute_script(
+            "document.querySelector(arguments[0]).click()", f"#charts .exports [aria-label='Save as {kind}']"
+        )
+    csv = browser.execute_script("return Object.entries(window.saved).find(([name]) => name.endsWith('.csv'))[1]")
+    heading, *rows = csv.strip().split("\n")
+    assert heading.startswith("iteration,")
+    assert len(rows) == 30
+    assert rows[0].startswith("1,")
+    svg = browser.execute_script("return Object.entries(window.saved).find(([name]) => name.endsWith('.svg'))[1]")
+    root = ElementTree.fromstring(svg)
+    assert root.findall("{http://www.w3.org/2000/svg}polyline")
+    until(browser, "Object.entries(window.saved).find(([name, blob]) => name.endsWith('.png') && blob.size > 1000)")

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_stages
@@ -109,7 +110,8 @@ def test_the_critic_warms_up_at_the_full_rate_and_the_log_has_the_rate_used(base
 @pytest.mark.parametrize(("schedule", "final"), [("linear", 0.0), ("cosine", 0.0), ("constant", 1e-3)])
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_schedules_reach_their_end_whatever_target_kl_passes_over(schedule, final, warmup):
-    settings = PPOConfig(num_iterations=10, critic_warmup=warmup, schedule=schedule, learning_rate=1e-3, target_kl=0.1)
+    rates: dict[str, Any] = {"schedule": schedule, "learning_rate": 1e-3, "warmup_fraction": 0.0}
+    settings = PPOConfig(num_iterations=10, critic_warmup=warmup, target_kl=0.1, **rates)
     last = learning_rate(settings, 9, updates_per_iteration(settings) - 1)
     assert last == pytest.approx(final, abs=1e-3 / ((10 - warmup) * updates_per_iteration(settings)) + 1e-9)
     first = learning_rate(settings, warmup, 0)

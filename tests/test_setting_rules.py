@@ -125,9 +125,10 @@ ALWAYS: dict[type, dict[str, str]] = {
     },
     monitor.Monitor: {
         "log_dir": "what is read",
-        **dict.fromkeys(("live", "serve", "report", "plot_type", "check"), "what is done; one at a time"),
+        **dict.fromkeys(("live", "serve", "report", "plot_type", "check", "compare"), "what is done; one at a time"),
     },
 }
+ALWAYS[PipelineRun] |= {"stop_early": "when a stage is ended", "strict": "when a pipeline is ended"}
 RULES: dict[type, tuple[Rule, ...]] = {
     PipelineRun: (*COMPUTE_RULES, *(rule for stage in STAGES.values() for rule in stage.rules)),
     EvaluateConfig: (*COMPUTE_RULES, *NO_POLICY_RULES, *POLICY_RULES),

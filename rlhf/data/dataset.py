@@ -90,6 +90,14 @@ class Dataset:
         lengths: list[int] = (np.diff(self._offsets[first : last + 1]) - self._prompts[first:last]).tolist()
         return lengths
 
+    def token_counts(self) -> np.ndarray:
+        """Return the number of tokens of each sequence, not truncated, end-of-text included, [records, members]."""
+        return self._whole_lengths()
+
+    def answer_counts(self) -> np.ndarray:
+        """Return the number of tokens of each answer, as `token_counts`."""
+        return self._whole_lengths() - np.reshape(self._prompts, (-1, self.members))
+
     def prompt(self, record: int, max_length: int) -> np.ndarray:
         """Return the last `max_length` tokens of the prompt, [n] int64."""
         start = int(self._offsets[record * self.members])

@@ -76,7 +76,7 @@ def _comparison_file(config: PipelineRun) -> Path:
 def _compare(config: PipelineRun, before: Path, after: Path, prompts: Path) -> DemoResult:
     """Complete the prompts with both models, and score the completions with the gold judge."""
     settings = EvaluateConfig(seed=config.seed, cache_dir=config.cache_dir, device="cpu")
-    sampling = Sampling(("sampled",), config.ppo.temperature, config.ppo.max_new_tokens, config.seed)
+    sampling = Sampling(("sampled",), config.ppo.temperature, config.ppo.completion_tokens, config.seed)
     gold = Judge("gold", gold_score, pairwise=False)
     (comparison,) = compare_folders(after, before, prompts, [gold], sampling, settings)
     policy, reference = comparison.sides["policy"], comparison.sides["against"]

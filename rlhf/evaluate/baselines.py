@@ -1,4 +1,4 @@
-"""A bag-of-words baseline, which a reward model must beat to have learnt anything."""
+"""Baselines that a model must beat to have learnt anything: token frequencies, word counts and lengths."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +27,20 @@ def bag_of_words(pairs: Sequence[dict[str, str]], train: Sequence[dict[str, str]
     for train_rows, test_rows in _folds([pair["prompt"] for pair in pairs], seed):
         margins[test_rows] = _fit_and_score([pairs[i] for i in train_rows], [pairs[i] for i in test_rows])
     return margins
+
+
+def unigram_perplexity(train: Sequence[Array], held_out: Sequence[Array], vocab_size: int) -> float:
+    """Return the perplexity of the model that knows how often each token occurs in training texts, plus one.
+
+        exp(-mean log((n_v + 1) / (N + V))),   n_v of N training tokens are v, the mean over held-out tokens
+
+    Args:
+        train: token ids of each training text, [n] int.
+        held_out: token ids of each held-out text, [n] int.
+        vocab_size: number of different tokens.
+    """
+    counts = np.bincount(np.concatenate(train), minlength=vocab_size) + 1.0
+    return float(np.exp(-np.log(counts / counts.sum())[np.concatenate(held_out)].mean()))
 
 
 def _fit_and_score(train: Sequence[dict[str, str]], pairs: Sequence[dict[str, str]]) -> Array:

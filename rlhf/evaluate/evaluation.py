@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rlhf.config import PipelineRun
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
-from rlhf.distributed.compute_context import ComputeContext, compute_threads, open_compute_context
+from rlhf.distributed.compute_context import ComputeContext, compute_threads, find_device, open_compute_context
 from rlhf.errors import Interrupted, UserError
 from rlhf.evaluate.evaluate_config import NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
 from rlhf.evaluate.evaluation_inputs import (
@@ -21,12 +21,15 @@ from rlhf.evaluate.evaluation_inputs import (
     unique_prompts,
 )
 from rlhf.evaluate.evaluation_result import Evaluation
+from rlhf.evaluate.evaluation_verdict import judge_evaluation
 from rlhf.evaluate.held_out import held_out_data, mark_trained, training_pairs
 from rlhf.evaluate.judges import Judge, open_judges
 from rlhf.evaluate.policy_evaluation import evaluate_policy
 from rlhf.evaluate.reward_evaluation import evaluate_reward
 from rlhf.evaluate.sft_evaluation import evaluate_sft
+from rlhf.io.files import sha256
 from rlhf.io.output import check_output, remove_output, write_json, write_output
+from rlhf.io.provenance import provenance_of
 from rlhf.io.user_log import log_user
 from rlhf.setting_rules import COMPUTE_RULES, check_rules
 
@@ -87,7 +90,7 @@ def run_evaluation(
                 log_user(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}")
                 with spinner():
                     for evaluation, name, records in _evaluate(plan, config, context, folders, judges, run, train):
-                        evaluations.append(evaluation)
+                        evaluations.append(evaluation._replace(verdict=judge_evaluation(evaluation, folders.reward)))
                         lines[name] += records
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written", signal.SIGINT) from None
@@ -220,6 +223,13 @@ def _write(config: EvaluateConfig, report: Report, lines: dict[str, list[dict[st
         "seed": config.seed,
         "threads": compute_threads(config),
         "precision": config.precision,
+        "provenance": provenance_of(
+            find_device(config.device),
+            precision=config.precision,
+            threads=compute_threads(config),
+            compiled=None,
+            digests={"data": {str(item.data.path): sha256(item.data.path) for item in report.evaluations}},
+        ),
         "evaluations": [evaluation.plain() for evaluation in report.evaluations],
         "skipped": report.skipped,
     }

@@ -23,6 +23,9 @@ class Evaluation(NamedTuple):
     facts: dict[str, Any]
     """Other plain values: counts, settings, curves."""
 
+    verdict: str = ""
+    """One sentence on the figures."""
+
     def plain(self) -> dict[str, Any]:
         """Return the evaluation as JSON values."""
         return {
@@ -32,6 +35,7 @@ class Evaluation(NamedTuple):
             **({"data_origin": self.data.origin} if self.data.origin else {}),
             **self.facts,
             "unit": self.unit,
+            "verdict": self.verdict,
             "figures": {
                 column: {name: plain(figure) for name, figure in figures.items()}
                 for column, figures in self.figures.items()

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf.data.collate import join_completions, pack_completions, unpack_tokens
 from rlhf.data.dataset import TokenSequence
 from rlhf.distributed.compute_context import ComputeContext
+from rlhf.evaluate.baselines import unigram_perplexity
 from rlhf.evaluate.estimates import exponential, figures, ratio
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation_inputs import TestData, open_data
@@ -37,11 +38,12 @@ def evaluate_sft(config: EvaluateConfig, context: ComputeContext, folder: Path, 
     dataset, records = open_data(data, model.tokenizer, config)
     max_length = model.config.n_positions
     program = functools.partial(make_sft_measures, model.config, context.dtype)
-    losses, correct, tokens = [], [], []
+    losses, correct, tokens, completions = [], [], [], []
     with context.open_executor(program, ModelState(model.params, {})) as executor:
         for start in range(0, len(records), _RECORDS_AT_ONCE):
             chunk = records[start : start + _RECORDS_AT_ONCE]
             sequences = [dataset.sequences(record, max_length)[0] for record in chunk]
+            completions += [sequence.tokens[sequence.prompt :] for sequence in sequences]
             log_probs, hits, mask = _measure(executor, sequences, config.micro_batch_size)
             losses.append(-log_probs.double().sum(dim=1))
             correct.append(hits.double().sum(dim=1))
@@ -49,7 +51,12 @@ def evaluate_sft(config: EvaluateConfig, context: ComputeContext, folder: Path, 
     loss, hit, count = (torch.cat(parts).numpy() for parts in (losses, correct, tokens))
     nats = ratio(loss, count)
     estimates = {"eval/loss": nats, "eval/perplexity": exponential(nats), "eval/accuracy": ratio(hit, count)}
-    extras = {"tokens": int(count.sum()), "cut": dataset.count_cut(max_length, records)}
+    frequencies = unigram_perplexity(completions, completions, model.config.vocab_size)
+    extras = {
+        "unigram_perplexity": frequencies,
+        "tokens": int(count.sum()),
+        "cut": dataset.count_cut(max_length, records),
+    }
     columns = {"model": figures(estimates, seed=config.seed)}
     return Evaluation("sft", {"model": folder}, data, "records", columns, extras)
 

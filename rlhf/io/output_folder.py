@@ -1,6 +1,8 @@
 """The output folder of a run: checks before writing, the place of checkpoints, and the resolved configuration."""
 
+import contextlib
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -11,9 +13,16 @@ from rlhf.io.manifest import has_manifest, read_manifest
 from rlhf.io.output import has_record, is_ours, write_output
 from rlhf.io.paths import absolute_paths
 from rlhf.io.presets import dump_config, load_config
+from rlhf.io.provenance import PROMISE, Provenance
 from rlhf.io.run_log import check_logs
 from rlhf.setting_rules import flag_of
+from rlhf.stage_rules import CHOSEN_BY_RULE
 from rlhf.stages import STAGES, Stage, pipeline_type
+
+_HEADER = f"""\
+# The settings of a run as resolved. Each stage's result also depends on what its line here says:
+# {PROMISE}.
+"""
 
 
 def checkpoint_folder(config: RunConfig, stage: Stage) -> Path:
@@ -56,15 +65,29 @@ def has_checkpoints(config: RunConfig) -> bool:
     return any(last_step(checkpoint_folder(config, stage)) is not None for stage in STAGES.values())
 
 
-def write_config(config: RunConfig) -> None:
-    """Write config.yaml, keeping the sections of stages that ran in the folder before.
+def write_config(config: RunConfig, stage: Stage, provenance: Provenance) -> None:
+    """Write config.yaml with the stage's provenance, keeping the sections and provenance of stages that ran before.
 
     Raises:
         UserError: as `check_output_folder`.
     """
-    resolved = _resolved(config)
-    if resolved is not None:
-        write_output(config.output_dir / "config.yaml", dump_config(resolved), overwrite=True)
+    path, resolved = config.output_dir / "config.yaml", _resolved(config)
+    if resolved is not None or is_ours(path):
+        comments = read_provenance(path) | {stage.name: provenance}
+        text = dump_config(load_config(str(path)) if resolved is None else resolved)
+        lines = "".join(f"# {name}: {json.dumps(facts)}\n" for name, facts in comments.items())
+        write_output(path, f"{_HEADER}{lines}{text}", overwrite=True)
+
+
+def read_provenance(path: Path) -> dict[str, Provenance]:
+    """Return the provenance in the comments of a config.yaml, by stage; those that cannot be read are left out."""
+    found: dict[str, Provenance] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        name, separator, text = line.removeprefix("# ").partition(": {")
+        if line.startswith("# ") and separator and name in STAGES:
+            with contextlib.suppress(ValueError):
+                found[name] = json.loads("{" + text)
+    return found
 
 
 def _resolved(config: RunConfig) -> PipelineRun | None:
@@ -81,7 +104,7 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
             "configuration. Choose another --output-dir"
         )
     previous = load_config(str(path))
-    resolved = dataclasses.replace(previous, **fields)
+    resolved = _with_chosen(dataclasses.replace(previous, **fields), previous)
     same = dataclasses.replace(resolved, config=previous.config, resume=previous.resume) == previous
     if not (same or ours or not has_record(config.output_dir)):
         raise UserError(
@@ -89,6 +112,15 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
             f"start from it: --config {path}"
         )
     return None if same else resolved
+
+
+def _with_chosen(config: PipelineRun, previous: PipelineRun) -> PipelineRun:
+    """Return the configuration with what stages that ran before chose by rule, where `config` leaves it to them."""
+    for section, names in CHOSEN_BY_RULE.items():
+        now, before = getattr(config, section), getattr(previous, section)
+        kept = {name: getattr(before, name) for name in names if getattr(now, name) is None}
+        config = dataclasses.replace(config, **{section: dataclasses.replace(now, **kept)})
+    return config
 
 
 def _start_hint(folder: Path, stage: Stage) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf.metrics import describe
-from rlhf.monitor.log import LogReader, Series
+from rlhf.monitor.log import AFTERWARDS, LogReader, Series
 from rlhf.monitor.thresholds import THRESHOLDS, Level, worst
 
 _FEWEST = 5
@@ -260,7 +260,7 @@ def recoveries(reader: LogReader, stage: str) -> Reading:
 
 def not_finite(reader: LogReader, stage: str) -> Reading:
     """Return the updates that were refused for NaN or infinity, and the metrics that are not finite."""
-    events = [event for event in reader.events if event["stage"] == stage and event["event"] != "fault"]
+    events = [event for event in reader.events if event["stage"] == stage and event["event"] not in AFTERWARDS]
     refused = [event for event in events if event["event"] == "nonfinite"]
     if refused:
         step = refused[-1].get("step", 0) + 1

@@ -22,6 +22,9 @@ from rlhf.monitor.tail import Tail, is_number, parse_line
 _HEAD = re.compile(rb'\{"stage": "([\w-]+)", "step": (\d{1,18}), ')
 """The beginning of every sample line; the rest is parsed when somebody asks for it."""
 
+AFTERWARDS = ("fault", "verdict")
+"""Events that may come after the end of a stage."""
+
 _PACE_STEPS = 50  # newest lines whose median duration is the pace
 
 State = Literal["running", "ended", "interrupted", "failed"]
@@ -152,7 +155,7 @@ class LogReader:
         events = [event for event in self.events if event["stage"] == stage]
         first: dict[str, Any] = next((event for event in reversed(events) if event["event"] in ("start", "resume")), {})
         total, unit = first.get("total"), first.get("unit")
-        states = [event for event in events if event["event"] != "fault"]  # which may come after the end
+        states = [event for event in events if event["event"] not in AFTERWARDS]
         stamps = [*(event.get("time") for event in events[-1:]), *self.series(stage, "time").values[-1:].tolist()]
         return Progress(
             max(self._last.get(stage, 0), states[-1].get("step", 0) if states else 0),  # not every step may be logged
@@ -238,10 +241,12 @@ def _has_its_type(name: str, value: Any) -> bool:
     """Return whether a field of an event has the type that readers expect."""
     if name in ("time", "recovery_s", "peak_bytes", "total"):
         return is_number(value)
-    if name in ("message", "what", "unit"):
+    if name in ("message", "what", "unit", "text"):
         return isinstance(value, str)
-    if name == "final":
+    if name in ("final", "sound"):
         return isinstance(value, bool)
+    if name in ("settings", "provenance", "units"):
+        return isinstance(value, dict)
     return name != "notes" or (isinstance(value, list) and all(isinstance(note, str) for note in value))
 
 

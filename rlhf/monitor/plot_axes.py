@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rlhf.io.printable_text import visible
-from rlhf.metrics import describe
+from rlhf.io.printable_text import shorten, visible
 from rlhf.monitor.charts import Chart, curve_label
+from rlhf.monitor.compare import Group, group_runs, student_t
 from rlhf.monitor.log import LogReader, Series
+from rlhf.monitor.run_facts import described
 from rlhf.monitor.view import thin
 
 if TYPE_CHECKING:
@@ -87,14 +88,17 @@ def draw_chart(
 ) -> None:
     """Draw a chart's metrics over the steps of a stage, as far as the logs have them."""
     style = style or AxesStyle()
-    drawn = 0
+    groups, drawn = group_runs(readers), 0
     for metric in chart.metrics:
-        runs = [drop_nan(reader.series(stage, metric)) for reader in readers]
-        runs = [series for series in runs if len(series.steps)]
-        if runs:
-            draw_curve(axes, runs, COLOURS[drawn % len(COLOURS)], visible(curve_label(metric, chart.title)))
-            drawn += 1
-    name_y_axis(axes, chart.title, describe(chart.metrics[0]).unit, log=style.log)
+        label = visible(curve_label(metric, chart.title))
+        for group in groups:
+            runs = [drop_nan(readers[place].series(stage, metric)) for place in group.members]
+            runs = [series for series in runs if len(series.steps)]
+            if runs:
+                name = _group_label(label if len(chart.metrics) > 1 else "", group, len(runs)) or label
+                draw_curve(axes, runs, COLOURS[drawn % len(COLOURS)], name)
+                drawn += 1
+    name_y_axis(axes, chart.title, described(readers, chart.metrics[0]).unit, log=style.log)
     if style.log:
         _make_log(axes)
     if style.level is not None and drawn:
@@ -106,6 +110,14 @@ def draw_chart(
         add_legend(axes)
 
 
+def _group_label(label: str, group: Group, runs: int) -> str:
+    """Return the name of a group's curve; empty if there is nothing to tell it from."""
+    if not group.name:
+        return label
+    name = visible(shorten(group.name, 60)) + (f" ({runs} runs)" if runs > 1 else "")
+    return f"{label}: {name}" if label else name
+
+
 def name_y_axis(axes: "Axes", title: str, unit: str, *, log: bool = False) -> None:
     """Label the y axis with a title and its unit, on two lines if one would be too long."""
     title, unit = visible(title), f"({visible(unit)})" if unit else ""
@@ -114,7 +126,7 @@ def name_y_axis(axes: "Axes", title: str, unit: str, *, log: bool = False) -> No
 
 
 def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) -> None:
-    """Draw the running mean of one run over its values, or the mean of several over their range."""
+    """Draw the running mean of one run over its values, or that of several over the 95% interval of their mean."""
     smooth = [running_mean(series) for series in runs]
     if len(runs) == 1:
         series, steps, centre = runs[0], smooth[0].steps, smooth[0].values
@@ -125,8 +137,8 @@ def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) ->
             axes.plot(series.steps, series.values, color=colour, alpha=0.3, linewidth=0.8)
     else:
         steps, table = on_one_grid(smooth)
-        centre = np.nanmean(table, axis=0)
-        axes.fill_between(steps, np.nanmin(table, 0), np.nanmax(table, 0), color=colour, alpha=0.22, linewidth=0)
+        centre, half = mean_interval(table)
+        axes.fill_between(steps, centre - half, centre + half, color=colour, alpha=0.22, linewidth=0)
     marker = "o" if len(steps) <= _MARKED else None
     axes.plot(steps, centre, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=label)
 
@@ -147,6 +159,20 @@ def running_mean(series: Series) -> Series:
     index = np.arange(count)
     first, last = np.maximum(index - reach, 0), np.minimum(index + reach, count - 1) + 1
     return Series(series.steps, (sums[last] - sums[first]) / (last - first))
+
+
+def window_of(count: int) -> int:
+    """Return the number of points that a running mean of a series of `count` points averages."""
+    return 2 * (count // (2 * SMOOTHED)) + 1
+
+
+def mean_interval(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean [n] of runs [runs, n] and the half-width of its 95% interval, 0 where one run goes on alone."""
+    known = np.isfinite(table).sum(axis=0)
+    centre = np.nanmean(table, axis=0)
+    squares = np.nansum((table - centre) ** 2, axis=0) / np.maximum(known - 1, 1)
+    quantiles = np.array([0.0, 0.0] + [student_t(freedom) for freedom in range(1, len(table))])
+    return centre, quantiles[known] * np.sqrt(squares / np.maximum(known, 1))
 
 
 def on_one_grid(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:

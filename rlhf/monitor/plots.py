@@ -1,4 +1,4 @@
-"""Plots for a paper: one PNG for each question about a run, or about several runs that differ in their seed."""
+"""Plots for a paper: one file for each question about a run, or about groups of runs with different settings."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ from rlhf.io.printable_text import shorten, visible
 from rlhf.io.user_log import log_user
 from rlhf.metrics import describe
 from rlhf.monitor.charts import Chart, charts
+from rlhf.monitor.compare import group_runs
 from rlhf.monitor.log import LogReader, Series, read_logs
 from rlhf.monitor.plot_axes import (
     COLOURS,
-    SMOOTHED,
     AxesStyle,
     add_legend,
     draw_chart,
@@ -25,7 +25,9 @@ from rlhf.monitor.plot_axes import (
     new_figure,
     on_one_grid,
     plot_style,
+    window_of,
 )
+from rlhf.monitor.run_facts import described
 from rlhf.monitor.samples_plot import draw_samples
 from rlhf.monitor.view import run_names, thin
 from rlhf.stages import STAGES
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PlotFormat = Literal["png", "pdf", "svg"]
 PlotType = Literal["all", "loss", "reward", "kl", "lengths", "timing", "samples"]
 _BARS = 60
 _STAGES = {stage.name: stage.title for stage in STAGES.values()}
@@ -85,15 +88,23 @@ class Drawing(NamedTuple):
 
 
 def write_plots(
-    log_dirs: Sequence[Path], kind: PlotType, folder: Path | None = None, *, overwrite: bool | None = None
+    log_dirs: Sequence[Path],
+    kind: PlotType,
+    folder: Path | None = None,
+    *,
+    overwrite: bool | None = None,
+    file_format: PlotFormat = "png",
+    titles: bool = True,
 ) -> list[Path]:
-    """Write PNGs of everything that the logs hold; the files written.
+    """Write plots of everything that the logs hold; the files written.
 
     Args:
-        log_dirs: logs/ folders or output folders; several are drawn as one band.
+        log_dirs: logs/ folders or output folders. Runs of equal settings are one line with the interval of their mean.
         kind: which plots.
         folder: where to; None is report/ in the first run's output folder.
         overwrite: replace files there whoever wrote them; None where the user cannot choose that.
+        file_format: of the files, which is also their ending.
+        titles: write the question that a plot answers above it.
 
     Raises:
         UserError: a folder is no run's, the logs hold nothing for such a plot, or the files cannot be written.
@@ -107,11 +118,13 @@ def write_plots(
         drawn = drawings(readers, kind)
         if not drawn:
             raise UserError(f"{readers[0].folder}: nothing to draw for --plot-type {kind} yet")
-        files = {folder / f"{drawing.file}.png": drawing for drawing in drawn}
+        files = {folder / f"{drawing.file}.{file_format}": drawing for drawing in drawn}
         for path in files:
             check_output(path, "--output-dir", overwrite=overwrite)
         for path, drawing in files.items():
-            write_output(path, _png(drawing, readers), overwrite=overwrite)
+            if not titles:
+                drawing.figure.suptitle("")
+            write_output(path, _image(drawing, readers, file_format), overwrite=overwrite)
         return list(files)
 
 
@@ -129,8 +142,8 @@ def drawings(readers: Sequence[LogReader], kind: str) -> list[Drawing]:
     return line_plots + [Drawing(file, figure) for file, figure in figures.items() if figure is not None]
 
 
-def _png(drawing: Drawing, readers: Sequence[LogReader]) -> bytes:
-    """Return a drawing as a PNG, with notes that name its runs and explain its lines."""
+def _image(drawing: Drawing, readers: Sequence[LogReader], file_format: PlotFormat) -> bytes:
+    """Return a drawing as an image, with notes that name its runs and explain its lines."""
     name, figure, stage = drawing
     names = [
         visible(run)
@@ -140,14 +153,14 @@ def _png(drawing: Drawing, readers: Sequence[LogReader]) -> bytes:
     if name == "samples":
         names = names[:1]
     notes = [shorten(", ".join(names), 90)]
-    if len(names) > 1 and name != "over_optimisation":
-        notes.insert(0, f"mean of {len(names)} runs as far as all go, lowest to highest behind")
-    lines = [line for axes in figure.axes for line in axes.get_lines()]
-    if any(len(np.asarray(line.get_xdata())) >= 2 * SMOOTHED for line in lines):
-        notes.insert(0, "lines are running means")
+    if len(names) > 1 and name != "over_optimisation" and any(len(g.members) > 1 for g in group_runs(readers)):
+        notes.insert(0, "means of runs that differ in their seed alone, with 95% intervals, as far as all go")
+    counts = [len(np.asarray(line.get_xdata())) for axes in figure.axes for line in axes.get_lines()]
+    if windows := sorted({window_of(count) for count in counts} - {1}):
+        notes.insert(0, f"lines are running means over {' or '.join(map(str, windows))} points")
     figure.supxlabel("\n".join(notes), fontsize=8, color="#555555", x=0.99, ha="right")
     image = io.BytesIO()
-    figure.savefig(image, format="png")
+    figure.savefig(image, format=file_format)
     return image.getvalue()
 
 
@@ -210,7 +223,7 @@ def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
             edgecolors="#555555",  # the newest are yellow, which hardly shows on white
             linewidths=0.4,
         )
-        name_y_axis(ax, describe(name).label, describe(name).unit)
+        name_y_axis(ax, describe(name).label, described(readers, name).unit)
     axes[-1].xaxis.set_major_locator(AutoLocator())
     axes[-1].set_xlabel("√KL to the reference (√nats per completion)")
     figure.colorbar(dots, ax=axes, label="PPO iteration", aspect=30).locator = MaxNLocator(integer=True)
@@ -236,7 +249,10 @@ def _timing(readers: Sequence[LogReader]) -> "Figure | None":
         return None
     figure, axes = new_figure(len(speed) + phases, title="Where does the time go?", height=2.4, same_x=False)
     if phases:
-        _phases(axes[0], readers)
+        first = group_runs(readers)[0]  # bars of several groups would hide each other
+        _phases(axes[0], [readers[place] for place in first.members])
+        if first.name:
+            axes[0].set_title(visible(shorten(first.name, 60)), fontsize=9, loc="left")
     for ax, (stage, chart) in zip(axes[phases:], speed.items(), strict=True):
         draw_chart(ax, readers, stage, chart, AxesStyle(limits=(0.0, None)))
         name_y_axis(ax, _STAGES.get(stage, stage), describe(chart.metrics[0]).unit)

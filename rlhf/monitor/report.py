@@ -17,8 +17,10 @@ from rlhf.monitor.samples import report_samples
 from rlhf.monitor.view import POINTS, metric_table, run_names, run_state, stage_curves
 
 STYLES = ("uPlot.min.css", "style.css")
-SCRIPTS = ("uPlot.iife.min.js", "dom.js", "source.js", "metrics.js", "curves.js", "card.js", "curve_card.js",
-           "trade_card.js", "charts.js", "tokens.js", "overview.js", "samples.js", "app.js")  # fmt: skip
+SCRIPTS = (
+    "uPlot.iife.min.js", "dom.js", "source.js", "metrics.js", "curves.js", "export.js", "card.js", "curve_card.js",
+    "trade_card.js", "charts.js", "tokens.js", "overview.js", "setup.js", "samples.js", "app.js",
+)  # fmt: skip
 """In the order in which they need each other."""
 
 _SAMPLE_BYTES = 2_200_000

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.metrics import describe, in_order
+from rlhf.metrics import in_order
 from rlhf.monitor.charts import charts
+from rlhf.monitor.compare import comparison
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import LogReader, Series
+from rlhf.monitor.run_facts import SETUP, described, evaluation_of, setup_of, verdicts_of
 
 Curve = dict[str, Any]
 """steps, mean, and the last step; where points were merged also low and high, and weight, the points in each."""
@@ -42,7 +44,10 @@ def run_state(reader: LogReader, name: str) -> dict[str, Any]:
         "folder": str(reader.folder),
         "generation": reader.generation,
         "stages": [_stage_state(reader, stage) for stage in reader.stages],
-        "events": reader.events[-_EVENTS:],
+        "events": [_without_setup(event) for event in reader.events[-_EVENTS:]],
+        "setup": {stage: setup_of(reader, stage) for stage in reader.stages},
+        "verdicts": verdicts_of(reader),
+        "evaluation": evaluation_of(reader),
         "problems": reader.problems,
         "findings": [finding._asdict() for finding in findings(reader)],
         "samples": len(reader.samples),
@@ -53,9 +58,14 @@ def metric_table(readers: Sequence[LogReader]) -> dict[str, Any]:
     """Return the runs' metrics and charts, each in the order of their table, as JSON values for the page."""
     names = list(dict.fromkeys(name for reader in readers for stage in reader.stages for name in reader.names(stage)))
     return {
-        "metrics": {name: dataclasses.asdict(describe(name)) for name in in_order(names)},
+        "metrics": {name: dataclasses.asdict(described(readers, name)) for name in in_order(names)},
         "charts": [chart._asdict() for chart in charts(names).values()],
+        "comparison": comparison(readers),
     }
+
+
+def _without_setup(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in event.items() if name not in SETUP}
 
 
 def _stage_state(reader: LogReader, stage: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from rlhf.execution.program import ModelState, Program
 from rlhf.io.cache import default_cache_dir
 from rlhf.io.files import check_writable, lock_folder
 from rlhf.io.output_folder import check_output_folder, checkpoint_folder, has_checkpoints
+from rlhf.io.provenance import Provenance
 from rlhf.io.run_log import RunLog
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages import Stage, check_settings
@@ -31,6 +33,7 @@ from rlhf.train.observers import Observer
 from rlhf.train.signals import StopRequest
 from rlhf.tree import all_finite
 from rlhf.types import Params
+from rlhf.verdicts import Verdict
 
 
 @dataclass
@@ -47,6 +50,10 @@ class Run:
     """Closed when the stage ends."""
     is_saved: bool = False
     """True if an earlier run finished the stage: its model folder is then left unchanged."""
+    provenance: Provenance = field(default_factory=dict)
+    """Set when the training begins."""
+    units: dict[str, str] = field(default_factory=dict)
+    """Units of metrics, where this run's differ from those of `rlhf.metrics`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,13 +110,23 @@ class Run:
         self.resources.callback(self._log_faults, executor)
         return executor
 
+    def conclude(self, verdict: Verdict) -> Verdict:
+        """Show the verdict on the stage's model, log it, and return it."""
+        self.note(verdict.text)
+        self._log("verdict", [verdict._asdict()])
+        return verdict
+
     def _log_faults(self, executor: Executor) -> None:
         """Log faults after the last step, as in the last evaluation: no step's metrics include them."""
-        if faults := executor.faults():
+        self._log("fault", [fault._asdict() for fault in executor.faults()])
+
+    def _log(self, event: str, facts: Sequence[dict[str, Any]]) -> None:
+        """Append events to the log after training."""
+        if facts:
             folder = self.config.output_dir / "logs"
             with contextlib.closing(RunLog(folder, self.stage.name, tensorboard=False)) as log:
-                for fault in faults:
-                    log.event("fault", **fault._asdict())
+                for values in facts:
+                    log.event(event, **values)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from rlhf.train.context import Run, open_run
 from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
 from rlhf.train.signals import StopRequest
+from rlhf.train.stage_defaults import choose_settings, default_rate, start_facts
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_data,
@@ -75,9 +76,15 @@ def _model_spec(config: DPORun, sft: ModelSpec | None = None) -> ModelSpec:
 
 
 def _run(run: Run, config: DPORun) -> StageResult:
-    settings, model_spec = config.dpo, _model_spec(config)
-    folder = start_folder(config, settings.model_path)
-    start = load_language_model(folder)
+    model_spec, folder = _model_spec(config), start_folder(config, config.dpo.model_path)
+    facts, start = start_facts(folder), load_language_model(folder)
+    config = choose_settings(
+        run,
+        config,
+        {"dpo.learning_rate": default_rate(config.dpo, pretrained=facts.pretrained)},
+        "a pre-trained model" if facts.pretrained else "a model from scratch",
+    )
+    settings = config.dpo
     for line in start.notes:
         run.note(line)
     max_length = length_limit(settings, start)
@@ -115,9 +122,9 @@ def _run(run: Run, config: DPORun) -> StageResult:
     )
     if not run.is_saved:
         params = run.trained_params(executor)
-        facts = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-        facts |= {"data": digests["data"], "validation": digests["validation"]}
-        save_language_model(run.model_folder, start._replace(params=params), facts=facts)
+        saved = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
+        saved |= {"data": digests["data"], "validation": digests["validation"], "pretrained": facts.pretrained}
+        save_language_model(run.model_folder, start._replace(params=params), facts=saved)
     return StageResult(run.model_folder, metrics)
 
 

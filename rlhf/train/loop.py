@@ -1,15 +1,20 @@
 """The training loop: makes steps, calls observers, saves checkpoints, and stops on request or failure."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rlhf.config import PPOConfig
+from rlhf.distributed.compute_context import compute_threads
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.executor import Executor
 from rlhf.io.checkpoint import last_step, save_refused
 from rlhf.io.files import check_free_space
 from rlhf.io.output_folder import write_config
+from rlhf.io.provenance import describe_provenance, provenance_of
 from rlhf.train.context import Run
+from rlhf.train.early_stop import KEPT_FIRST, KEPT_NEWEST, find_failure
 from rlhf.train.observers import LogWriter, LoopState, Observers, StageStart
 from rlhf.train.resume import CheckpointWriter, restore, settings_of
 from rlhf.tree import all_finite
@@ -28,6 +33,8 @@ class _Loop(NamedTuple):
     first: int
     """Steps made by the run that is continued."""
     total: int
+    history: list[dict[str, float]]
+    """Metrics of the first and of the newest steps since the start."""
 
     def describe(self, step: int) -> str:
         """Return a step's number with its unit, such as `iteration 3`."""
@@ -57,15 +64,25 @@ def train(
         WorkersLostError: more processes were lost than may be replaced; the step is finished and the state saved.
     """
     config = run.config
-    identity = identity | settings_of(config, run.stage) | {"compiled": executor.compiled}
-    first, state = restore(run, executor, state, identity)
+    digests, settings = identity, settings_of(config, run.stage)
+    identity = identity | settings | {"compiled": executor.compiled}
+    first, state = restore(run, executor, state, identity, total)
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in executor.snapshot().values())
     check_free_space(config.output_dir, state_bytes * (config.checkpoint.keep + 1))
-    write_config(config)
+    run.provenance = provenance_of(
+        run.compute.device,
+        precision=config.precision,
+        threads=compute_threads(config),
+        compiled=executor.compiled,
+        digests=digests,
+    )
+    run.note(describe_provenance(run.provenance))
+    write_config(config, run.stage, run.provenance)
     observers = Observers([LogWriter(), CheckpointWriter(run, executor, identity), *run.observers])
-    loop = _Loop(run, executor, observers, advance, first, total)
+    loop = _Loop(run, executor, observers, advance, first, total, [])
     run.stop.training = True
-    with observers.observe(StageStart(run.stage, config, first, total, tuple(run.compute.notes))):
+    notes = tuple(run.compute.notes)
+    with observers.observe(StageStart(run.stage, config, first, total, notes, settings, run.provenance, run.units)):
         for step in range(first, total):
             state = _step(loop, step, state)
         peak = executor.peak_bytes()
@@ -101,6 +118,7 @@ def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
         metrics |= {"fault/restarts": len(faults), "fault/recovery_s": sum(fault.recovery_s for fault in faults)}
     if observers.step(done, metrics):
         run.stop.requested = True
+    _check_progress(loop, step, state, metrics)
     stops = run.stop.requested or any(fault.final for fault in faults)
     every = run.config.checkpoint.every or run.stage.checkpoint_every
     if stops or done == loop.total or done % every == 0:
@@ -112,6 +130,26 @@ def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
             raise Interrupted(f"{where}; continue with --resume", run.stop.signal)
         raise WorkersLostError(f"{where}; continue with --resume. The cause: lost {faults[-1].what}")
     return state
+
+
+def _check_progress(loop: _Loop, step: int, state: LoopState, metrics: dict[str, float]) -> None:
+    """Save and raise UserError if the stage has gone wrong."""
+    run, section = loop.run, loop.run.stage.section_of(loop.run.config)
+    loop.history.append(metrics)
+    del loop.history[KEPT_FIRST:-KEPT_NEWEST]
+    is_ppo = isinstance(section, PPOConfig) and not section.kl_adaptive
+    reason = find_failure(
+        loop.history,
+        kl_budget=section.kl_budget if is_ppo else math.inf,
+        loss=next((name for name in run.stage.shown if name.startswith("loss/")), None),
+    )
+    if reason and run.config.stop_early and step + 1 < loop.total:
+        loop.observers.event("failed", step=step + 1, message=reason)
+        _save(loop, step + 1, state)
+        raise UserError(
+            f"{run.stage.name}: stopped after {loop.describe(step + 1)} of {loop.total} and saved, because {reason}. "
+            "To go on all the same: --resume --no-stop-early"
+        )
 
 
 def _save(loop: _Loop, step: int, state: LoopState) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from rlhf.config import RunConfig
 from rlhf.field_docs import documented
+from rlhf.io.provenance import Provenance
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.stages import Stage
 from rlhf.train.sink import open_sink
@@ -26,6 +27,11 @@ class StageStart(NamedTuple):
     """Steps of the whole run."""
     notes: tuple[str, ...]
     """Lines that the user has been shown."""
+    settings: Mapping[str, Any] | None = None
+    """The settings that decide the stage's results, as resolved."""
+    provenance: Provenance | None = None
+    units: Mapping[str, str] | None = None
+    """Units of metrics, where this run's differ from those of `rlhf.metrics`."""
 
 
 class Observer:
@@ -121,8 +127,17 @@ class LogWriter(Observer):
             tensorboard=config.log.tensorboard,
             sink=open_sink(config.log.sink),
         )
-        name, notes = "resume" if start.step else "start", list(start.notes)
-        self._log.event(name, format=FORMAT, step=start.step, total=start.total, unit=start.stage.unit, notes=notes)
+        self._log.event(
+            "resume" if start.step else "start",
+            format=FORMAT,
+            step=start.step,
+            total=start.total,
+            unit=start.stage.unit,
+            notes=list(start.notes),
+            settings=dict(start.settings or {}),
+            provenance=start.provenance or {},
+            units=dict(start.units or {}),
+        )
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Write a line of metrics every `log.every` steps."""

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.config import PipelineRun, RunConfig
 from rlhf.distributed import connected
 from rlhf.distributed.compute_context import check_workers
-from rlhf.errors import Interrupted
+from rlhf.errors import Interrupted, UserError
 from rlhf.io.output_folder import check_output_folder
 from rlhf.io.user_log import log_user
 from rlhf.stages import STAGES, Stage, StageResult, check_settings, load_program, pipeline_type, stages_of
@@ -103,7 +103,17 @@ def run_stages(
             results[stage.name] = load_program(stage).run(config, observers, stop)
             if stop.requested:
                 break
+            _check_verdict(config, stage, results[stage.name])
     return results
+
+
+def _check_verdict(config: PipelineRun, stage: Stage, result: StageResult) -> None:
+    """Raise UserError if a strict pipeline would build on a model that is not good enough."""
+    if config.strict and result.verdict is not None and not result.verdict.sound:
+        raise UserError(
+            f"--strict: stopped after {stage.name}, whose model is saved in {result.model}. {result.verdict.text} "
+            "To go on all the same, leave out --strict and add --resume"
+        )
 
 
 def _train_missing(

@@ -6,6 +6,7 @@ several epochs of minibatch updates. Follows Ziegler et al. 2019 (https://arxiv.
 """
 
 import functools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from rlhf.group_baselines import equal_groups
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
 from rlhf.io.reward_identity import identify_sources
 from rlhf.io.reward_sources import RewardSource, check_columns
-from rlhf.kl import adaptive_kl_coef
+from rlhf.kl import adaptive_kl_coef, budget_kl_coef
 from rlhf.random import Purpose, fold_in, permutation
 from rlhf.stages import STAGES, StageProgram, StageResult, check_settings
 from rlhf.statistics import spread
@@ -34,8 +35,10 @@ from rlhf.train.ppo_functions import identify_functions, open_estimator, open_po
 from rlhf.train.ppo_inputs import read_ppo_inputs, reward_specs, scores_with_own_model
 from rlhf.train.ppo_program import learning_rate, make_ppo_program, shapes_of, start_models
 from rlhf.train.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
+from rlhf.train.ppo_verdict import SCORES, conclude_ppo
 from rlhf.train.resume import Identity, digests_of
 from rlhf.train.signals import StopRequest
+from rlhf.train.stage_defaults import choose_settings, default_eos_penalty, default_rate, fit_completion, start_facts
 from rlhf.train.stage_inputs import ModelSpec, check_data, embedded_file, open_dataset, start_folder
 from rlhf.weighting import loss_weights
 
@@ -69,7 +72,7 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
             identity=identity,
             advance=advance,
         )
-        return StageResult(_save(ppo, config, identity["data"]), last_metrics)
+        return StageResult(_save(ppo, config, identity["data"]), last_metrics, verdict=conclude_ppo(run, ppo.settings))
 
 
 def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
@@ -89,6 +92,7 @@ def _needs(config: PPORun) -> tuple[str, ...]:
 def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     """Return what iterations work with, and the identity of the run, from models, reward sources and prompts."""
     model_spec, sources, context = read_ppo_inputs(config)
+    config = _choose_settings(run, config, context)
     sources = [_without_rounding_std(run, source) for source in sources] if config.ppo.normalize_reward else sources
     settings, specs, folder = config.ppo, reward_specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
@@ -96,20 +100,38 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     for line in dict.fromkeys((*policy.notes, *reward_notes)):
         run.note(line)
     path = config.prompt_data or embedded_file(run, "prompts")
-    prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.max_new_tokens)
+    prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.completion_tokens)
     check_columns(sources, prompts.keys)
     run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")
     shapes = shapes_of(settings, policy, sources)
     models = start_models(settings, policy, sources)
     completions = settings.num_iterations * settings.batch_size * settings.samples_per_prompt
-    tokens = settings.num_epochs * completions * (prompts.mean_tokens(context) + settings.max_new_tokens)
+    tokens = settings.num_epochs * completions * (prompts.mean_tokens(context) + settings.completion_tokens)
     optimised = [source.model.params for source in sources if source.model is not None and source.weight]
     compile_to = compile_folder(run, models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
     executor = run.open_executor(functools.partial(make_ppo_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, open_estimator(settings), policy, shapes, prompts, sources, executor, context)
+    weighted = [source for source in sources if source.weight]
+    if settings.normalize_reward and len(weighted) == 1 and weighted[0].model is not None and weighted[0].weight == 1:
+        run.units = dict.fromkeys(SCORES, "standard deviations per completion")
     digests = digests_of(path, policy.tokenizer)
     functions = identify_functions(settings)
     return ppo, digests | functions | {"model": model_spec.digest, "sources": identify_sources(specs)}
+
+
+def _choose_settings(run: Run, config: PPORun, context: int) -> PPORun:
+    """Return the configuration with the settings that follow from the model; see `rlhf.train.stage_defaults`."""
+    settings, facts = config.ppo, start_facts(start_folder(config, config.ppo.model_path))
+    length = settings.max_new_tokens or max(fit_completion(facts.completion_tokens, context), settings.min_new_tokens)
+    chosen = {
+        "ppo.learning_rate": default_rate(settings, pretrained=facts.pretrained),
+        "ppo.max_new_tokens": length,
+        "ppo.missing_eos_penalty": default_eos_penalty(settings, facts, length),
+        "ppo.kl_horizon": settings.horizon if settings.kl_adaptive else None,
+    }
+    kind = "a pre-trained model" if facts.pretrained else "a model from scratch"
+    known: PPORun = choose_settings(run, config, chosen, f"{kind} and the demonstrations it has seen")
+    return known
 
 
 def _without_rounding_std(run: Run, source: RewardSource) -> RewardSource:
@@ -174,9 +196,9 @@ def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tup
         ppo.executor.update_frozen("reference")
     if settings.kl_adaptive:
         kl, count = metrics["objective/kl"], len(rollout.texts)
-        kl_coef = adaptive_kl_coef(
-            kl_coef, kl, num_samples=count, target=settings.kl_target, horizon=settings.kl_horizon
-        )
+        kl_coef = adaptive_kl_coef(kl_coef, kl, num_samples=count, target=settings.kl_target, horizon=settings.horizon)
+    elif math.isfinite(settings.kl_budget):
+        kl_coef = budget_kl_coef(kl_coef, metrics["objective/kl"], budget=settings.kl_budget, floor=settings.kl_coef)
     return metrics, {"kl_coef": kl_coef}
 
 
@@ -249,12 +271,14 @@ def _save(ppo: PPO, config: PPORun, data: str) -> Path:
     if ppo.run.is_saved:
         return folder
     params, critic = ppo.run.trained_params(ppo.executor), None
+    start = start_facts(start_folder(config, config.ppo.model_path))
     if ppo.shapes.critic is not None:
         critic = RewardModel(params["critic"], ppo.shapes.critic, ppo.policy.tokenizer, RewardStatistics(0.0, 1.0, 0))
     save_language_model(
         folder,
         ppo.policy._replace(params=params["policy"]),
-        facts={"stage": _STAGE.name, "seed": config.seed, "iterations": config.ppo.num_iterations, "data": data},
+        facts={"stage": _STAGE.name, "seed": config.seed, "iterations": config.ppo.num_iterations, "data": data}
+        | {"provenance": ppo.run.provenance, "pretrained": start.pretrained},
         value_head=params.get("value_head"),
         critic=critic,
     )

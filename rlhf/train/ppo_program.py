@@ -85,7 +85,7 @@ def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
     per_iteration = updates_per_iteration(settings)
     iterations = settings.num_iterations - settings.critic_warmup
     if iteration < settings.critic_warmup:
-        return settings.learning_rate
+        return settings.peak_learning_rate
     schedule = make_schedule(settings, iterations * per_iteration)
     return lr_at_step(schedule, (iteration - settings.critic_warmup) * per_iteration + minibatch)
 
@@ -106,7 +106,7 @@ def make_ppo_program(
         dtype: of forward and backward passes.
         compile_to: see `Program`.
     """
-    rate = constant_schedule(settings.learning_rate)  # replaced in every step by `learning_rate`
+    rate = constant_schedule(settings.peak_learning_rate)  # replaced in every step by `learning_rate`
     limit = None if settings.target_kl is None else MetricLimit("policy/approxkl_avg", settings.target_kl)
     objective = functools.partial(
         make_ppo_objective,
@@ -146,7 +146,7 @@ def make_ppo_program(
             "rollout": make_completion_fn(
                 shapes.policy,
                 dtype=dtype,
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=settings.completion_tokens,
                 min_new_tokens=settings.min_new_tokens,
                 temperature=settings.temperature,
                 top_k=settings.top_k,
@@ -167,6 +167,7 @@ def make_ppo_program(
 def _lr_multiplier(settings: PPOConfig, policy: float) -> Callable[[Tree], Tree] | None:
     """Return a function params -> factors on the learning rate: `policy`, and the critic's own; None if all are 1."""
     rate = settings.critic_learning_rate
+    assert settings.learning_rate is not None, "chosen when the run begins"
     critic = 1.0 if rate is None else rate / settings.learning_rate
     if policy == critic == 1.0:
         return None

@@ -88,7 +88,7 @@ def make_rollout(ppo: PPO, step: int) -> Rollout:
     settings = ppo.settings
     order = record_order(ppo.run.key(Purpose.ORDER), len(ppo.prompts), step * settings.batch_size, settings.batch_size)
     records = [record for record in order for _ in range(settings.samples_per_prompt)]
-    prompts = [ppo.prompts.prompt(record, ppo.context - settings.max_new_tokens) for record in records]
+    prompts = [ppo.prompts.prompt(record, ppo.context - settings.completion_tokens) for record in records]
     groups = torch.arange(len(order)).repeat_interleave(settings.samples_per_prompt)
     samples = torch.arange(settings.samples_per_prompt).repeat(len(order))
     keys = fold_in(fold_in(fold_in(ppo.run.key(Purpose.SAMPLING), step).expand(len(records), 2), groups), samples)
@@ -107,7 +107,7 @@ def make_rollout(ppo: PPO, step: int) -> Rollout:
 
 def pack_rollout(ppo: PPO, rollout: Rollout, indices: Sequence[int]) -> list[PackedCompletions]:
     """Return micro-batches of the completions with the given indices."""
-    needed = max(map(len, rollout.prompts)) + ppo.settings.max_new_tokens
+    needed = max(map(len, rollout.prompts)) + ppo.settings.completion_tokens
     return pack_completions(
         rollout.joined,
         indices,
@@ -148,7 +148,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
             raise NonFiniteError(f"a {name} is not finite for the completion {rollout.texts[row]!r}", completions)
     finished = completions.ended | torch.tensor(not settings.stop_at_eos)
     scores = postprocess_scores(
-        total, finished, missing_eos_penalty=settings.missing_eos_penalty, clip=settings.reward_clip
+        total, finished, missing_eos_penalty=settings.missing_eos_penalty or 0.0, clip=settings.reward_clip
     )
     return Scored(log_probs, ref_log_probs, values, scores, raw, torch.where(finished, 0.0, bootstrap_values))
 

@@ -1,10 +1,11 @@
 """Checkpoints of a run, and the comparison of a run with its continuation: settings by value, files by content."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.config import RunConfig
+from rlhf.config import OptimizerConfig, RunConfig
 from rlhf.distributed.compute_context import compute_threads
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.execution.executor import Executor
@@ -22,11 +23,20 @@ from rlhf.tree import all_finite
 Identity = dict[str, Any]
 """JSON values that a run and its continuation must share: settings, and digests of files."""
 
-_FREE_TO_CHANGE = ("config", "output_dir", "resume", "cache_dir", "start_at", "checkpoint.", "log.", "dist", "threads")
+_FREE_TO_CHANGE = (
+    "config", "output_dir", "resume", "cache_dir", "start_at", "strict", "stop_early", "checkpoint.", "log.", "dist",
+    "threads",
+)  # fmt: skip
 """Prefixes of settings that may differ when a run is resumed; only the threads change its bits."""
 
 _NOT_FREE = ("dist.reduce",)
 """Settings with one of those prefixes that may not differ, because they change bits."""
+
+_BEFORE: dict[str, Any] = {"ppo.kl_budget": math.inf}
+"""The values of newer settings that older versions behaved by, where those are not the defaults."""
+
+_LENGTHS = ("epochs", "max_steps", "num_iterations")
+"""Settings, in any stage's section, that say how long it trains."""
 
 _CONTENTS = {
     "data": "the data have changed",
@@ -91,13 +101,34 @@ def diff_settings(config: RunConfig, stage: Stage, before: Identity, now: Identi
     for name in sorted({*before, *now}):
         if name not in now:
             changes.append(f"{name} was {before[name]}, and this version of rlhf has no such setting")
-        elif (value := before.get(name, defaults.get(name, now[name]))) != now[name]:
+        elif _is_longer(stage, name, before, now):
+            change = f"{name} was {before[name]}, is {now[name]}"
+            if _depends_on_length(config, stage):
+                flags = f"--{stage.name}.schedule constant --{stage.name}.warmup-fraction 0"
+                changes.append(f"{change}, and the learning rates follow from it; only a run with {flags} is extended")
+            else:
+                notes.append(f"extended: {change}; the result has the bits of a run that was as long from the start")
+        elif (value := before.get(name, _BEFORE.get(name, defaults.get(name, now[name])))) != now[name]:
             described = f"{_origin(config, stage, name)}: {_CONTENTS[name]}" if name in _CONTENTS else None
             changes.append(described or f"{name} was {value}, is {now[name]}")
     return Difference(changes, notes)
 
 
-def restore(run: Run, executor: Executor, state: LoopState, identity: Identity) -> tuple[int, LoopState]:
+def _is_longer(stage: Stage, name: str, before: Identity, now: Identity) -> bool:
+    """Return whether a setting makes the stage train longer than it was to before."""
+    section, _, field = name.partition(".")
+    if section != stage.name or field not in _LENGTHS or name not in before or before[name] is None:
+        return False
+    return now[name] is None or bool(now[name] > before[name])
+
+
+def _depends_on_length(config: RunConfig, stage: Stage) -> bool:
+    """Return whether the learning rates of the first steps follow from the number of all steps."""
+    settings: OptimizerConfig = stage.section_of(config)
+    return settings.schedule != "constant" or settings.warmup_fraction > 0
+
+
+def restore(run: Run, executor: Executor, state: LoopState, identity: Identity, total: int) -> tuple[int, LoopState]:
     """Load the newest checkpoint into the executor, if the run is resumed.
 
     Args:
@@ -105,6 +136,7 @@ def restore(run: Run, executor: Executor, state: LoopState, identity: Identity) 
         executor: receives the state.
         state: at the start of the run.
         identity: of the run.
+        total: number of steps of the run.
 
     Returns:
         The number of steps made before, and the state for the next one.
@@ -128,6 +160,8 @@ def restore(run: Run, executor: Executor, state: LoopState, identity: Identity) 
         executor.restore(checkpoint.tensors, checkpoint.facts["version"])
     except ValueError as error:
         raise UserError(f"{folder}: the checkpoint is of another shape: {error}") from error
+    if checkpoint.step < total:
+        run.is_saved = False  # the model of a run that is extended is replaced
     for line in (f"continuing after step {checkpoint.step}", *notes, *_rounding_notes(config, checkpoint)):
         run.note(line)
     return checkpoint.step, checkpoint.facts["carried"]
@@ -184,6 +218,8 @@ def _upgrade(config: RunConfig, before: Identity, now: Identity) -> tuple[Identi
     to the same place.
     """
     values, files = flat_fields(config), _file_settings()
+    if now.get("ppo.kl_horizon") is None:  # which older checkpoints have, whether or not it is used
+        before = {name: value for name, value in before.items() if name != "ppo.kl_horizon"}
     paths = {name: path for name, path in before.items() if name in files}
     reduce = {name: now[name] for name in _NOT_FREE if name in now}
     before = reduce | {name: value for name, value in before.items() if name not in paths}

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from rlhf.data.collate import PackedPairs, pair_batches
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.schema import PREFERENCES
 from rlhf.errors import UserError
+from rlhf.evaluate.baselines import bag_of_words
+from rlhf.evaluate.estimates import win_indicator
+from rlhf.evaluate.evaluation_inputs import usable_pairs
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
@@ -30,6 +34,7 @@ from rlhf.train.context import Run, open_run
 from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
 from rlhf.train.signals import StopRequest
+from rlhf.train.stage_defaults import choose_settings, default_rate, start_facts
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_data,
@@ -39,11 +44,23 @@ from rlhf.train.stage_inputs import (
     start_folder,
     start_model_spec,
 )
-from rlhf.train.supervised import check_pairs_differ, length_limit, make_adamw, make_plan, open_split, train_supervised
+from rlhf.train.supervised import (
+    DataSplit,
+    check_pairs_differ,
+    length_limit,
+    make_adamw,
+    make_plan,
+    open_split,
+    train_supervised,
+)
 from rlhf.types import FrozenParams, MetricSums, Params
+from rlhf.verdicts import Verdict, reward_verdict
 
 _REFERENCE_PAIRS = 1024
 """Training pairs from whose chosen completions the reward's mean and standard deviation are computed."""
+
+_BASELINE_PAIRS = 20_000
+"""Training pairs that the bag of words learns from."""
 
 _STAGE = STAGES["reward"]
 
@@ -106,9 +123,15 @@ def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
 
 
 def _run(run: Run, config: RewardRun) -> StageResult:
-    settings, model_spec = config.reward, _model_spec(config)
-    folder = start_folder(config, settings.model_path)
-    start = load_language_model(folder)
+    model_spec, folder = _model_spec(config), start_folder(config, config.reward.model_path)
+    facts, start = start_facts(folder), load_language_model(folder)
+    config = choose_settings(
+        run,
+        config,
+        {"reward.learning_rate": default_rate(config.reward, pretrained=facts.pretrained)},
+        "a pre-trained model" if facts.pretrained else "a model from scratch",
+    )
+    settings = config.reward
     for line in start.notes:
         run.note(line)
     max_length = length_limit(settings, start)
@@ -153,18 +176,48 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         ),
         identity=digests | {"model": model_spec.digest},
     )
+    verdict, baselines = _judge(run, config, path, split, metrics)
+    metrics |= baselines
     if run.is_saved:
-        return StageResult(run.model_folder, metrics)
+        return StageResult(run.model_folder, metrics, verdict=verdict and run.conclude(verdict))
     statistics = _statistics(run, *_score(executor, batches(split.dataset, split.train[:_REFERENCE_PAIRS])))
     run.note(
         f"reward of {statistics.completions} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}"
     )
     params = run.trained_params(executor, statistics.mean, statistics.std)
     manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-    manifest |= {"data": digests["data"], "validation": digests["validation"]}
+    manifest |= {"data": digests["data"], "validation": digests["validation"], "provenance": run.provenance}
+    manifest |= {"pretrained": facts.pretrained}
     model = RewardModel(params, start.config, start.tokenizer, statistics)
     save_reward_model(run.model_folder, model, facts=manifest)
-    return StageResult(run.model_folder, metrics)
+    return StageResult(run.model_folder, metrics, verdict=verdict and run.conclude(verdict))
+
+
+def _judge(
+    run: Run, config: RewardRun, path: Path, split: DataSplit, metrics: Mapping[str, float]
+) -> tuple[Verdict | None, dict[str, float]]:
+    """Return the verdict on the trained model, and the baselines that it goes by; nothing without held-out pairs."""
+    if not split.held_out:
+        return None, {}
+    train_texts = usable_pairs(path)
+    held_texts = train_texts if config.preference_val_data is None else usable_pairs(config.preference_val_data)
+    margins = bag_of_words(
+        [held_texts[record] for record in split.held_out],
+        [train_texts[record] for record in split.train[:_BASELINE_PAIRS]],
+        seed=config.seed,
+    )
+    lengths = np.array([split.validation.answer_lengths(record) for record in split.held_out])
+    baselines = {
+        "eval/baseline/bag_of_words": float(win_indicator(margins, 0.0).mean()),
+        "eval/baseline/longer": float(win_indicator(*lengths.T).mean()),
+    }
+    verdict = reward_verdict(
+        metrics["eval/reward/accuracy"],
+        len(split.held_out),
+        bag_of_words=baselines["eval/baseline/bag_of_words"],
+        longer=baselines["eval/baseline/longer"],
+    )
+    return verdict, baselines
 
 
 def _statistics(run: Run, chosen: Tensor, rejected: Tensor) -> RewardStatistics:

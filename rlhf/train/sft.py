@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from rlhf.batches import TokenBatch
 from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.collate import token_batches
-from rlhf.data.dataset import Dataset
-from rlhf.data.schema import DEMONSTRATIONS
+from rlhf.data.dataset import Dataset, load_dataset
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS
 from rlhf.errors import UserError
+from rlhf.evaluate.baselines import unigram_perplexity
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
 from rlhf.io.tokenizer import Tokenizer
@@ -29,6 +31,15 @@ from rlhf.train.context import Run, open_run
 from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
 from rlhf.train.signals import StopRequest
+from rlhf.train.stage_defaults import (
+    StartFacts,
+    choose_settings,
+    default_rate,
+    fit_completion,
+    fit_context,
+    fit_length,
+    start_facts,
+)
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_data,
@@ -39,11 +50,22 @@ from rlhf.train.stage_inputs import (
     read_model_spec,
     train_tokenizer,
 )
-from rlhf.train.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
+from rlhf.train.supervised import (
+    DataSplit,
+    length_limit,
+    make_adamw,
+    make_plan,
+    open_split,
+    train_supervised,
+)
 from rlhf.tree import tree_sum
 from rlhf.types import FrozenParams, MetricSums, Params
+from rlhf.verdicts import sft_verdict
 
 _STAGE = STAGES["sft"]
+
+_COUNTED = 10_000
+"""Demonstrations that token frequencies are counted in."""
 
 
 def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
@@ -83,8 +105,14 @@ def _model_spec(config: SFTRun) -> ModelSpec:
 
 
 def _run(run: Run, config: SFTRun) -> StageResult:
+    model, start_digest, path, facts = _start(run, config)
+    config = choose_settings(
+        run,
+        run.config,
+        {"sft.learning_rate": default_rate(config.sft, pretrained=facts.pretrained)},
+        "a pre-trained model" if facts.pretrained else "a model from scratch",
+    )
     settings, rows = config.sft, config.sft.micro_batch_size
-    model, start_digest, path = _start(run, config)
     split = open_split(run, path, config.sft_val_data, DEMONSTRATIONS, settings, model)
     digests = digests_of(path, model.tokenizer, config.sft_val_data)
     plan, max_length = make_plan(settings, len(split.train)), length_limit(settings, model)
@@ -120,12 +148,27 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         evaluate=evaluate,
         identity=digests | {"model": start_digest},
     )
+    verdict = None
+    if held_out:
+        unigram = _unigram_perplexity(split, max_length, model.config.vocab_size)
+        metrics |= {"eval/baseline/unigram": unigram}
+        verdict = sft_verdict(metrics["eval/perplexity"], unigram, len(split.held_out))
     if not run.is_saved:
         params = run.trained_params(executor, metrics.get("eval/loss", 0.0))
         manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-        manifest |= {"data": digests["data"], "validation": digests["validation"]}
+        manifest |= {"data": digests["data"], "validation": digests["validation"], "provenance": run.provenance}
+        manifest |= facts._replace(**_endings(split, max_length))._asdict()
         save_language_model(run.model_folder, model._replace(params=params), facts=manifest)
-    return StageResult(run.model_folder, metrics)
+    return StageResult(run.model_folder, metrics, verdict=run.conclude(verdict) if verdict else None)
+
+
+def _unigram_perplexity(split: DataSplit, max_length: int, vocab_size: int) -> float:
+    """Return `unigram_perplexity` of the held-out completions by those that are trained on."""
+    train, held_out = (
+        [s.tokens[s.prompt :] for record in records[:_COUNTED] for s in dataset.sequences(record, max_length)]
+        for dataset, records in ((split.dataset, split.train), (split.validation, split.held_out))
+    )
+    return unigram_perplexity(train, held_out, vocab_size)
 
 
 def make_sft_objective(
@@ -186,26 +229,55 @@ def make_sft_program(
     )
 
 
-def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
-    """Return the model that training starts from, the digest of its folder's weights, and the data file.
+def _endings(split: DataSplit, max_length: int) -> dict[str, Any]:
+    """Return the fields of `StartFacts` about the demonstrations that are trained on."""
+    counts = split.dataset.answer_counts()[split.train]
+    cut = split.dataset.count_cut(max_length, split.train)
+    return {
+        "completion_tokens": fit_length(counts, step=1, least=1, most=max_length),
+        "ended": 1.0 - cut / len(split.train),
+    }
 
-    The digest is empty if the weights are random. Checks are made before the embedded example is written.
+
+def _fitted_context(run: Run, config: SFTRun, path: Path, tokenizer: Tokenizer) -> int:
+    """Return `fit_context` over the data of all stages of the run, for the family's preset."""
+    preset = new_config(config.model, tokenizer.vocab_size).n_positions
+    demonstrations = load_dataset(path, DEMONSTRATIONS, tokenizer, config.cache_dir)
+    lengths = [demonstrations.token_counts()]
+    if (pairs := getattr(config, "preference_data", None)) is not None:
+        lengths.append(load_dataset(pairs, PREFERENCES, tokenizer, config.cache_dir).token_counts().max(axis=1))
+    if (prompts := getattr(config, "prompt_data", None)) is not None:
+        room = fit_completion(fit_length(demonstrations.answer_counts(), step=1, least=1, most=1024), 1024)
+        lengths.append(load_dataset(prompts, PROMPTS, tokenizer, config.cache_dir).token_counts() + room)
+    return max(fit_context(counts.ravel(), preset) for counts in lengths)
+
+
+def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path, StartFacts]:
+    """Return the model that training starts from, the digest of its folder's weights, the data file and its facts.
+
+    The digest is empty if the weights are random. Checks are made before the embedded example is written. The
+    configuration of `run` gets the context of a new model.
     """
     model_spec, folder = _model_spec(config), config.sft.model_path
     if folder is not None:
         model = load_language_model(folder)
         for line in model.notes:
             run.note(line)
-        return model, model_spec.digest, config.sft_data or embedded_file(run, "demonstrations")
+        path = config.sft_data or embedded_file(run, "demonstrations")
+        return model, model_spec.digest, path, start_facts(folder)
     path = config.sft_data or embedded_file(run, "demonstrations")
     tokenizer = model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS)
     for line in tokenizer.notes:
         run.note(line)
+    preset = new_config(config.model, tokenizer.vocab_size)
+    context = _fitted_context(run, config, path, tokenizer)
+    if context > preset.n_positions:
+        config = choose_settings(run, config, {"model.n_positions": context}, "the length of the records")
     shape = new_config(config.model, tokenizer.vocab_size)
     params = architecture_of(shape).init(shape, key=run.key(Purpose.INIT))
     size = f"{shape.n_layer} layers, {shape.n_embd} wide"
     run.note(f"new {shape.model_type}: {size}, vocabulary {shape.vocab_size}, context {shape.n_positions}")
-    return LanguageModel(params, shape, tokenizer), model_spec.digest, path
+    return LanguageModel(params, shape, tokenizer), model_spec.digest, path, StartFacts(pretrained=False)
 
 
 PROGRAM = StageProgram(check_sft, run_sft)

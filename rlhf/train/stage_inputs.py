@@ -169,9 +169,9 @@ def make_schedule(settings: OptimizerConfig, total_steps: int) -> Schedule:
     """Return the learning-rate schedule over `total_steps` updates."""
     warmup = min(int(settings.warmup_fraction * total_steps), total_steps - 1)
     if settings.schedule == "constant":
-        return constant_schedule(settings.learning_rate, warmup_steps=warmup)
+        return constant_schedule(settings.peak_learning_rate, warmup_steps=warmup)
     decay_schedule = linear_schedule if settings.schedule == "linear" else cosine_schedule
-    return decay_schedule(settings.learning_rate, total_steps, warmup_steps=warmup)
+    return decay_schedule(settings.peak_learning_rate, total_steps, warmup_steps=warmup)
 
 
 def lr_at_step(schedule: Schedule, step: int) -> float:

@@ -1,7 +1,7 @@
 "use strict";
 // Puts the page together: views, runs, theme, and the loop that asks for what is new.
 
-const TABS = { overview: "Overview", charts: "Charts", samples: "Samples", events: "Log" };
+const TABS = { overview: "Overview", charts: "Charts", samples: "Samples", setup: "Setup", events: "Log" };
 
 class App {
   runs = [];
@@ -17,6 +17,7 @@ class App {
     this.overview = new Overview(byId("overview"), this.curves, this);
     this.charts = new Charts(byId("charts"), this.curves, this);
     this.samples = new Samples(byId("samples"), this);
+    this.setup = new Setup(byId("setup"), this);
     byId("tabs").append(...Object.entries(TABS).map(([name, label]) => el("a", { href: `#${name}`, "data-tab": name }, label)));
     window.addEventListener("hashchange", () => this.#readHash());
     window.addEventListener("scroll", hideTip, { passive: true });
@@ -117,6 +118,7 @@ class App {
     this.#drawStatus();
     if (!this.runs.length) return;
     if (this.#tab === "charts") this.charts.show();
+    if (this.#tab === "setup") this.setup.show();
     if (this.#tab === "events") this.#drawEvents();
     this.samples.show();
   }
@@ -173,9 +175,16 @@ class App {
 
 function eventRow(event) {
   const { stage, event: name, time, notes, format, ...facts } = event;
-  const text = Object.entries(facts).map(([key, value]) => `${key} ${typeof value === "object" ? JSON.stringify(value) : value}`).join("   ");
+  const shown = Object.entries(facts).filter(([key]) => !(name === "start" && ["step", "unit"].includes(key)));
+  const text = shown.map(([key, value]) => eventFact(key, value)).join("   ");
   return el("li", {}, el("time", {}, clock(time)), el("b", {}, visible(`${stage} ${name}`)), el("span", {}, visible(text)),
     Array.isArray(notes) && notes.length ? el("ul", {}, notes.map((note) => el("li", {}, visible(note)))) : null);
+}
+
+function eventFact(key, value) {
+  if (key === "peak_bytes") return `peak memory ${(value / 1e9).toFixed(2)} GB`;
+  if (key === "text") return value;
+  return `${key} ${typeof value === "object" ? JSON.stringify(value) : value}`;
 }
 
 /** Storage may be denied, as in files opened from disk. */

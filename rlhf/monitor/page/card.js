@@ -39,11 +39,12 @@ class Card {
         button.setAttribute("aria-expanded", String(!more.hidden));
       },
     }, "?");
+    this.heading = title;
     this.frame = el("div", { class: "frame", tabindex: 0, role: "img", onkeydown: (event) => this.key(event) });
     this.readout = el("p", { class: "readout" });
     this.legend = el("ul", { class: "legend" });
     this.root = el("article", { class: "card" },
-      el("header", {}, el("div", {}, el("h3", {}, title), el("p", { class: "names" }, names)), button),
+      el("header", {}, el("div", {}, el("h3", {}, title), el("p", { class: "names" }, names)), exportButtons(this), button),
       more, this.legend, this.frame, this.readout);
     this.watcher = new ResizeObserver(() => this.resize());
     this.watcher.observe(this.frame);
@@ -102,6 +103,11 @@ class Card {
       this.owner.zoomTo(null);
     } else return;
     event.preventDefault();
+  }
+
+  /** [heading, values] of the x axis and of every line, for a file. */
+  columns() {
+    return [["x", this.plot.data[0]], ...this.plot.data.slice(1).map((values, place) => [this.plot.series[place + 1].label || `line ${place + 1}`, values])];
   }
 
   destroy() {

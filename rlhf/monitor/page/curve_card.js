@@ -3,6 +3,27 @@
 
 const RUN_DASHES = [[], [7, 4], [2, 3]];
 
+/** Lines to draw: one for each group of runs with equal settings where there are several of them, else one for each run. */
+function groupsOf(runs) {
+  const groups = TABLE.comparison.groups
+    .map(({ name, runs: numbers }) => ({ name, members: runs.filter((run) => numbers.includes(run.number)) }))
+    .filter(({ members }) => members.length);
+  if (groups.length < 2 || groups.every(({ members }) => members.length === 1)) return runs.map((run) => ({ run, members: [run], name: run.name }));
+  return groups.map(({ name, members }) => ({ run: members[0], members, name: members.length > 1 ? `${name} (mean of ${members.length}, 95% interval)` : name }));
+}
+
+/** The mean of several curves at the steps that all have, with the 95% interval of the mean (Student's t) as its band. */
+function meanCurve(curves) {
+  const tables = curves.map(({ x, mean }) => new Map(x.map((step, place) => [step, mean[place]])));
+  const x = curves[0].x.filter((step) => tables.every((table) => table.get(step) != null));
+  const rows = x.map((step) => tables.map((table) => table.get(step)));
+  const means = rows.map((values) => values.reduce((sum, value) => sum + value, 0) / values.length);
+  const quantile = TABLE.comparison.quantiles[curves.length - 2] ?? 1.96;
+  const halves = rows.map((values, row) =>
+    quantile * Math.sqrt(values.reduce((sum, value) => sum + (value - means[row]) ** 2, 0) / (values.length - 1) / values.length));
+  return { x, mean: means, low: means.map((mean, row) => mean - halves[row]), high: means.map((mean, row) => mean + halves[row]), weight: x.map(() => 1) };
+}
+
 /** Metrics over steps: a line per run and metric; thinned ones with the band from lowest to highest. */
 class CurveCard extends Card {
   zoomable = true;
@@ -22,10 +43,12 @@ class CurveCard extends Card {
 
   draw(stage, runs, curves, smoothing) {
     const lines = [];
-    for (const run of runs) {
+    const several = groupsOf(runs);
+    for (const { run, members, name: group } of several) {
       this.metrics.forEach((name, place) => {
-        const curve = curves.get(run.number, stage, name);
-        if (curve?.x.length) lines.push({ run, place, curve, label: this.#label(runs, run, place) });
+        const found = members.map((member) => curves.get(member.number, stage, name)).filter((curve) => curve?.x.length);
+        const curve = found.length > 1 ? meanCurve(found) : found[0];
+        if (curve?.x.length) lines.push({ run, place, curve, label: this.#label(several, group, place) });
       });
     }
     if (!lines.length) return;
@@ -38,10 +61,15 @@ class CurveCard extends Card {
     this.read(this.plot?.cursor.idx);
   }
 
-  #label(runs, run, place) {
+  #label(several, group, place) {
     const metric = this.known[place].label;
-    if (runs.length === 1) return metric;
-    return this.metrics.length === 1 ? run.name : `${run.name}: ${metric}`;
+    if (several.length === 1) return metric;
+    return this.metrics.length === 1 ? group : `${group}: ${metric}`;
+  }
+
+  /** [heading, values] of the steps and of every line, for a file. */
+  columns() {
+    return [[this.owner.unit, this.plot.data[0]], ...this.lines.map(({ column, label }) => [label, this.plot.data[column]])];
   }
 
   #colour(lines, runs) {

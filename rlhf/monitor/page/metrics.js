@@ -2,11 +2,12 @@
 // What is known of the metrics, as `rlhf.metrics` has it: the table comes with the runs.
 
 /** Metrics by name in the table's order, and charts in theirs. */
-const TABLE = { metrics: new Map(), charts: [] };
+const TABLE = { metrics: new Map(), charts: [], comparison: { runs: [], groups: [], quantiles: [] } };
 
-function takeTable({ metrics, charts }) {
+function takeTable({ metrics, charts, comparison }) {
   TABLE.metrics = new Map(Object.entries(metrics));
   TABLE.charts = charts;
+  TABLE.comparison = comparison;
 }
 
 const describe = (name) => TABLE.metrics.get(name) ?? { label: name, unit: "", meaning: "", good: "" };

@@ -39,18 +39,22 @@ class Overview {
     const runs = this.#app.visibleRuns();
     refresh(this.#root, [runs.map((run) => run.number), this.#app.emptyText()], () => {
       this.#parts = new Map(runs.map((run) => [run.number, this.#frame(run, this.#app.runs.length > 1)]));
-      return runs.length ? [...this.#parts.values()].map((parts) => parts.root) : [el("p", { class: "empty" }, this.#app.emptyText())];
+      this.table = el("div", {});
+      return runs.length ? [this.table, ...[...this.#parts.values()].map((parts) => parts.root)] : [el("p", { class: "empty" }, this.#app.emptyText())];
     });
+    if (runs.length > 1) {
+      refresh(this.table, [runs.map((run) => run.name), TABLE.comparison], () => [el("h2", {}, "Comparison"), comparisonTable(runs, TABLE.comparison)]);
+    }
     for (const run of runs) this.#fill(this.#parts.get(run.number), run, now);
   }
 
   #frame(run, several) {
-    const parts = { progress: el("div", { class: "progress" }), figures: el("dl", { class: "figures" }), health: el("div", { class: "health" }), says: el("div", {}), problems: el("div", {}) };
+    const parts = { verdicts: el("div", {}), progress: el("div", { class: "progress" }), figures: el("dl", { class: "figures" }), health: el("div", { class: "health" }), says: el("div", {}), problems: el("div", {}) };
     parts.root = el("section", { class: "run" },
       several ? el("h2", { class: "run-name" }, swatch(run.number), run.name) : null,
       parts.problems,
       el("div", { class: "columns" },
-        el("div", {}, el("h2", {}, "Progress"), parts.progress, parts.figures, parts.says),
+        el("div", {}, el("h2", {}, "Progress"), parts.progress, parts.verdicts, parts.figures, parts.says),
         el("div", {}, el("h2", {}, "Health"), parts.health)));
     return parts;
   }
@@ -60,6 +64,8 @@ class Overview {
     const rows = run.stages.map((stage) => [stage, stageStatus(stage, now)]);
     refresh(parts.progress, rows.map(([stage, status]) => [stage.name, stage.step, stage.total, status]), () =>
       rows.length ? rows.map(([stage, status]) => progressRow(stage, status)) : [el("p", { class: "empty" }, "This run has not written anything yet. It appears here as soon as it does.")]);
+    refresh(parts.verdicts, run.verdicts ?? {}, () => Object.entries(run.verdicts ?? {}).map(([stage, { text, sound }]) =>
+      el("p", { class: sound ? "verdict" : "verdict notice" }, el("b", {}, `${stage}: `), flagged(text))));
     this.#figures(parts.figures, run);
     refresh(parts.health, run.findings, () => healthList(run.findings, this.#app));
     if (run.samples) this.#says(parts, run);

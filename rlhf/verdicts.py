@@ -1,0 +1,140 @@
+"""Verdicts: one plain sentence about a model, with its evidence and what to do. Pure functions of figures."""
+
+import math
+from typing import NamedTuple
+
+SAND_PERPLEXITY = 0.75
+"""Perplexity, as a share of the unigram model's, above which a language model has learnt little more than which tokens
+are frequent. Ours on 1,600 sentences reach 0.4 to 0.6."""
+
+_ONE_SIDED = 1.645
+"""Standard errors that a figure exceeds by chance in one case of twenty."""
+
+
+class Verdict(NamedTuple):
+    """A sentence about a model, and whether the next stage can build on it."""
+
+    text: str
+    sound: bool = True
+
+
+def sft_verdict(perplexity: float, unigram: float, records: int) -> Verdict:
+    """Return the verdict on a language model by its perplexity on held-out demonstrations.
+
+    Args:
+        perplexity: per token.
+        unigram: perplexity of the model that knows only how often each token occurs.
+        records: number of held-out demonstrations.
+
+    Example:
+        >>> sft_verdict(300.0, 350.0, 80).sound
+        False
+    """
+    figures = f"perplexity is {perplexity:.3g} on {records} held-out demonstrations, against {unigram:.3g} of token"
+    if not perplexity <= SAND_PERPLEXITY * unigram:
+        return Verdict(
+            f"The language model has learnt little more than which tokens are frequent: its {figures} frequencies "
+            "alone. Do not build on it yet: train longer (--sft.epochs), on more demonstrations, or from a pre-trained "
+            "model (--sft.model-path).",
+            sound=False,
+        )
+    return Verdict(f"The language model has learnt from the demonstrations: its {figures} frequencies alone.")
+
+
+def reward_verdict(accuracy: float, pairs: int, *, bag_of_words: float, longer: float) -> Verdict:
+    """Return the verdict on a reward model by its accuracy on held-out pairs and those of two baselines.
+
+    A baseline wins only by more than chance: by 1.6 standard errors of the accuracy.
+
+    Args:
+        accuracy: share of pairs ordered as people did.
+        pairs: number of held-out pairs.
+        bag_of_words: accuracy of a linear model of word counts that learnt from the same pairs; NaN if unknown.
+        longer: accuracy of always preferring the longer completion.
+
+    Example:
+        >>> reward_verdict(0.62, 400, bag_of_words=0.78, longer=0.51).sound
+        False
+    """
+    figure = f"The reward model orders {accuracy:.0%} of {pairs} held-out pairs"
+    error = _ONE_SIDED * 0.5 / math.sqrt(max(pairs, 1))
+    by_length = "always choosing the longer" if longer >= 0.5 else "always choosing the shorter"
+    baselines = {"a bag of words": bag_of_words, by_length: max(longer, 1.0 - longer)}
+    name, best = max(
+        ((name, value) for name, value in baselines.items() if not math.isnan(value)), key=lambda item: item[1]
+    )
+    if best > accuracy + error:
+        return Verdict(
+            f"{figure}, worse than {name} ({best:.0%}): do not optimise it yet. Train longer (--reward.epochs), on "
+            "more pairs, or from a better model (--reward.model-path).",
+            sound=False,
+        )
+    if accuracy < 0.5 + error:
+        return Verdict(
+            f"{figure}, which a coin would do too: do not optimise it yet. Check that chosen and rejected are not "
+            "swapped; train longer (--reward.epochs) or on more pairs.",
+            sound=False,
+        )
+    if best > accuracy - error:
+        return Verdict(f"{figure}, about as many as {name} ({best:.0%}): watch the samples while it is optimised.")
+    return Verdict(f"{figure}, more than {name} ({best:.0%}): it can be optimised.")
+
+
+def ppo_verdict(
+    *, score_before: float, score: float, kl: float, budget: float, ended: float, must_end: bool, unit: str
+) -> Verdict:
+    """Return the verdict on a policy by its last iterations.
+
+    Args:
+        score_before: mean score of the first iterations.
+        score: mean score of the last iterations.
+        kl: of the last iterations, nats per completion.
+        budget: nats per completion that the run may spend.
+        ended: share of completions that end by themselves.
+        must_end: whether they should.
+        unit: of the score: "standard deviations" or "reward units".
+    """
+    moved = f"from {score_before:+.2f} to {score:+.2f} {unit} at a KL of {kl:.3g} nats per completion"
+    if kl > 1.5 * budget:
+        return Verdict(
+            f"The policy has left its reference: its score went {moved}, above the budget of {budget:g}. Do not use "
+            "it: raise --ppo.kl-coef or lower --ppo.learning-rate.",
+            sound=False,
+        )
+    if must_end and ended < 0.5:
+        return Verdict(
+            f"The policy's score went {moved}, but only {ended:.0%} of its completions end. Do not use it: raise "
+            "--ppo.missing-eos-penalty or --ppo.max-new-tokens.",
+            sound=False,
+        )
+    ending = f", and {ended:.0%} of completions end" if must_end else ""
+    if score <= score_before:
+        return Verdict(f"The policy has not gained by PPO: its score went {moved}{ending}.")
+    return Verdict(
+        f"The policy's score rose {moved}{ending}. This is the reward that it was trained on: judge it by another one."
+    )
+
+
+def policy_verdict(
+    *, judge: str, wins: tuple[float, float, float], prompts: int, against: str, is_own_reward: bool, ended: float
+) -> Verdict:
+    """Return the verdict on a policy by a judge's preference over another model.
+
+    Args:
+        judge: name of the judge.
+        wins: win rate and the ends of its interval; the ends are NaN where all prompts agree.
+        prompts: number of prompts.
+        against: name of the other model.
+        is_own_reward: True if the judge is the reward model that the policy was trained on.
+        ended: share of the policy's completions that end by themselves.
+    """
+    rate, low, high = wins
+    verb = "is preferred to" if low > 0.5 or (math.isnan(low) and rate > 0.5) else ""
+    verb = verb or ("loses to" if high < 0.5 or (math.isnan(high) and rate < 0.5) else "cannot be told from")
+    text = f"The policy {verb} {against} by {judge}: it wins on {rate:.0%} of {prompts} prompts"
+    text += "" if math.isnan(low) else f" (95% interval {low:.0%} to {high:.0%})"
+    if ended < 0.5:
+        text += f", but only {ended:.0%} of its completions end"
+    if is_own_reward:
+        text += ". That is the reward model it was trained on: judge it by another one (--judge)"
+    return Verdict(f"{text}.", sound=verb == "is preferred to" and ended >= 0.5)
