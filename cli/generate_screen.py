@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from rlhf.data.data_files import DataFiles
 from rlhf.data.schema import PROMPTS, read_checked
 from rlhf.distributed.compute_context import available_cores, find_device, limit_threads
 from rlhf.errors import Interrupted, UserError
@@ -67,8 +69,12 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
             raise Interrupted("stopped", signal.SIGINT) from None
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: `prompt` of each JSON object, or the lines of a text file that are not blank.
+def read_prompts(path: Path, columns: Sequence[str] = ()) -> list[Any]:
+    """Return the prompts of a file: `prompt` of each record, or the lines of a text file that are not blank.
+
+    Args:
+        path: the file.
+        columns: other names of columns, as in `rlhf.data.data_files.DataFiles`.
 
     Raises:
         UserError: it cannot be read, or holds no prompt.
@@ -78,7 +84,7 @@ def read_prompts(path: Path) -> list[str]:
         if not (prompts := [line for line in lines if line.strip()]):
             raise UserError(f"{path}: the file is empty; it needs a prompt per line")
         return prompts
-    return [record.fields["prompt"] for record in read_checked(path, PROMPTS)]
+    return [record.fields["prompt"] for record in read_checked(DataFiles((path,), tuple(columns)), PROMPTS)]
 
 
 def _prompts(config: GenerateConfig) -> Iterator[str] | None:
@@ -86,7 +92,7 @@ def _prompts(config: GenerateConfig) -> Iterator[str] | None:
     if config.prompt:
         return iter(config.prompt)
     if config.prompt_file is not None:
-        return iter(read_prompts(config.prompt_file))
+        return iter(read_prompts(config.prompt_file, config.data.columns))
     if not sys.stdin.isatty():
         return _piped()
     return None

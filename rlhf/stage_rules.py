@@ -12,6 +12,12 @@ _NO_SAMPLES = Rule(
 )
 
 
+def _columns_rule(data: str) -> Rule:
+    """Return the rule for columns named although a stage has no file whose columns they could be."""
+    reason = "has no effect on the embedded example: name a data file"
+    return Rule(("data.columns",), lambda config: getattr(config, data) is None, reason)
+
+
 def _starts_elsewhere(data: str) -> Callable[[Any], bool]:
     """Return the condition that a stage runs alone on the user's data, so that no model is created before it."""
     return lambda config: not hasattr(config, "sft") and getattr(config, data) is not None
@@ -35,6 +41,7 @@ def _model_rules(data: str) -> tuple[Rule, ...]:
 
 SFT_RULES = (
     _NO_SAMPLES,
+    _columns_rule("sft_data"),
     _worker_rule("sft", "batch_size"),
     Rule(
         ("tokenizer.vocab_size",),
@@ -72,6 +79,7 @@ SFT_RULES = (
 
 REWARD_RULES = (
     _NO_SAMPLES,
+    _columns_rule("preference_data"),
     _worker_rule("reward", "batch_size", rows=2),
     *_model_rules("preference_data"),
     Rule(
@@ -117,6 +125,7 @@ def _has_no_critic(config: Any) -> bool:
 
 
 PPO_RULES = (
+    _columns_rule("prompt_data"),
     _worker_rule("ppo", "minibatch_size"),
     *_model_rules("prompt_data"),
     Rule(

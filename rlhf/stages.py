@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf.config import PipelineRun, PPORun, RewardRun, RunConfig, SFTRun
-from rlhf.setting_rules import COMPUTE_RULES, Rule, check_rules
+from rlhf.setting_rules import COMPUTE_RULES, DATA_RULES, Rule, check_rules
 from rlhf.stage_rules import PPO_RULES, REWARD_RULES, SFT_RULES
 
 
@@ -66,7 +66,7 @@ class Stage:
     """Name of that file's `rlhf.data.schema.Schema`."""
     files: Mapping[str, str]
     """Settings that name files, each with the name under which the content is compared when a run is continued: data,
-    validation, tokenizer, model or sources."""
+    validation, tokenizer, template, model or sources."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Earlier stages whose models the stage starts from, each with the setting that names another model."""
     own_settings: tuple[str, ...] = ()
@@ -120,6 +120,7 @@ register(
             "sft_data": "data",
             "sft_val_data": "validation",
             "tokenizer.path": "tokenizer",
+            "data.template": "template",
             "sft.model_path": "model",
         },
         own_settings=("model.", "tokenizer."),
@@ -137,7 +138,12 @@ register(
         folder="reward",
         data="preference_data",
         schema="preference pairs",
-        files={"preference_data": "data", "preference_val_data": "validation", "reward.model_path": "model"},
+        files={
+            "preference_data": "data",
+            "preference_val_data": "validation",
+            "data.template": "template",
+            "reward.model_path": "model",
+        },
         sources={"sft": "reward.model_path"},
         rules=REWARD_RULES,
         shown=("loss/reward", "eval/reward/accuracy"),
@@ -153,7 +159,7 @@ register(
         folder="policy",
         data="prompt_data",
         schema="prompts",
-        files={"prompt_data": "data", "ppo.model_path": "model", "ppo.reward": "sources"},
+        files={"prompt_data": "data", "data.template": "template", "ppo.model_path": "model", "ppo.reward": "sources"},
         sources={"sft": "ppo.model_path", "reward": "ppo.reward"},
         rules=PPO_RULES,
         unit="iteration",
@@ -218,5 +224,5 @@ def check_settings(config: RunConfig, stage: Stage) -> list[str]:
         UserError: a setting is refused.
     """
     is_first = not isinstance(config, PipelineRun) or config.start_at == stage.name
-    shared = [rule for rule in COMPUTE_RULES if is_first or rule.refused]
+    shared = [rule for rule in (*COMPUTE_RULES, *DATA_RULES) if is_first or rule.refused]
     return check_rules(config, (*shared, *stage.rules))

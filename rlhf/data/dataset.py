@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf.data.data_files import Record, Source, as_data_files, content_digest
 from rlhf.data.findings import Findings, Inspector
-from rlhf.data.records import Record, not_a_file
 from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, read_checked
 from rlhf.data.truncate import Truncation, truncate
 from rlhf.errors import UserError
 from rlhf.io.cache import default_cache_dir
-from rlhf.io.files import atomic_folder, sha256
+from rlhf.io.files import atomic_folder
 from rlhf.io.tokenizer import Tokenizer
 
 _FORMAT = 3
@@ -145,14 +145,14 @@ class Dataset:
         return np.append(tokens, self.eos_id) if lengths.ends else tokens
 
 
-def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Dataset:
-    """Read, check and tokenise a data file, or open the cached arrays of the same content.
+def load_dataset(source: Source, schema: Schema, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Dataset:
+    """Read, check and tokenise data files, or open the cached arrays of the same content.
 
     Pairs whose chosen and rejected texts are equal are dropped and counted (`Dataset.dropped`). An empty prompt becomes
     the end-of-text token.
 
     Args:
-        path: JSON list or JSON Lines.
+        source: the files, in any form that `rlhf.data.records` reads.
         schema: the expected kind of records.
         tokenizer: the tokenizer of the texts.
         cache_dir: the cache folder; None is `default_cache_dir()`.
@@ -160,44 +160,40 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
     Raises:
         UserError: the file or a record is invalid (`read_checked`), or all records are dropped.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: {not_a_file(path)}; a file of {schema.name} is needed")
-    try:
-        digest = sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{tokenizer.eos_id}:{digest}"
+    identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{tokenizer.eos_id}:{content_digest(source)}"
+    if columns := as_data_files(source).columns:
+        identity += f":{sorted(columns)}"
     folder = (cache_dir or default_cache_dir()) / "datasets" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if not _is_complete(folder):
         with atomic_folder(folder, "--cache-dir") as temporary:
-            _write(path, schema, tokenizer, temporary)
+            _write(source, schema, tokenizer, temporary)
     return Dataset(folder, schema, tokenizer.eos_id)
 
 
-def check_file(path: Path, schema: Schema) -> set[str]:
-    """Check a data file and return the keys of its records, as `Dataset.keys`. Raises as `load_dataset`."""
+def check_file(source: Source, schema: Schema) -> set[str]:
+    """Check data files and return the keys of its records, as `Dataset.keys`. Raises as `load_dataset`."""
     keys: set[str] = set()
-    for record in read_checked(path, schema):
+    for record in read_checked(source, schema):
         if not _is_tie(record, schema):
             keys |= record.fields.keys()
     if not keys:
-        raise UserError(_ONLY_TIES.format(path=path))
+        raise UserError(_ONLY_TIES.format(path=source))
     return keys
 
 
-def texts(path: Path, schema: Schema) -> Iterator[str]:
+def texts(source: Source, schema: Schema) -> Iterator[str]:
     """Yield every text of a data file, checked, to train a tokenizer on."""
-    for record in read_checked(path, schema):
+    for record in read_checked(source, schema):
         yield from (record.fields[key] for key in schema.keys)
 
 
-def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> None:
+def _write(source: Source, schema: Schema, tokenizer: Tokenizer, folder: Path) -> None:
     """Tokenise a data file into flat files, a block of records at a time, then write the arrays with headers."""
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths, prompts, margins, column_ends, dropped = [], [], [], [0], 0
     keys: set[str] = set()
     inspector = Inspector(schema, tokenizer)
-    records = read_checked(path, schema)
+    records = read_checked(source, schema)
     with (folder / "tokens.bin").open("wb") as stream, (folder / "columns.jsonl").open("wb") as columns:
         while block := list(itertools.islice(records, _RECORDS_AT_ONCE)):
             usable = [record for record in block if not _is_tie(record, schema)]
@@ -215,7 +211,7 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
                 if schema is PROMPTS:
                     column_ends.append(column_ends[-1] + columns.write(json.dumps(record.fields).encode() + b"\n"))
     if not prompts:
-        raise UserError(_ONLY_TIES.format(path=path))
+        raise UserError(_ONLY_TIES.format(path=source))
     flat = np.memmap(folder / "tokens.bin", dtype=kind, mode="r")
     _save(folder / "tokens.npy", flat)
     (folder / "tokens.bin").unlink()

@@ -1,13 +1,14 @@
 """Settings of rlhf-generate, as a typed dataclass. Importing it imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from rlhf.config import DataConfig
 from rlhf.ranges import BatchSize, NonNegativeInt, PositiveFloat, Section, Seed, ThreadCount
-from rlhf.setting_rules import Rule
+from rlhf.setting_rules import DATA_RULES, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,9 @@ class GenerateConfig(Section):
     """Prompts to complete.
     Without this and --prompt-file they are read from the terminal, or line by line from a pipe."""
     prompt_file: Path | None = None
-    """File of prompts: JSON list or JSON Lines with the key `prompt`, or one prompt per line in a .txt file."""
+    """File of prompts, or folder of them, with the column `prompt` in any form that rlhf-train reads, or one prompt per
+    line in a .txt file."""
+    data: DataConfig = field(default_factory=DataConfig)
     template: str = "{prompt}"
     """Text around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
     output: Path | None = None
@@ -54,6 +57,8 @@ class GenerateConfig(Section):
 
 
 GENERATE_RULES = (
+    *DATA_RULES,
+    Rule(("data.columns",), lambda config: config.prompt_file is None, "has no effect without --prompt-file"),
     Rule(
         ("temperature", "top_k", "top_p", "samples", "seed"),
         lambda config: config.greedy,

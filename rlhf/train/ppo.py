@@ -14,6 +14,7 @@ from pathlib import Path
 from rlhf.batches import PPOBatch
 from rlhf.config import PPORun
 from rlhf.data.collate import Prefetch, ppo_batch
+from rlhf.data.data_files import Source
 from rlhf.data.schema import PROMPTS
 from rlhf.estimators import ESTIMATORS
 from rlhf.experience import Experience, make_experience
@@ -33,7 +34,7 @@ from rlhf.train.ppo_program import learning_rate, make_ppo_program, shapes_of, s
 from rlhf.train.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.train.resume import Identity, digests_of
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage_inputs import ModelSpec, check_data, embedded_file, open_dataset, start_folder
+from rlhf.train.stage_inputs import ModelSpec, check_data, embedded_file, given_files, open_dataset, start_folder
 
 _MIN_SCALE = 1e-2
 """Lower bound on the magnitude of the summands of a score, whose sum may be close to 0."""
@@ -69,7 +70,7 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
 def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the policy, after reading the prompts through; see `rlhf.stages.StageProgram`."""
     inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
-    check_columns(inputs.sources, check_data(PROMPTS, config.prompt_data))
+    check_columns(inputs.sources, check_data(PROMPTS, given_files(config, config.prompt_data)))
     return inputs.policy
 
 
@@ -88,7 +89,7 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     reward_notes = [line for source in sources if source.model is not None for line in source.model.notes]
     for line in dict.fromkeys((*policy.notes, *reward_notes)):
         run.note(line)
-    path = config.prompt_data or embedded_file(run, "prompts")
+    path: Source = given_files(config, config.prompt_data) or embedded_file(run, "prompts")
     prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.max_new_tokens)
     check_columns(sources, prompts.keys)
     run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")

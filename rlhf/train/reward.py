@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf.batches import PairBatch
 from rlhf.config import RewardConfig, RewardRun
 from rlhf.data.collate import PackedPairs, pair_batches
+from rlhf.data.data_files import Source
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.schema import PREFERENCES
 from rlhf.errors import UserError
@@ -35,6 +36,7 @@ from rlhf.train.stage_inputs import (
     check_data,
     check_validation,
     embedded_file,
+    given_files,
     make_schedule,
     start_folder,
     start_model_spec,
@@ -60,7 +62,8 @@ def run_reward(config: RewardRun, observers: Sequence[Observer] = (), stop: Stop
 def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config, models.get("sft"))
-    _check_margin(config, check_data(PREFERENCES, config.preference_data, config.preference_val_data))
+    path, validation = given_files(config, config.preference_data), given_files(config, config.preference_val_data)
+    _check_margin(config, check_data(PREFERENCES, path, validation))
     _check_pairs(config, model_spec)
     return model_spec
 
@@ -87,7 +90,7 @@ def _model_spec(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
 def _check_margin(config: RewardRun, keys: Collection[str]) -> None:
     """Raise UserError if margins are asked for, but are not among the `keys` of the training pairs."""
     if config.reward.use_margin and "margin" not in keys:
-        where = config.preference_data or "the embedded example"
+        where = given_files(config, config.preference_data) or "the embedded example"
         raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
 
 
@@ -98,11 +101,12 @@ def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
         config: of the stage.
         model_spec: of the model that training starts from.
     """
-    if config.preference_data is not None and model_spec.tokenizer is not None:
-        dataset = load_dataset(config.preference_data, PREFERENCES, model_spec.tokenizer, config.cache_dir)
+    path = given_files(config, config.preference_data)
+    if path is not None and model_spec.tokenizer is not None:
+        dataset = load_dataset(path, PREFERENCES, model_spec.tokenizer, config.cache_dir)
         max_length = length_limit(config.reward, model_spec)
         different = len(dataset) - len(dataset.equal_pairs(max_length))
-        check_pairs_differ(config.preference_data, different, max_length)
+        check_pairs_differ(path, different, max_length)
 
 
 def _run(run: Run, config: RewardRun) -> StageResult:
@@ -112,9 +116,10 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     for line in start.notes:
         run.note(line)
     max_length = length_limit(settings, start)
-    path = config.preference_data or embedded_file(run, "preferences")
-    split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
-    digests = digests_of(path, start.tokenizer, config.preference_val_data)
+    path: Source = given_files(config, config.preference_data) or embedded_file(run, "preferences")
+    validation = given_files(config, config.preference_val_data)
+    split = open_split(run, path, validation, PREFERENCES, settings, start)
+    digests = digests_of(path, start.tokenizer, validation)
     _check_margin(config, split.dataset.keys)
     run.note(f"trunk from {folder}")
     plan = make_plan(settings, len(split.train))

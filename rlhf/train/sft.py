@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf.batches import TokenBatch
 from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.collate import token_batches
+from rlhf.data.data_files import Source
 from rlhf.data.dataset import Dataset
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.errors import UserError
@@ -34,6 +35,7 @@ from rlhf.train.stage_inputs import (
     check_data,
     check_validation,
     embedded_file,
+    given_files,
     make_schedule,
     new_config,
     read_model_spec,
@@ -58,7 +60,7 @@ def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopReques
 def check_sft(config: SFTRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config)
-    check_data(DEMONSTRATIONS, config.sft_data, config.sft_val_data)
+    check_data(DEMONSTRATIONS, given_files(config, config.sft_data), given_files(config, config.sft_val_data))
     return model_spec
 
 
@@ -85,8 +87,9 @@ def _model_spec(config: SFTRun) -> ModelSpec:
 def _run(run: Run, config: SFTRun) -> StageResult:
     settings, rows = config.sft, config.sft.micro_batch_size
     model, start_digest, path = _start(run, config)
-    split = open_split(run, path, config.sft_val_data, DEMONSTRATIONS, settings, model)
-    digests = digests_of(path, model.tokenizer, config.sft_val_data)
+    validation = given_files(config, config.sft_val_data)
+    split = open_split(run, path, validation, DEMONSTRATIONS, settings, model)
+    digests = digests_of(path, model.tokenizer, validation)
     plan, max_length = make_plan(settings, len(split.train)), length_limit(settings, model)
 
     def batches(source: Dataset, records: Sequence[int], key: Tensor) -> list[TokenBatch]:
@@ -186,7 +189,7 @@ def make_sft_program(
     )
 
 
-def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
+def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Source]:
     """Return the model that training starts from, the digest of its folder's weights, and the data file.
 
     The digest is empty if the weights are random. Checks are made before the embedded example is written.
@@ -196,8 +199,8 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path]:
         model = load_language_model(folder)
         for line in model.notes:
             run.note(line)
-        return model, model_spec.digest, config.sft_data or embedded_file(run, "demonstrations")
-    path = config.sft_data or embedded_file(run, "demonstrations")
+        return model, model_spec.digest, given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
+    path = given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
     tokenizer = model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS)
     for line in tokenizer.notes:
         run.note(line)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.config import ModelConfig, OptimizerConfig, RunConfig
+from rlhf.config import DataPaths, ModelConfig, OptimizerConfig, RunConfig
+from rlhf.data.data_files import DataFiles, Source, data_files
 from rlhf.data.dataset import Dataset, check_file, load_dataset, texts
 from rlhf.data.demo_data import PROMPT_COLUMNS, write_embedded
 from rlhf.data.schema import PROMPTS, Schema
@@ -44,7 +45,12 @@ def embedded_file(run: Run, name: str) -> Path:
     return path
 
 
-def open_dataset(run: Run, path: Path, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
+def given_files(config: RunConfig, paths: DataPaths) -> DataFiles | None:
+    """Return the files of a setting with the columns that the configuration names; None if it names no file."""
+    return data_files(paths, config.data.columns)
+
+
+def open_dataset(run: Run, path: Source, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
     """Return `load_dataset`, noting oddities, dropped records and those that do not fit `max_length` tokens."""
     dataset = load_dataset(path, schema, tokenizer, run.config.cache_dir)
     for line in dataset.findings.describe(schema, len(dataset)):
@@ -57,7 +63,7 @@ def open_dataset(run: Run, path: Path, schema: Schema, tokenizer: Tokenizer, max
     return dataset
 
 
-def train_tokenizer(run: Run, path: Path, schema: Schema) -> Tokenizer:
+def train_tokenizer(run: Run, path: Source, schema: Schema) -> Tokenizer:
     """Return a byte-level BPE trained on every text of a data file."""
     tokenizer = Tokenizer.train(texts(path, schema), run.config.tokenizer.vocab_size)
     run.note(f"trained a byte-level BPE of {tokenizer.vocab_size} entries on {path}")
@@ -129,13 +135,15 @@ def start_model_spec(config: RunConfig, model_path: Path | None, flag: str, sft:
     return read_model_spec(folder, config.model)
 
 
-def check_validation(path: Path | None, validation: Path | None, schema: Schema) -> None:
+def check_validation(path: DataPaths, validation: DataPaths, schema: Schema) -> None:
     """Raise UserError if there is a validation file without training data, which would be the embedded example."""
     if validation is not None and path is None:
-        raise UserError(f"{validation}: validates what is learnt from a file of {schema.name}; add {schema.flag} FILE")
+        raise UserError(
+            f"{data_files(validation)}: validates what is learnt from a file of {schema.name}; add {schema.flag} FILE"
+        )
 
 
-def check_data(schema: Schema, path: Path | None, validation: Path | None = None) -> set[str]:
+def check_data(schema: Schema, path: Source | None, validation: Source | None = None) -> set[str]:
     """Read data files through; return the keys of the training records, or those of the embedded example.
 
     Raises:
