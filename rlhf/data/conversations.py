@@ -116,12 +116,17 @@ def as_completion(prompt: Any, text: str) -> Any:
 
 
 def _prompt_columns(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of prompts in which `prompt` is a list of messages, if it has conversations."""
     messages = fields.get("messages")
-    if not is_conversation(messages) or not isinstance(fields.get("prompt"), str | None):
+    if not isinstance(fields.get("prompt"), str | None):
         return fields
-    assert isinstance(messages, list)
-    prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return {name: value for name, value in fields.items() if name != "messages"} | {"prompt": prompt}
+    if isinstance(messages, list) and is_conversation(messages):
+        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return {name: value for name, value in fields.items() if name != "messages"} | {"prompt": prompt}
+    if not {"chosen", "rejected"} <= fields.keys():
+        return fields
+    of_pair = to_columns(fields, ("chosen", "rejected")).get("prompt")
+    return fields if of_pair is None else fields | {"prompt": of_pair}
 
 
 def _shared_turns(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> int:

@@ -29,6 +29,8 @@ class Record(NamedTuple):
     line: int
     """Line on which it begins, from 1; 0 in a file without lines."""
     fields: dict[str, Any]
+    path: Path | None = None
+    """The file; None if it is not known."""
 
     @property
     def where(self) -> str:

@@ -137,7 +137,7 @@ def read_checked(source: Source, schema: Schema) -> Iterator[Record]:
         for record in read_records(path, numbers=numbers):
             fields = _renamed(path, record, renames) if renames else record.fields
             try:
-                checked = record._replace(fields=to_columns(fields, schema.answers))
+                checked = record._replace(fields=to_columns(fields, schema.answers), path=path)
             except ValueError as error:
                 raise UserError(f"{path}: {record.where}: {error}") from None
             check_record(path, checked, schema)

@@ -8,6 +8,7 @@ from rlhf.config import PipelineRun
 from rlhf.data.conversations import as_key, as_text
 from rlhf.data.data_files import DataFiles, Source, list_files
 from rlhf.data.dataset import Dataset, load_dataset
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.records import read_records
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked
 from rlhf.errors import UserError
@@ -107,14 +108,16 @@ def schema_of(source: DataFiles) -> Schema:
     columns = ", ".join(map(repr, sorted(record.fields))) or "nothing"
     raise UserError(
         f"{path}: {record.where} has {columns}; expected 'prompt' with 'completion' (demonstrations), "
-        "with 'chosen' and 'rejected' (preference pairs), or alone (prompts), or 'messages'; other names: --data.columns"
+        "with 'chosen' and 'rejected' (preference pairs), or alone (prompts), or 'messages'; other names: "
+        "--data.columns"
     )
 
 
 def unique_prompts(data: TestData) -> TestData:
     """Return the prompts of demonstrations or preference pairs, each once."""
     first: dict[str, int] = {}
-    for number, record in enumerate(read_checked(data.path, data.schema)):
+    pairs = zip(read_checked(data.path, data.schema), read_checked(data.path, PROMPTS), strict=True)
+    for number, (_, record) in enumerate(pairs):
         first.setdefault(as_key(record.fields["prompt"]), number)
     origin = f"the prompts of its {data.schema.name}" + (f", {data.origin}" if data.origin else "")
     return TestData(data.path, PROMPTS, sorted(first.values()), origin)
@@ -122,6 +125,7 @@ def unique_prompts(data: TestData) -> TestData:
 
 def open_data(data: TestData, tokenizer: Tokenizer, config: EvaluateConfig) -> tuple[Dataset, list[int]]:
     """Return the tokenised file and its records to evaluate. Errors are those of `rlhf.data.dataset.load_dataset`."""
+    tokenizer = chat_tokenizer(tokenizer, config.data)
     dataset = load_dataset(data.path, data.schema, tokenizer, config.cache_dir)
     if data.records is None:  # the run has told the user of its own data
         for line in dataset.findings.describe(data.schema, len(dataset)):

@@ -26,6 +26,8 @@ class GenerateConfig(Section):
     """File of prompts, or folder of them, with the column `prompt` in any form that rlhf-train reads, or one prompt per
     line in a .txt file."""
     data: DataConfig = field(default_factory=DataConfig)
+    chat: bool = False
+    """Take each prompt as the user's turn of a conversation, written by the model's chat template."""
     template: str = "{prompt}"
     """Text around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
     output: Path | None = None
@@ -63,6 +65,12 @@ GENERATE_RULES = (
         ("temperature", "top_k", "top_p", "samples", "seed"),
         lambda config: config.greedy,
         "has no effect with --greedy, which draws nothing at random",
+    ),
+    Rule(
+        ("chat",),
+        lambda config: config.template != "{prompt}",
+        "writes the prompt by the chat template; drop one of --chat and --template",
+        refused=True,
     ),
     Rule(("overwrite",), lambda config: config.output is None, "has no effect without --output", refused=True),
     Rule(("top_p",), lambda config: config.top_k == 1, "has no effect with --top-k 1"),

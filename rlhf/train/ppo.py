@@ -15,6 +15,7 @@ from rlhf.batches import PPOBatch
 from rlhf.config import PPORun
 from rlhf.data.collate import Prefetch, ppo_batch
 from rlhf.data.data_files import Source
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.schema import PROMPTS
 from rlhf.estimators import ESTIMATORS
 from rlhf.experience import Experience, make_experience
@@ -34,7 +35,15 @@ from rlhf.train.ppo_program import learning_rate, make_ppo_program, shapes_of, s
 from rlhf.train.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.train.resume import Identity, digests_of
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage_inputs import ModelSpec, check_data, embedded_file, given_files, open_dataset, start_folder
+from rlhf.train.stage_inputs import (
+    ModelSpec,
+    check_conversations,
+    check_data,
+    embedded_file,
+    given_files,
+    open_dataset,
+    start_folder,
+)
 
 _MIN_SCALE = 1e-2
 """Lower bound on the magnitude of the summands of a score, whose sum may be close to 0."""
@@ -70,7 +79,9 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
 def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the policy, after reading the prompts through; see `rlhf.stages.StageProgram`."""
     inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
-    check_columns(inputs.sources, check_data(PROMPTS, given_files(config, config.prompt_data)))
+    path = given_files(config, config.prompt_data)
+    check_columns(inputs.sources, check_data(PROMPTS, path))
+    check_conversations(config, path, PROMPTS, inputs.policy.tokenizer)
     return inputs.policy
 
 
@@ -86,6 +97,7 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     sources = [_without_rounding_std(run, source) for source in sources] if config.ppo.normalize_reward else sources
     settings, specs, folder = config.ppo, reward_specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
+    policy = policy._replace(tokenizer=chat_tokenizer(policy.tokenizer, config.data))
     reward_notes = [line for source in sources if source.model is not None for line in source.model.notes]
     for line in dict.fromkeys((*policy.notes, *reward_notes)):
         run.note(line)

@@ -1,5 +1,6 @@
 """Checkpoints of a run, and the comparison of a run with its continuation: settings by value, files by content."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ _CONTENTS = {
     "data": "the data have changed",
     "validation": "the validation file has changed, so the evaluations before and after would be of different records",
     "tokenizer": "the tokenizer has changed",
+    "template": "the chat template has changed",
     "model": "the weights that the stage starts from have changed",
 }
 
@@ -63,10 +65,12 @@ def _file_settings() -> dict[str, str]:
 
 def digests_of(data: Source, tokenizer: Tokenizer, validation: Source | None = None) -> Identity:
     """Return the digests of a stage's data files and tokenizer, by the names of `Stage.files`."""
+    template = tokenizer.chat_template
     return {
         "data": content_digest(data),
         "validation": content_digest(validation) if validation is not None else None,
         "tokenizer": f"{tokenizer.fingerprint}:{tokenizer.eos_id}",
+        "template": None if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
     }
 
 

@@ -12,6 +12,7 @@ from rlhf.config import RewardConfig, RewardRun
 from rlhf.data.collate import PackedPairs, pair_batches
 from rlhf.data.data_files import Source
 from rlhf.data.dataset import Dataset, load_dataset
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.schema import PREFERENCES
 from rlhf.errors import UserError
 from rlhf.execution.executor import Executor
@@ -33,6 +34,7 @@ from rlhf.train.resume import digests_of
 from rlhf.train.signals import StopRequest
 from rlhf.train.stage_inputs import (
     ModelSpec,
+    check_conversations,
     check_data,
     check_validation,
     embedded_file,
@@ -64,6 +66,7 @@ def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpe
     model_spec = _model_spec(config, models.get("sft"))
     path, validation = given_files(config, config.preference_data), given_files(config, config.preference_val_data)
     _check_margin(config, check_data(PREFERENCES, path, validation))
+    check_conversations(config, path, PREFERENCES, model_spec.tokenizer)
     _check_pairs(config, model_spec)
     return model_spec
 
@@ -113,6 +116,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     settings, model_spec = config.reward, _model_spec(config)
     folder = start_folder(config, settings.model_path)
     start = load_language_model(folder)
+    start = start._replace(tokenizer=chat_tokenizer(start.tokenizer, config.data))
     for line in start.notes:
         run.note(line)
     max_length = length_limit(settings, start)

@@ -13,6 +13,7 @@ from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.collate import token_batches
 from rlhf.data.data_files import Source
 from rlhf.data.dataset import Dataset
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.errors import UserError
 from rlhf.execution.program import ModelState, Program, StepSpec
@@ -32,6 +33,7 @@ from rlhf.train.resume import digests_of
 from rlhf.train.signals import StopRequest
 from rlhf.train.stage_inputs import (
     ModelSpec,
+    check_conversations,
     check_data,
     check_validation,
     embedded_file,
@@ -40,6 +42,7 @@ from rlhf.train.stage_inputs import (
     new_config,
     read_model_spec,
     train_tokenizer,
+    with_template,
 )
 from rlhf.train.supervised import length_limit, make_adamw, make_plan, open_split, train_supervised
 from rlhf.tree import tree_sum
@@ -60,7 +63,9 @@ def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopReques
 def check_sft(config: SFTRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config)
-    check_data(DEMONSTRATIONS, given_files(config, config.sft_data), given_files(config, config.sft_val_data))
+    path = given_files(config, config.sft_data)
+    check_data(DEMONSTRATIONS, path, given_files(config, config.sft_val_data))
+    check_conversations(config, path, DEMONSTRATIONS, model_spec.tokenizer)
     return model_spec
 
 
@@ -76,7 +81,7 @@ def _model_spec(config: SFTRun) -> ModelSpec:
     tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
     if folder is None:
         return ModelSpec(new_config(config.model, tokenizer.vocab_size if tokenizer else 1), tokenizer, "")
-    start = read_model_spec(folder, config.model)
+    start = with_template(config, read_model_spec(folder, config.model))
     if tokenizer is not None and start.tokenizer is not None and not tokenizer.same_vocabulary(start.tokenizer):
         raise UserError(
             f"{folder}: the model there has another vocabulary than --tokenizer.path {tokenizer_path}; drop the flag"
@@ -199,9 +204,10 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Source]:
         model = load_language_model(folder)
         for line in model.notes:
             run.note(line)
+        model = model._replace(tokenizer=chat_tokenizer(model.tokenizer, config.data))
         return model, model_spec.digest, given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
     path = given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
-    tokenizer = model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS)
+    tokenizer = chat_tokenizer(model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS), config.data)
     for line in tokenizer.notes:
         run.note(line)
     shape = new_config(config.model, tokenizer.vocab_size)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from rlhf.config import DataPaths, ModelConfig, OptimizerConfig, RunConfig
+from rlhf.data.chat_tokens import TEMPLATE_FLAG, check_template
 from rlhf.data.data_files import DataFiles, Source, data_files
 from rlhf.data.dataset import Dataset, check_file, load_dataset, texts
 from rlhf.data.demo_data import PROMPT_COLUMNS, write_embedded
-from rlhf.data.schema import PROMPTS, Schema
+from rlhf.data.encoding import chat_tokenizer, holds_conversations
+from rlhf.data.schema import PROMPTS, Schema, read_checked
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import load_shape, weights_digest
@@ -48,6 +50,23 @@ def embedded_file(run: Run, name: str) -> Path:
 def given_files(config: RunConfig, paths: DataPaths) -> DataFiles | None:
     """Return the files of a setting with the columns that the configuration names; None if it names no file."""
     return data_files(paths, config.data.columns)
+
+
+def check_conversations(config: RunConfig, source: Source | None, schema: Schema, tokenizer: Tokenizer | None) -> None:
+    """Raise UserError if files hold conversations, and neither the settings nor the tokenizer have a chat template.
+
+    Args:
+        config: of the run.
+        source: the checked files; None if there are none.
+        schema: their kind.
+        tokenizer: of the model; None if it is not trained yet.
+    """
+    record = None if source is None else next(read_checked(source, schema))
+    if record is None or not holds_conversations(record) or config.data.template is not None:
+        return
+    if tokenizer is None:
+        raise UserError(f"{source}: holds conversations, and a new tokenizer has no chat template; add {TEMPLATE_FLAG}")
+    check_template(tokenizer, source)
 
 
 def open_dataset(run: Run, path: Source, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
@@ -111,6 +130,11 @@ def read_model_spec(folder: Path, settings: ModelConfig) -> ModelSpec:
     return ModelSpec(config, tokenizer, weights_digest(folder))
 
 
+def with_template(config: RunConfig, spec: ModelSpec) -> ModelSpec:
+    """Return a spec whose tokenizer has the chat template that the configuration names."""
+    return spec if spec.tokenizer is None else spec._replace(tokenizer=chat_tokenizer(spec.tokenizer, config.data))
+
+
 def start_folder(config: RunConfig, model_path: Path | None) -> Path:
     """Return the folder of the SFT model that a stage starts from: `model_path`, or the run's own."""
     return model_path or config.output_dir / STAGES["sft"].folder
@@ -132,7 +156,7 @@ def start_model_spec(config: RunConfig, model_path: Path | None, flag: str, sft:
         return sft
     folder = start_folder(config, model_path)
     check_folder(folder, f"run `rlhf-train sft` first, or name a model folder: {flag} FOLDER")
-    return read_model_spec(folder, config.model)
+    return with_template(config, read_model_spec(folder, config.model))
 
 
 def check_validation(path: DataPaths, validation: DataPaths, schema: Schema) -> None:
