@@ -61,7 +61,7 @@ def join_flags(kind: type, argv: Sequence[str]) -> list[str]:
         if name not in positions or hint is None:
             positions[name] = len(joined)
             joined.append([flag, *values])
-        elif get_origin(hint) is tuple:
+        elif tuple in [get_origin(option) for option in (hint, *get_args(hint))]:
             joined[positions[name]] += values
         elif joined[positions[name]] != [flag, *values]:
             before, joined[positions[name]] = joined[positions[name]], [flag, *values]

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from rlhf.data.conversations import Message, as_text
+from rlhf.data.data_files import DataFiles
 from rlhf.data.schema import PROMPTS, read_checked
 from rlhf.distributed.compute_context import available_cores, find_device, limit_threads
 from rlhf.errors import Interrupted, UserError
@@ -67,8 +70,12 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
             raise Interrupted("stopped", signal.SIGINT) from None
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: `prompt` of each JSON object, or the lines of a text file that are not blank.
+def read_prompts(path: Path, columns: Sequence[str] = ()) -> list[Any]:
+    """Return the prompts of a file: `prompt` of each record, or the lines of a text file that are not blank.
+
+    Args:
+        path: the file.
+        columns: other names of columns, as in `rlhf.data.data_files.DataFiles`.
 
     Raises:
         UserError: it cannot be read, or holds no prompt.
@@ -78,15 +85,15 @@ def read_prompts(path: Path) -> list[str]:
         if not (prompts := [line for line in lines if line.strip()]):
             raise UserError(f"{path}: the file is empty; it needs a prompt per line")
         return prompts
-    return [record.fields["prompt"] for record in read_checked(path, PROMPTS)]
+    return [record.fields["prompt"] for record in read_checked(DataFiles((path,), tuple(columns)), PROMPTS)]
 
 
-def _prompts(config: GenerateConfig) -> Iterator[str] | None:
+def _prompts(config: GenerateConfig) -> Iterator[str | list[Message]] | None:
     """Return prompts from flags, a file or a pipe; None where a person is to type them."""
     if config.prompt:
         return iter(config.prompt)
     if config.prompt_file is not None:
-        return iter(read_prompts(config.prompt_file))
+        return iter(read_prompts(config.prompt_file, config.data.columns))
     if not sys.stdin.isatty():
         return _piped()
     return None
@@ -120,7 +127,12 @@ def _folders(config: GenerateConfig) -> list[Path]:
     return [folder] if config.against is None else [folder, config.against]
 
 
-def _framed(config: GenerateConfig, prompt: str) -> str:
+def _framed(config: GenerateConfig, prompt: str | list[Message]) -> str | list[Message]:
+    """Return a prompt as the model gets it: a text in its frame, or a conversation."""
+    if not isinstance(prompt, str):
+        return prompt
+    if config.chat:
+        return [{"role": "user", "content": prompt}]
     return config.template.replace("\\n", "\n").replace("{prompt}", prompt)
 
 
@@ -133,7 +145,7 @@ def _samples(config: GenerateConfig) -> int:
     return 1 if config.greedy else config.samples
 
 
-def _show(config: GenerateConfig, console: Console, completers: Sequence[Completer], prompt: str, number: int) -> None:
+def _show(config: GenerateConfig, console: Console, completers: Sequence[Completer], prompt: Any, number: int) -> None:
     """Print one prompt's completions while they are drawn."""
     for key in _keys(config, number):
         if len(completers) > 1:
@@ -143,9 +155,9 @@ def _show(config: GenerateConfig, console: Console, completers: Sequence[Complet
         console.print()
 
 
-def _show_one(console: Console, completer: Completer, prompt: str, key: Tensor) -> None:
+def _show_one(console: Console, completer: Completer, prompt: Any, key: Tensor) -> None:
     ended = False
-    _put(console, printable(prompt), "dim")
+    _put(console, printable(as_text(prompt)), "dim")
     try:
         for chunk in completer.stream(prompt, key):
             _put(console, printable(chunk.text))
@@ -156,7 +168,7 @@ def _show_one(console: Console, completer: Completer, prompt: str, key: Tensor) 
         console.print(Text(f"(cut at {completer.max_new_tokens} tokens)", style="dim"))
 
 
-def _show_beside(console: Console, completers: Sequence[Completer], prompt: str, key: Tensor) -> None:
+def _show_beside(console: Console, completers: Sequence[Completer], prompt: Any, key: Tensor) -> None:
     """Print two columns that grow together; without a terminal they are printed once, when they are whole."""
     texts = [Text() for _ in completers]
     names = [completer.folder.name for completer in completers]
@@ -164,7 +176,9 @@ def _show_beside(console: Console, completers: Sequence[Completer], prompt: str,
         names = [str(completer.folder) for completer in completers]
 
     def table() -> Table:
-        grid = Table(expand=True, title=Text(printable(prompt), style="dim", justify="left"), title_justify="left")
+        grid = Table(
+            expand=True, title=Text(printable(as_text(prompt)), style="dim", justify="left"), title_justify="left"
+        )
         for name in names:
             grid.add_column(Text(name), ratio=1, overflow="fold")
         grid.add_row(*texts)
@@ -214,7 +228,7 @@ def _put(console: Console, text: str, style: str = "") -> None:
     console.file.flush()
 
 
-def _write_file(config: GenerateConfig, path: Path, prompts: Sequence[str], completers: Sequence[Completer]) -> None:
+def _write_file(config: GenerateConfig, path: Path, prompts: Sequence[Any], completers: Sequence[Completer]) -> None:
     """Write all completions as JSON Lines."""
     if not prompts:
         raise UserError("no prompts were given")

@@ -29,6 +29,7 @@ __all__ = [
     "ComputeConfig",
     "DPOConfig",
     "DPORun",
+    "DataConfig",
     "DistConfig",
     "LogConfig",
     "ModelConfig",
@@ -73,6 +74,22 @@ class TokenizerConfig(Section):
     """Folder with tokenizer.json, or vocab.json and merges.txt. If None, a byte-level BPE is trained on the data."""
     vocab_size: Annotated[int, Interval(ge=258, le=1_000_000)] = 1024
     """Vocabulary size of the trained BPE: 256 bytes, two special tokens, and merges."""
+
+
+DataPaths = Path | tuple[Path, ...] | None
+"""A file or folder of shards, several of them, or None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Columns and chat template of data files."""
+
+    columns: tuple[str, ...] = ()
+    """Names of columns in the files, each as name=column: prompt=question completion=answer. A column of chat messages
+    is messages."""
+    template: str | None = None
+    """Chat template of conversations: chatml, plain, or a file with a Jinja template. It is saved with the model. If
+    None, the tokenizer's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +200,7 @@ class RunConfig(ComputeConfig, OutputConfig):  # whose flags come first, because
     """Save and stop a stage that has gone wrong: its KL is far above ppo.kl_budget, or its training loss rises."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -191,10 +209,11 @@ class RunConfig(ComputeConfig, OutputConfig):  # whose flags come first, because
 class SFTRun(RunConfig):
     """Settings of rlhf-train sft."""
 
-    sft_data: Path | None = None
-    """JSON list or JSON Lines of {"prompt", "completion"}. If None, the embedded example is used."""
-    sft_val_data: Path | None = None
-    """Validation file. If None, sft.val_fraction of the records is held out."""
+    sft_data: DataPaths = None
+    """Files, or folders of them, with prompt and completion, or messages: JSON, JSON Lines, CSV, Parquet or Arrow, also
+    .gz. If None, the embedded example is used."""
+    sft_val_data: DataPaths = None
+    """Validation files. If None, sft.val_fraction of the records is held out."""
     sft: SFTConfig = field(default_factory=SFTConfig)
 
 
@@ -202,10 +221,11 @@ class SFTRun(RunConfig):
 class RewardRun(RunConfig):
     """Settings of rlhf-train reward."""
 
-    preference_data: Path | None = None
-    """JSON list or JSON Lines of {"prompt", "chosen", "rejected"}. If None, the embedded example is used."""
-    preference_val_data: Path | None = None
-    """Validation file. If None, reward.val_fraction of the records is held out."""
+    preference_data: DataPaths = None
+    """Files, or folders of them, with prompt, chosen and rejected; of the same forms. If None, the embedded example is
+    used."""
+    preference_val_data: DataPaths = None
+    """Validation files. If None, reward.val_fraction of the records is held out."""
     reward: RewardConfig = field(default_factory=RewardConfig)
 
 
@@ -224,9 +244,9 @@ class DPORun(RunConfig):
 class PPORun(RunConfig):
     """Settings of rlhf-train ppo."""
 
-    prompt_data: Path | None = None
-    """JSON list or JSON Lines of {"prompt"}. Other columns are passed to reward functions. If None, the embedded
-    example is used."""
+    prompt_data: DataPaths = None
+    """Files, or folders of them, with prompt; reward functions get the other columns. If None, the embedded example is
+    used."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
 

@@ -132,3 +132,24 @@ COMPUTE_RULES = (
     ),
 )  # fmt: skip
 """Rules of every program that computes, in its own process or on workers."""
+
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "margin")
+"""Names of the columns that the programs read."""
+
+
+def _misnamed(config: Any) -> list[str]:
+    """Return the entries of --data.columns that are not name=column."""
+    return [pair for pair in config.data.columns if pair.partition("=")[0] not in COLUMNS or not pair.partition("=")[2]]
+
+
+DATA_RULES = (
+    Rule(
+        ("data.columns",),
+        lambda config: bool(_misnamed(config)),
+        lambda config: (
+            f"{_misnamed(config)[0]!r} is not name=column, such as prompt=question; names are {', '.join(COLUMNS)}"
+        ),
+        refused=True,
+    ),
+)
+"""Rules of every program that reads data files."""

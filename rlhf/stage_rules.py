@@ -22,6 +22,12 @@ _NO_SAMPLES = Rule(
 )
 
 
+def _columns_rule(data: str) -> Rule:
+    """Return the rule for columns named although a stage has no file whose columns they could be."""
+    reason = "has no effect on the embedded example: name a data file"
+    return Rule(("data.columns",), lambda config: getattr(config, data) is None, reason)
+
+
 def _starts_elsewhere(data: str) -> Callable[[Any], bool]:
     """Return the condition that a stage runs alone on the user's data, so that no model is created before it."""
     return lambda config: not hasattr(config, "sft") and getattr(config, data) is not None
@@ -45,6 +51,7 @@ def _model_rules(data: str) -> tuple[Rule, ...]:
 
 SFT_RULES = (
     _NO_SAMPLES,
+    _columns_rule("sft_data"),
     _worker_rule("sft", "batch_size"),
     Rule(
         ("tokenizer.vocab_size",),
@@ -82,6 +89,7 @@ SFT_RULES = (
 
 REWARD_RULES = (
     _NO_SAMPLES,
+    _columns_rule("preference_data"),
     _worker_rule("reward", "batch_size", rows=2),
     *_model_rules("preference_data"),
     Rule(
@@ -92,6 +100,7 @@ REWARD_RULES = (
 )
 
 DPO_RULES = (
+    _columns_rule("preference_data"),
     _NO_SAMPLES,
     _worker_rule("dpo", "batch_size", rows=2),
     *_model_rules("preference_data"),
@@ -160,6 +169,7 @@ PPO_RULES = (
         lambda config: True,
         "has no effect in the pipeline, which ends with PPO; run `rlhf-train dpo`",
     ),
+    _columns_rule("prompt_data"),
     _worker_rule("ppo", "minibatch_size"),
     *_model_rules("prompt_data"),
     Rule(

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf.config import DPORun, PipelineRun, PPORun, RewardRun, RunConfig, SFTRun
 from rlhf.field_docs import documented
-from rlhf.setting_rules import COMPUTE_RULES, Rule, check_rules
+from rlhf.setting_rules import COMPUTE_RULES, DATA_RULES, Rule, check_rules
 from rlhf.stage_rules import DPO_RULES, PPO_RULES, REWARD_RULES, SFT_RULES
 
 
@@ -71,8 +71,8 @@ class Stage:
     schema: str
     """Name of the data's `rlhf.data.schema.Schema`."""
     files: Mapping[str, str]
-    """Settings that name files, each with the kind of its content: data, validation, tokenizer, model or sources. The
-    content is compared when a run is continued."""
+    """Settings that name files, each with the kind of its content: data, validation, tokenizer, template, model or
+    sources. The content is compared when a run is continued."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Earlier stages whose models the stage reads, each with the setting that replaces the model by another."""
     own_settings: tuple[str, ...] = ()
@@ -137,6 +137,7 @@ register(
             "sft_data": "data",
             "sft_val_data": "validation",
             "tokenizer.path": "tokenizer",
+            "data.template": "template",
             "sft.model_path": "model",
         },
         own_settings=("model.", "tokenizer."),
@@ -154,7 +155,12 @@ register(
         folder="reward",
         data="preference_data",
         schema="preference pairs",
-        files={"preference_data": "data", "preference_val_data": "validation", "reward.model_path": "model"},
+        files={
+            "preference_data": "data",
+            "preference_val_data": "validation",
+            "data.template": "template",
+            "reward.model_path": "model",
+        },
         sources={"sft": "reward.model_path"},
         rules=REWARD_RULES,
         shown=("loss/reward", "eval/reward/accuracy"),
@@ -172,6 +178,7 @@ register(
         schema="prompts",
         files={
             "prompt_data": "data",
+            "data.template": "template",
             "ppo.model_path": "model",
             "ppo.reward": "sources",
             "ppo.estimator": "estimator",
@@ -194,7 +201,12 @@ register(
         folder="policy",
         data="preference_data",
         schema="preference pairs",
-        files={"preference_data": "data", "preference_val_data": "validation", "dpo.model_path": "model"},
+        files={
+            "preference_data": "data",
+            "preference_val_data": "validation",
+            "data.template": "template",
+            "dpo.model_path": "model",
+        },
         sources={"sft": "dpo.model_path"},
         rules=DPO_RULES,
         shown=("rewards/accuracies", "eval/rewards/accuracies"),
@@ -289,5 +301,5 @@ def check_settings(config: RunConfig, stage: Stage) -> list[str]:
         ['--dist.max-restarts 3: has no effect without --dist.num-workers']
     """
     is_first = not isinstance(config, PipelineRun) or config.start_at == stage.name
-    shared = [rule for rule in COMPUTE_RULES if is_first or rule.refused]
+    shared = [rule for rule in (*COMPUTE_RULES, *DATA_RULES) if is_first or rule.refused]
     return check_rules(config, (*shared, *stage.rules))

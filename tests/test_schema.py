@@ -94,8 +94,11 @@ def test_check_record_says_how_to_give_a_text(value, remedy):
 @pytest.mark.parametrize(
     ("fields", "pieces"),
     [
-        ({"messages": [{"role": "user", "content": "hi"}]}, ("'messages' is a chat", "'prompt', 'completion'")),
-        ({"id": 1, "conversations": [{"from": "human", "value": "hi"}]}, ("'conversations' is a chat",)),
+        ({"messages": [{"role": "user", "content": "hi"}]}, ("'messages' is a chat", "'prompt' and 'completion'")),
+        (
+            {"id": 1, "conversations": [{"from": "human", "value": "hi"}]},
+            ("'conversations' is a chat", "needs 'role' and"),
+        ),
         ({"version": 1, "data": [GOOD["prompts"][1]]}, ("records seem to be in the list 'data'", "alone as the file")),
         ({"data": [], "tags": ["a"]}, ("found 'data', 'tags'",)),
     ],

@@ -12,11 +12,11 @@ from rlhf.cli.train import parse
 
 from rlhf.config import PipelineRun, PPORun, RewardRun, SFTRun
 from rlhf.errors import UserError
-from rlhf.evaluate.evaluate_config import NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
+from rlhf.evaluate.evaluate_config import COLUMN_RULES, NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
 from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.presets import load_config, narrow
 from rlhf.ranges import flat_fields
-from rlhf.setting_rules import COMPUTE_RULES, Rule, check_rules
+from rlhf.setting_rules import COMPUTE_RULES, DATA_RULES, Rule, check_rules
 from rlhf.stages import STAGES, check_settings
 
 OPTIMIZER = {
@@ -45,6 +45,7 @@ COMPUTE = {
 }
 RUN = COMPUTE | {
     "config": "read before the flags",
+    "data.template": "every conversation, and what is saved with the model",
     "output_dir": "where everything goes",
     "seed": "all randomness",
     "resume": "the start; without a checkpoint that is told",
@@ -105,6 +106,7 @@ ALWAYS: dict[type, dict[str, str]] = {
         "test_data": "on what",
         "train_data": "refused without a reward evaluation",
         "limit": "records read",
+        "data.template": "every conversation; texts have none",
         "seed": "resampling",
         "output": "where it is written",
         "overwrite": "what is written over",
@@ -116,6 +118,7 @@ ALWAYS: dict[type, dict[str, str]] = {
         "prompt": "what is completed; refused beside --prompt-file",
         "prompt_file": "what is completed",
         "template": "every prompt",
+        "data.template": "every conversation; texts have none",
         "output": "where completions go",
         "max_new_tokens": "every completion",
         "greedy": "every draw",
@@ -130,8 +133,8 @@ ALWAYS: dict[type, dict[str, str]] = {
 }
 ALWAYS[PipelineRun] |= {"stop_early": "when a stage is ended", "strict": "when a pipeline is ended"}
 RULES: dict[type, tuple[Rule, ...]] = {
-    PipelineRun: (*COMPUTE_RULES, *(rule for stage in STAGES.values() for rule in stage.rules)),
-    EvaluateConfig: (*COMPUTE_RULES, *NO_POLICY_RULES, *POLICY_RULES),
+    PipelineRun: (*COMPUTE_RULES, *DATA_RULES, *(rule for stage in STAGES.values() for rule in stage.rules)),
+    EvaluateConfig: (*COMPUTE_RULES, *COLUMN_RULES, *NO_POLICY_RULES, *POLICY_RULES),
     GenerateConfig: GENERATE_RULES,
     monitor.Monitor: monitor.RULES,
 }
@@ -174,6 +177,8 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     ),
     "KL target": ("ppo", ["--ppo.kl-target", "3"], "--ppo.kl-target 3.0: has no effect without --ppo.kl-adaptive"),
     "KL horizon": ("ppo", ["--ppo.kl-horizon", "3"], "has no effect without --ppo.kl-adaptive"),
+    "columns": ("ppo", ["--data.columns", "question"], "--data.columns: 'question' is not name=column, such as"),
+    "column of no name": ("sft", ["--data.columns", "text=body"], "names are prompt, completion"),
     "adaptive from 0": ("ppo", ["--ppo.kl-adaptive", "--ppo.kl-coef", "0"], "--ppo.kl-adaptive: a --ppo.kl-coef of 0"),
 }
 TOLD: dict[str, tuple[str, list[str], str]] = {
@@ -184,6 +189,7 @@ TOLD: dict[str, tuple[str, list[str], str]] = {
     "no restarts": ("sft", [*WORKERS, "--dist.on-failure", "shrink", "--dist.max-restarts", "0"], "max-restarts 0"),
     "many workers": ("sft", ["--dist.num-workers", "9"], "--dist.num-workers 9: more workers than an update has"),
     "samples of SFT": ("sft", ["--log.samples", "3"], "--log.samples 3: has no effect outside of PPO"),
+    "columns": ("sft", ["--data.columns", "prompt=question"], "--data.columns: has no effect on the embedded example"),
     "preset": ("sft", ["--model.preset", "gpt2", "--sft.model-path", "m"], "--model.preset gpt2: has no effect with"),
     "whole shape": ("sft", WHOLE_SHAPE, "the fields beside it"),
     "share": ("sft", ["--sft.val-fraction", "0.2", "--sft-val-data", "v"], "has no effect with --sft-val-data"),
@@ -291,7 +297,15 @@ def test_the_values_of_a_repeated_list_flag_add_up(kind: type, name: str):
 
 
 def test_there_are_list_flags_to_test():
-    assert {name for _, name in LIST_FLAGS} == {"ppo.reward", "test_data", "judge", "decoding", "prompt", "log_dir"}
+    assert {name for _, name in LIST_FLAGS} == {
+        "ppo.reward",
+        "test_data",
+        "judge",
+        "decoding",
+        "prompt",
+        "log_dir",
+        "data.columns",
+    }
 
 
 def test_repeated_list_flags_replace_what_yaml_says(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import PairBatch, PPOBatch, PromptBatch, ScoreBatch, TokenBatch
-from rlhf.data.dataset import Dataset
+from rlhf.data.dataset import Dataset, TokenSequence
 from rlhf.data.packing import build_rows, concatenated_ranges, pack
 from rlhf.random import fold_in
 
@@ -44,6 +44,8 @@ def token_batches(
         firsts = np.array([max(1, s.prompt if loss_on == "completion" else 1) for s in sequences])
         counts = np.array([len(s.tokens) for s in sequences]) - firsts
         cells = torch.from_numpy(concatenated_ranges(packed.starts + firsts, counts))
+        if loss_on == "completion" and any(sequence.learnt is not None for sequence in sequences):
+            cells = cells[torch.from_numpy(np.concatenate([_learnt(sequence) for sequence in sequences]))]
         batch = TokenBatch(
             rows=packed.rows,
             predictors=pad_to_two(cells - 1),
@@ -53,6 +55,12 @@ def token_batches(
         )
         batches.append(batch)
     return batches
+
+
+def _learnt(sequence: TokenSequence) -> np.ndarray:
+    """Return [n - max(prompt, 1)] bool: whether each token after the prompt and the first is learnt."""
+    after = len(sequence.tokens) - max(1, sequence.prompt)
+    return np.ones(after, dtype=bool) if sequence.learnt is None else sequence.learnt[-after:]
 
 
 class PackedPairs(NamedTuple):

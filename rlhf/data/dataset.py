@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf.data.conversations import contents_of
+from rlhf.data.data_files import Record, Source, as_data_files, content_digest
+from rlhf.data.encoding import encode_records, holds_conversations
 from rlhf.data.findings import Findings, Inspector
-from rlhf.data.records import Record, not_a_file
 from rlhf.data.schema import PREFERENCES, PROMPTS, Schema, read_checked
 from rlhf.data.truncate import Truncation, truncate
 from rlhf.errors import UserError
 from rlhf.io.cache import default_cache_dir
-from rlhf.io.files import atomic_folder, sha256
+from rlhf.io.files import atomic_folder
 from rlhf.io.tokenizer import Tokenizer
 
-_FORMAT = 3
+_FORMAT = 4
 _RECORDS_AT_ONCE = 1024
 _ONLY_TIES = "{path}: in every pair the chosen text equals the rejected one; nothing is left to learn from"
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -31,6 +33,7 @@ _FILES = {
     "offsets.npy",
     "prompts.npy",
     "margins.npy",
+    "learnt.npy",
     "column_offsets.npy",
     "columns.jsonl",
     "digests.npy",
@@ -44,27 +47,32 @@ class TokenSequence(NamedTuple):
     """[n] int64: prompt, completion, end-of-text unless the completion was cut."""
     prompt: int
     """Tokens of the prompt."""
+    learnt: np.ndarray | None = None
+    """[n - prompt] bool, True where the assistant wrote the token; None if all tokens after the prompt are learnt."""
 
 
 class Dataset:
     """A tokenised data file. Records are numbered from 0; the members of a pair are (chosen, rejected).
 
-    `dropped` is the number of dropped pairs, whose texts are equal; `keys` has all keys of the remaining records,
-    `findings` their likely mistakes, and `digests` [records] a number for each record, equal if all its texts are.
+    `end_id` is the token that ends an answer: end-of-text, or the end of a turn in conversations. `dropped` is the
+    number of dropped pairs, whose texts are equal; `keys` has all keys of the remaining records, `findings` their
+    likely mistakes, and `digests` [records] a number for each record, equal if all its texts are.
     """
 
-    def __init__(self, folder: Path, schema: Schema, eos_id: int) -> None:
+    def __init__(self, folder: Path, schema: Schema) -> None:
         """Open a cache folder written by `load_dataset`."""
-        self.schema, self.eos_id = schema, eos_id
+        self.schema = schema
         self.members = max(1, len(schema.answers))
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         self._prompts = np.load(folder / "prompts.npy", mmap_mode="r")
+        self._learnt = np.load(folder / "learnt.npy", mmap_mode="r")
         self._margins = np.load(folder / "margins.npy", mmap_mode="r")
         self._columns = np.memmap(folder / "columns.jsonl", mode="r") if schema is PROMPTS else None
         self.digests = np.load(folder / "digests.npy", mmap_mode="r")
         self._column_offsets = np.load(folder / "column_offsets.npy", mmap_mode="r")
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.end_id: int = meta["end"]
         self.dropped: int = meta["dropped"]
         self.keys: list[str] = meta["keys"]
         self.findings = Findings(**meta["findings"])
@@ -75,7 +83,7 @@ class Dataset:
     def sequences(self, record: int, max_length: int) -> list[TokenSequence]:
         """Return the record's sequences (one, or chosen and rejected), truncated to `max_length` tokens."""
         return [
-            TokenSequence(self._truncated(record * self.members + member, lengths), lengths.prompt)
+            self._truncated(record * self.members + member, lengths)
             for member, lengths in enumerate(self._truncations(record, max_length))
         ]
 
@@ -147,20 +155,25 @@ class Dataset:
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
-    def _truncated(self, sequence: int, lengths: Truncation) -> np.ndarray:
+    def _truncated(self, sequence: int, lengths: Truncation) -> TokenSequence:
         middle = int(self._offsets[sequence]) + int(self._prompts[sequence])
-        tokens = self._tokens[middle - lengths.prompt : middle + lengths.completion].astype(np.int64)
-        return np.append(tokens, self.eos_id) if lengths.ends else tokens
+        stop = middle + lengths.completion
+        tokens = self._tokens[middle - lengths.prompt : stop].astype(np.int64)
+        if lengths.ends:
+            tokens = np.append(tokens, self.end_id)
+        if not len(self._learnt):
+            return TokenSequence(tokens, lengths.prompt)
+        return TokenSequence(tokens, lengths.prompt, np.append(self._learnt[middle:stop], [True] * lengths.ends) > 0)
 
 
-def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Dataset:
-    """Read, check and tokenise a data file, or open the cached arrays of the same content.
+def load_dataset(source: Source, schema: Schema, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Dataset:
+    """Read, check and tokenise data files, or open the cached arrays of the same content.
 
     Pairs whose chosen and rejected texts are equal are dropped and counted (`Dataset.dropped`). An empty prompt becomes
-    the end-of-text token.
+    the end-of-text token; conversations are written by the tokenizer's chat template.
 
     Args:
-        path: JSON list or JSON Lines.
+        source: the files, in any form that `rlhf.data.records` reads.
         schema: the expected kind of records.
         tokenizer: the tokenizer of the texts.
         cache_dir: the cache folder; None is `default_cache_dir()`.
@@ -168,72 +181,76 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
     Raises:
         UserError: the file or a record is invalid (`read_checked`), or all records are dropped.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: {not_a_file(path)}; a file of {schema.name} is needed")
-    try:
-        digest = sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{tokenizer.eos_id}:{digest}"
+    identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{tokenizer.eos_id}:{content_digest(source)}"
+    if columns := as_data_files(source).columns:
+        identity += f":{sorted(columns)}"
+    if tokenizer.chat_template is not None:
+        identity += f":{tokenizer.chat_template.digest}"
     folder = (cache_dir or default_cache_dir()) / "datasets" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if not _is_complete(folder):
         with atomic_folder(folder, "--cache-dir") as temporary:
-            _write(path, schema, tokenizer, temporary)
-    return Dataset(folder, schema, tokenizer.eos_id)
+            _write(source, schema, tokenizer, temporary)
+    return Dataset(folder, schema)
 
 
-def check_file(path: Path, schema: Schema) -> set[str]:
-    """Check a data file and return the keys of its records, as `Dataset.keys`. Raises as `load_dataset`."""
+def check_file(source: Source, schema: Schema) -> set[str]:
+    """Check data files and return the keys of its records, as `Dataset.keys`. Raises as `load_dataset`."""
     keys: set[str] = set()
-    for record in read_checked(path, schema):
+    for record in read_checked(source, schema):
         if not _is_tie(record, schema):
             keys |= record.fields.keys()
     if not keys:
-        raise UserError(_ONLY_TIES.format(path=path))
+        raise UserError(_ONLY_TIES.format(path=source))
     return keys
 
 
-def texts(path: Path, schema: Schema) -> Iterator[str]:
+def texts(source: Source, schema: Schema) -> Iterator[str]:
     """Yield every text of a data file, checked, to train a tokenizer on."""
-    for record in read_checked(path, schema):
-        yield from (record.fields[key] for key in schema.keys)
+    for record in read_checked(source, schema):
+        yield from (text for key in schema.keys for text in contents_of(record.fields[key]))
 
 
-def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> None:
+def _write(source: Source, schema: Schema, tokenizer: Tokenizer, folder: Path) -> None:
     """Tokenise a data file into flat files, a block of records at a time, then write the arrays with headers."""
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    lengths, prompts, margins, column_ends, dropped = [], [], [], [0], 0
+    lengths, prompts, margins, column_ends, dropped, end_id = [], [], [], [0], 0, tokenizer.eos_id
     keys: set[str] = set()
     inspector = Inspector(schema, tokenizer)
-    records = read_checked(path, schema)
-    with (folder / "tokens.bin").open("wb") as stream, (folder / "columns.jsonl").open("wb") as columns:
+    records = read_checked(source, schema)
+    with (
+        (folder / "tokens.bin").open("wb") as stream,
+        (folder / "learnt.bin").open("wb") as learnt,
+        (folder / "columns.jsonl").open("wb") as columns,
+    ):
         while block := list(itertools.islice(records, _RECORDS_AT_ONCE)):
             usable = [record for record in block if not _is_tie(record, schema)]
             dropped += len(block) - len(usable)
-            encoded = iter(tokenizer.encode([record.fields[key] for record in usable for key in schema.keys]))
-            for record in usable:
+            end_id = tokenizer.end_of_turn_id if holds_conversations(block[0]) else tokenizer.eos_id
+            for record, prompt, answers, mask in encode_records(usable, schema, tokenizer, source):
                 keys |= record.fields.keys()
                 inspector.add(record.fields)
-                prompt = next(encoded) or [tokenizer.eos_id]
-                for answer in [next(encoded) for _ in schema.answers] or [[]]:
+                for answer in answers:
                     stream.write(np.array(prompt + answer, dtype=kind).tobytes())
                     lengths.append(len(prompt) + len(answer))
                     prompts.append(len(prompt))
+                if mask is not None:
+                    learnt.write(bytes(len(prompt)) + bytes(mask))
                 margins.append(record.fields.get("margin", 0.0) if schema is PREFERENCES else 0.0)
                 if schema is PROMPTS:
                     column_ends.append(column_ends[-1] + columns.write(json.dumps(record.fields).encode() + b"\n"))
     if not prompts:
-        raise UserError(_ONLY_TIES.format(path=path))
-    flat = np.memmap(folder / "tokens.bin", dtype=kind, mode="r")
-    _save(folder / "tokens.npy", flat)
-    (folder / "tokens.bin").unlink()
+        raise UserError(_ONLY_TIES.format(path=source))
+    for name, dtype in (("tokens", kind), ("learnt", np.uint8)):
+        flat = folder / f"{name}.bin"
+        _save(folder / f"{name}.npy", np.memmap(flat, dtype, "r") if flat.stat().st_size else np.empty(0, dtype))
+        flat.unlink()
     _save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     _save(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
     _save(folder / "margins.npy", np.array(margins, dtype=np.float32))
     _save(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
     _save(folder / "digests.npy", inspector.digests)
     checksums = {name: _checksum(folder / name) for name in sorted(_FILES)}
-    meta = {"format": _FORMAT, "dropped": dropped, "keys": sorted(keys), "checksums": checksums}
+    meta = {"format": _FORMAT, "end": end_id, "dropped": dropped, "keys": sorted(keys), "checksums": checksums}
     meta["findings"] = inspector.findings()._asdict()
     meta["checksum"] = _checksum_of_meta(meta)
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf.data.conversations import as_key
 from rlhf.data.schema import PREFERENCES, PROMPTS, Schema
 from rlhf.io.tokenizer import Tokenizer
 
@@ -74,8 +75,8 @@ class Inspector:
         self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
     def add(self, fields: dict[str, Any]) -> None:
-        """Add the texts of a record."""
-        prompt, *answers = (fields[key] for key in self._schema.keys)
+        """Add the texts or conversations of a record."""
+        prompt, *answers = (as_key(fields[key]) for key in self._schema.keys)
         self._digests.append(_digest(prompt, *answers))
         if self._schema is PREFERENCES:
             self._swapped.append(_digest(prompt, *reversed(answers)))

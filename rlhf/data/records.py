@@ -1,6 +1,7 @@
-"""Reading JSON lists and JSON Lines, one record at a time, with the position of errors.
+"""Reading data files of every form, one record at a time, with the position of errors.
 
-The first character distinguishes the two forms. Only the record being read is in memory.
+The first bytes tell JSON lists, JSON Lines, CSV, Parquet and Arrow apart, each also compressed by gzip. JSON is read
+here: only the record being read is in memory.
 """
 
 import codecs
@@ -8,57 +9,50 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from rlhf.data.data_files import Record, clear_read_errors, open_stream
+from rlhf.data.tables import is_csv, read_arrow, read_csv, read_parquet
 from rlhf.errors import UserError
 
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
-_CONVERT = "convert it with pandas: {}(FILE).to_json(NEW, orient='records', lines=True)"
 _FOREIGN = {
     b"version https://git-lfs": "the file is a Git LFS pointer; fetch what it points to: git lfs pull",
-    b"\x1f\x8b": "the file is compressed; unpack it with gunzip",
-    b"\x28\xb5\x2f\xfd": "the file is compressed; unpack it with unzstd",
+    b"\x28\xb5\x2f\xfd": "the file is compressed by zstd; unpack it with unzstd",
+    b"BZh": "the file is compressed by bzip2; unpack it with bunzip2",
+    b"\xfd7zXZ": "the file is compressed by xz; unpack it with unxz",
     b"PK\x03\x04": "the file is a zip archive (.zip, .xlsx, …); unpack it or save it as JSON",
-    b"PAR1": f"the file is Parquet, expected JSON; {_CONVERT.format('read_parquet')}",
-    b"ARRO": f"the file is Arrow, expected JSON; {_CONVERT.format('read_feather')}",
-    b"\xff\xff\xff\xff": "the file is Arrow, expected JSON; convert it: datasets.Dataset.from_file(FILE).to_json(NEW)",
 }
-"""Remedy by a file's first bytes: its format and how to convert it to JSON."""
+"""Remedy by a file's first bytes, for forms that are not read."""
 
 
-class Record(NamedTuple):
-    """A JSON object and its position in the file."""
+def read_records(path: Path, *, numbers: Collection[str] = ()) -> Iterator[Record]:
+    """Yield the records of a file in its order; its content tells the form: JSON, JSON Lines, CSV, Parquet or Arrow.
 
-    number: int
-    """Number of the record, from 1."""
-    line: int
-    """Line on which it begins, from 1."""
-    fields: dict[str, Any]
-
-
-def not_a_file(path: Path) -> str:
-    """Return the problem with a path that is not a file."""
-    if path.is_fifo() or path.is_char_device():
-        return "is a pipe or device, and data are read more than once; write them to a file"
-    return "not a file" if path.exists() else "no such file"
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a JSON list of objects, or of JSON Lines, in the file's order.
+    Args:
+        path: the file.
+        numbers: columns that hold numbers; in CSV, all others are texts.
 
     Raises:
         UserError: the file is missing, empty, not UTF-8, not JSON (with line and column), not a list of objects, or
-            has duplicate keys or NaN literals; the message names the file, the record and the remedy.
+            has duplicate keys or NaN literals, or a table cannot be read (`rlhf.data.tables`); the message names the
+            file, the record and the remedy.
     """
     with contextlib.closing(_Source(path)) as source:
-        yield from _records(path, source)
+        if source.head.startswith(b"PAR1"):
+            yield from read_parquet(path)
+        elif source.head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+            yield from read_arrow(path, is_stream=source.head.startswith(b"\xff"))
+        elif (character := source.first_character()) in "[{":
+            yield from _records(path, source, is_list=character == "[")
+        else:
+            yield from read_csv(path, numbers)
 
 
-def _records(path: Path, source: "_Source") -> Iterator[Record]:
-    is_list = source.first_character() == "["
+def _records(path: Path, source: "_Source", *, is_list: bool) -> Iterator[Record]:
     if is_list:
         source.position += 1
     number = 0
@@ -101,13 +95,9 @@ class _Source:
     """A window over a decoded file, which grows while a record is incomplete and drops the text before the position."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.is_file():
-            raise UserError(f"{path}: {not_a_file(path)}")
-        try:
-            self.stream = path.open("rb")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        self.path, self.stream = path, open_stream(path)
+        with clear_read_errors(path):
+            self.head = self.stream.peek(1 << 13)  # the beginning, as much as is there
         self.decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("strict"), translate=True)
         self.json = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_literal)
         self.window, self.position = "", 0
@@ -116,11 +106,8 @@ class _Source:
         self.at_end = False
 
     def first_character(self) -> str:
-        """Return the first character that is not white space: '[' or '{'."""
-        try:
-            head = self.stream.peek(4)  # the beginning, as much as is there
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+        """Return the first character that is not white space: '[' or '{' in JSON, or else the first of a CSV file."""
+        head = self.head
         for magic, remedy in _FOREIGN.items():
             if head.startswith(magic):
                 raise UserError(f"{self.path}: {remedy}")
@@ -130,12 +117,13 @@ class _Source:
             self.stream.read(len(codecs.BOM_UTF8))
         character = self.skip_space()
         if character == "":
-            raise UserError(f"{self.path}: the file is empty; it needs a JSON list of objects, or one object per line")
-        if character not in "[{":
-            table = self.path.suffix in (".csv", ".tsv") or re.match(rb'[^\n]*\bprompt"?\s*[,;\t]', head)
+            raise UserError(
+                f"{self.path}: the file is empty; it needs a JSON list of objects, one object per line, or a table"
+            )
+        if character not in "[{" and not is_csv(self.path, head):
             raise self.error(
-                f"the file begins with {character!r}, expected a JSON list '[' or, in JSON Lines, an object '{{'"
-                + (f"; it looks like CSV: {_CONVERT.format('read_csv')}" if table else "")
+                f"the file begins with {character!r}, expected a JSON list '[', an object '{{' per line, or the column "
+                "names of a CSV table"
             )
         return character
 
@@ -198,7 +186,8 @@ class _Source:
         self.column_before = len(dropped) - newline - 1 + (self.column_before if newline < 0 else 0)
         self.line_of(self.position)
         self.window, self.position, self.counted = self.window[self.position :], 0, 0
-        block = self.stream.read(max(_CHUNK, 2 * len(self.window)))
+        with clear_read_errors(self.path):
+            block = self.stream.read(max(_CHUNK, 2 * len(self.window)))
         self.at_end = not block
         try:
             text = self.decoder.decode(block, final=self.at_end)

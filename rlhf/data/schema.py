@@ -3,12 +3,20 @@
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rlhf.data.records import Record, read_records
+from rlhf.data.conversations import contents_of, is_conversation, problem_of, to_columns
+from rlhf.data.data_files import Record, Source, as_data_files, list_files
+from rlhf.data.records import read_records
 from rlhf.errors import UserError
 
 _LARGEST_MARGIN = 3.4e38
+_CHATS = (
+    "prompts are read from 'messages', or from 'prompt' as a list of messages",
+    "demonstrations are read from 'messages', or from 'prompt' and 'completion' as lists of messages",
+    "preference pairs are read from 'chosen' and 'rejected' as lists of messages",
+)
+"""Columns of conversations, by the number of answers."""
 
 
 class Schema(NamedTuple):
@@ -26,6 +34,11 @@ class Schema(NamedTuple):
         """Return all required keys of a record."""
         return ("prompt", *self.answers)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return all columns with a meaning, which may have other names in a file."""
+        return (*self.keys, *(("margin",) if len(self.answers) == 2 else ("messages",)))
+
 
 DEMONSTRATIONS = Schema("demonstrations", "--sft-data", ("completion",))
 PREFERENCES = Schema("preference pairs", "--preference-data", ("chosen", "rejected"))
@@ -33,38 +46,62 @@ PROMPTS = Schema("prompts", "--prompt-data", ())
 
 
 def check_record(path: Path, record: Record, schema: Schema) -> None:
-    """Raise UserError, naming file, record, key and remedy, unless the record has valid texts.
+    """Raise UserError, naming file, record, key and remedy, unless the record has valid texts or conversations.
 
     A prompt may be empty; a completion, chosen or rejected text may not be empty or only white space. Other columns are
     not checked, except `margin`, which must be a number.
     """
-    where = f"{path}: record {record.number} (line {record.line})"
+    where = f"{path}: {record.where}"
     for key in schema.keys:
         if key not in record.fields:
             raise UserError(f"{where} has no key {key!r}; {_remedy(key, record, schema)}")
-        text = record.fields[key]
-        if not isinstance(text, str):
-            if text is None:
-                raise UserError(f"{where}: {key!r} is null; fill it in or remove the record")
-            got = f"{type(text).__name__} {str(text)[:40]!r}"
-            remedy = "each record needs one text" if isinstance(text, list | dict) else "write it in double quotes"
-            raise UserError(f"{where}: {key!r} must be a text, got {got}; {remedy}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            escape = f"\\u{ord(text[error.start]):04x}"
+        value = record.fields[key]
+        if is_conversation(value):
+            is_prompt = key == "prompt"
+            problem = problem_of(value, is_prompt=is_prompt and not _answered(record, schema))
+            if not is_prompt and len(schema.answers) == 2 and not problem and value[-1]["role"] != "assistant":
+                problem = f"ends with a turn of the role {value[-1]['role']!r}; the assistant's last turn is scored"
+            if problem:
+                raise UserError(f"{where}: {key!r}: {problem}")
+        elif not isinstance(value, str) and not (value == [] and key == "prompt" and schema.answers):
+            raise UserError(f"{where}: {key!r} {_type_problem(value)}")
+        for text in contents_of(value):
+            _check_characters(text, f"{where}: {key!r}")
+        if key != "prompt" and isinstance(value, str) and not value.strip():
             raise UserError(
-                f"{where}: {key!r} has the lone surrogate {escape}, which is no character; remove it"
-            ) from None
-        if key != "prompt" and not text.strip():
-            raise UserError(
-                f"{where}: {key!r} is {'empty' if not text else 'only white space'}; fill it in or remove the record"
+                f"{where}: {key!r} is {'empty' if not value else 'only white space'}; fill it in or remove the record"
             )
+    if len({type(record.fields[key]) for key in schema.keys}) > 1:
+        forms = ", ".join(f"{k!r} is a {'text' if isinstance(record.fields[k], str) else 'list'}" for k in schema.keys)
+        raise UserError(f"{where}: {forms}; give all as texts or all as lists of messages")
     margin = record.fields.get("margin", 0.0)
     if schema is PREFERENCES and (isinstance(margin, bool) or not isinstance(margin, int | float)):
         raise UserError(f"{where}: 'margin' must be a number, got {margin!r}; without one leave the key out")
     if schema is PREFERENCES and not -_LARGEST_MARGIN <= margin <= _LARGEST_MARGIN:
         raise UserError(f"{where}: 'margin' must be a number that float32 can hold, got {str(margin)[:40]}")
+
+
+def _answered(record: Record, schema: Schema) -> bool:
+    """Return whether the prompt's last turn may be the assistant's, because another turn follows before the answer."""
+    first = record.fields.get(schema.answers[0]) if schema.answers else None
+    return isinstance(first, list) and is_conversation(first) and first[0]["role"] != "assistant"
+
+
+def _type_problem(value: Any) -> str:
+    if value is None:
+        return "is null; fill it in or remove the record"
+    remedy = "each record needs one text" if isinstance(value, list | dict) else "write it in double quotes"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        remedy = "if it is a conversation, each turn needs 'role' and 'content'"
+    return f"must be a text, got {type(value).__name__} {str(value)[:40]!r}; {remedy}"
+
+
+def _check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"{where} has the lone surrogate {escape}, which is no character; remove it") from None
 
 
 def _remedy(key: str, record: Record, schema: Schema) -> str:
@@ -75,17 +112,52 @@ def _remedy(key: str, record: Record, schema: Schema) -> str:
     for name, value in record.fields.items():
         inner = value[0] if isinstance(value, list) and value else None
         if isinstance(inner, dict) and {"role", "from"} & inner.keys():
-            return f"{name!r} is a chat: give its messages as texts, {schema.name} need {needed}"
+            form = "" if "role" in inner else "; each of its turns needs 'role' and 'content'"
+            return f"{name!r} is a chat: {_CHATS[len(schema.answers)]}{form}"
         if isinstance(inner, dict):
             return f"the records seem to be in the list {name!r}: give that list alone as the file"
     close = difflib.get_close_matches(key, [name for name in names if name not in schema.keys], n=1)
     hint = f"did you mean it by {close[0]!r}? " if close else ""
     got = ", ".join(map(repr, names))
-    return f"{hint}{schema.name} need {needed}, found {got or 'nothing'}"
+    columns = "" if hint or not got else f"; if one is named otherwise: --data.columns {key}=COLUMN"
+    return f"{hint}{schema.name} need {needed}, found {got or 'nothing'}{columns}"
 
 
-def read_checked(path: Path, schema: Schema) -> Iterator[Record]:
-    """Yield a file's records after checking each. Raises as `read_records` and `check_record`."""
-    for record in read_records(path):
-        check_record(path, record, schema)
-        yield record
+def read_checked(source: Source, schema: Schema) -> Iterator[Record]:
+    """Yield the records of files after checking each; conversations are in the columns that texts have.
+
+    Raises:
+        UserError: as `rlhf.data.data_files.list_files`, `read_records` and `check_record`, a renamed column is missing,
+            or some records have texts and others conversations.
+    """
+    renames = {column: name for name, column in as_data_files(source).renames.items() if name in schema.columns}
+    numbers = ["margin", *(column for column, name in renames.items() if name == "margin")]
+    first: Record | None = None
+    for path in list_files(source):
+        for record in read_records(path, numbers=numbers):
+            fields = _renamed(path, record, renames) if renames else record.fields
+            try:
+                checked = record._replace(fields=to_columns(fields, schema.answers), path=path)
+            except ValueError as error:
+                raise UserError(f"{path}: {record.where}: {error}") from None
+            check_record(path, checked, schema)
+            first = first or checked
+            if isinstance(checked.fields["prompt"], str) != isinstance(first.fields["prompt"], str):
+                forms = ["texts" if isinstance(r.fields["prompt"], str) else "conversations" for r in (checked, first)]
+                raise UserError(
+                    f"{path}: {record.where} has {forms[0]}, but the first record has {forms[1]}; give one form alone"
+                )
+            yield checked
+
+
+def _renamed(path: Path, record: Record, renames: dict[str, str]) -> dict[str, Any]:
+    """Return the fields of a record with columns under the names that they are read as."""
+    fields = record.fields
+    for column, name in renames.items():
+        if column not in fields and name not in fields:
+            found = ", ".join(map(repr, sorted(fields))) or "nothing"
+            raise UserError(
+                f"{path}: {record.where} has no column {column!r} (--data.columns {name}={column}), found {found}"
+            )
+    taken = {name for column, name in renames.items() if column in fields}
+    return {renames.get(key, key): value for key, value in fields.items() if key in renames or key not in taken}

@@ -1,12 +1,12 @@
 """Settings of rlhf-evaluate, as a typed dataclass. Importing it imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rlhf.config import ComputeConfig
+from rlhf.config import ComputeConfig, DataConfig
 from rlhf.ranges import BatchSize, PositiveFloat, PositiveInt, Section, Seed
-from rlhf.setting_rules import Rule
+from rlhf.setting_rules import DATA_RULES, Rule
 
 Decoding = Literal["sampled", "greedy"]
 
@@ -24,6 +24,7 @@ class JudgementConfig(Section):
     train_data: Path | None = None
     """Preference pairs on which the bag-of-words baseline is trained. If None, the run's training pairs if its held-out
     pairs are evaluated, otherwise cross-validation on the test pairs."""
+    data: DataConfig = field(default_factory=DataConfig)
     limit: PositiveInt | None = None
     """Number of records read from the beginning of each file. If None, all."""
 
@@ -62,6 +63,16 @@ class EvaluateConfig(ComputeConfig, JudgementConfig):  # the last base's flags c
 
 
 _NO_POLICY = "completions are made only in the policy evaluation, and there is none here"
+
+COLUMN_RULES = (
+    *DATA_RULES,
+    Rule(
+        ("data.columns",),
+        lambda config: not config.test_data and config.train_data is None,
+        "has no effect without --test-data or --train-data: the run's own data have the columns that it named",
+    ),
+)
+"""Rules for the columns of data files."""
 
 NO_POLICY_RULES = (
     Rule(("judge", "against"), lambda config: True, _NO_POLICY, refused=True),

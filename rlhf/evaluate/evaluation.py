@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import PipelineRun
+from rlhf.data.data_files import content_digest, list_files
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.distributed.compute_context import ComputeContext, compute_threads, find_device, open_compute_context
 from rlhf.errors import Interrupted, UserError
-from rlhf.evaluate.evaluate_config import NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
+from rlhf.evaluate.evaluate_config import COLUMN_RULES, NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
 from rlhf.evaluate.evaluation_inputs import (
     Folders,
     TestData,
@@ -27,7 +28,6 @@ from rlhf.evaluate.judges import Judge, open_judges
 from rlhf.evaluate.policy_evaluation import evaluate_policy
 from rlhf.evaluate.reward_evaluation import evaluate_reward
 from rlhf.evaluate.sft_evaluation import evaluate_sft
-from rlhf.io.files import sha256
 from rlhf.io.output import check_output, remove_output, write_json, write_output
 from rlhf.io.provenance import provenance_of
 from rlhf.io.user_log import log_user
@@ -73,7 +73,7 @@ def run_evaluation(
     """
     if config.output is not None and config.output.is_file():
         raise UserError(f"--output {config.output}: is a file, expected a folder")
-    for line in check_rules(config, COMPUTE_RULES):
+    for line in check_rules(config, (*COMPUTE_RULES, *COLUMN_RULES)):
         log_user(line)
     folders = find_folders(config)
     run = run_config(config.model_dir)
@@ -108,7 +108,7 @@ def _plan(
         UserError: there is nothing to evaluate, or a setting has no effect.
     """
     if config.test_data:
-        data = mark_trained(classify_files(config.test_data), config.model_dir)
+        data = mark_trained(classify_files(config.test_data, config.data.columns), config.model_dir)
     elif run is not None:
         data = held_out_data(config.model_dir, run)
     else:
@@ -168,7 +168,7 @@ def _why_no_run(folder: Path) -> str:
 def _train_data(config: EvaluateConfig, run: PipelineRun | None) -> TestData | None:
     """Return the pairs that the bag of words learns from; None is cross-validation."""
     if config.train_data is not None:
-        (train,) = classify_files([config.train_data])
+        (train,) = classify_files([config.train_data], config.data.columns)
         if train.schema is not PREFERENCES:
             raise UserError(f"--train-data {config.train_data}: has {train.schema.name}, expected preference pairs")
         return train
@@ -201,7 +201,8 @@ def _check_files(
 ) -> None:
     """Refuse to replace the evaluation's inputs, or files that no evaluation has written."""
     models = [model for model in folders if model is not None]
-    inputs = [*config.test_data, *(plan.data.path for plan in plans), *([train.path] if train else [])]
+    sources = [*(plan.data.path for plan in plans), *([train.path] if train else [])]
+    inputs = [file for source in sources for file in list_files(source)]
     inputs += [file for model in models for file in model.iterdir()]
     kinds = {plan.kind for plan in plans}
     names = {"reward": "pairs.jsonl", "policy": "completions.jsonl"}
@@ -228,7 +229,7 @@ def _write(config: EvaluateConfig, report: Report, lines: dict[str, list[dict[st
             precision=config.precision,
             threads=compute_threads(config),
             compiled=None,
-            digests={"data": {str(item.data.path): sha256(item.data.path) for item in report.evaluations}},
+            digests={"data": {str(item.data.path): content_digest(item.data.path) for item in report.evaluations}},
         ),
         "evaluations": [evaluation.plain() for evaluation in report.evaluations],
         "skipped": report.skipped,

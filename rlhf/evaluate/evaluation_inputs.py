@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.config import PipelineRun
+from rlhf.data.conversations import as_key, as_text
+from rlhf.data.data_files import DataFiles, Source, list_files
 from rlhf.data.dataset import Dataset, load_dataset
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.records import read_records
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked
 from rlhf.errors import UserError
@@ -34,9 +37,9 @@ class Folders(NamedTuple):
 
 
 class TestData(NamedTuple):
-    """Records of one file."""
+    """Records of one file, folder of shards, or several files."""
 
-    path: Path
+    path: Source
     schema: Schema
     records: list[int] | None
     """Numbers of the records to evaluate; None is all."""
@@ -82,39 +85,47 @@ def run_config(model_dir: Path) -> PipelineRun | None:
     return load_config(str(path)) if path.is_file() else None
 
 
-def classify_files(paths: Sequence[Path]) -> list[TestData]:
-    """Return test files with their schemas.
+def classify_files(paths: Sequence[Path], columns: Sequence[str] = ()) -> list[TestData]:
+    """Return test files with their schemas; `columns` as in `DataFiles`.
 
     Raises:
         UserError: a file cannot be read, or its first record is of no kind.
     """
-    return [TestData(path, schema_of(path), None, "") for path in paths]
+    sources = [DataFiles((path,), tuple(columns)) for path in paths]
+    return [TestData(source, schema_of(source), None, "") for source in sources]
 
 
-def schema_of(path: Path) -> Schema:
+def schema_of(source: DataFiles) -> Schema:
     """Return a data file's schema by the columns of its first record. Errors are those of `classify_files`."""
+    path = list_files(source)[0]
     record = next(iter(read_records(path)))
+    present = {*record.fields, *(name for name, column in source.renames.items() if column in record.fields)}
     for schema in (PREFERENCES, DEMONSTRATIONS, PROMPTS):
-        if all(name in record.fields for name in schema.keys):
+        if all(name in present for name in schema.answers or schema.keys):
             return schema
+    if "messages" in present:
+        return DEMONSTRATIONS
     columns = ", ".join(map(repr, sorted(record.fields))) or "nothing"
     raise UserError(
-        f"{path}: record 1 (line {record.line}) has {columns}; expected 'prompt' with 'completion' (demonstrations), "
-        "with 'chosen' and 'rejected' (preference pairs), or alone (prompts)"
+        f"{path}: {record.where} has {columns}; expected 'prompt' with 'completion' (demonstrations), "
+        "with 'chosen' and 'rejected' (preference pairs), or alone (prompts), or 'messages'; other names: "
+        "--data.columns"
     )
 
 
 def unique_prompts(data: TestData) -> TestData:
     """Return the prompts of demonstrations or preference pairs, each once."""
     first: dict[str, int] = {}
-    for number, record in enumerate(read_checked(data.path, data.schema)):
-        first.setdefault(record.fields["prompt"], number)
+    pairs = zip(read_checked(data.path, data.schema), read_checked(data.path, PROMPTS), strict=True)
+    for number, (_, record) in enumerate(pairs):
+        first.setdefault(as_key(record.fields["prompt"]), number)
     origin = f"the prompts of its {data.schema.name}" + (f", {data.origin}" if data.origin else "")
     return TestData(data.path, PROMPTS, sorted(first.values()), origin)
 
 
 def open_data(data: TestData, tokenizer: Tokenizer, config: EvaluateConfig) -> tuple[Dataset, list[int]]:
     """Return the tokenised file and its records to evaluate. Errors are those of `rlhf.data.dataset.load_dataset`."""
+    tokenizer = chat_tokenizer(tokenizer, config.data)
     dataset = load_dataset(data.path, data.schema, tokenizer, config.cache_dir)
     if data.records is None:  # the run has told the user of its own data
         for line in dataset.findings.describe(data.schema, len(dataset)):
@@ -123,7 +134,8 @@ def open_data(data: TestData, tokenizer: Tokenizer, config: EvaluateConfig) -> t
     return dataset, records[: config.limit]
 
 
-def usable_pairs(path: Path) -> list[dict[str, str]]:
-    """Return the pairs of a file whose members differ: the records of its `Dataset`, in the same order."""
-    fields = (record.fields for record in read_checked(path, PREFERENCES))
-    return [pair for pair in fields if pair["chosen"] != pair["rejected"]]
+def usable_pairs(source: Source) -> list[dict[str, str]]:
+    """Return the texts of the pairs whose members differ: the records of its `Dataset`, in the same order."""
+    fields = (record.fields for record in read_checked(source, PREFERENCES))
+    pairs = ([pair[name] for name in PREFERENCES.keys] for pair in fields if pair["chosen"] != pair["rejected"])
+    return [dict(zip(PREFERENCES.keys, map(as_text, values), strict=True)) for values in pairs]

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import PipelineRun, SupervisedConfig
+from rlhf.config import DataPaths, PipelineRun, SupervisedConfig
+from rlhf.data.data_files import DataFiles, Source, content_digest, data_files
 from rlhf.data.hold_out import hold_out
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked
 from rlhf.errors import UserError
 from rlhf.evaluate.evaluation_inputs import TestData, usable_pairs
 from rlhf.io.checkpoint import last_step
-from rlhf.io.files import read_json, sha256
+from rlhf.io.files import read_json
 from rlhf.io.paths import places
 from rlhf.random import Purpose, fold_in, key
 from rlhf.stages import STAGES
@@ -53,17 +54,15 @@ def mark_trained(data: Sequence[TestData], model_dir: Path) -> list[TestData]:
     digests = {_read(folder / "manifest.json").get("data") for folder in folders}
     digests |= {_recorded(model_dir, stage).get("data") for stage in STAGES}
     return [
-        test._replace(origin="which the model was trained on")
-        if test.path.is_file() and sha256(test.path) in digests
-        else test
+        test._replace(origin="which the model was trained on") if content_digest(test.path) in digests else test
         for test in data
     ]
 
 
-def _held_out(model_dir: Path, run: PipelineRun, schema: Schema, validation: Path | None) -> TestData:
+def _held_out(model_dir: Path, run: PipelineRun, schema: Schema, validation: DataPaths) -> TestData:
     if validation is not None:
         digest = _recorded(model_dir, _stage_of(model_dir, schema)).get("validation")
-        path, problem = _locate(places(validation, run.output_dir, model_dir), digest, "was validated on")
+        path, problem = _locate(_places(model_dir, run, validation), digest, "was validated on")
         return TestData(path, schema, None, _HELD_OUT, problem)
     path, problem = _training_file(model_dir, run, schema)
     if problem:
@@ -75,28 +74,36 @@ def _held_out(model_dir: Path, run: PipelineRun, schema: Schema, validation: Pat
 def _prompts(model_dir: Path, run: PipelineRun) -> TestData:
     digest = _recorded(model_dir, "ppo").get("data")
     for candidate in _training_paths(model_dir, run, PROMPTS):
-        path = candidate.with_name("heldout_prompts.json")
-        if path.is_file() and sha256(path) != digest:
-            return TestData(path, PROMPTS, None, _HELD_OUT)
+        held_out = candidate.paths[0].with_name("heldout_prompts.json")
+        if held_out.is_file() and content_digest(held_out) != digest:
+            return TestData(candidate._replace(paths=(held_out,)), PROMPTS, None, _HELD_OUT)
     path, problem = _training_file(model_dir, run, PROMPTS)
     return TestData(path, PROMPTS, None, "which PPO was trained on", problem)
 
 
-def _training_file(model_dir: Path, run: PipelineRun, schema: Schema) -> tuple[Path, str]:
+def _training_file(model_dir: Path, run: PipelineRun, schema: Schema) -> tuple[DataFiles, str]:
     """Return the file that a stage learnt from, and the reason why it cannot be used, empty where it can."""
     digest = _recorded(model_dir, _stage_of(model_dir, schema)).get("data")
     return _locate(_training_paths(model_dir, run, schema), digest, "learnt from")
 
 
-def _training_paths(model_dir: Path, run: PipelineRun, schema: Schema) -> list[Path]:
+def _training_paths(model_dir: Path, run: PipelineRun, schema: Schema) -> list[DataFiles]:
     """Return the paths at which the file that a stage learnt from may be."""
     setting = {DEMONSTRATIONS: run.sft_data, PREFERENCES: run.preference_data, PROMPTS: run.prompt_data}[schema]
-    return (
-        [model_dir / "data" / _EXAMPLES[schema.name]] if setting is None else places(setting, run.output_dir, model_dir)
-    )
+    if setting is None:
+        return [DataFiles((model_dir / "data" / _EXAMPLES[schema.name],))]
+    return _places(model_dir, run, setting)
 
 
-def _locate(candidates: Sequence[Path], digest: str | None, use: str) -> tuple[Path, str]:
+def _places(model_dir: Path, run: PipelineRun, setting: DataPaths) -> list[DataFiles]:
+    """Return the files of a setting at each place where they may be now."""
+    files = data_files(setting, run.data.columns)
+    assert files is not None, "only settings that name files"
+    by_place = zip(*(places(path, run.output_dir, model_dir) for path in files.paths), strict=True)
+    return [files._replace(paths=paths) for paths in by_place]
+
+
+def _locate(candidates: Sequence[DataFiles], digest: str | None, use: str) -> tuple[DataFiles, str]:
     """Return the first candidate of that content, and the reason why none can be used, empty where one can.
 
     Args:
@@ -104,9 +111,9 @@ def _locate(candidates: Sequence[Path], digest: str | None, use: str) -> tuple[P
         digest: of the file that the run read; None where it is not known, and any content will do.
         use: the run's use of it, in words for the user.
     """
-    files = [path for path in candidates if path.is_file()]
+    files = [source for source in candidates if all(path.exists() for path in source.paths)]
     for path in files:
-        if digest is None or sha256(path) == digest:
+        if digest is None or content_digest(path) == digest:
             return path, ""
     if files:
         return files[0], f"{files[0]} is no longer what the run {use}"
@@ -141,7 +148,7 @@ def _read(manifest: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _split(run: PipelineRun, path: Path, schema: Schema, stage: str) -> tuple[list[int], list[int]]:
+def _split(run: PipelineRun, path: Source, schema: Schema, stage: str) -> tuple[list[int], list[int]]:
     """Return (records trained on, records held out), as the stage drew them."""
     settings: SupervisedConfig = STAGES[stage].section_of(run)
     count = len(usable_pairs(path)) if schema is PREFERENCES else sum(1 for _ in read_checked(path, schema))

@@ -45,7 +45,7 @@ def open_judges(specs: Sequence[str]) -> list[Judge]:
     return judges
 
 
-def score(judge: Judge, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]) -> Array:
+def score(judge: Judge, prompts: Sequence[Any], completions: Sequence[Any], columns: Sequence[dict[str, Any]]) -> Array:
     """Return [B] scores of completions. Errors are those of `rlhf.io.user_functions.call_function`."""
     scores = call_function(judge.function, f"judge {judge.name}", columns, prompts=prompts, completions=completions)
     return np.array(scores)
@@ -66,7 +66,7 @@ class Preferences(NamedTuple):
 
 
 def prefer(
-    judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], columns: Sequence[dict[str, Any]]
+    judge: Judge, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any], columns: Sequence[dict[str, Any]]
 ) -> Preferences:
     """Call a pairwise judge in both orders.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf.config import PipelineRun
+from rlhf.data.conversations import as_completion, as_text
 from rlhf.data.schema import PROMPTS
 from rlhf.distributed.compute_context import ComputeContext, open_compute_context
 from rlhf.evaluate.comparison import (
@@ -189,11 +190,12 @@ def _judge(
         scores = {f"eval/reward/{name}": rewards for name, rewards in measured.rewards.items()}
         for judge in judges:
             if not judge.pairwise:
-                scores[f"eval/judge/{judge.name}"] = score(judge, prompts, measured.texts, columns)
+                said = list(map(as_completion, prompts, measured.texts))
+                scores[f"eval/judge/{judge.name}"] = score(judge, prompts, said, columns)
         sides[role] = ScoredCompletions(measured, scores)
     preferences = {}
     if "against" in completions:
-        ours, theirs = completions["policy"].texts, completions["against"].texts
+        ours, theirs = (list(map(as_completion, prompts, completions[r].texts)) for r in ("policy", "against"))
         preferences = {j.name: prefer(j, prompts, ours, theirs, columns) for j in judges if j.pairwise}
     return Comparison(decoding, samples, columns, sides, preferences, 0)
 
@@ -260,7 +262,7 @@ def _lines(comparison: Comparison, data: TestData) -> list[dict[str, Any]]:
     """Return the lines of completions.jsonl: both sides' completions of each prompt."""
     lines = []
     for number, record in enumerate(comparison.columns):
-        line: dict[str, Any] = {"prompt": record["prompt"], "decoding": comparison.decoding}
+        line: dict[str, Any] = {"prompt": as_text(record["prompt"]), "decoding": comparison.decoding}
         line |= {"sample": number % comparison.samples}
         for role, (completions, scores) in comparison.sides.items():
             fields: dict[str, Any] = {

@@ -83,4 +83,8 @@ def _measure(executor: Executor, sequences: list[TokenSequence], rows: int) -> t
     measures: list[Measures] = executor.map("measure", [pack.batch for pack in packs])
     log_probs = unpack_tokens(packs, [measure.log_probs for measure in measures], tokens.shape)
     hits = unpack_tokens(packs, [measure.correct for measure in measures], tokens.shape)
-    return log_probs, hits, torch.arange(tokens.shape[1]) < lengths[:, None]
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    for row, sequence in enumerate(sequences):
+        if sequence.learnt is not None:
+            mask[row, : lengths[row]] &= torch.from_numpy(sequence.learnt)
+    return log_probs * mask, hits * mask, mask

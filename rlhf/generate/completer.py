@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.data.chat_tokens import check_template, encode_chat
+from rlhf.data.conversations import Message
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.distributed.compute_context import compute_dtype
 from rlhf.errors import UserError
 from rlhf.execution.executor import LocalExecutor
@@ -114,6 +117,7 @@ class Completer:
             UserError: it cannot be read, or its context is too short for the completions.
         """
         model = load_language_model(folder)
+        model = model._replace(tokenizer=chat_tokenizer(model.tokenizer, config.data))
         self.max_new_tokens = config.max_new_tokens or default_length(model.config.n_positions)
         self.room = model.config.n_positions - self.max_new_tokens
         if self.room < 1:
@@ -126,12 +130,24 @@ class Completer:
         decoder = architecture_of(model.config)
         self._params: Params = decoder.prepare_for_decoding(to_device(model.params, device), self._dtype)
 
-    def encode(self, prompt: str) -> np.ndarray:
-        """Return [n] int64: the prompt's last tokens that leave room for the completion."""
-        (tokens,) = self.model.tokenizer.encode([prompt])
+    def encode(self, prompt: str | list[Message]) -> np.ndarray:
+        """Return [n] int64: the last tokens of a text or conversation that leave room for the completion.
+
+        Raises:
+            UserError: the model has no chat template for a conversation, or it cannot write it.
+        """
+        tokenizer = self.model.tokenizer
+        if isinstance(prompt, str):
+            (tokens,) = tokenizer.encode([prompt])
+        else:
+            check_template(tokenizer, self.folder)
+            try:
+                tokens = encode_chat(tokenizer, prompt, []).prompt
+            except ValueError as error:
+                raise UserError(f"{self.folder}: {error}") from error
         return np.array(tokens[-self.room :] or [self.model.tokenizer.eos_id], dtype=np.int64)
 
-    def stream(self, prompt: str, key: Tensor) -> Iterator[TextChunk]:
+    def stream(self, prompt: str | list[Message], key: Tensor) -> Iterator[TextChunk]:
         """Yield the completion of one prompt, as it is drawn."""
         tokens, model = torch.from_numpy(self.encode(prompt)).to(self._device), self.model
         stops = model.tokenizer.stop_ids
@@ -140,7 +156,7 @@ class Completer:
         )
         return text_chunks(model.tokenizer, drawn_tokens)
 
-    def complete(self, prompts: Sequence[str], keys: Tensor) -> list[TextChunk]:
+    def complete(self, prompts: Sequence[str | list[Message]], keys: Tensor) -> list[TextChunk]:
         """Return whole completions of many prompts, drawn together; `keys` is [n, 2]."""
         model = self.model
         rollout = make_completion_fn(

@@ -1,13 +1,14 @@
 """Settings of rlhf-generate, as a typed dataclass. Importing it imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from rlhf.config import DataConfig
 from rlhf.ranges import BatchSize, NonNegativeInt, PositiveFloat, Section, Seed, ThreadCount
-from rlhf.setting_rules import Rule
+from rlhf.setting_rules import DATA_RULES, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,11 @@ class GenerateConfig(Section):
     """Prompts to complete. Without prompts and without a prompt file, they are read from the terminal, or line by line
     from a pipe."""
     prompt_file: Path | None = None
-    """File of prompts: a JSON list or JSON Lines with the key `prompt`, or a .txt file with one prompt per line."""
+    """File or folder of prompts with the column `prompt`, in any form that rlhf-train reads, or a .txt file with one
+    prompt per line."""
+    data: DataConfig = field(default_factory=DataConfig)
+    chat: bool = False
+    """Treat each prompt as the user's turn of a conversation, which the model's chat template renders."""
     template: str = "{prompt}"
     """Text around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
     output: Path | None = None
@@ -54,10 +59,18 @@ class GenerateConfig(Section):
 
 
 GENERATE_RULES = (
+    *DATA_RULES,
+    Rule(("data.columns",), lambda config: config.prompt_file is None, "has no effect without --prompt-file"),
     Rule(
         ("temperature", "top_k", "top_p", "samples", "seed"),
         lambda config: config.greedy,
         "has no effect with --greedy, which draws nothing at random",
+    ),
+    Rule(
+        ("chat",),
+        lambda config: config.template != "{prompt}",
+        "writes the prompt by the chat template; drop one of --chat and --template",
+        refused=True,
     ),
     Rule(("overwrite",), lambda config: config.output is None, "has no effect without --output", refused=True),
     Rule(("top_p",), lambda config: config.top_k == 1, "has no effect with --top-k 1"),

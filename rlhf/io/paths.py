@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf.config import LogConfig, PPOConfig, RunConfig
+from rlhf.config import DataConfig, LogConfig, PPOConfig, RunConfig
 from rlhf.errors import UserError
 
 _Section = TypeVar("_Section")
@@ -56,6 +56,11 @@ def same_place(before: str | None, now: Path | None) -> bool:
     return Path(before).resolve() == now.resolve()
 
 
+def is_file_name(template: str) -> bool:
+    """Return whether a chat template is named by its file, and not by the name of one that ships with rlhf."""
+    return os.sep in template or "." in template
+
+
 def parse_source(spec: str) -> tuple[float, str]:
     """Return the weight of a reward source, and its folder or function.
 
@@ -80,6 +85,8 @@ def _map_paths(config: _Section, change: Callable[[Path], Path]) -> _Section:
     def changed(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
             return _map_paths(value, change)
+        if isinstance(value, tuple):
+            return tuple(map(changed, value))
         return change(value) if isinstance(value, Path) else value
 
     def changed_target(target: str) -> str:
@@ -99,4 +106,6 @@ def _map_paths(config: _Section, change: Callable[[Path], Path]) -> _Section:
         values |= {name: changed_name(values[name]) for name in ("estimator", "loss")}
     if isinstance(config, LogConfig) and config.sink is not None:
         values["sink"] = changed_target(config.sink)
+    if isinstance(config, DataConfig) and config.template is not None and is_file_name(config.template):
+        values["template"] = str(change(Path(config.template)))
     return type(config)(**values)

@@ -194,7 +194,10 @@ def _convert(option: Any, value: Any) -> tuple[bool, Any]:
         return value in get_args(option), value
     if get_origin(option) is tuple:
         items = value if isinstance(value, list) else [value]
-        return all(isinstance(item, str) for item in items), tuple(items)
+        if get_args(option)[0] is not Path:
+            return all(isinstance(item, str) for item in items), tuple(items)
+        converted = [_convert(Path, item) for item in items]
+        return bool(items) and all(is_valid for is_valid, _ in converted), tuple(path for _, path in converted)
     return isinstance(value, option), value
 
 
@@ -202,7 +205,7 @@ def _describe(option: Any) -> str:
     if get_origin(option) is Literal:
         return "one of " + ", ".join(map(str, get_args(option)))
     if get_origin(option) is tuple:
-        return "a list of texts"
+        return "a list of paths" if get_args(option)[0] is Path else "a list of texts"
     names = {
         int: "a whole number",
         float: "a number",
@@ -218,5 +221,5 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {spec.name: _plain(getattr(value, spec.name)) for spec in dataclasses.fields(value)}
     if isinstance(value, tuple):
-        return list(value)
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -2,7 +2,8 @@
 
 A source is written `[WEIGHT*]FOLDER`, `[WEIGHT*]module:function` or `[WEIGHT*]file.py:function`. A function has the
 signature of TRL's reward functions: it is called with `prompts`, `completions` and one list for each other column of
-the prompt file that it accepts, all as keyword arguments, and returns one float per completion.
+the prompt file that it accepts, all as keyword arguments, and returns one float per completion. Prompts and completions
+are texts, or lists of messages if the prompt file has conversations.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -63,14 +64,14 @@ def open_sources(
 
 
 def call_reward_function(
-    source: RewardSource, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]
+    source: RewardSource, prompts: Sequence[Any], completions: Sequence[Any], columns: Sequence[dict[str, Any]]
 ) -> list[float]:
     """Return one float per completion from a Python function.
 
     Args:
         source: the source whose `function` is called.
-        prompts: texts.
-        completions: texts, without the stop token.
+        prompts: texts, or lists of messages as in the prompt file.
+        completions: texts without the stop token, or lists of the assistant's message.
         columns: each completion's record of the prompt file.
 
     Raises:

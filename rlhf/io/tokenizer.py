@@ -4,6 +4,7 @@ A tokenizer is read from a folder in any form that `rlhf.io.tokenizer_files` sup
 the user's texts. Text is never encoded as a control token: "<|endoftext|>" in a text is encoded letter by letter.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from rlhf.errors import UserError
+from rlhf.io.chat_template import ChatTemplate, read_template, read_token_names
 from rlhf.io.tokenizer_files import (
     EOS,
     PAD,
@@ -23,6 +25,7 @@ from rlhf.io.tokenizer_files import (
     read_end_of_text,
     read_files,
     read_pad_token,
+    with_template,
     without_pad_token,
     write_files,
 )
@@ -43,6 +46,8 @@ class Tokenizer:
         pad: str | None = None,
         files: Mapping[str, bytes] | None = None,
         notes: Sequence[str] = (),
+        template: str | None = None,
+        token_names: Mapping[str, str] | None = None,
     ) -> None:
         """Wrap a `tokenizers.Tokenizer`.
 
@@ -54,9 +59,12 @@ class Tokenizer:
             pad: the padding token; None chooses one, see `pad_id`.
             files: files of the folder that it was read from, which `save` writes again.
             notes: lines for the user about that folder.
+            template: the chat template; None if there is none.
+            token_names: special tokens by the names that templates use, such as `bos_token`.
 
         Raises:
             UserError: `eos` is not in the vocabulary.
+            ValueError: the template is not valid.
         """
         eos_id = backend.token_to_id(eos)
         if eos_id is None:
@@ -64,11 +72,19 @@ class Tokenizer:
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
-        self._backend, self._pad, self._files = backend, pad, dict(files or {})
+        self._backend, self._pad, self._files, self._source = backend, pad, dict(files or {}), source
+        self._token_names = {"eos_token": eos} | dict(token_names or {})
         self.eos = eos
         self.eos_id = eos_id
         self.stop_ids: tuple[int, ...] = tuple(stop_ids) or (eos_id,)
         self.notes = tuple(notes)
+        self.special_ids = frozenset(
+            number for number, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.chat_template = None if template is None else ChatTemplate(template, self._token_names)
+        self.end_of_turn_id = self._find_end_of_turn()
+        if self.end_of_turn_id not in self.stop_ids:
+            self.stop_ids += (self.end_of_turn_id,)
         vocabulary = backend.get_vocab()
         self.vocab_size: int = max(vocabulary.values()) + 1
         if holes := self.vocab_size - len(set(vocabulary.values())):
@@ -104,7 +120,40 @@ class Tokenizer:
         backend, notes = read_backend(folder, rows)
         end, pad, files = read_end_of_text(folder, backend), read_pad_token(folder), read_files(folder)
         notes += end.notes
-        return cls(backend, end.token, str(folder), stop_ids=end.stop_ids, pad=pad, files=files, notes=notes)
+        template, token_names = read_template(folder), read_token_names(folder)
+        try:
+            ChatTemplate(template or "", token_names)
+        except ValueError as error:  # texts can be read without
+            template, notes = None, (*notes, f"{folder}: {error}; the template is not used")
+        return cls(
+            backend,
+            end.token,
+            str(folder),
+            stop_ids=end.stop_ids,
+            pad=pad,
+            files=files,
+            notes=notes,
+            template=template,
+            token_names=token_names,
+        )
+
+    def with_template(self, template: str) -> "Tokenizer":
+        """Return the tokenizer with another chat template, which `save` writes.
+
+        Raises:
+            ValueError: the template is not valid.
+        """
+        return Tokenizer(
+            self._backend,
+            self.eos,
+            self._source,
+            stop_ids=self.stop_ids,
+            pad=self._pad,
+            files=with_template(self._files, template) if self._files else None,
+            notes=self.notes,
+            template=template,
+            token_names=self._token_names,
+        )
 
     def save(self, folder: Path, *, pads_with_eos: bool = True) -> None:
         """Write the files that `transformers.AutoTokenizer` reads; files it was read from are written unchanged.
@@ -127,6 +176,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
         } | ({"pad_token": pad} if pad else {})
+        if self.chat_template is not None:
+            write_files(folder, with_template({}, self.chat_template.source))
         self._backend.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -134,6 +185,44 @@ class Tokenizer:
         """Return the token ids of each text, without special tokens."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_rendered(self, texts: Sequence[str], mark: str = "") -> list[list[int]]:
+        """Return the token ids of texts in which special tokens are written out, as a chat template does.
+
+        Args:
+            texts: the texts.
+            mark: a character that is left out of the ids; a special token with it inside stays text.
+        """
+        if mark and any(mark in text for text in texts):
+            return [self._encode_marked(text, mark) for text in texts]
+        return [encoding.ids for encoding in self._writing.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        (found,) = self._writing.encode_batch([text], add_special_tokens=False)
+        ids, place = list[int](), 0
+        for number, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if number in self.special_ids:
+                ids += [*self.encode([text[place:start].replace(mark, "")])[0], number]
+                place = end
+        return ids + self.encode([text[place:].replace(mark, "")])[0]
+
+    @functools.cached_property
+    def _writing(self) -> Backend:
+        """The tokenizer that takes a special token's text for the token."""
+        return Backend.from_str(self._backend.to_str())
+
+    def _find_end_of_turn(self) -> int:
+        """Return the id that ends the assistant's turn in the chat template; end-of-text if there is none."""
+        if self.chat_template is None:
+            return self.eos_id
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            text = self.chat_template.render(turns).text
+        except ValueError:  # the template asks for more; its own error shows with the first record
+            return self.eos_id
+        ((*_, after),) = [text.rsplit("b", 1)]
+        ids = [number for number in self.encode_rendered([after])[0] if number in self.special_ids]
+        return ids[0] if ids else self.eos_id
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids; special tokens are skipped, and bytes that are not UTF-8 become U+FFFD."""

@@ -145,6 +145,16 @@ def without_pad_token(files: Mapping[str, bytes]) -> dict[str, bytes]:
     return changed
 
 
+def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
+    """Return `files` with another chat template, which is in a file of its own alone."""
+    changed = dict(files) | {"chat_template.jinja": template.encode()}
+    if b'"chat_template"' in changed.get("tokenizer_config.json", b""):
+        settings = json.loads(changed["tokenizer_config.json"].decode("utf-8-sig"))
+        settings.pop("chat_template", None)
+        changed["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+    return changed
+
+
 def read_ids(path: Path, key: str, value: Any) -> list[int]:
     """Return the token ids of a setting that is a number, a list or null. Raises UserError for anything else."""
     numbers = value if isinstance(value, list) else [] if value is None else [value]

@@ -72,7 +72,7 @@ def check_signature(
 
 
 def call_function(
-    function: Callable[..., Any], what: str, columns: Sequence[dict[str, Any]], **texts: Sequence[str]
+    function: Callable[..., Any], what: str, columns: Sequence[dict[str, Any]], **texts: Sequence[Any]
 ) -> list[float]:
     """Return one finite float per text from a user's function.
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from rlhf.batches import CompletionPairBatch
 from rlhf.config import DPORun
+from rlhf.data.data_files import Source
 from rlhf.data.dataset import Dataset
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.preference_batches import PackedCompletionPairs, completion_pair_batches
 from rlhf.data.schema import PREFERENCES
 from rlhf.execution.executor import Executor
@@ -34,9 +36,11 @@ from rlhf.train.signals import StopRequest
 from rlhf.train.stage_defaults import choose_settings, default_rate, start_facts
 from rlhf.train.stage_inputs import (
     ModelSpec,
+    check_conversations,
     check_data,
     check_validation,
     embedded_file,
+    given_files,
     make_schedule,
     start_folder,
     start_model_spec,
@@ -60,7 +64,9 @@ def run_dpo(config: DPORun, observers: Sequence[Observer] = (), stop: StopReques
 def check_dpo(config: DPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the policy, after reading the data files through; see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config, models.get("sft"))
-    check_data(PREFERENCES, config.preference_data, config.preference_val_data)
+    path = given_files(config, config.preference_data)
+    check_data(PREFERENCES, path, given_files(config, config.preference_val_data))
+    check_conversations(config, path, PREFERENCES, model_spec.tokenizer)
     return model_spec
 
 
@@ -78,6 +84,7 @@ def _model_spec(config: DPORun, sft: ModelSpec | None = None) -> ModelSpec:
 def _run(run: Run, config: DPORun) -> StageResult:
     model_spec, folder = _model_spec(config), start_folder(config, config.dpo.model_path)
     facts, start = start_facts(folder), load_language_model(folder)
+    start = start._replace(tokenizer=chat_tokenizer(start.tokenizer, config.data))
     config = choose_settings(
         run,
         config,
@@ -88,9 +95,10 @@ def _run(run: Run, config: DPORun) -> StageResult:
     for line in start.notes:
         run.note(line)
     max_length = length_limit(settings, start)
-    path = config.preference_data or embedded_file(run, "preferences")
-    split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
-    digests = digests_of(path, start.tokenizer, config.preference_val_data)
+    path: Source = given_files(config, config.preference_data) or embedded_file(run, "preferences")
+    validation = given_files(config, config.preference_val_data)
+    split = open_split(run, path, validation, PREFERENCES, settings, start)
+    digests = digests_of(path, start.tokenizer, validation)
     run.note(f"policy and reference from {folder}")
     plan, models = make_plan(settings, len(split.train)), ModelState(start.params, {})
     compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))

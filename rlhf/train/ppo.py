@@ -17,6 +17,8 @@ import torch
 from rlhf.batches import PPOBatch
 from rlhf.config import PPORun
 from rlhf.data.collate import Prefetch, ppo_batch
+from rlhf.data.data_files import Source
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.schema import PROMPTS
 from rlhf.experience import Experience, make_experience
 from rlhf.group_baselines import equal_groups
@@ -39,7 +41,15 @@ from rlhf.train.ppo_verdict import SCORES, conclude_ppo
 from rlhf.train.resume import Identity, digests_of
 from rlhf.train.signals import StopRequest
 from rlhf.train.stage_defaults import choose_settings, default_eos_penalty, default_rate, fit_completion, start_facts
-from rlhf.train.stage_inputs import ModelSpec, check_data, embedded_file, open_dataset, start_folder
+from rlhf.train.stage_inputs import (
+    ModelSpec,
+    check_conversations,
+    check_data,
+    embedded_file,
+    given_files,
+    open_dataset,
+    start_folder,
+)
 from rlhf.weighting import loss_weights
 
 _MIN_SCALE = 1e-2
@@ -79,7 +89,9 @@ def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the policy, after reading the prompts through; see `rlhf.stages.StageProgram`."""
     open_estimator(config.ppo), open_policy_loss(config.ppo)
     inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
-    check_columns(inputs.sources, check_data(PROMPTS, config.prompt_data))
+    path = given_files(config, config.prompt_data)
+    check_columns(inputs.sources, check_data(PROMPTS, path))
+    check_conversations(config, path, PROMPTS, inputs.policy.tokenizer)
     return inputs.policy
 
 
@@ -96,10 +108,11 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     sources = [_without_rounding_std(run, source) for source in sources] if config.ppo.normalize_reward else sources
     settings, specs, folder = config.ppo, reward_specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
+    policy = policy._replace(tokenizer=chat_tokenizer(policy.tokenizer, config.data))
     reward_notes = [line for source in sources if source.model is not None for line in source.model.notes]
     for line in dict.fromkeys((*policy.notes, *reward_notes)):
         run.note(line)
-    path = config.prompt_data or embedded_file(run, "prompts")
+    path: Source = given_files(config, config.prompt_data) or embedded_file(run, "prompts")
     prompts = open_dataset(run, path, PROMPTS, policy.tokenizer, context - settings.completion_tokens)
     check_columns(sources, prompts.keys)
     run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")

@@ -167,8 +167,7 @@ def make_ppo_program(
 def _lr_multiplier(settings: PPOConfig, policy: float) -> Callable[[Tree], Tree] | None:
     """Return a function params -> factors on the learning rate: `policy`, and the critic's own; None if all are 1."""
     rate = settings.critic_learning_rate
-    assert settings.learning_rate is not None, "chosen when the run begins"
-    critic = 1.0 if rate is None else rate / settings.learning_rate
+    critic = 1.0 if rate is None else rate / settings.peak_learning_rate
     if policy == critic == 1.0:
         return None
     return functools.partial(tree_map_named, lambda name, leaf: policy if name.startswith("policy.") else critic)

@@ -16,6 +16,7 @@ from rlhf.data.collate import (
     unpack_sequences,
     unpack_tokens,
 )
+from rlhf.data.conversations import as_completion, as_text
 from rlhf.data.dataset import Dataset
 from rlhf.errors import NonFiniteError
 from rlhf.estimators import Estimator
@@ -161,7 +162,7 @@ def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experie
     settings, lengths, kl = ppo.run.config.log, rollout.completions.mask.sum(dim=1), experience.kl.sum(dim=1)
     lines = [
         {
-            "prompt": columns["prompt"],
+            "prompt": as_text(columns["prompt"]),
             "completion": text,
             "score": float(scored.scores[row]),
             "kl": float(kl[row]),
@@ -199,6 +200,7 @@ def _sum_sources(ppo: PPO, rollout: Rollout, model_scores: Tensor) -> tuple[dict
     raw, total = {}, torch.zeros(len(rollout.texts))
     scores_by_model = iter(model_scores.T.contiguous())  # sums of strided columns round differently
     prompts = [columns["prompt"] for columns in rollout.columns]
+    completions = list(map(as_completion, prompts, rollout.texts))
     for source in ppo.sources:
         if source.model is not None:
             raw[source.metric] = scores = next(scores_by_model)
@@ -206,7 +208,7 @@ def _sum_sources(ppo: PPO, rollout: Rollout, model_scores: Tensor) -> tuple[dict
             normal = (scores - mean) / std if ppo.settings.normalize_reward else scores
         else:
             raw[source.metric] = normal = torch.tensor(
-                call_reward_function(source, prompts, rollout.texts, rollout.columns)
+                call_reward_function(source, prompts, completions, rollout.columns)
             )
         if source.weight:
             total = total + source.weight * normal

@@ -1,16 +1,16 @@
 """Checkpoints of a run, and the comparison of a run with its continuation: settings by value, files by content."""
 
+import hashlib
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import OptimizerConfig, RunConfig
+from rlhf.data.data_files import Source, content_digest
 from rlhf.distributed.compute_context import compute_threads
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.execution.executor import Executor
 from rlhf.io.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from rlhf.io.files import sha256
 from rlhf.io.paths import same_place
 from rlhf.io.reward_identity import diff_sources, upgrade_sources
 from rlhf.io.tokenizer import Tokenizer
@@ -44,6 +44,7 @@ _CONTENTS = {
     "tokenizer": "the tokenizer has changed",
     "estimator": "the estimator has changed",
     "loss": "the loss has changed",
+    "template": "the chat template has changed",
     "model": "the weights that the stage starts from have changed",
 }
 
@@ -74,12 +75,14 @@ def _file_settings() -> dict[str, str]:
     return {setting: content for stage in STAGES.values() for setting, content in stage.files.items()}
 
 
-def digests_of(data: Path, tokenizer: Tokenizer, validation: Path | None = None) -> Identity:
+def digests_of(data: Source, tokenizer: Tokenizer, validation: Source | None = None) -> Identity:
     """Return the digests of a stage's data files and tokenizer, by the names of `Stage.files`."""
+    template = tokenizer.chat_template
     return {
-        "data": sha256(data),
-        "validation": sha256(validation) if validation is not None else None,
+        "data": content_digest(data),
+        "validation": content_digest(validation) if validation is not None else None,
         "tokenizer": f"{tokenizer.fingerprint}:{tokenizer.eos_id}",
+        "template": None if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
     }
 
 

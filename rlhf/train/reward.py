@@ -11,7 +11,9 @@ from torch import Tensor
 from rlhf.batches import PairBatch
 from rlhf.config import RewardConfig, RewardRun
 from rlhf.data.collate import PackedPairs, pair_batches
+from rlhf.data.data_files import Source
 from rlhf.data.dataset import Dataset, load_dataset
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.schema import PREFERENCES
 from rlhf.errors import UserError
 from rlhf.evaluate.baselines import bag_of_words
@@ -37,9 +39,11 @@ from rlhf.train.signals import StopRequest
 from rlhf.train.stage_defaults import choose_settings, default_rate, start_facts
 from rlhf.train.stage_inputs import (
     ModelSpec,
+    check_conversations,
     check_data,
     check_validation,
     embedded_file,
+    given_files,
     make_schedule,
     start_folder,
     start_model_spec,
@@ -77,7 +81,9 @@ def run_reward(config: RewardRun, observers: Sequence[Observer] = (), stop: Stop
 def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config, models.get("sft"))
-    _check_margin(config, check_data(PREFERENCES, config.preference_data, config.preference_val_data))
+    path, validation = given_files(config, config.preference_data), given_files(config, config.preference_val_data)
+    _check_margin(config, check_data(PREFERENCES, path, validation))
+    check_conversations(config, path, PREFERENCES, model_spec.tokenizer)
     _check_pairs(config, model_spec)
     return model_spec
 
@@ -104,7 +110,7 @@ def _model_spec(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
 def _check_margin(config: RewardRun, keys: Collection[str]) -> None:
     """Raise UserError if margins are asked for, but are not among the `keys` of the training pairs."""
     if config.reward.use_margin and "margin" not in keys:
-        where = config.preference_data or "the embedded example"
+        where = given_files(config, config.preference_data) or "the embedded example"
         raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
 
 
@@ -115,16 +121,18 @@ def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
         config: of the stage.
         model_spec: of the model that training starts from.
     """
-    if config.preference_data is not None and model_spec.tokenizer is not None:
-        dataset = load_dataset(config.preference_data, PREFERENCES, model_spec.tokenizer, config.cache_dir)
+    path = given_files(config, config.preference_data)
+    if path is not None and model_spec.tokenizer is not None:
+        dataset = load_dataset(path, PREFERENCES, model_spec.tokenizer, config.cache_dir)
         max_length = length_limit(config.reward, model_spec)
         different = len(dataset) - len(dataset.equal_pairs(max_length))
-        check_pairs_differ(config.preference_data, different, max_length)
+        check_pairs_differ(path, different, max_length)
 
 
 def _run(run: Run, config: RewardRun) -> StageResult:
     model_spec, folder = _model_spec(config), start_folder(config, config.reward.model_path)
     facts, start = start_facts(folder), load_language_model(folder)
+    start = start._replace(tokenizer=chat_tokenizer(start.tokenizer, config.data))
     config = choose_settings(
         run,
         config,
@@ -135,9 +143,10 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     for line in start.notes:
         run.note(line)
     max_length = length_limit(settings, start)
-    path = config.preference_data or embedded_file(run, "preferences")
-    split = open_split(run, path, config.preference_val_data, PREFERENCES, settings, start)
-    digests = digests_of(path, start.tokenizer, config.preference_val_data)
+    path: Source = given_files(config, config.preference_data) or embedded_file(run, "preferences")
+    validation = given_files(config, config.preference_val_data)
+    split = open_split(run, path, validation, PREFERENCES, settings, start)
+    digests = digests_of(path, start.tokenizer, validation)
     _check_margin(config, split.dataset.keys)
     run.note(f"trunk from {folder}")
     plan = make_plan(settings, len(split.train))
@@ -194,13 +203,14 @@ def _run(run: Run, config: RewardRun) -> StageResult:
 
 
 def _judge(
-    run: Run, config: RewardRun, path: Path, split: DataSplit, metrics: Mapping[str, float]
+    run: Run, config: RewardRun, path: Source, split: DataSplit, metrics: Mapping[str, float]
 ) -> tuple[Verdict | None, dict[str, float]]:
     """Return the verdict on the trained model, and the baselines that it goes by; nothing without held-out pairs."""
     if not split.held_out:
         return None, {}
     train_texts = usable_pairs(path)
-    held_texts = train_texts if config.preference_val_data is None else usable_pairs(config.preference_val_data)
+    validation = given_files(config, config.preference_val_data)
+    held_texts = train_texts if validation is None else usable_pairs(validation)
     margins = bag_of_words(
         [held_texts[record] for record in split.held_out],
         [train_texts[record] for record in split.train[:_BASELINE_PAIRS]],

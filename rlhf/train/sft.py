@@ -12,7 +12,9 @@ from torch import Tensor
 from rlhf.batches import TokenBatch
 from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.collate import token_batches
+from rlhf.data.data_files import Source
 from rlhf.data.dataset import Dataset, load_dataset
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS
 from rlhf.errors import UserError
 from rlhf.evaluate.baselines import unigram_perplexity
@@ -42,13 +44,16 @@ from rlhf.train.stage_defaults import (
 )
 from rlhf.train.stage_inputs import (
     ModelSpec,
+    check_conversations,
     check_data,
     check_validation,
     embedded_file,
+    given_files,
     make_schedule,
     new_config,
     read_model_spec,
     train_tokenizer,
+    with_template,
 )
 from rlhf.train.supervised import (
     DataSplit,
@@ -80,7 +85,9 @@ def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopReques
 def check_sft(config: SFTRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
     model_spec = _model_spec(config)
-    check_data(DEMONSTRATIONS, config.sft_data, config.sft_val_data)
+    path = given_files(config, config.sft_data)
+    check_data(DEMONSTRATIONS, path, given_files(config, config.sft_val_data))
+    check_conversations(config, path, DEMONSTRATIONS, model_spec.tokenizer)
     return model_spec
 
 
@@ -96,7 +103,7 @@ def _model_spec(config: SFTRun) -> ModelSpec:
     tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
     if folder is None:
         return ModelSpec(new_config(config.model, tokenizer.vocab_size if tokenizer else 1), tokenizer, "")
-    start = read_model_spec(folder, config.model)
+    start = with_template(config, read_model_spec(folder, config.model))
     if tokenizer is not None and start.tokenizer is not None and not tokenizer.same_vocabulary(start.tokenizer):
         raise UserError(
             f"{folder}: the model there has another vocabulary than --tokenizer.path {tokenizer_path}; drop the flag"
@@ -113,8 +120,9 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         "a pre-trained model" if facts.pretrained else "a model from scratch",
     )
     settings, rows = config.sft, config.sft.micro_batch_size
-    split = open_split(run, path, config.sft_val_data, DEMONSTRATIONS, settings, model)
-    digests = digests_of(path, model.tokenizer, config.sft_val_data)
+    validation = given_files(config, config.sft_val_data)
+    split = open_split(run, path, validation, DEMONSTRATIONS, settings, model)
+    digests = digests_of(path, model.tokenizer, validation)
     plan, max_length = make_plan(settings, len(split.train)), length_limit(settings, model)
 
     def batches(source: Dataset, records: Sequence[int], key: Tensor) -> list[TokenBatch]:
@@ -239,20 +247,20 @@ def _endings(split: DataSplit, max_length: int) -> dict[str, Any]:
     }
 
 
-def _fitted_context(run: Run, config: SFTRun, path: Path, tokenizer: Tokenizer) -> int:
+def _fitted_context(run: Run, config: SFTRun, path: Source, tokenizer: Tokenizer) -> int:
     """Return `fit_context` over the data of all stages of the run, for the family's preset."""
     preset = new_config(config.model, tokenizer.vocab_size).n_positions
     demonstrations = load_dataset(path, DEMONSTRATIONS, tokenizer, config.cache_dir)
     lengths = [demonstrations.token_counts()]
-    if (pairs := getattr(config, "preference_data", None)) is not None:
+    if (pairs := given_files(config, getattr(config, "preference_data", None))) is not None:
         lengths.append(load_dataset(pairs, PREFERENCES, tokenizer, config.cache_dir).token_counts().max(axis=1))
-    if (prompts := getattr(config, "prompt_data", None)) is not None:
+    if (prompts := given_files(config, getattr(config, "prompt_data", None))) is not None:
         room = fit_completion(fit_length(demonstrations.answer_counts(), step=1, least=1, most=1024), 1024)
         lengths.append(load_dataset(prompts, PROMPTS, tokenizer, config.cache_dir).token_counts() + room)
     return max(fit_context(counts.ravel(), preset) for counts in lengths)
 
 
-def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path, StartFacts]:
+def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Source, StartFacts]:
     """Return the model that training starts from, the digest of its folder's weights, the data file and its facts.
 
     The digest is empty if the weights are random. Checks are made before the embedded example is written. The
@@ -263,10 +271,11 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Path, StartFac
         model = load_language_model(folder)
         for line in model.notes:
             run.note(line)
-        path = config.sft_data or embedded_file(run, "demonstrations")
+        model = model._replace(tokenizer=chat_tokenizer(model.tokenizer, config.data))
+        path = given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
         return model, model_spec.digest, path, start_facts(folder)
-    path = config.sft_data or embedded_file(run, "demonstrations")
-    tokenizer = model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS)
+    path = given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
+    tokenizer = chat_tokenizer(model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS), config.data)
     for line in tokenizer.notes:
         run.note(line)
     preset = new_config(config.model, tokenizer.vocab_size)

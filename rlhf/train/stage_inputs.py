@@ -7,10 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.config import ModelConfig, OptimizerConfig, RunConfig
+from rlhf.config import DataPaths, ModelConfig, OptimizerConfig, RunConfig
+from rlhf.data.chat_tokens import TEMPLATE_FLAG, check_template
+from rlhf.data.data_files import DataFiles, Source, data_files
 from rlhf.data.dataset import Dataset, check_file, load_dataset, texts
 from rlhf.data.demo_data import PROMPT_COLUMNS, write_embedded
-from rlhf.data.schema import PROMPTS, Schema
+from rlhf.data.encoding import chat_tokenizer, holds_conversations
+from rlhf.data.schema import PROMPTS, Schema, read_checked
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import load_shape, weights_digest
@@ -44,7 +47,29 @@ def embedded_file(run: Run, name: str) -> Path:
     return path
 
 
-def open_dataset(run: Run, path: Path, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
+def given_files(config: RunConfig, paths: DataPaths) -> DataFiles | None:
+    """Return the files of a setting with the columns that the configuration names; None if it names no file."""
+    return data_files(paths, config.data.columns)
+
+
+def check_conversations(config: RunConfig, source: Source | None, schema: Schema, tokenizer: Tokenizer | None) -> None:
+    """Raise UserError if files hold conversations, and neither the settings nor the tokenizer have a chat template.
+
+    Args:
+        config: of the run.
+        source: the checked files; None if there are none.
+        schema: their kind.
+        tokenizer: of the model; None if it is not trained yet.
+    """
+    record = None if source is None else next(read_checked(source, schema))
+    if record is None or not holds_conversations(record) or config.data.template is not None:
+        return
+    if tokenizer is None:
+        raise UserError(f"{source}: holds conversations, and a new tokenizer has no chat template; add {TEMPLATE_FLAG}")
+    check_template(tokenizer, source)
+
+
+def open_dataset(run: Run, path: Source, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
     """Return `load_dataset`, noting oddities, dropped records and those that do not fit `max_length` tokens."""
     dataset = load_dataset(path, schema, tokenizer, run.config.cache_dir)
     for line in dataset.findings.describe(schema, len(dataset)):
@@ -57,7 +82,7 @@ def open_dataset(run: Run, path: Path, schema: Schema, tokenizer: Tokenizer, max
     return dataset
 
 
-def train_tokenizer(run: Run, path: Path, schema: Schema) -> Tokenizer:
+def train_tokenizer(run: Run, path: Source, schema: Schema) -> Tokenizer:
     """Return a byte-level BPE trained on every text of a data file."""
     tokenizer = Tokenizer.train(texts(path, schema), run.config.tokenizer.vocab_size)
     run.note(f"trained a byte-level BPE of {tokenizer.vocab_size} entries on {path}")
@@ -105,6 +130,11 @@ def read_model_spec(folder: Path, settings: ModelConfig) -> ModelSpec:
     return ModelSpec(config, tokenizer, weights_digest(folder))
 
 
+def with_template(config: RunConfig, spec: ModelSpec) -> ModelSpec:
+    """Return a spec whose tokenizer has the chat template that the configuration names."""
+    return spec if spec.tokenizer is None else spec._replace(tokenizer=chat_tokenizer(spec.tokenizer, config.data))
+
+
 def start_folder(config: RunConfig, model_path: Path | None) -> Path:
     """Return the folder of the SFT model that a stage starts from: `model_path`, or the run's own."""
     return model_path or config.output_dir / STAGES["sft"].folder
@@ -126,16 +156,18 @@ def start_model_spec(config: RunConfig, model_path: Path | None, flag: str, sft:
         return sft
     folder = start_folder(config, model_path)
     check_folder(folder, f"run `rlhf-train sft` first, or name a model folder: {flag} FOLDER")
-    return read_model_spec(folder, config.model)
+    return with_template(config, read_model_spec(folder, config.model))
 
 
-def check_validation(path: Path | None, validation: Path | None, schema: Schema) -> None:
+def check_validation(path: DataPaths, validation: DataPaths, schema: Schema) -> None:
     """Raise UserError if there is a validation file without training data, which would be the embedded example."""
     if validation is not None and path is None:
-        raise UserError(f"{validation}: validates what is learnt from a file of {schema.name}; add {schema.flag} FILE")
+        raise UserError(
+            f"{data_files(validation)}: validates what is learnt from a file of {schema.name}; add {schema.flag} FILE"
+        )
 
 
-def check_data(schema: Schema, path: Path | None, validation: Path | None = None) -> set[str]:
+def check_data(schema: Schema, path: Source | None, validation: Source | None = None) -> set[str]:
     """Read data files through; return the keys of the training records, or those of the embedded example.
 
     Raises:

@@ -3,13 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf.config import SupervisedConfig
 from rlhf.data.collate import Prefetch
+from rlhf.data.data_files import Source
 from rlhf.data.dataset import Dataset
 from rlhf.data.hold_out import hold_out
 from rlhf.data.schema import Schema
@@ -44,7 +44,7 @@ class DataSplit(NamedTuple):
 
 
 def open_split(
-    run: Run, path: Path, validation: Path | None, schema: Schema, settings: SupervisedConfig, model: LanguageModel
+    run: Run, path: Source, validation: Source | None, schema: Schema, settings: SupervisedConfig, model: LanguageModel
 ) -> DataSplit:
     """Open the data; hold out the validation file's records, or a random share (at least one of two or more).
 
@@ -69,7 +69,7 @@ def open_split(
     return split
 
 
-def check_pairs_differ(path: Path, different: int, max_length: int) -> None:
+def check_pairs_differ(path: Source, different: int, max_length: int) -> None:
     """Raise UserError if the number of pairs that are `different` after truncation is 0."""
     if not different:
         raise UserError(
@@ -78,7 +78,7 @@ def check_pairs_differ(path: Path, different: int, max_length: int) -> None:
         )
 
 
-def _equal_pairs(run: Run, path: Path, dataset: Dataset, max_length: int) -> set[int]:
+def _equal_pairs(run: Run, path: Source, dataset: Dataset, max_length: int) -> set[int]:
     """Return `Dataset.equal_pairs` as a set, and note their number."""
     equal = set(dataset.equal_pairs(max_length))
     if equal:
@@ -89,7 +89,7 @@ def _equal_pairs(run: Run, path: Path, dataset: Dataset, max_length: int) -> set
     return equal
 
 
-def _note_shared(run: Run, path: Path, train: Dataset, validation: Dataset) -> None:
+def _note_shared(run: Run, path: Source, train: Dataset, validation: Dataset) -> None:
     """Note the number of validation records that are also training records."""
     if shared := int(np.isin(validation.digests, train.digests).sum()):
         run.note(

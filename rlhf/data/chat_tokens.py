@@ -1,0 +1,179 @@
+r"""Conversations as tokens: the prompt, the answer, and which of the answer's tokens are learnt.
+
+The chat template writes the whole conversation as one text, from its own words and from the contents of the messages.
+
+**Special tokens.** What the template writes, such as `<|im_end|>`, becomes the special token. The same letters in a
+content stay letters: before rendering, a mark (a character that Unicode reserves for programs, found in no message) is
+put into every special token's text inside a message, so that only the template's own are found in the rendered text;
+then the marks are taken out again. Contents without such letters are rendered as they are, so templates that strip or
+search them work as in `transformers`.
+
+**Boundaries.** The text is cut where the assistant's turns begin and end, and each piece is encoded by itself, as
+generation does: it encodes the prompt, then draws the answer's tokens. A turn begins after what the template adds with
+`add_generation_prompt` and ends with its end-of-turn token, the last special token that only white space follows.
+Templates that mark the assistant's text by `{% generation %}` have their marks taken instead. Otherwise the boundaries
+are those of the rendered prefixes of the conversation, and a template whose rendered prefix is not the beginning of the
+whole is refused.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rlhf.data.conversations import Message
+from rlhf.errors import UserError
+from rlhf.io.chat_template import ChatTemplate, unused_mark
+from rlhf.io.tokenizer import Tokenizer
+
+TEMPLATE_FLAG = "--data.template chatml, --data.template plain, or a file with a Jinja template"
+
+
+class ChatTokens(NamedTuple):
+    """A conversation as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+    """Everything after the prompt, without the token that ends the last turn."""
+    learnt: list[bool]
+    """For each token of `answer`, True if the assistant wrote it."""
+
+
+class _Piece(NamedTuple):
+    text: str
+    learnt: bool
+
+
+def encode_chat(
+    tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message], *, shares_prompt: bool = False
+) -> ChatTokens:
+    """Return a conversation as token ids.
+
+    Args:
+        tokenizer: with a chat template.
+        prompt: turns that are read.
+        answer: turns that follow; the assistant's are learnt. If empty, the prompt ends with what precedes an answer.
+        shares_prompt: put the boundary of `prompt` and `answer` at the end of the prompt's turns, the same for every
+            answer to it. Otherwise all tokens before the first learnt one are the prompt.
+
+    Raises:
+        ValueError: the template refuses the conversation, or cannot be cut at the assistant's turns.
+    """
+    template = tokenizer.chat_template
+    assert template is not None, "checked by check_template"
+    turns, mark = _marked([*prompt, *answer], tokenizer.special_tokens)
+    count = len(prompt)
+    if not answer:
+        text = template.render(turns, add_generation_prompt=True).text
+        (tokens,) = tokenizer.encode_rendered([text], mark)
+        return ChatTokens(tokens, [], [])
+    last = max(number for number, turn in enumerate(turns) if turn["role"] == "assistant") + 1
+    whole = template.render(turns[:last])
+    spans = whole.spans if template.marks_generation else _turn_spans(template, turns[:last], count, whole.text)
+    boundary = 0
+    if count and (shares_prompt or template.marks_generation):
+        is_answered = turns[count]["role"] == "assistant"
+        boundary = len(_prefix(template, turns[:count], whole.text, add_generation_prompt=is_answered))
+    spans = [span for span in spans if span[0] >= boundary]
+    if not spans:
+        raise ValueError("the chat template writes no turn of the assistant")
+    pieces = _cut(whole.text, spans, boundary if shares_prompt else spans[0][0])
+    encoded = tokenizer.encode_rendered([piece.text for piece in pieces], mark)
+    return _joined(tokenizer, pieces, encoded)
+
+
+def check_template(tokenizer: Tokenizer, source: object) -> None:
+    """Raise UserError if a tokenizer has no chat template for the conversations in `source`."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"{source}: holds conversations, but the tokenizer has no chat template; add {TEMPLATE_FLAG}")
+
+
+def _turn_spans(template: ChatTemplate, turns: Sequence[Message], first: int, whole: str) -> list[tuple[int, int]]:
+    """Return the places of the assistant's turns from `first` on, by rendering what precedes and what includes them."""
+    spans = []
+    for number, turn in enumerate(turns):
+        if number >= first and turn["role"] == "assistant":
+            start = len(_prefix(template, turns[:number], whole, add_generation_prompt=True))
+            end = len(_prefix(template, turns[: number + 1], whole))
+            spans.append((start, end))
+    return spans
+
+
+def _prefix(
+    template: ChatTemplate, turns: Sequence[Message], whole: str, *, add_generation_prompt: bool = False
+) -> str:
+    text = template.render(turns, add_generation_prompt=add_generation_prompt).text
+    if not whole.startswith(text):
+        after = f"its first {len(turns)} turns" + (" and the beginning of an answer" if add_generation_prompt else "")
+        raise ValueError(
+            f"the chat template writes {after} otherwise alone than in the whole conversation, so that the assistant's "
+            "turns cannot be told apart; enclose them by {% generation %} in the template (--data.template FILE)"
+        )
+    return text
+
+
+def _cut(text: str, spans: Sequence[tuple[int, int]], boundary: int) -> list[_Piece]:
+    """Return the prompt and then alternately what is learnt and what is not, up to the end of the last span."""
+    pieces, place = [_Piece(text[:boundary], False)], boundary
+    for start, end in spans:
+        pieces += [_Piece(text[place:start], False), _Piece(text[start:end], True)]
+        place = end
+    tail = text[place:]
+    return [*pieces, _Piece(tail, False)]
+
+
+def _joined(tokenizer: Tokenizer, pieces: Sequence[_Piece], encoded: Sequence[list[int]]) -> ChatTokens:
+    """Return the tokens of the pieces, without what follows the last turn's end."""
+    answer: list[int] = []
+    learnt: list[bool] = []
+    last = max(number for number, piece in enumerate(pieces) if piece.learnt)
+    for number, (piece, tokens) in enumerate(zip(pieces[1:], encoded[1:], strict=True), start=1):
+        end = _turn_end(tokenizer, tokens) if piece.learnt else 0
+        answer += tokens
+        learnt += [True] * end + [False] * (len(tokens) - end)
+        if number == last:
+            kept = len(answer) - (len(tokens) - end)
+            if answer[kept - 1] == tokenizer.end_of_turn_id:
+                kept -= 1
+            return ChatTokens(encoded[0], answer[:kept], learnt[:kept])
+    raise AssertionError("one of the pieces is learnt")
+
+
+def _turn_end(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
+    """Return the number of tokens of a turn up to its last special token, if only white space follows; else all."""
+    places = [number for number, token in enumerate(tokens) if token in tokenizer.special_ids]
+    if places and not tokenizer.decode(tokens[places[-1] + 1 :]).strip():
+        return places[-1] + 1
+    return len(tokens)
+
+
+def _marked(turns: Sequence[Message], special: Sequence[str]) -> tuple[list[Message], str]:
+    """Return the turns with a mark in every special token's text, and the mark; the turns as they are if none has."""
+    texts = list(_texts(list(turns)))
+    names = "|".join(map(re.escape, special)) or r"(?!)"
+    pattern = re.compile(f"(?=(?:{names}))(.)", re.DOTALL)  # the first character of each, also where they overlap
+    reserved = any("\ufdd0" <= character <= "\ufdef" for text in texts for character in text)
+    if not reserved and not any(pattern.search(text) for text in texts):
+        return list(turns), ""
+    mark = unused_mark(texts)
+    if not mark:
+        raise ValueError("the messages hold every one of the characters U+FDD2 to U+FDEF, one of which is needed")
+    if any(character in text for text in texts for character in "\ufdd0\ufdd1"):
+        raise ValueError("a message holds U+FDD0 or U+FDD1, which are no characters of texts; remove them")
+
+    def change(value: Any, key: str = "") -> Any:
+        if isinstance(value, str) and key != "role":
+            return pattern.sub(lambda match: match[0] + mark, value)
+        if isinstance(value, dict):
+            return {name: change(item, name) for name, item in value.items()}
+        return [change(item) for item in value] if isinstance(value, list) else value
+
+    return [change(turn) for turn in turns], mark
+
+
+def _texts(value: Any) -> itertools.chain[str]:
+    """Return every text in a value."""
+    if isinstance(value, str):
+        return itertools.chain([value])
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return itertools.chain.from_iterable(map(_texts, inner))

@@ -1,0 +1,80 @@
+"""Records as token ids: texts are encoded as they are, conversations by the tokenizer's chat template."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from rlhf.config import DataConfig
+from rlhf.data.chat_tokens import check_template, encode_chat
+from rlhf.data.data_files import Record, Source
+from rlhf.data.schema import DEMONSTRATIONS, Schema
+from rlhf.errors import UserError
+from rlhf.io.chat_template import load_template
+from rlhf.io.tokenizer import Tokenizer
+
+
+class EncodedRecord(NamedTuple):
+    """A record and its token ids."""
+
+    record: Record
+    prompt: list[int]
+    """At least one token."""
+    answers: list[list[int]]
+    """Each answer without the token that ends it."""
+    learnt: list[bool] | None
+    """For each token of a demonstration's answer, True if it is learnt; None if all are."""
+
+
+def chat_tokenizer(tokenizer: Tokenizer, settings: DataConfig) -> Tokenizer:
+    """Return the tokenizer with the chat template that the settings name; unchanged if they name none.
+
+    Raises:
+        UserError: there is no such template, or it is not valid.
+    """
+    if settings.template is None:
+        return tokenizer
+    try:
+        return tokenizer.with_template(load_template(settings.template))
+    except ValueError as error:
+        raise UserError(f"--data.template {settings.template}: {error}") from error
+
+
+def holds_conversations(record: Record) -> bool:
+    """Return whether a checked record has lists of messages instead of texts."""
+    return not isinstance(record.fields["prompt"], str)
+
+
+def encode_records(
+    records: Sequence[Record], schema: Schema, tokenizer: Tokenizer, source: Source
+) -> Iterator[EncodedRecord]:
+    """Yield checked records with their token ids.
+
+    Args:
+        records: the records, all of texts or all of conversations.
+        schema: their kind.
+        tokenizer: of the model that reads them.
+        source: the files that they come from, for errors.
+
+    Raises:
+        UserError: the tokenizer has no chat template for conversations, or it cannot write one of them.
+    """
+    if records and holds_conversations(records[0]):
+        check_template(tokenizer, source)
+        for record in records:
+            try:
+                yield _encode_conversation(record, schema, tokenizer)
+            except ValueError as error:
+                raise UserError(f"{record.path or source}: {record.where}: {error}") from error
+        return
+    encoded = iter(tokenizer.encode([record.fields[key] for record in records for key in schema.keys]))
+    for record in records:
+        prompt = next(encoded) or [tokenizer.eos_id]
+        yield EncodedRecord(record, prompt, [next(encoded) for _ in schema.answers] or [[]], None)
+
+
+def _encode_conversation(record: Record, schema: Schema, tokenizer: Tokenizer) -> EncodedRecord:
+    prompt = record.fields["prompt"]
+    answers = [record.fields[key] for key in schema.answers] or [[]]
+    is_pair = len(answers) > 1
+    chats = [encode_chat(tokenizer, prompt, answer, shares_prompt=is_pair) for answer in answers]
+    learnt = chats[0].learnt if schema is DEMONSTRATIONS else None
+    return EncodedRecord(record, chats[0].prompt or [tokenizer.eos_id], [chat.answer for chat in chats], learnt)
