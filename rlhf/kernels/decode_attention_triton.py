@@ -8,9 +8,7 @@ _BLOCK, _WARPS = 32, 1
 """Slots that a program reads at a time, and its warps: 86% of a copy's bandwidth on an H200 at 512 rows."""
 
 
-def decode_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
-) -> Tensor:
+def decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Return `decode_attention` of one new token per row, whose key and value are written into the cache.
 
     The softmax's maximum and sum are updated slot by slot, so keys and values are read once, and unused slots are not

@@ -42,7 +42,7 @@ def self_attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, layout:
     attended: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, layout.bounds, layout.bounds, length, length, 0.0, True, False
     )[0]
-    return attended.unflatten(0, (rows, length)).transpose(1, 2)
+    return attended.view(rows, length, *attended.shape[1:]).transpose(1, 2)
 
 
 def attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,7 +123,7 @@ def attend_to_cache(reference: Function, q: Tensor, keys: Tensor, values: Tensor
         return reference(q, keys, values, bias)
     wide = torch.promote_types(q.dtype, torch.float32)
     if keys.shape[1] != q.shape[1]:
-        q, keys, values = q.unflatten(1, (keys.shape[1], -1)), keys.unsqueeze(2), values.unsqueeze(2)
+        q, keys, values = q.view(len(q), keys.shape[1], -1, q.shape[-1]), keys.unsqueeze(2), values.unsqueeze(2)
         bias = bias[:, None]
     scores = (q.to(wide)[..., None] * keys.to(wide)).sum(-2)
     weights = (scores * q.shape[-1] ** -0.5 + bias[:, None]).softmax(-1)
@@ -142,7 +142,9 @@ def _is_bfloat16_on_cpu(x: Tensor) -> bool:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=k.shape[1] != q.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=k.shape[1] != q.shape[1]
+    )
 
 
 def _graph(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -85,6 +85,8 @@ class Architecture:
     """(config.json) -> the shape; ValueError names a setting that the architecture does not have."""
     shape_to_settings: Callable[[Any], dict[str, Any]]
     """(shape) -> its part of config.json."""
+    trunk_shape: Callable[[Any], Any] = lambda shape: shape
+    """(shape) -> that of the decoder without an output layer of its own, as models with a scalar head have it."""
     causal_lm: str
     """Hugging Face's class of language models."""
     sequence_classifier: str

@@ -159,7 +159,7 @@ def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Te
         [B, N, H] in the dtype of q.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.unflatten(1, (keys.shape[1], -1))  # [B, G, N / G, H]
+    grouped = q.view(len(q), keys.shape[1], -1, q.shape[-1])  # [B, G, N / G, H]
     scores = grouped.to(wide) @ keys.to(wide)  # bf16 is slow here
     weights = (scores * q.shape[-1] ** -0.5 + bias[:, None, None]).softmax(-1)
     return (weights @ values.to(wide)).flatten(1, 2).to(q.dtype)

@@ -54,7 +54,7 @@ def _blocks(
 
     def attention(x: Tensor, p: Params, layer: int) -> Tensor:
         heads = linear(layer_norm(x, p["input_layernorm"], eps=eps), p["attention"]["query_key_value"])
-        q, k, v = heads.unflatten(-1, (config.n_head, 3, -1)).unbind(-2)
+        q, k, v = heads.view(*x.shape[:2], config.n_head, 3, -1).unbind(3)
         qkv = rotate(q, rotation), rotate(k, rotation), v
         attended_BTNH = attend(layer, *(part.transpose(1, 2) for part in qkv)).transpose(1, 2)
         return drop(linear(attended_BTNH.flatten(2), p["attention"]["dense"]), 2 * layer + 1)
@@ -95,6 +95,7 @@ ARCHITECTURE = Architecture(
     from_hugging_face=from_hugging_face,
     settings_to_shape=settings_to_shape,
     shape_to_settings=shape_to_settings,
+    trunk_shape=output_layer.tied,
     causal_lm="GPTNeoXForCausalLM",
     sequence_classifier="GPTNeoXForSequenceClassification",
     aliases=frozenset({"GPTNeoXModel"}),

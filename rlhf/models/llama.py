@@ -10,6 +10,7 @@ https://arxiv.org/abs/2412.15115; Yang et al. 2025, "Qwen3", https://arxiv.org/a
 import dataclasses
 import functools
 
+import torch
 from torch import Tensor
 
 from rlhf.models import output_layer, transformer
@@ -77,18 +78,14 @@ def _blocks(
 def _queries_keys_values(x: Tensor, p: Params, config: LlamaConfig, rotation: Rotation) -> tuple[Tensor, ...]:
     """Return queries [B, T, N, H], keys and values [B, T, G, H] of normed states [B, T, D], rotated."""
     if "qkv_proj" in p:
-        parts = linear(x, p["qkv_proj"]).split([n * config.head_width for n in _heads(config)], dim=-1)
+        widths = [heads * config.head_width for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+        parts = torch.split(linear(x, p["qkv_proj"]), widths, dim=-1)
     else:
         parts = tuple(linear(x, p[name]) for name in ("q_proj", "k_proj", "v_proj"))
-    q, k, v = (part.unflatten(-1, (-1, config.head_width)) for part in parts)
+    q, k, v = (part.view(*x.shape[:2], -1, config.head_width) for part in parts)
     if config.qk_norm:
         q, k = rms_norm(q, p["q_norm"], eps=config.rms_norm_eps), rms_norm(k, p["k_norm"], eps=config.rms_norm_eps)
     return rotate(q, rotation), rotate(k, rotation), v
-
-
-def _heads(config: LlamaConfig) -> tuple[int, int, int]:
-    """Return the numbers of heads of queries, keys and values."""
-    return config.n_head, config.kv_heads, config.kv_heads
 
 
 def _gate_and_up(x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
@@ -120,6 +117,7 @@ LLAMA = Architecture(
     from_hugging_face=from_hugging_face,
     settings_to_shape=functools.partial(settings_to_shape, LlamaConfig),
     shape_to_settings=shape_to_settings,
+    trunk_shape=output_layer.tied,
     causal_lm="LlamaForCausalLM",
     sequence_classifier="LlamaForSequenceClassification",
     aliases=frozenset({"LlamaModel"}),

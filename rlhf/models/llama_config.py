@@ -117,8 +117,15 @@ class Qwen3Config(LlamaConfig):
 
 Config = TypeVar("Config", bound=LlamaConfig)
 
-_TINY = {"vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_kv_head": 1}
-_SMALL = {"vocab_size": 1024, "n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_kv_head": 2}
+_TINY: dict[str, Any] = {"vocab_size": 512, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_kv_head": 1}
+_SMALL: dict[str, Any] = {
+    "vocab_size": 1024,
+    "n_positions": 128,
+    "n_embd": 128,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_kv_head": 2,
+}
 
 LLAMA_PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(**_TINY),

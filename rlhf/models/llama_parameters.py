@@ -1,6 +1,6 @@
 """The parameters of Llama, Qwen2 and Qwen3: structure, random initialisation, precision, and Hugging Face's state dict.
 
-Parameters are nested dicts and lists, so that a leaf's dotted name is its Hugging Face name without the `model.` prefix:
+Parameters are nested dicts and lists; a leaf's dotted name is its Hugging Face name without the `model.` prefix:
 
     embed_tokens.weight [V, D]   norm.weight [D]   lm_head.weight [V, D] where it is not tied, and for each layer:
     layers.i.input_layernorm, layers.i.post_attention_layernorm {weight [D]}
@@ -76,7 +76,11 @@ def empty(config: LlamaConfig) -> Params:
         "layers": [block() for _ in range(config.n_layer)],
         "norm": {"weight": leaf(width)},
     }
-    return params if config.tie_word_embeddings else params | {output_layer.NAME: {"weight": leaf(config.vocab_size, width)}}
+    return (
+        params
+        if config.tie_word_embeddings
+        else params | {output_layer.NAME: {"weight": leaf(config.vocab_size, width)}}
+    )
 
 
 def cast_for_compute(params: Params, dtype: torch.dtype) -> Params:

@@ -3,6 +3,7 @@
 The functions take the name of the embedding among the parameters first; a family binds them to it.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ def unembedding(embedding: str, params: Params) -> Params:
     """
     name = NAME if NAME in params else embedding
     return {name: params[name]}
+
+
+def tied(shape: Any) -> Any:
+    """Return the shape of the same decoder whose output layer, if it needs one, is the embedding."""
+    return dataclasses.replace(shape, tie_word_embeddings=True)
 
 
 def without_output_layer(params: Params) -> Params:

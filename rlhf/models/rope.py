@@ -80,7 +80,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
         tensor([[0., 1.]])
     """
     half = rotation.cos.shape[-1]
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
     a, b = upcast(first), upcast(second)
     turned = (a * rotation.cos - b * rotation.sin, b * rotation.cos + a * rotation.sin)
     return torch.cat([part.to(x.dtype) for part in turned] + ([rest] if rest.shape[-1] else []), dim=-1)

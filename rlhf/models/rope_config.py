@@ -80,9 +80,7 @@ def read_rope(settings: dict[str, Any], *, share: float = 1.0) -> Rope:
         raise ValueError(f"rope_scaling of type {kind} has no {missing[0]}")
     original = given.get("original_max_position_embeddings", settings.get("max_position_embeddings", 8192))
     numbers = {name: given[name] for name in _PARTS[kind]}
-    return Rope(
-        float(theta), RopeScaling(rope_type=kind, original_max_position_embeddings=original, **numbers), share
-    )
+    return Rope(float(theta), RopeScaling(rope_type=kind, original_max_position_embeddings=original, **numbers), share)
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -97,9 +95,9 @@ def write_rope(rope: Rope) -> dict[str, Any]:
         kind = rope.scaling.rope_type
         scaling = {"rope_type": kind} | {name: getattr(rope.scaling, name) for name in _PARTS[kind]}
         if kind == "llama3":
-            scaling["original_max_position_embeddings"] = rope.scaling.original_max_position_embeddings
+            scaling |= {"original_max_position_embeddings": rope.scaling.original_max_position_embeddings}
     parameters = scaling | {"rope_theta": rope.theta}
     if rope.partial_rotary_factor != 1.0:
-        parameters["partial_rotary_factor"] = rope.partial_rotary_factor
+        parameters |= {"partial_rotary_factor": rope.partial_rotary_factor}
     old = None if rope.scaling is None else scaling
     return {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": old}

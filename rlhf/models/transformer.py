@@ -97,9 +97,7 @@ def hidden_states(
     def drop(x: Tensor, site: int) -> Tensor:
         return x if key is None or dropout_rate == 0 else dropout(x, dropout_rate, key=fold_in(key, site))
 
-    return family.blocks(
-        params, tokens, positions, config, attend, drop, gradient_checkpointing=gradient_checkpointing
-    )
+    return family.blocks(params, tokens, positions, config, attend, drop, gradient_checkpointing=gradient_checkpointing)
 
 
 def init_cache(family: Transformer, params: Params, batch_size: int, slots: int, *, config: Any) -> KVCache:
@@ -187,8 +185,8 @@ def decode(
     bias_BU = torch.where(unseen, -torch.inf, 0.0)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        new = (x[:, :, 0] for x in (q, k, v))
-        return decode_attention(*new, cache.keys[layer], cache.values[layer], lengths, bias_BU)[:, :, None]
+        q, k, v = (x[:, :, 0] for x in (q, k, v))
+        return decode_attention(q, k, v, cache.keys[layer], cache.values[layer], lengths, bias_BU)[:, :, None]
 
     return family.blocks(params, tokens[:, None], lengths[:, None], config, attend, _keep)[:, 0]
 

@@ -15,7 +15,7 @@ from rlhf.data.schema import PREFERENCES
 from rlhf.errors import UserError
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program, StepSpec
-from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
+from rlhf.io.model_folder import RewardModel, RewardStatistics, load_trunk, save_reward_model
 from rlhf.losses import reward_loss
 from rlhf.models.architecture import ModelShape
 from rlhf.models.forward import trunk_states
@@ -108,7 +108,7 @@ def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
 def _run(run: Run, config: RewardRun) -> StageResult:
     settings, model_spec = config.reward, _model_spec(config)
     folder = start_folder(config, settings.model_path)
-    start = load_language_model(folder)
+    start = load_trunk(folder)
     for line in start.notes:
         run.note(line)
     max_length = length_limit(settings, start)
