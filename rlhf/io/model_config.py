@@ -68,6 +68,11 @@ def class_of(family: Architecture, kind: ModelKind) -> str:
     return family.causal_lm if kind == "language model" else family.sequence_classifier
 
 
+def classes_of(family: Architecture) -> set[str]:
+    """Return the names of Hugging Face's classes that are read as models of an architecture."""
+    return {family.causal_lm, family.sequence_classifier, *family.aliases}
+
+
 def kinds_of(name: str) -> set[ModelKind]:
     """Return the kinds of model that a class of Hugging Face's can be read as; empty if it is not supported."""
     kinds: set[ModelKind] = set()

@@ -24,6 +24,7 @@ from rlhf.io.model_config import (
     ModelKind,
     check_supported,
     class_of,
+    classes_of,
     kinds_of,
     read_architectures,
     read_config,
@@ -204,7 +205,8 @@ def check_model_folder(folder: Path, kind: ModelKind) -> dict[str, Any]:
     check_supported(folder, settings)
     names = read_architectures(folder, settings)
     if not any(kind in kinds_of(name) for name in names):
-        expected = " or ".join(class_of(family, kind) for family in architectures())
+        own = [family for family in architectures() if names[0] in classes_of(family)]
+        expected = " or ".join(class_of(family, kind) for family in own or architectures())
         raise UserError(f"{folder}: holds a {names[0]}, expected a {expected}")
     return settings
 
