@@ -53,9 +53,9 @@ class Dataset:
     `findings` their likely mistakes, and `digests` [records] a number for each record, equal if all its texts are.
     """
 
-    def __init__(self, folder: Path, schema: Schema, eos_id: int) -> None:
+    def __init__(self, folder: Path, schema: Schema, eos_id: int, bos_id: int | None = None) -> None:
         """Open a cache folder written by `load_dataset`."""
-        self.schema, self.eos_id = schema, eos_id
+        self.schema, self.eos_id, self._bos_id = schema, eos_id, bos_id
         self.members = max(1, len(schema.answers))
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
@@ -94,7 +94,7 @@ class Dataset:
         """Return the last `max_length` tokens of the prompt, [n] int64."""
         start = int(self._offsets[record * self.members])
         stop = start + int(self._prompts[record * self.members])
-        return self._tokens[max(start, stop - max_length) : stop].astype(np.int64)
+        return self._from_prompt(start, max(start, stop - max_length), stop)
 
     def margin(self, record: int) -> float:
         """Return the pair's `margin` column; 0 if it has none."""
@@ -140,9 +140,17 @@ class Dataset:
         ]
 
     def _truncated(self, sequence: int, lengths: Truncation) -> np.ndarray:
-        middle = int(self._offsets[sequence]) + int(self._prompts[sequence])
-        tokens = self._tokens[middle - lengths.prompt : middle + lengths.completion].astype(np.int64)
+        begin = int(self._offsets[sequence])
+        middle = begin + int(self._prompts[sequence])
+        tokens = self._from_prompt(begin, middle - lengths.prompt, middle + lengths.completion)
         return np.append(tokens, self.eos_id) if lengths.ends else tokens
+
+    def _from_prompt(self, begin: int, first: int, last: int) -> np.ndarray:
+        """Return tokens first..last-1 of a prompt that begins at `begin`; the token that begins every text stays."""
+        tokens: np.ndarray = self._tokens[first:last].astype(np.int64)
+        if self._bos_id is not None and len(tokens) > 1 and self._tokens[begin] == self._bos_id:
+            tokens[0] = self._bos_id
+        return tokens
 
 
 def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Dataset:
@@ -167,11 +175,12 @@ def load_dataset(path: Path, schema: Schema, tokenizer: Tokenizer, cache_dir: Pa
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{tokenizer.eos_id}:{digest}"
+    identity += "" if tokenizer.bos_id is None else f":{tokenizer.bos_id}"
     folder = (cache_dir or default_cache_dir()) / "datasets" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if not _is_complete(folder):
         with atomic_folder(folder, "--cache-dir") as temporary:
             _write(path, schema, tokenizer, temporary)
-    return Dataset(folder, schema, tokenizer.eos_id)
+    return Dataset(folder, schema, tokenizer.eos_id, tokenizer.bos_id)
 
 
 def check_file(path: Path, schema: Schema) -> set[str]:
@@ -206,7 +215,7 @@ def _write(path: Path, schema: Schema, tokenizer: Tokenizer, folder: Path) -> No
             for record in usable:
                 keys |= record.fields.keys()
                 inspector.add(record.fields)
-                prompt = next(encoded) or [tokenizer.eos_id]
+                prompt = tokenizer.begin(next(encoded))
                 for answer in [next(encoded) for _ in schema.answers] or [[]]:
                     stream.write(np.array(prompt + answer, dtype=kind).tobytes())
                     lengths.append(len(prompt) + len(answer))

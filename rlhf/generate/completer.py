@@ -129,7 +129,7 @@ class Completer:
     def encode(self, prompt: str) -> np.ndarray:
         """Return [n] int64: the prompt's last tokens that leave room for the completion."""
         (tokens,) = self.model.tokenizer.encode([prompt])
-        return np.array(tokens[-self.room :] or [self.model.tokenizer.eos_id], dtype=np.int64)
+        return np.array(self.model.tokenizer.begin(tokens, self.room), dtype=np.int64)
 
     def stream(self, prompt: str, key: Tensor) -> Iterator[TextChunk]:
         """Yield the completion of one prompt, as it is drawn."""

@@ -218,7 +218,8 @@ def _write_model(
     settings: dict[str, Any] = {"architectures": [class_of(family, kind)], "model_type": family.model_type}
     settings |= family.shape_to_settings(config)
     stop_ids = list(tokenizer.stop_ids)
-    settings |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": stop_ids if len(stop_ids) > 1 else tokenizer.eos_id}
+    settings |= {"bos_token_id": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id}
+    settings |= {"eos_token_id": stop_ids if len(stop_ids) > 1 else tokenizer.eos_id}
     settings |= {"pad_token_id": tokenizer.pad_id}
     settings |= {"dtype": "float32"}
     if kind == "reward model":
