@@ -53,15 +53,34 @@ class ModelConfig(Section):
     """Shape of a model trained from scratch. A model folder has its own, with which settings here must agree."""
 
     family: str = "gpt2"
-    """Architecture, by Hugging Face's `model_type`."""
-    preset: Literal["tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "small"
+    """Architecture, by Hugging Face's `model_type`: gpt2, llama, qwen2, qwen3 or gpt_neox. A preset that belongs to a
+    single family sets it."""
+    preset: Literal[
+        "tiny",
+        "small",
+        "gpt2",
+        "gpt2-medium",
+        "gpt2-large",
+        "gpt2-xl",
+        "smollm2-135m",
+        "smollm2-360m",
+        "qwen2.5-0.5b",
+        "qwen3-0.6b",
+        "pythia-70m",
+        "pythia-160m",
+        "pythia-410m",
+    ] = "small"
     """Named shape; the other model settings override parts of it."""
     n_layer: Annotated[int, Ge(1), Le(1024)] | None = None
     """Number of transformer blocks."""
     n_head: Annotated[int, Ge(1), Le(1024)] | None = None
     """Number of attention heads per block."""
+    n_kv_head: Annotated[int, Ge(1), Le(1024)] | None = None
+    """Number of key-value heads per block, which attention heads share; n_head must be a multiple of it."""
     n_embd: Annotated[int, Ge(1), Le(2**16)] | None = None
     """Hidden size; must be a multiple of n_head."""
+    n_inner: Annotated[int, Ge(1), Le(2**18)] | None = None
+    """Width of the MLP."""
     n_positions: BatchSize | None = None
     """Context length in tokens."""
 

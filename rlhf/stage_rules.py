@@ -72,7 +72,7 @@ SFT_RULES = (
     ),
     Rule(
         ("model.preset",),
-        lambda config: None not in [getattr(config.model, name) for name in _SHAPE],
+        lambda config: config.model.family == "gpt2" and None not in [getattr(config.model, name) for name in _SHAPE],
         "has no effect: the fields beside it set all of the shape",
     ),
     Rule(

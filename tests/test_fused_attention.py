@@ -15,6 +15,8 @@ from rlhf.kernels import fused_attention
 from rlhf.models.attention import attend_to_cache, attention, attention_layout
 
 B, N, T, H = 2, 3, 7, 4
+GROUPS = [(3, 3), (6, 3), (6, 2), (4, 1)]
+"""Query heads and the key-value heads that they share."""
 SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 2, 2], [3, 3, 0, 0, 3, 3, 3]])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -24,7 +26,7 @@ def draws(number: int, *shape: int, dtype=torch.float64) -> torch.Tensor:
 
 
 def segment_bias(segments):
-    return attention_layout(segments, None, torch.zeros(1, N * H), N).bias
+    return attention_layout(segments, None, torch.zeros(1), H).bias
 
 
 def oracle(q, keys, values, seen):
@@ -36,19 +38,20 @@ def oracle(q, keys, values, seen):
 
 def expected(q, k, v, segments):
     """[B, N, T, H] float64: each query over earlier keys, of its segment where there are any."""
+    share = q.shape[1] // k.shape[1]
     return torch.tensor(
         [
             [
                 [
                     oracle(
                         q[b, n, t],
-                        k[b, n],
-                        v[b, n],
+                        k[b, n // share],
+                        v[b, n // share],
                         [s for s in range(t + 1) if segments is None or segments[b, s] == segments[b, t]],
                     )
                     for t in range(T)
                 ]
-                for n in range(N)
+                for n in range(q.shape[1])
             ]
             for b in range(B)
         ],
@@ -60,10 +63,11 @@ def expected(q, k, v, segments):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("plain", [0, 512], ids=["torch's kernel", "plain"])
 @pytest.mark.parametrize("compiling", [False, True])
-def test_attention_value(dtype, segments, plain, compiling, monkeypatch):
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+def test_attention_value(heads, kv_heads, dtype, segments, plain, compiling, monkeypatch):
     monkeypatch.setattr(fused_attention, "_PLAIN", plain)  # of consequence in bf16, as the next
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    q, k, v = (draws(number, B, N, T, H, dtype=dtype) for number in range(3))
+    q, k, v = (draws(number, B, n, T, H, dtype=dtype) for number, n in enumerate((heads, kv_heads, kv_heads)))
     bias = segment_bias(segments)
     found = attention(q, k, v, bias)
     assert found.dtype == dtype
@@ -71,16 +75,17 @@ def test_attention_value(dtype, segments, plain, compiling, monkeypatch):
 
 
 @pytest.mark.parametrize("compiling", [False, True])
-def test_attention_gradient_in_bfloat16(compiling, monkeypatch):
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+def test_attention_gradient_in_bfloat16(heads, kv_heads, compiling, monkeypatch):
     def gradients(dtype, weights):
         def loss(q, k, v):
             return (attention(q, k, v, segment_bias(SEGMENTS)).double() * weights).sum()
 
         return torch.func.grad(loss, argnums=(0, 1, 2))(
-            *(draws(number, B, N, T, H, dtype=dtype) for number in range(3))
+            *(draws(number, B, n, T, H, dtype=dtype) for number, n in enumerate((heads, kv_heads, kv_heads)))
         )
 
-    weights = draws(6, B, N, T, H)
+    weights = draws(6, B, heads, T, H)
     wanted = gradients(torch.float64, weights)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     for found, exact in zip(gradients(torch.bfloat16, weights), wanted, strict=True):
@@ -101,15 +106,18 @@ def test_segment_bias_value():
 
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_attend_once_value(dtype, compiling, monkeypatch):
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+def test_attend_once_value(heads, kv_heads, dtype, compiling, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    q = draws(3, B, N, H, dtype=dtype)
-    keys, values = draws(4, B, N, H, T, dtype=dtype), draws(5, B, N, T, H, dtype=dtype)
+    q, share = draws(3, B, heads, H, dtype=dtype), heads // kv_heads
+    keys, values = draws(4, B, kv_heads, H, T, dtype=dtype), draws(5, B, kv_heads, T, H, dtype=dtype)
     seen = [[0, 1, 2, 3, 4], [0, 2]]
     bias = torch.full((B, T), -torch.inf)
     for row, slots in zip(bias, seen, strict=True):
         row[slots] = 0.0
-    wanted = [[oracle(q[b, n], keys[b, n].T, values[b, n], seen[b]) for n in range(N)] for b in range(B)]
+    wanted = [
+        [oracle(q[b, n], keys[b, n // share].T, values[b, n // share], seen[b]) for n in range(heads)] for b in range(B)
+    ]
     found = attend_to_cache(q, keys, values, bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), atol=TOLERANCE[dtype], rtol=0)
@@ -122,14 +130,16 @@ def curvature(function, q, k, v):
     return torch.autograd.grad(sum(gradient.sin().sum() for gradient in gradients), leaves)
 
 
-def test_attention_differentiated_twice_is_the_reference_differentiated_twice():
-    tensors = [draws(number, B, N, T, H) for number in range(3)]
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS[:2])
+def test_attention_differentiated_twice_is_the_reference_differentiated_twice(heads, kv_heads):
+    tensors = [draws(number, B, n, T, H) for number, n in enumerate((heads, kv_heads, kv_heads))]
     torch.testing.assert_close(curvature(attention, *tensors), curvature(reference_of(attention), *tensors))
 
 
 @pytest.mark.parametrize("transform", ["jvp", "jvp of grad", "vmap of grad"])
-def test_attention_under_transforms_is_the_reference(transform):
-    tensors = tuple(draws(number, B, N, T, H) for number in range(3))
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS[:2])
+def test_attention_under_transforms_is_the_reference(heads, kv_heads, transform):
+    tensors = tuple(draws(number, B, n, T, H) for number, n in enumerate((heads, kv_heads, kv_heads)))
 
     def outcome(function):
         def loss(*tensors):

@@ -18,7 +18,7 @@ from rlhf.execution.executor import LocalExecutor
 from rlhf.execution.gradients import make_gradient
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.models import gpt2
-from rlhf.models.attention import AttentionLayout, attend_to_cache, attention_layout, self_attention
+from rlhf.models.attention import AttentionLayout, attend_to_cache, attention_layout, heads_first, self_attention
 from rlhf.models.decode_state import decode_steps
 from rlhf.models.decoding import generate_completions as generate
 from rlhf.models.forward import forward
@@ -98,9 +98,9 @@ def test_attention_of_packed_rows_agrees_with_the_masked_form():
     for dtype in (torch.float64, torch.bfloat16):
         leaf = qkv.to(torch.bfloat16).to(dtype).requires_grad_()
         if dtype == torch.bfloat16:
-            out = self_attention(leaf, AttentionLayout(None, rows.bounds))
+            out = self_attention(*heads_first(leaf), AttentionLayout(None, rows.bounds))
         else:
-            out = self_attention(leaf, attention_layout(rows.segments, None, leaf, leaf.shape[3]))
+            out = self_attention(*heads_first(leaf), attention_layout(rows.segments, None, leaf, leaf.shape[4]))
         (out.double() * weights.double() * real).sum().backward()
         found += [(out.detach().double() * real), leaf.grad.double()]
     for exact, fast in zip(found[:2], found[2:], strict=True):
@@ -108,18 +108,21 @@ def test_attention_of_packed_rows_agrees_with_the_masked_form():
         assert float((fast - exact).norm()) < 1e-2 * float(exact.norm())
 
 
+@pytest.mark.parametrize("shared", [1, 3])
 @pytest.mark.parametrize(("width", "dtype"), [(16, torch.float32), (64, torch.float32), (24, torch.bfloat16)], ids=str)
-def test_attention_to_a_cache_agrees_with_the_plain_form(width, dtype):
+def test_attention_to_a_cache_agrees_with_the_plain_form(width, dtype, shared):
     from rlhf.kernels.decode_attention_triton import decode_attention_triton
 
-    qkv, cache = random.normal(random.key(1), (5, 3, 3, width)), random.normal(random.key(2), (2, 5, 150, 3, width))
+    qkv = random.normal(random.key(1), (5, 3 * shared + 6, width))
+    cache = random.normal(random.key(2), (2, 5, 150, 3, width))
     qkv, cache, lengths = qkv.cuda().to(dtype), cache.cuda().to(dtype), torch.tensor([0, 63, 64, 149, 7])
+    q, k, v = qkv.split([3 * shared, 3, 3], dim=1)
     keys, values = written = cache.clone()
-    found = decode_attention_triton(qkv, keys.permute(0, 2, 3, 1), values.transpose(1, 2), lengths.cuda())
-    cache[0, range(5), lengths], cache[1, range(5), lengths] = qkv[:, 1], qkv[:, 2]
+    found = decode_attention_triton(q, k, v, keys.permute(0, 2, 3, 1), values.transpose(1, 2), lengths.cuda())
+    cache[0, range(5), lengths], cache[1, range(5), lengths] = k, v
     assert_same_bits(written, cache)
     bias = torch.where(torch.arange(150) <= lengths[:, None], 0.0, -torch.inf).double()
-    (keys, values), q = cache.cpu().double(), qkv[:, 0].cpu().double()
+    (keys, values), q = cache.cpu().double(), q.cpu().double()
     exact = attend_to_cache(q, keys.permute(0, 2, 3, 1), values.transpose(1, 2), bias)
     assert_close(found.cpu().double(), exact, 1e-5 if dtype == torch.float32 else 1e-2)
 

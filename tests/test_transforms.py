@@ -40,7 +40,7 @@ from rlhf.experience import make_experience, postprocess_scores
 from rlhf.group_baselines import equal_groups, group_advantages
 from rlhf.kl import adaptive_kl_coef, exact_kl, importance_weighted_kl, kl_estimate, ratio_of
 from rlhf.losses import clip_ratio, ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss, weighted_sum
-from rlhf.models import attention, forward, gpt2, heads, layers
+from rlhf.models import attention, forward, gpt2, heads, layers, llama, rope
 from rlhf.ops import (
     entropy,
     gather_rows,
@@ -63,7 +63,7 @@ from rlhf.tree import cast
 
 MODULES = (
     losses, policy_losses, preference_losses, weighting, advantages, group_baselines, ensembles, best_of_n_sampling, kl,
-    ops, optim, experience, remat, layers, attention, heads, forward,
+    ops, optim, experience, remat, layers, attention, rope, heads, forward,
 )  # fmt: skip
 
 OTHERS = {
@@ -73,6 +73,9 @@ OTHERS = {
     "init_reward_head": "makes parameters of a key",
     "init_value_head": "makes parameters of a number",
     "pack_affine": "prepares parameters for decoding, of which no gradient is taken",
+    "pack_linear": "prepares parameters for decoding, of which no gradient is taken",
+    "rotary_frequencies": "numbers in, a constant out",
+    "rotation_at": "integers in, constants out",
     "pack_embedding": "prepares parameters for decoding, of which no gradient is taken",
     "init_kv_cache": "makes zeros",
     "write_prompts": "writes into the cache",
@@ -197,6 +200,28 @@ def with_params(function):
     return call
 
 
+LLAMA = llama.LlamaConfig(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=2, n_kv_head=1, n_inner=6)
+
+
+def llama_leaves(seed):
+    """seed -> embedding, projection of keys, gate of the MLP."""
+    return tuple(0.5 * floats(10 * seed + n, *shape) for n, shape in enumerate(((5, 4), (2, 4), (6, 4))))
+
+
+def with_llama(function):
+    """`function` of a whole Llama in which those three leaves are arguments."""
+    rest = cast(llama.init(LLAMA, key=random.key(3)), torch.float64)
+
+    def call(embedding, k_proj, gate_proj):
+        (block,) = rest["layers"]
+        attention = block["self_attn"] | {"k_proj": {"weight": k_proj}}
+        mlp = block["mlp"] | {"gate_proj": {"weight": gate_proj}}
+        layers = [block | {"self_attn": attention, "mlp": mlp}]
+        return function(rest | {"embed_tokens": {"weight": embedding}, "layers": layers})
+
+    return call
+
+
 def heads_of(*shape):
     return lambda seed: tuple(floats(10 * seed + n, *shape) for n in range(3))
 
@@ -243,6 +268,20 @@ CASES = {
         lambda x, w, b: remat.in_chunks(per_row_function, 4)(w, x.reshape(-1, x.shape[-1])), affine_params, (0, 1)
     ),
     "affine": Case(lambda x, w, b: layers.affine(x, {"weight": w, "bias": b}), affine_params, (0, 1, 2)),
+    "linear": Case(lambda x, w, b: layers.linear(x, {"weight": w.T, "bias": b}), affine_params, (0, 1, 2)),
+    "linear, no bias": Case(lambda x, w, b: layers.linear(x, {"weight": w.T}), affine_params, (0, 1)),
+    "join_linear": Case(
+        lambda x, w, b: layers.join_linear([{"weight": w, "bias": b}, {"weight": w.sin(), "bias": b.sin()}]),
+        affine_params,
+        (1, 2),
+    ),
+    "rms_norm": Case(lambda x, w, b: layers.rms_norm(x, {"weight": w}, eps=1e-5), norm_params, (0, 1)),
+    "swiglu": Case(lambda x, y, mask: layers.swiglu(x, y), per_token(2), (0, 1)),
+    "rotate": Case(
+        lambda q, k, v: rope.rotate(q, rope.rotation_at(torch.arange(3), torch.ones(1, dtype=torch.float64))),
+        heads_of(1, 3, 2, 4),
+        (0,),
+    ),
     "layer_norm": Case(
         lambda x, w, b: layers.layer_norm(x, {"weight": w, "bias": b}, eps=1e-5), norm_params, (0, 1, 2)
     ),
@@ -252,14 +291,18 @@ CASES = {
         lambda x, w, b: layers.unembed(x, {"weight": w.T}, vocab_size=5, padded=True), affine_params, (0, 1)
     ),
     "attention": Case(lambda q, k, v: attention.attention(q, k, v, None), heads_of(1, 2, 3, 2), (0, 1, 2)),
+    "attention, shared keys": Case(
+        lambda q, k, v: attention.attention(q, k[:, :1], v[:, :1], None), heads_of(1, 2, 3, 2), (0, 1, 2)
+    ),
+    "repeat_heads": Case(lambda q, k, v: attention.repeat_heads(q, 4), heads_of(1, 2, 3, 2), (0,)),
     "attention, segments": Case(
         lambda q, k, v: attention.attention(q, k, v, attention.attention_layout(ROWS.segments[:, 1:], None, q, 2).bias),
         heads_of(1, 2, 3, 2),
         (0, 1, 2),
     ),
     "self_attention": Case(
-        lambda q, k, v: attention.self_attention(torch.stack((q, k, v), 2), attention.AttentionLayout(None, None)),
-        heads_of(1, 3, 2, 2),
+        lambda q, k, v: attention.self_attention(q, k, v, attention.AttentionLayout(None, None)),
+        heads_of(1, 2, 3, 2),
         (0, 1, 2),
     ),
     "heads_first": Case(
@@ -267,6 +310,11 @@ CASES = {
     ),
     "attend_to_cache": Case(
         lambda q, k, v: attention.attend_to_cache(q[:, :, 0], k.transpose(-1, -2), v, torch.zeros(1, 3)),
+        heads_of(1, 2, 3, 2),
+        (0, 1, 2),
+    ),
+    "attend_to_cache, shared keys": Case(
+        lambda q, k, v: attention.attend_to_cache(q[:, :, 0], k[:, :1].transpose(-1, -2), v[:, :1], torch.zeros(1, 3)),
         heads_of(1, 2, 3, 2),
         (0, 1, 2),
     ),
@@ -282,6 +330,12 @@ CASES = {
     ),
     "packed_hidden_states": Case(
         with_params(lambda p: forward.packed_hidden_states(p, ROWS, SHAPE)), decoder, (0, 1, 2)
+    ),
+    "forward, llama": Case(with_llama(lambda p: forward.forward(p, TOKENS, config=LLAMA)), llama_leaves, (0, 1, 2)),
+    "packed_hidden_states, llama": Case(
+        with_llama(lambda p: forward.packed_hidden_states(p, ROWS, LLAMA, gradient_checkpointing=True)),
+        llama_leaves,
+        (0, 1, 2),
     ),
     "adamw": Case(updated, small, tuple(range(10))),
     "clip_by_global_norm": Case(clipped, per_token(1, 0.3, 0.7), (0, 1, 2)),

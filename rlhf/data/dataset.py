@@ -59,9 +59,9 @@ class Dataset:
     likely mistakes, and `digests` [records] a number for each record, equal if all its texts are.
     """
 
-    def __init__(self, folder: Path, schema: Schema) -> None:
+    def __init__(self, folder: Path, schema: Schema, bos_id: int | None = None) -> None:
         """Open a cache folder written by `load_dataset`."""
-        self.schema = schema
+        self.schema, self._bos_id = schema, bos_id
         self.members = max(1, len(schema.answers))
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
@@ -110,7 +110,7 @@ class Dataset:
         """Return the last `max_length` tokens of the prompt, [n] int64."""
         start = int(self._offsets[record * self.members])
         stop = start + int(self._prompts[record * self.members])
-        return self._tokens[max(start, stop - max_length) : stop].astype(np.int64)
+        return self._from_prompt(start, max(start, stop - max_length), stop)
 
     def margin(self, record: int) -> float:
         """Return the pair's `margin` column; 0 if it has none."""
@@ -156,14 +156,22 @@ class Dataset:
         ]
 
     def _truncated(self, sequence: int, lengths: Truncation) -> TokenSequence:
-        middle = int(self._offsets[sequence]) + int(self._prompts[sequence])
+        begin = int(self._offsets[sequence])
+        middle = begin + int(self._prompts[sequence])
         stop = middle + lengths.completion
-        tokens = self._tokens[middle - lengths.prompt : stop].astype(np.int64)
+        tokens = self._from_prompt(begin, middle - lengths.prompt, stop)
         if lengths.ends:
             tokens = np.append(tokens, self.end_id)
         if not len(self._learnt):
             return TokenSequence(tokens, lengths.prompt)
         return TokenSequence(tokens, lengths.prompt, np.append(self._learnt[middle:stop], [True] * lengths.ends) > 0)
+
+    def _from_prompt(self, begin: int, first: int, last: int) -> np.ndarray:
+        """Return tokens first..last-1 of a prompt that begins at `begin`; the token that begins every text stays."""
+        tokens: np.ndarray = self._tokens[first:last].astype(np.int64)
+        if self._bos_id is not None and len(tokens) > 1 and self._tokens[begin] == self._bos_id:
+            tokens[0] = self._bos_id
+        return tokens
 
 
 def load_dataset(source: Source, schema: Schema, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Dataset:
@@ -186,11 +194,13 @@ def load_dataset(source: Source, schema: Schema, tokenizer: Tokenizer, cache_dir
         identity += f":{sorted(columns)}"
     if tokenizer.chat_template is not None:
         identity += f":{tokenizer.chat_template.digest}"
+    if tokenizer.bos_id is not None:
+        identity += f":{tokenizer.bos_id}"
     folder = (cache_dir or default_cache_dir()) / "datasets" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if not _is_complete(folder):
         with atomic_folder(folder, "--cache-dir") as temporary:
             _write(source, schema, tokenizer, temporary)
-    return Dataset(folder, schema)
+    return Dataset(folder, schema, tokenizer.bos_id)
 
 
 def check_file(source: Source, schema: Schema) -> set[str]:

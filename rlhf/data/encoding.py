@@ -67,7 +67,7 @@ def encode_records(
         return
     encoded = iter(tokenizer.encode([record.fields[key] for record in records for key in schema.keys]))
     for record in records:
-        prompt = next(encoded) or [tokenizer.eos_id]
+        prompt = tokenizer.begin(next(encoded))
         yield EncodedRecord(record, prompt, [next(encoded) for _ in schema.answers] or [[]], None)
 
 

@@ -139,13 +139,13 @@ class Completer:
         tokenizer = self.model.tokenizer
         if isinstance(prompt, str):
             (tokens,) = tokenizer.encode([prompt])
-        else:
-            check_template(tokenizer, self.folder)
-            try:
-                tokens = encode_chat(tokenizer, prompt, []).prompt
-            except ValueError as error:
-                raise UserError(f"{self.folder}: {error}") from error
-        return np.array(tokens[-self.room :] or [self.model.tokenizer.eos_id], dtype=np.int64)
+            return np.array(tokenizer.begin(tokens, self.room), dtype=np.int64)
+        check_template(tokenizer, self.folder)
+        try:
+            tokens = encode_chat(tokenizer, prompt, []).prompt
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {error}") from error
+        return np.array(tokens[-self.room :], dtype=np.int64)
 
     def stream(self, prompt: str | list[Message], key: Tensor) -> Iterator[TextChunk]:
         """Yield the completion of one prompt, as it is drawn."""

@@ -12,6 +12,12 @@ from rlhf.models.architecture import Architecture, ModelShape, architectures, ge
 
 ModelKind = Literal["language model", "reward model"]
 
+_UNSUPPORTED = {
+    "auto_map": "the model comes with code of its own, which is not run; use the folder of a model without",
+    "quantization_config": "quantised weights are not read; load the model with transformers, dequantize() it "
+    "and save it anew",
+}
+"""Settings that are refused, and why."""
 _DEFAULT_TYPE = "gpt2"
 """The `model_type` assumed for a config.json without one."""
 
@@ -35,6 +41,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def check_supported(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise UserError if config.json asks for a model that no family computes, whatever its name."""
+    for key, problem in _UNSUPPORTED.items():
+        if settings.get(key):
+            raise UserError(f"{folder / 'config.json'}: {key} is set: {problem}")
+
+
 def read_architectures(folder: Path, settings: dict[str, Any]) -> list[str]:
     """Return the `architectures` of config.json; if it has none, the one that the names of the weights imply.
 
@@ -43,7 +56,7 @@ def read_architectures(folder: Path, settings: dict[str, Any]) -> list[str]:
     """
     names = settings.get("architectures")
     if names is None or names == []:
-        family = get_architecture(settings.get("model_type", _DEFAULT_TYPE))
+        family = _family(folder, settings)
         return [family.sequence_classifier if "score.weight" in read_names(folder) else family.causal_lm]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder / 'config.json'}: architectures must be a list of names, got {names!r}")
@@ -53,6 +66,11 @@ def read_architectures(folder: Path, settings: dict[str, Any]) -> list[str]:
 def class_of(family: Architecture, kind: ModelKind) -> str:
     """Return the name of Hugging Face's class for an architecture's models of a kind."""
     return family.causal_lm if kind == "language model" else family.sequence_classifier
+
+
+def classes_of(family: Architecture) -> set[str]:
+    """Return the names of Hugging Face's classes that are read as models of an architecture."""
+    return {family.causal_lm, family.sequence_classifier, *family.aliases}
 
 
 def kinds_of(name: str) -> set[ModelKind]:
@@ -70,10 +88,17 @@ def read_shape(folder: Path, settings: dict[str, Any]) -> ModelShape:
     """Return the model shape that config.json describes. Raises UserError if no architecture supports it."""
     path = folder / "config.json"
     try:
-        shape: ModelShape = get_architecture(settings.get("model_type", _DEFAULT_TYPE)).settings_to_shape(settings)
+        shape: ModelShape = _family(folder, settings).settings_to_shape(settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
     return shape
+
+
+def _family(folder: Path, settings: dict[str, Any]) -> Architecture:
+    try:
+        return get_architecture(settings.get("model_type", _DEFAULT_TYPE))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
 def read_generation_config(folder: Path, vocab_size: int) -> dict[str, Any] | None:

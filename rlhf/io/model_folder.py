@@ -1,8 +1,9 @@
 """Reading and writing model folders in Hugging Face form, compatible with `transformers` in both directions.
 
-A language model is a `GPT2LMHeadModel`, a reward model a `GPT2ForSequenceClassification` with one label. Beside
-`config.json`, `model.safetensors` and the tokenizer there may be `value_head.safetensors` (a value head on the trunk),
-`critic/` (a separate critic: a folder of the same form) and `reward_statistics.json`.
+A language model is what `AutoModelForCausalLM` saves, such as a `LlamaForCausalLM`; a reward model is what
+`AutoModelForSequenceClassification` saves with one label. Beside `config.json`, the weights and the tokenizer there may
+be `value_head.safetensors` (a value head on the trunk), `critic/` (a separate critic: a folder of the same form) and
+`reward_statistics.json`.
 
 Settings that affect tokens or logits are read or refused; the others are saved again unchanged. Embedding rows beyond
 the tokenizer's entries are dropped, so that no id without a token is sampled, trained on or scored.
@@ -22,7 +23,9 @@ from rlhf.io.files import atomic_folder, read_json, save_tensors, sha256
 from rlhf.io.manifest import check_replaceable, has_manifest, read_manifest, write_manifest
 from rlhf.io.model_config import (
     ModelKind,
+    check_supported,
     class_of,
+    classes_of,
     kinds_of,
     read_architectures,
     read_config,
@@ -32,6 +35,7 @@ from rlhf.io.model_config import (
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.io.weights import check_tied, check_weights, read_trunk, read_weights, weight_files
 from rlhf.models.architecture import ModelShape, architecture_of, architectures
+from rlhf.models.output_layer import without_output_layer
 from rlhf.types import Params
 
 
@@ -145,7 +149,7 @@ def load_model(folder: str | Path) -> LanguageModel | RewardModel:
 
 
 def load_language_model(folder: str | Path) -> LanguageModel:
-    """Return the language model in a folder of a `GPT2LMHeadModel` (or `GPT2Model`), saved by rlhf or `transformers`.
+    """Return the language model in a folder that rlhf or `transformers` saved, sharded or not.
 
     Raises:
         UserError: a file is missing, truncated, altered or holds another kind of model, or a weight is not finite.
@@ -167,7 +171,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
 
 
 def load_reward_model(folder: str | Path) -> RewardModel:
-    """Return the reward model in a one-label `GPT2ForSequenceClassification` folder, as `load_language_model` does."""
+    """Return the reward model in a folder of a sequence classifier with one label, as `load_language_model` does."""
     folder = Path(folder)
     source = _read_model(folder, "reward model")
     head, notes = source.state.get("score.weight"), list(source.notes)
@@ -198,6 +202,13 @@ def load_reward_model(folder: str | Path) -> RewardModel:
     return RewardModel(params, source.config, source.tokenizer, statistics, tuple(notes))
 
 
+def load_trunk(folder: str | Path) -> LanguageModel:
+    """Return the language model in a folder without an output layer of its own, for a scalar head to be put on."""
+    model = load_language_model(folder)
+    shape = architecture_of(model.config).trunk_shape(model.config)
+    return model._replace(params=without_output_layer(model.params), config=shape)
+
+
 def load_shape(folder: Path) -> tuple[ModelShape, Tokenizer]:
     """Return the shape and tokenizer of the language model in a folder; its weights are checked by name only.
 
@@ -210,7 +221,7 @@ def load_shape(folder: Path) -> tuple[ModelShape, Tokenizer]:
 
 
 def is_reward_model(folder: Path) -> bool:
-    """Return whether the folder holds a model with a scalar head, such as a `GPT2ForSequenceClassification`."""
+    """Return whether the folder holds a model with a scalar head, such as a `LlamaForSequenceClassification`."""
     names = read_architectures(folder, read_config(folder))
     return len(names) == 1 and "reward model" in kinds_of(names[0])
 
@@ -222,9 +233,11 @@ def check_model_folder(folder: Path, kind: ModelKind) -> dict[str, Any]:
         UserError: it holds another kind of model, does not exist, or has no readable config.json.
     """
     settings = read_config(folder)
+    check_supported(folder, settings)
     names = read_architectures(folder, settings)
     if not any(kind in kinds_of(name) for name in names):
-        expected = " or ".join(class_of(family, kind) for family in architectures())
+        own = [family for family in architectures() if names[0] in classes_of(family)]
+        expected = " or ".join(class_of(family, kind) for family in own or architectures())
         raise UserError(f"{folder}: holds a {names[0]}, expected a {expected}")
     return settings
 
@@ -236,7 +249,8 @@ def _write_model(
     settings: dict[str, Any] = {"architectures": [class_of(family, kind)], "model_type": family.model_type}
     settings |= family.shape_to_settings(config)
     stop_ids = list(tokenizer.stop_ids)
-    settings |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": stop_ids if len(stop_ids) > 1 else tokenizer.eos_id}
+    settings |= {"bos_token_id": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id}
+    settings |= {"eos_token_id": stop_ids if len(stop_ids) > 1 else tokenizer.eos_id}
     settings |= {"pad_token_id": tokenizer.pad_id}
     settings |= {"dtype": "float32"}
     if kind == "reward model":
@@ -278,9 +292,11 @@ def _read_model(folder: Path, kind: ModelKind) -> _Source:
     """Return settings, weights and tokenizer after the checks common to language models and reward models."""
     settings = check_model_folder(folder, kind)
     shape = read_shape(folder, settings)
+    if kind == "reward model":
+        shape = architecture_of(shape).trunk_shape(shape)
     if has_manifest(folder):
         read_manifest(folder)
-    state, notes = read_weights(folder)
+    state, notes = read_weights(folder, shape)
     trunk = read_trunk(folder, state, shape)
     config, tokenizer = _fit_vocabulary(folder, shape)
     notes += tokenizer.notes

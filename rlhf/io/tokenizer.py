@@ -22,6 +22,7 @@ from rlhf.io.tokenizer_files import (
     PAD,
     byte_level,
     read_backend,
+    read_bos_id,
     read_end_of_text,
     read_files,
     read_pad_token,
@@ -43,6 +44,7 @@ class Tokenizer:
         source: str,
         *,
         stop_ids: Sequence[int] = (),
+        bos_id: int | None = None,
         pad: str | None = None,
         files: Mapping[str, bytes] | None = None,
         notes: Sequence[str] = (),
@@ -56,6 +58,7 @@ class Tokenizer:
             eos: the end-of-text token.
             source: name of the tokenizer in errors.
             stop_ids: ids that end a completion; empty for the id of `eos` alone.
+            bos_id: id of the token that begins every text; None if there is none.
             pad: the padding token; None chooses one, see `pad_id`.
             files: files of the folder that it was read from, which `save` writes again.
             notes: lines for the user about that folder.
@@ -77,6 +80,7 @@ class Tokenizer:
         self.eos = eos
         self.eos_id = eos_id
         self.stop_ids: tuple[int, ...] = tuple(stop_ids) or (eos_id,)
+        self.bos_id = bos_id
         self.notes = tuple(notes)
         self.special_ids = frozenset(
             number for number, token in backend.get_added_tokens_decoder().items() if token.special
@@ -120,6 +124,7 @@ class Tokenizer:
         backend, notes = read_backend(folder, rows)
         end, pad, files = read_end_of_text(folder, backend), read_pad_token(folder), read_files(folder)
         notes += end.notes
+        bos_id = read_bos_id(folder, backend)
         template, token_names = read_template(folder), read_token_names(folder)
         try:
             ChatTemplate(template or "", token_names)
@@ -130,6 +135,7 @@ class Tokenizer:
             end.token,
             str(folder),
             stop_ids=end.stop_ids,
+            bos_id=bos_id,
             pad=pad,
             files=files,
             notes=notes,
@@ -148,6 +154,7 @@ class Tokenizer:
             self.eos,
             self._source,
             stop_ids=self.stop_ids,
+            bos_id=self.bos_id,
             pad=self._pad,
             files=with_template(self._files, template) if self._files else None,
             notes=self.notes,
@@ -223,6 +230,22 @@ class Tokenizer:
         ((*_, after),) = [text.rsplit("b", 1)]
         ids = [number for number in self.encode_rendered([after])[0] if number in self.special_ids]
         return ids[0] if ids else self.eos_id
+
+    def begin(self, ids: Sequence[int], limit: int | None = None) -> list[int]:
+        """Return the token ids of a prompt as the model reads them.
+
+        The token that begins every text comes first, once. An empty prompt is the end-of-text token.
+
+        Args:
+            ids: of the prompt's text, from `encode`.
+            limit: most tokens to return; a longer prompt is cut at its beginning, after that first token. At least 1.
+        """
+        start = [] if self.bos_id is None else [self.bos_id]
+        rest = list(ids[len(start) :] if start and list(ids[:1]) == start else ids)
+        if limit is not None:
+            start = start[: limit - 1] if rest else start
+            rest = rest[max(len(rest) - limit + len(start), 0) :]
+        return start + rest or [self.eos_id]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids; special tokens are skipped, and bytes that are not UTF-8 become U+FFFD."""

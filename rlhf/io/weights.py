@@ -55,13 +55,18 @@ def read_names(folder: Path) -> set[str]:
     return set(_read(folder, lambda name: False))
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def read_weights(folder: Path, config: ModelShape) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the weights by name, and lines for the user about ignored ones.
+
+    Args:
+        folder: the model folder.
+        config: the shape in config.json.
 
     Raises:
         UserError: a file is missing, truncated or damaged.
     """
-    state = {name: leaf for name, leaf in _read(folder, lambda name: True).items() if leaf is not None}
+    parts = _read(folder, lambda name: True).items()
+    state = {_parameter_name(name, config): leaf for name, leaf in parts if leaf is not None}
     has_value_head = any(name.startswith(_VALUE_HEAD) for name in state)
     return state, (f"{folder}: the weights have a value head ({_VALUE_HEAD}*), which is not read",) * has_value_head
 
@@ -77,12 +82,13 @@ def check_weights(folder: Path, config: ModelShape, rows: int) -> None:
     Raises:
         UserError: as `read_weights`, `read_trunk` and `check_tied`.
     """
-    names = read_names(folder)
+    names = {_parameter_name(name, config) for name in read_names(folder)}
     _check_names(folder, names, config)
-    if any(name.startswith(_HEAD) for name in names):
-        embedding = architecture_of(config).embedding
-        parts = _read(folder, lambda name: name.startswith(_HEAD) or name.endswith(embedding))
-        state = {name: leaf for name, leaf in parts.items() if leaf is not None}
+    if any(name.startswith(_HEAD) for name in names) and not _has_own_head(config):
+        family = architecture_of(config)
+        needed = (f"{family.output_layer}.", _HEAD)
+        parts = _read(folder, lambda name: name.startswith(needed) or name.endswith(family.embedding))
+        state = {_parameter_name(name, config): leaf for name, leaf in parts.items() if leaf is not None}
         check_tied(folder, state, config, rows)
 
 
@@ -169,6 +175,12 @@ def _check_names(folder: Path, names: Collection[str], config: ModelShape) -> No
             raise UserError(
                 f"{folder}: model.safetensors does not match config.json ({min(difference)} {problem}{more})"
             )
+
+
+def _parameter_name(name: str, config: ModelShape) -> str:
+    """Return the name of a weight in the folder, with that of the output layer as the parameters have it."""
+    layer = f"{architecture_of(config).output_layer}."
+    return _HEAD + name.removeprefix(layer) if name.startswith(layer) else name
 
 
 def _has_own_head(config: ModelShape) -> bool:

@@ -2,13 +2,13 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor, empty_like
+from torch import Tensor, contiguous_format, empty_like
 
 _BLOCK, _WARPS = 32, 1
 """Slots that a program reads at a time, and its warps: 86% of a copy's bandwidth on an H200 at 512 rows."""
 
 
-def decode_attention_triton(qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Return `decode_attention` of one new token per row, whose key and value are written into the cache.
 
     The softmax's maximum and sum are updated slot by slot, so keys and values are read once, and unused slots are not
@@ -17,46 +17,58 @@ def decode_attention_triton(qkv: Tensor, keys: Tensor, values: Tensor, lengths: 
     Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867.
 
     Args:
-        qkv: [B, 3, N, H] on a GPU: queries, keys and values of the new tokens.
-        keys: [B, N, H, S], laid out as [B, S, N, H] (`rlhf.models.attention.init_kv_cache`); written in place.
-        values: [B, N, S, H], laid out alike; written in place.
+        q: [B, N, H] on a GPU: queries of the new tokens.
+        k: [B, G, H], their keys; N / G query heads read each.
+        v: [B, G, H], their values.
+        keys: [B, G, H, S], laid out as [B, S, G, H] (`rlhf.models.attention.init_kv_cache`); written in place.
+        values: [B, G, S, H], laid out alike; written in place.
         lengths: [B] int64, below S: slots in use, and the slot of the new token.
 
     Returns:
-        [B, N, H] in the dtype of qkv.
+        [B, N, H] in the dtype of q.
     """
-    rows, _, heads, width = qkv.shape
-    qkv = qkv.contiguous()
-    out = empty_like(qkv[:, 0])
+    rows, heads, width = q.shape
+    q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))  # rows may lie apart
+    out = empty_like(q, memory_format=contiguous_format)
     _attend[(heads, rows)](
-        qkv, keys, values, out, lengths, keys.shape[3], heads=heads, width=width, padded=triton.next_power_of_2(width),
-        block=_BLOCK, num_warps=_WARPS,
+        q, k, v, keys, values, out, lengths, q.stride(0), k.stride(0), v.stride(0), keys.shape[3], heads=heads,
+        shared=heads // k.shape[1], width=width, padded=triton.next_power_of_2(width), block=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _attend(
-    qkv,
+    q,
+    k,
+    v,
     keys,
     values,
     out,
     lengths,
+    q_stride,
+    k_stride,
+    v_stride,
     slots,
     heads: tl.constexpr,
+    shared: tl.constexpr,
     width: tl.constexpr,
     padded: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One head of one row, beside the others of the row in memory and in time; a program's numbers are float32."""
+    """One query head of one row, beside the others of the row in memory and in time; its numbers are float32.
+
+    Heads that share a key and a value each write them, the same bytes.
+    """
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     component, slot = tl.arange(0, padded), tl.arange(0, block)
     real = component < width
-    layer: tl.constexpr = heads * width
-    own = head * width + component
-    query = tl.load(qkv + row * (3 * layer) + own, mask=real, other=0.0).to(tl.float32) * (width**-0.5)
-    key = tl.load(qkv + row * (3 * layer) + layer + own, mask=real, other=0.0)
-    value = tl.load(qkv + row * (3 * layer) + 2 * layer + own, mask=real, other=0.0)
+    layer: tl.constexpr = heads // shared * width
+    own = (head // shared) * width + component
+    asked = head * width + component
+    query = tl.load(q + row * q_stride + asked, mask=real, other=0.0).to(tl.float32) * (width**-0.5)
+    key = tl.load(k + row * k_stride + own, mask=real, other=0.0)
+    value = tl.load(v + row * v_stride + own, mask=real, other=0.0)
     count = tl.load(lengths + row).to(tl.int32)
     begin = row * slots * layer + own  # known multiples: loads of 16 bytes
     tl.store(keys + begin + count * layer, key, mask=real)
@@ -74,4 +86,4 @@ def _attend(
         attended = attended * shrink + tl.sum(weights[:, None] * past_value, 0)
         total = total * shrink + tl.sum(weights, 0)
         best = highest
-    tl.store(out + row * layer + own, (attended / total).to(out.dtype.element_ty), mask=real)
+    tl.store(out + row * (heads * width) + asked, (attended / total).to(out.dtype.element_ty), mask=real)

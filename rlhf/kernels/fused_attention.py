@@ -17,32 +17,32 @@ Function = Callable[..., Any]
 
 
 def attention_layout(
-    reference: Function, segments: Tensor | None, bounds: Tensor | None, like: Tensor, n_head: int
+    reference: Function, segments: Tensor | None, bounds: Tensor | None, like: Tensor, width: int
 ) -> Any:
     """Omit the bias where `self_attention` reads bounds instead: on a GPU, in bfloat16."""
-    if bounds is None or not flash_attention_takes(like, n_head):
-        return reference(segments, bounds, like, n_head)
-    return reference(None, None, like, n_head)._replace(bounds=bounds)
+    if bounds is None or not flash_attention_takes(like, width):
+        return reference(segments, bounds, like, width)
+    return reference(None, None, like, width)._replace(bounds=bounds)
 
 
-def flash_attention_takes(like: Tensor, n_head: int) -> bool:
-    """Return True if FlashAttention supports states like these [..., D]."""
-    return like.is_cuda and like.dtype == torch.bfloat16 and like.shape[-1] % (8 * n_head) == 0
+def flash_attention_takes(like: Tensor, width: int) -> bool:
+    """Return True if FlashAttention supports heads of this width, of the device and dtype of `like`."""
+    return like.is_cuda and like.dtype == torch.bfloat16 and width % 8 == 0 and width <= 256
 
 
-def self_attention(reference: Function, qkv: Tensor, layout: Any) -> Tensor:
+def self_attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor:
     """Run FlashAttention on packed sequences, which never looks at another sequence.
 
     Source: Dao 2023, "FlashAttention-2", https://arxiv.org/abs/2307.08691, as torch has it.
     """
     if layout.bounds is None:
-        return reference(qkv, layout)
-    q, k, v = qkv.flatten(0, 1).unbind(1)
-    length = qkv.shape[1]  # no sequence is longer
+        return reference(q, k, v, layout)
+    rows, _, length, _ = q.shape  # no sequence is longer
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # tokens first, as they lie in memory
     attended: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, layout.bounds, layout.bounds, length, length, 0.0, True, False
     )[0]
-    return attended.view(*qkv.shape[:2], *attended.shape[1:]).transpose(1, 2)
+    return attended.view(rows, length, *attended.shape[1:]).transpose(1, 2)
 
 
 def attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,6 +70,8 @@ def _compiled_attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, bi
         return _fused(q.float(), k.float(), v.float(), bias).to(q.dtype)
     if bias is None:
         bias = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().float().log()
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + bias
     highest = scores.detach().amax(-1, keepdim=True)  # a constant: it cancels
     weights: Tensor = _Exp.apply(scores - highest)  # type: ignore[no-untyped-call]
@@ -82,30 +84,37 @@ def prompt_attention(reference: Function, q: Tensor, k: Tensor, v: Tensor) -> Te
 
 
 def init_kv_cache(
-    reference: Function, like: Tensor, *, n_layer: int, batch_size: int, n_head: int, slots: int, width: int
+    reference: Function, like: Tensor, *, n_layer: int, batch_size: int, n_kv_head: int, slots: int, width: int
 ) -> Any:
-    """Lay all of a slot together on a GPU, as [B, S, N, H], for `decode_attention`.
+    """Lay all of a slot together on a GPU, as [B, S, G, H], for `decode_attention`.
 
     On CPUs slots are contiguous in the keys, components in the values, so that both products read memory in order.
     """
     if not like.is_cuda:
-        return reference(like, n_layer=n_layer, batch_size=batch_size, n_head=n_head, slots=slots, width=width)
-    empty = reference(like, n_layer=0, batch_size=batch_size, n_head=n_head, slots=slots, width=width)
-    keys, values = ([like.new_zeros(batch_size, slots, n_head, width) for _ in range(n_layer)] for _ in range(2))
+        return reference(like, n_layer=n_layer, batch_size=batch_size, n_kv_head=n_kv_head, slots=slots, width=width)
+    empty = reference(like, n_layer=0, batch_size=batch_size, n_kv_head=n_kv_head, slots=slots, width=width)
+    keys, values = ([like.new_zeros(batch_size, slots, n_kv_head, width) for _ in range(n_layer)] for _ in range(2))
     return empty._replace(
         keys=tuple(k.permute(0, 2, 3, 1) for k in keys), values=tuple(v.transpose(1, 2) for v in values)
     )
 
 
 def decode_attention(
-    reference: Function, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, bias: Tensor
+    reference: Function,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    bias: Tensor,
 ) -> Tensor:
     """Run the Triton kernel on a GPU; it reads no slot that is not in use."""
-    if not qkv.is_cuda:
-        return reference(qkv, keys, values, lengths, bias)
+    if not q.is_cuda:
+        return reference(q, k, v, keys, values, lengths, bias)
     from rlhf.kernels.decode_attention_triton import decode_attention_triton  # here, because it imports Triton
 
-    return decode_attention_triton(qkv, keys, values, lengths)
+    return decode_attention_triton(q, k, v, keys, values, lengths)
 
 
 def attend_to_cache(reference: Function, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
@@ -113,9 +122,13 @@ def attend_to_cache(reference: Function, q: Tensor, keys: Tensor, values: Tensor
     if not torch.compiler.is_compiling():
         return reference(q, keys, values, bias)
     wide = torch.promote_types(q.dtype, torch.float32)
+    if keys.shape[1] != q.shape[1]:
+        q, keys, values = q.view(len(q), keys.shape[1], -1, q.shape[-1]), keys.unsqueeze(2), values.unsqueeze(2)
+        bias = bias[:, None]
     scores = (q.to(wide)[..., None] * keys.to(wide)).sum(-2)
     weights = (scores * q.shape[-1] ** -0.5 + bias[:, None]).softmax(-1)
-    return (weights[..., None] * values.to(wide)).sum(-2).to(q.dtype)
+    attended = (weights[..., None] * values.to(wide)).sum(-2).to(q.dtype)
+    return attended if attended.ndim == 3 else attended.flatten(1, 2)
 
 
 def additive_mask(reference: Function, allowed: Tensor) -> Tensor:
@@ -129,7 +142,9 @@ def _is_bfloat16_on_cpu(x: Tensor) -> bool:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=k.shape[1] != q.shape[1]
+    )
 
 
 def _graph(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:

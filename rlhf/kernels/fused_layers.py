@@ -36,6 +36,22 @@ def pack_affine(reference: Function, p: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"packed": _pack(p["weight"].T), "bias": p["bias"]}
 
 
+def linear(reference: Function, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """Read a packed weight; compiled code writes products of single tokens with a small weight itself."""
+    if "packed" not in p and not torch.compiler.is_compiling():
+        return reference(x, p)
+    product = _product(x, p if "packed" in p else {"weight": p["weight"].T})
+    return product + p["bias"] if "bias" in p else product
+
+
+def pack_linear(reference: Function, p: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pack a large bfloat16 weight on a CPU for oneDNN: "packed" replaces "weight"."""
+    if not _packs(p["weight"]):
+        return reference(p)
+    bias = {"bias": p["bias"]} if "bias" in p else {}
+    return {"packed": _pack(p["weight"])} | bias
+
+
 def layer_norm(reference: Function, x: Tensor, p: dict[str, Tensor], *, eps: float) -> Tensor:
     """Sum the gradients of weight and bias by row first in compiled code of low precision."""
     if x.dtype == torch.float32 or not torch.compiler.is_compiling():

@@ -44,7 +44,7 @@ class ModelShape(Protocol):
 class Architecture:
     """A family of decoders as pure functions.
 
-    `rlhf.models.gpt2` is the reference for what each function takes and returns. Sequences in a row are told apart by
+    `rlhf.models.transformer` is the reference for what its passes take and return. Sequences in a row are told apart by
     `segments`: a token's hidden state depends on earlier tokens of its own segment alone.
     """
 
@@ -87,6 +87,8 @@ class Architecture:
     """(config.json) -> the shape; ValueError names a setting that the architecture does not have."""
     shape_to_settings: Callable[[Any], dict[str, Any]]
     """(shape) -> its part of config.json."""
+    trunk_shape: Callable[[Any], Any] = lambda shape: shape
+    """(shape) -> that of the decoder without an output layer of its own, as models with a scalar head have it."""
     causal_lm: str
     """Hugging Face's class of language models."""
     sequence_classifier: str
@@ -99,6 +101,10 @@ class Architecture:
     """Name of the token embedding, without the prefix."""
     ignored_suffixes: tuple[str, ...] = ()
     """Of weights that are buffers and decide nothing."""
+    output_layer: str = "lm_head"
+    """Name in model folders of an output layer of its own, which the parameters have as `lm_head.weight`."""
+    has_dropout: bool = True
+    """Whether `hidden_states` can drop states in training."""
 
     @property
     def model_type(self) -> str:
@@ -107,8 +113,14 @@ class Architecture:
         return name
 
 
-_MODULES = {"gpt2": "rlhf.models.gpt2"}
-"""Modules by `model_type`; each has its `ARCHITECTURE`."""
+_MODULES = {
+    "gpt2": ("rlhf.models.gpt2", "ARCHITECTURE"),
+    "llama": ("rlhf.models.llama", "LLAMA"),
+    "qwen2": ("rlhf.models.llama", "QWEN2"),
+    "qwen3": ("rlhf.models.llama", "QWEN3"),
+    "gpt_neox": ("rlhf.models.gpt_neox", "ARCHITECTURE"),
+}
+"""By `model_type`: the module, and the name of the architecture in it."""
 
 _REGISTERED: dict[str, Architecture] = {}
 
@@ -141,7 +153,8 @@ def get_architecture(model_type: str) -> Architecture:
     if model_type not in _REGISTERED:
         if model_type not in _MODULES:
             raise ValueError(f"model_type is {model_type!r}, expected one of {', '.join(model_types())}")
-        register(importlib.import_module(_MODULES[model_type]).ARCHITECTURE)
+        module, name = _MODULES[model_type]
+        register(getattr(importlib.import_module(module), name))
     return _REGISTERED[model_type]
 
 

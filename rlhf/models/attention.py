@@ -1,6 +1,10 @@
 """Attention over packed rows, over prompts, and of one query over a key-value cache.
 
 Scores get a bias: 0 where a query may see a key, -inf where not. Softmax is in float32 at least.
+
+N query heads share G key-value heads, of which query head n reads head n // (N / G); G is N without sharing.
+
+Source: Ainslie et al. 2023, "GQA", https://arxiv.org/abs/2305.13245.
 """
 
 from typing import NamedTuple
@@ -27,20 +31,20 @@ class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far, a tensor per layer; written in place."""
 
     keys: tuple[Tensor, ...]
-    """Each [B, N, H, S]."""
+    """Each [B, G, H, S]."""
     values: tuple[Tensor, ...]
-    """Each [B, N, S, H]."""
+    """Each [B, G, S, H]."""
 
 
 @accelerated("fused_attention.attention_layout")
-def attention_layout(segments: Tensor | None, bounds: Tensor | None, like: Tensor, n_head: int) -> AttentionLayout:
+def attention_layout(segments: Tensor | None, bounds: Tensor | None, like: Tensor, width: int) -> AttentionLayout:
     """Return the layout in which each token sees itself and the earlier tokens of its segment.
 
     Args:
         segments: [B, T] int64, equal for tokens that may see each other; None is one segment per row.
         bounds: [S + 1] int32, where segments start, if each is contiguous; read by kernels alone.
-        like: [..., D], with the device and dtype of the hidden states.
-        n_head: attention heads.
+        like: any tensor with the device and dtype of the hidden states.
+        width: H, of a head.
     """
     if segments is None:
         return AttentionLayout(None, None)
@@ -49,17 +53,18 @@ def attention_layout(segments: Tensor | None, bounds: Tensor | None, like: Tenso
 
 
 @accelerated("fused_attention.self_attention")
-def self_attention(qkv: Tensor, layout: AttentionLayout) -> Tensor:
+def self_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     """Return self-attention over packed rows.
 
     Args:
-        qkv: [B, T, 3, N, H]: queries, keys and values; differentiated.
+        q: [B, N, T, H]; differentiated, as `k` and `v`.
+        k: [B, G, T, H].
+        v: same.
         layout: from `attention_layout`.
 
     Returns:
-        [B, N, T, H] in the dtype of qkv.
+        [B, N, T, H] in the dtype of q.
     """
-    q, k, v = heads_first(qkv)
     return attention(q, k, v, layout.bias)
 
 
@@ -71,7 +76,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         q: [B, N, T, H]; differentiated, as `k` and `v`.
-        k: same.
+        k: [B, G, T, H].
         v: same.
         bias: [B, 1, T, T] or what broadcasts to it; every query has a key with a finite bias. None is causal.
 
@@ -85,6 +90,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
                   [2., 1.]]]])
     """
     bias = additive_mask(causal(q.shape[2], q.device)) if bias is None else bias
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     products = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
     return (products * q.shape[-1] ** -0.5 + bias).softmax(-1).to(q.dtype) @ v
 
@@ -96,14 +102,14 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @accelerated("fused_attention.init_kv_cache")
-def init_kv_cache(like: Tensor, *, n_layer: int, batch_size: int, n_head: int, slots: int, width: int) -> KVCache:
+def init_kv_cache(like: Tensor, *, n_layer: int, batch_size: int, n_kv_head: int, slots: int, width: int) -> KVCache:
     """Return an empty cache for `batch_size` sequences of up to `slots` tokens, of the dtype and device of `like`."""
-    keys = [like.new_zeros(batch_size, n_head, width, slots) for _ in range(n_layer)]
-    return KVCache(tuple(keys), tuple(like.new_zeros(batch_size, n_head, slots, width) for _ in keys))
+    keys = [like.new_zeros(batch_size, n_kv_head, width, slots) for _ in range(n_layer)]
+    return KVCache(tuple(keys), tuple(like.new_zeros(batch_size, n_kv_head, slots, width) for _ in keys))
 
 
 def write_prompts(cache: KVCache, layer: int, k: Tensor, v: Tensor, rows: Tensor, source: Tensor) -> None:
-    """Write the keys and values [U, N, P, H] of prompts into the first P slots of cache rows.
+    """Write the keys and values [U, G, P, H] of prompts into the first P slots of cache rows.
 
     Args:
         cache: written in place.
@@ -119,20 +125,23 @@ def write_prompts(cache: KVCache, layer: int, k: Tensor, v: Tensor, rows: Tensor
 
 
 @accelerated("fused_attention.decode_attention")
-def decode_attention(qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, bias: Tensor) -> Tensor:
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, bias: Tensor
+) -> Tensor:
     """Write one new token per row into the cache, and return its attention over the tokens seen so far.
 
     Args:
-        qkv: [B, 3, N, H]: query, key and value of the new tokens.
-        keys: [B, N, H, S], written in place at slot `lengths`.
-        values: [B, N, S, H], written alike.
+        q: [B, N, H], queries of the new tokens.
+        k: [B, G, H], their keys.
+        v: same, their values.
+        keys: [B, G, H, S], written in place at slot `lengths`.
+        values: [B, G, S, H], written alike.
         lengths: [B] int64, tokens already in the cache.
         bias: [B, U] float32 over the first U slots: 0 up to slot `lengths`, -inf after it.
 
     Returns:
-        [B, N, H] in the dtype of qkv.
+        [B, N, H] in the dtype of q.
     """
-    q, k, v = qkv.unbind(1)
     rows, length = torch.arange(len(q), device=q.device), bias.shape[1]
     keys[rows, :, :, lengths] = k
     values[rows, :, lengths] = v
@@ -145,17 +154,28 @@ def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Te
 
     Args:
         q: [B, N, H].
-        keys: [B, N, H, U].
-        values: [B, N, U, H].
+        keys: [B, G, H, U].
+        values: [B, G, U, H].
         bias: [B, U]; every row has a slot with a finite bias.
 
     Returns:
         [B, N, H] in the dtype of q.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = q[:, :, None].to(wide) @ keys.to(wide)  # bf16 is slow here
+    grouped = q.view(len(q), keys.shape[1], -1, q.shape[-1])  # [B, G, N / G, H]
+    scores = grouped.to(wide) @ keys.to(wide)  # bf16 is slow here
     weights = (scores * q.shape[-1] ** -0.5 + bias[:, None, None]).softmax(-1)
-    return (weights @ values.to(wide))[:, :, 0].to(q.dtype)
+    return (weights @ values.to(wide)).flatten(1, 2).to(q.dtype)
+
+
+def repeat_heads(x: Tensor, n_head: int) -> Tensor:
+    """Return keys or values [B, N, T, H] for each of N = `n_head` query heads, of [B, G, T, H].
+
+    Example:
+        >>> repeat_heads(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), 4).flatten()
+        tensor([1., 1., 2., 2.])
+    """
+    return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
 
 
 def heads_first(qkv: Tensor) -> tuple[Tensor, ...]:

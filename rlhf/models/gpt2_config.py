@@ -42,6 +42,16 @@ class GPT2Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head ({self.n_head}), got {self.n_embd}")
 
+    @property
+    def kv_heads(self) -> int:
+        """Return the number of key-value heads: one for each query head."""
+        return self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """Return the width of a head."""
+        return self.n_embd // self.n_head
+
 
 PRESETS: dict[str, GPT2Config] = {
     "tiny": GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=2),

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.hugging_face import strip_prefix, take_leaves
+from rlhf.models.initial_parameters import random_parameters
 from rlhf.models.layers import pack_affine, pack_embedding
-from rlhf.random import fold_in, normal
-from rlhf.tree import cast, named_leaves, tree_map_named
+from rlhf.tree import cast, named_leaves
 from rlhf.types import Params
 
-_INIT_STD = 0.02
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
 """Suffixes of the causal mask's buffers, which older versions of transformers saved."""
 
@@ -41,19 +40,7 @@ def init(config: GPT2Config, *, key: Tensor) -> Params:
         >>> params["wte"]["weight"].shape
         torch.Size([512, 64])
     """
-    structure = empty(config)
-    keys = {name: fold_in(key, index) for index, name in enumerate(named_leaves(structure))}
-
-    def leaf(name: str, like: Tensor) -> Tensor:
-        if name.endswith("bias"):
-            return torch.zeros(like.shape)
-        if "ln_" in name:
-            return torch.ones(like.shape)
-        std = _INIT_STD / (2 * config.n_layer) ** 0.5 if "c_proj" in name else _INIT_STD
-        return std * normal(keys[name], tuple(like.shape))
-
-    params: Params = tree_map_named(leaf, structure)
-    return params
+    return random_parameters(empty(config), key=key, n_layer=config.n_layer, residual="c_proj")
 
 
 def empty(config: GPT2Config) -> Params:

@@ -1,5 +1,7 @@
 """Layers that architectures share: affine maps, norms, activations, dropout, embedding and unembedding."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,33 @@ def pack_affine(p: Params) -> Params:
     return p
 
 
+@accelerated("fused_layers.linear")
+def linear(x: Tensor, p: Params) -> Tensor:
+    """Return x @ weight' + bias [..., N] of x [..., K] and {"weight": [N, K], "bias": [N]}; the bias may be absent.
+
+    Example:
+        >>> linear(torch.ones(1, 1, 2), {"weight": torch.ones(3, 2)})
+        tensor([[[2., 2., 2.]]])
+    """
+    return F.linear(x, p["weight"], p.get("bias"))
+
+
+@accelerated("fused_layers.pack_linear")
+def pack_linear(p: Params) -> Params:
+    """Return the parameters of a `linear` in the layout that is fastest for single tokens."""
+    return p
+
+
+def join_linear(parts: Sequence[Params]) -> Params:
+    """Return the parameters of one `linear` whose result is that of several, side by side.
+
+    Example:
+        >>> join_linear([{"weight": torch.ones(1, 2)}, {"weight": torch.zeros(3, 2)}])["weight"].shape
+        torch.Size([4, 2])
+    """
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 @accelerated("fused_layers.layer_norm")
 def layer_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
     """Return the layer norm of x [..., D] with {"weight": [D], "bias": [D]}.
@@ -38,6 +67,30 @@ def layer_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
         tensor([-1.,  1.])
     """
     return F.layer_norm(x, (x.shape[-1],), p["weight"], p["bias"], eps)
+
+
+def rms_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight of x [..., D] with {"weight": [D]}.
+
+    Source: Zhang and Sennrich 2019, eq. 4, https://arxiv.org/abs/1910.07467.
+
+    Example:
+        >>> rms_norm(torch.tensor([3.0, 4.0]), {"weight": torch.tensor([5.0, 0.0])}, eps=0.0)
+        tensor([4.2426, 0.0000])
+    """
+    return F.rms_norm(x, (x.shape[-1],), p["weight"], eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gate * sigmoid(gate) * up, for tensors of one shape.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6, https://arxiv.org/abs/2002.05202.
+
+    Example:
+        >>> swiglu(torch.tensor([0.0, 100.0]), torch.tensor([2.0, 2.0]))
+        tensor([  0., 200.])
+    """
+    return F.silu(gate) * up
 
 
 @accelerated("fused_layers.gelu")

@@ -14,9 +14,10 @@ from rlhf.execution.program import MetricLimit, ModelState, Program, StepSpec
 from rlhf.generate.complete import make_completion_fn
 from rlhf.io.model_folder import LanguageModel
 from rlhf.io.reward_sources import RewardSource
-from rlhf.models.architecture import ModelShape
+from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.models.decode_state import decode_steps
 from rlhf.models.heads import init_value_head, value_head_from_reward
+from rlhf.models.output_layer import without_output_layer
 from rlhf.models.scoring import make_frozen_cast, make_scorer, reward_model_shapes
 from rlhf.schedules import constant_schedule
 from rlhf.train.ppo_functions import open_policy_loss
@@ -42,7 +43,11 @@ def shapes_of(settings: PPOConfig, policy: LanguageModel, sources: Sequence[Rewa
     """Return the shapes of a policy, of the reward models among the sources, and of a separate critic."""
     critic, source = None, critic_source(sources)
     if settings.critic == "separate":
-        critic = source.model.config if source and source.model else policy.config
+        critic = (
+            source.model.config
+            if source and source.model
+            else architecture_of(policy.config).trunk_shape(policy.config)
+        )
     reward_models = tuple(source.model.config for source in sources if source.model is not None)
     return ModelShapes(policy.config, critic, reward_models, policy.tokenizer.stop_ids)
 
@@ -180,7 +185,7 @@ def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSo
     if settings.critic == "shared":
         return {"value_head": init_value_head(policy.config.n_embd)}
     if source is None or source.model is None:
-        return {"critic": {"trunk": policy.params, "head": init_value_head(policy.config.n_embd)}}
+        return {"critic": {"trunk": without_output_layer(policy.params), "head": init_value_head(policy.config.n_embd)}}
     params, statistics = source.model.params, source.model.statistics
     mean, std, _ = statistics if settings.normalize_reward else (0.0, 1.0, 0)
     head = value_head_from_reward(params["head"], mean=mean, std=std, weight=source.weight)

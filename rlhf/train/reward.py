@@ -21,7 +21,7 @@ from rlhf.evaluate.estimates import win_indicator
 from rlhf.evaluate.evaluation_inputs import usable_pairs
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program, StepSpec
-from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_reward_model
+from rlhf.io.model_folder import RewardModel, RewardStatistics, load_trunk, save_reward_model
 from rlhf.losses import reward_loss
 from rlhf.models.architecture import ModelShape
 from rlhf.models.forward import trunk_states
@@ -131,7 +131,7 @@ def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
 
 def _run(run: Run, config: RewardRun) -> StageResult:
     model_spec, folder = _model_spec(config), start_folder(config, config.reward.model_path)
-    facts, start = start_facts(folder), load_language_model(folder)
+    facts, start = start_facts(folder), load_trunk(folder)
     start = start._replace(tokenizer=chat_tokenizer(start.tokenizer, config.data))
     config = choose_settings(
         run,

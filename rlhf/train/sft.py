@@ -46,6 +46,7 @@ from rlhf.train.stage_inputs import (
     ModelSpec,
     check_conversations,
     check_data,
+    check_dropout,
     check_validation,
     embedded_file,
     given_files,
@@ -102,8 +103,11 @@ def _model_spec(config: SFTRun) -> ModelSpec:
     folder, tokenizer_path = config.sft.model_path, config.tokenizer.path
     tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
     if folder is None:
-        return ModelSpec(new_config(config.model, tokenizer.vocab_size if tokenizer else 1), tokenizer, "")
+        shape = new_config(config.model, tokenizer.vocab_size if tokenizer else 1)
+        check_dropout(shape, config.sft.dropout, "--sft.dropout")
+        return ModelSpec(shape, tokenizer, "")
     start = with_template(config, read_model_spec(folder, config.model))
+    check_dropout(start.config, config.sft.dropout, "--sft.dropout")
     if tokenizer is not None and start.tokenizer is not None and not tokenizer.same_vocabulary(start.tokenizer):
         raise UserError(
             f"{folder}: the model there has another vocabulary than --tokenizer.path {tokenizer_path}; drop the flag"

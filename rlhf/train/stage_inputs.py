@@ -18,13 +18,13 @@ from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import load_shape, weights_digest
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.models.architecture import ModelShape, get_architecture
+from rlhf.models.architecture import Architecture, ModelShape, architecture_of, architectures, get_architecture
 from rlhf.random import fold_in, permutation
 from rlhf.schedules import Schedule, constant_schedule, cosine_schedule, linear_schedule
 from rlhf.stages import STAGES
 from rlhf.train.context import Run
 
-_SIZES = ("n_layer", "n_head", "n_embd", "n_positions")
+_SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "n_positions")
 """Settings of the section `model` that are fields of shapes."""
 
 
@@ -95,21 +95,35 @@ def new_config(settings: ModelConfig, vocab_size: int) -> ModelShape:
     Raises:
         UserError: the shape is impossible.
     """
-    try:
-        family = get_architecture(settings.family)
-    except ValueError as error:
-        raise UserError(f"--model.family: {error}") from error
+    family = _family(settings)
     if settings.preset not in family.presets:
         raise UserError(f"--model.preset {settings.preset}: {settings.family} has only {', '.join(family.presets)}")
     sizes = {name: getattr(settings, name) for name in _SIZES if getattr(settings, name) is not None}
     fields = {spec.name for spec in dataclasses.fields(family.shape)}
     if unknown := sizes.keys() - fields:
-        raise UserError(f"model.{min(unknown)}: {settings.family} has no such size; leave it out")
+        raise UserError(f"model.{min(unknown)}: {family.model_type} has no such size; leave it out")
     try:
         shape: ModelShape = dataclasses.replace(family.presets[settings.preset], vocab_size=vocab_size, **sizes)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
     return shape
+
+
+def _family(settings: ModelConfig) -> Architecture:
+    """Return the family that the user names, or the one that the preset belongs to."""
+    owners = [family for family in architectures() if settings.preset in family.presets]
+    if settings.family == ModelConfig().family and len(owners) == 1:
+        return owners[0]
+    try:
+        return get_architecture(settings.family)
+    except ValueError as error:
+        raise UserError(f"--model.family: {error}") from error
+
+
+def check_dropout(shape: ModelShape, dropout: float, flag: str) -> None:
+    """Raise UserError if a model is to be trained with dropout whose family has none."""
+    if dropout and not architecture_of(shape).has_dropout:
+        raise UserError(f"{flag} {dropout:g}: models of the family {shape.model_type} have no dropout; leave it out")
 
 
 def read_model_spec(folder: Path, settings: ModelConfig) -> ModelSpec:

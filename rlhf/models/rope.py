@@ -1,0 +1,86 @@
+"""Rotary position embeddings: queries and keys turned by angles that grow with their positions.
+
+Component i of the first half and component i of the second are a point in the plane, turned by position * f_i:
+
+    f_i = theta^(-2i / R),   i = 0 … R/2 - 1
+
+Source: Su et al. 2021, "RoFormer", section 3.2.2, https://arxiv.org/abs/2104.09864, in the pairing of Llama's weights
+as Hugging Face has them.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.models.rope_config import RopeScaling
+from rlhf.ops import upcast
+
+
+class Rotation(NamedTuple):
+    """Angles of positions, computed once for all layers; float32."""
+
+    cos: Tensor
+    """[..., 1, R / 2], the axis of length 1 for the heads."""
+    sin: Tensor
+    """Same."""
+
+
+def rotary_frequencies(width: int, *, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Return the frequencies f [R / 2] float32, in radians per position.
+
+    With scaling of type llama3, waves longer than original context / low_freq_factor are `factor` times longer, those
+    shorter than original context / high_freq_factor are kept, and the ones between are interpolated in frequency.
+
+    Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, as its code has it.
+
+    Args:
+        width: R, the components of a head that are rotated; even.
+        theta: base of the wavelengths.
+        scaling: of the frequencies; None keeps them.
+        device: of the result.
+
+    Example:
+        >>> rotary_frequencies(4, theta=100.0, scaling=None, device=torch.device("cpu"))
+        tensor([1.0000, 0.1000])
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    if scaling is None:
+        return frequencies
+    lowered = frequencies / scaling.factor
+    if scaling.rope_type == "linear":
+        return lowered
+    waves = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
+    kept = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(lowered, frequencies, kept.clamp(0, 1))
+
+
+def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
+    """Return the angles of positions [...] int64, for heads in the axis after these.
+
+    Example:
+        >>> rotation_at(torch.tensor([0]), torch.ones(2)).cos
+        tensor([[[1., 1.]]])
+    """
+    angles = positions[..., None, None].float() * frequencies
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Return queries or keys [..., N, H] with their first R components rotated, computed in float32 at least.
+
+    Args:
+        x: differentiated.
+        rotation: of their positions; R may be less than H.
+
+    Example:
+        >>> quarter = Rotation(torch.zeros(1, 1), torch.ones(1, 1))
+        >>> rotate(torch.tensor([[1.0, 0.0]]), quarter)
+        tensor([[0., 1.]])
+    """
+    half = rotation.cos.shape[-1]
+    first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
+    a, b = upcast(first), upcast(second)
+    turned = (a * rotation.cos - b * rotation.sin, b * rotation.cos + a * rotation.sin)
+    return torch.cat([part.to(x.dtype) for part in turned] + ([rest] if rest.shape[-1] else []), dim=-1)
