@@ -4,6 +4,8 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,3 +82,8 @@ def test_docstring_examples_run(name):
         pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
     failures, _ = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "rlhf": rlhf})
     assert failures == 0
+
+
+def test_a_family_is_imported_by_its_name_alone():
+    """In a process that has imported nothing else, as in the first line of a user's script."""
+    subprocess.run([sys.executable, "-c", "from rlhf import gpt2; gpt2.init"], check=True)
