@@ -98,9 +98,10 @@ run_evaluation(
     )
 )
 report = json.loads(Path("outputs/brief/policy/report/evaluation.json").read_text())
-policy = report["evaluations"][0]["figures"]["policy"]
-print({name: round(figure["value"], 2) for name, figure in policy.items() if "win_rate" in name or "length" in name})
-
+figures = report["evaluations"][0]["figures"]
+win_rate, length = figures["wins"]["eval/win_rate/shorter"], figures["policy"]["eval/response_length/mean"]
+print(f"win rate by length: {win_rate['value']:.2f}, 95% interval {win_rate['low']:.2f} to {win_rate['high']:.2f}")
+print(f"mean length: {length['value']:.1f} tokens")
 
 # %% [markdown]
 # ## An estimator

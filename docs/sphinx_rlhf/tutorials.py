@@ -32,6 +32,9 @@ def write_pages(folder: Path) -> None:
         pages = dict(zip(scripts, pool.map(lambda script: _page(script, folder), scripts), strict=True))
     for script, text in pages.items():
         write_if_changed(folder / f"{script.stem}.md", text)
+    for old in folder.glob("*.md"):
+        if old.stem not in {"index", *(script.stem for script in scripts)}:
+            old.unlink()
     listed = "\n".join(script.stem for script in scripts)
     write_if_changed(folder / "index.md", f"{_INDEX}\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")
 
