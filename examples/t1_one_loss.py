@@ -3,12 +3,12 @@
 # %% [markdown]
 # # 1. One loss by hand, and its unit test
 #
-# Losses in `rlhf` are functions of tensors. They have no configuration object, no state and no device of their own.
-# This tutorial computes PPO's clipped loss for four tokens by hand, and compares.
+# Losses in `rlhf` are functions of tensors. They have no configuration object, no state and no
+# device of their own. This tutorial computes PPO's clipped loss for four tokens by hand, and
+# compares.
 
 # %%
 import torch
-
 from rlhf import mean_metrics, ppo_policy_loss
 
 log_probs = torch.tensor([[-1.0, -0.5, -2.0, -9.9]])  # the policy that learns, in nats
@@ -16,12 +16,14 @@ old_log_probs = torch.tensor([[-1.0, -1.0, -1.0, -9.9]])  # the policy that samp
 advantages = torch.tensor([[1.0, 2.0, -1.0, torch.nan]])
 mask = torch.tensor([[True, True, True, False]])  # the last position is padding
 
-loss, sums = ppo_policy_loss(log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
+loss, sums = ppo_policy_loss(
+    log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask
+)
 print(loss, sums["count"])
 
 # %% [markdown]
-# The loss is a **sum** over the tokens that count, and `count` says how many there are. The padding holds NaN here, and
-# changes nothing.
+# The loss is a **sum** over the tokens that count, and `count` says how many there are. The
+# padding holds NaN here, and changes nothing.
 #
 # By hand, with the ratio $r_t = \exp(\text{log\_probs}_t - \text{old\_log\_probs}_t)$:
 #
@@ -38,13 +40,15 @@ by_hand = -(1.0 + 2.4 - 0.8)
 print(f"by hand {by_hand:.4f}, by rlhf {loss:.4f}")
 
 # %% [markdown]
-# Tokens 2 and 3 are clipped: the policy has already moved far enough in the direction of their advantages. Their gradient
-# is exactly zero.
+# Tokens 2 and 3 are clipped: the policy has already moved far enough in the direction of their
+# advantages. Their gradient is exactly zero.
 
 
 # %%
 def total_loss(log_probs: torch.Tensor) -> torch.Tensor:
-    return ppo_policy_loss(log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)[0]
+    return ppo_policy_loss(
+        log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask
+    )[0]
 
 
 print(torch.func.grad(total_loss)(log_probs))
@@ -53,7 +57,8 @@ print({name: round(float(value), 3) for name, value in mean_metrics(sums).items(
 # %% [markdown]
 # ## Splitting a batch
 #
-# Sums make a batch divisible. Two halves give the loss of the whole, however unevenly the tokens are spread.
+# Sums make a batch divisible. Two halves give the loss of the whole, however unevenly the
+# tokens are spread.
 
 # %%
 halves = [
@@ -68,8 +73,9 @@ print(float(total / count), float(loss / sums["count"]))
 # %% [markdown]
 # ## Other averages
 #
-# Papers divide differently. `weights` scales each entry, constant and broadcast to the mask. With N tokens in B
-# sequences, `N / (B * n_i)` gives the mean over sequences of their means over tokens.
+# Papers divide differently. `weights` scales each entry, constant and broadcast to the mask.
+# With N tokens in B sequences, `N / (B * n_i)` gives the mean over sequences of their means
+# over tokens.
 
 # %%
 two_rows = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]])
@@ -88,19 +94,23 @@ print("mean over sequences", float(per_sequence / sums["count"]))
 #
 # ## A unit test
 #
-# A test of a loss needs an independent answer. Here it is a loop over tokens in plain Python. Finite differences check
-# the gradient, in float64.
+# A test of a loss needs an independent answer. Here it is a loop over tokens in plain Python.
+# Finite differences check the gradient, in float64.
 
 # %%
-import math  # noqa: E402
+import math
 
 
 def reference_loss(log_probs, old_log_probs, advantages, mask, clip_eps=0.2):
     total = 0.0
-    for new, old, advantage, counts in zip(log_probs, old_log_probs, advantages, mask, strict=True):
+    for new, old, advantage, counts in zip(
+        log_probs, old_log_probs, advantages, mask, strict=True
+    ):
         if counts:
             ratio = math.exp(new - old)
-            total -= min(ratio * advantage, min(max(ratio, 1 - clip_eps), 1 + clip_eps) * advantage)
+            total -= min(
+                ratio * advantage, min(max(ratio, 1 - clip_eps), 1 + clip_eps) * advantage
+            )
     return total
 
 
@@ -113,7 +123,8 @@ def test_the_clipped_loss():
     assert math.isclose(loss, expected, rel_tol=1e-12)
     inputs = new.clone().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: ppo_policy_loss(x, old_log_probs=old, advantages=advantage, mask=counts)[0], (inputs,)
+        lambda x: ppo_policy_loss(x, old_log_probs=old, advantages=advantage, mask=counts)[0],
+        (inputs,),
     )
 
 

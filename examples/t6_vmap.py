@@ -3,14 +3,24 @@
 # %% [markdown]
 # # 6. Per-example gradients and reward ensembles with `vmap`
 #
-# Parameters are arguments, and nothing is changed in place. So `torch.func` works on models and losses: `grad`, `vmap`,
-# `jvp` and their compositions.
+# Parameters are arguments, and nothing is changed in place. So `torch.func` works on models
+# and losses: `grad`, `vmap`, `jvp` and their compositions.
 
 # %%
 import torch
-
-from rlhf import GPT2Config, adamw, apply_head, constant_schedule, forward, gpt2, init_reward_head
-from rlhf import random, reward_loss, sft_loss, token_log_probs
+from rlhf import (
+    GPT2Config,
+    adamw,
+    apply_head,
+    constant_schedule,
+    forward,
+    gpt2,
+    init_reward_head,
+    random,
+    reward_loss,
+    sft_loss,
+    token_log_probs,
+)
 from rlhf.tree import named_leaves
 
 config = GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2)
@@ -20,8 +30,8 @@ tokens = (torch.arange(8 * 12).reshape(8, 12) * 7) % 50
 # %% [markdown]
 # ## Per-example gradients
 #
-# `grad` differentiates the loss of one sequence; `vmap` maps it over the batch. The result is a tree of parameters with a
-# leading axis: one gradient for each example.
+# `grad` differentiates the loss of one sequence; `vmap` maps it over the batch. The result is
+# a tree of parameters with a leading axis: one gradient for each example.
 
 
 # %%
@@ -31,18 +41,25 @@ def loss_of_one(params, row):
 
 
 per_example = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0))(params, tokens)
-norms = sum(leaf.flatten(1).square().sum(1) for leaf in named_leaves(per_example).values()).sqrt()
+norms = sum(
+    leaf.flatten(1).square().sum(1) for leaf in named_leaves(per_example).values()
+).sqrt()
 print("norms of the gradients:", norms.numpy().round(1))
 one = torch.func.grad(loss_of_one)(params, tokens[3])
-print("as without vmap:", torch.allclose(per_example["wte"]["weight"][3], one["wte"]["weight"], atol=1e-5))
+print(
+    "as without vmap:",
+    torch.allclose(per_example["wte"]["weight"][3], one["wte"]["weight"], atol=1e-5),
+)
 
 # %% [markdown]
-# Gradients of single examples give the noise scale, influence scores, or differentially private training.
+# Gradients of single examples give the noise scale, influence scores, or differentially
+# private training.
 #
 # ## An ensemble of reward models
 #
-# Initialise several heads from several keys, train them together, and read their disagreement. Overoptimisation of a
-# reward model is bounded by what an ensemble agrees on (Coste et al. 2024, https://arxiv.org/abs/2310.02743).
+# Initialise several heads from several keys, train them together, and read their disagreement.
+# Overoptimisation of a reward model is bounded by what an ensemble agrees on (Coste et al.
+# 2024, https://arxiv.org/abs/2310.02743).
 
 # %%
 MEMBERS, PAIRS = 5, 64
@@ -64,10 +81,13 @@ def ensemble_loss(head, seen):
 
 
 # %% [markdown]
-# Every member sees another half of the pairs. One `vmap` over heads and masks trains all of them; AdamW is mapped, too.
+# Every member sees another half of the pairs. One `vmap` over heads and masks trains all of
+# them; AdamW is mapped, too.
 
 # %%
-seen = torch.func.vmap(lambda key: random.uniform(key, (PAIRS,)) < 0.5)(random.split(random.key(2), MEMBERS))
+seen = torch.func.vmap(lambda key: random.uniform(key, (PAIRS,)) < 0.5)(
+    random.split(random.key(2), MEMBERS)
+)
 optimizer = adamw(constant_schedule(3e-2))
 state = torch.func.vmap(optimizer.init)(heads)
 for _ in range(150):
@@ -77,7 +97,10 @@ print("losses:", losses.numpy().round(3))
 
 scores = torch.func.vmap(apply_head, in_dims=(0, None))(heads, hidden)  # [members, texts]
 print("mean disagreement:", round(float(scores.std(dim=0).mean()), 2))
-print("a careful reward, the lowest of the members:", scores.min(dim=0).values[:4].numpy().round(2))
+print(
+    "a careful reward, the lowest of the members:",
+    scores.min(dim=0).values[:4].numpy().round(2),
+)
 
 # %% [markdown]
 # ## Derivatives of derivatives
@@ -90,4 +113,6 @@ everything = torch.ones(PAIRS, dtype=torch.bool)
 gradient = torch.func.grad(lambda head: ensemble_loss(head, everything))
 direction = gradient(head)
 _, product = torch.func.jvp(gradient, (head,), (direction,))
-print(f"curvature along the gradient: {float((product['weight'] * direction['weight']).sum()):.4g}")
+print(
+    f"curvature along the gradient: {float((product['weight'] * direction['weight']).sum()):.4g}"
+)

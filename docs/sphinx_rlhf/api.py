@@ -190,7 +190,9 @@ def _fields(node: ast.ClassDef, linker: _Linker) -> Iterator[str]:
 def _arguments(node: ast.FunctionDef, skip: int = 0) -> str:
     """Return the arguments of a signature, without annotations."""
     spec = node.args
-    positional = spec.args[skip if not any(getattr(d, "id", "") == "staticmethod" for d in node.decorator_list) else 0 :]
+    positional = spec.args[
+        skip if not any(getattr(d, "id", "") == "staticmethod" for d in node.decorator_list) else 0 :
+    ]
     defaults = [None] * (len(positional) - len(spec.defaults)) + list(spec.defaults)
     shown = [_argument(a.arg, default) for a, default in zip(positional, defaults[-len(positional) :], strict=True)]
     if spec.vararg:

@@ -35,7 +35,7 @@ def to_markdown(docstring: str, *, link: Link, annotations: Mapping[str, str] | 
 
 def first_line(docstring: str) -> str:
     """Return a docstring's first paragraph, in one line."""
-    return " ".join(docstring.split("\n\n")[0].split())
+    return " ".join(docstring.split("\n\n", maxsplit=1)[0].split())
 
 
 def inline(text: str, link: Link) -> str:

@@ -52,7 +52,9 @@ def _summary(check: Check) -> str:
 
 def _markdown(check: Check, symptom: str) -> str:
     judged = [key for key, metric in METRICS.items() if check.name in metric.checks]
-    evidence = ", ".join(f"{{metric}}`{key}`" for key in (*judged, *check.beside)) or "completions and events of the log"
+    evidence = (
+        ", ".join(f"{{metric}}`{key}`" for key in (*judged, *check.beside)) or "completions and events of the log"
+    )
     found = re.findall(r'"([\w-]+)"', inspect.getsource(check.measure))
     limits = [
         f"- {name}: warning at {limit.warning:g}, problem at {limit.problem:g} ({inline(limit.source, lambda _: None)})"
@@ -78,5 +80,5 @@ def _markdown(check: Check, symptom: str) -> str:
 
 def _sentence(text: str) -> str:
     shown = inline(text, lambda _: None)
-    shown = re.sub(r"(--[\w.-]+)", r"`\1`", shown)
+    shown = re.sub(r"(--[\w.-]+\w(?: (?:\d[\d.]*|true|false|separate|fp32)\b)?)", r"`\1`", shown)
     return shown[0].upper() + shown[1:] + "."

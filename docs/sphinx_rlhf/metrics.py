@@ -21,11 +21,13 @@ class _MetricTable(SphinxDirective):
     """All metrics, each as an object that the role `metric` links to."""
 
     def run(self) -> list[nodes.Node]:
-        return self.parse_text_to_nodes("\n\n".join(f":::{{metric}} {m.key}\n{_body(m)}\n:::" for m in METRICS.values()))
+        return self.parse_text_to_nodes(
+            "\n\n".join(f":::{{metric}} {m.key}\n{_body(m)}\n:::" for m in METRICS.values())
+        )
 
 
 class _MetricsOf(SphinxDirective):
-    """```{metrics-of}``` with one key on each line of its content: what each should look like, and what else it means."""
+    """```{metrics-of}``` with keys as its content: what each should look like, and what else it means."""
 
     has_content = True
 

@@ -1,6 +1,6 @@
 """Run a script of `# %%` cells and write what each of them prints and draws as JSON.
 
-    python run_cells.py SCRIPT RESULT.json FIGURE_PREFIX
+python run_cells.py SCRIPT RESULT.json FIGURE_PREFIX
 """
 
 import contextlib

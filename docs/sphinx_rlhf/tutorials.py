@@ -4,6 +4,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,8 +42,8 @@ def write_pages(folder: Path) -> None:
 
 _INDEX = """# Tutorials
 
-Each tutorial is a script in `examples/`. Building this documentation runs it, and the outputs below are what it printed.
-All of them run on a CPU, in seconds. Open one in an editor that knows `# %%` cells, or run it with `python`.
+Each tutorial is a script in `examples/`. Building this documentation runs it, and the outputs on its page are what it
+printed. All of them run on a CPU, in seconds. Open one in an editor that knows `# %%` cells, or run it with `python`.
 """
 
 
@@ -82,7 +83,8 @@ def _digest(paths: Iterable[Path]) -> str:
 def _render(cell: dict[str, str]) -> str:
     if cell["kind"] == "markdown":
         return cell["source"]
-    parts = [f"```python\n{cell['source']}\n```"]
+    source = re.sub(r"  # (noqa|fmt|isort).*", "", cell["source"])  # for the linter, not for readers
+    parts = [f"```python\n{source}\n```"]
     if cell["output"].strip():
         parts.append(f":::{{code-block}} text\n:class: output\n\n{cell['output'].rstrip()}\n:::")
     parts += [f"![What the cell draws]({name})" for name in cell["figures"]]
