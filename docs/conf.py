@@ -18,7 +18,6 @@ myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["sphinx_rlhf"]
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]  # pages named bring_your_* need not exist
 add_module_names = False
 maximum_signature_line_length = 80
 smartquotes = False
@@ -34,3 +33,14 @@ html_math_renderer = "mathml"
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 pygments_style = "a11y-high-contrast-light"
 pygments_dark_style = "a11y-high-contrast-dark"
+
+
+def setup(app):
+    """Enter the pages bring_your_*.md, as many as there are, into the index."""
+    pages = sorted(path.stem for path in Path(__file__).parent.glob("bring_your_*.md"))
+
+    def replace(app, name, source):
+        if name == "index":
+            source[0] = source[0].replace("BRING_YOUR_PAGES\n", "".join(f"{page}\n" for page in pages))
+
+    app.connect("source-read", replace)

@@ -48,29 +48,31 @@ printed. All of them run on a CPU, in seconds. Open one in an editor that knows 
 
 
 def _page(script: Path, folder: Path) -> str:
-    results = json.loads(_results(script, folder).read_text())
+    work = _run(script)
+    results = json.loads((work / "cells.json").read_text())
+    for cell in results:
+        for name in cell["figures"]:
+            shutil.copyfile(work / name, folder / name)
     parts = [_render(cell) for cell in results]
     download = f"{{download}}`{script.name} <../../examples/{script.name}>`"
     return "\n\n".join((*parts, f"---\n\nThe script: {download}.")) + "\n"
 
 
-def _results(script: Path, folder: Path) -> Path:
-    """Return the file with the results of the cells, after running them if necessary."""
-    cache = folder / f"{script.stem}.{_digest([script, _RUNNER, *sorted((ROOT / 'rlhf').rglob('*.py'))])}.json"
-    if cache.is_file():
-        return cache
-    for old in folder.glob(f"{script.stem}.*.json"):
-        old.unlink()
-    work = ROOT / "build" / "examples" / script.stem
-    shutil.rmtree(work, ignore_errors=True)
+def _run(script: Path) -> Path:
+    """Return the folder with what the script wrote and the results of its cells, after running it if necessary."""
+    digest = _digest([script, _RUNNER, *sorted((ROOT / "rlhf").rglob("*.py"))])
+    work = ROOT / "build" / "examples" / f"{script.stem}-{digest}"
+    if (work / "cells.json").is_file():
+        return work
+    for old in work.parent.glob(f"{script.stem}-*"):
+        shutil.rmtree(old)
     work.mkdir(parents=True)
     settings = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(work / "cache")}
-    command = [sys.executable, str(_RUNNER), str(script), str(work / "cells.json"), str(folder / script.stem)]
+    command = [sys.executable, str(_RUNNER), str(script), "cells.json", script.stem]
     done = subprocess.run(command, cwd=work, env=os.environ | settings, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ExtensionError(f"{script.relative_to(ROOT)} failed:\n{done.stderr[-3000:]}")
-    shutil.copyfile(work / "cells.json", cache)
-    return cache
+    return work
 
 
 def _digest(paths: Iterable[Path]) -> str:

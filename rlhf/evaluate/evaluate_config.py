@@ -33,7 +33,7 @@ class JudgementConfig(Section):
     reward_model: Path | None = None
     """Reward model that scores completions; none is MODEL_DIR/reward."""
     judge: tuple[str, ...] = ()
-    """Python functions that score or compare completions: `module:function` or `file.py:function`; see the README.
+    """Python functions that score or compare completions: `module:function` or `file.py:function`.
     Scorers have the signature of a reward function, pairwise judges the arguments `first` and `second`."""
     decoding: tuple[Decoding, ...] = ("sampled", "greedy")
     """Decoding methods of the completions."""
