@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow mutants lint format clean
+.PHONY: demo test test-slow mutants docs lint format clean
 
 demo: $(VENV)/base
 	$(BIN)/rlhf-example --create-dummy-data
@@ -19,6 +19,10 @@ test-slow: $(VENV)/dev
 
 mutants: $(VENV)/dev
 	$(BIN)/python tests/mutants.py
+
+docs: $(VENV)/dev
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

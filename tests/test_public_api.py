@@ -172,3 +172,8 @@ def test_the_docstring_of_a_dataclass_documents_its_fields():
     assert "    n_embd: " in rlhf.GPT2Config.__doc__
     ppo = inspect.getdoc(rlhf.config.PPOConfig)
     assert all(f"    {field.name}: " in ppo for field in dataclasses.fields(rlhf.config.PPOConfig))
+
+
+def test_a_family_is_imported_by_its_name_alone():
+    """In a process that has imported nothing else, as in the first line of a user's script."""
+    subprocess.run([sys.executable, "-c", "from rlhf import gpt2; gpt2.init"], check=True)

@@ -1,63 +1,249 @@
-"""The README's snippets run, and its commands parse."""
+"""README, CONTRIBUTING and the sources of the documentation: code runs, commands parse, and what they name exists."""
 
 import importlib
+import json
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
+from rlhf.cli.arguments import flag_types, parse_arguments
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
+import rlhf.metrics
+from rlhf.config import PipelineRun
+from rlhf.evaluate.evaluate_config import EvaluateConfig
+from rlhf.generate.generate_config import GenerateConfig
+from rlhf.io.presets import load_config
+from rlhf.ranges import flat_fields
+
+ROOT = Path(__file__).parents[1]
+GENERATED = ("docs/reference/api", "docs/tutorials")
+SOURCES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(path for path in sorted((ROOT / "docs").rglob("*.md")) if not str(path.relative_to(ROOT)).startswith(GENERATED)),
 ]
+"""With the text cells of the tutorials, below."""
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[0])
-def test_snippets_run(snippet, tmp_path, monkeypatch):
+class Block(NamedTuple):
+    """A fenced block."""
+
+    page: str
+    language: str
+    text: str
+
+
+def texts() -> dict[str, str]:
+    pages = {str(path.relative_to(ROOT)): path.read_text() for path in SOURCES}
+    for script in sorted((ROOT / "examples").glob("*.py")):
+        lines = [line[2:] for line in script.read_text().splitlines() if line.startswith("# ")]
+        pages[str(script.relative_to(ROOT))] = "\n".join(lines)
+    return pages
+
+
+TEXTS = texts()
+BLOCKS = [
+    Block(page, language, text)
+    for page, source in TEXTS.items()
+    for language, text in re.findall(r"^ *```(\S+)[^\n]*\n(.*?)^ *```$", source, re.DOTALL | re.MULTILINE)
+]
+COMMANDS = [
+    (block.page, shlex.split(line, comments=True))
+    for block in BLOCKS
+    if block.language == "sh"
+    for line in block.text.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+ELSEWHERE = {"pip", "python3", "."}
+"""Commands that are no programs of this project."""
+
+
+def of_kind(*languages):
+    blocks = [block for block in BLOCKS if block.language in languages]
+    return pytest.mark.parametrize("block", blocks, ids=lambda block: f"{block.page}: {block.text.splitlines()[0]}")
+
+
+def commands_of(*programs):
+    commands = [(page, words) for page, words in COMMANDS if words[0] in programs]
+    assert commands
+    return pytest.mark.parametrize(("page", "command"), commands, ids=lambda part: str(part)[:60])
+
+
+@pytest.fixture
+def aside(tmp_path, monkeypatch):
+    """A folder and process where code of a page may do as it likes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rlhf.metrics, "METRICS", dict(rlhf.metrics.METRICS))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    logged = []
+    run = types.SimpleNamespace(log=logged.append)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=run, init=lambda **options: run))
+    monkeypatch.setitem(sys.modules, "my_estimator", types.ModuleType("my_estimator"))
+    return logged
+
+
+@of_kind("python")
+def test_code_runs(block, aside):
+    threads = torch.get_num_threads()
+    names, code = {"__name__": "page"}, None
     with torch.random.fork_rng():  # the snippet itself draws an example
-        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+        try:
+            exec(compile(block.text, block.page, "exec"), names)
+        except SystemExit as end:
+            code = end.code
+    assert not code
+    assert torch.get_num_threads() == threads
+    if "to_wandb" in names:
+        names["to_wandb"]("ppo", 3, {"objective/kl": 1.0})
+        assert aside == [{"ppo/objective/kl": 1.0, "ppo/step": 3}]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("rlhf-train")])
-def test_commands_parse(command):
+@of_kind("json")
+def test_json_is_json(block):
+    assert json.loads(block.text)
+
+
+@of_kind("yaml")
+def test_settings_load(block, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(block.text)
+    config = flat_fields(load_config(str(path)))
+    for section, values in yaml.safe_load(block.text).items():
+        for name, value in (values if isinstance(values, dict) else {}).items():
+            assert config[f"{section}.{name}"] == float(value)
+
+
+def test_blocks_are_of_kinds_that_are_checked():
+    kinds = {"python", "sh", "json", "yaml", "text"}
+    unknown = {block for block in BLOCKS if block.language not in kinds and not block.language.startswith("{")}
+    assert not unknown
+    assert sum(text.count("```python") for text in TEXTS.values()) == sum(b.language == "python" for b in BLOCKS)
+
+
+@commands_of("rlhf-train")
+def test_training_commands_parse(page, command, monkeypatch):
     from rlhf.cli.train import parse
 
-    assert parse(shlex.split(command)[1:]).output_dir.parts[0] == "outputs"
+    monkeypatch.chdir(ROOT)
+    assert parse(command[1:]).output_dir.parts[0] == "outputs"
 
 
-def test_no_command_trains_what_another_has_trained_in_its_folder():
+@commands_of("rlhf-evaluate", "rlhf-generate", "rlhf-monitor")
+def test_other_commands_parse(page, command):
+    program, *flags = command
+    settings = importlib.import_module(f"rlhf.cli.{program.removeprefix('rlhf-')}").parse(flags)
+    folders = settings.log_dir if program == "rlhf-monitor" else [settings.model_dir]
+    assert all(folder.parts[0] in ("outputs", "path") for folder in folders)
+
+
+@commands_of("rlhf-example", "python", "make")
+def test_the_rest_of_the_commands_parse(page, command):
+    from rlhf.cli.example import Example
+    from rlhf.cli.train import parse
+
+    if command[0] == "rlhf-example":
+        assert parse_arguments(Example, command[1:], prog="rlhf-example").create_dummy_data
+    elif command[0] == "make":
+        assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in command[1:])
+    else:
+        assert command[1] == "train.py"
+        parse(command[2:])
+
+
+def test_every_command_is_checked():
+    programs = {"rlhf-train", "rlhf-evaluate", "rlhf-generate", "rlhf-monitor", "rlhf-example", "python", "make"}
+    assert {words[0] for _, words in COMMANDS} - ELSEWHERE <= programs
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_no_command_trains_what_another_has_trained_in_its_folder(page):
     """Which would be refused."""
     from rlhf.cli.train import parse
 
     done = set()
-    for _, stage, *flags in (shlex.split(command) for command in COMMANDS if "--output-dir" in command):
-        for one in ("sft", "reward", "ppo") if stage == "pipeline" else (stage,):
-            place = (one, parse([stage, *flags]).output_dir)
-            assert place not in done
-            done.add(place)
+    for where, (program, *words) in COMMANDS:
+        if where == page and program == "rlhf-train" and "--config" not in words:
+            for one in ("sft", "reward", "ppo") if words[0] == "pipeline" else (words[0],):
+                place = (one, parse(words).output_dir)
+                assert place not in done
+                done.add(place)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("rlhf-evaluate", "rlhf-generate"))])
-def test_commands_of_evaluation_parse(command):
-    program, *flags = shlex.split(command)
-    parse = importlib.import_module(f"rlhf.cli.{program.removeprefix('rlhf-')}").parse
-    assert parse(flags).model_dir.parts[0] in ("outputs", "path")
+def known_flags() -> set[str]:
+    from rlhf.cli.example import Example
+    from rlhf.cli.monitor import Monitor
+
+    kinds = (PipelineRun, EvaluateConfig, GenerateConfig, Monitor, Example)
+    flags = {flag for kind in kinds for flag, _ in flag_types(kind)}
+    return flags | {"--help", "--plot-type", "--no-stop-at-eos"}
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("rlhf-monitor")])
-def test_monitor_commands_parse(command):
-    from rlhf.cli.monitor import parse
+@pytest.mark.parametrize("page", TEXTS)
+def test_flags_in_the_text_exist(page):
+    known = known_flags()
+    for code in re.findall(r"`([^`\n]+)`", TEXTS[page]):
+        if not code.startswith(("pip ", "ray ", "RAY_", "python ", "tensorboard ", "ssh ")):
+            for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", code):
+                assert flag.rstrip(".").replace("_", "-") in known, f"{page}: {flag}"
 
-    assert parse(shlex.split(command)[1:]).log_dir[0] == Path("outputs/mine/logs")
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_in_the_text_exist(page):
+    for path in re.findall(r"`((?:rlhf|cli|tests|docs|examples|benchmarks|configs)/[\w./]+)`", TEXTS[page]):
+        assert (ROOT / path).exists(), f"{page}: {path}"
+    if not page.startswith(("docs/", "examples/")):
+        for link in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+            assert link.startswith("https://") or (ROOT / link.partition("#")[0]).exists(), f"{page}: {link}"
 
 
-def test_make_targets_exist():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
-    for target in re.findall(r"make ([\w-]+)", "\n".join(COMMANDS)):
-        assert f"\n{target}:" in makefile
+def test_defaults_in_the_text_are_the_defaults():
+    defaults, checked = flat_fields(PipelineRun()), 0
+    for text in TEXTS.values():
+        for name, value in re.findall(r"\| \{confval\}`([\w.]+)` \| ([\d.]+) \|", text):
+            assert defaults[name] == float(value), name
+            checked += 1
+    assert checked >= 7
+
+
+def test_the_verdict_of_the_readme_is_that_of_the_results():
+    demo = json.loads((ROOT / "docs" / "results" / "demo.json").read_text())["comparison"]
+    for row in ("before", "after"):
+        assert f"| {demo[row]['mean']:+.2f} ± {demo[row]['interval']:.2f} |" in TEXTS["README.md"]
+    assert f"| {demo['gain']:+.2f} ± {demo['gain_interval']:.2f} |" in TEXTS["README.md"]
+    assert f"| {demo['kl']:.1f} nats per reply |" in TEXTS["README.md"]
+
+
+def prose(text: str) -> str:
+    """The sentences of a page: no code, tables, headings, equations or links' targets."""
+    text = re.sub(r"^ *(```|:::).*?^ *\1.*?$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\$\$.*?\$\$", "", text, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith(("#", "|", "!", "    "))]
+    text = re.sub(r"\{\w+\}`[^`]*`|`[^`]*`|\$[^$]*\$", "X", "\n".join(lines))
+    return re.sub(r"\]\([^)]*\)|https?://\S+", "", text)
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if not page.endswith(("changelog.md", "glossary.md"))])
+def test_sentences_are_short(page):
+    sentences = [s for s in re.split(r"[.:?!](?:\s|$)|\n\n|\n[-*\d]+\.? ", prose(TEXTS[page])) if len(s.split()) > 2]
+    if sentences:
+        assert sum(len(sentence.split()) for sentence in sentences) / len(sentences) < 25
+
+
+AMERICAN = re.compile(
+    r"\b(\w*(?:normaliz|optimiz|initializ|tokeniz(?!er)|recogniz)\w*|behavior|colors?|center\w*)\b", re.IGNORECASE
+)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_spelling_is_british(page):
+    assert AMERICAN.findall(prose(TEXTS[page])) == []
+
+
+def test_the_checks_of_prose_see_it():
+    assert AMERICAN.findall(prose("We normalize.\n\n```python\noptimizer\n```\nA tokenizer.")) == ["normalize"]

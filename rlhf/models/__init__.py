@@ -1,11 +1,5 @@
 """Model families, heads and decoding: what the library asks of a decoder, and the table of those it has."""
 
-import importlib
-from types import ModuleType
+import lazy_loader
 
-
-def __getattr__(name: str) -> ModuleType:
-    """Import `gpt2` when it is first used, which `rlhf.gpt2` reads from here."""
-    if name == "gpt2":
-        return importlib.import_module("rlhf.models.gpt2")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=["gpt2"])  # so that `rlhf.gpt2` finds it

@@ -1,0 +1,72 @@
+"""Tables of the results in docs/results, which the commands named in each file wrote."""
+
+import json
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from .source import ROOT
+
+
+def setup(app: Sphinx) -> None:
+    """Register the directives."""
+    app.add_directive("demo-result", _DemoResult)
+    app.add_directive("demo-figures", _DemoFigures)
+
+
+def _demo() -> Any:
+    return json.loads((ROOT / "docs" / "results" / "demo.json").read_text())
+
+
+def verdict(demo: Any) -> str:
+    """Return the demo's verdict as a table."""
+    before, after = demo["comparison"]["before"], demo["comparison"]["after"]
+    return "\n".join(
+        (
+            "| model | mean gold score, 95% interval | KL to SFT |",
+            "|---|---|---|",
+            f"| SFT | {before['mean']:+.2f} ± {before['interval']:.2f} | 0 |",
+            f"| PPO | {after['mean']:+.2f} ± {after['interval']:.2f} | {demo['comparison']['kl']:.1f} nats per reply |",
+            f"| gain | {demo['comparison']['gain']:+.2f} ± {demo['comparison']['gain_interval']:.2f} | |",
+        )
+    )
+
+
+def _origin(demo: Any, command: str) -> str:
+    return f"`{command}`, seed {demo['seed']}, {demo['date']}, {demo['machine']}."
+
+
+class _DemoResult(SphinxDirective):
+    """The verdict of the demo's judge."""
+
+    def run(self) -> list[nodes.Node]:
+        demo = _demo()
+        return self.parse_text_to_nodes(f"{verdict(demo)}\n\n{_origin(demo, demo['commands'][0])}")
+
+
+class _DemoFigures(SphinxDirective):
+    """```{demo-figures} sft```: what `rlhf-evaluate` found of the demo's model, with 95% intervals."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        demo = _demo()
+        evaluation = next(e for e in demo["evaluations"] if e["eval_type"] == self.arguments[0])
+        groups = {name: group for name, group in evaluation["figures"].items() if name != "difference"}
+        columns = [name for name in groups if name != "wins"]
+        rows = [f"| metric | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for key in dict.fromkeys(key for name in columns for key in groups[name]):
+            cells = (_cell(groups[name].get(key)) for name in columns)
+            rows.append(f"| `{key}` | {' | '.join(cells)} |")
+        text = f"{_origin(demo, demo['commands'][1])} In brackets: 95% bootstrap intervals over {evaluation['unit']}."
+        return self.parse_text_to_nodes("\n".join(rows) + "\n\n" + text)
+
+
+def _cell(figure: dict[str, float] | None) -> str:
+    if figure is None:
+        return ""
+    digits = 2 if abs(figure["value"]) >= 1 else 3
+    value, low, high = (f"{figure[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return value if low == high else f"{value} \\[{low}, {high}\\]"
