@@ -108,9 +108,11 @@ _TABLE = (
            "Around 0. Far below: the policy also loses what was chosen."),
     Metric("rewards/rejected", "Implicit reward, rejected", "reward units", "none", "implicit-rewards",
            "Beta times the log-ratio of the rejected completion.", "Falls."),
-    *(Metric(f"eval/rewards/{name}", f"Implicit rewards, {name}, held-out", "reward units", direction,
+    Metric("eval/rewards/margins", "Margin, held-out", "reward units", "up", "held-out-implicit-rewards",
+           "The margin of implicit rewards on held-out pairs.", "Rises from 0."),
+    *(Metric(f"eval/rewards/{name}", f"Implicit reward, {name}, held-out", "reward units", "none",
              "held-out-implicit-rewards", "The same on held-out pairs.", "As in training.")
-      for name, direction in (("margins", "up"), ("chosen", "none"), ("rejected", "none"))),
+      for name in ("chosen", "rejected")),
     # PPO, the most telling first
     Metric("objective/scores", "Score", "reward units per completion", "up", "score",
            "Mean reward of the completions, as PPO is rewarded: normalised, clipped, with the penalty for completions "

@@ -124,9 +124,9 @@ def test_evaluation_and_report_know_what_it_trained(finished, tmp_path):
     report = run_evaluation(config)
     kinds = {evaluation.kind for evaluation in report.evaluations}
     assert "policy" in kinds
-    write_report(finished.output_dir)
-    page = (finished.output_dir / "report" / "report.html").read_text()
-    assert "DPO" in page
+    write_report([finished.output_dir], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert '"dpo"' in page
     assert "Accuracy of implicit rewards" in page
 
 
