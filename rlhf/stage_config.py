@@ -118,9 +118,16 @@ class PPOConfig(OptimizerConfig):
     model_path: Path | None = None
     """Model folder that initialises the policy and the reference. If None, OUTPUT_DIR/sft."""
     reward: tuple[str, ...] = ()
-    """Reward sources, whose weighted scores are summed. Each is a reward-model folder or a Python function,
-    `module:function` or `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`. A source of
-    weight 0 is logged as gold/<name> and never optimised. If empty, OUTPUT_DIR/reward."""
+    """Reward sources, whose weighted scores are summed. Each is a reward-model folder, where * matches any name, or a
+    Python function, `module:function` or `file.py:function`, with an optional weight in front:
+    `0.5*my_rewards:brevity`. A source of weight 0 is logged as gold/<name> and never optimised. If empty,
+    OUTPUT_DIR/reward."""
+
+    combine: Literal["sum", "mean", "min", "uncertainty"] = "sum"
+    """Combination of reward sources: their weighted sum; or the reward models as an ensemble, each normalised, by mean,
+    min, or mean minus uncertainty_coef times the variance, added to the weighted functions."""
+    uncertainty_coef: NonNegativeFloat = 0.1
+    """Weight of the ensemble's variance with combine uncertainty."""
 
     num_iterations: PositiveInt = 100
     """Number of iterations; each generates completions and updates the policy on them."""

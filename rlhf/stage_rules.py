@@ -210,6 +210,11 @@ PPO_RULES = (
         refused=True,
     ),
     Rule(
+        ("ppo.uncertainty_coef",),
+        lambda config: config.ppo.combine != "uncertainty",
+        "has no effect without --ppo.combine uncertainty",
+    ),
+    Rule(
         ("ppo.drop_equal_groups",),
         lambda config: config.ppo.samples_per_prompt < 2,
         "leaves no completion to learn from: every prompt has 1; raise --ppo.samples-per-prompt",

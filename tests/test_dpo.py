@@ -14,7 +14,6 @@ from rlhf.config import CheckpointConfig, DistConfig, DPOConfig
 from rlhf.data.dataset import load_dataset
 from rlhf.data.preference_batches import completion_pair_batches
 from rlhf.data.schema import PREFERENCES
-from rlhf.distributed import connected
 from rlhf.errors import Interrupted, UserError
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
@@ -89,15 +88,6 @@ def test_ipo_is_another_loss(base, finished, tmp_path):
     run_dpo(run)
     assert metrics_of(run, "dpo")[0]["loss/ipo"] == pytest.approx(25.0, abs=1e-3)
     assert weights_of(run) != weights_of(finished)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_give_the_bytes_of_one_process(base, finished, tmp_path, workers):
-    run = dpo_run(base, tmp_path, DistConfig(num_workers=workers), epochs=2)
-    with connected(run.dist):
-        run_dpo(run)
-    assert weights_of(run) == weights_of(finished)
-    assert metrics_of(run, "dpo") == metrics_of(finished, "dpo")
 
 
 def test_resuming_gives_the_bits_of_the_run_that_never_stopped(base, finished, tmp_path):

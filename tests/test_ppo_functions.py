@@ -8,7 +8,6 @@ import test_stages
 from test_stages import copy_run, metrics_of, weights_of
 
 from rlhf.config import CheckpointConfig, DistConfig, PPOConfig
-from rlhf.distributed import connected
 from rlhf.errors import UserError
 from rlhf.io.output_folder import write_config
 from rlhf.io.presets import load_config
@@ -116,14 +115,11 @@ def test_groups_of_equal_scores_are_dropped_and_an_iteration_without_any_other_u
     assert sft.read_bytes() == policy.read_bytes()
 
 
-def test_functions_of_ones_own_give_the_bytes_of_ours_also_on_workers(base, rloo, own, tmp_path):
-    functions = {"estimator": f"{own}:rloo", "loss": f"{own}:surrogate"}
-    for name, dist in {"here": DistConfig(), "workers": DistConfig(num_workers=2)}.items():
-        run = run_of(base, tmp_path / name, dist, **functions)
-        with connected(dist):
-            run_ppo(run)
-        assert weights_of(run, "ppo") == weights_of(rloo, "ppo")
-        assert metrics_of(run, "ppo") == metrics_of(rloo, "ppo")
+def test_functions_of_ones_own_give_the_bytes_of_ours(base, rloo, own, tmp_path):
+    run = run_of(base, tmp_path, estimator=f"{own}:rloo", loss=f"{own}:surrogate")
+    run_ppo(run)
+    assert weights_of(run, "ppo") == weights_of(rloo, "ppo")
+    assert metrics_of(run, "ppo") == metrics_of(rloo, "ppo")
 
 
 def test_a_function_is_part_of_the_run_by_its_content_not_by_its_place(base, own, tmp_path):

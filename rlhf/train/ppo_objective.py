@@ -109,9 +109,7 @@ def make_ppo_objective(
         values = _critic_values(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
         return value_loss(values, batch)
 
-    if critic_config is None:
-        return both
-    return SumOfLosses((policy, critic))
+    return both if critic_config is None else SumOfLosses((policy, critic))
 
 
 class _PolicyOutputs(NamedTuple):
