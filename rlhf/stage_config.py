@@ -87,6 +87,9 @@ class RewardConfig(SupervisedConfig):
     """Peak learning rate, reached after the warm-up."""
     centre_coef: NonNegativeFloat = 0.01
     """Weight of the penalty (chosen + rejected)^2, which keeps rewards centred at 0; 0 disables it."""
+    members: Annotated[int, Ge(1), Le(64)] = 1
+    """Number of reward models to train, one after the other; several are an ensemble in reward/0, reward/1, …, whose
+    members differ in the head's initial weights and in the order of the data."""
     use_margin: bool = False
     """Use the records' `margin` column as the margin of the loss."""
     model_path: Path | None = None

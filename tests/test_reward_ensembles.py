@@ -7,14 +7,17 @@ import pytest
 import test_stages
 import torch
 from laws import assert_close, assert_same_bits, floats
-from test_stages import copy_run, metrics_of, weights_of
+from test_stages import copy_run, interrupt_after, metrics_of, weights_of
 
-from rlhf.config import PPOConfig
-from rlhf.errors import UserError
+from rlhf.config import PipelineRun, PPOConfig, RewardConfig, RewardRun
+from rlhf.errors import Interrupted, UserError
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_reward_model, save_reward_model
 from rlhf.io.reward_sources import RewardSource, expand_sources
+from rlhf.stages import STAGES, check_settings
 from rlhf.train.ppo import run_ppo
 from rlhf.train.ppo_rewards import score_sources
+from rlhf.train.reward import run_reward
+from rlhf.train.signals import stop_on_signal
 from rlhf.tree import tree_map
 
 base = test_stages.base  # the fixture
@@ -112,3 +115,51 @@ def test_patterns_expand_in_the_order_of_numbers_and_keep_their_weight(tmp_path)
         *folders, f"0.5*{folders[2]}", "module:function",
     ]  # fmt: skip
     shutil.rmtree(tmp_path / "10")
+
+
+def reward_run(base, folder, **changes) -> RewardRun:
+    fields = {spec.name: getattr(base, spec.name) for spec in dataclasses.fields(RewardRun)}
+    settings = dataclasses.replace(base.reward, members=2)
+    run = RewardRun(**fields | {"output_dir": folder / "run", "reward": settings} | changes)
+    if not run.resume:
+        shutil.copytree(base.output_dir / "sft", run.output_dir / "sft")
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    run = reward_run(base, tmp_path_factory.mktemp("trained"))
+    run_reward(run)
+    return run
+
+
+def weights_of_member(run, number) -> bytes:
+    return (run.output_dir / "reward" / str(number) / "model.safetensors").read_bytes()
+
+
+def test_members_are_reward_models_that_differ_and_are_measured_on_the_same_records(base, trained):
+    models = [load_reward_model(trained.output_dir / "reward" / str(number)) for number in range(2)]
+    assert models[0].statistics != models[1].statistics
+    assert weights_of_member(trained, 0) != weights_of_member(trained, 1)
+    lines = [metrics_of(trained, f"reward/{number}") for number in range(2)]
+    assert len(lines[0]) == len(lines[1]) > 1
+    assert lines[0][0]["loss/reward"] != lines[1][0]["loss/reward"], "heads and records differ"
+    assert lines[0][-1]["eval/reward/pairs"] == lines[1][-1]["eval/reward/pairs"]
+
+
+def test_members_resume_to_the_bits_of_the_run_that_never_stopped(base, trained, tmp_path):
+    run = reward_run(base, tmp_path)
+    interrupt_after(run, "reward/1", 2)
+    with stop_on_signal() as stop, pytest.raises(Interrupted, match="continue with --resume"):
+        run_reward(run, stop=stop)
+    assert weights_of_member(run, 0) == weights_of_member(trained, 0)
+    run_reward(dataclasses.replace(run, resume=True))
+    assert weights_of_member(run, 1) == weights_of_member(trained, 1)
+
+
+def test_what_was_trained_is_an_ensemble_for_ppo_and_not_for_the_pipeline(base, trained, tmp_path):
+    run = ensemble_run(base, tmp_path, (f"{trained.output_dir / 'reward'}/*",), combine="uncertainty")
+    run_ppo(run)
+    assert metrics_of(run, "ppo")[0]["reward/disagreement"] > 0
+    with pytest.raises(UserError, match=r"^--reward.members 2: is not for the pipeline"):
+        check_settings(PipelineRun(reward=RewardConfig(members=2)), STAGES["reward"])
