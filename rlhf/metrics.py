@@ -210,6 +210,8 @@ _TABLE = (
     # Evaluation of a policy
     Metric("eval/reward/", "Reward model: {}", "reward units", "up", row="reward model: {}", signed=True,
            meaning="Mean reward of the completions by one reward model."),
+    Metric("eval/best_of/", "Best of {}", "units of the score", "up", row="best of {}", signed=True,
+           meaning="Mean score of the best of n completions by the reward model."),
     Metric("eval/judge/", "Judge: {}", "units of the judge", "up", row="judge: {}", signed=True,
            meaning="Mean score of the completions by one judge."),
     Metric("eval/objective/kl_exact", "KL, exact", "nats per completion", row="KL, exact, nats", low=0,
