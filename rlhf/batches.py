@@ -69,8 +69,6 @@ class CompletionPairBatch(NamedTuple):
     """[C] int64: the completion tokens."""
     sequences: Tensor
     """[C] int64: the sequence that each token belongs to."""
-    token_mask: Tensor
-    """[C] bool: False on padding."""
     ref_chosen: Tensor
     """[B] float32, nats: log-prob of the chosen completion under the reference."""
     ref_rejected: Tensor

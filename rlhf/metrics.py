@@ -13,8 +13,6 @@ from rlhf.metric_record import Direction, Metric
 
 __all__ = ["METRICS", "Direction", "Metric", "describe", "in_order", "is_registered", "register"]
 
-_IMPLICIT_REWARDS: tuple[tuple[str, Direction], ...] = (("margins", "up"), ("chosen", "none"), ("rejected", "none"))
-
 # fmt: off
 _TABLE = (
     # Supervised fine-tuning
@@ -113,9 +111,11 @@ _TABLE = (
            "Around 0. Far below: the policy also loses what was chosen."),
     Metric("rewards/rejected", "Implicit reward, rejected", "reward units", "none", "implicit-rewards",
            "Beta times the log-ratio of the rejected completion.", "Falls."),
-    *(Metric(f"eval/rewards/{name}", f"Implicit rewards, {name}, held-out", "reward units", direction,
+    Metric("eval/rewards/margins", "Margin, held-out", "reward units", "up", "held-out-implicit-rewards",
+           "The margin of implicit rewards on held-out pairs.", "Rises from 0."),
+    *(Metric(f"eval/rewards/{name}", f"Implicit reward, {name}, held-out", "reward units", "none",
              "held-out-implicit-rewards", "The same on held-out pairs.", "As in training.")
-      for name, direction in _IMPLICIT_REWARDS),
+      for name in ("chosen", "rejected")),
     # PPO, the most telling first
     Metric("objective/scores", "Score", "reward units per completion", "up", "score",
            "Mean reward of the completions, as PPO is rewarded: normalised, clipped, with the penalty for completions "
@@ -123,6 +123,9 @@ _TABLE = (
     Metric("objective/rlhf_reward", "Score minus KL penalty", "reward units per completion", "up", "score",
            "What PPO maximises: the score less kl_coef times the KL.",
            "Rises. If the score rises and this falls, the policy pays more in KL than it gains."),
+    Metric("reward/disagreement", "Disagreement of the ensemble", "reward units", "none", "disagreement",
+           "Standard deviation of the reward models' normalised scores of a completion, on average.",
+           "Steady. Rising with the score: the policy is where the models know little."),
     Metric("reward/", "Reward: {}", "units of the source", "up", "sources",
            "One source of the reward, as it came, before weights and normalisation.", "Rises."),
     Metric("gold/", "Gold score: {}", "units of the source", "up", "gold",
@@ -210,6 +213,8 @@ _TABLE = (
     # Evaluation of a policy
     Metric("eval/reward/", "Reward model: {}", "reward units", "up", row="reward model: {}", signed=True,
            meaning="Mean reward of the completions by one reward model."),
+    Metric("eval/best_of/", "Best of {}", "units of the score", "up", row="best of {}", signed=True,
+           meaning="Mean score of the best of n completions by the reward model."),
     Metric("eval/judge/", "Judge: {}", "units of the judge", "up", row="judge: {}", signed=True,
            meaning="Mean score of the completions by one judge."),
     Metric("eval/objective/kl_exact", "KL, exact", "nats per completion", row="KL, exact, nats", low=0,

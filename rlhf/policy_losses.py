@@ -108,7 +108,7 @@ def gspo_loss(
         weights: broadcast to [..., T]; constant; None is 1.
         clip_eps: dimensionless, above 0.
         clip_eps_high: above 0; None is `clip_eps`.
-        sequences: [..., T] int64 in [0, T), equal for tokens of one sequence where several lie along T; None if each
+        sequences: [..., T] int64, equal for tokens of one sequence where several lie along T; None if each
             row is one sequence.
 
     Returns:
@@ -134,9 +134,9 @@ def gspo_loss(
     else:
         check_integer("gspo_loss", sequences=sequences)
         check_same_shape("gspo_loss", log_probs=log_probs, sequences=sequences)
-        sums = torch.zeros_like(log_ratio).scatter_add(-1, sequences, log_ratio)
-        counts = torch.zeros_like(log_ratio).scatter_add(-1, sequences, mask.to(log_ratio.dtype))
-        mean = (sums / counts.clamp(min=1)).gather(-1, sequences)
+        same = (sequences.unsqueeze(-1) == sequences.unsqueeze(-2)) & mask.unsqueeze(-2)
+        sums = torch.where(same, log_ratio.unsqueeze(-2), 0.0).sum(dim=-1)  # in a fixed order, unlike a scatter
+        mean = sums / same.sum(dim=-1).clamp(min=1)
     return ppo_policy_loss(
         mean,
         old_log_probs=torch.zeros_like(mean),

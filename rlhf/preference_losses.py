@@ -58,7 +58,7 @@ def dpo_loss(
     0 at pi_ref exp(R / beta) / Z.
 
     Source: Rafailov et al. 2023, eq. 7, https://arxiv.org/abs/2305.18290; label smoothing: "conservative DPO", Mitchell
-    2023, https://ericmitchell.ai/cdpo.pdf, as TRL.
+    2023, https://ericmitchell.ai/cdpo.pdf. Without it, it is TRL's `sigmoid`.
 
     Args:
         chosen_log_ratios: [B] float, nats (`sequence_log_ratio`); differentiated.

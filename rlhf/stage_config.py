@@ -95,6 +95,9 @@ class RewardConfig(SupervisedConfig):
     """Number of passes over the training split. One is common, because reward models overfit quickly."""
     centre_coef: NonNegativeFloat = 0.01
     """Weight of the penalty (chosen + rejected)^2, which keeps rewards centred at 0; 0 disables it."""
+    members: Annotated[int, Ge(1), Le(64)] = 1
+    """Number of reward models to train, one after the other; several are an ensemble in reward/0, reward/1, …, whose
+    members differ in the head's initial weights and in the order of the data."""
     use_margin: bool = False
     """Use the records' `margin` column as the margin of the loss."""
     model_path: Path | None = None
@@ -132,9 +135,16 @@ class PPOConfig(OptimizerConfig):
     model_path: Path | None = None
     """Model folder that initialises the policy and the reference. If None, OUTPUT_DIR/sft is used."""
     reward: tuple[str, ...] = ()
-    """Reward sources, whose weighted scores are summed. Each is a reward-model folder or a Python function,
-    `module:function` or `file.py:function`, with an optional weight in front: `0.5*my_rewards:brevity`. A source of
-    weight 0 is logged as gold/<name> and never optimised. If empty, OUTPUT_DIR/reward is used."""
+    """Reward sources, whose weighted scores are summed. Each is a reward-model folder, where * matches any name, or a
+    Python function, `module:function` or `file.py:function`, with an optional weight in front:
+    `0.5*my_rewards:brevity`. A source of weight 0 is logged as gold/<name> and never optimised. If empty,
+    OUTPUT_DIR/reward."""
+
+    combine: Literal["sum", "mean", "min", "uncertainty"] = "sum"
+    """Combination of reward sources: their weighted sum; or the reward models as an ensemble, each normalised, by mean,
+    min, or mean minus uncertainty_coef times the variance, added to the weighted functions."""
+    uncertainty_coef: NonNegativeFloat = 0.1
+    """Weight of the ensemble's variance with combine uncertainty."""
 
     num_iterations: PositiveInt = 100
     """Number of iterations; each generates completions and updates the policy on them."""

@@ -87,10 +87,21 @@ class Stage:
     """Metrics that the progress display shows."""
     in_pipeline: bool = True
     """True if the pipeline runs the stage."""
+    member: int | None = None
+    """Number of the model, where the stage trains several; its name is then `reward/0`, its folder likewise."""
+
+    @property
+    def section(self) -> str:
+        """Return the name of the stage's section of settings."""
+        return self.name.partition("/")[0]
 
     def section_of(self, config: RunConfig) -> Any:
         """Return the stage's section of a configuration."""
-        return getattr(config, self.name)
+        return getattr(config, self.section)
+
+    def with_member(self, number: int) -> "Stage":
+        """Return the stage that trains one of several models, into a subfolder."""
+        return dataclasses.replace(self, name=f"{self.name}/{number}", folder=f"{self.folder}/{number}", member=number)
 
 
 STAGES: dict[str, Stage] = {}

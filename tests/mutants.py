@@ -38,7 +38,9 @@ TESTS = {
     "models.gpt2_parameters": "gpt2",
     "models.layers": "gpt2",
     "models.scoring": "objectives",
+    "data.preference_batches": "dpo",
     "train.ppo_objective": "objectives",
+    "train.ppo_rewards": "reward_ensembles",
     "train.reward": "objectives",
     "train.sft": "objectives",
 }
@@ -59,6 +61,39 @@ def mutants(module: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 
 MUTANTS = [
+    *mutants(
+        "train.ppo_objective",
+        ("weights of the loss dropped", "weights=batch.weights,", "weights=None,"),
+        ("weights of entropy and KL dropped", "batch.mask, batch.weights)", "batch.mask, None)"),
+        ("KL never weighed", "    if weigh:\n", "    if False:\n"),
+    ),
+    *mutants(
+        "train.dpo",
+        ("reference left out", "chosen - batch.ref_chosen, rejected - batch.ref_rejected", "chosen, rejected"),
+        ("chosen and rejected swapped", "return sums[0::2], sums[1::2]", "return sums[1::2], sums[0::2]"),
+        (
+            "tokens of all sequences",
+            "torch.where(batch.sequences == sequences, tokens, 0.0)",
+            "tokens.expand(len(sequences), -1)",
+        ),
+        ("reference of the next record", "found[packed.records] =", "found[[r - 1 for r in packed.records]] ="),
+    ),
+    *mutants(
+        "data.preference_batches",
+        ("prompt tokens count", "max(1, s.prompt)", "1"),
+        ("targets of predictors", "predictors=cells - 1", "predictors=cells"),
+        ("rejected reference for chosen", "ref_chosen=pad_to_two(ref[:, 0])", "ref_chosen=pad_to_two(ref[:, 1])"),
+    ),
+    *mutants(
+        "train.ppo_rewards",
+        ("members not normalised", "(scores - mean) / std if settings.normalize_reward else scores", "scores"),
+        ("weight of the ensemble dropped", "total + members[0][0] * combined", "total + combined"),
+        (
+            "gold models are members",
+            "if source.weight and source.model is not None and",
+            "if source.model is not None and",
+        ),
+    ),
     *mutants(
         "group_baselines",
         ("leave one out is the mean", "(size / (size - 1))", "1.0"),
@@ -115,9 +150,13 @@ MUTANTS = [
         ),
         ("cispo: clip fraction", "(clipped != ratio).float()", "(clipped == ratio).float()"),
         ("gspo: sum for mean of a row", "/ mask.sum(dim=-1, keepdim=True).clamp(min=1)", ""),
-        ("gspo: sum for mean of packed", "(sums / counts.clamp(min=1))", "sums"),
-        ("gspo: tokens with their neighbour's ratio", ".gather(-1, sequences)", ""),
-        ("gspo: masked tokens count", "mask.to(log_ratio.dtype))", "torch.ones_like(log_ratio))"),
+        ("gspo: sum for mean of packed", "sums / same.sum(dim=-1).clamp(min=1)", "sums"),
+        (
+            "gspo: all sequences are one",
+            "sequences.unsqueeze(-1) == sequences.unsqueeze(-2)",
+            "sequences.unsqueeze(-1) > -1",
+        ),
+        ("gspo: masked tokens count", " & mask.unsqueeze(-2)", ""),
         ("gspo: weights dropped", "mask=mask,\n        weights=weights,", "mask=mask,"),
         ("gspo: one clip", "clip_eps_high=clip_eps_high,\n    )", ")"),
         ("gspo: old policy differentiated", "upcast(old_log_probs.detach()), 0.0)", "upcast(old_log_probs), 0.0)"),
@@ -889,8 +928,8 @@ MUTANTS = [
         ),
         (
             "ppo: entropy sign",
-            "loss - entropy_coef * token_entropy",
-            "loss + entropy_coef * token_entropy",
+            "loss - entropy_coef * _weighted",
+            "loss + entropy_coef * _weighted",
         ),
         (
             "ppo: entropy without gradient",

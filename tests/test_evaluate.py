@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import shutil
@@ -325,6 +326,34 @@ def test_policy_evaluation(evaluate, shelf):
     assert values(sampled, "policy")["eval/objective/kl_exact"] > 1
     assert "eval/objective/kl_k3" in values(sampled, "policy").keys() - values(greedy, "policy").keys()
     assert all(figure["n"] == 12 for columns in sampled["figures"].values() for figure in columns.values())
+
+
+def test_best_of_n_is_the_mean_over_all_subsets_of_the_completions(evaluate, shelf):
+    whole, lines = evaluate("prompts", judge=(f"{shelf}/judges.py:length",), best_of=(1, 2, 4), limit=5)
+    sampled, greedy = whole["evaluations"]
+    own = [line["policy"] for line in lines["completions"] if line["decoding"] == "sampled"]
+    assert len(own) == 5 * 4, "as many as the largest n"
+    for n in (1, 2, 4):
+        for figure, key in {"reward": "reward/reward", "length": "judge/length"}.items():
+            means = []
+            for prompt in range(5):
+                drawn = own[4 * prompt : 4 * prompt + 4]
+                best = [
+                    max(subset, key=lambda line: line["reward/reward"]) for subset in itertools.combinations(drawn, n)
+                ]
+                means.append(np.mean([line[key] for line in best]))
+            assert values(sampled, "policy")[f"eval/best_of/{n}/{figure}"] == pytest.approx(np.mean(means))
+    assert values(sampled, "policy")["eval/best_of/1/reward"] == pytest.approx(
+        values(sampled, "policy")["eval/reward/reward"]
+    )
+    assert not any("best_of" in name for name in values(greedy, "policy"))
+
+
+def test_best_of_n_needs_a_reward_model_and_sampled_completions(evaluate, shelf):
+    with pytest.raises(UserError, match="--best-of: the best is chosen by a reward model, and there is none"):
+        evaluate("prompts", model_dir=shelf / "run" / "policy", best_of=(2,))
+    with pytest.raises(UserError, match="--best-of: needs sampled completions"):
+        evaluate("prompts", best_of=(2,), decoding=("greedy",))
 
 
 def test_completions_do_not_depend_on_company_or_batches(evaluate):

@@ -25,10 +25,12 @@ from rlhf.monitor.view import metric_table
 
 ROOT = Path(__file__).parents[1] / "rlhf"
 LOGGING = [path for folder in ("train", "execution", "evaluate") for path in sorted((ROOT / folder).rglob("*.py"))]
-LOGGING += [ROOT / "losses.py", ROOT / "experience.py"]
+LOGGING += [ROOT / "losses.py", ROOT / "policy_losses.py", ROOT / "preference_losses.py", ROOT / "experience.py"]
 OF_PAIRS = ("accuracy", "margin", "min", "mean", "max", "length_correlation")
 BUILT = {f"{prefix}/reward/{name}" for prefix in ("eval", "train") for name in OF_PAIRS}
 BUILT |= {f"eval/objective/kl{suffix}" for suffix in ("", "_exact", "_k2", "_k3")}
+OF_DPO = ("loss/dpo", "loss/ipo", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+BUILT |= {f"eval/{name}" for name in OF_DPO}
 BUILT |= {f"eval/distinct_{n}" for n in (1, 2, 3)} | {"grad_norm", "lr"}
 """Keys that the code puts together, or that have no part before a slash."""
 

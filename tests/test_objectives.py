@@ -10,7 +10,7 @@ from rlhf import random, remat
 from rlhf.batches import PairBatch, PPOBatch, ScoreBatch, TokenBatch
 from rlhf.data.packing import build_rows
 from rlhf.generate.complete import make_completion_fn
-from rlhf.kl import exact_kl, kl_estimate
+from rlhf.kl import exact_kl, importance_weighted_kl, kl_estimate
 from rlhf.losses import ppo_policy_loss, ppo_value_loss
 from rlhf.models import architecture, gpt2
 from rlhf.models.heads import apply_head
@@ -422,3 +422,33 @@ def test_objectives_compile_to_one_graph(model, config, sequences):
     expected, (expected_loss, _) = step(params, frozen, batch)
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(named_leaves(gradients), named_leaves(expected), atol=1e-5, rtol=1e-4)
+
+
+OF_POLICY = {"entropy_coef": 0.02, "loss_kl": "k3", "clip_eps": 0.4}
+
+
+@pytest.mark.parametrize("weight_kl", [False, True])
+def test_weights_of_a_batch_are_those_of_every_term_of_the_policy(model, config, sequences, weight_kl):
+    params, frozen = {"policy": model[0]["policy"]}, model[1]
+    batch = ppo_batch(sequences, LAYOUTS["packed"])
+    objective = make_ppo_objective(config, None, weight_kl=weight_kl, **OF_POLICY)
+    kept = torch.arange(len(batch.mask)) < LENGTHS[0]
+    weighted, sums = objective(params, frozen, batch._replace(weights=3.0 * kept))
+    masked, _ = objective(params, frozen, batch._replace(mask=kept))
+    torch.testing.assert_close(weighted, 3.0 * masked, rtol=1e-5, atol=1e-5)
+    assert sums["count"] == sum(LENGTHS)
+
+
+def test_the_kl_in_the_loss_is_weighed_by_the_ratio_where_it_is_asked_for(model, config, sequences):
+    params, frozen = {"policy": model[0]["policy"]}, model[1]
+    batch = ppo_batch(sequences, LAYOUTS["one per row"])
+    log_probs = make_scorer(config, None, [], log_probs=True)(
+        params, frozen, ScoreBatch(*batch[:4], torch.zeros(4, dtype=torch.int64))
+    ).log_probs
+    plain, weighed = (
+        make_ppo_objective(config, None, weight_kl=weigh, **OF_POLICY)(params, frozen, batch)[1]["loss/kl_avg"]
+        for weigh in (False, True)
+    )
+    torch.testing.assert_close(plain, kl_estimate(log_probs, batch.ref_log_probs, estimator="k3").sum())
+    expected = importance_weighted_kl(log_probs, old_log_probs=batch.old_log_probs, ref_log_probs=batch.ref_log_probs)
+    torch.testing.assert_close(weighed, expected.sum())

@@ -53,10 +53,11 @@ def test_gspo_reads_packed_sequences_as_rows():
     packed = [x[MASK] for x in (LOG_PROBS, OLD, ADVANTAGES, WEIGHTS.expand(3, 5))]
     sequences = torch.tensor([0] * 5 + [1] + [2] * 3)
     shuffled = torch.argsort(floats(9, 9))
-    log_probs, old, advantages, weights = (x[shuffled] for x in packed)
+    log_probs, old, advantages, weights = (torch.cat([x[shuffled], torch.tensor([7.0]).double()]) for x in packed)
+    sequences = torch.cat([sequences[shuffled], torch.tensor([0])])  # with filling at the end, of sequence 0
     found = gspo_loss(
-        log_probs, old_log_probs=old, advantages=advantages, mask=torch.ones(9, dtype=torch.bool), weights=weights,
-        sequences=sequences[shuffled], **CLIPS,
+        log_probs, old_log_probs=old, advantages=advantages, mask=torch.arange(10) < 9, weights=weights,
+        sequences=sequences, **CLIPS,
     )  # fmt: skip
     assert_close(found, call(gspo_loss, LOG_PROBS, **CLIPS))
 

@@ -64,7 +64,7 @@ def test_what_a_record_says_exists(stage):
 
 
 def test_the_pipeline_has_the_stages_of_the_table():
-    assert get_args(get_type_hints(PipelineRun)["start_at"]) == pipeline_names() == tuple(STAGES)
+    assert get_args(get_type_hints(PipelineRun)["start_at"]) == pipeline_names() == ("sft", "reward", "ppo")
     assert pipeline_type() is PipelineRun
     assert [stage.name for stage in stages_of(PipelineRun(start_at="reward"))] == ["reward", "ppo"]
 

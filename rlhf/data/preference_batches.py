@@ -47,10 +47,9 @@ def completion_pair_batches(
         ref = torch.zeros(len(selected), 2) if ref_log_probs is None else ref_log_probs[selected]
         batch = CompletionPairBatch(
             rows=packed.rows,
-            predictors=pad_to_two(cells - 1),
-            targets=pad_to_two(packed.rows.tokens.flatten()[cells]),
-            sequences=pad_to_two(torch.arange(len(sequences)).repeat_interleave(torch.from_numpy(counts))),
-            token_mask=pad_to_two(torch.ones_like(cells, dtype=torch.bool)),
+            predictors=cells - 1,
+            targets=packed.rows.tokens.flatten()[cells],
+            sequences=torch.arange(len(sequences)).repeat_interleave(torch.from_numpy(counts)),
             ref_chosen=pad_to_two(ref[:, 0]),
             ref_rejected=pad_to_two(ref[:, 1]),
             mask=pad_to_two(torch.ones(len(selected), dtype=torch.bool)),

@@ -40,6 +40,9 @@ class JudgementConfig(Section):
     """Decoding methods of the completions."""
     samples: BatchSize = 1
     """Number of sampled completions per prompt."""
+    best_of: tuple[PositiveInt, ...] = ()
+    """Numbers n of which best-of-n is estimated: every score of the best of n sampled completions by the reward model.
+    As many completions are sampled per prompt as the largest n, or more with --samples."""
     temperature: PositiveFloat | None = None
     """Sampling temperature of the policy and of the model it is compared with. If None, that of the run, or 1."""
     max_new_tokens: BatchSize | None = None
@@ -77,7 +80,7 @@ COLUMN_RULES = (
 NO_POLICY_RULES = (
     Rule(("judge", "against"), lambda config: True, _NO_POLICY, refused=True),
     Rule(
-        ("reward_model", "decoding", "samples", "temperature", "max_new_tokens", "rollout_batch_size"),
+        ("reward_model", "decoding", "samples", "best_of", "temperature", "max_new_tokens", "rollout_batch_size"),
         lambda config: True,
         _NO_POLICY,
     ),
@@ -89,6 +92,12 @@ POLICY_RULES = (
         ("samples", "temperature"),
         lambda config: "sampled" not in config.decoding,
         "has no effect with --decoding greedy, which draws nothing at random",
+    ),
+    Rule(
+        ("best_of",),
+        lambda config: "sampled" not in config.decoding,
+        "needs sampled completions, and --decoding greedy draws nothing at random; drop one of the two",
+        refused=True,
     ),
 )
 """Settings that have no effect beside others if a policy is evaluated."""

@@ -10,6 +10,8 @@ from rlhf.config import PipelineRun
 from rlhf.data.conversations import as_completion, as_text
 from rlhf.data.schema import PROMPTS
 from rlhf.distributed.compute_context import ComputeContext, open_compute_context
+from rlhf.errors import UserError
+from rlhf.evaluate.best_of_figures import best_of_figures
 from rlhf.evaluate.comparison import (
     MeasuredCompletions,
     ModelSet,
@@ -63,6 +65,8 @@ class Comparison(NamedTuple):
     """By pairwise judge: of the policy's completions over the other model's."""
     cut: int
     """Prompts that lost their beginning."""
+    best_of: tuple[int, ...] = ()
+    """Numbers of completions of which best-of-n is estimated."""
 
 
 def evaluate_policy(
@@ -93,6 +97,8 @@ def evaluate_policy(
     assert folders.policy is not None, "there is something to evaluate"
     language_models = {"policy": folders.policy} | ({} if folders.against is None else {"against": folders.against})
     reward_models = {} if folders.reward is None else {folders.reward.name: folders.reward}
+    if config.best_of and not reward_models:
+        raise UserError("--best-of: the best is chosen by a reward model, and there is none; add --reward-model FOLDER")
     models = load_models(language_models, folders.reference, reward_models)
     sampling = _sampling(config, run, models.context_length)
     comparisons = compare_models(config, context, models, data, sampling, judges)
@@ -154,14 +160,17 @@ def compare_models(
     comparisons = []
     with open_models(context, models, sampling) as complete_and_measure:
         for decoding in sampling.decodings:
-            samples = config.samples if decoding == "sampled" else 1
+            best_of = config.best_of if decoding == "sampled" else ()
+            samples = max(config.samples, *best_of, 1) if decoding == "sampled" else 1
             columns = [dataset.columns(record) for record in records for _ in range(samples)]
             rows = {"rollout_rows": config.rollout_batch_size, "measure_rows": config.micro_batch_size}
             completions = {
                 role: complete_and_measure(role, decoding, tokens, samples=samples, **rows)
                 for role in models.language_models
             }
-            comparisons.append(_judge(decoding, samples, columns, completions, judges)._replace(cut=cut))
+            comparisons.append(
+                _judge(decoding, samples, columns, completions, judges)._replace(cut=cut, best_of=best_of)
+            )
     return comparisons
 
 
@@ -222,7 +231,8 @@ def _estimates(side: ScoredCompletions, comparison: Comparison) -> dict[str, Est
     }
     tokens = completions.tokens
     groups = [tokens[start : start + samples] for start in range(0, len(tokens), samples)]
-    return estimates | {f"eval/distinct_{n}": _distinct(groups, n) for n in _DISTINCT}
+    estimates |= {f"eval/distinct_{n}": _distinct(groups, n) for n in _DISTINCT}
+    return estimates | best_of_figures(side.scores, samples, comparison.best_of)
 
 
 def _distinct(groups: Sequence[Sequence[Sequence[int]]], n: int) -> Estimate:

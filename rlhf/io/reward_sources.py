@@ -6,6 +6,7 @@ the prompt file that it accepts, all as keyword arguments, and returns one float
 are texts, or lists of messages if the prompt file has conversations.
 """
 
+import glob
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,30 @@ class RewardSource(NamedTuple):
     def metric(self) -> str:
         """Return the key of its metric."""
         return f"{'reward' if self.weight else 'gold'}/{self.name}"
+
+
+def expand_sources(specs: Sequence[str]) -> list[str]:
+    """Return the sources with each `[WEIGHT*]PATTERN` replaced by the folders that match it, in order of their names.
+
+    Raises:
+        UserError: no folder matches.
+    """
+    expanded: list[str] = []
+    for spec in specs:
+        target = parse_source(spec)[1]
+        if "*" not in target or Path(target).is_dir():
+            expanded.append(spec)
+            continue
+        folders = sorted((path for path in glob.glob(target) if Path(path).is_dir()), key=_natural)
+        if not folders:
+            raise UserError(f"--ppo.reward {spec}: no folder matches")
+        expanded += [spec.removesuffix(target) + folder for folder in folders]
+    return expanded
+
+
+def _natural(path: str) -> tuple[int, str]:
+    """Return a key by which folder 10 comes after folder 9."""
+    return len(path), path
 
 
 def open_sources(

@@ -32,7 +32,10 @@ QUESTIONS = {
         "implicit-rewards": "Implicit rewards",
         "held-out-implicit-rewards": "Implicit rewards of held-out pairs",
     },
-    "Is the reward rising?": {"score": "", "equal-groups": "", "sources": "Rewards by source", "gold": "Gold scores"},
+    "Is the reward rising?": {
+        "score": "",
+        "equal-groups": "", "sources": "Rewards by source", "disagreement": "", "gold": "Gold scores",
+    },
     "How far from the reference?": {"kl": "", "kl-penalty": "", "kl-coef": ""},
     "Is it over-optimised?": {"over-optimisation": "Score against √KL"},
     "Is the value function learning?": {"explained-variance": "", "value-loss": "", "value": "", "value-clip": ""},

@@ -28,9 +28,9 @@ def compile_obstacle(config: RunConfig, stage: Stage) -> str:
     settings: OptimizerConfig = stage.section_of(config)
     obstacle = ""
     if settings.gradient_checkpointing:
-        obstacle = f"compiled code would keep what --{stage.name}.gradient-checkpointing computes again"
+        obstacle = f"compiled code would keep what --{stage.section}.gradient-checkpointing computes again"
     elif isinstance(settings, SFTConfig) and settings.dropout:
-        obstacle = f"dropout's code would be another for every shape: set --{stage.name}.dropout 0"
+        obstacle = f"dropout's code would be another for every shape: set --{stage.section}.dropout 0"
     elif find_device(config.device).type == "cpu" and not has_compiler():
         obstacle = "no C++ compiler is on the PATH: install g++"
     if obstacle and config.compile == "on":

@@ -71,8 +71,11 @@ class Run:
         return checkpoint_folder(self.config, self.stage)
 
     def key(self, purpose: Purpose) -> Tensor:
-        """Return the run's key for one purpose."""
-        return fold_in(key(self.config.seed), int(purpose))
+        """Return the run's key for one purpose; members of an ensemble have keys of their own, but one split."""
+        shared = fold_in(key(self.config.seed), int(purpose))
+        if self.stage.member is None or purpose is Purpose.SPLIT:
+            return shared
+        return fold_in(shared, self.stage.member)
 
     def note(self, text: str) -> None:
         """Show the user a line and keep it for the log."""
@@ -93,7 +96,7 @@ class Run:
             name = self.stage.name
             raise NonFiniteError(
                 f"{name}: the trained model, or what it gives, is not finite; {self.model_folder} was not written. "
-                f"The last state is in {self.checkpoints}; lower --{name}.learning-rate"
+                f"The last state is in {self.checkpoints}; lower --{self.stage.section}.learning-rate"
             )
         return params
 

@@ -160,8 +160,7 @@ def make_completion_log_probs(
             decoder.unembedding(params), gather_rows(hidden, batch.predictors), batch.targets
         )
         sequences = torch.arange(2 * len(batch.mask), device=tokens.device).unsqueeze(1)
-        belongs = (batch.sequences == sequences) & batch.token_mask
-        sums = torch.where(belongs, tokens, 0.0).sum(dim=1)  # in a fixed order, which a scatter has not
+        sums = torch.where(batch.sequences == sequences, tokens, 0.0).sum(dim=1)  # in a fixed order, unlike a scatter
         return sums[0::2], sums[1::2]
 
     return log_probs

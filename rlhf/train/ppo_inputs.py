@@ -1,12 +1,13 @@
 """The inputs of PPO: the policy, the sources of reward, and the context that all models can read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.config import PPORun
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
-from rlhf.io.reward_sources import RewardSource, check_vocabulary, names_folder, open_sources
+from rlhf.io.reward_sources import RewardSource, check_vocabulary, expand_sources, names_folder, open_sources
 from rlhf.stages import STAGES
 from rlhf.train.compile_policy import compile_obstacle
 from rlhf.train.stage_inputs import ModelSpec, start_model_spec
@@ -42,6 +43,7 @@ def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelS
     sources = open_sources(reward_specs(config), policy.tokenizer, untrained=None if reward is None else reward_folder)
     if reward is not None and scores_with_own_model(config):
         check_vocabulary(reward_folder, reward.tokenizer, policy.tokenizer)
+    _check_ensemble(config, sources)
     contexts = [(source, source.model.config.n_positions) for source in sources if source.model is not None]
     if reward is not None:
         contexts += [(source, reward.config.n_positions) for source in sources if source.untrained]
@@ -59,14 +61,24 @@ def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelS
     return PPOInputs(policy, sources, context)
 
 
+def _check_ensemble(config: PPORun, sources: Sequence[RewardSource]) -> None:
+    """Raise UserError if there is an ensemble to combine and it has fewer than two models, or several weights."""
+    members = [source for source in sources if source.weight and (source.model is not None or source.untrained)]
+    flag = f"--ppo.combine {config.ppo.combine}"
+    if config.ppo.combine != "sum" and len(members) < 2:
+        raise UserError(f"{flag}: combines reward models, of which there is {len(members)}; name two or more")
+    if config.ppo.combine != "sum" and len({source.weight for source in members}) > 1:
+        raise UserError(f"{flag}: the members {', '.join(m.name for m in members)} have different weights; drop them")
+
+
 def scores_with_own_model(config: PPORun) -> bool:
     """Return True if the model in OUTPUT_DIR/reward is among the sources of reward."""
     return any(names_folder(spec, _reward_folder(config)) for spec in reward_specs(config))
 
 
 def reward_specs(config: PPORun) -> tuple[str, ...]:
-    """Return the sources of reward that are named, or OUTPUT_DIR/reward."""
-    return config.ppo.reward or (str(_reward_folder(config)),)
+    """Return the sources of reward that are named, a * replaced by what matches it, or OUTPUT_DIR/reward."""
+    return tuple(expand_sources(config.ppo.reward)) or (str(_reward_folder(config)),)
 
 
 def _reward_folder(config: PPORun) -> Path:

@@ -66,11 +66,7 @@ def make_ppo_objective(
     forward = _make_policy_forward(
         config, dtype, temperature, bool(entropy_coef), loss_kl == "exact", gradient_checkpointing
     )
-
     dual = {} if dual_clip is None else {"dual_clip": dual_clip}
-
-    def weighted(per_token: Tensor, batch: PPOBatch) -> Tensor:
-        return weighted_sum("PPO objective", torch.where(batch.mask, per_token, 0.0), batch.mask, batch.weights)
 
     def terms_of_policy(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums, Tensor]:
         outputs = forward(params["policy"], frozen, batch)
@@ -85,22 +81,17 @@ def make_ppo_objective(
             sequences=batch.sequences,
             **dual,
         )
-        loss = loss - entropy_coef * weighted(outputs.entropies, batch)
+        loss = loss - entropy_coef * _weighted(outputs.entropies, batch)
         metrics["policy/entropy_avg"] = masked_sum(outputs.entropies, batch.mask).detach()
         if loss_kl != "none":
-            kl = weighted(_token_kl(outputs, batch, loss_kl, weight_kl), batch)
+            kl = _weighted(_token_kl(outputs, batch, loss_kl, weight_kl), batch)
             loss = loss + batch.kl_coef * kl
             metrics["loss/kl_avg"] = kl.detach()
         return policy_coef * loss, metrics, outputs.hidden
 
     def value_loss(values: Tensor, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
-        loss, metrics = ppo_value_loss(
-            values,
-            old_values=batch.old_values,
-            returns=batch.returns,
-            mask=batch.mask,
-            value_clip_eps=value_clip_eps,
-        )
+        targets = {"old_values": batch.old_values, "returns": batch.returns, "mask": batch.mask}
+        loss, metrics = ppo_value_loss(values, **targets, value_clip_eps=value_clip_eps)
         return value_coef * loss, metrics
 
     def both(params: Params, frozen: FrozenParams, batch: PPOBatch) -> tuple[Tensor, MetricSums]:
@@ -118,9 +109,7 @@ def make_ppo_objective(
         values = _critic_values(params, batch, critic_config, dtype, gradient_checkpointing=gradient_checkpointing)
         return value_loss(values, batch)
 
-    if critic_config is None:
-        return both
-    return SumOfLosses((policy, critic))
+    return both if critic_config is None else SumOfLosses((policy, critic))
 
 
 class _PolicyOutputs(NamedTuple):
@@ -134,6 +123,11 @@ class _PolicyOutputs(NamedTuple):
     """[C] float32, nats: KL(policy || reference) over the vocabulary; None unless it is asked for."""
     hidden: Tensor
     """[C, D]: the states that predict the tokens."""
+
+
+def _weighted(per_token: Tensor, batch: PPOBatch) -> Tensor:
+    """Return the sum over the tokens that count, with the batch's weights."""
+    return weighted_sum("PPO objective", torch.where(batch.mask, per_token, 0.0), batch.mask, batch.weights)
 
 
 def _token_kl(

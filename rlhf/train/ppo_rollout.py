@@ -24,11 +24,12 @@ from rlhf.execution.executor import Executor
 from rlhf.experience import Experience, postprocess_scores
 from rlhf.generate.complete import complete, decode_completions
 from rlhf.io.model_folder import LanguageModel
-from rlhf.io.reward_sources import RewardSource, call_reward_function
+from rlhf.io.reward_sources import RewardSource
 from rlhf.models.decoding import Completions
 from rlhf.random import Purpose, fold_in
 from rlhf.train.context import Run
 from rlhf.train.ppo_program import ModelShapes, recomputes_log_probs
+from rlhf.train.ppo_rewards import score_sources
 from rlhf.train.stage_inputs import record_order
 
 _ROW_LENGTH = 256
@@ -79,7 +80,7 @@ class Scored(NamedTuple):
     scores: Tensor
     """[B] reward units: scores after `postprocess_scores`, which the policy is trained on."""
     raw: dict[str, Tensor]
-    """[B] scores as the sources return them, by the source's metric."""
+    """[B] scores as the sources return them, by the source's metric, and the disagreement of an ensemble."""
     bootstrap_values: Tensor
     """[B] reward units: value after the last token; 0 if the completion ended, or without ppo.bootstrap_truncated."""
 
@@ -129,7 +130,10 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     results = ppo.executor.map("score", [pack.batch for pack in packs])
     shape = completions.mask.shape
     ref_log_probs = unpack_tokens(packs, [result.ref_log_probs for result in results], shape)
-    raw, total = _sum_sources(ppo, rollout, unpack_sequences(packs, [result.scores for result in results]))
+    prompts = [columns["prompt"] for columns in rollout.columns]
+    model_scores = unpack_sequences(packs, [result.scores for result in results])
+    texts = list(map(as_completion, prompts, rollout.texts))
+    raw, total = score_sources(settings, ppo.sources, model_scores, prompts, texts, rollout.columns)
     recomputed = recomputes_log_probs(settings, ppo.run.dtype)
     log_probs, values = completions.log_probs, completions.values if settings.critic == "shared" else None
     if recomputed:
@@ -193,23 +197,3 @@ def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experie
 def _rounded(values: Tensor) -> list[float]:
     """Return the values rounded to four decimals, which take a third of the bytes."""
     return [round(value, 4) for value in values.tolist()]
-
-
-def _sum_sources(ppo: PPO, rollout: Rollout, model_scores: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Return raw scores by the source's metric, and their weighted sum [B] with reward models normalised."""
-    raw, total = {}, torch.zeros(len(rollout.texts))
-    scores_by_model = iter(model_scores.T.contiguous())  # sums of strided columns round differently
-    prompts = [columns["prompt"] for columns in rollout.columns]
-    completions = list(map(as_completion, prompts, rollout.texts))
-    for source in ppo.sources:
-        if source.model is not None:
-            raw[source.metric] = scores = next(scores_by_model)
-            mean, std, _ = source.model.statistics
-            normal = (scores - mean) / std if ppo.settings.normalize_reward else scores
-        else:
-            raw[source.metric] = normal = torch.tensor(
-                call_reward_function(source, prompts, completions, rollout.columns)
-            )
-        if source.weight:
-            total = total + source.weight * normal
-    return raw, total

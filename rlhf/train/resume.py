@@ -60,7 +60,7 @@ class Difference(NamedTuple):
 
 def settings_of(config: RunConfig, stage: Stage) -> Identity:
     """Return the settings that decide the stage's results, as JSON values, without those that name files."""
-    other_stages = [candidate for candidate in STAGES.values() if candidate.name != stage.name]
+    other_stages = [candidate for candidate in STAGES.values() if candidate.name != stage.section]
     foreign = [prefix for other in other_stages for prefix in (f"{other.name}.", *other.own_settings)]
     files = _file_settings()
     return {
@@ -185,7 +185,7 @@ class CheckpointWriter(Observer):
         """
         run, tensors = self._run, self._executor.snapshot()
         if bad := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
-            section = run.stage.name
+            section = run.stage.section
             raise NonFiniteError(
                 f"{bad[0]} is not finite after the last update, though its gradient was; no checkpoint was written, "
                 f"and those before stay. Raise --{section}.adam-eps, or lower --{section}.learning-rate"

@@ -70,12 +70,20 @@ _STAGE = STAGES["reward"]
 
 
 def run_reward(config: RewardRun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
-    """Train on preference pairs and write OUTPUT_DIR/reward.
+    """Train on preference pairs and write OUTPUT_DIR/reward, or its members into OUTPUT_DIR/reward/0 and so on.
 
     Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
     """
-    with open_run(config, _STAGE, observers, stop) as run:
-        return _run(run, config)
+    if config.reward.members == 1:
+        with open_run(config, _STAGE, observers, stop) as run:
+            return _run(run, config)
+    metrics: dict[str, list[float]] = {}
+    for number in range(config.reward.members):
+        with open_run(config, _STAGE.with_member(number), observers, stop) as run:
+            for name, value in _run(run, config).metrics.items():
+                metrics.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in metrics.items()}
+    return StageResult(config.output_dir / _STAGE.folder, means)
 
 
 def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpec:

@@ -154,7 +154,7 @@ def train_supervised(
         identity: as in `rlhf.train.loop.train`.
     """
     if 0 < settings.warmup_fraction * plan.steps < 1 and settings.warmup_fraction != type(settings)().warmup_fraction:
-        flag = flag_of(f"{run.stage.name}.warmup_fraction", settings.warmup_fraction)
+        flag = flag_of(f"{run.stage.section}.warmup_fraction", settings.warmup_fraction)
         run.note(f"{flag}: has no effect: it is less than one of the run's {plan.steps} steps")
     order_key, dropout_key = run.key(Purpose.ORDER), run.key(Purpose.DROPOUT)
     last_evaluation: dict[str, float] = {}
