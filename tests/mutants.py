@@ -636,7 +636,7 @@ MUTANTS = [
         ),
         ("no scale", "(products * q.shape[-1] ** -0.5 + bias)", "(products + bias)"),
         ("no mask", "(products * q.shape[-1] ** -0.5 + bias)", "(products * q.shape[-1] ** -0.5)"),
-        ("causal bias for all", "if bias is None else bias\n    products", "if True else bias\n    products"),
+        ("causal bias for all", "if bias is None else bias\n    k, v", "if True else bias\n    k, v"),
         (
             "one query: no scale",
             "(scores * q.shape[-1] ** -0.5 + bias[:, None, None])",
