@@ -676,8 +676,8 @@ MUTANTS = [
         ("fused: no mask", "attn_mask=bias, is_causal=bias is None", "is_causal=True"),
         (
             "compiled: shared keys in another order",
-            "x.repeat_interleave(q.shape[1] // k.shape[1], dim=1)",
-            "x.repeat(1, q.shape[1] // k.shape[1], 1, 1)",
+            "x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)",
+            "x.repeat(1, q.shape[1] // x.shape[1], 1, 1)",
         ),
         (
             "differentiated twice: the fused pass",
