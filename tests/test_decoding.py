@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from families import SHAPES, disturbed, hugging_face
 
 from rlhf import random
-from rlhf.models import gpt2
+from rlhf.models.architecture import architecture_of
 from rlhf.models.decoding import generate_completions as generate
 from rlhf.models.forward import forward
 from rlhf.models.heads import apply_head
@@ -14,6 +15,17 @@ from rlhf.ops import entropy, token_log_probs
 from rlhf.tree import tree_map
 
 LENGTHS = torch.tensor([6, 1, 4])
+
+
+@pytest.fixture(params=["gpt2", "qwen3"])
+def config(request):
+    """Families of different blocks; qwen3 shares keys and values. `test_families` has the others."""
+    return dataclasses.replace(SHAPES[request.param], n_positions=32)
+
+
+@pytest.fixture
+def params(config):
+    return disturbed(config)
 
 
 @pytest.fixture
@@ -28,12 +40,13 @@ def test_generate_log_probs_and_values_are_those_of_the_full_forward(params, con
         stop_tokens=[3, 17], value_head=head,
     )  # fmt: skip
     assert out.mask.any()
+    decoder = architecture_of(config)
     for row in range(3):
         length = int(out.mask[row].sum())
         sequence = torch.cat([tokens[row, : LENGTHS[row]], out.tokens[row, :length]])
-        hidden = gpt2.hidden_states(params, sequence[None], config=config)[0, LENGTHS[row] - 1 : -1]
+        hidden = decoder.hidden_states(params, sequence[None], config=config)[0, LENGTHS[row] - 1 : -1]
         expected = token_log_probs(
-            gpt2.logits(params, hidden, config=config), out.tokens[row, :length], temperature=0.7
+            decoder.logits(params, hidden, config=config), out.tokens[row, :length], temperature=0.7
         )
         torch.testing.assert_close(out.log_probs[row, :length], expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(out.values[row, :length], apply_head(head, hidden), atol=1e-5, rtol=1e-5)
@@ -79,10 +92,10 @@ def test_generate_slots_and_shared_prompts_change_nothing(params, config, tokens
 
 
 @pytest.mark.parametrize("seed", [0, 2, 5])
-def test_generate_looks_at_all_that_a_row_has_read_after_others_were_dropped(params, config, seed):
+def test_generate_looks_at_all_that_a_row_has_read_after_others_were_dropped(config, seed):
     """The rows fill one block of the cache or two: a length held for another row would hide keys."""
     config = dataclasses.replace(config, n_positions=64)
-    params = params | {"wpe": gpt2.init(config, key=random.key(1))["wpe"]}
+    params = disturbed(config)
     prompts = (random.uniform(random.key(4), (8, 40)) * config.vocab_size).long()
     lengths, keys = torch.tensor([1, 40] * 4), random.split(random.key(seed), 8)
     settings = {"config": config, "max_new_tokens": 20, "stop_tokens": ENDS["ends"]}
@@ -119,7 +132,7 @@ def test_generate_first_token_follows_the_models_distribution(params, config, to
     assert chi_square < common.sum().item() + 4 * (2 * common.sum().item()) ** 0.5
 
 
-def test_generate_greedy_equals_transformers(params, config, tokens, keys, hugging_face):
+def test_generate_greedy_equals_transformers(params, config, tokens, keys):
     model = hugging_face(params, config)
     mask = torch.ones(3, 6, dtype=torch.int64)
     settings = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}

@@ -1,5 +1,6 @@
 """Every file of a tokenizer folder: present, absent, contradictory, damaged. AutoTokenizer is the oracle."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,14 @@ from typing import Any
 
 import pytest
 
+from rlhf import random
+from rlhf.data.dataset import load_dataset
+from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.errors import UserError
+from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
 from rlhf.io.tokenizer import EOS, PAD, Tokenizer
+from rlhf.models import gpt2
+from rlhf.models.gpt2_config import PRESETS
 
 TEXTS = ["the quick elephant", " elephant", "elephantelephant jumps", "<|im_end|>", "", "é ÿ"]
 CLASS = {"whole": "PreTrainedTokenizerFast", "parts": "GPT2Tokenizer"}
@@ -270,3 +277,96 @@ def test_ids_without_a_token_are_told(tmp_path, tokenizer):
     loaded = Tokenizer.load(tmp_path)
     assert loaded.vocab_size == tokenizer.vocab_size
     assert loaded.notes == (f"{tmp_path}: 1 ids below {loaded.vocab_size} have no token, yet a model can draw them",)
+
+
+# ---- the token that begins every text
+
+
+BEGINNINGS = {
+    "none": (False, {}, False),
+    "the post-processor's": (True, {}, True),
+    "asked for in vain": (False, {"add_bos_token": True}, False),
+    "declined in vain": (True, {"add_bos_token": False}, True),
+}
+"""Whether the post-processor adds it, the settings, and whether texts begin with it."""
+
+
+@pytest.fixture
+def beginning(tokenizer, tmp_path):
+    """A folder as Llama's: `<|begin|>` is a token of its own."""
+
+    def make(case):
+        processed, settings, _ = BEGINNINGS[case]
+        tokenizer.save(tmp_path)
+        whole = json.loads((tmp_path / "tokenizer.json").read_text())
+        number = tokenizer.vocab_size
+        whole["added_tokens"].append(added("<|begin|>", special=True, normalized=False) | {"id": number})
+        if processed:
+            start, text = {"SpecialToken": {"id": "<|begin|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+            second = {"Sequence": {"id": "B", "type_id": 1}}
+            token = {"<|begin|>": {"id": "<|begin|>", "ids": [number], "tokens": ["<|begin|>"]}}
+            whole["post_processor"] = {
+                "type": "TemplateProcessing", "single": [start, text], "pair": [start, text, second],
+                "special_tokens": token,
+            }  # fmt: skip
+        write(tmp_path, "tokenizer.json", whole)
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "bos_token": "<|begin|>"}
+        write(tmp_path, "tokenizer_config.json", names | settings)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("case", BEGINNINGS)
+def test_prompts_begin_as_transformers_has_them(beginning, case):
+    folder = beginning(case)
+    ours, oracle = Tokenizer.load(folder), theirs(folder)
+    assert (ours.bos_id is not None) == BEGINNINGS[case][2]
+    for text, ids in zip(TEXTS, ours.encode(TEXTS), strict=True):
+        expected = oracle(text, split_special_tokens=True)["input_ids"] or [ours.eos_id]
+        assert ours.begin(ids) == expected, text
+        assert ours.begin(ours.begin(ids)) == expected, "it begins a text once"
+        for limit in range(2, 6):
+            cut = ours.begin(ids, limit)
+            assert len(cut) == min(limit, len(expected))
+            assert cut == expected or (cut[:1] == expected[:1] or ours.bos_id is None)
+            assert cut[1:] == expected[len(expected) - len(cut) + 1 :]
+
+
+def test_records_begin_with_it_whole_and_cut_and_their_completions_do_not(beginning, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    tokenizer = Tokenizer.load(beginning("the post-processor's"))
+    write(folder, "data.json", [{"prompt": "the quick brown fox jumps over", "completion": " the lazy dog"}])
+    dataset = load_dataset(folder / "data.json", DEMONSTRATIONS, tokenizer, folder)
+    prompt, completion = tokenizer.encode(["the quick brown fox jumps over", " the lazy dog"])
+    begin, end = [tokenizer.bos_id], [tokenizer.eos_id]
+    (whole,) = dataset.sequences(0, 64)
+    assert whole.tokens.tolist() == begin + prompt + completion + end
+    room = len(completion) + 1 + 4
+    assert dataset.sequences(0, room)[0].tokens.tolist() == begin + prompt[-3:] + completion + end
+    assert dataset.prompt(0, 3).tolist() == begin + prompt[-2:]
+
+
+def test_a_saved_model_names_it(beginning, tmp_path_factory):
+    tokenizer = Tokenizer.load(beginning("the post-processor's"))
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=tokenizer.vocab_size, n_layer=1)
+    model = LanguageModel(gpt2.init(config, key=random.key(0)), config, tokenizer)
+    folder = tmp_path_factory.mktemp("saved") / "lm"
+    save_language_model(folder, model, facts={})
+    assert json.loads((folder / "config.json").read_text())["bos_token_id"] == tokenizer.bos_id
+    assert load_language_model(folder).tokenizer.bos_id == tokenizer.bos_id
+
+
+def test_padding_is_a_special_token_where_nothing_else_is_free(tokenizer, tmp_path):
+    """As in SmolLM2, whose padding token ends texts and whose vocabulary lacks the byte 0xFF."""
+    tokenizer.save(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = whole["model"]["vocab"]
+    for old, new in (("<|pad|>", "<|unused|>"), ("ÿ", "@@")):
+        vocabulary[new] = vocabulary.pop(old)
+    whole["added_tokens"] = [
+        entry | {"content": entry["content"].replace("pad", "unused")} for entry in whole["added_tokens"]
+    ]
+    write(tmp_path, "tokenizer.json", whole)
+    write(tmp_path, "tokenizer_config.json", {"eos_token": EOS, "pad_token": EOS})
+    assert Tokenizer.load(tmp_path).pad_id == vocabulary["<|unused|>"]

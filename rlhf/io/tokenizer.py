@@ -124,7 +124,7 @@ class Tokenizer:
         backend, notes = read_backend(folder, rows)
         end, pad, files = read_end_of_text(folder, backend), read_pad_token(folder), read_files(folder)
         notes += end.notes
-        bos_id = read_bos_id(folder, backend)
+        bos_id = read_bos_id(backend)
         template, token_names = read_template(folder), read_token_names(folder)
         try:
             ChatTemplate(template or "", token_names)
@@ -283,10 +283,12 @@ class Tokenizer:
         """Return the id of a token that no text contains, for padding; None if there is none.
 
         It is the padding token of the folder unless that is the end-of-text token, else `<|pad|>`, else the byte 0xFF,
-        which UTF-8 never uses.
+        which UTF-8 never uses, else the last special token that neither begins nor ends texts.
         """
-        ids = [self._backend.token_to_id(token) for token in (self._pad, PAD, "ÿ") if token is not None]
-        return next((number for number in ids if number not in (None, self.eos_id)), None)
+        special = [token for token in reversed(self.special_tokens) if token != self.eos]
+        ids = [self._backend.token_to_id(token) for token in (self._pad, PAD, "ÿ", *special) if token is not None]
+        taken = (None, self.eos_id, self.bos_id, *self.stop_ids[1:])
+        return next((number for number in ids if number not in taken), None)
 
 
 def _run_interruptible(work: Callable[[], None]) -> None:

@@ -113,18 +113,10 @@ def read_end_of_text(folder: Path, backend: Backend) -> EndOfText:
     return EndOfText(end, stop_ids, tuple(notes))
 
 
-def read_bos_id(folder: Path, backend: Backend) -> int | None:
-    """Return the id of the token that the tokenizer puts before every text; None if it puts none.
-
-    `add_bos_token` of tokenizer_config.json counts more than the post-processor of tokenizer.json.
-    """
-    settings = _read_object(folder / "tokenizer_config.json")
-    wanted, bos = settings.get("add_bos_token"), _content(folder, "bos_token", settings.get("bos_token"))
-    if wanted is not None:
-        return backend.token_to_id(bos) if wanted and bos is not None else None
-    (first, *_) = (*backend.encode("a").ids, None)
-    (plain, *_) = (*backend.encode("a", add_special_tokens=False).ids, None)
-    return None if first == plain else first
+def read_bos_id(backend: Backend) -> int | None:
+    """Return the id of the token that the tokenizer puts before every text, by its post-processor; None if none."""
+    plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    return None if whole[:1] == plain[:1] else whole[0]
 
 
 def read_pad_token(folder: Path) -> str | None:

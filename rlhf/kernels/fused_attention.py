@@ -70,8 +70,7 @@ def _compiled_attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, bi
         return _fused(q.float(), k.float(), v.float(), bias).to(q.dtype)
     if bias is None:
         bias = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().float().log()
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    k, v = _repeat_heads(k, q), _repeat_heads(v, q)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + bias
     highest = scores.detach().amax(-1, keepdim=True)  # a constant: it cancels
     weights: Tensor = _Exp.apply(scores - highest)  # type: ignore[no-untyped-call]
@@ -142,9 +141,15 @@ def _is_bfloat16_on_cpu(x: Tensor) -> bool:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=k.shape[1] != q.shape[1]
-    )
+    if q.is_cuda and (bias is not None or q.dtype == torch.float32):  # whose kernel takes no shared keys
+        k, v = _repeat_heads(k, q), _repeat_heads(v, q)
+    is_shared = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=is_shared)
+
+
+def _repeat_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Return keys or values for each head of the queries."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def _graph(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
