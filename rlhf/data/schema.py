@@ -135,7 +135,7 @@ def read_checked(source: Source, schema: Schema) -> Iterator[Record]:
     first: Record | None = None
     for path in list_files(source):
         for record in read_records(path, numbers=numbers):
-            fields = _renamed(path, record, renames) if renames else record.fields
+            fields = _renamed(path, record, renames, schema) if renames else record.fields
             try:
                 checked = record._replace(fields=to_columns(fields, schema.answers), path=path)
             except ValueError as error:
@@ -150,11 +150,11 @@ def read_checked(source: Source, schema: Schema) -> Iterator[Record]:
             yield checked
 
 
-def _renamed(path: Path, record: Record, renames: dict[str, str]) -> dict[str, Any]:
+def _renamed(path: Path, record: Record, renames: dict[str, str], schema: Schema) -> dict[str, Any]:
     """Return the fields of a record with columns under the names that they are read as."""
     fields = record.fields
     for column, name in renames.items():
-        if column not in fields and name not in fields:
+        if column not in fields and name not in fields and name in schema.keys:
             found = ", ".join(map(repr, sorted(fields))) or "nothing"
             raise UserError(
                 f"{path}: {record.where} has no column {column!r} (--data.columns {name}={column}), found {found}"

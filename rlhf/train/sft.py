@@ -80,7 +80,8 @@ def _model_spec(config: SFTRun) -> ModelSpec:
     folder, tokenizer_path = config.sft.model_path, config.tokenizer.path
     tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
     if folder is None:
-        return ModelSpec(new_config(config.model, tokenizer.vocab_size if tokenizer else 1), tokenizer, "")
+        shape = new_config(config.model, tokenizer.vocab_size if tokenizer else 1)
+        return with_template(config, ModelSpec(shape, tokenizer, ""))
     start = with_template(config, read_model_spec(folder, config.model))
     if tokenizer is not None and start.tokenizer is not None and not tokenizer.same_vocabulary(start.tokenizer):
         raise UserError(
