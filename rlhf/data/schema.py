@@ -93,6 +93,8 @@ def _type_problem(value: Any) -> str:
     remedy = "each record needs one text" if isinstance(value, list | dict) else "write it in double quotes"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         remedy = "if it is a conversation, each turn needs 'role' and 'content'"
+    if isinstance(value, dict) and value and all(key.isdigit() for key in value):
+        remedy = "pandas wrote columns instead of records: write it by to_json(FILE, orient='records', lines=True)"
     return f"must be a text, got {type(value).__name__} {str(value)[:40]!r}; {remedy}"
 
 
@@ -117,7 +119,7 @@ def _remedy(key: str, record: Record, schema: Schema) -> str:
         if isinstance(inner, dict):
             return f"the records seem to be in the list {name!r}: give that list alone as the file"
     close = difflib.get_close_matches(key, [name for name in names if name not in schema.keys], n=1)
-    hint = f"did you mean it by {close[0]!r}? " if close else ""
+    hint = f"{close[0]!r} looks like a misspelling of it; " if close else ""
     got = ", ".join(map(repr, names))
     columns = "" if hint or not got else f"; if one is named otherwise: --data.columns {key}=COLUMN"
     return f"{hint}{schema.name} need {needed}, found {got or 'nothing'}{columns}"
