@@ -12,6 +12,7 @@ from chat_templates import CONVERSATIONS, TEMPLATES, user, write_tokenizer
 from rlhf.data.chat_tokens import encode_chat
 from rlhf.errors import UserError
 from rlhf.io.chat_template import ChatTemplate, load_template
+from rlhf.io.model_folder import _stopping
 from rlhf.io.tokenizer import Tokenizer
 
 
@@ -118,3 +119,16 @@ def test_the_turn_of_every_template_ends_with_its_own_token(both):
     end = {"llama": "<|eot_id|>"}.get(name, "<|im_end|>")
     assert ours.end_of_turn_id == ours._backend.token_to_id(end)
     assert ours.end_of_turn_id in ours.stop_ids
+
+
+def test_generation_settings_stop_at_the_end_of_a_turn(tmp_path):
+    """Whoever generates with transformers would run past it otherwise."""
+    texts = Tokenizer.load(write_tokenizer(tmp_path / "base", None, eos="<|eot_id|>"))
+    chat = texts.with_template(TEMPLATES["marked"])
+    assert chat.end_of_turn_id != chat.eos_id == texts.end_of_turn_id
+    assert chat.stop_ids == (*texts.stop_ids, chat.end_of_turn_id)
+    before = {"eos_token_id": 3, "top_k": 5}
+    assert _stopping(before, texts) is before
+    assert _stopping(before, chat) == {"eos_token_id": [3, chat.end_of_turn_id], "top_k": 5}
+    assert _stopping({}, chat) == {"eos_token_id": [chat.end_of_turn_id]}
+    assert _stopping({"eos_token_id": [chat.end_of_turn_id]}, chat) == {"eos_token_id": [chat.end_of_turn_id]}

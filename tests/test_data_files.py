@@ -253,3 +253,35 @@ def test_fifty_thousand_rows_do_not_stay_in_memory(tmp_path, form):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "large").stat().st_size > 40 << 20
     assert float(done.stdout) < 22
+
+
+def test_several_files_are_paths_of_a_configuration(tmp_path):
+    from rlhf.config import DataConfig, SFTRun
+    from rlhf.io.paths import absolute_paths, relocate
+    from rlhf.io.presets import dump_config, narrow, parse_config
+
+    run = SFTRun(sft_data=["a.json", "b/*.json"], data=DataConfig(template="mine.jinja", columns=("prompt=q",)))
+    assert run.sft_data == (Path("a.json"), Path("b/*.json"))
+    absolute = absolute_paths(run)
+    assert absolute.sft_data == (Path.cwd() / "a.json", Path.cwd() / "b/*.json")
+    assert absolute.data.template == str(Path.cwd() / "mine.jinja")
+    assert absolute_paths(SFTRun(data=DataConfig(template="plain"))).data.template == "plain"
+    assert narrow(parse_config(dump_config(absolute), source="x"), SFTRun) == absolute
+    moved = tmp_path / "new" / "run"
+    (moved / "checkpoints").mkdir(parents=True)
+    (tmp_path / "new" / "a.json").write_text("[]")
+    old = SFTRun(output_dir=tmp_path / "old" / "run", sft_data=(tmp_path / "old" / "a.json",))
+    assert relocate(old, moved).sft_data == (tmp_path / "new" / "a.json",)
+
+
+def test_several_files_are_given_as_flags():
+    from rlhf.cli.train import parse
+
+    for words in (["--sft-data", "a", "b"], ["--sft-data=a", "--sft-data", "b"]):
+        assert parse(["sft", *words]).sft_data == (Path("a"), Path("b"))
+    assert parse(["sft", "--sft-data", "a"]).sft_data == Path("a")
+    assert parse(["sft"]).sft_data is None
+    assert parse(["pipeline", "--data.columns", "prompt=q", "completion=a"]).data.columns == (
+        "prompt=q",
+        "completion=a",
+    )
