@@ -89,6 +89,6 @@ def describe(config: RunConfig) -> str:
     defaults = flat_fields(type(config)())
     changed = {name: value for name, value in flat_fields(config).items() if value != defaults[name]}
     shown = "  ".join(
-        f"{name}={' '.join(value) if isinstance(value, tuple) else value}" for name, value in changed.items()
+        f"{name}={' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in changed.items()
     )
     return shown or "all settings at their defaults"

@@ -128,7 +128,9 @@ class Section:
 
 
 def _as_path(hint: Any, value: Any) -> Any:
-    """Return a text as a Path if the annotation is a path, and other values unchanged."""
+    """Return texts as paths if the annotation is a path or a tuple of them, and other values unchanged."""
+    if isinstance(value, tuple | list) and tuple[Path, ...] in (hint, *get_args(hint)):
+        return tuple(map(Path, value))
     return Path(value) if isinstance(value, str) and (hint is Path or Path in get_args(hint)) else value
 
 

@@ -342,7 +342,7 @@ def test_records_keep_their_numbers_over_many_blocks(tmp_path, tokenizer):
         assert dataset.columns(number) == records[number]
         assert tokenizer.decode(dataset.prompt(number, 9)) == str(number)
     records[1500] = {"promt": "1500"}
-    with pytest.raises(UserError, match=r"record 1501 \(line 1501\) has no key 'prompt'; did you mean it by 'promt'"):
+    with pytest.raises(UserError, match=r"record 1501 \(line 1501\) has no key 'prompt'; 'promt' looks like a"):
         loaded(tmp_path, "prompts", tokenizer, records, lines=True)
 
 

@@ -474,10 +474,10 @@ def test_held_out_records_are_those_of_the_data_that_the_run_had(moved, kind, na
     monkeypatch.chdir(tmp_path / "elsewhere")
     write(tmp_path / "elsewhere" / name, [PAIRS, DEMONSTRATIONS][kind == "sft"][:3])
     test = evaluated(run, kind)
-    assert (test.path, test.origin) == (data, "held out by the run")
+    assert (str(test.path), test.origin) == (str(data), "held out by the run")
     write(data, json.loads(data.read_text())[::-1])
     if recorded == "nowhere":  # an older run: nothing to compare with
-        assert evaluated(run, kind).path == data
+        assert str(evaluated(run, kind).path) == str(data)
         return
     with pytest.raises(UserError, match=f"{name} is no longer what the run learnt from; give another file as --test-d"):
         evaluated(run, kind)
@@ -494,7 +494,7 @@ def test_relative_paths_of_an_older_run_are_those_beside_it(moved, monkeypatch, 
     path.write_text(dump_config(config))
     write(tmp_path / "demonstrations.json", DEMONSTRATIONS[:3])
     monkeypatch.chdir(tmp_path)
-    assert evaluated(Path("project/run"), "sft").path == moved / "demonstrations.json"
+    assert str(evaluated(Path("project/run"), "sft").path) == str(moved / "demonstrations.json")
 
 
 @pytest.mark.parametrize("part", ["run", "run/sft"])

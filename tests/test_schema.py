@@ -69,11 +69,11 @@ def test_check_record_names_the_nearest_spelling(kind, key, spelt):
     fields = {spelt if name == key else name: text for name, text in GOOD[kind][1].items()}
     message = refusal(kind, fields)
     assert f"no key {key!r}" in message
-    assert f"did you mean it by {spelt!r}?" in message
+    assert f"{spelt!r} looks like a misspelling of it" in message
 
 
 def test_check_record_does_not_take_a_key_in_use_for_a_misspelling():
-    assert "did you mean" not in refusal("preferences", {"prompt": "p", "chosen": "c"})
+    assert "misspelling" not in refusal("preferences", {"prompt": "p", "chosen": "c"})
 
 
 @pytest.mark.parametrize("value", [0, 1.5, True, ["c"], {"text": "c"}], ids=repr)
@@ -100,9 +100,10 @@ def test_check_record_says_how_to_give_a_text(value, remedy):
             ("'conversations' is a chat", "needs 'role' and"),
         ),
         ({"version": 1, "data": [GOOD["prompts"][1]]}, ("records seem to be in the list 'data'", "alone as the file")),
+        ({"prompt": {"0": "a", "1": "b"}}, ("must be a text, got dict", "orient='records', lines=True")),
         ({"data": [], "tags": ["a"]}, ("found 'data', 'tags'",)),
     ],
-    ids=["chat", "ShareGPT", "list below", "other lists"],
+    ids=["chat", "ShareGPT", "list below", "pandas", "other lists"],
 )
 def test_check_record_says_what_it_recognises(fields, pieces):
     message = refusal("demonstrations", fields)

@@ -39,15 +39,42 @@ class ChatTokens(NamedTuple):
     """For each token of `answer`, True if the assistant wrote it."""
 
 
-class _Piece(NamedTuple):
-    text: str
-    learnt: bool
+class ChatPieces(NamedTuple):
+    """A conversation as texts that are encoded each by itself."""
+
+    texts: list[str]
+    """The prompt, then alternately what the assistant did not write and what it wrote, then what follows."""
+    mark: str
+    """The character inside the special tokens that are text; empty if there are none."""
+
+    @property
+    def last(self) -> int:
+        """Return the number of the last text that the assistant wrote; 0 if there is only a prompt."""
+        return max(0, len(self.texts) - 2)
 
 
 def encode_chat(
     tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message], *, shares_prompt: bool = False
 ) -> ChatTokens:
-    """Return a conversation as token ids.
+    """Return a conversation as token ids. Arguments and errors as `cut_chat`."""
+    return encode_pieces(tokenizer, [cut_chat(tokenizer, prompt, answer, shares_prompt=shares_prompt)])[0]
+
+
+def encode_pieces(tokenizer: Tokenizer, chats: Sequence[ChatPieces]) -> list[ChatTokens]:
+    """Return the token ids of conversations that `cut_chat` has cut, all encoded together."""
+    encoded = iter(tokenizer.encode_rendered([text for chat in chats if not chat.mark for text in chat.texts]))
+    found = []
+    for chat in chats:
+        marked = chat.mark != ""
+        tokens = tokenizer.encode_rendered(chat.texts, chat.mark) if marked else [next(encoded) for _ in chat.texts]
+        found.append(_joined(tokenizer, chat, tokens))
+    return found
+
+
+def cut_chat(
+    tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message], *, shares_prompt: bool = False
+) -> ChatPieces:
+    """Return a conversation as the texts of its pieces.
 
     Args:
         tokenizer: with a chat template.
@@ -64,9 +91,7 @@ def encode_chat(
     turns, mark = _marked([*prompt, *answer], tokenizer.special_tokens)
     count = len(prompt)
     if not answer:
-        text = template.render(turns, add_generation_prompt=True).text
-        (tokens,) = tokenizer.encode_rendered([text], mark)
-        return ChatTokens(tokens, [], [])
+        return ChatPieces([template.render(turns, add_generation_prompt=True).text], mark)
     last = max(number for number, turn in enumerate(turns) if turn["role"] == "assistant") + 1
     whole = template.render(turns[:last])
     spans = whole.spans if template.marks_generation else _turn_spans(template, turns[:last], count, whole.text)
@@ -77,9 +102,7 @@ def encode_chat(
     spans = [span for span in spans if span[0] >= boundary]
     if not spans:
         raise ValueError("the chat template writes no turn of the assistant")
-    pieces = _cut(whole.text, spans, boundary if shares_prompt else spans[0][0])
-    encoded = tokenizer.encode_rendered([piece.text for piece in pieces], mark)
-    return _joined(tokenizer, pieces, encoded)
+    return ChatPieces(_cut(whole.text, spans, boundary if shares_prompt else spans[0][0]), mark)
 
 
 def check_template(tokenizer: Tokenizer, source: object) -> None:
@@ -112,31 +135,25 @@ def _prefix(
     return text
 
 
-def _cut(text: str, spans: Sequence[tuple[int, int]], boundary: int) -> list[_Piece]:
-    """Return the prompt and then alternately what is learnt and what is not, up to the end of the last span."""
-    pieces, place = [_Piece(text[:boundary], False)], boundary
-    for start, end in spans:
-        pieces += [_Piece(text[place:start], False), _Piece(text[start:end], True)]
-        place = end
-    tail = text[place:]
-    return [*pieces, _Piece(tail, False)]
+def _cut(text: str, spans: Sequence[tuple[int, int]], boundary: int) -> list[str]:
+    """Return the texts of `ChatPieces`."""
+    edges = [0, boundary, *(place for span in spans for place in span), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def _joined(tokenizer: Tokenizer, pieces: Sequence[_Piece], encoded: Sequence[list[int]]) -> ChatTokens:
+def _joined(tokenizer: Tokenizer, chat: ChatPieces, encoded: Sequence[list[int]]) -> ChatTokens:
     """Return the tokens of the pieces, without what follows the last turn's end."""
     answer: list[int] = []
     learnt: list[bool] = []
-    last = max(number for number, piece in enumerate(pieces) if piece.learnt)
-    for number, (piece, tokens) in enumerate(zip(pieces[1:], encoded[1:], strict=True), start=1):
-        end = _turn_end(tokenizer, tokens) if piece.learnt else 0
-        answer += tokens
-        learnt += [True] * end + [False] * (len(tokens) - end)
-        if number == last:
-            kept = len(answer) - (len(tokens) - end)
-            if answer[kept - 1] == tokenizer.end_of_turn_id:
-                kept -= 1
-            return ChatTokens(encoded[0], answer[:kept], learnt[:kept])
-    raise AssertionError("one of the pieces is learnt")
+    for number in range(1, chat.last + 1):
+        tokens = encoded[number]
+        end = 0 if number % 2 else _turn_end(tokenizer, tokens)  # the assistant wrote every second piece
+        kept = tokens[:end] if number == chat.last else tokens
+        answer += kept
+        learnt += [True] * end + [False] * (len(kept) - end)
+    if answer and answer[-1] == tokenizer.end_of_turn_id:
+        return ChatTokens(encoded[0], answer[:-1], learnt[:-1])
+    return ChatTokens(encoded[0], answer, learnt)
 
 
 def _turn_end(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rlhf.config import DataConfig
-from rlhf.data.chat_tokens import check_template, encode_chat
+from rlhf.data.chat_tokens import check_template, cut_chat, encode_pieces
 from rlhf.data.data_files import Record, Source
 from rlhf.data.schema import DEMONSTRATIONS, Schema
 from rlhf.errors import UserError
@@ -59,11 +59,7 @@ def encode_records(
     """
     if records and holds_conversations(records[0]):
         check_template(tokenizer, source)
-        for record in records:
-            try:
-                yield _encode_conversation(record, schema, tokenizer)
-            except ValueError as error:
-                raise UserError(f"{record.path or source}: {record.where}: {error}") from error
+        yield from _encode_conversations(records, schema, tokenizer, source)
         return
     encoded = iter(tokenizer.encode([record.fields[key] for record in records for key in schema.keys]))
     for record in records:
@@ -71,10 +67,20 @@ def encode_records(
         yield EncodedRecord(record, prompt, [next(encoded) for _ in schema.answers] or [[]], None)
 
 
-def _encode_conversation(record: Record, schema: Schema, tokenizer: Tokenizer) -> EncodedRecord:
-    prompt = record.fields["prompt"]
-    answers = [record.fields[key] for key in schema.answers] or [[]]
-    is_pair = len(answers) > 1
-    chats = [encode_chat(tokenizer, prompt, answer, shares_prompt=is_pair) for answer in answers]
-    learnt = chats[0].learnt if schema is DEMONSTRATIONS else None
-    return EncodedRecord(record, chats[0].prompt or [tokenizer.eos_id], [chat.answer for chat in chats], learnt)
+def _encode_conversations(
+    records: Sequence[Record], schema: Schema, tokenizer: Tokenizer, source: Source
+) -> Iterator[EncodedRecord]:
+    pieces = []
+    for record in records:
+        answers = [record.fields[key] for key in schema.answers] or [[]]
+        try:
+            for answer in answers:
+                shares_prompt = len(answers) > 1
+                pieces.append(cut_chat(tokenizer, record.fields["prompt"], answer, shares_prompt=shares_prompt))
+        except ValueError as error:
+            raise UserError(f"{record.path or source}: {record.where}: {error}") from error
+    encoded = iter(encode_pieces(tokenizer, pieces))
+    for record in records:
+        chats = [next(encoded) for _ in schema.answers or [""]]
+        learnt = chats[0].learnt if schema is DEMONSTRATIONS else None
+        yield EncodedRecord(record, chats[0].prompt or [tokenizer.eos_id], [chat.answer for chat in chats], learnt)

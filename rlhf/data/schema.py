@@ -93,6 +93,8 @@ def _type_problem(value: Any) -> str:
     remedy = "each record needs one text" if isinstance(value, list | dict) else "write it in double quotes"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         remedy = "if it is a conversation, each turn needs 'role' and 'content'"
+    if isinstance(value, dict) and value and all(key.isdigit() for key in value):
+        remedy = "pandas wrote columns instead of records: write it by to_json(FILE, orient='records', lines=True)"
     return f"must be a text, got {type(value).__name__} {str(value)[:40]!r}; {remedy}"
 
 
@@ -117,7 +119,7 @@ def _remedy(key: str, record: Record, schema: Schema) -> str:
         if isinstance(inner, dict):
             return f"the records seem to be in the list {name!r}: give that list alone as the file"
     close = difflib.get_close_matches(key, [name for name in names if name not in schema.keys], n=1)
-    hint = f"did you mean it by {close[0]!r}? " if close else ""
+    hint = f"{close[0]!r} looks like a misspelling of it; " if close else ""
     got = ", ".join(map(repr, names))
     columns = "" if hint or not got else f"; if one is named otherwise: --data.columns {key}=COLUMN"
     return f"{hint}{schema.name} need {needed}, found {got or 'nothing'}{columns}"
@@ -135,7 +137,7 @@ def read_checked(source: Source, schema: Schema) -> Iterator[Record]:
     first: Record | None = None
     for path in list_files(source):
         for record in read_records(path, numbers=numbers):
-            fields = _renamed(path, record, renames) if renames else record.fields
+            fields = _renamed(path, record, renames, schema) if renames else record.fields
             try:
                 checked = record._replace(fields=to_columns(fields, schema.answers), path=path)
             except ValueError as error:
@@ -150,11 +152,11 @@ def read_checked(source: Source, schema: Schema) -> Iterator[Record]:
             yield checked
 
 
-def _renamed(path: Path, record: Record, renames: dict[str, str]) -> dict[str, Any]:
+def _renamed(path: Path, record: Record, renames: dict[str, str], schema: Schema) -> dict[str, Any]:
     """Return the fields of a record with columns under the names that they are read as."""
     fields = record.fields
     for column, name in renames.items():
-        if column not in fields and name not in fields:
+        if column not in fields and name not in fields and name in schema.keys:
             found = ", ".join(map(repr, sorted(fields))) or "nothing"
             raise UserError(
                 f"{path}: {record.where} has no column {column!r} (--data.columns {name}={column}), found {found}"

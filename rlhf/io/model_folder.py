@@ -102,7 +102,7 @@ def save_language_model(
     with atomic_folder(folder) as temporary:
         _write_model(temporary, _state(model.params, model.config), model.config, model.tokenizer, "language model")
         if model.generation_config is not None:
-            _write_json(temporary / "generation_config.json", model.generation_config)
+            _write_json(temporary / "generation_config.json", _stopping(model.generation_config, model.tokenizer))
         if value_head is not None:
             save_tensors(temporary / "value_head.safetensors", value_head)
         if critic is not None:
@@ -240,6 +240,15 @@ def check_model_folder(folder: Path, kind: ModelKind) -> dict[str, Any]:
         expected = " or ".join(class_of(family, kind) for family in own or architectures())
         raise UserError(f"{folder}: holds a {names[0]}, expected a {expected}")
     return settings
+
+
+def _stopping(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return generation settings that also stop at the end of a turn of the chat template."""
+    ends = settings.get("eos_token_id")
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer.chat_template is None or tokenizer.end_of_turn_id in known:
+        return settings
+    return settings | {"eos_token_id": [*known, tokenizer.end_of_turn_id]}
 
 
 def _write_model(

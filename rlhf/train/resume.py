@@ -240,7 +240,7 @@ def _origin(config: RunConfig, stage: Stage, content: str) -> str:
     setting = next((name for name, content_name in stage.files.items() if content_name == content), None)
     value = flat_fields(config)[setting] if setting else None
     if value is not None:
-        return f"{setting} {value}"
+        return f"{setting} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
     return {"data": "the embedded example", "validation": f"{setting}"}.get(content, f"the start of {stage.name}")
 
 

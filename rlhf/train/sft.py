@@ -105,7 +105,7 @@ def _model_spec(config: SFTRun) -> ModelSpec:
     if folder is None:
         shape = new_config(config.model, tokenizer.vocab_size if tokenizer else 1)
         check_dropout(shape, config.sft.dropout, "--sft.dropout")
-        return ModelSpec(shape, tokenizer, "")
+        return with_template(config, ModelSpec(shape, tokenizer, ""))
     start = with_template(config, read_model_spec(folder, config.model))
     check_dropout(start.config, config.sft.dropout, "--sft.dropout")
     if tokenizer is not None and start.tokenizer is not None and not tokenizer.same_vocabulary(start.tokenizer):
