@@ -1,0 +1,5 @@
+"""python -m rlhf: the list of programs."""
+
+from rlhf.cli.programs import main
+
+raise SystemExit(main())
