@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words == ["--version"]:
         print(f"rlhf {rlhf.__version__}")
         return 0
-    print(f"rlhf {rlhf.__version__}: reinforcement learning from human feedback. Each program has --help.\n")
+    print("usage: rlhf [--version]\n")
+    print(f"rlhf {rlhf.__version__}: reinforcement learning from human feedback. Each program has --help:\n")
     for name, text in _PROGRAMS.items():
         print(f"  {name:<15}{text}")
     print("\nTo begin: rlhf-example --create-dummy-data")
