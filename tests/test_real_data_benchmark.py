@@ -54,7 +54,7 @@ def test_a_run_passes_by_its_problems_kl_and_endings(data, tmp_path):
     assert before < after
     assert result["verdicts"] == {"ppo": "It rose."}
     assert "ppo: It rose." in real_data._line(result)
-    write_log(tmp_path / "far", sample=sample, figures={"objective/kl": lambda step: float(step)})
+    write_log(tmp_path / "far", sample=sample, figures={"objective/kl": float})
     assert not real_data._measure("sent", 0, tmp_path / "far", data, 1.0)["passed"]
 
 

@@ -23,8 +23,9 @@ class GenerateConfig(Section):
     Without this and --prompt-file they are read from the terminal, or line by line from a pipe."""
     prompt_file: Path | None = None
     """File of prompts: JSON list or JSON Lines with the key `prompt`, or one prompt per line in a .txt file."""
-    template: str = "{prompt}"
-    """Text around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
+    template: str | None = None
+    """Text around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break. If None, typed prompts get
+    the text that the model's training prompts share, and others nothing."""
     output: Path | None = None
     """JSON Lines file to write instead of showing completions."""
     overwrite: bool = False
