@@ -20,7 +20,18 @@ class Benchmarks:
 
     which: tyro.conf.Positional[
         Literal[
-            "all", "startup", "generate", "sft", "reward", "ppo", "memory", "phases", "allreduce", "scaling", "peers"
+            "all",
+            "startup",
+            "generate",
+            "sft",
+            "reward",
+            "ppo",
+            "memory",
+            "phases",
+            "allreduce",
+            "scaling",
+            "real-data",
+            "peers",
         ]
     ] = "all"
     """What to measure; `peers` makes the environment of those we are compared with."""
@@ -35,6 +46,12 @@ class Benchmarks:
     """CPU threads of each side; none takes all cores."""
     only: str = ""
     """Rows whose name contains this."""
+    seeds: int = 3
+    """Runs of each task of real-data."""
+    data: Path = Path("../shared/data")
+    """Folder of the real data."""
+    flags: tuple[str, ...] = ()
+    """Flags of rlhf-train for every run of real-data, each as one word: --sft.model-path=FOLDER."""
     peers: Path = Path(".venv-peers")
     """The peers' environment."""
     output: Path = Path("outputs/benchmarks")
@@ -49,6 +66,11 @@ def main(asked: Benchmarks) -> None:
         from benchmarks.peers.environment import make
 
         make(asked.peers)
+        return
+    if asked.which == "real-data":
+        from benchmarks import real_data
+
+        real_data.run(asked.output, asked.data.absolute(), only=asked.only, seeds=asked.seeds, extra=asked.flags)
         return
     from benchmarks import history
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import tyro
 from rlhf.cli.help import Help, help_of_flags
 
+import rlhf
 from rlhf.errors import UserError
 from rlhf.ranges import bounds_of, range_error
 
@@ -34,12 +35,35 @@ def parse_arguments(
     Raises:
         UserError: a number is out of its range.
     """
+    if "--version" in argv:
+        print(f"{about.prog.split(maxsplit=1)[0]} {rlhf.__version__}")
+        raise SystemExit(0)
     arguments = join_flags(kind, argv)
+    _check_aliases(kind, arguments)
     base = kind() if default is None else default(arguments)
     if {"-h", "--help"} & set(argv):
         print(help_of_flags(about, kind, base))
         raise SystemExit(0)
     return tyro.cli(kind, prog=about.prog, default=base, args=arguments)
+
+
+_ALIASES = {
+    "lr": "learning-rate", "batch": "batch-size", "bs": "batch-size", "epoch": "epochs", "iterations": "num-iterations",
+    "steps": "max-steps", "kl": "kl-coef", "beta": "kl-coef", "workers": "num-workers", "max-tokens": "max-new-tokens",
+    "wd": "weight-decay", "warmup": "warmup-fraction",
+}  # fmt: skip
+"""Last parts of flags by other names, which other programs have for them."""
+
+
+def _check_aliases(kind: type, arguments: Sequence[str]) -> None:
+    """Raise UserError for a flag that is known by another name."""
+    known = {flag for flag, _ in flag_types(kind)}
+    for word in arguments:
+        flag = word.partition("=")[0]
+        section, dot, last = flag.removeprefix("--").rpartition(".")
+        name = f"--{section}{dot}{_ALIASES.get(last, last)}"
+        if flag.startswith("--") and flag not in known and name in known:
+            raise UserError(f"{flag}: is called {name} here")
 
 
 def join_flags(kind: type, argv: Sequence[str]) -> list[str]:

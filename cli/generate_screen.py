@@ -1,6 +1,7 @@
 """The screen of rlhf-generate: prompts from flags, a file, a pipe or a person; completions to a terminal or a file."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import signal
@@ -13,23 +14,28 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from rlhf.cli.generate_commands import HELP, change_setting, describe_settings
 from torch import Tensor
 
 from rlhf.data.conversations import Message, as_text
 from rlhf.data.data_files import DataFiles
+from rlhf.data.prompt_template import frame
 from rlhf.data.schema import PROMPTS, read_checked
 from rlhf.distributed.compute_context import available_cores, find_device, limit_threads
 from rlhf.errors import Interrupted, UserError
 from rlhf.evaluate.comparison import sample_keys
 from rlhf.generate.completer import Completer, TextChunk
 from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
-from rlhf.io.files import read_text
+from rlhf.io.files import read_json, read_text
 from rlhf.io.output import check_output, write_output
 from rlhf.io.printable_text import printable
 from rlhf.io.user_log import log_user
 from rlhf.setting_rules import check_rules
 
-_WELCOME = """Each prompt is completed on its own. Ctrl-C stops a completion; Ctrl-D, or Ctrl-C at the prompt, ends."""
+_WELCOME = (
+    "Each prompt is completed on its own; /help lists commands. Ctrl-C stops a completion; Ctrl-D, or Ctrl-C at the "
+    "prompt, ends."
+)
 _REFRESHES_PER_SECOND = 12
 
 
@@ -42,7 +48,7 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
     """
     for line in check_rules(config, GENERATE_RULES):
         log_user(line)
-    if "{prompt}" not in config.template:
+    if config.template is not None and "{prompt}" not in config.template:
         raise UserError(f"--template {config.template!r}: has no {{prompt}}, in whose place each prompt is put")
     if config.prompt and config.prompt_file is not None:
         raise UserError("--prompt and --prompt-file: give one of the two")
@@ -50,7 +56,7 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
         inputs = [file for folder in _folders(config) if folder.is_dir() for file in folder.iterdir()]
         inputs += [config.prompt_file] if config.prompt_file is not None else []
         check_output(config.output, "--output", inputs=inputs, overwrite=config.overwrite)
-    for text in (*config.prompt, config.template):
+    for text in (*config.prompt, config.template or ""):
         _check_text(text)
     prompts = _prompts(config)
     device = find_device(config.device)
@@ -133,7 +139,25 @@ def _framed(config: GenerateConfig, prompt: str | list[Message]) -> str | list[M
         return prompt
     if config.chat:
         return [{"role": "user", "content": prompt}]
-    return config.template.replace("\\n", "\n").replace("{prompt}", prompt)
+    return (config.template or "{prompt}").replace("\\n", "\n").replace("{prompt}", prompt)
+
+
+def _with_remembered_template(config: GenerateConfig, folder: Path) -> GenerateConfig:
+    """Return the configuration with the form of the model's training prompts if it has none; tell the user."""
+    if config.template is not None or config.chat:
+        return config
+    try:
+        manifest = read_json(folder / "manifest.json")
+        chat, template = manifest.get("chat"), manifest.get("template")
+    except (UserError, AttributeError):
+        chat, template = None, None
+    if chat is True:
+        log_user("each prompt is a turn of a conversation, as in the model's training (--chat)")
+        return dataclasses.replace(config, chat=True)
+    if not isinstance(template, str) or template == "{prompt}" or "{prompt}" not in template:
+        return config
+    log_user(f"each prompt is put into {template!r}, as in the model's training; /template {{prompt}} ends that")
+    return dataclasses.replace(config, template=template)
 
 
 def _keys(config: GenerateConfig, number: int) -> Tensor:
@@ -199,13 +223,38 @@ def _show_beside(console: Console, completers: Sequence[Completer], prompt: Any,
 
 
 def _converse(config: GenerateConfig, console: Console, completers: Sequence[Completer]) -> None:
-    """Complete prompts as a person types them."""
+    """Complete prompts as a person types them, and obey commands."""
     console.print(Text(_WELCOME, style="dim"))
-    for number, prompt in enumerate(_typed(console)):
+    config, number = _with_remembered_template(config, completers[0].folder), 0
+    for typed in _typed(console):
+        if typed.startswith("/") and not typed.startswith("//"):
+            config = _obey(config, console, completers, typed)
+            continue
+        prompt = typed.removeprefix("/")
+        template = (config.template or "{prompt}").replace("\\n", "\n")
+        framed = _framed(config, prompt) if config.chat else frame(template, prompt)
         try:
-            _show(config, console, completers, _framed(config, prompt), number)
+            _show(config, console, completers, framed, number)
         except KeyboardInterrupt:
             console.print(Text("(stopped)", style="dim"))
+        number += 1
+
+
+def _obey(config: GenerateConfig, console: Console, completers: Sequence[Completer], line: str) -> GenerateConfig:
+    """Carry out a command; return the settings from now on."""
+    if line.strip() in ("/help", "/settings"):
+        text = HELP if line.strip() == "/help" else describe_settings(config)
+        console.print(Text(text, style="dim"))
+        return config
+    try:
+        changed = change_setting(config, line)
+        for completer in completers:
+            completer.configure(changed)
+    except UserError as error:
+        console.print(Text(str(error), style="red"))
+        return config
+    console.print(Text(describe_settings(changed), style="dim"))
+    return changed
 
 
 def _typed(console: Console) -> Iterator[str]:

@@ -15,9 +15,21 @@ from rich.progress import (
 from rich.table import Column
 from rlhf.cli.terminal import stderr_console
 
+from rlhf.metrics import describe
 from rlhf.train.observers import Observer, StageStart
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def _fixed(width: int) -> Column:
+    """Return a column that a narrow terminal does not shrink."""
+    return Column(no_wrap=True, min_width=width, width=width)
+
+
+def _short(name: str) -> str:
+    """Return a metric's short name without its unit."""
+    metric = describe(name)
+    return (metric.short or metric.label).partition(",")[0]
 
 
 class StageProgress(Observer):
@@ -30,13 +42,14 @@ class StageProgress(Observer):
         self._last_line = time.monotonic() - _SECONDS_BETWEEN_LINES
         self._task: TaskID | None = None
         self._bar = Progress(
-            TextColumn("[bold]{task.description:<7}"),
-            BarColumn(bar_width=24, table_column=Column(no_wrap=True)),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[metrics]}", table_column=Column()),  # wraps in a narrow terminal, alone
+            TextColumn("[bold]{task.description}", table_column=_fixed(len(start.stage.name))),
+            BarColumn(bar_width=None, table_column=_fixed(12)),
+            MofNCompleteColumn(table_column=_fixed(2 * len(str(start.total)) + 1)),
+            TimeElapsedColumn(table_column=_fixed(7)),
+            TimeRemainingColumn(table_column=_fixed(7)),
+            TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=self._console,
+            expand=True,
         )
         if self._console.is_terminal:
             self._bar.start()
@@ -47,7 +60,7 @@ class StageProgress(Observer):
         """Show that `step` steps are done, with the newest value of each metric."""
         shown = self._stage.shown
         self._latest |= {name: metrics[name] for name in shown if name in metrics}
-        text = "  ".join(f"{name} {self._latest[name]:.4g}" for name in shown if name in self._latest)
+        text = "  ".join(f"{_short(name)} {self._latest[name]:.4g}" for name in shown if name in self._latest)
         if self._task is not None:
             self._bar.update(self._task, completed=step, metrics=text)
         elif step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:

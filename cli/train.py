@@ -7,10 +7,12 @@ Usage:
     rlhf-train pipeline --config demo --output-dir outputs/demo
 """
 
+import difflib
 import functools
 import operator
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -20,10 +22,13 @@ from rlhf.cli.help import Help, help_of_commands
 from rlhf.cli.process import command_line
 from rlhf.cli.terminal import stderr_console
 
+import rlhf
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.io.presets import narrow
-from rlhf.stages import STAGES, pipeline_names, pipeline_type
+from rlhf.ranges import flat_fields
+from rlhf.setting_rules import flag_of
+from rlhf.stages import STAGES, pipeline_names, pipeline_type, stages_of
 
 _DESCRIPTION = (
     "Train a language model from human feedback. Flags override the file of --config, which overrides the defaults."
@@ -55,6 +60,13 @@ def parse(argv: Sequence[str]) -> RunConfig:
         texts = {name: text for name, (_, text) in commands.items()}
         print(help_of_commands(_about("rlhf-train", _DESCRIPTION), texts))
         raise SystemExit(0)
+    if argv and not argv[0].startswith("-"):
+        close = difflib.get_close_matches(argv[0], commands, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"rlhf-train {argv[0]}: no such command; {hint}There are {', '.join(commands)}")
+    if "--version" in argv:
+        print(f"rlhf-train {rlhf.__version__}")
+        raise SystemExit(0)
     kinds = [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in commands.items()]
     union: Any = functools.reduce(operator.or_, kinds)  # only for its errors
     config: RunConfig = tyro.cli(union, prog="rlhf-train", args=argv)
@@ -78,6 +90,7 @@ def _commands() -> dict[str, tuple[type[RunConfig], str]]:
 
 def _train(argv: list[str]) -> None:
     config = parse(argv)
+    _check_paths(config)
     from rich.text import Text  # imported here because it may take a second
     from rlhf.cli.training import open_training
 
@@ -90,3 +103,28 @@ def _train(argv: list[str]) -> None:
         results = run_stages(config, observers=training.observers, stop=training.stop, base=base_config(argv))
     for stage, result in results.items():
         console.print(Text.assemble((stage, "bold"), f": wrote {result.model}"), soft_wrap=True)
+    console.print(_next_commands(config, list(results)), markup=False, soft_wrap=True)
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Raise UserError if a data file that is named is not there, before torch is imported, which takes seconds."""
+    values = flat_fields(config)
+    for stage in stages_of(config):
+        for name, content in stage.files.items():
+            path = values.get(name)
+            if content in ("data", "validation") and isinstance(path, Path) and not path.exists():
+                raise UserError(f"{path}: no such file ({flag_of(name)})")
+
+
+def _next_commands(config: RunConfig, stages: list[str]) -> str:
+    """Return what to do after training: one command a line."""
+    folder = config.output_dir
+    lines = [f"  open     {folder / 'report' / 'report.html'}", f"  judge    rlhf-evaluate --model-dir {folder}"]
+    written = [STAGES[name].folder for name in ("ppo", "sft") if name in stages]
+    if written:
+        lines.append(f"  try      rlhf-generate --model-dir {folder / written[0]}")
+    lines.append(f"  plot     rlhf-monitor --log-dir {folder} --plot-type all")
+    following = {"sft": "reward --preference-data PAIRS.json", "reward": "ppo --prompt-data PROMPTS.json"}
+    if stages and stages[-1] in following:
+        lines.append(f"  go on    rlhf-train {following[stages[-1]]} --output-dir {folder}")
+    return "\n".join(["To go on:", *lines])

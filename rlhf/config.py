@@ -152,6 +152,8 @@ class DistConfig(Section):
     """Ray cluster to use: auto, or HOST:PORT. If None, a cluster is started on this machine and stopped at the end."""
     threads_per_worker: ThreadCount = 1
     """Number of CPU threads per worker."""
+    oversubscribe: bool = False
+    """Allow more threads of workers and servers than this machine has cores."""
     gpus_per_worker: UnitInterval = 0.0
     """Number of GPUs per worker, which may be a fraction."""
     placement: Literal["pack", "spread"] = "pack"

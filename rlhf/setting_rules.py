@@ -90,8 +90,8 @@ COMPUTE_RULES = (
     Rule(("dist.address", "dist.num_servers", "dist.gpus_per_worker"), _in_process, _NO_WORKERS, refused=True),
     Rule(
         (
-            "dist.threads_per_worker", "dist.placement", "dist.backend", "dist.reduce", "dist.timeout_s",
-            "dist.heartbeat_s", "dist.max_restarts", "dist.on_failure", "dist.snapshot_every",
+            "dist.threads_per_worker", "dist.oversubscribe", "dist.placement", "dist.backend", "dist.reduce",
+            "dist.timeout_s", "dist.heartbeat_s", "dist.max_restarts", "dist.on_failure", "dist.snapshot_every",
         ),
         _in_process,
         _NO_WORKERS,

@@ -26,7 +26,7 @@ class OptimizerConfig(Section):
 
     learning_rate: NonNegativeFloat | None = None
     """Peak learning rate, reached after warm-up. If None, it is lower for a pre-trained model than for one trained
-    from scratch: SFT 5e-5 or 1e-3, reward model 1e-5 or 3e-4, DPO 1e-6 or 1e-4, PPO 1e-5 or 1e-4."""
+    from scratch: SFT 5e-5 or 1e-3, reward model 1e-5 or 1e-3, DPO 1e-6 or 1e-4, PPO 1e-5 or 1e-4."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning-rate schedule after warm-up; linear and cosine decay to 0."""
     warmup_fraction: HalfOpenUnitInterval = 0.05
@@ -91,8 +91,8 @@ class SFTConfig(SupervisedConfig):
 class RewardConfig(SupervisedConfig):
     """Reward-model training on preference pairs."""
 
-    epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
-    """Number of passes over the training split. One is common, because reward models overfit quickly."""
+    epochs: Annotated[float, Gt(0), Le(1_000_000)] = 2.0
+    """Number of passes over the training split. More are rarely better, because reward models overfit quickly."""
     centre_coef: NonNegativeFloat = 0.01
     """Weight of the penalty (chosen + rejected)^2, which keeps rewards centred at 0; 0 disables it."""
     members: Annotated[int, Ge(1), Le(64)] = 1
@@ -105,7 +105,7 @@ class RewardConfig(SupervisedConfig):
 
     def default_rates(self) -> tuple[float, float]:
         """Return the default learning rates of a model from scratch and of a pre-trained one."""
-        return 3e-4, 1e-5
+        return 1e-3, 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ class PPOConfig(OptimizerConfig):
     whiten_rewards: bool = False
     """Scale per-token rewards to unit variance over the batch without shifting their mean."""
 
-    kl_coef: NonNegativeFloat = 0.05
+    kl_coef: NonNegativeFloat = 0.2
     """Coefficient of the KL to the reference: the lowest one with kl_budget, the initial one with kl_adaptive."""
     kl_budget: PositiveFloatOrInf = 10.0
     """KL to the reference, in nats per completion, above which kl_coef is raised until the KL is below it again. inf

@@ -10,6 +10,7 @@ import torch
 
 from rlhf import random
 from rlhf.config import LogConfig, ModelConfig, PipelineRun, PPOConfig, RewardConfig, SFTConfig, TokenizerConfig
+from rlhf.distributed import compute_context
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models import gpt2
 from rlhf.models.gpt2_config import GPT2Config
@@ -17,6 +18,7 @@ from rlhf.tree import named_leaves, tree_map_named
 from rlhf.types import Params
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+compute_context._CROWD = 4  # tests have more workers than this machine has cores
 torch.set_num_threads(1)  # tiny tensors: more threads only get in each other's way
 
 TINY = GPT2Config(vocab_size=48, n_positions=32, n_embd=16, n_layer=2, n_head=2)

@@ -12,19 +12,21 @@ from rlhf.errors import UserError
     ("settings", "accepted"),
     [
         ({"num_workers": 0, "threads_per_worker": 99}, True),
-        ({"num_workers": 6, "num_servers": 2}, True),
-        ({"num_workers": 6, "num_servers": 3}, False),
+        ({"num_workers": 1, "num_servers": 1}, True),
+        ({"num_workers": 2, "num_servers": 1}, False),
+        ({"num_workers": 64, "oversubscribe": True}, True),
         ({"num_workers": 2, "threads_per_worker": 5}, False),
         ({"num_workers": 64}, False),
         ({"num_workers": 64, "address": "10.0.0.1:6379"}, True),
     ],
 )
-def test_more_than_four_threads_for_a_core_are_refused(monkeypatch, settings, accepted):
+def test_more_threads_than_cores_are_refused_unless_the_user_insists(monkeypatch, settings, accepted):
     monkeypatch.setattr(compute, "available_cores", lambda: 2)
+    monkeypatch.setattr(compute, "_CROWD", 1)
     if accepted:
         compute.check_workers(DistConfig(**settings))
     else:
-        with pytest.raises(UserError, match=r"threads, but this machine has 2 cores, for at most 8 threads; lower"):
+        with pytest.raises(UserError, match=r"threads, but this machine has 2 cores; lower .*--dist.oversubscribe"):
             compute.check_workers(DistConfig(**settings))
 
 

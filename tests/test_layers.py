@@ -15,7 +15,7 @@ CONFIG = (
     "metrics.py", "stages.py",
 )  # fmt: skip
 """Without torch, so that every layer may read them: settings, and the tables of metrics and stages."""
-CORE = sorted(path for path in (ROOT / "rlhf").glob("*.py") if path.name not in ("__init__.py", *CONFIG))
+CORE = sorted(path for path in (ROOT / "rlhf").glob("*.py") if path.name not in ("__init__.py", "__main__.py", *CONFIG))
 LAYERS = [
     "core", "config", "kernels", "models", "io", "data", "execution", "distributed",
     "generate", "evaluate", "monitor", "train", "demo", "cli",
@@ -27,6 +27,8 @@ def layer_of(module: str) -> str:
     parts = module.split(".")
     if any(f"{part}.py" in CONFIG for part in parts):
         return "config"
+    if parts[1:] == ["__main__"]:
+        return "cli"
     return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "core"
 
 

@@ -45,3 +45,48 @@ def test_the_wheel_has_one_import_root(tmp_path):
     pages = {f"rlhf/monitor/page/{path.name}" for path in (ROOT / "rlhf" / "monitor" / "page").iterdir()}
     assert {"rlhf/monitor/page/index.html", "rlhf/monitor/page/uPlot.LICENSE"} <= pages <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+USER_FILE = """\
+import rlhf
+from rlhf.config import SFTConfig
+from rlhf.cli.train import main
+
+reveal_type(SFTConfig(max_steps=3).max_steps)
+rlhf.gae(gama=1)
+"""
+
+
+def test_an_editable_installation_is_a_path_that_type_checkers_follow():
+    """setuptools writes one where all packages lie below one folder, and else an import hook that only Python runs."""
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == {"": "."}
+    for name in ("cli", "configs"):
+        assert (ROOT / "rlhf" / name).is_symlink()
+        assert (ROOT / "rlhf" / name).resolve() == ROOT / name
+
+
+@pytest.mark.slow
+def test_types_survive_an_editable_installation(tmp_path):
+    """In a fresh environment, as the README makes one, without the dependencies, which take minutes."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", ROOT]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    if done.returncode and "setuptools" in done.stderr and "No matching distribution" in done.stderr:
+        pytest.skip("no package index is reachable for the build's setuptools")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "user.py").write_text(USER_FILE)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--python-executable",
+        python,
+        "--cache-dir",
+        tmp_path / "cache",
+        "user.py",
+    ]
+    out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path).stdout
+    assert 'Revealed type is "int | None"' in out.replace("Union[int, None]", "int | None")
+    assert 'did you mean "gamma"?' in out
+    assert "import-not-found" not in out.replace("annotated_types", "")

@@ -52,18 +52,18 @@ def limit_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-_CROWD = 4
-"""The most threads per core; with more, a run makes hardly any progress."""
+_CROWD = 1
+"""The most threads per core; with more, they wait for each other, and a run makes hardly any progress."""
 
 
 def check_workers(dist: DistConfig) -> None:
-    """Raise UserError if the workers' threads are more than four times this machine's cores."""
+    """Raise UserError if the workers' threads are more than this machine's cores, unless `oversubscribe` is set."""
     threads, cores = dist.threads_per_worker * (dist.num_workers + dist.num_servers), available_cores()
-    if dist.num_workers and dist.address is None and threads > _CROWD * cores:
+    if dist.num_workers and dist.address is None and threads > _CROWD * cores and not dist.oversubscribe:
         raise UserError(
             f"--dist.num-workers {dist.num_workers}: workers and servers have {threads} threads, but this machine has "
-            f"{cores} cores, for at most {_CROWD * cores} threads; lower --dist.num-workers, --dist.num-servers or "
-            "--dist.threads-per-worker, or name a cluster with --dist.address"
+            f"{cores} cores; lower --dist.num-workers, --dist.num-servers or --dist.threads-per-worker, name a cluster "
+            "with --dist.address, or insist with --dist.oversubscribe"
         )
 
 

@@ -117,18 +117,26 @@ class Completer:
             UserError: it cannot be read, or its context is too short for the completions.
         """
         model = load_language_model(folder)
-        model = model._replace(tokenizer=chat_tokenizer(model.tokenizer, config.data))
-        self.max_new_tokens = config.max_new_tokens or default_length(model.config.n_positions)
-        self.room = model.config.n_positions - self.max_new_tokens
-        if self.room < 1:
-            raise UserError(
-                f"--max-new-tokens {self.max_new_tokens}: {folder} reads {model.config.n_positions} tokens in all; "
-                f"give at most {model.config.n_positions - 1}"
-            )
-        self.folder, self.model, self._config, self._device = folder, model, config, device
+        self.model = model = model._replace(tokenizer=chat_tokenizer(model.tokenizer, config.data))
+        self.folder, self._device = folder, device
+        self.configure(config)
         self._dtype = compute_dtype(config.precision)
         decoder = architecture_of(model.config)
         self._params: Params = decoder.prepare_for_decoding(to_device(model.params, device), self._dtype)
+
+    def configure(self, config: GenerateConfig) -> None:
+        """Use other settings of the sampling from now on.
+
+        Raises:
+            UserError: the model's context is too short for the completions.
+        """
+        context = self.model.config.n_positions
+        length = config.max_new_tokens or default_length(context)
+        if length >= context:
+            raise UserError(
+                f"--max-new-tokens {length}: {self.folder} reads {context} tokens in all; give at most {context - 1}"
+            )
+        self.max_new_tokens, self.room, self._config = length, context - length, config
 
     def encode(self, prompt: str | list[Message]) -> np.ndarray:
         """Return [n] int64: the last tokens of a text or conversation that leave room for the completion.

@@ -28,8 +28,9 @@ class GenerateConfig(Section):
     data: DataConfig = field(default_factory=DataConfig)
     chat: bool = False
     """Treat each prompt as the user's turn of a conversation, which the model's chat template renders."""
-    template: str = "{prompt}"
-    """Text around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break."""
+    template: str | None = None
+    """Text around each prompt, such as 'Customer: {prompt}\\nAgent:'; \\n is a line break. If None, typed prompts get
+    the text that the model's training prompts share, and others nothing."""
     output: Path | None = None
     """JSON Lines file to which completions are written. If None, they are shown in the terminal."""
     overwrite: bool = False
@@ -68,7 +69,7 @@ GENERATE_RULES = (
     ),
     Rule(
         ("chat",),
-        lambda config: config.template != "{prompt}",
+        lambda config: config.template is not None,
         "writes the prompt by the chat template; drop one of --chat and --template",
         refused=True,
     ),

@@ -63,8 +63,8 @@ CHECKS = (
         "kl-explosion",
         diagnostics.kl_explosion,
         "steps too large, or a penalty too small for these rewards, so that the policy leaves the reference behind",
-        "raise --ppo.kl-coef, or steer it with --ppo.kl-adaptive; lower --ppo.learning-rate; end iterations "
-        "early with --ppo.target-kl 0.1",
+        "raise --ppo.kl-coef, or bound the KL with --ppo.kl-budget 5; lower --ppo.learning-rate; end iterations early "
+        "with --ppo.target-kl 0.1",
         beside=("response_length/mean",),
     ),
     Check(
@@ -130,7 +130,7 @@ CHECKS = (
         diagnostics.unfinished,
         "completions are cut off at the limit: the limit is low, or nothing rewards ending",
         "raise --ppo.max-new-tokens or --ppo.missing-eos-penalty 1; see that demonstrations end (they do, unless "
-        "the context cuts them off); with --ppo.stop-at-eos false this is as asked for",
+        "the context cuts them off); with --ppo.no-stop-at-eos this is as asked for",
     ),
     Check(
         "reward-model-chance",

@@ -291,7 +291,8 @@ def _save(ppo: PPO, config: PPORun, data: str) -> Path:
         folder,
         ppo.policy._replace(params=params["policy"]),
         facts={"stage": _STAGE.name, "seed": config.seed, "iterations": config.ppo.num_iterations, "data": data}
-        | {"provenance": ppo.run.provenance, "pretrained": start.pretrained},
+        | {"provenance": ppo.run.provenance}
+        | start._asdict(),
         value_head=params.get("value_head"),
         critic=critic,
     )

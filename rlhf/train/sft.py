@@ -1,6 +1,7 @@
 """Supervised fine-tuning: from demonstrations to a language model."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.collate import token_batches
 from rlhf.data.data_files import Source
 from rlhf.data.dataset import Dataset, load_dataset
-from rlhf.data.encoding import chat_tokenizer
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS
+from rlhf.data.encoding import chat_tokenizer, holds_conversations
+from rlhf.data.prompt_template import common_template
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, read_checked
 from rlhf.errors import UserError
 from rlhf.evaluate.baselines import unigram_perplexity
 from rlhf.execution.program import ModelState, Program, StepSpec
@@ -169,7 +171,7 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         params = run.trained_params(executor, metrics.get("eval/loss", 0.0))
         manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
         manifest |= {"data": digests["data"], "validation": digests["validation"], "provenance": run.provenance}
-        manifest |= facts._replace(**_endings(split, max_length))._asdict()
+        manifest |= facts._replace(**_endings(path, split, max_length))._asdict()
         save_language_model(run.model_folder, model._replace(params=params), facts=manifest)
     return StageResult(run.model_folder, metrics, verdict=run.conclude(verdict) if verdict else None)
 
@@ -241,13 +243,17 @@ def make_sft_program(
     )
 
 
-def _endings(split: DataSplit, max_length: int) -> dict[str, Any]:
+def _endings(path: Source, split: DataSplit, max_length: int) -> dict[str, Any]:
     """Return the fields of `StartFacts` about the demonstrations that are trained on."""
     counts = split.dataset.answer_counts()[split.train]
     cut = split.dataset.count_cut(max_length, split.train)
+    records = list(itertools.islice(read_checked(path, DEMONSTRATIONS), _COUNTED))
+    chat = holds_conversations(records[0])
     return {
         "completion_tokens": fit_length(counts, step=1, least=1, most=max_length),
         "ended": 1.0 - cut / len(split.train),
+        "template": None if chat else common_template([record.fields["prompt"] for record in records]),
+        "chat": chat,
     }
 
 

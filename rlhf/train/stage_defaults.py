@@ -38,6 +38,10 @@ class StartFacts(NamedTuple):
     """Tokens of a completion, end-of-text included, within which `KEPT` of the demonstrations end; None if unknown."""
     ended: float | None = None
     """Share of the demonstrations that were trained with their end; None if unknown."""
+    template: str | None = None
+    """`common_template` of the demonstrations' prompts; None if unknown, or if they are conversations."""
+    chat: bool = False
+    """True if the demonstrations are conversations."""
 
 
 def start_facts(folder: Path) -> StartFacts:
@@ -48,7 +52,13 @@ def start_facts(folder: Path) -> StartFacts:
         return StartFacts(pretrained=True)
     stage = manifest.get("stage")
     pretrained = manifest.get("pretrained", stage not in ("sft", "reward", "ppo"))  # older manifests do not say
-    return StartFacts(bool(pretrained), manifest.get("completion_tokens"), manifest.get("ended"))
+    return StartFacts(
+        bool(pretrained),
+        manifest.get("completion_tokens"),
+        manifest.get("ended"),
+        manifest.get("template"),
+        bool(manifest.get("chat")),
+    )
 
 
 def default_rate(settings: OptimizerConfig, *, pretrained: bool) -> float:

@@ -77,8 +77,11 @@ def open_dataset(run: Run, path: Source, schema: Schema, tokenizer: Tokenizer, m
     if dataset.dropped:
         run.note(f"{path}: dropped {dataset.dropped} pairs whose chosen text equals the rejected one")
     if cut := dataset.count_cut(max_length):
-        what = "records are cut" if schema.answers else "prompts lose their beginning"
-        run.note(f"{path}: {cut} of {len(dataset)} {what} to fit {max_length} tokens (see rlhf.data.truncate)")
+        what = "lose their end or the beginning of their prompt" if schema.answers else "lose their beginning"
+        run.note(
+            f"{path}: {len(dataset) - cut} of {len(dataset)} {schema.name} are whole within {max_length} tokens, the "
+            f"other {cut} {what}; a longer context (--model.n-positions, for a model from scratch) keeps more"
+        )
     return dataset
 
 
