@@ -8,7 +8,7 @@ from .distributed.parameter_server import ParameterServer as ParameterServer
 from .experience import Experience as Experience
 from .experience import make_experience as make_experience
 from .experience import postprocess_scores as postprocess_scores
-from .io.model_folder import load_model as load_model
+from .io.model_loading import load_model as load_model
 from .kl import adaptive_kl_coef as adaptive_kl_coef
 from .kl import exact_kl as exact_kl
 from .kl import kl_estimate as kl_estimate
