@@ -27,7 +27,7 @@ def open_sink(target: str | None) -> Sink | None:
                 raise TypeError("it returned a coroutine (async), which is not awaited here")
         except (Exception, SystemExit) as error:  # of the user's code, which must not end the run
             if not has_failed:
-                log_user(f"--log.sink {target}: raised {type(error).__name__}: {error} at {stage} {step}; going on")
+                log_user(f"--log.sink {target}: raised {type(error).__name__}: {error} at {stage} {step}; continuing")
             has_failed = True
 
     return sink
