@@ -1,4 +1,4 @@
-"""rlhf-evaluate: perplexity, reward accuracy and calibration, win rate and KL, each with its 95% interval.
+"""rlhf-evaluate: perplexity, reward accuracy and calibration, win rate and KL, with 95% confidence intervals.
 
 Usage:
     rlhf-evaluate --model-dir outputs
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
-    """Return the configuration of a command line. Prints help or errors and exits (code 2) as tyro does."""
+    """Return the configuration of a command line. Prints the help and exits, or prints errors and exits with code 2."""
     return parse_arguments(
         EvaluateConfig,
         argv,

@@ -1,4 +1,4 @@
-"""rlhf-monitor: see how a run is doing, judge it, plot it; while it runs, and after.
+"""rlhf-monitor: follow, check and plot runs, while they run and afterwards.
 
 Usage:
     rlhf-monitor --log-dir outputs/logs --live
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> Monitor:
-    """Return the settings of a command line; print help or errors and exit, as tyro does."""
+    """Return the settings of a command line. Prints the help and exits, or prints errors and exits with code 2."""
     return parse_arguments(Monitor, argv, about=_ABOUT)
 
 

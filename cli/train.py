@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """Return the configuration of a command line; print help or errors and exit, as tyro does."""
+    """Return the configuration of a command line. Prints the help and exits, or prints errors and exits with code 2."""
     commands = _commands()
     position = next((position for position, word in enumerate(argv) if word in commands), 0)
     if position and not {"-h", "--help"} & set(argv):
@@ -68,7 +68,7 @@ def _about(prog: str, description: str) -> Help:
 
 
 def _commands() -> dict[str, tuple[type[RunConfig], str]]:
-    """Return configuration and help of every stage and of the pipeline, by name."""
+    """Return the configuration type and description of every stage and of the pipeline, by name."""
     stages: dict[str, tuple[type[RunConfig], str]] = {
         stage.name: (stage.config, stage.help) for stage in STAGES.values()
     }

@@ -94,11 +94,11 @@ class Architecture:
     aliases: frozenset[str] = field(default=frozenset())
     """Further classes that are read as `causal_lm`."""
     prefix: str
-    """Of the names of Hugging Face's weights, such as `transformer.`."""
+    """Prefix of the weights' names in Hugging Face files, such as `transformer.`."""
     embedding: str
     """Name of the token embedding, without the prefix."""
     ignored_suffixes: tuple[str, ...] = ()
-    """Of weights that are buffers and decide nothing."""
+    """Suffixes of the names of weights that are buffers and have no effect."""
 
     @property
     def model_type(self) -> str:

@@ -1,4 +1,4 @@
-"""The inputs of PPO: the policy, the sources of reward, and the context that all models can read."""
+"""Inputs of PPO: the policy, the reward sources, and the context that all models can read."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,21 +13,21 @@ from rlhf.train.stage_inputs import ModelSpec, start_model_spec
 
 
 class PPOInputs(NamedTuple):
-    """The inputs of PPO, without the policy's parameters."""
+    """Inputs of PPO, without the parameters of the policy."""
 
     policy: ModelSpec
     sources: list[RewardSource]
     context: int
-    """Longest prompt and completion together, in tokens: the shortest context of the models that read them."""
+    """Maximum number of tokens of prompt and completion: the shortest context of the models that read them."""
 
 
 def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelSpec | None = None) -> PPOInputs:
     """Return the inputs of PPO, after checking that they work together.
 
     Args:
-        config: of the stage.
-        sft: the future OUTPUT_DIR/sft, if it is trained first.
-        reward: the future OUTPUT_DIR/reward, if it is trained first.
+        config: configuration of the stage.
+        sft: spec of the future OUTPUT_DIR/sft, if it is trained first.
+        reward: spec of the future OUTPUT_DIR/reward, if it is trained first.
 
     Raises:
         UserError: a model or source is missing or does not fit, or the longest completion leaves no room for a prompt.
@@ -60,12 +60,12 @@ def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelS
 
 
 def scores_with_own_model(config: PPORun) -> bool:
-    """Return True if the model in OUTPUT_DIR/reward is among the sources of reward."""
+    """Return True if the model in OUTPUT_DIR/reward is one of the reward sources."""
     return any(names_folder(spec, _reward_folder(config)) for spec in reward_specs(config))
 
 
 def reward_specs(config: PPORun) -> tuple[str, ...]:
-    """Return the sources of reward that are named, or OUTPUT_DIR/reward."""
+    """Return the named reward sources, or OUTPUT_DIR/reward if none is named."""
     return config.ppo.reward or (str(_reward_folder(config)),)
 
 

@@ -1,4 +1,4 @@
-"""Training of the reward model: from preference pairs to a scalar model and its statistics."""
+"""Training of the reward model on preference pairs, and the statistics of its scores."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -43,7 +43,7 @@ from rlhf.train.supervised import check_pairs_differ, length_limit, make_adamw, 
 from rlhf.types import FrozenParams, MetricSums, Params
 
 _REFERENCE_PAIRS = 1024
-"""Training pairs from whose chosen completions the reward's mean and standard deviation are computed."""
+"""Number of training pairs whose chosen completions give the mean and standard deviation of the reward."""
 
 _STAGE = STAGES["reward"]
 
@@ -51,14 +51,20 @@ _STAGE = STAGES["reward"]
 def run_reward(config: RewardRun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
     """Train on preference pairs and write OUTPUT_DIR/reward.
 
-    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
+    Args:
+        config: configuration of the run.
+        observers: observers of the training.
+        stop: request to stop the run.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted, WorkersLostError: the reasons are those of `rlhf.train.loop.train`.
     """
     with open_run(config, _STAGE, observers, stop) as run:
         return _run(run, config)
 
 
 def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
+    """Return the spec of the model after checking settings and all data files, as `StageProgram.check`."""
     model_spec = _model_spec(config, models.get("sft"))
     _check_margin(config, check_data(PREFERENCES, config.preference_data, config.preference_val_data))
     _check_pairs(config, model_spec)
@@ -73,8 +79,8 @@ def _model_spec(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
     """Return the spec of the model that training starts from, after the checks that need no data.
 
     Args:
-        config: of the stage.
-        sft: the future OUTPUT_DIR/sft, if it is trained first.
+        config: configuration of the stage.
+        sft: spec of the future OUTPUT_DIR/sft, if it is trained first.
 
     Raises:
         UserError: the model is missing or does not fit, or settings contradict each other.
@@ -85,18 +91,18 @@ def _model_spec(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
 
 
 def _check_margin(config: RewardRun, keys: Collection[str]) -> None:
-    """Raise UserError if margins are asked for, but are not among the `keys` of the training pairs."""
+    """Raise UserError if margins are requested but are not among the keys of the training pairs."""
     if config.reward.use_margin and "margin" not in keys:
         where = config.preference_data or "the embedded example"
         raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
 
 
 def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
-    """Raise UserError if truncation makes all training pairs equal. Do nothing if the tokenizer is not trained yet.
+    """Raise UserError if truncation makes all training pairs equal. Does nothing if the tokenizer is not trained yet.
 
     Args:
-        config: of the stage.
-        model_spec: of the model that training starts from.
+        config: configuration of the stage.
+        model_spec: spec of the model that training starts from.
     """
     if config.preference_data is not None and model_spec.tokenizer is not None:
         dataset = load_dataset(config.preference_data, PREFERENCES, model_spec.tokenizer, config.cache_dir)
@@ -168,7 +174,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
 
 
 def _statistics(run: Run, chosen: Tensor, rejected: Tensor) -> RewardStatistics:
-    """Return the statistics of the chosen completions' scores [B], with a warning if they do not differ."""
+    """Return the statistics of the scores [B] of chosen completions, with a warning if they do not differ."""
     size = float(torch.cat([chosen, rejected]).double().square().mean().sqrt())
     measured = float(chosen.double().std()) if len(chosen) > 1 else 0.0
     std = spread(measured, size, run.dtype)
@@ -187,7 +193,7 @@ def make_reward_objective(
     centre_coef: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, MetricSums]]:
-    """Return a function (reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
+    """Return a function (reward model, frozen, PairBatch) -> the `reward_loss` of the pairs."""
 
     def objective(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, MetricSums]:
         hidden = trunk_states(params["trunk"], batch.rows, config, dtype, gradient_checkpointing=gradient_checkpointing)
@@ -204,7 +210,7 @@ def make_reward_objective(
 def make_reward_program(
     config: ModelShape, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """Return the program: `main` steps, and `scores` of pairs; arguments as in `rlhf.train.sft.make_sft_program`."""
+    """Return the program of the reward model: `main` steps, and `scores` of pairs."""
     objective = make_reward_objective(
         config, dtype=dtype, centre_coef=settings.centre_coef, gradient_checkpointing=settings.gradient_checkpointing
     )
