@@ -13,8 +13,8 @@ class RunData(NamedTuple):
     """The logs of a run."""
 
     metrics: dict[str, dict[str, Series]]
-    """Metrics by stage and name: `metrics["ppo"]["objective/kl"].values` is an array, and `.steps` holds its steps. `time`
-    is the Unix time of each line, in seconds."""
+    """Metrics by stage and name: `metrics["ppo"]["objective/kl"]` has the arrays `values` and `steps`. `time` is the
+    Unix time of each line, in seconds."""
     events: list[dict[str, Any]]
     """Events in order: start, resume, fault, interrupted, end and others."""
     samples: Sequence[dict[str, Any]]
