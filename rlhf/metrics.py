@@ -9,9 +9,9 @@ has a label and a chart on the page and in the report, and a curve in the plot o
 from collections.abc import Iterable
 from dataclasses import replace
 
-from rlhf.metric_record import Direction, Metric
+from rlhf.metric_record import Metric
 
-__all__ = ["METRICS", "Direction", "Metric", "describe", "in_order", "is_registered", "register"]
+__all__ = ["METRICS", "Metric", "describe", "in_order", "is_registered", "register"]
 
 # fmt: off
 _TABLE = (

@@ -51,8 +51,7 @@ def make_ppo_objective(
         value_clip_eps: maximum change of the values, as in `rlhf.losses.ppo_value_loss`.
         value_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus.
-        loss_kl: estimator of the KL to the reference in the loss, weighted by the kl_coef of the batch. "exact" reads
-            frozen["reference"]. None leaves the KL out.
+        loss_kl: KL estimator in the loss, weighted by the batch's kl_coef; "exact" reads frozen["reference"].
         policy_coef: factor on the terms of the policy. 0 trains only the value function (critic warm-up).
         gradient_checkpointing: recompute activations of policy and critic in the backward pass.
     """
