@@ -17,7 +17,7 @@ EDITED = sorted(
 )
 """Files whose arguments, too, are described by a noun."""
 
-_FRAGMENT = re.compile(r"(of|as|by|how|what|whether|where|same)\b(?! is expected)", re.IGNORECASE)
+_FRAGMENT = re.compile(r"(of|as|by|how|what|whether|where|same)\b", re.IGNORECASE)
 _AMERICAN = re.compile(
     r"\b((optimi|normali|initiali|generali|recogni|seriali|summari)z(e|ed|es|ing|ation)|optimizers?|tokeni[z](e|ed|ing)"
     r"|colors?|behaviors?|centers?|neighbors?)\b",
