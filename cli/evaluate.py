@@ -20,7 +20,7 @@ _ABOUT = Help(
     description="Evaluate models on data that they were not trained on. Every figure comes with its sample size and a "
     "95% confidence interval.",
     usage=__doc__ or "",
-    page="docs/reference/programs.md",
+    page="docs/evaluation.md",
 )
 
 

@@ -51,7 +51,7 @@ _ABOUT = Help(
     description="Train SFT, reward model and PPO on an invented customer service, and compare the model before and "
     "after PPO. It takes about two minutes on a laptop.",
     usage=__doc__ or "",
-    page="docs/reference/programs.md",
+    page="docs/getting_started.md",
 )
 
 

@@ -20,7 +20,7 @@ _ABOUT = Help(
     description="Complete prompts given as flags, in a file, or typed in the terminal, with one model or with two side "
     "by side.",
     usage=__doc__ or "",
-    page="docs/reference/programs.md",
+    page="docs/generating.md",
 )
 
 

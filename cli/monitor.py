@@ -68,7 +68,7 @@ _ABOUT = Help(
     description="Show how runs are doing, from their logs: live in the terminal, on a web page, as plots or as health "
     "checks. Choose one of --live, --serve, --report, --plot-type and --check; --live is the default.",
     usage=__doc__ or "",
-    page="docs/reference/programs.md",
+    page="docs/monitoring.md",
 )
 
 

@@ -28,7 +28,6 @@ from rlhf.stages import STAGES, pipeline_names, pipeline_type
 _DESCRIPTION = (
     "Train a language model from human feedback. Flags override the file of --config, which overrides the defaults."
 )
-_PAGE = "docs/reference/settings.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,9 +61,13 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 
 def _about(prog: str, description: str) -> Help:
-    usage = __doc__ or ""
+    """Return the texts of the program, or of one of its commands."""
+    name, usage = prog.partition(" ")[2], __doc__ or ""
     example = usage if f"{prog} " in usage else f"{prog} --output-dir outputs"  # a registered stage
-    return Help(prog=prog, description=description, usage=example, page=_PAGE)
+    page = "docs/pipeline.md" if name == "pipeline" else "docs/reference/settings.md"
+    if name in STAGES and isinstance(STAGES[name].program, str):  # a stage of rlhf itself
+        page = f"docs/methods/{name}.md"
+    return Help(prog=prog, description=description, usage=example, page=page)
 
 
 def _commands() -> dict[str, tuple[type[RunConfig], str]]:
