@@ -1,4 +1,4 @@
-"""Command lines before tyro reads them: repeated flags are joined, and numbers out of range are refused by flag."""
+"""Command lines before tyro reads them: repeated flags are joined, and numbers out of range are refused."""
 
 import dataclasses
 import sys
@@ -67,9 +67,9 @@ def _check_aliases(kind: type, arguments: Sequence[str]) -> None:
 
 
 def join_flags(kind: type, argv: Sequence[str]) -> list[str]:
-    """Return a command line in which no flag is repeated: the values of list flags add up, in their order.
+    """Return a command line in which no flag is repeated. The values of list flags are joined in order.
 
-    The last value of a flag with one value counts, with a line on stderr where the values differ.
+    If a flag with a single value is repeated, the last value is used, with a line on stderr if the values differ.
 
     Raises:
         UserError: a number is out of its range.
@@ -96,7 +96,7 @@ def join_flags(kind: type, argv: Sequence[str]) -> list[str]:
 
 
 def _by_flag(argv: Sequence[str]) -> Iterator[list[str]]:
-    """Yield each flag, with hyphens for underscores, and its values; first, the words before the flags."""
+    """Yield the words before the flags, and then each flag, with hyphens for underscores, and its values."""
     words = [""]
     for word in argv:
         if word.startswith("--") and len(word) > 2:
@@ -109,7 +109,7 @@ def _by_flag(argv: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _flag_words(words: Sequence[str]) -> list[str]:
-    """Return a flag and its values as words of a command line; after =, the first value may begin with a hyphen."""
+    """Return a flag and its values as words of a command line. After =, the first value may begin with a hyphen."""
     flag, *values = words
     if any(value.startswith("--") for value in values[1:]):
         raise UserError(f"{flag}: of several values only the first may begin with --")
@@ -119,7 +119,7 @@ def _flag_words(words: Sequence[str]) -> list[str]:
 
 
 def _number(hint: Any, text: str) -> float | None:
-    """Return the number in a flag's text; None where tyro is to refuse it."""
+    """Return the number in the text of a flag, or None if tyro should refuse it."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kind = next((get_args(option)[0] for option in options if get_origin(option) is Annotated), str)
     try:
@@ -129,7 +129,7 @@ def _number(hint: Any, text: str) -> float | None:
 
 
 def _takes_names(hint: Any) -> bool:
-    """Return True where a flag takes paths or names, which cannot be empty, instead of any text."""
+    """Return True if a flag takes paths or names, which cannot be empty."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType, tuple) else (hint,)
     return Path in options or (str in options and type(None) in options)
 

@@ -1,4 +1,4 @@
-"""Parts that all programs share: --config is read before the flags, and errors become messages and exit codes."""
+"""Parts that all programs share: the configuration below the flags, error messages and exit codes."""
 
 import dataclasses
 import errno
@@ -20,14 +20,14 @@ from rlhf.stages import pipeline_type
 
 
 def base_config(argv: Sequence[str]) -> PipelineRun:
-    """Return the configuration below the flags: that of --config, or the defaults; on top, that of --dist-config."""
+    """Return the configuration below the flags: that of --config or the defaults, overridden by --dist-config."""
     name, dist_name = _last_value(argv, "--config"), _last_value(argv, "--dist-config")
     config = pipeline_type()() if name is None else relocate(load_config(name), Path(name).expanduser().parent)
     return config if dist_name is None else dataclasses.replace(config, dist=load_dist_config(dist_name))
 
 
 def _last_value(argv: Sequence[str], name: str) -> str | None:
-    """Return the value of a flag, or its last value where the flag is repeated; None without the flag."""
+    """Return the last value of a flag, or None without the flag."""
     last = None
     for position, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
@@ -39,12 +39,12 @@ def _last_value(argv: Sequence[str], name: str) -> str | None:
 
 
 _SPINS = "10000"
-"""Spins of a waiting thread before it sleeps. OpenMP's default of 300,000 makes a step of the small model beside two
-busy processes take 1,170 ms instead of 330; on idle cores both take the same time."""
+"""Number of times that a waiting thread spins before it sleeps. With OpenMP's default of 300,000, a step of the small
+model beside two busy processes takes 1,170 ms instead of 330 ms. On idle cores there is no difference."""
 
 
 _UNWRITABLE_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
-"""Errors of streams, which have no file name."""
+"""Error numbers of streams, which have no file name."""
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -69,7 +69,7 @@ def _exit_code(command: Callable[[], None]) -> int:
         discard_output()
         return 0
     except KeyboardInterrupt:
-        print("stopped at once; nothing was saved since the last checkpoint", file=sys.stderr)
+        print("stopped immediately; nothing has been saved since the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # the operating system refuses the path

@@ -1,4 +1,4 @@
-"""rlhf-evaluate: perplexity, reward accuracy and calibration, win rate and KL, each with its 95% interval.
+"""rlhf-evaluate: perplexity, reward accuracy and calibration, win rate and KL, with 95% confidence intervals.
 
 Usage:
     rlhf-evaluate --model-dir outputs
@@ -20,7 +20,7 @@ _ABOUT = Help(
     description="Evaluate models on data that they were not trained on. Every figure comes with its sample size and a "
     "95% confidence interval.",
     usage=__doc__ or "",
-    page="docs/reference/programs.md",
+    page="docs/evaluation.md",
 )
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
-    """Return the configuration of a command line. Prints help or errors and exits (code 2) as tyro does."""
+    """Return the configuration of a command line. Prints the help and exits, or prints errors and exits with code 2."""
     return parse_arguments(
         EvaluateConfig,
         argv,

@@ -1,4 +1,4 @@
-"""Tables of an evaluation for the terminal."""
+"""Tables of an evaluation in the terminal."""
 
 import math
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from rlhf.metrics import Metric, describe, in_order
 _PARTS = {"against": "compared with", "reference": "KL to"}
 _ENDS = ("value", "low", "high")
 _NARROW = 0.05
-"""Interval that two decimals would not show."""
+"""Width of an interval below which two decimals would not show it."""
 _WIDE = 100
-"""Columns from which three intervals fit beside their values."""
+"""Number of columns from which three intervals fit beside their values."""
 
 
 def show_report(report: Report, console: Console) -> None:
-    """Print every evaluation, and what was left out."""
+    """Print every evaluation, and the parts that were left out."""
     for evaluation in report.evaluations:
         console.print(_heading(evaluation))
         console.print(_SHOWN[evaluation.kind](evaluation, console.width))
@@ -134,7 +134,7 @@ def _wins(evaluation: Evaluation) -> Table:
 
 
 def _against_name(evaluation: Evaluation) -> str:
-    """Return the name of the model that the policy is compared with: its folder's name if it differs."""
+    """Return the name of the model that the policy is compared with, or the name of its folder if that differs."""
     if "against" not in evaluation.models:
         return ""
     name = evaluation.models["against"].name

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rlhf.demo.demo import DemoResult
 
 _SHOWN = 4
-"""Prompts shown with both models' completions."""
+"""Number of prompts that are shown with the completions of both models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ _ABOUT = Help(
     description="Train SFT, reward model and PPO on an invented customer service, and compare the model before and "
     "after PPO. It takes about two minutes on a laptop.",
     usage=__doc__ or "",
-    page="docs/reference/programs.md",
+    page="docs/getting_started.md",
 )
 
 
@@ -97,7 +97,7 @@ def _example(example: Example) -> None:
 
 
 def _show_result(result: "DemoResult", output_dir: Path) -> None:
-    """Print the scores, some completions, and what to do next."""
+    """Print the scores, some completions and the next commands."""
     from rich.table import Table
 
     before, after = result.before, result.after
@@ -128,7 +128,7 @@ def _show_result(result: "DemoResult", output_dir: Path) -> None:
 
 
 def _free_name(folder: Path) -> Path:
-    """Return `folder`, or the first of folder-2, folder-3, … that holds no run."""
+    """Return the folder, or the first of folder-2, folder-3, … that holds no run."""
     candidate, number = folder, 1
     while (candidate / "checkpoints").exists():
         number += 1

@@ -1,4 +1,4 @@
-"""rlhf-generate: complete prompts with a model folder, or two side by side.
+"""rlhf-generate: complete prompts with one model, or with two side by side.
 
 Usage:
     rlhf-generate --model-dir outputs/policy
@@ -20,7 +20,7 @@ _ABOUT = Help(
     description="Complete prompts given as flags, in a file, or typed in the terminal, with one model or with two side "
     "by side.",
     usage=__doc__ or "",
-    page="docs/reference/programs.md",
+    page="docs/generating.md",
 )
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> GenerateConfig:
-    """Return the configuration of a command line. Prints help or errors and exits (code 2) as tyro does."""
+    """Return the configuration of a command line. Prints the help and exits, or prints errors and exits with code 2."""
     return parse_arguments(GenerateConfig, argv, about=_ABOUT)
 
 

@@ -1,4 +1,4 @@
-"""The screen of rlhf-generate: prompts from flags, a file, a pipe or a person; completions to a terminal or a file."""
+"""Input and output of rlhf-generate: prompts from flags, a file, a pipe or a person, and their completions."""
 
 import contextlib
 import dataclasses
@@ -95,7 +95,7 @@ def read_prompts(path: Path, columns: Sequence[str] = ()) -> list[Any]:
 
 
 def _prompts(config: GenerateConfig) -> Iterator[str | list[Message]] | None:
-    """Return prompts from flags, a file or a pipe; None where a person is to type them."""
+    """Return prompts from flags, a file or a pipe, or None if a person types them."""
     if config.prompt:
         return iter(config.prompt)
     if config.prompt_file is not None:
@@ -116,7 +116,7 @@ def _piped() -> Iterator[str]:
 
 
 def _check_text(text: str) -> None:
-    """Raise UserError if `text` came in bytes that are not UTF-8, which Python hands on as lone surrogates."""
+    """Raise UserError if a text was read from bytes that are not UTF-8, which Python passes on as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -124,7 +124,7 @@ def _check_text(text: str) -> None:
 
 
 def _folders(config: GenerateConfig) -> list[Path]:
-    """Return the models' folders; of a run's output folder, its policy, or else its SFT model."""
+    """Return the folders of the models. For the output folder of a run, this is policy/ or otherwise sft/."""
     folder = config.model_dir
     if not (folder / "config.json").is_file():
         folder = next(
@@ -161,7 +161,7 @@ def _with_remembered_template(config: GenerateConfig, folder: Path) -> GenerateC
 
 
 def _keys(config: GenerateConfig, number: int) -> Tensor:
-    """Return the [samples, 2] keys that rlhf-evaluate has for prompt `number` and the same seed."""
+    """Return the [samples, 2] keys that rlhf-evaluate uses for prompt `number` and the same seed."""
     return sample_keys(config.seed, number + 1, _samples(config)).view(number + 1, -1, 2)[number]
 
 
@@ -170,7 +170,7 @@ def _samples(config: GenerateConfig) -> int:
 
 
 def _show(config: GenerateConfig, console: Console, completers: Sequence[Completer], prompt: Any, number: int) -> None:
-    """Print one prompt's completions while they are drawn."""
+    """Print the completions of a prompt while they are generated."""
     for key in _keys(config, number):
         if len(completers) > 1:
             _show_beside(console, completers, prompt, key)
@@ -193,7 +193,7 @@ def _show_one(console: Console, completer: Completer, prompt: Any, key: Tensor) 
 
 
 def _show_beside(console: Console, completers: Sequence[Completer], prompt: Any, key: Tensor) -> None:
-    """Print two columns that grow together; without a terminal they are printed once, when they are whole."""
+    """Print two columns that grow together. Without a terminal, they are printed once, when they are complete."""
     texts = [Text() for _ in completers]
     names = [completer.folder.name for completer in completers]
     if len(set(names)) < len(names):
@@ -223,7 +223,7 @@ def _show_beside(console: Console, completers: Sequence[Completer], prompt: Any,
 
 
 def _converse(config: GenerateConfig, console: Console, completers: Sequence[Completer]) -> None:
-    """Complete prompts as a person types them, and obey commands."""
+    """Complete prompts that a person types, and carry out commands."""
     console.print(Text(_WELCOME, style="dim"))
     config, number = _with_remembered_template(config, completers[0].folder), 0
     for typed in _typed(console):
@@ -258,7 +258,7 @@ def _obey(config: GenerateConfig, console: Console, completers: Sequence[Complet
 
 
 def _typed(console: Console) -> Iterator[str]:
-    """Yield the prompts that a person types, until they end it."""
+    """Yield the prompts that a person types, until the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history)
     while True:
@@ -272,7 +272,7 @@ def _typed(console: Console) -> Iterator[str]:
 
 
 def _put(console: Console, text: str, style: str = "") -> None:
-    """Print at once, without a line end."""
+    """Print a text immediately, without a line end."""
     console.print(Text(text, style=style), end="", soft_wrap=True)
     console.file.flush()
 

@@ -23,10 +23,12 @@ _SPACE = "\N{NO-BREAK SPACE}"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Help:
-    """What a program says about itself, besides its flags."""
+    """Texts of a program's help, besides its flags."""
 
     prog: str
+    """Name of the program, with its command."""
     description: str
+    """Purpose of the program, in one or two sentences."""
     usage: str
     """Docstring of the program's module; its lines that begin with `prog` are the examples."""
     page: str
@@ -37,9 +39,9 @@ def help_of_flags(about: Help, kind: type, values: Any) -> str:
     """Return the help of a program whose flags are the fields of a dataclass.
 
     Args:
-        about: the program.
+        about: texts of the program.
         kind: the dataclass.
-        values: an object of it, whose values are the defaults.
+        values: object of the dataclass, whose values are the defaults.
     """
     parts = [f"usage: {about.prog} [FLAGS]", _fill(about.description), *_groups(kind, values), *_end(about)]
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""rlhf-monitor: see how a run is doing, judge it, plot it; while it runs, and after.
+"""rlhf-monitor: follow, check and plot runs, while they run and afterwards.
 
 Usage:
     rlhf-monitor --log-dir outputs/logs --live
@@ -82,7 +82,7 @@ _ABOUT = Help(
     description="Show how runs are doing, from their logs: live in the terminal, on a web page, as plots or as health "
     "checks. Choose one of --live, --serve, --report, --plot-type and --check; --live is the default.",
     usage=__doc__ or "",
-    page="docs/reference/programs.md",
+    page="docs/monitoring.md",
 )
 
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> Monitor:
-    """Return the settings of a command line; print help or errors and exit, as tyro does."""
+    """Return the settings of a command line. Prints the help and exits, or prints errors and exits with code 2."""
     return parse_arguments(Monitor, argv, about=_ABOUT)
 
 

@@ -1,4 +1,4 @@
-"""The health panel in the terminal."""
+"""Health checks in the terminal."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def finding_details(finding: Finding) -> list[Text]:
 
 
 def print_findings(log_dirs: Sequence[Path], console: Console) -> bool:
-    """Print every check of every run; whether one of them found a problem.
+    """Print every check of every run, and return True if one of them has found a problem.
 
     Raises:
         UserError: a folder is no run's, or its log has nothing to check.

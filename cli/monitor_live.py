@@ -1,4 +1,4 @@
-"""A terminal dashboard that follows a run, in any size from 40 columns and 12 lines, with colour or without."""
+"""Terminal dashboard that follows a run, in any size from 40 columns and 12 lines, with or without colour."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ _LABEL, _VALUE = 16, 9  # columns
 
 
 def follow(folder: Path, console: Console) -> None:
-    """Show a run's dashboard until Ctrl-C; once, where the console is no terminal or cannot move its cursor.
+    """Show the dashboard of a run until Ctrl-C, or once if the console is not a terminal or cannot move its cursor.
 
     Raises:
         UserError: the folder is no run's, or cannot be read.
@@ -99,7 +99,7 @@ def dashboard(reader: LogReader, width: int, height: int, now: float, *, ascii_o
 
 
 def sparkline(series: Series, width: int, blocks: str = _BLOCKS) -> str:
-    """Return a series in `width` characters, from its lowest to its highest value; a space stands for a missing one."""
+    """Return a sparkline of a series in `width` characters. A space stands for a missing value."""
     cells = [cell[np.isfinite(cell)] for cell in np.array_split(series.values, min(width, max(len(series.values), 1)))]
     means = np.array([cell.mean() if cell.size else math.nan for cell in cells])
     known = means[np.isfinite(means)]
@@ -114,7 +114,7 @@ def sparkline(series: Series, width: int, blocks: str = _BLOCKS) -> str:
 
 
 def _fit(lines: list[Text], width: int, height: int, ascii_only: bool) -> list[Text]:
-    """Return as many lines as there is room for, each cut to the width."""
+    """Return as many lines as fit, each cut to the width."""
     lines = lines[: max(height - 1, 1)]
     if ascii_only:
         lines = [Text(line.plain.encode("ascii", "backslashreplace").decode()) for line in lines]

@@ -1,4 +1,4 @@
-"""The process that a program runs in: command line, streams, home folder and screen size, prepared before the work."""
+"""Preparation of the process of a program: command line, streams, home folder and size of the screen."""
 
 import atexit
 import contextlib
@@ -15,13 +15,13 @@ from rlhf.errors import UserError
 from rlhf.io.cache import home_folder
 
 _BELOW_HOME = ("MPLCONFIGDIR", "TRITON_HOME")
-"""Variables that name folders of libraries, which are in the home folder otherwise."""
+"""Environment variables that name folders of libraries, which are in the home folder by default."""
 
 
 def command_line(argv: Sequence[str] | None) -> list[str]:
-    """Return the words after the program's name: `argv`, or those of this process.
+    """Return the words after the name of the program: `argv`, or those of this process.
 
-    Under an ASCII locale Python takes file names and words for ASCII, so the program starts again in UTF-8 mode.
+    Under an ASCII locale, Python reads file names and words as ASCII, so the program restarts in UTF-8 mode.
 
     Raises:
         UserError: a word is not UTF-8, so that neither config.yaml nor the logs could hold it.
@@ -41,7 +41,7 @@ def command_line(argv: Sequence[str] | None) -> list[str]:
 
 @contextlib.contextmanager
 def prepared_process() -> Iterator[None]:
-    """Run the block with streams that take every character, folders for caches, and a screen with columns and lines."""
+    """Run the block with streams that accept every character, folders for caches, and a screen that has a size."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the end)
@@ -72,12 +72,12 @@ def flush_output() -> None:
 
 
 def discard_output() -> None:
-    """Discard the buffer of standard output, and all later output."""
+    """Discard the buffer of standard output and all later output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _LossyStream:
-    """Standard error, which drops text that it cannot write: the work is worth more than its messages."""
+    """Standard error that drops text which cannot be written, so that the work continues without its messages."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""The progress of a training stage on the terminal: a bar with a few metrics, or plain lines where there is none."""
+"""Progress of a training stage: a bar with a few metrics in a terminal, and plain lines otherwise."""
 
 import time
 from collections.abc import Mapping
@@ -33,10 +33,10 @@ def _short(name: str) -> str:
 
 
 class StageProgress(Observer):
-    """Shows each stage's progress in turn."""
+    """Observer that shows the progress of each stage."""
 
     def on_start(self, start: StageStart) -> None:
-        """Begin a new bar, or print the first line."""
+        """Start a new bar, or print the first line."""
         self._console, self._stage, self._total = stderr_console(), start.stage, start.total
         self._latest: dict[str, float] = {}
         self._last_line = time.monotonic() - _SECONDS_BETWEEN_LINES
@@ -57,7 +57,7 @@ class StageProgress(Observer):
         self.on_step(start.step, {})
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Show that `step` steps are done, with the newest value of each metric."""
+        """Show the number of steps made, with the newest value of each metric."""
         shown = self._stage.shown
         self._latest |= {name: metrics[name] for name in shown if name in metrics}
         text = "  ".join(f"{_short(name)} {self._latest[name]:.4g}" for name in shown if name in self._latest)

@@ -1,4 +1,4 @@
-"""The terminal on stderr: the library's messages to its user, and a spinner. Stdout stays free for results."""
+"""The terminal on stderr: messages of the library to the user, and a spinner. Stdout is kept for results."""
 
 import contextlib
 import functools
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 @functools.cache
 def stderr_console() -> "Console":
-    """Return the console of messages and progress, one for the process: what is printed goes above a spinner or bar."""
+    """Return the console of the process for messages and progress. Text is printed above a spinner or bar."""
     from rich.console import Console  # here, because importing rich takes a while and --help does not need it
 
     return Console(stderr=True, highlight=False)
 
 
 def spinner() -> contextlib.AbstractContextManager[object]:
-    """Show a sign of life while the block runs; nothing where stderr is no terminal."""
+    """Show a spinner while the block runs, or nothing if stderr is not a terminal."""
     console = stderr_console()
     return console.status("working") if console.is_terminal else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def user_log_on_stderr() -> Iterator[None]:
-    """Show the lines of the logger `rlhf` until the block ends, whatever the root logger does with its own."""
+    """Show the lines of the logger `rlhf` until the block ends, independently of the root logger."""
     handler, before = _ConsoleHandler(), (LOGGER.level, LOGGER.propagate)
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
@@ -42,7 +42,7 @@ def user_log_on_stderr() -> Iterator[None]:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints `stage: text` as it is, without markup and without line breaks of its own."""
+    """Logging handler that prints `stage: text` without markup and without additional line breaks."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from rich.text import Text

@@ -33,7 +33,6 @@ from rlhf.stages import STAGES, pipeline_names, pipeline_type, stages_of
 _DESCRIPTION = (
     "Train a language model from human feedback. Flags override the file of --config, which overrides the defaults."
 )
-_PAGE = "docs/reference/settings.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """Return the configuration of a command line; print help or errors and exit, as tyro does."""
+    """Return the configuration of a command line. Prints the help and exits, or prints errors and exits with code 2."""
     commands = _commands()
     position = next((position for position, word in enumerate(argv) if word in commands), 0)
     if position and not {"-h", "--help"} & set(argv):
@@ -74,13 +73,17 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 
 def _about(prog: str, description: str) -> Help:
-    usage = __doc__ or ""
+    """Return the texts of the program, or of one of its commands."""
+    name, usage = prog.partition(" ")[2], __doc__ or ""
     example = usage if f"{prog} " in usage else f"{prog} --output-dir outputs"  # a registered stage
-    return Help(prog=prog, description=description, usage=example, page=_PAGE)
+    page = "docs/pipeline.md" if name == "pipeline" else "docs/reference/settings.md"
+    if name in STAGES and isinstance(STAGES[name].program, str):  # a stage of rlhf itself
+        page = f"docs/methods/{name}.md"
+    return Help(prog=prog, description=description, usage=example, page=page)
 
 
 def _commands() -> dict[str, tuple[type[RunConfig], str]]:
-    """Return configuration and help of every stage and of the pipeline, by name."""
+    """Return the configuration type and description of every stage and of the pipeline, by name."""
     stages: dict[str, tuple[type[RunConfig], str]] = {
         stage.name: (stage.config, stage.help) for stage in STAGES.values()
     }

@@ -31,14 +31,14 @@ def open_training() -> Iterator[Training]:
 
 
 class ReportWriter(Observer):
-    """Writes report/report.html and logs the problems found when a stage ends, except after a second Ctrl-C."""
+    """Observer that writes report/report.html and logs problems when a stage ends, except after a second Ctrl-C."""
 
     def on_start(self, start: StageStart) -> None:
         """Store the stage's name and the output folder."""
         self._stage, self._output_dir = start.stage.name, start.config.output_dir
 
     def on_end(self, error: BaseException | None) -> None:
-        """Write the report; a failure to do so does not end the run."""
+        """Write the report. A failure to do so does not end the run."""
         if isinstance(error, KeyboardInterrupt):
             return
         path = self._output_dir / "report" / "report.html"

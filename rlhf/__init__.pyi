@@ -14,7 +14,7 @@ from .experience import make_experience as make_experience
 from .experience import postprocess_scores as postprocess_scores
 from .group_baselines import equal_groups as equal_groups
 from .group_baselines import group_advantages as group_advantages
-from .io.model_folder import load_model as load_model
+from .io.model_loading import load_model as load_model
 from .kl import adaptive_kl_coef as adaptive_kl_coef
 from .kl import exact_kl as exact_kl
 from .kl import importance_weighted_kl as importance_weighted_kl

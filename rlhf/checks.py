@@ -90,7 +90,7 @@ def check_value(function: str, ok: bool | Tensor, rule: str, **value: object) ->
     Args:
         function: name of the calling function, for the message.
         ok: result of the check.
-        rule: what is expected, for the message.
+        rule: expected condition, for the message.
         **value: the checked value, as a single keyword argument by its name.
 
     Example:

@@ -1,4 +1,4 @@
-"""Rules for the settings of the training stages, as `rlhf.stage_config` has them. Importing it imports no torch."""
+"""Rules for the settings of the training stages in `rlhf.stage_config`. Importing it does not import torch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def _starts_elsewhere(data: str) -> Callable[[Any], bool]:
 
 
 def _worker_rule(stage: str, size: str, *, rows: int = 1) -> Rule:
-    """Return the rule for more workers than an optimiser step has micro-batches, at most `rows` rows per record."""
+    """Return the rule for more workers than an optimiser step has micro-batches, with `rows` rows per record."""
 
     def applies(config: Any) -> bool:
         settings = getattr(config, stage)
@@ -126,7 +126,7 @@ DPO_RULES = (
 
 
 def _updates_once(ppo: PPOConfig) -> bool:
-    """Return whether an iteration makes a single update, in which every ratio is 1."""
+    """Return True if an iteration makes a single update, in which every ratio is 1."""
     return ppo.num_epochs == 1 and ppo.minibatch_size >= ppo.batch_size * ppo.samples_per_prompt
 
 

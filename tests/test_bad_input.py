@@ -257,7 +257,7 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_refused_when_nothing_
     err = " ".join(capfd.readouterr().err.split())
     assert "dropped 3 pairs whose chosen text equals the rejected one after truncation to" in err
     assert "8 preference pairs, 8 held out" in err
-    assert "8 of 8 records are also among those to learn from" in err
+    assert "8 of 8 records are also training records" in err
 
 
 def test_what_cannot_be_compiled_is_refused_when_it_is_asked_for(refused, shelf, monkeypatch):
@@ -622,7 +622,7 @@ def test_resuming_from_a_checkpoint_of_another_shape_is_refused(refused, shelf, 
     name = max(saved.tensors, key=lambda key: saved.tensors[key].numel())
     changed = saved.tensors | {name: saved.tensors[name].flatten()[:-7].clone()}
     save_checkpoint(root, saved._replace(tensors=changed), keep=1)
-    refused("sft", *sft_flags(shelf), "--resume", pieces=("checkpoints/sft: the checkpoint is of another shape",))
+    refused("sft", *sft_flags(shelf), "--resume", pieces=("checkpoints/sft: the checkpoint has another shape",))
 
 
 @pytest.mark.parametrize("size", [100, -1])

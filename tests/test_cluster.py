@@ -38,7 +38,7 @@ def test_too_few_resources_are_named(monkeypatch):
     assert cluster.START_S <= 10
     monkeypatch.setattr(cluster, "START_S", 2.0)
     dist = DistConfig(num_workers=2, num_servers=1, gpus_per_worker=1.0)
-    asked = r"2 workers and 1 servers ask for 3 CPU and 3 GPU, but the cluster has \d+ CPU, 0 GPU free"
+    asked = r"2 workers and 1 servers need 3 CPU and 3 GPU, but the cluster has \d+ CPU, 0 GPU free"
     with pytest.raises(UserError, match=asked), cluster.open_cluster(dist):
         pass
 

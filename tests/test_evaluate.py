@@ -621,7 +621,7 @@ WRONG = {  # flags, and what the message says
     ),
     "no room": ([*PROMPTS_FILE, "--max-new-tokens", "48"], "leaves no room for a prompt"),
     "samples": ([*PROMPTS_FILE, "--samples", "0"], "samples must be at least 1"),
-    "no gpu": ([*PROMPTS_FILE, "--device", "cuda"], "torch sees no NVIDIA GPU"),
+    "no gpu": ([*PROMPTS_FILE, "--device", "cuda"], "torch finds no NVIDIA GPU"),
 }  # fmt: skip
 
 

@@ -136,9 +136,9 @@ def functions_of(module):
 
 
 CORE = [name for name in MODULES if name.count(".") == 1 and not hasattr(importlib.import_module(name), "__path__")]
-PUBLIC = {name: value for module in CORE for name, value in functions_of(module).items()} | {
-    f"rlhf.{name}": getattr(rlhf, name) for name in SIGNATURES
-}
+EXECUTION = [name for name in MODULES if name.startswith("rlhf.execution.")]
+PUBLIC = {name: value for module in CORE + EXECUTION for name, value in functions_of(module).items()}
+PUBLIC |= {f"rlhf.{name}": getattr(rlhf, name) for name in SIGNATURES} | {"rlhf.train.run": rlhf.train.run}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -177,3 +177,8 @@ def test_the_docstring_of_a_dataclass_documents_its_fields():
 def test_a_family_is_imported_by_its_name_alone():
     """In a process that has imported nothing else, as in the first line of a user's script."""
     subprocess.run([sys.executable, "-c", "from rlhf import gpt2; gpt2.init"], check=True)
+
+
+def test_classes_that_users_make_have_an_example():
+    for value in (rlhf.GPT2Config, rlhf.Optimizer, rlhf.ParameterServer, rlhf.train.Observer):
+        assert ">>> " in inspect.getdoc(value)

@@ -90,7 +90,8 @@ def test_no_call_is_made_while_a_daemon_is_silent():
 
 
 @pytest.mark.parametrize(
-    ("answer", "reason"), [(None, "silent for 0.3 s"), (b"SSH-2.0-OpenSSH", "what listens there is no Ray cluster")]
+    ("answer", "reason"),
+    [(None, "no answer within 0.3 s"), (b"SSH-2.0-OpenSSH", "the server there is not a Ray cluster")],
 )
 def test_an_address_without_ray_behind_it_is_refused(monkeypatch, answer, reason):
     monkeypatch.setattr(session, "_PROBE_S", 0.3)

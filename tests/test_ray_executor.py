@@ -190,7 +190,7 @@ def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure, back
     assert len(got[2]) == len(got[3]) == 1
     assert not got[2][0].final
     name = f"worker {rank}" if rank < workers else f"server {rank - workers}"
-    assert re.fullmatch(rf"lost {name}; going on after \d+\.\d s", got[3][0])
+    assert re.fullmatch(rf"lost {name}; continued after \d+\.\d s", got[3][0])
     assert got[2][0].recovery_s < 15
     assert time.monotonic() - begun < 60
 

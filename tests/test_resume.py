@@ -392,4 +392,4 @@ def test_resuming_a_ring_with_another_number_of_workers_is_told(copied, caplog):
     text["facts"]["workers"] = 2
     manifest.write_text(json.dumps(text))
     run_sft(dataclasses.replace(settings, resume=True))
-    assert "made with 2 workers and goes on with 0" in caplog.text
+    assert "made with 2 workers and continues with 0" in caplog.text

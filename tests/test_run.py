@@ -26,7 +26,7 @@ def test_a_finished_folder_tells_how_another_run_starts_from_its_models(tmp_path
         check_output_folder(PPORun(output_dir=tmp_path), STAGES["ppo"])
 
 
-NOTHING = "nothing to resume in {folder}: starting anew"
+NOTHING = "nothing to resume in {folder}; starting a new run"
 
 
 @pytest.mark.parametrize(("resume", "there"), [(True, ""), (True, "sft"), (True, "reward"), (False, "")])

@@ -40,7 +40,7 @@ def test_what_it_raises_is_told_once_and_the_log_goes_on(tmp_path, caplog, code)
     (message,) = caplog.messages
     assert message.startswith("--log.sink ")
     assert " raised " in message
-    assert message.endswith(" at ppo 1; going on")
+    assert message.endswith(" at ppo 1; continuing")
 
 
 def test_it_can_be_stopped_by_ctrl_c(tmp_path):

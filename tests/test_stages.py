@@ -197,7 +197,7 @@ def test_resume_with_other_threads_is_told(base, tmp_path, caplog):
     run = dataclasses.replace(base, output_dir=tmp_path / "run", threads=1)
     run_sft(run)
     run_sft(dataclasses.replace(run, threads=2, resume=True))
-    assert "made with 1 threads per process and goes on with 2" in caplog.text
+    assert "made with 1 threads per process and continues with 2" in caplog.text
 
 
 def test_resume_with_another_setting_is_refused(base):

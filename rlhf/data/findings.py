@@ -30,7 +30,7 @@ class Findings(NamedTuple):
     repeated_prompts: int
     """Records in which every answer begins with the whole prompt."""
     control_tokens: dict[str, int]
-    """By token, the records that contain it as text; it stays text."""
+    """Number of records that contain each control token as text. It is encoded as text."""
 
     def describe(self, schema: Schema, count: int) -> list[str]:
         """Return a line for the user about each finding that matters.

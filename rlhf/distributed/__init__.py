@@ -20,14 +20,15 @@ def open_executor(
     device: torch.device,
     log: Callable[[str], None] = log_user,
 ) -> Iterator[Executor]:
-    """Yield the executor that a configuration asks for, and close it when the block ends.
+    """Yield the executor of a configuration, and close it when the block ends.
 
     Args:
-        make_program: an importable function, or a partial of one; other processes call it too.
-        models: the program's initial state.
-        dist: with `num_workers` 0 everything runs in this process.
-        device: used if everything runs in this process.
-        log: called with one line for the user at every fault.
+        make_program: function that returns the program. Other processes call it too, so it must be importable, or a
+            partial of an importable function.
+        models: initial state of the program.
+        dist: number of workers and servers. With `num_workers` 0, everything runs in this process.
+        device: device of the computation if everything runs in this process.
+        log: function that is called with a line for the user at every fault.
 
     Raises:
         UserError: the Ray cluster is unreachable, or has too few resources.

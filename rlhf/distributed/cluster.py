@@ -1,4 +1,4 @@
-"""The processes that a configuration asks for, as Ray actors: their start, calls, health and end."""
+"""The processes of a configuration as Ray actors: their start, calls, health checks and end."""
 
 import contextlib
 import functools
@@ -16,13 +16,13 @@ from rlhf.distributed.worker import Worker
 from rlhf.errors import UserError, WorkersLostError
 
 _CHECK_S = 0.5
-"""Interval of health checks while waiting for results."""
+"""Interval of health checks while waiting for results, in seconds."""
 
 _SETUP_S = 30.0
-"""Time-out of a new process's first answer."""
+"""Time-out of the first answer of a new process, in seconds."""
 
 _MOVE_S = 25.0
-"""Time-out of Ray's moving the processes of a lost machine to other machines."""
+"""Time-out after which Ray should have moved the processes of a lost machine to other machines, in seconds."""
 
 
 class Member(NamedTuple):
@@ -30,18 +30,18 @@ class Member(NamedTuple):
 
     actor: Any
     name: str
-    """For users, such as worker 1 or server 0."""
+    """Name for the user, such as worker 1 or server 0."""
     bundle: int
-    """Of the placement group; a replacement takes the same."""
+    """Index of the bundle in the placement group, which a replacement also uses."""
     loaded: Any
-    """A reference that is ready once the process has loaded its program."""
+    """Ray reference that is ready once the process has loaded its program."""
 
 
 class Cluster:
-    """A Ray cluster with reserved resources for the processes that a configuration asks for."""
+    """A Ray cluster with reserved resources for the processes of a configuration."""
 
     def __init__(self, dist: DistConfig) -> None:
-        """Reserve the resources; call `open_cluster`, which also connects."""
+        """Reserve the resources. Call `open_cluster` instead, which connects first."""
         import ray
 
         self.dist, self._ray = dist, ray
@@ -53,12 +53,12 @@ class Cluster:
         self._pids: dict[Any, int] = {}
 
     def start(self, name: str, bundle: int, *arguments: Any) -> Member:
-        """Start a process that makes its `Worker` and calls the worker's `load`.
+        """Start a process, which creates its `Worker` and calls `Worker.load`.
 
         Args:
-            name: of the process, for users.
-            bundle: of the placement group.
-            arguments: of `load`.
+            name: name of the process, for the user.
+            bundle: index of the bundle in the placement group.
+            *arguments: arguments of `Worker.load`.
         """
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -79,13 +79,13 @@ class Cluster:
         return Member(actor, name, bundle, self._run(actor.load.remote, make_worker, *arguments))
 
     def call(self, member: Member, method: str, *arguments: Any) -> Any:
-        """Begin a call of a method of a member's `Worker`, and return a reference to its result."""
+        """Start a call of a method of a member's `Worker`, and return a reference to the result."""
         return self._run(member.actor.call.remote, method, *arguments)
 
     def find_replaceable(self, members: Sequence[Member]) -> list[Member]:
-        """Return the members that can be replaced, because their bundles are on machines that answer.
+        """Return the members that can be replaced because their bundles are on machines that answer.
 
-        Ray moves the bundles of a lost machine to other machines, which this method waits for.
+        This method waits until Ray has moved the bundles of lost machines to other machines.
         """
         deadline = time.monotonic() + _MOVE_S
         while True:
@@ -97,14 +97,14 @@ class Cluster:
             time.sleep(_CHECK_S)
 
     def results(self, calls: dict[Any, Member]) -> Iterator[tuple[Any, Any]]:
-        """Yield (reference, result) of calls in the order in which they end, and kill silent processes.
+        """Yield (reference, result) of calls in the order in which they finish, and kill silent processes.
 
         Args:
-            calls: the member of each reference. The generator empties it; the caller may add to it between yields.
+            calls: member of each reference. The generator empties this dict; the caller may add to it between yields.
 
         Raises:
-            LostError: at the end, if a process was lost or the group has failed; at once, if Ray is lost.
-            Exception: any error of the members' functions.
+            LostError: a process was lost or the group has failed, at the end; or Ray is lost, immediately.
+            Exception: any error of the functions that members call.
         """
         lost: list[Member] = []
         failed = False
@@ -128,7 +128,7 @@ class Cluster:
             raise LostError(", ".join(member.name for member in lost) or "a collective failed", lost)
 
     def put(self, value: Any) -> Any:
-        """Put arrays into shared memory, which every process of this machine reads without a copy."""
+        """Put arrays into shared memory, which all processes of this machine read without a copy."""
         return self._run(self._ray.put, value)
 
     def kill(self, members: Sequence[Member]) -> None:
@@ -160,7 +160,7 @@ class Cluster:
         self._run.close()
 
     def _is_silent(self, member: Member) -> bool:
-        """Ping a process, and return True if it has not answered for `heartbeat_s` or has not started in time."""
+        """Ping a process, and return True if it has not answered within `heartbeat_s` or has not started in time."""
         now = time.monotonic()
         ping, sent = self._pings[member.actor]
         if self._run(self._ray.wait, [ping], timeout=0)[0]:
@@ -184,7 +184,7 @@ class Cluster:
             free = ", ".join(f"{available.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
             needed = " and ".join(f"{amount * count:g} {name}" for name, amount in bundle.items())
             raise UserError(
-                f"--dist: {dist.num_workers} workers and {dist.num_servers} servers ask for {needed}, but the cluster "
+                f"--dist: {dist.num_workers} workers and {dist.num_servers} servers need {needed}, but the cluster "
                 f"has {free} free; lower --dist.num-workers or --dist.threads-per-worker"
             )
         return group
@@ -192,7 +192,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def open_cluster(dist: DistConfig) -> Iterator[Cluster]:
-    """Connect to Ray, and reserve resources for the workers and servers until the block ends.
+    """Connect to Ray and reserve resources for the workers and servers until the block ends.
 
     Raises:
         UserError: the cluster is unreachable, or has too few resources.
@@ -216,9 +216,9 @@ def placed_bundles(
     """Return the bundles of a placement group that are on machines that answer.
 
     Args:
-        table: Ray's table of the placement group.
-        nodes: Ray's list of the cluster's nodes.
-        answers: returns True if a machine's raylet answers.
+        table: table of the placement group, from Ray.
+        nodes: list of the nodes of the cluster, from Ray.
+        answers: function that returns True if the raylet of a machine answers.
     """
     alive = {
         node["NodeID"]
@@ -229,7 +229,7 @@ def placed_bundles(
 
 
 def _actor_class() -> Any:
-    """Return the actor of a `Worker`, which answers pings while it computes and which Ray never restarts."""
+    """Return the actor class of a `Worker`. It answers pings while it computes, and Ray never restarts it."""
     import ray
 
     class Process:

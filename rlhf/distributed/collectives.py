@@ -1,12 +1,12 @@
-"""A group of processes that exchange tensors: torch.distributed, numbered by generation, with a time-out everywhere.
+"""Groups of processes that exchange tensors through torch.distributed. Groups are numbered by generation.
 
-One operation, sends and receives that begin together, serves all patterns but the ring, which is the backend's own
-allreduce: a reduce-scatter is an all-to-all whose receiver chooses the order of additions, a broadcast and an
+One operation, in which sends and receives begin together, serves all patterns except the ring, which is the backend's
+own allreduce. A reduce-scatter is an all-to-all whose receiver chooses the order of additions. A broadcast and an
 all-gather send one tensor to several members. If all members are on one machine, the tensors of `Group.exchange` may
-pass through shared memory; gloo then only synchronises the members.
+pass through shared memory, and gloo only synchronises the members.
 
-A group that fails is closed at once, which closes its connections, so that its other members fail too instead of
-waiting. It is never used again: the remaining members form the next generation.
+Every operation has a time-out. A group that fails is closed immediately, so that its other members fail too instead of
+waiting. It is never used again; the remaining members form the next generation.
 """
 
 import contextlib
@@ -39,15 +39,16 @@ class GroupError(Exception):
 
 
 class RankInfo(NamedTuple):
-    """A process's rank in a group, whose first ranks are the workers."""
+    """Rank of a process in a group. The first ranks are the workers."""
 
     generation: int
-    """The number of the group; each is formed once."""
+    """Number of the group. Each number is used once."""
     rank: int
+    """Rank of this process."""
     workers: int
-    """Ranks 0..workers-1 compute."""
+    """Number of workers, which have the ranks 0..workers-1 and compute."""
     servers: int
-    """Ranks from `workers` on own the shards; without servers, the workers own them."""
+    """Number of servers, which have the following ranks and own the shards. Without servers, the workers own them."""
 
     @property
     def size(self) -> int:
@@ -56,12 +57,12 @@ class RankInfo(NamedTuple):
 
     @property
     def owners(self) -> range:
-        """Ranks of the shards' owners, in the order of the shards."""
+        """Ranks of the owners of the shards, in the order of the shards."""
         return range(self.workers if self.servers else 0, self.size)
 
 
 class Group:
-    """One generation of processes; each method but `close` raises GroupError if the group has failed."""
+    """One generation of processes. All methods except `close` raise GroupError if the group has failed."""
 
     def __init__(
         self,
@@ -73,15 +74,15 @@ class Group:
         device: torch.device | None = None,
         capacity: int = 0,
     ) -> None:
-        """Form the group, waiting for all members.
+        """Form the group, after waiting for all members.
 
         Args:
-            store: one that all members reach.
-            rank_info: this process's rank.
-            backend: gloo, nccl, or shared: gloo, with shared memory if all members are on one machine.
-            timeout_s: of every operation, in seconds.
-            device: of the tensors; the CPU by default.
-            capacity: the most bytes that a member sends in an exchange through shared memory.
+            store: store that all members can reach.
+            rank_info: rank of this process.
+            backend: gloo, nccl, or shared, which is gloo with shared memory if all members are on one machine.
+            timeout_s: time-out of every operation, in seconds.
+            device: device of the tensors. None stands for the CPU.
+            capacity: maximum number of bytes that a member sends in an exchange through shared memory.
         """
         self.rank_info, self._staged, self._device = rank_info, backend != "nccl", device or torch.device("cpu")
         self._buffers: dict[int, Tensor] = {}
@@ -92,14 +93,14 @@ class Group:
         self._shared = self._map_memory(capacity) if backend == "shared" and rank_info.size > 1 else None
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Exchange:
-        """Begin to send and receive. All members call it, also those with nothing to send or receive.
+        """Begin to send and receive. All members call this method, even if they have nothing to send or receive.
 
-        Finish an exchange before the next begins; the tensors that it yields are valid until then.
+        Finish an exchange before the next one begins. The tensors that it yields are valid until then.
 
         Args:
-            sends: (rank, tensor), contiguous and flat, unchanged until the exchange ends. Between two ranks, tensors
-                arrive in the order in which they are sent.
-            receives: from other ranks.
+            sends: pairs (rank, tensor). Tensors are contiguous and flat, and must not change until the exchange ends.
+                Between two ranks, tensors arrive in the order in which they are sent.
+            receives: tensors to receive from other ranks.
         """
         if self._shared is None:
             return self._exchange_by_backend(sends, receives)
@@ -128,13 +129,13 @@ class Group:
         return BackendExchange([tensor for _, tensor in targets], arrivals, send_works, self._guard)
 
     def _buffer(self, number: int, size: int) -> Tensor:
-        """Return a tensor to receive into, reused by the next exchange."""
+        """Return a tensor to receive into. The next exchange reuses it."""
         if number not in self._buffers or len(self._buffers[number]) != size:
             self._buffers[number] = torch.empty(size, device=self._device)
         return self._buffers[number]
 
     def _map_memory(self, capacity: int) -> SharedMemory | None:
-        """Open all members' memory. All members return None if one of them cannot reach another's."""
+        """Open the memory of all members. All members return None if one of them cannot reach the memory of another."""
         areas: list[mmap.mmap] = []
         with contextlib.ExitStack() as stack:
             address = torch.full((4,), -1)
@@ -150,11 +151,11 @@ class Group:
         return SharedMemory(rank, areas, capacity) if int(count) == size**2 else None
 
     def all_gather(self, vector: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Return every member's vector, by rank.
+        """Return the vectors of all members, by rank.
 
         Args:
-            vector: [n], this member's.
-            sizes: n of every member.
+            vector: [n] vector of this member.
+            sizes: length n of every member's vector.
         """
         me = self.rank_info.rank
         vectors = [vector if rank == me else vector.new_empty(size) for rank, size in enumerate(sizes)]
@@ -164,14 +165,14 @@ class Group:
         return vectors
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over all members, added in the backend's order."""
+        """Replace a tensor by its sum over all members, added in the order of the backend."""
         buffer = self._host(tensor)
         self._guard(lambda: self._backend.allreduce([buffer]).wait())
         if buffer is not tensor:
             tensor.copy_(buffer)
 
     def close(self) -> None:
-        """Close all connections; may be called twice."""
+        """Close all connections. May be called twice."""
         if self._backend is not None and not self._staged:
             self._backend.abort()
         self._backend = self._shared = None  # which closes gloo's connections
@@ -198,7 +199,7 @@ class Group:
         return receive_works, send_works
 
     def _host(self, tensor: Tensor, *, copy: bool = True) -> Tensor:
-        """Return the tensor, or a host buffer for one on a GPU, which gloo cannot send."""
+        """Return the tensor, or a host buffer if it is on a GPU, from which gloo cannot send."""
         if not (self._staged and tensor.is_cuda):
             return tensor
         return tensor.cpu() if copy else torch.empty_like(tensor, device="cpu")
@@ -223,7 +224,7 @@ def _nccl(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> An
 
 
 def serve_store(host: str) -> TCPStore:
-    """Serve the store through which groups form, from this process and on `host` alone."""
+    """Serve the store through which groups are formed, from this process and only on `host`."""
     import socket
 
     with socket.create_server((host, 0), backlog=512) as listener:
@@ -232,7 +233,7 @@ def serve_store(host: str) -> TCPStore:
 
 
 def connect_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """Connect to the store of another process; on 127.0.0.1 gloo uses the loopback device."""
+    """Connect to the store of another process. On 127.0.0.1, gloo uses the loopback device."""
     if host == "127.0.0.1":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     return TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s))

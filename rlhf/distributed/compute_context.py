@@ -1,4 +1,4 @@
-"""The device, threads and workers of a program."""
+"""Device, threads and workers of a program."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ def find_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
         UserError: there is no GPU for `cuda`.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+        raise UserError("--device cuda: torch finds no NVIDIA GPU on this machine; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -32,7 +32,7 @@ def compute_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
 
 
 def compute_threads(config: ComputeConfig) -> int:
-    """Return the number of CPU threads of each computing process; the bits of results depend on it."""
+    """Return the number of CPU threads of each computing process. The bits of results depend on it."""
     return config.dist.threads_per_worker if config.dist.num_workers else config.threads or available_cores()
 
 
@@ -53,7 +53,7 @@ def limit_threads(number: int) -> Iterator[None]:
 
 
 _CROWD = 1
-"""The most threads per core; with more, they wait for each other, and a run makes hardly any progress."""
+"""Maximum number of threads per core. With more, they wait for each other, and a run makes hardly any progress."""
 
 
 def check_workers(dist: DistConfig) -> None:
@@ -76,14 +76,16 @@ def describe_workers(dist: DistConfig) -> str:
 
 
 class ComputeContext(NamedTuple):
-    """The device, threads and workers of the models, and the user's log."""
+    """Device, threads and workers of the models, and the log for the user."""
 
     config: ComputeConfig
+    """Settings of the computation."""
     device: torch.device
+    """Device of computations in this process."""
     notes: list[str]
-    """The lines logged so far."""
+    """Lines logged so far."""
     stage: str = ""
-    """Of training; a prefix of the logged lines."""
+    """Stage of training, which is a prefix of the logged lines; empty outside of training."""
 
     def note(self, text: str) -> None:
         """Log a line for the user."""
@@ -98,13 +100,13 @@ class ComputeContext(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the models' passes."""
+        """The dtype of the models' forward and backward passes."""
         return compute_dtype(self.config.precision)
 
     def open_executor(
         self, make_program: Callable[[], Program], models: ModelState
     ) -> contextlib.AbstractContextManager[Executor]:
-        """Open the configured executor until the block ends; see `rlhf.distributed.open_executor`."""
+        """Return a context manager of the configured executor, as `rlhf.distributed.open_executor` does."""
         return open_executor(make_program, models, self.config.dist, device=self.device, log=self.note)
 
 

@@ -8,44 +8,46 @@ import torch
 from torch import Tensor
 
 SEGMENT = 1 << 24
-"""Elements of one message (64 MB of float32): the next segments are on their way while one is added up."""
+"""Number of elements of a message (64 MB of float32). The next segments arrive while one is added."""
 
 Receive = tuple[int, Tensor | int]
-"""(rank, contiguous flat tensor to receive into; or the number of float32 elements to read where they arrive)."""
+"""Pair of a rank, and a contiguous flat tensor to receive into or the number of float32 elements to receive."""
 
 
 class Segment(NamedTuple):
-    """A part of a tensor that is one message."""
+    """A part of a tensor, which is one message."""
 
     rank: int
-    """Of the receiver or sender."""
+    """Rank of the receiver or sender."""
     tensor: Tensor
+    """Elements of the part."""
     start: int
-    """The index of its first element in the whole tensor."""
+    """Index of the first element in the whole tensor."""
 
 
 class Arrival(NamedTuple):
     """A segment to be received."""
 
     segment: Segment
+    """The part of the tensor."""
     buffer: Tensor
-    """The segment's tensor, or a host buffer for one on a GPU."""
+    """Tensor of the segment, or a host buffer if it is on a GPU."""
     work: Any
-    """The backend's handle of the receive."""
+    """Handle of the receive, from the backend."""
 
 
 class Exchange(Protocol):
     """An exchange that has begun."""
 
     def segments(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Yield the slices that make up 0..size-1, each with that part of all received tensors once it has arrived.
+        """Yield slices that make up 0..size-1, each with that part of all received tensors after it has arrived.
 
         Args:
-            size: the number of elements of each tensor.
+            size: number of elements of each tensor.
         """
 
     def finish(self) -> None:
-        """Wait until everything is sent, and received into the tensors for it."""
+        """Wait until everything is sent, and is received into the tensors."""
 
 
 class BackendExchange:
@@ -61,16 +63,16 @@ class BackendExchange:
         """Store what `finish` waits for.
 
         Args:
-            tensors: those to be received.
-            arrivals: their segments, in order of start.
-            sends: the backend's handles of the sends.
-            guard: calls a function and raises GroupError if it fails.
+            tensors: tensors to receive.
+            arrivals: segments of these tensors, in order of start.
+            sends: handles of the sends, from the backend.
+            guard: function that calls a function and raises GroupError if it fails.
         """
         self._tensors, self._arrivals = tensors, collections.deque(arrivals)
         self._sends, self._guard = sends, guard
 
     def segments(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """See `Exchange.segments`."""
+        """Yield slices, each with that part of all received tensors after it has arrived."""
         for start in range(0, size, SEGMENT):
             while self._arrivals and self._arrivals[0].segment.start <= start:
                 self._receive()
@@ -78,7 +80,7 @@ class BackendExchange:
             yield part, [tensor[part] for tensor in self._tensors]
 
     def finish(self) -> None:
-        """See `Exchange.finish`."""
+        """Wait until everything is sent, and is received into the tensors."""
         while self._arrivals:
             self._receive()
         for work in self._sends:
@@ -101,18 +103,18 @@ class MemoryExchange:
 
         Args:
             receives: the requested tensors.
-            arrived: their elements in shared memory.
-            device: of the results.
-            leave: called at the end.
+            arrived: elements of these tensors in shared memory.
+            device: device of the results.
+            leave: function that is called at the end.
         """
         self._receives, self._arrived, self._device, self._leave = receives, arrived, device, leave
 
     def segments(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """See `Exchange.segments`."""
+        """Yield slices, each with that part of all received tensors after it has arrived."""
         yield slice(0, size), [tensor.to(self._device) for tensor in self._arrived]
 
     def finish(self) -> None:
-        """See `Exchange.finish`."""
+        """Wait until everything is sent, and is received into the tensors."""
         for (_, target), tensor in zip(self._receives, self._arrived, strict=True):
             if not isinstance(target, int):
                 target.copy_(tensor)
@@ -120,7 +122,7 @@ class MemoryExchange:
 
 
 def split_segments(tensors: Sequence[tuple[int, Tensor]]) -> list[Segment]:
-    """Return the first segments of all (rank, tensor), then the second ones, and so on."""
+    """Return the first segments of all pairs (rank, tensor), then the second segments, and so on."""
     longest = max((tensor.numel() for _, tensor in tensors), default=0)
     return [
         Segment(rank, tensor[start : start + SEGMENT], start)

@@ -1,4 +1,4 @@
-"""The processes of the parameter server: calls of several of them, and the group that they form."""
+"""The processes of the parameter server: calls of several processes, and the group that they form."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,15 +9,15 @@ from rlhf.distributed.ray_calls import RayLostError
 
 
 class Members:
-    """The workers and servers of a cluster, in the order of their ranks: workers first."""
+    """Workers and servers of a cluster, in the order of their ranks: workers first."""
 
     def __init__(self, cluster: Cluster, load_arguments: Sequence[Any], log: Callable[[str], None]) -> None:
-        """Start the processes that the cluster's configuration asks for.
+        """Start the processes of the cluster's configuration.
 
         Args:
-            cluster: with resources for them.
-            load_arguments: of `Worker.load`, also for replacements.
-            log: called with one line for the user when a process is not replaced.
+            cluster: cluster with resources for the processes.
+            load_arguments: arguments of `Worker.load`, also for replacements.
+            log: function that is called with a line for the user when a process is not replaced.
         """
         self._cluster, self._load_arguments, self._log = cluster, load_arguments, log
         self._generation = 0
@@ -31,7 +31,7 @@ class Members:
         return self.workers + self.servers
 
     def begin(self, member: Member, method: str, *arguments: Any) -> tuple[Member, Any]:
-        """Begin a call of a method; `collect` waits for its result."""
+        """Start a call of a method. `collect` waits for its result."""
         return member, self._cluster.call(member, method, *arguments)
 
     def collect(self, calls: Sequence[tuple[Member, Any]]) -> list[Any]:
@@ -48,7 +48,7 @@ class Members:
         return self.collect([self.begin(member, method, *arguments) for member in members])
 
     def join(self) -> None:
-        """Let all processes form the next generation of the group, once they have loaded the program."""
+        """Make all processes form the next generation of the group, after they have loaded the program."""
         self.collect([(member, member.loaded) for member in self.all])
         self._generation += 1
         workers, servers = len(self.workers), len(self.servers)
@@ -61,7 +61,7 @@ class Members:
         )
 
     def replace(self, lost: Sequence[Member]) -> None:
-        """Kill the lost members, and start others in their places unless the configuration says `shrink`.
+        """Kill the lost members and start replacements, unless the configuration says `shrink`.
 
         Raises:
             RayLostError: there is no machine left for a worker.
@@ -73,7 +73,7 @@ class Members:
         missing = [member for member in self.all if member in lost]
         replaceable = self._cluster.find_replaceable(missing) if missing else []
         if dropped := [member.name for member in missing if member not in replaceable]:
-            self._log(f"no machine has room for {', '.join(dropped)}: going on without")
+            self._log(f"no machine has room for {', '.join(dropped)}; continuing without")
         self.workers, self.servers = (
             [
                 self._start(member.name, member.bundle) if member in replaceable else member
@@ -86,7 +86,7 @@ class Members:
             raise RayLostError("all workers (no machine has room for one)")
 
     def kill(self, *, abandon: bool = False) -> None:
-        """End all processes; `abandon` also gives up the connection to a Ray that is lost."""
+        """End all processes. With `abandon`, the connection to a lost Ray is given up too."""
         (self._cluster.abandon if abandon else self._cluster.kill)(self.all)
         self.workers, self.servers = [], []
 

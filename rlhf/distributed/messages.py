@@ -16,18 +16,18 @@ from rlhf.types import Tree
 
 
 class ShardState(NamedTuple):
-    """A copy of a shard, as arrays."""
+    """Copy of a shard, as arrays."""
 
     start: int
-    """First element of its range."""
+    """First element of the range of the shard."""
     params: np.ndarray
-    """[n] float32."""
+    """[n] float32: parameters of the range."""
     opt_state: list[np.ndarray] | None
-    """Leaves [n], or [] for counters; None is the optimiser's initial state."""
+    """Leaves [n] of the optimiser's state, or [] for counters. None stands for the initial state."""
 
 
 def to_numpy(tree: Tree) -> Any:
-    """Return every leaf as an array, without a copy if it is on the CPU; equal tensors of a tree share one array."""
+    """Return every leaf as an array, without a copy if it is on the CPU. Leaves that share memory share an array."""
     seen: dict[Any, np.ndarray] = {}
 
     def convert(leaf: Tensor) -> np.ndarray:
@@ -40,7 +40,7 @@ def to_numpy(tree: Tree) -> Any:
 
 
 def from_numpy(tree: Any, device: torch.device, *, copy: bool = False) -> Tree:
-    """Return every array as a tensor; on the CPU a view, unless `copy` is set or the array is not aligned."""
+    """Return every array as a tensor, which on the CPU is a view unless `copy` is set or the array is not aligned."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing writes to it
         return realign(
@@ -51,26 +51,26 @@ def from_numpy(tree: Any, device: torch.device, *, copy: bool = False) -> Tree:
 
 
 def copy_arrays(tree: Any) -> Any:
-    """Return a tree whose arrays are copies in this process's memory; other leaves, such as numbers, are the same."""
+    """Return a tree whose arrays are copies in the memory of this process. Other leaves are unchanged."""
     return tree_map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, tree)
 
 
 def write_shard(shard: Shard) -> ShardState:
-    """Return a shard's buffers as arrays."""
+    """Return the buffers of a shard as arrays."""
     return ShardState(shard.start, to_numpy(shard.params), [to_numpy(leaf) for leaf in leaves(shard.opt_state)])
 
 
 def read_shard(
     states: Sequence[ShardState], optimizer: Optimizer, elements: Range, version: int, device: torch.device
 ) -> Shard:
-    """Return a shard of a range of elements, from copies of shards of any ranges.
+    """Return the shard of a range of elements, from copies of shards of any ranges.
 
     Args:
-        states: in order; together the whole buffer.
-        optimizer: of `opt_state`.
-        elements: the range of the shard.
-        version: of the state.
-        device: of the result.
+        states: copies of shards, in order, which together make up the whole buffer.
+        optimizer: optimiser of the state.
+        elements: range of the shard.
+        version: version of the state.
+        device: device of the result.
     """
     shard = init_shard(read_params(states, elements).to(device), optimizer)
     for number, leaf in enumerate(leaves(shard.opt_state)):
@@ -81,7 +81,7 @@ def read_shard(
 
 
 def read_params(states: Sequence[ShardState], elements: Range) -> Tensor:
-    """Return a new tensor of a range of the whole parameter buffer; arguments as in `read_shard`."""
+    """Return a new tensor of a range of the whole parameter buffer, from copies of shards that make it up."""
     return _read([state.params for state in states], elements)
 
 

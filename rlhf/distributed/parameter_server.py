@@ -1,4 +1,4 @@
-"""The sharded parameter server for any loss over any pytree; no language model needed."""
+"""The sharded parameter server, for any loss over any pytree, without a language model."""
 
 import contextlib
 import functools
@@ -20,9 +20,10 @@ from rlhf.types import MetricSums, Params
 
 
 class ParameterServer:
-    """A trainer of sharded parameters, whose shards are in the workers or in dedicated servers; a context manager.
+    """A context manager that trains sharded parameters, with the shards in the workers or in dedicated servers.
 
-    Every step is applied exactly once. The bits depend neither on the number of workers nor on lost processes.
+    Every step is applied exactly once. The bits of the result depend neither on the number of workers nor on lost
+    processes.
 
     Example:
         >>> import torch
@@ -61,14 +62,14 @@ class ParameterServer:
         """Start the workers.
 
         Args:
-            loss: (params, micro-batch) -> (loss sum, metric sums with `count`); pure. Other processes call it too, so
-                it is a function of an importable module or of the running script.
+            loss: pure function (params, micro-batch) -> (loss sum, metric sums with `count`). Other processes call it
+                too, so it must be in an importable module or in the running script.
             params: any pytree of float32 tensors.
-            optimizer: element-wise, such as `rlhf.optim.adamw`.
-            dist: the number of workers and servers, and the reaction to faults; without workers everything runs in
-                this process.
-            max_grad_norm: for global-norm clipping of the mean gradient; inf disables it.
-            log: called with one line for every fault.
+            optimizer: element-wise optimiser, such as `rlhf.optim.adamw`.
+            dist: number of workers and servers, and reaction to faults. Without workers, everything runs in this
+                process.
+            max_grad_norm: maximum global norm of the mean gradient; inf disables clipping.
+            log: function that is called with a line at every fault.
 
         Raises:
             UserError: the Ray cluster is unreachable, or has too few resources.
@@ -82,7 +83,7 @@ class ParameterServer:
 
     @property
     def version(self) -> int:
-        """The number of steps applied."""
+        """Number of steps applied."""
         return self._executor.version
 
     def step(self, batches: Sequence[Any]) -> dict[str, float]:
@@ -102,14 +103,14 @@ class ParameterServer:
         return params
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return a copy of parameters and optimiser state by dotted name, for `safetensors` and `restore`."""
+        """Return a copy of the parameters and the optimiser state by dotted name, for `safetensors` and `restore`."""
         return {name: leaf.clone() for name, leaf in self._executor.snapshot().items()}
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
         """Continue from a snapshot taken after `version` steps, with any number of workers.
 
         Raises:
-            ValueError: the snapshot is of other parameters.
+            ValueError: the snapshot belongs to other parameters.
         """
         self._executor.restore(state, version)
 

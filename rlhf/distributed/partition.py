@@ -1,8 +1,8 @@
 """The assignment of micro-batches to workers, and their sum along the fixed tree of `rlhf.tree.tree_sum`.
 
-A worker computes a contiguous range of the micro-batches that consists of few whole subtrees, and adds up each subtree.
-The owner of a range of the gradient adds the subtrees of all workers in the tree's order. So the order of the
-additions, and with it every bit of the sum, is the same for any number of workers.
+A worker computes a contiguous range of micro-batches that consists of a few whole subtrees, and adds up each subtree.
+The owner of a range of the gradient adds the subtrees of all workers in the order of the tree. The order of the
+additions, and therefore every bit of the sum, is the same for any number of workers.
 """
 
 import functools
@@ -15,22 +15,22 @@ from torch import Tensor
 from rlhf.tree import CHUNK
 
 Range = tuple[int, int]
-"""(first, end) of consecutive micro-batches, or of consecutive elements."""
+"""Pair (first, end) of consecutive micro-batches or elements."""
 
 SUBTREES = 2
-"""The most subtrees of a worker, each of which it sends as a whole gradient."""
+"""Maximum number of subtrees of a worker, each of which it sends as a whole gradient."""
 
 _BLOCK = 1 << 18
-"""Elements added at once, so that partial sums stay in the CPU's cache."""
+"""Number of elements added at once, so that partial sums stay in the cache of the CPU."""
 
 
 @functools.cache
 def assign_micro_batches(total: int, workers: int) -> tuple[Range, ...]:
-    """Return each worker's range of micro-batches 0..total-1, the largest as short as `SUBTREES` allows.
+    """Return the range of micro-batches of each worker, of which the largest is as short as `SUBTREES` allows.
 
     Args:
         total: number of micro-batches, at least 1.
-        workers: at least 1; their ranges may be empty.
+        workers: number of workers, at least 1. Some ranges may be empty.
     """
     for longest in range(-(-total // workers), total + 1):
         assignment: list[Range] = []
@@ -48,7 +48,7 @@ def assign_micro_batches(total: int, workers: int) -> tuple[Range, ...]:
 
 
 def subtrees(start: int, stop: int, total: int) -> tuple[Range, ...]:
-    """Return the fewest whole subtrees of the tree over 0..total-1 that make up start..stop-1."""
+    """Return the smallest set of whole subtrees of the tree over 0..total-1 that makes up start..stop-1."""
     ranges = []
     while start < stop:
         size = 1
@@ -60,12 +60,12 @@ def subtrees(start: int, stop: int, total: int) -> tuple[Range, ...]:
 
 
 def join_sums(sums: Mapping[Range, Tensor], total: int, *, out: Tensor) -> None:
-    """Write the sum of subtrees that make up 0..total-1 to `out`, added in the order of `rlhf.tree.tree_sum`.
+    """Write the sum of subtrees that make up 0..total-1 to `out`, in the order of `rlhf.tree.tree_sum`.
 
     Args:
-        sums: [n] of each subtree.
+        sums: [n] sum of each subtree.
         total: number of micro-batches.
-        out: [n], not one of the sums.
+        out: [n] result, which must not be one of the sums.
     """
 
     def add(start: int, stop: int, part: slice, out: Tensor | None = None) -> Tensor:
@@ -81,11 +81,11 @@ def join_sums(sums: Mapping[Range, Tensor], total: int, *, out: Tensor) -> None:
 
 
 def shard_ranges(size: int, shards: int) -> tuple[Range, ...]:
-    """Split a flat buffer into ranges as even as `rlhf.tree.CHUNK` allows; they may be empty.
+    """Return ranges of a flat buffer that are as even as `rlhf.tree.CHUNK` allows. They may be empty.
 
     Args:
         size: number of elements, a multiple of CHUNK.
-        shards: at least 1.
+        shards: number of ranges, at least 1.
     """
     chunks = size // CHUNK
     bounds = [number * chunks // shards * CHUNK for number in range(shards + 1)]

@@ -1,7 +1,7 @@
 """Calls of Ray that end even if Ray does not answer.
 
-Ray's calls have no time-out if one of its daemons is stopped, and may end the process if one has died. So a separate
-thread makes them, and only while the daemons answer, which is checked without Ray.
+Calls of Ray have no time-out if one of its daemons is stopped, and may end the process if a daemon has died. A separate
+thread therefore makes the calls, and only while the daemons answer, which is checked without Ray.
 """
 
 import os
@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 SILENCE_S = 10.0
-"""Time without an answer of a daemon after which Ray is lost."""
+"""Time without an answer from a daemon after which Ray is considered lost, in seconds."""
 
 _CHECK_S = 0.5
-"""Interval of checks of the daemons during a call."""
+"""Interval of checks of the daemons during a call, in seconds."""
 
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""The start of a gRPC connection: HTTP/2's preface and an empty settings frame."""
+"""Start of a gRPC connection: the preface of HTTP/2 and an empty settings frame."""
 
 _SETTINGS = 4
-"""The type of a server's first HTTP/2 frame."""
+"""Type of the first HTTP/2 frame of a server."""
 
 _Result = TypeVar("_Result")
 
@@ -31,27 +31,30 @@ class LostError(Exception):
     """Processes died or stopped answering, or their group failed."""
 
     def __init__(self, what: str, members: Sequence[Any] = ()) -> None:
-        """Store the lost members, none if only the group has failed; `what` describes the loss."""
+        """Store the lost members, or none if only the group has failed. `what` describes the loss."""
         super().__init__(what)
         self.members = members
 
 
 class RayLostError(LostError):
-    """Ray itself is lost, or no machine has resources for a worker: nothing can be replaced."""
+    """Ray itself is lost, or no machine has resources for a worker, so that nothing can be replaced."""
 
 
 class Daemon(NamedTuple):
-    """One of Ray's own processes."""
+    """One of the processes of Ray itself."""
 
     name: str
+    """Name for the user."""
     host: str
+    """Host of its server."""
     port: int
+    """Port of its server."""
     restarts: bool
-    """True if it may be restarted, in which case callers wait for one that has ended."""
+    """True if Ray may restart the daemon, in which case callers wait for a daemon that has ended."""
 
 
 def first_answer(host: str, port: int, timeout_s: float) -> bytes:
-    """Return the first bytes of a server's answer to the start of a gRPC connection; none if it hangs up.
+    """Return the first bytes that a server answers to the start of a gRPC connection, or none if it hangs up.
 
     Raises:
         OSError: no server listens there, or it does not answer within `timeout_s`.
@@ -62,7 +65,7 @@ def first_answer(host: str, port: int, timeout_s: float) -> bytes:
 
 
 def speaks_grpc(answer: bytes) -> bool:
-    """Return True if `first_answer` is that of a gRPC server; with TLS enabled, every answer is taken for one."""
+    """Return True if `first_answer` comes from a gRPC server. With TLS enabled, every answer is accepted."""
     tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
     return tls or (len(answer) > 3 and answer[3] == _SETTINGS)
 
@@ -86,14 +89,14 @@ def is_alive(daemon: Daemon, silence_s: float) -> bool:
 
 
 class RayCalls:
-    """A thread that makes calls one after the other while all daemons answer."""
+    """A thread that makes calls one after the other, while all daemons answer."""
 
     def __init__(self, daemons: Sequence[Daemon], silence_s: float = SILENCE_S) -> None:
         """Start the thread.
 
         Args:
-            daemons: those that a call may wait for.
-            silence_s: time without an answer after which one is lost.
+            daemons: daemons that a call may wait for.
+            silence_s: time without an answer after which a daemon is considered lost, in seconds.
         """
         self._daemons, self._silence_s = daemons, silence_s
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -103,7 +106,7 @@ class RayCalls:
         """Return the function's result.
 
         Raises:
-            RayLostError: a daemon has ended or does not answer; the call may never end, so make no other.
+            RayLostError: a daemon has ended or does not answer. The call may never end, so make no other call.
         """
         self.check()
         answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()

@@ -1,7 +1,7 @@
 """The executor whose micro-batches run on Ray workers, with recovery from lost processes.
 
-The driver holds no parameters. It assigns the work, and records the calls that have changed the state since the last
-snapshot. After any loss, a new generation of processes restores the snapshot and repeats these calls, which gives the
+The driver holds no parameters. It assigns the work and records the calls that have changed the state since the last
+snapshot. After a loss, a new generation of processes restores the snapshot and repeats these calls, which gives the
 same bits.
 """
 
@@ -31,17 +31,18 @@ _Result = TypeVar("_Result")
 
 
 class _Snapshot(NamedTuple):
-    """A copy of the whole state in the driver's memory, which survives the loss of other processes and machines."""
+    """Copy of the whole state in the memory of the driver, which survives the loss of other processes and machines."""
 
     version: int
+    """Number of steps applied."""
     shards: list[ShardState]
-    """In the order of the buffer."""
+    """All shards, in the order of the buffer."""
     frozen: Any
-    """The frozen models that are updated, as arrays."""
+    """Frozen models that are updated, as arrays."""
 
 
 class RayExecutor:
-    """Micro-batches on Ray workers, parameters on a sharded server; the bits are those of `LocalExecutor`."""
+    """Executor on Ray workers, with parameters on a sharded server. Results have the bits of `LocalExecutor`."""
 
     def __init__(
         self,
@@ -53,10 +54,10 @@ class RayExecutor:
         """Start the processes.
 
         Args:
-            cluster: with resources for them.
-            make_program: an importable function, or a partial of one.
-            models: processes of this machine read the frozen ones in shared memory.
-            log: called with one line for the user at every fault.
+            cluster: cluster with resources for the processes.
+            make_program: importable function that returns the program, or a partial of one.
+            models: initial state. Processes of this machine read the frozen models in shared memory.
+            log: function that is called with a line for the user at every fault.
 
         Raises:
             ValueError: an optimiser needs whole leaves.
@@ -75,7 +76,7 @@ class RayExecutor:
 
     @property
     def version(self) -> int:
-        """The version of the parameters: optimiser steps applied since the beginning of the run."""
+        """Version of the parameters: the number of optimiser steps applied since the beginning of the run."""
         return self._local.version if self._local else self._version
 
     @property
@@ -84,7 +85,7 @@ class RayExecutor:
         return self._program.compile_to is not None
 
     def map(self, name: str, batches: Sequence[Any]) -> list[Tree]:
-        """See `Executor.map`: the next micro-batch goes to the next free worker."""
+        """Return the results of an evaluation function. The next micro-batch goes to the next free worker."""
         results: dict[int, Tree] = {}  # kept when a worker is lost
         return self._retry(lambda: self._map(name, batches, results), lambda local: local.map(name, batches))
 
@@ -96,20 +97,20 @@ class RayExecutor:
         *,
         overlap: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
-        """See `Executor.step`."""
+        """Apply one optimiser step on the summed gradient of the micro-batches, as `Executor.step` describes."""
         metrics: dict[str, float] = self._change("step", name, batches, learning_rate, overlap=overlap)
         return metrics
 
     def update_frozen(self, name: str) -> None:
-        """See `Executor.update_frozen`."""
+        """Replace a frozen model by its updated form."""
         self._change("update_frozen", name)
 
     def reset_optimizer(self) -> None:
-        """See `Executor.reset_optimizer`."""
+        """Reset the optimiser's state to its initial value."""
         self._change("reset_optimizer")
 
     def params(self) -> Params:
-        """See `Executor.params`."""
+        """Return the current parameters on the CPU."""
 
         def read() -> Params:
             (flat,) = self._members.call(self._members.workers[:1], "params", self._version)
@@ -118,11 +119,11 @@ class RayExecutor:
         return self._retry(read, LocalExecutor.params)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """See `Executor.snapshot`."""
+        """Return everything that the next step reads, by dotted name."""
         return self._retry(lambda: self._named(self._read_state()), LocalExecutor.snapshot)
 
     def restore(self, state: dict[str, Tensor], version: int) -> None:
-        """See `Executor.restore`."""
+        """Continue from a snapshot taken after `version` steps."""
         params = flatten(self._models.params, self._layout)
         opt_state = self._program.optimizer.init(params)
         frozen = {name: tree_map(torch.clone, self._models.frozen[name]) for name in self._program.frozen_updates}
@@ -133,12 +134,12 @@ class RayExecutor:
         self._retry(self._load_snapshot, lambda local: local.restore(state, version))
 
     def peak_bytes(self) -> int:
-        """See `Executor.peak_bytes`."""
+        """Return the peak memory of the largest process in bytes, or 0 if the system does not report it."""
         members = self._members
         return self._retry(lambda: max(members.call(members.all, "peak_bytes")), LocalExecutor.peak_bytes)
 
     def faults(self) -> list[Fault]:
-        """See `Executor.faults`."""
+        """Return the faults since the last call."""
         faults, self._faults = self._faults, []
         return faults
 
@@ -147,7 +148,7 @@ class RayExecutor:
         self._members.kill()
 
     def _retry(self, work: Callable[[], _Result], fallback: Callable[[LocalExecutor], _Result]) -> _Result:
-        """Return the result of `work`, repeated after each loss; of `fallback` when no restart is left."""
+        """Return the result of `work`, which is repeated after each loss, or of `fallback` if no restart is left."""
         while not self._local:
             try:
                 return work()
@@ -156,7 +157,7 @@ class RayExecutor:
         return fallback(self._local)
 
     def _change(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Change the state, and record the call until the next snapshot; options do not affect the state."""
+        """Change the state, and record the call until the next snapshot. Options do not affect the state."""
         result = self._retry(
             lambda: self._execute(method, *arguments, **options), lambda local: getattr(local, method)(*arguments)
         )
@@ -220,7 +221,7 @@ class RayExecutor:
         return [results[number] for number in range(len(batches))]
 
     def _read_state(self) -> _Snapshot:
-        """Read the shards from their owners, and the frozen models that are updated from a worker."""
+        """Read the shards from their owners, and updated frozen models from a worker."""
         members, version = self._members, self._version
         calls = [members.begin(member, "snapshot", version) for member in members.servers or members.workers]
         *shards, frozen = members.collect([*calls, members.begin(members.workers[0], "frozen_masters", version)])
@@ -231,7 +232,7 @@ class RayExecutor:
         self._snapshot, self._calls = _Snapshot(version, copy_arrays(shards), copy_arrays(frozen)), []
 
     def _recover(self, lost: LostError) -> None:
-        """Restore the current version on the remaining and new processes, or here when no restart is left."""
+        """Restore the current version on the remaining and new processes, or in this process if no restart is left."""
         start, what = time.monotonic(), str(lost)
         while not self._local:
             self._restarts += 1
@@ -240,7 +241,7 @@ class RayExecutor:
                 self._continue_locally(abandon=True)
                 break
             if self._restarts > self._dist.max_restarts:
-                what += f"; {self._dist.max_restarts} faults were made good, and no more are allowed"
+                what += f"; the run has recovered from {self._dist.max_restarts} faults, and no more are allowed"
                 self._continue_locally()
                 break
             try:
@@ -251,16 +252,16 @@ class RayExecutor:
                 lost = error
         fault = Fault(what, time.monotonic() - start, final=self._local is not None)
         self._faults.append(fault)
-        where = "going on in this process" if fault.final else "going on"
+        where = "continued in this process" if fault.final else "continued"
         self._log(f"lost {fault.what}; {where} after {fault.recovery_s:.1f} s")
 
     def _join(self) -> None:
-        """Form the next generation, and restore the current version on it."""
+        """Form the next generation and restore the current version on it."""
         self._members.join()
         self._load_snapshot()
 
     def _load_snapshot(self) -> None:
-        """Restore the last snapshot on all members, and repeat the calls since."""
+        """Restore the last snapshot on all members and repeat the calls since then."""
         self._version = self._snapshot.version
         put = self._cluster.put
         copies = [put(self._snapshot.frozen), *map(put, self._snapshot.shards)]
@@ -269,7 +270,7 @@ class RayExecutor:
             self._execute(method, *arguments)
 
     def _continue_locally(self, *, abandon: bool = False) -> None:
-        """End all processes, and continue in this one; with `abandon` without any further call of Ray."""
+        """End all processes and continue in this one. With `abandon`, Ray is not called any more."""
         self._members.kill(abandon=abandon)
         local = LocalExecutor(self._program, self._models, _CPU)
         local.restore(self._named(self._snapshot), self._snapshot.version)

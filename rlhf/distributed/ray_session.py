@@ -36,35 +36,37 @@ _PRIVATE_CLUSTER = _QUIET | {
     "RAY_worker_niceness": "0",  # by default 15, with which workers get hardly any core beside other programs
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Environment variables that Ray reads at import, so they are set before."""
+"""Environment variables that Ray reads when it is imported, so they are set before."""
 
 START_S = 10.0
-"""Time-out after which a cluster is unreachable."""
+"""Time-out after which a cluster is considered unreachable, in seconds."""
 
 _PROBE_S = 5.0
-"""Time-out of the process at an address."""
+"""Time-out of the process at an address, in seconds."""
 
 _REMEDY = "start one with `ray start --head`, or leave --dist.address out"
 
 _LEAVE_S = 15.0
-"""Time-out of disconnecting from Ray."""
+"""Time-out of disconnecting from Ray, in seconds."""
 
 _REAPER_S = 15.0
-"""Time-out of the reaper."""
+"""Time-out of the reaper, in seconds."""
 
 
 @dataclass
 class _Session:
-    """This process's connection to Ray."""
+    """Connection of this process to Ray."""
 
     folder: str | None
-    """Of a private cluster."""
+    """Folder of a private cluster; None for an existing cluster."""
     daemons: list[Daemon]
+    """Daemons that this process depends on."""
     is_closed: bool = False
+    """True if the connection was closed early."""
 
 
 _sessions: list[_Session] = []
-"""The last one is the current session; one that was closed early may precede it."""
+"""Sessions, of which the last is the current one. A session that was closed early may precede it."""
 
 _reapers: list[int] = []
 """Process ids of the reapers."""
@@ -72,11 +74,11 @@ _reapers: list[int] = []
 
 @contextlib.contextmanager
 def open_session(dist: DistConfig) -> Iterator[None]:
-    """Connect to `dist.address`, or start a private cluster; use the connection that exists, if there is one.
+    """Connect to `dist.address`, or start a private cluster. An existing connection is used again.
 
     Raises:
         UserError: the cluster is unreachable, or Ray does not start on this machine.
-        WorkersLostError: the connection that exists is lost.
+        WorkersLostError: the existing connection is lost.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         if _sessions and _sessions[-1].is_closed:
@@ -88,12 +90,12 @@ def open_session(dist: DistConfig) -> Iterator[None]:
 
 
 def daemons() -> list[Daemon]:
-    """Return the daemons that this process depends on, while it is connected."""
+    """Return the daemons that this connected process depends on."""
     return _sessions[-1].daemons if _sessions else daemons_of_driver()
 
 
 def leave(*, lost: bool = False) -> None:
-    """Disconnect from Ray, even if it is `lost`; do nothing if this module has not connected."""
+    """Disconnect from Ray, even if it is `lost`. Does nothing if this module has not connected."""
     if not _sessions or _sessions[-1].is_closed:
         return
     session = _sessions[-1]
@@ -154,14 +156,14 @@ def _private_cluster(dist: DistConfig) -> Iterator[None]:
 def _authentication() -> dict[str, str]:
     """Return the settings that restrict a private cluster to this process.
 
-    Ray reads its mode once, at import: if a program has imported it before, the cluster has no token.
+    Ray reads its mode once, when it is imported. If a program has imported it before, the cluster has no token.
     """
     return {"RAY_AUTH_MODE": "disabled"} if "ray" in sys.modules else {"RAY_AUTH_TOKEN": _token()}
 
 
 @contextlib.contextmanager
 def _reaper(folder: str) -> Iterator[None]:
-    """Run a reaper that cleans up after a cluster; if the reaper itself is dead or stopped, clean up here."""
+    """Run a reaper that cleans up after a cluster. If the reaper is dead or stopped, clean up in this process."""
     watch = subprocess.Popen([sys.executable, reaper.__file__, folder], stdin=subprocess.PIPE, start_new_session=True)
     _reapers.append(watch.pid)
     try:
@@ -200,12 +202,12 @@ def _connection(address: str) -> Iterator[None]:
 
 @functools.cache
 def _token() -> str:
-    """Return this process's token, which Ray reads once; by default Ray writes one to the user's home."""
+    """Return the token of this process, which Ray reads once. By default Ray would write one to the home folder."""
     return os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
 
 
 def _find_address(address: str) -> tuple[str, int]:
-    """Return host and port of a cluster; `auto` is RAY_ADDRESS, or the cluster that Ray finds on this machine."""
+    """Return host and port of a cluster. `auto` stands for RAY_ADDRESS, or for the cluster that Ray finds here."""
     where = address
     if address == "auto":
         from ray._private.services import get_ray_address_from_environment
@@ -222,14 +224,14 @@ def _find_address(address: str) -> tuple[str, int]:
 
 
 def _check_reachable(address: str, host: str, port: int) -> None:
-    """Raise UserError if no gRPC server answers: Ray itself would try for minutes, and print its own messages."""
+    """Raise UserError if no gRPC server answers. Ray itself would try for minutes and print its own messages."""
     where = f"{host}:{port}"
     try:
         if speaks_grpc(first_answer(host, port, _PROBE_S)):
             return
-        reason = "what listens there is no Ray cluster"
+        reason = "the server there is not a Ray cluster"
     except TimeoutError:
-        reason = f"silent for {_PROBE_S:g} s"
+        reason = f"no answer within {_PROBE_S:g} s"
     except OSError as error:
         reason = str(error)
     shown = address if address == where else f"{address} ({where})"
@@ -253,7 +255,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restore_sigterm() -> Iterator[None]:
-    """Restore the run's handler of SIGTERM after Ray has set its own, and pass it a signal that Ray has taken."""
+    """Restore the run's handler of SIGTERM after Ray has set its own, and pass on a signal that Ray has caught."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

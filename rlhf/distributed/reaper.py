@@ -1,6 +1,6 @@
-"""A program that ends a cluster's processes and removes its folder once the process that started it has ended.
+"""A program that ends the processes of a cluster and removes its folder after the starting process has ended.
 
-Its argument is the folder. It waits until its standard input is closed, which also happens if the starter is killed.
+Its argument is the folder. It waits until its standard input is closed, also if the starting process is killed.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 def processes_of(folder: str, *, spared: tuple[int, ...] = ()) -> list[int]:
     """Return the processes, except `spared`, that name the folder in their command or have a file of it open.
 
-    Without /proc there are none, and only Ray ends its processes.
+    Without /proc the list is empty, and only Ray ends its processes.
     """
     return [
         int(entry.name)

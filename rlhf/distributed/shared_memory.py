@@ -1,7 +1,7 @@
 """Shared memory for large tensors between processes of one machine, which is twice as fast as connections.
 
-Every member of a group writes to its own area and reads from the others' areas. Areas have no names: the system frees
-them with the last process that holds them, even if it is killed.
+Every member of a group writes to its own area and reads from the areas of the others. Areas have no names, so that the
+system frees them with the last process that holds them, even if it is killed.
 """
 
 import functools
@@ -17,26 +17,26 @@ import torch
 from torch import Tensor
 
 _ALIGN = 64
-"""The alignment of tensors in an area, in bytes."""
+"""Alignment of tensors in an area, in bytes."""
 _SENDS = 2000
-"""The most sends in one exchange."""
+"""Maximum number of sends in one exchange."""
 _TABLE = 1 << 15
-"""Bytes of the table before the tensors: the number of sends, then receiver and first byte of each."""
+"""Size in bytes of the table before the tensors: number of sends, then receiver and first byte of each send."""
 
 _SMALL = 1 << 24
-"""Capacity in bytes up to which an area is halved: for so few, another barrier takes longer than the copies."""
+"""Capacity in bytes up to which an area is halved. For small areas, another barrier takes longer than the copies."""
 
 
 class SharedMemory:
-    """All members' areas. Small areas have two halves, written in turn, so that no write overlaps a pending read."""
+    """Areas of all members. Small areas have two halves, written in turn, so that no write overlaps a pending read."""
 
     def __init__(self, rank: int, areas: Sequence[mmap.mmap], capacity: int) -> None:
         """Map the areas.
 
         Args:
-            rank: this member's.
-            areas: by rank.
-            capacity: that of `make_area`.
+            rank: rank of this member.
+            areas: areas of all members, by rank.
+            capacity: capacity that was passed to `make_area`.
         """
         self.halved = _parts(capacity) == 2
         self._rank, self._start, self._size = rank, 0, len(areas[rank]) // _parts(capacity)
@@ -44,13 +44,13 @@ class SharedMemory:
         self._words = [memoryview(area).cast("q") for area in areas]
 
     def write(self, sends: Sequence[tuple[int, Tensor]]) -> None:
-        """Begin an exchange by writing tensors for other members; all members write before any of them reads.
+        """Begin an exchange by writing tensors for other members. All members write before any of them reads.
 
         A tensor that several members receive is written once. If areas are not halved, all members must have finished
         reading the last exchange.
 
         Args:
-            sends: (rank, [n] float32).
+            sends: pairs (rank, [n] float32).
 
         Raises:
             ValueError: the tensors exceed the capacity.
@@ -73,7 +73,7 @@ class SharedMemory:
         """Return views of the tensors that other members have written for this one, valid until the next exchange.
 
         Args:
-            receives: (rank, n of the tensor), in the order in which each rank sends them.
+            receives: pairs (rank, length of the tensor), in the order in which each rank sends them.
         """
         offsets = {rank: self._offsets(rank) for rank, _ in receives}
         return [self._view(rank, next(offsets[rank]), size) for rank, size in receives]
@@ -90,19 +90,20 @@ class SharedMemory:
 
 
 def make_area(capacity: int) -> tuple[int, Tensor]:
-    """Make an area, which takes no memory before it is written to.
+    """Create an area, which takes no memory until it is written to.
 
     Args:
-        capacity: the most bytes of one exchange.
+        capacity: maximum number of bytes of one exchange.
 
     Returns:
-        (file descriptor, [4] int64: its address for other processes of this machine while the descriptor is open).
+        (file descriptor, [4] int64 address for other processes of this machine). The address is valid while the
+        descriptor is open.
 
     Raises:
         OSError: the system has no such memory, or might refuse it at a write.
     """
     if not hasattr(os, "memfd_create") or Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
-        raise OSError("no memory without a name, or none that is certain to be there")
+        raise OSError("the system has no memory without a name, or might refuse it later")
     descriptor = os.memfd_create("rlhf")
     try:
         pages = -(-(_TABLE + capacity + _SENDS * _ALIGN) // mmap.PAGESIZE)
@@ -140,6 +141,6 @@ def _parts(capacity: int) -> int:
 
 @functools.cache
 def _machine() -> int:
-    """Return a number that is equal in all processes of this machine and process namespace."""
+    """Return a number that is the same in all processes of this machine and process namespace."""
     names = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     return int.from_bytes(hashlib.sha256(names.encode()).digest()[:7])

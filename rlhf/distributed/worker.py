@@ -1,14 +1,14 @@
 """One process of the parameter server, which computes on micro-batches, owns a shard of the state, or both.
 
-This is plain Python around pure functions, independent of Ray (`rlhf.distributed.cluster` makes an actor of it).
+This is plain Python code around pure functions, independent of Ray; `rlhf.distributed.cluster` makes an actor of it.
 Arguments and results are NumPy arrays and plain values.
 
 An optimiser step is one call on every member, in which all members run
 
     sum_gradients   each worker sums the gradients of its micro-batches, subtree by subtree
-    reduce          every owner of a shard receives its range of all subtrees' sums and adds them in the tree's order
-    decide          all members gather losses, counts and squared norms, and take the same decision about the update
-    publish         every owner, having updated its shard, sends its parameters to all workers
+    reduce          each owner of a shard receives its range of the sums of all subtrees and adds them in tree order
+    decide          all members gather losses, counts and squared norms, and make the same decision about the update
+    publish         each owner updates its shard and sends its parameters to all workers
 """
 
 import contextlib
@@ -34,16 +34,16 @@ from rlhf.types import Tree
 
 
 class Worker:
-    """The state of a process, and the methods that the driver calls."""
+    """State of a process, and the methods that the driver calls."""
 
     def __init__(self, *, device: str, threads: int, backend: str, timeout_s: float) -> None:
         """Initialise a process without a program.
 
         Args:
-            device: holds the state and runs the functions.
+            device: device that holds the state and runs the functions.
             threads: number of CPU threads.
-            backend: of `rlhf.distributed.collectives.Group`.
-            timeout_s: of every operation of the group.
+            backend: backend of the `rlhf.distributed.collectives.Group`.
+            timeout_s: time-out of every operation of the group, in seconds.
         """
         torch.set_num_threads(threads)
         keep_freed_memory()
@@ -54,12 +54,12 @@ class Worker:
         self._shard: Shard | None = None
 
     def load(self, make_program: Callable[[], Program], layout: FlatLayout, frozen: dict[str, Tree]) -> None:
-        """Load a program and its frozen models; `restore` loads the parameters.
+        """Load a program and its frozen models. `restore` loads the parameters.
 
         Args:
-            make_program: returns the program.
-            layout: of the parameters.
-            frozen: models by name, as arrays, which are not copied on the CPU.
+            make_program: function that returns the program.
+            layout: layout of the parameters.
+            frozen: frozen models by name, as arrays, which are not copied on the CPU.
         """
         torch.set_num_threads(self._threads)
         self._program, self._layout = make_program(), layout
@@ -93,11 +93,11 @@ class Worker:
             self._group = None
 
     def restore(self, version: int, frozen: dict[str, Tree], *states: ShardState) -> None:
-        """Load a copy of the whole state: each owner its range, each worker the parameters.
+        """Load a copy of the whole state. Each owner loads its range, and each worker loads the parameters.
 
         Args:
-            version: of the state.
-            frozen: master parameters of the frozen models that are updated.
+            version: version of the state.
+            frozen: master parameters of updated frozen models.
             *states: shards in order, which together make up the whole buffer.
         """
         self._version, self._updating, self._shard = version, False, None
@@ -112,7 +112,7 @@ class Worker:
             self._gradient = torch.empty_like(shard.params)
 
     def map(self, name: str, version: int, batch: Any) -> Any:
-        """Return `program.eval_fns[name]` of one micro-batch, with the parameters of that version."""
+        """Return the result of `program.eval_fns[name]` for one micro-batch, with the parameters of a version."""
         self._check(version)
         with torch.no_grad():
             result = self._program.eval_fns[name](self._params, self._frozen.prepared, self._batch(batch))
@@ -127,21 +127,21 @@ class Worker:
         batches: Sequence[Any],
         learning_rate: float | None = None,
     ) -> tuple[list[Any], Update]:
-        """Apply one optimiser step, together with all other members; a refused step changes nothing.
+        """Apply one optimiser step together with all other members. A refused step changes nothing.
 
         Args:
-            name: of the program's step.
-            version: of the parameters before the step.
-            assignment: each member's range of micro-batches, by rank.
+            name: name of the step in the program.
+            version: version of the parameters before the step.
+            assignment: range of micro-batches of each member, by rank.
             mode: tree, or ring for the backend's own allreduce.
-            batches: this member's micro-batches.
-            learning_rate: as in `rlhf.execution.executor.Executor.step`.
+            batches: micro-batches of this member.
+            learning_rate: learning rate of this step. None uses the optimiser's schedule.
 
         Returns:
-            (loss sum, metric sums) of each of these micro-batches, and the decision of all members.
+            (loss sum, metric sums) of each micro-batch of this member, and the decision of all members.
 
         Raises:
-            GroupError: a member has failed; the state is unusable until `restore`.
+            GroupError: a member has failed. The state cannot be used until `restore`.
         """
         self._check(version)
         spec = self._program.steps[name]
@@ -161,7 +161,7 @@ class Worker:
         return [to_numpy(result) for result in results], update
 
     def sum_gradients(self, name: str, assignment: Sequence[Range], batches: Sequence[Any]) -> list[Any]:
-        """Sum the gradients of this member's micro-batches by subtree; arguments and results as in `step`."""
+        """Sum the gradients of this member's micro-batches by subtree, and return the results of its micro-batches."""
         (first, stop), results = assignment[self._rank_info.rank], []
 
         def gradient(batch: Any) -> Tensor:
@@ -176,7 +176,7 @@ class Worker:
         return results
 
     def reduce(self, assignment: Sequence[Range], mode: str) -> None:
-        """Sum the gradients of all micro-batches, each owner its range; arguments as in `step`."""
+        """Sum the gradients of all micro-batches. Each owner receives the sum of its range."""
         if mode == "ring":
             self._reduce_ring()
         else:
@@ -209,26 +209,26 @@ class Worker:
         return all_finite(self._gradients[name](self._params, self._frozen.prepared, self._batch(batch)))
 
     def update_frozen(self, name: str) -> None:
-        """Replace a frozen model by `program.frozen_updates[name]` of it and the parameters."""
+        """Replace a frozen model by the result of `program.frozen_updates[name]` on it and the parameters."""
         self._frozen.update(name, self._params)
 
     def reset_optimizer(self) -> None:
-        """Replace the optimiser's state by its initial one."""
+        """Reset the optimiser's state to its initial value."""
         if self._shard is not None:
             self._shard = self._shard._replace(opt_state=self._program.optimizer.init(self._shard.params))
 
     def snapshot(self, version: int) -> ShardState | None:
-        """Return a copy of this member's shard at that version, if it has one."""
+        """Return a copy of this member's shard at a version, or None if it has no shard."""
         self._check(version)
         return None if self._shard is None else write_shard(self._shard)
 
     def frozen_masters(self, version: int) -> dict[str, Any]:
-        """Return the master parameters of the frozen models that are updated, at that version."""
+        """Return the master parameters of updated frozen models, at a version."""
         self._check(version)
         return {name: to_numpy(model) for name, model in self._frozen.masters.items()}
 
     def params(self, version: int) -> np.ndarray:
-        """Return [n] float32: all parameters, flat, at that version."""
+        """Return all parameters at a version, flat, [n] float32."""
         self._check(version)
         return to_numpy(self._flat)
 
@@ -271,8 +271,8 @@ class Worker:
         """Sum the gradient of this member's shard, segment by segment as other members' sums arrive.
 
         Args:
-            exchange: of the sums.
-            remote: the subtree of each received tensor.
+            exchange: exchange of the sums.
+            remote: subtree of each received tensor.
             total: number of micro-batches.
         """
         shard_part = slice(*self._ranges[self._rank_info.rank])

@@ -63,7 +63,7 @@ class ModelSet(NamedTuple):
     reference: LanguageModel | None
     """The model from which the KL is measured."""
     reward_models: dict[str, RewardModel]
-    """By name."""
+    """Reward models by name."""
 
     @property
     def context_length(self) -> int:

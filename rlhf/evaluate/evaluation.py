@@ -34,7 +34,7 @@ from rlhf.io.user_log import log_user
 from rlhf.setting_rules import COMPUTE_RULES, check_rules
 
 FORMAT = 1
-"""Of evaluation.json."""
+"""Version of the format of evaluation.json."""
 
 _KINDS = ("sft", "reward", "policy")
 _SCHEMAS: dict[str, Schema] = {"sft": DEMONSTRATIONS, "reward": PREFERENCES, "policy": PROMPTS}

@@ -19,7 +19,7 @@ class Evaluation(NamedTuple):
     unit: str
     """Samples of the figures: records, pairs, prompts."""
     figures: dict[str, dict[str, Figure]]
-    """By column (a model, or the difference of two) and by name."""
+    """Figures by column, which is a model or the difference of two models, and by name."""
     facts: dict[str, Any]
     """Other plain values: counts, settings, curves."""
 

@@ -60,9 +60,9 @@ class Comparison(NamedTuple):
     columns: list[dict[str, Any]]
     """Each completion's record of the prompt file."""
     sides: dict[str, ScoredCompletions]
-    """By role: the policy, then the model that it is compared with, if any."""
+    """Scored completions by role: the policy, and the model that it is compared with, if there is one."""
     preferences: dict[str, Preferences]
-    """By pairwise judge: of the policy's completions over the other model's."""
+    """Preferences for the policy's completions over those of the other model, by pairwise judge."""
     cut: int
     """Prompts that lost their beginning."""
     best_of: tuple[int, ...] = ()

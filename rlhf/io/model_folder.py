@@ -121,47 +121,11 @@ def save_reward_model(folder: str | Path, model: RewardModel, *, facts: dict[str
         write_manifest(temporary, facts)
 
 
-def load_model(folder: str | Path) -> LanguageModel | RewardModel:
-    """Return the language or reward model in a folder, with its `params`, `config` and `tokenizer`.
-
-    Args:
-        folder: a model folder in Hugging Face form, saved by rlhf or by `transformers`.
-
-    Returns:
-        A `RewardModel` if the folder holds a model with a scalar head, otherwise a `LanguageModel`.
-
-    Raises:
-        UserError: a file is missing, truncated, altered or holds another kind of model, or a weight is not finite.
-
-    Example:
-        >>> from rlhf.io.tokenizer import Tokenizer
-        >>> tokenizer = Tokenizer.train(["hello hello"], vocab_size=260)
-        >>> config = rlhf.GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=8, n_embd=4, n_layer=1, n_head=1)
-        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
-        >>> save_language_model("a_model", LanguageModel(params, config, tokenizer), facts={"made_by": "example"})
-
-        >>> model = rlhf.load_model("a_model")
-        >>> tokens = torch.tensor(model.tokenizer.encode(["hello"]))
-        >>> rlhf.forward(model.params, tokens, config=model.config).shape[-1] == model.config.vocab_size
-        True
-    """
-    return load_reward_model(folder) if is_reward_model(Path(folder)) else load_language_model(folder)
-
-
 def load_language_model(folder: str | Path) -> LanguageModel:
     """Return the language model in a folder that rlhf or `transformers` saved, sharded or not.
 
     Raises:
         UserError: a file is missing, truncated, altered or holds another kind of model, or a weight is not finite.
-
-    Example:
-        >>> from rlhf.io.tokenizer import Tokenizer
-        >>> tokenizer = Tokenizer.train(["hello hello"], vocab_size=260)
-        >>> config = rlhf.GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=8, n_embd=4, n_layer=1, n_head=1)
-        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
-        >>> save_language_model("my_model", LanguageModel(params, config, tokenizer), facts={})
-        >>> load_language_model("my_model").config == config
-        True
     """
     folder = Path(folder)
     source = _read_model(folder, "language model")

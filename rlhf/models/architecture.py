@@ -96,15 +96,15 @@ class Architecture:
     aliases: frozenset[str] = field(default=frozenset())
     """Further classes that are read as `causal_lm`."""
     prefix: str
-    """Of the names of Hugging Face's weights, such as `transformer.`."""
+    """Prefix of the weights' names in Hugging Face files, such as `transformer.`."""
     embedding: str
     """Name of the token embedding, without the prefix."""
     ignored_suffixes: tuple[str, ...] = ()
-    """Of weights that are buffers and decide nothing."""
+    """Suffixes of the names of weights that are buffers and have no effect."""
     output_layer: str = "lm_head"
-    """Name in model folders of an output layer of its own, which the parameters have as `lm_head.weight`."""
+    """Name of an untied output layer in model folders. In the parameters it is `lm_head.weight`."""
     has_dropout: bool = True
-    """Whether `hidden_states` can drop states in training."""
+    """True if `hidden_states` supports dropout."""
 
     @property
     def model_type(self) -> str:
@@ -126,29 +126,47 @@ _REGISTERED: dict[str, Architecture] = {}
 
 
 def register(architecture: Architecture) -> Architecture:
-    """Enter an architecture into the table, in place of one of the same `model_type`.
+    """Add an architecture to the table, or replace the one of the same `model_type`.
 
-    Call it at the top level of the module that defines the shape: workers then have it as soon as they are sent one.
+    Call this function at the top level of the module that defines the shape, so that workers register it too.
+
+    Example:
+        >>> register(get_architecture("gpt2")) is get_architecture("gpt2")
+        True
     """
     _REGISTERED[architecture.model_type] = architecture
     return architecture
 
 
 def model_types() -> list[str]:
-    """Return the `model_type` of every architecture, sorted."""
+    """Return the `model_type` of every architecture, sorted.
+
+    Example:
+        >>> "gpt2" in model_types()
+        True
+    """
     return sorted({*_MODULES, *_REGISTERED})
 
 
 def architectures() -> list[Architecture]:
-    """Return every architecture, by `model_type`."""
+    """Return every architecture, sorted by `model_type`.
+
+    Example:
+        >>> "gpt2" in [architecture.model_type for architecture in architectures()]
+        True
+    """
     return [get_architecture(name) for name in model_types()]
 
 
 def get_architecture(model_type: str) -> Architecture:
-    """Return the architecture of Hugging Face's name.
+    """Return the architecture with a name that Hugging Face uses.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such architecture.
+
+    Example:
+        >>> get_architecture("gpt2").causal_lm
+        'GPT2LMHeadModel'
     """
     if model_type not in _REGISTERED:
         if model_type not in _MODULES:
@@ -159,5 +177,10 @@ def get_architecture(model_type: str) -> Architecture:
 
 
 def architecture_of(config: ModelShape) -> Architecture:
-    """Return the architecture that a shape belongs to."""
+    """Return the architecture that a shape belongs to.
+
+    Example:
+        >>> architecture_of(rlhf.PRESETS["tiny"]).model_type
+        'gpt2'
+    """
     return get_architecture(config.model_type)

@@ -25,7 +25,7 @@ class DecodeState(NamedTuple):
     completion: Tensor
     """[R] int64: index of the completion that a row writes; in an idle row, the number of completions."""
     prompt_length: Tensor
-    """[R] int64: tokens of its prompt."""
+    """[R] int64: number of tokens of its prompt."""
     step: Tensor
     """[R] int64: index of its next token in the completion."""
 
@@ -39,7 +39,7 @@ class DecodeOutput(NamedTuple):
     step: Tensor
     """[K, R] int64: index of the token in the completion."""
     token: Tensor
-    """[K, R] int64."""
+    """[K, R] int64: the tokens."""
     per_token: Tensor
     """[K, R, 3] float32: log-prob, value, entropy."""
 
@@ -72,14 +72,28 @@ def decode_steps(
             it symbolic in compiled code.
         config: the shape of `params`.
         count: tokens drawn per row.
-        temperature: as in `generate_completions`.
-        top_k: as in `generate_completions`.
-        top_p: as in `generate_completions`.
-        min_new_tokens: as in `generate_completions`.
-        with_entropies: as in `generate_completions`.
+        temperature: softmax temperature, above 0.
+        top_k: number of tokens to sample from; 0 keeps all, and 1 is greedy.
+        top_p: probability of the tokens to sample from, in (0, 1].
+        min_new_tokens: number of completion tokens before which no stop token is drawn.
+        with_entropies: capture the entropies; zeros otherwise.
 
     Returns:
         (the state after the draws, the tokens drawn). A row whose completion has ended is idle.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> state = init_decode_state(params, 1, 8, 1, config)
+        >>> prompts = torch.tensor([[1]]), torch.tensor([1]), torch.tensor([0])
+        >>> state = fill_rows(params, prompts, config, state, [0], 0)
+        >>> uniforms, stops = torch.full((2, 4), 0.5, dtype=torch.float64), torch.tensor([0])
+        >>> options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_new_tokens": 2, "with_entropies": False}
+        >>> state, drawn = decode_steps(
+        ...     params, None, state, uniforms, stops, torch.arange(8), config=config, count=2, **options
+        ... )
+        >>> drawn.token.shape, drawn.step.flatten().tolist()
+        (torch.Size([2, 1]), [0, 1])
     """
     idle, last = uniforms.shape[0] - 1, uniforms.shape[1] - 1
     decoder = architecture_of(config)
@@ -115,10 +129,16 @@ def init_decode_state(params: Params, rows: int, capacity: int, idle: int, confi
 
     Args:
         params: prepared for decoding.
-        rows: how many.
+        rows: number of rows.
         capacity: slots that the longest prompt and its completion need.
         idle: the `completion` of an idle row.
         config: the shape of `params`.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> init_decode_state(params, rows=2, capacity=8, idle=3, config=config).completion
+        tensor([3, 3])
     """
     # One slot more than is ever read: compiled code would treat reading the whole cache as a case of its own.
     cache = architecture_of(config).init_cache(params, rows, capacity + 1, config=config)
@@ -144,6 +164,14 @@ def fill_rows(
         state: its cache is written in place.
         rows: rows to fill, one per completion.
         first: index of the first completion to start.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> prompts = torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]), torch.tensor([0, 1])
+        >>> state = fill_rows(params, prompts, config, init_decode_state(params, 2, 8, 2, config), [0, 1], 0)
+        >>> state.prompt_length
+        tensor([2, 1])
     """
     tokens, lengths, source = prompts
     row = torch.tensor(rows, device=tokens.device)
@@ -163,6 +191,13 @@ def fill_rows(
 
 
 def select_rows(state: DecodeState, rows: list[int]) -> DecodeState:
-    """Return the state of these rows alone, in memory of its own."""
+    """Return the state of the given rows only, in new memory.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> state = init_decode_state(rlhf.gpt2.init(config, key=rlhf.random.key(0)), 3, 8, 3, config)
+        >>> select_rows(state, [2]).hidden.shape
+        torch.Size([1, 4])
+    """
     index = torch.tensor(rows, device=state.hidden.device)
     return tree_map(lambda leaf: torch.index_select(leaf, 0, index, out=torch.empty_like(leaf[: len(index)])), state)

@@ -235,18 +235,31 @@ def _completions(tokens: Tensor, per_token: Tensor, stops: Tensor) -> Completion
 
 @accelerated("decode_schedule.steps_per_call")
 def steps_per_call(max_new_tokens: int, device: torch.device) -> int:
-    """Return the number of tokens drawn between checks for ended rows."""
+    """Return the number of tokens drawn between checks for ended rows.
+
+    Args:
+        max_new_tokens: maximum number of tokens of a completion.
+        device: device of the computation.
+
+    Example:
+        >>> steps_per_call(32, torch.device("cpu"))
+        1
+    """
     return 1
 
 
 @accelerated("decode_schedule.attended_slots")
 def attended_slots(least: int, capacity: int, device: torch.device) -> Tensor:
-    """Return [U] int64, 0..U-1: the slots that attention reads, rounded up to whole blocks so that few lengths occur.
+    """Return the slots 0..U-1 that attention reads, [U] int64, in whole blocks, so that few lengths occur.
 
     Args:
-        least: slots in use.
+        least: number of slots in use.
         capacity: upper bound of U.
-        device: of the result.
+        device: device of the result.
+
+    Example:
+        >>> len(attended_slots(5, 100, torch.device("cpu")))
+        32
     """
     blocks = -(-least // _BLOCK) * _BLOCK
     return torch.arange(min(blocks, capacity), device=device)

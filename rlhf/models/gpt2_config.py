@@ -20,17 +20,17 @@ class GPT2Config:
     """Hugging Face's name of the architecture."""
 
     vocab_size: int = 50257
-    """Tokens."""
+    """Number of tokens in the vocabulary."""
     n_positions: int = 1024
-    """Longest sequence in tokens: the context."""
+    """Context length in tokens."""
     n_embd: int = 768
-    """Width; a multiple of n_head."""
+    """Hidden size, a multiple of n_head."""
     n_layer: int = 12
-    """Blocks."""
+    """Number of transformer blocks."""
     n_head: int = 12
-    """Attention heads per block."""
+    """Number of attention heads per block."""
     layer_norm_epsilon: float = 1e-5
-    """Added to the variance in every layer norm."""
+    """Term added to the variance in every layer norm."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
@@ -78,6 +78,10 @@ def settings_to_shape(settings: dict[str, Any]) -> GPT2Config:
 
     Raises:
         ValueError: it is not that of a plain GPT-2.
+
+    Example:
+        >>> settings_to_shape({"n_embd": 64, "n_head": 2, "n_layer": 2}).n_embd
+        64
     """
     for name, allowed in _REQUIRED.items():
         if (got := settings.get(name, allowed[0])) not in allowed:
@@ -89,7 +93,12 @@ def settings_to_shape(settings: dict[str, Any]) -> GPT2Config:
 
 
 def shape_to_settings(config: GPT2Config) -> dict[str, Any]:
-    """Return the part of config.json that describes the shape."""
+    """Return the part of config.json that describes the shape.
+
+    Example:
+        >>> settings_to_shape(shape_to_settings(PRESETS["tiny"])) == PRESETS["tiny"]
+        True
+    """
     settings = {name: getattr(config, name) for name in _SHAPE}
     settings |= {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True}
     return settings | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -7,7 +7,18 @@ from rlhf.types import Params
 
 
 def strip_prefix(state: dict[str, Tensor], prefix: str, ignored_suffixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Return a state dict's tensors by their names without `prefix`, but for those that end in an ignored suffix."""
+    """Return the tensors of a state dict by their names without a prefix.
+
+    Args:
+        state: tensors by name.
+        prefix: prefix to remove.
+        ignored_suffixes: tensors whose names end in one of these are left out.
+
+    Example:
+        >>> state = {"transformer.wte": torch.ones(1), "transformer.mask": torch.ones(1)}
+        >>> strip_prefix(state, "transformer.", ("mask",))
+        {'wte': tensor([1.])}
+    """
     weights = {name.removeprefix(prefix): leaf for name, leaf in state.items()}
     return {name: leaf for name, leaf in weights.items() if not name.endswith(ignored_suffixes)}
 
@@ -15,8 +26,16 @@ def strip_prefix(state: dict[str, Tensor], prefix: str, ignored_suffixes: tuple[
 def take_leaves(structure: Params, weights: dict[str, Tensor]) -> Params:
     """Return parameters of a structure, from tensors by dotted name.
 
+    Args:
+        structure: a tree of the wanted names and shapes.
+        weights: tensors by dotted name.
+
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the message names it.
+        ValueError: a tensor is missing, unknown or has another shape. The message names it.
+
+    Example:
+        >>> take_leaves({"h": [{"w": torch.empty(2)}]}, {"h.0.w": torch.ones(2)})
+        {'h': [{'w': tensor([1., 1.])}]}
     """
     for name, like in named_leaves(structure).items():
         if name not in weights:

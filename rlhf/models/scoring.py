@@ -18,18 +18,18 @@ from rlhf.types import FrozenParams, Params
 
 @documented
 class Scores(NamedTuple):
-    """Scores of finished completions; [C] tensors that were not requested are zeros."""
+    """Scores of finished completions. Tensors [C] that were not requested are zeros."""
 
     ref_log_probs: Tensor
-    """[C] float32, nats, reference."""
+    """[C] float32, nats: log-probs under the reference."""
     log_probs: Tensor
-    """[C] float32, nats, policy, in one full forward pass."""
+    """[C] float32, nats: log-probs under the policy, from one full forward pass."""
     values: Tensor
-    """[C] float32, reward units: a separate critic, or the value head where log-probs were recomputed."""
+    """[C] float32, reward units: values of a separate critic, or of the value head if log-probs are recomputed."""
     scores: Tensor
-    """[B, K] float32, reward units: each of the K reward models on the last token."""
+    """[B, K] float32, reward units: score of each of the K reward models at the last token."""
     bootstrap_values: Tensor
-    """[B] float32, reward units: the value function in the state after the last token."""
+    """[B] float32, reward units: value of the state after the last token."""
 
 
 def make_scorer(
@@ -42,15 +42,15 @@ def make_scorer(
     log_probs: bool = False,
     bootstrap: bool = False,
 ) -> Callable[[Params, FrozenParams, ScoreBatch], Scores]:
-    """Return (params, frozen, ScoreBatch) -> `Scores`: reference log-probs, critic's values, reward models' scores.
+    """Return a function (params, frozen, ScoreBatch) -> `Scores` of finished completions.
 
     Args:
         config: shape of policy and reference (frozen["reference"]).
-        critic_config: shape of params["critic"]; None without a separate critic.
+        critic_config: shape of params["critic"]. None without a separate critic.
         reward_configs: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
-        dtype: of the models' forward pass; a frozen model that has it already (`make_frozen_cast`) is not copied.
-        temperature: that of sampling.
-        log_probs: recompute the policy's log-probs (and the values of a head on its trunk).
+        dtype: dtype of the forward passes. A frozen model that has it already (`make_frozen_cast`) is not copied.
+        temperature: softmax temperature of sampling.
+        log_probs: recompute the log-probs of the policy, and the values of a head on its trunk.
         bootstrap: compute the values of the states after the last tokens.
     """
     decoder = architecture_of(config)
@@ -92,10 +92,10 @@ def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[Mod
     """Return the scores of frozen["reward_model_0"], … at the last token of each sequence: [B, K] reward units.
 
     Args:
-        frozen: holds the K reward models.
+        frozen: frozen models, with the K reward models.
         batch: finished texts.
-        configs: their shapes.
-        dtype: of their forward pass.
+        configs: shapes of the reward models.
+        dtype: dtype of their forward passes.
     """
     scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
     for number, config in enumerate(configs):
@@ -106,11 +106,17 @@ def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[Mod
 
 
 def make_frozen_cast(shapes: Mapping[str, ModelShape], dtype: torch.dtype) -> Callable[[str, Params], Params]:
-    """Return (name, frozen model) -> the model to compute with in `dtype`; a head stays as it is.
+    """Return a function (name, frozen model) -> the model in `dtype`, with its head unchanged.
 
     Args:
-        shapes: of the frozen models, by name.
-        dtype: of their forward passes.
+        shapes: shapes of the frozen models, by name.
+        dtype: dtype of their forward passes.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> reference = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> make_frozen_cast({"reference": config}, torch.bfloat16)("reference", reference)["wte"]["weight"].dtype
+        torch.bfloat16
     """
 
     def cast(name: str, model: Params) -> Params:
@@ -123,14 +129,19 @@ def make_frozen_cast(shapes: Mapping[str, ModelShape], dtype: torch.dtype) -> Ca
 
 
 def reward_model_shapes(configs: Sequence[ModelShape]) -> dict[str, ModelShape]:
-    """Return the shapes of reward models by the names of their frozen parameters."""
+    """Return the shapes of reward models by the names of their frozen parameters.
+
+    Example:
+        >>> reward_model_shapes([rlhf.PRESETS["tiny"]])["reward_model_0"].n_embd
+        64
+    """
     return {f"reward_model_{number}": config for number, config in enumerate(configs)}
 
 
 def make_pair_scores(
     config: ModelShape, *, dtype: torch.dtype = torch.float32
 ) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, Tensor]]:
-    """Return (reward model, frozen, PairBatch) -> scores [B] of the chosen and of the rejected, reward units."""
+    """Return a function (reward model, frozen, PairBatch) -> scores [B] of chosen and of rejected completions."""
 
     def scores(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, Tensor]:
         hidden = trunk_states(params["trunk"], batch.rows, config, dtype)

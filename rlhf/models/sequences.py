@@ -8,18 +8,18 @@ from rlhf.models.decoding import Completions
 
 
 def join(prompts: Tensor, lengths: Tensor, completions: Completions) -> tuple[Tensor, Tensor]:
-    """Put every completion right behind its prompt.
+    """Return every prompt followed immediately by its completion.
 
-    The log-probs of `tokens[:, 1:]`, which a model of `tokens[:, :-1]` gives, are on the layout of `mask[:, 1:]`.
+    A model of `tokens[:, :-1]` gives the log-probs of `tokens[:, 1:]`, which have the layout of `mask[:, 1:]`.
 
     Args:
         prompts: [B, P] int64, right-padded.
         lengths: [B] int64, tokens of each prompt.
-        completions: of the prompts, as `generate_completions` returns them; [B, T].
+        completions: [B, T] completions of the prompts, from `generate_completions`.
 
     Returns:
         tokens: [B, P + T] int64, right-padded with 0.
-        mask: [B, P + T] bool, True on the completions' tokens.
+        mask: [B, P + T] bool, True on the tokens of completions.
 
     Raises:
         ValueError: shapes do not match.

@@ -51,7 +51,7 @@ class Progress(NamedTuple):
     state: State
     """A killed run says nothing of it and stays "running"."""
     time: float
-    """Of its last line, Unix seconds; NaN where the log does not say."""
+    """Unix time of its last line, in seconds; NaN if the log does not have it."""
     pace: float
     """Seconds per step, median of the newest; NaN where the log does not say."""
 

@@ -40,7 +40,7 @@ STYLE: Any = {
 _WIDTH, _HEIGHT = 6.4, 2.9  # inches, of one pair of axes
 _MARKED = 30  # points up to which each has a marker
 SMOOTHED = 40
-"""Of a series of n points each n / SMOOTHED are averaged; from 2 SMOOTHED points on that is more than one."""
+"""Number of windows of a running mean: in a series of n points, it averages n / SMOOTHED points."""
 _RAW = 1000  # points that noise is drawn with
 
 
@@ -50,7 +50,7 @@ class AxesStyle(NamedTuple):
     level: tuple[float, str] | None = None
     """A line to compare with, and what it is."""
     limits: tuple[float | None, float | None] = (None, None)
-    """Of the y axis."""
+    """Limits of the y axis."""
     log: bool = False
     """A logarithmic y axis."""
 

@@ -1,4 +1,4 @@
-"""Reading the logs of a run at once."""
+"""The logs of a run as one record."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +13,22 @@ class RunData(NamedTuple):
     """The logs of a run."""
 
     metrics: dict[str, dict[str, Series]]
-    """By stage and name: `metrics["ppo"]["objective/kl"].values` is an array, `.steps` the steps it belongs to. `time`
-    is the Unix second of each line."""
+    """Metrics by stage and name: `metrics["ppo"]["objective/kl"]` has the arrays `values` and `steps`. `time` is the
+    Unix time of each line, in seconds."""
     events: list[dict[str, Any]]
-    """Events, in order: start, resume, fault, interrupted, end and others."""
+    """Events in order: start, resume, fault, interrupted, end and others."""
     samples: Sequence[dict[str, Any]]
-    """Completions, in order; read from the file when asked for."""
+    """Completions in order, which are read from the file on access."""
 
 
 def load_run(folder: str | Path) -> RunData:
     """Read the logs of a run, finished or in progress.
 
     Args:
-        folder: the run's output folder, or its logs/.
+        folder: output folder of the run, or its logs/.
 
     Raises:
-        UserError: it is no run's folder, or no line can be read.
+        UserError: the folder does not belong to a run, or no line can be read.
 
     Example:
         >>> from rlhf.io.run_log import RunLog

@@ -1,4 +1,4 @@
-"""The decision to compile a stage: if it can be compiled, and the run is long enough to repay the compilation."""
+"""The decision whether to compile a stage: if it can be compiled and the run is long enough to make up for it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +15,15 @@ from rlhf.tree import leaves
 from rlhf.types import Params
 
 _COMPILED_GAIN, _FLOPS, _COMPILE_S, _COMPILE_FORWARD_S = 0.25, 1e11, 0.45, 0.25
-"""Measured on two cores: the share of a step that compilation saves, operations per second of eager code, and
-seconds of compilation per parameter tensor, with gradients and without."""
+"""Measurements on two cores: fraction of a step that compilation saves, operations per second of eager code, and
+seconds of compilation per parameter tensor with and without gradients."""
 
 
 def compile_obstacle(config: RunConfig, stage: Stage) -> str:
-    """Return the reason why a stage cannot be compiled with its settings on this machine, or an empty string.
+    """Return the reason why a stage cannot be compiled with its settings on this machine, or an empty text.
 
     Raises:
-        UserError: there is an obstacle, and `--compile on` asks for it.
+        UserError: there is an obstacle and the setting is `--compile on`.
     """
     settings: OptimizerConfig = stage.section_of(config)
     obstacle = ""
@@ -42,14 +42,14 @@ def compile_folder(run: Run, models: ModelState, tokens: float, *, evaluated: Se
     """Return the folder for compiled code, or None if the stage is not compiled.
 
     Args:
-        run: of the stage.
-        models: the trained models.
-        tokens: number of tokens with gradients in the whole run. It must not depend on the step a run is resumed
-            from, nor on workers or threads, because the decision changes the result's bits.
+        run: run of the stage.
+        models: trained models.
+        tokens: number of tokens with gradients in the whole run. It must not depend on the step that a run is resumed
+            from, on workers or on threads, because the decision changes the bits of the result.
         evaluated: models that compiled code runs without gradients.
 
     Raises:
-        UserError: as `compile_obstacle`.
+        UserError: the stage cannot be compiled and the setting is `--compile on`.
     """
     config = run.config
     sizes = [leaf.numel() for leaf in leaves(models.params)]

@@ -1,4 +1,4 @@
-"""The context of a stage's run: output folder, device, threads, keys, and the notes for the log."""
+"""The context of the run of a stage: output folder, device, threads, keys and notes for the log."""
 
 import contextlib
 import math
@@ -38,55 +38,55 @@ from rlhf.verdicts import Verdict
 
 @dataclass
 class Run:
-    """One stage of one run."""
+    """Run of one stage."""
 
     stage: Stage
     config: RunConfig
     compute: ComputeContext
     observers: Sequence[Observer] = ()
-    """Observers of the training, beside its log and checkpoints."""
+    """Observers of the training, in addition to its log and checkpoints."""
     stop: StopRequest = field(default_factory=StopRequest)
     resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """Closed when the stage ends."""
+    """Resources that are closed when the stage ends."""
     is_saved: bool = False
-    """True if an earlier run finished the stage: its model folder is then left unchanged."""
+    """True if an earlier run finished the stage, whose model folder is then left unchanged."""
     provenance: Provenance = field(default_factory=dict)
-    """Set when the training begins."""
+    """Provenance of the run, set when the training begins."""
     units: dict[str, str] = field(default_factory=dict)
-    """Units of metrics, where this run's differ from those of `rlhf.metrics`."""
+    """Units of metrics for which this run differs from `rlhf.metrics`."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of forward and backward passes."""
+        """Dtype of forward and backward passes."""
         return self.compute.dtype
 
     @property
     def model_folder(self) -> Path:
-        """The folder of this stage's model."""
+        """Folder of this stage's model."""
         return self.config.output_dir / self.stage.folder
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of this stage's checkpoints."""
+        """Folder of this stage's checkpoints."""
         return checkpoint_folder(self.config, self.stage)
 
     def key(self, purpose: Purpose) -> Tensor:
-        """Return the run's key for one purpose; members of an ensemble have keys of their own, but one split."""
+        """Return the key of the run for a purpose. Members of an ensemble share the key of the split alone."""
         shared = fold_in(key(self.config.seed), int(purpose))
         if self.stage.member is None or purpose is Purpose.SPLIT:
             return shared
         return fold_in(shared, self.stage.member)
 
     def note(self, text: str) -> None:
-        """Show the user a line and keep it for the log."""
+        """Show a line to the user and keep it for the log."""
         self.compute.note(text)
 
     def trained_params(self, executor: Executor, *values: float) -> Params:
-        """Return the parameters to be saved as the stage's model.
+        """Return the parameters to save as the stage's model.
 
         Args:
-            executor: holds the parameters.
-            values: measurements of them.
+            executor: executor that holds the parameters.
+            *values: measurements of the parameters.
 
         Raises:
             NonFiniteError: a parameter or value is not finite, although the last update was.
@@ -95,16 +95,16 @@ class Run:
         if not (all_finite(params) and all(map(math.isfinite, values))):
             name = self.stage.name
             raise NonFiniteError(
-                f"{name}: the trained model, or what it gives, is not finite; {self.model_folder} was not written. "
+                f"{name}: the trained model or its results are not finite; {self.model_folder} was not written. "
                 f"The last state is in {self.checkpoints}; lower --{self.stage.section}.learning-rate"
             )
         return params
 
     def open_executor(self, make_program: Callable[[], Program], models: ModelState) -> Executor:
-        """Open the executor that the configuration asks for; it is closed when the stage ends.
+        """Open the executor of the configuration, which is closed when the stage ends.
 
         Args:
-            make_program: an importable function, or a partial of one.
+            make_program: importable function that returns the program, or a partial of one.
             models: initial state of the program.
         """
         if self.config.dist.num_workers:
@@ -120,7 +120,7 @@ class Run:
         return verdict
 
     def _log_faults(self, executor: Executor) -> None:
-        """Log faults after the last step, as in the last evaluation: no step's metrics include them."""
+        """Log faults after the last step, such as in the last evaluation, which no step's metrics include."""
         self._log("fault", [fault._asdict() for fault in executor.faults()])
 
     def _log(self, event: str, facts: Sequence[dict[str, Any]]) -> None:
@@ -139,16 +139,16 @@ def open_run(
     """Lock the output folder and set up device and threads for one stage.
 
     Args:
-        config: of the run.
-        stage: to run.
-        observers: of the training.
-        stop: request to stop; None if nothing can stop the run.
+        config: configuration of the run.
+        stage: stage to run.
+        observers: observers of the training.
+        stop: request to stop the run. None if nothing can stop it.
 
     Raises:
-        UserError: settings contradict each other; the folder is in use, holds checkpoints of this stage although
-            `resume` is off, or holds something else under the model's name; or there is no GPU although one is
-            asked for.
-        Interrupted: a signal came before the first step, or after the last, when the stage is finished.
+        UserError: settings contradict each other, the output folder is in use, it holds checkpoints of this stage
+            although `resume` is off, it holds something else under the name of the model, or the requested GPU does
+            not exist.
+        Interrupted: a signal arrived before the first step, or after the last one, when the stage is finished.
     """
     check_workers(config.dist)
     idle = check_settings(config, stage)
@@ -162,7 +162,7 @@ def open_run(
             run.note(line)
         check_writable(config.cache_dir or default_cache_dir(), "--cache-dir")
         if config.resume and not has_checkpoints(config):
-            run.note(f"nothing to resume in {config.output_dir}: starting anew")
+            run.note(f"nothing to resume in {config.output_dir}; starting a new run")
         yield run
         if run.stop.signal:
             raise Interrupted(f"{stage.name}: stopped; this stage is finished and saved", run.stop.signal)

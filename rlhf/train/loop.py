@@ -1,4 +1,4 @@
-"""The training loop: makes steps, calls observers, saves checkpoints, and stops on request or failure."""
+"""The training loop, which makes steps, calls observers, saves checkpoints, and stops on request or failure."""
 
 import math
 import time
@@ -20,48 +20,48 @@ from rlhf.train.resume import CheckpointWriter, restore, settings_of
 from rlhf.tree import all_finite
 
 Advance = Callable[[int, LoopState, Observers], tuple[dict[str, float], LoopState]]
-"""Makes one step: (step, state, observers) -> (metrics, state)."""
+"""Function that makes one step: (step, state, observers) -> (metrics, state)."""
 
 
 class _Loop(NamedTuple):
-    """The arguments that all steps share."""
+    """Arguments that all steps share."""
 
     run: Run
     executor: Executor
     observers: Observers
     advance: Advance
     first: int
-    """Steps made by the run that is continued."""
+    """Number of steps made by the run that is continued."""
     total: int
     history: list[dict[str, float]]
     """Metrics of the first and of the newest steps since the start."""
 
     def describe(self, step: int) -> str:
-        """Return a step's number with its unit, such as `iteration 3`."""
+        """Return the number of a step with its unit, such as `iteration 3`."""
         return f"{self.run.stage.unit} {step}"
 
 
 def train(
     run: Run, executor: Executor, *, total: int, state: LoopState, identity: dict[str, Any], advance: Advance
 ) -> LoopState:
-    """Make steps 0..total-1, or the remaining ones of a resumed run, with logs and checkpoints.
+    """Make the steps 0..total-1, or the remaining steps of a resumed run, with logs and checkpoints.
 
     Args:
-        run: of the stage.
-        executor: holds the trained models.
+        run: run of the stage.
+        executor: executor that holds the trained models.
         total: number of steps.
-        state: at the first step.
-        identity: values, beside settings, that a continuation must share, such as the data's digest.
-        advance: makes one step.
+        state: state at the first step.
+        identity: values besides settings that a continuation must share, such as the digest of the data.
+        advance: function that makes one step.
 
     Returns:
         The last state.
 
     Raises:
         UserError: the checkpoint belongs to another configuration, data or shape, or saving fails.
-        NonFiniteError: a step was refused; the batch is in nonfinite/, and the state is saved if it is finite.
-        Interrupted: the run was asked to stop; the step is finished and the state saved.
-        WorkersLostError: more processes were lost than may be replaced; the step is finished and the state saved.
+        NonFiniteError: a step was refused. The batch is in nonfinite/, and the state is saved if it is finite.
+        Interrupted: the run was asked to stop. The step is finished and the state is saved.
+        WorkersLostError: more processes were lost than may be replaced. The step is finished and the state is saved.
     """
     config = run.config
     digests, settings = identity, settings_of(config, run.stage)
@@ -88,12 +88,12 @@ def train(
         peak = executor.peak_bytes()
         observers.event("end", step=total, peak_bytes=peak)
     largest = " in the largest worker" if config.dist.num_workers else ""
-    run.note(f"at most {peak / 1e9:.2f} GB of memory{largest}")
+    run.note(f"peak memory {peak / 1e9:.2f} GB{largest}")
     return state
 
 
 def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
-    """Make one step: metrics, faults, checkpoint, and the decision to stop."""
+    """Make one step, with its metrics, faults and checkpoint, and decide whether to stop."""
     run, observers, done = loop.run, loop.observers, step + 1
     version, start = loop.executor.version, time.perf_counter()
     try:
@@ -153,7 +153,7 @@ def _check_progress(loop: _Loop, step: int, state: LoopState, metrics: dict[str,
 
 
 def _save(loop: _Loop, step: int, state: LoopState) -> None:
-    """Save the state; log and raise NonFiniteError if it is not finite."""
+    """Save the state. Log and raise NonFiniteError if it is not finite."""
     try:
         loop.observers.save(step, state)
     except NonFiniteError as error:
@@ -162,7 +162,7 @@ def _save(loop: _Loop, step: int, state: LoopState) -> None:
 
 
 def _save_nonfinite(loop: _Loop, step: int, state: LoopState, error: NonFiniteError, *, is_whole: bool) -> str:
-    """Write the offending batch and the state, as a checkpoint if no part of the step was applied; describe where."""
+    """Write the offending batch, and the state if no part of the step was applied. Return a text with the files."""
     run = loop.run
     folder = run.config.output_dir / "nonfinite" / f"{run.stage.name}-step-{step + 1:06d}"
     tensors = loop.executor.snapshot()
@@ -175,6 +175,6 @@ def _save_nonfinite(loop: _Loop, step: int, state: LoopState, error: NonFiniteEr
     except UserError as problem:  # must not hide the error that is being reported
         where += f" not saved ({problem})"
     if not saved:
-        return f"{where}; --resume goes on from step {last_step(run.checkpoints) or 0}"
+        return f"{where}; --resume continues from step {last_step(run.checkpoints) or 0}"
     _save(loop, step, state)
     return f"{where}, the state in {run.checkpoints}"

@@ -12,32 +12,35 @@ from rlhf.stages import Stage
 from rlhf.train.sink import open_sink
 
 LoopState = dict[str, Any]
-"""JSON values, beside the executor's state, that the next step reads and a checkpoint contains."""
+"""JSON values that the next step reads besides the executor's state, and that a checkpoint contains."""
 
 
 @documented
 class StageStart(NamedTuple):
-    """The start of a stage's training, or of its continuation."""
+    """Start of the training of a stage, or of its continuation."""
 
     stage: Stage
+    """The stage."""
     config: RunConfig
+    """Configuration of the run."""
     step: int
-    """Steps made by the run that is continued."""
+    """Number of steps made by the run that is continued; 0 for a new run."""
     total: int
-    """Steps of the whole run."""
+    """Number of steps of the whole run."""
     notes: tuple[str, ...]
-    """Lines that the user has been shown."""
+    """Lines that have been shown to the user."""
     settings: Mapping[str, Any] | None = None
-    """The settings that decide the stage's results, as resolved."""
+    """Settings that determine the results of the stage, as resolved."""
     provenance: Provenance | None = None
+    """Provenance of the run."""
     units: Mapping[str, str] | None = None
-    """Units of metrics, where this run's differ from those of `rlhf.metrics`."""
+    """Units of metrics for which this run differs from `rlhf.metrics`."""
 
 
 class Observer:
     """Base class of observers of the training loop, whose methods do nothing.
 
-    Observers are called in their order, and in the reverse order at the end. An exception ends the run.
+    Observers are called in order, and in reverse order at the end. An exception ends the run.
 
     Example:
         >>> class Printer(Observer):
@@ -53,31 +56,31 @@ class Observer:
         """Called before the first step."""
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Called after step number `step`, from 1; True stops the run after its state is saved."""
+        """Called after step number `step`, counted from 1. If the result is True, the run saves its state and stops."""
         return False
 
     def on_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        """Called with completions of step number `step`."""
+        """Called with completions of a step."""
 
     def on_event(self, name: str, values: Mapping[str, Any]) -> None:
         """Called for any other event: fault, nonfinite, failed, interrupted or end."""
 
     def on_save(self, step: int, state: LoopState) -> None:
-        """Called to save the state after `step` steps."""
+        """Called after `step` steps, to save the state."""
 
     def on_end(self, error: BaseException | None) -> None:
-        """Called when the loop ends, with the exception that ended it, if any."""
+        """Called when the loop ends, with the exception that ended it, or None."""
 
 
 class Observers:
-    """A sequence of observers, called one after the other."""
+    """A sequence of observers, which are called one after the other."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = tuple(observers)
 
     @contextlib.contextmanager
     def observe(self, start: StageStart) -> Iterator[None]:
-        """Call `on_start`, and at the end of the block `on_end` of all observers that were started."""
+        """Call `on_start` of all observers, and at the end of the block `on_end` of those that were started."""
         with contextlib.ExitStack() as stack:
             for observer in self._observers:
                 observer.on_start(start)
@@ -85,22 +88,22 @@ class Observers:
             yield
 
     def step(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Call `on_step` of all; return True if one of them stops the run."""
+        """Call `on_step` of all observers, and return True if one of them stops the run."""
         stops = [observer.on_step(step, metrics) for observer in self._observers]
         return any(stops)
 
     def samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        """Call `on_samples`."""
+        """Call `on_samples` of all observers."""
         for observer in self._observers:
             observer.on_samples(step, samples)
 
     def event(self, name: str, **values: Any) -> None:
-        """Call `on_event`."""
+        """Call `on_event` of all observers."""
         for observer in self._observers:
             observer.on_event(name, values)
 
     def save(self, step: int, state: LoopState) -> None:
-        """Call `on_save`."""
+        """Call `on_save` of all observers."""
         for observer in self._observers:
             observer.on_save(step, state)
 
@@ -117,7 +120,7 @@ class LogWriter(Observer):
     """Writes metrics, samples and events to logs/."""
 
     def on_start(self, start: StageStart) -> None:
-        """Open the log; lines after the step that is continued from are removed."""
+        """Open the log. Lines after the step from which the run continues are removed."""
         config = start.config
         self._every, self._total = config.log.every, start.total
         self._log = RunLog(
@@ -165,7 +168,7 @@ class CallbackObserver(Observer):
     """
 
     def __init__(self, callback: Callable[[str, int, dict[str, float]], Any]) -> None:
-        """Args: callback: the function."""
+        """Store the function."""
         self._callback = callback
         self.error: Exception | None = None
         self.stage: Stage | None = None

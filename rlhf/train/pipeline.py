@@ -1,4 +1,4 @@
-"""Training from Python by a configuration: one stage, or the pipeline."""
+"""Training from Python: one stage, or the pipeline, as a configuration says."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from rlhf.train.observers import CallbackObserver, Observer
 from rlhf.train.signals import StopRequest
 
 Callback = Callable[[str, int, dict[str, float]], Any]
-"""Called with (stage, step, metrics) after every step; a true result stops the run."""
+"""Function that is called with (stage, step, metrics) after every step. A true result stops the run."""
 
 
 def run(
@@ -28,22 +28,24 @@ def run(
 ) -> StageResult:
     """Train one stage or the pipeline, as the configuration says.
 
-    No signal handler is installed, nothing is printed (messages go to the logger `rlhf`), and no report is written.
-    torch's number of threads is set while the run lasts. The function may be called in any thread.
+    No signal handler is installed, nothing is printed, and no report is written. Messages go to the logger `rlhf`. The
+    number of torch's threads is set during the run. The function may be called in any thread.
 
     Args:
-        config: `SFTRun`, `RewardRun`, `PPORun`, `PipelineRun`, or that of a registered stage.
-        callback: called with (stage, step, metrics) after every step. A true result stops the run after its state is
-            saved; `resume` continues to the same bits as a run without a stop. An exception stops the run in the
-            same way and is then raised to the caller.
-        observers: see `rlhf.train.observers.Observer`.
-        base: settings of earlier stages, for a stage that is run alone on the embedded example and needs their models.
+        config: an `SFTRun`, `RewardRun`, `PPORun` or `PipelineRun`, or the configuration of a registered stage.
+        callback: function that is called with (stage, step, metrics) after every step. If the result is true, the run
+            saves its state and stops; `resume` continues to the same bits as a run without a stop. An exception stops
+            the run in the same way and is then raised to the caller.
+        observers: observers of the training (`rlhf.train.Observer`).
+        base: settings of earlier stages, for a stage that runs alone on the embedded example and needs their models.
 
     Returns:
         The result of the last stage that ran. `finished` is False if the callback stopped it.
 
     Raises:
-        UserError, NonFiniteError, WorkersLostError: see `rlhf.train.loop.train`.
+        UserError: a setting or a file is refused, or saving fails.
+        NonFiniteError: a loss, gradient, reward or value is not finite.
+        WorkersLostError: more processes were lost than may be replaced. The state is saved.
 
     Example:
         >>> from rlhf.config import ModelConfig, SFTConfig, SFTRun
@@ -73,21 +75,23 @@ def run_stages(
     stop: StopRequest | None = None,
     base: PipelineRun | None = None,
 ) -> dict[str, StageResult]:
-    """Run the stages of a configuration in order; each reads the models that earlier ones wrote.
+    """Run the stages of a configuration in order. Each reads the models that earlier stages wrote.
 
-    What a later stage of the pipeline would refuse is refused before training begins. With `config.resume`, finished
-    stages are skipped and the interrupted one continues from its last checkpoint. A stage that is run alone on the
-    embedded example first trains the models that it needs and that are missing; with a data file or a model named,
-    only the stage itself is trained.
+    The checks of all stages are made before training begins. With `config.resume`, finished stages are skipped and the
+    interrupted stage continues from its last checkpoint. A stage that runs alone on the embedded example first trains
+    the missing models that it needs. If the user names a data file or a model, only the stage itself is trained.
 
     Args:
-        config: of the run.
-        observers: of all stages.
+        config: configuration of the run.
+        observers: observers of all stages.
         stop: request to stop the run.
-        base: as in `run`.
+        base: settings of earlier stages, for a stage that runs alone on the embedded example and needs their models.
 
     Raises:
-        UserError, NonFiniteError, Interrupted, WorkersLostError: see `rlhf.train.loop.train`.
+        UserError: a setting or a file is refused, or saving fails.
+        NonFiniteError: a loss, gradient, reward or value is not finite.
+        Interrupted: the run was asked to stop. The step is finished and the state is saved.
+        WorkersLostError: more processes were lost than may be replaced. The state is saved.
     """
     stop = stop or StopRequest()
     stages = stages_of(config)
@@ -127,12 +131,12 @@ def _train_missing(
     _check(pipeline, [*missing, stage])
     for source in missing:
         if not stop.requested:
-            log_user(f"{config.output_dir / source.folder}: not there yet; training it on the embedded example first")
+            log_user(f"{config.output_dir / source.folder}: does not exist; training it on the embedded example first")
             load_program(source).run(pipeline, observers, stop)
 
 
 def _check(config: PipelineRun, stages: Sequence[Stage]) -> None:
-    """Raise UserError if one of `stages`, run in order, would refuse its settings or files; reads all data files."""
+    """Raise UserError if one of the stages, run in order, would refuse its settings or files. Reads all data files."""
     check_workers(config.dist)
     for stage in stages:
         check_settings(config, stage)

@@ -1,8 +1,9 @@
-"""PPO with a KL penalty: from prompts, an SFT model and a reward to an aligned policy.
+"""PPO with a KL penalty, which trains an SFT model on a reward.
 
-One iteration: complete a batch of prompts, score the completions, turn scores and KL into advantages, and make
-several epochs of minibatch updates. Follows Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), Stiennon et al.
-2020 and the details of Huang et al. 2024 (https://arxiv.org/abs/2403.17031); metrics have TRL's names.
+Each iteration completes a batch of prompts, scores the completions, computes advantages from scores and KL, and makes
+several epochs of minibatch updates. The method follows Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593),
+Stiennon et al. 2020 and the details of Huang et al. 2024 (https://arxiv.org/abs/2403.17031). Metrics have the names
+that TRL uses.
 """
 
 import functools
@@ -53,7 +54,7 @@ from rlhf.train.stage_inputs import (
 from rlhf.weighting import loss_weights
 
 _MIN_SCALE = 1e-2
-"""Lower bound on the magnitude of the summands of a score, whose sum may be close to 0."""
+"""Lower bound of the magnitude of the summands of a score, whose sum may be close to 0."""
 
 _STAGE = STAGES["ppo"]
 
@@ -61,7 +62,13 @@ _STAGE = STAGES["ppo"]
 def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
     """Align OUTPUT_DIR/sft to the reward and write OUTPUT_DIR/policy.
 
-    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
+    Args:
+        config: configuration of the run.
+        observers: observers of the training.
+        stop: request to stop the run.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted, WorkersLostError: the reasons are those of `rlhf.train.loop.train`.
     """
     check_settings(config, _STAGE)
     config = with_defaults(config)
@@ -86,7 +93,7 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
 
 
 def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return the spec of the policy, after reading the prompts through; see `rlhf.stages.StageProgram`."""
+    """Return the spec of the policy after checking settings, models and all prompts, as `StageProgram.check`."""
     open_estimator(config.ppo), open_policy_loss(config.ppo)
     inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
     path = given_files(config, config.prompt_data)
@@ -102,7 +109,7 @@ def _needs(config: PPORun) -> tuple[str, ...]:
 
 
 def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
-    """Return what iterations work with, and the identity of the run, from models, reward sources and prompts."""
+    """Return the arguments of the iterations and the identity of the run, from models, reward sources and prompts."""
     model_spec, sources, context = read_ppo_inputs(config)
     config = _choose_settings(run, config, context)
     sources = [_without_rounding_std(run, source) for source in sources] if config.ppo.normalize_reward else sources
@@ -148,7 +155,7 @@ def _choose_settings(run: Run, config: PPORun, context: int) -> PPORun:
 
 
 def _without_rounding_std(run: Run, source: RewardSource) -> RewardSource:
-    """Return the source, with a warning and a standard deviation of 1 if its own is no more than rounding."""
+    """Return the source. If its standard deviation is no larger than rounding errors, warn and replace it by 1."""
     if source.model is None:
         return source
     statistics = source.model.statistics
@@ -163,7 +170,7 @@ def _without_rounding_std(run: Run, source: RewardSource) -> RewardSource:
 
 
 def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tuple[dict[str, float], LoopState]:
-    """Make one iteration: generate, score, update, log samples, then move the KL coefficient and the reference."""
+    """Make one iteration: generate, score, update, log samples, and adapt the KL coefficient and the reference."""
     settings, kl_coef = ppo.settings, state["kl_coef"]
     times = [time.perf_counter()]
     rollout = make_rollout(ppo, step)
@@ -218,7 +225,7 @@ def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tup
 def _update(
     ppo: PPO, step: int, rollout: Rollout, scored: Scored, experience: Experience, kl_coef: float
 ) -> dict[str, float]:
-    """Make several epochs of minibatch updates; return the means of their metrics."""
+    """Make several epochs of minibatch updates, and return the means of their metrics."""
     settings, warmup = ppo.settings, step < ppo.settings.critic_warmup
     if settings.critic_warmup and step == settings.critic_warmup:
         ppo.executor.reset_optimizer()  # its moments are of gradients that the policy did not have
@@ -260,14 +267,14 @@ def _update(
 
 
 def _learnt_from(ppo: PPO, rollout: Rollout, scored: Scored) -> list[int]:
-    """Return the completions that updates read: all, or those whose group has different scores."""
+    """Return the completions to learn from: all, or those of groups with different scores."""
     if not ppo.settings.drop_equal_groups:
         return list(range(len(rollout.texts)))
     return (~equal_groups(scored.scores, rollout.groups)).nonzero().flatten().tolist()
 
 
 def _minibatches(ppo: PPO, step: int, rows: Sequence[int]) -> list[list[int]]:
-    """Return the completions of each update: for every epoch a permutation of `rows`, cut into minibatches."""
+    """Return the completions of each update: a permutation of `rows` for every epoch, cut into minibatches."""
     settings, minibatches = ppo.settings, []
     iteration_key = fold_in(ppo.run.key(Purpose.MINIBATCH), step)
     for epoch in range(settings.num_epochs if rows else 0):

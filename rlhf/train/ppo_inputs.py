@@ -1,4 +1,4 @@
-"""The inputs of PPO: the policy, the sources of reward, and the context that all models can read."""
+"""Inputs of PPO: the policy, the reward sources, and the context that all models can read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,21 +14,21 @@ from rlhf.train.stage_inputs import ModelSpec, start_model_spec
 
 
 class PPOInputs(NamedTuple):
-    """The inputs of PPO, without the policy's parameters."""
+    """Inputs of PPO, without the parameters of the policy."""
 
     policy: ModelSpec
     sources: list[RewardSource]
     context: int
-    """Longest prompt and completion together, in tokens: the shortest context of the models that read them."""
+    """Maximum number of tokens of prompt and completion: the shortest context of the models that read them."""
 
 
 def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelSpec | None = None) -> PPOInputs:
     """Return the inputs of PPO, after checking that they work together.
 
     Args:
-        config: of the stage.
-        sft: the future OUTPUT_DIR/sft, if it is trained first.
-        reward: the future OUTPUT_DIR/reward, if it is trained first.
+        config: configuration of the stage.
+        sft: spec of the future OUTPUT_DIR/sft, if it is trained first.
+        reward: spec of the future OUTPUT_DIR/reward, if it is trained first.
 
     Raises:
         UserError: a model or source is missing or does not fit, or the longest completion leaves no room for a prompt.
@@ -72,12 +72,12 @@ def _check_ensemble(config: PPORun, sources: Sequence[RewardSource]) -> None:
 
 
 def scores_with_own_model(config: PPORun) -> bool:
-    """Return True if the model in OUTPUT_DIR/reward is among the sources of reward."""
+    """Return True if the model in OUTPUT_DIR/reward is one of the reward sources."""
     return any(names_folder(spec, _reward_folder(config)) for spec in reward_specs(config))
 
 
 def reward_specs(config: PPORun) -> tuple[str, ...]:
-    """Return the sources of reward that are named, a * replaced by what matches it, or OUTPUT_DIR/reward."""
+    """Return the named reward sources with `*` expanded, or OUTPUT_DIR/reward if none is named."""
     return tuple(expand_sources(config.ppo.reward)) or (str(_reward_folder(config)),)
 
 

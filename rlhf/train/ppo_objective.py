@@ -40,28 +40,28 @@ def make_ppo_objective(
 ) -> Objective:
     """Return the PPO objective, a function (params, frozen, PPOBatch) -> (loss sum, metric sums).
 
-    The loss is policy loss + value_coef * value loss - entropy_coef * entropy, with loss_kl + kl_coef * KL. The batch's
-    weights are those of the policy's terms.
+    The loss is policy loss + value_coef * value loss - entropy_coef * entropy, plus kl_coef * KL if loss_kl is set. The
+    weights of the batch apply to the terms of the policy.
 
     Source: Schulman et al. 2017, eq. 9, https://arxiv.org/abs/1707.06347; the KL in the loss is that of Shao et al.
     2024 (GRPO), eq. 4, https://arxiv.org/abs/2402.03300.
 
     Args:
         config: shape of the policy.
-        critic_config: shape of a separate critic; None for params["value_head"] on the policy's trunk, or no critic.
-        dtype: of the models' forward and backward pass.
-        temperature: of sampling.
-        policy_loss: of `rlhf.policy_losses`, or one like them.
-        clip_eps: of the policy loss.
-        clip_eps_high: same.
-        dual_clip: same; of `rlhf.losses.ppo_policy_loss` alone.
-        value_clip_eps: of `rlhf.losses.ppo_value_loss`.
+        critic_config: shape of a separate critic. None for params["value_head"] on the policy's trunk, or no critic.
+        dtype: dtype of the models' forward and backward passes.
+        temperature: softmax temperature of sampling.
+        policy_loss: one of `rlhf.policy_losses`, or a function with their signature.
+        clip_eps: half-width of the interval of ratios, as in `rlhf.losses.ppo_policy_loss`.
+        clip_eps_high: width of its upper half. None stands for clip_eps.
+        dual_clip: bound of the loss where the advantage is negative, as in `rlhf.losses.ppo_policy_loss`.
+        value_clip_eps: maximum change of the values, as in `rlhf.losses.ppo_value_loss`.
         value_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus.
-        loss_kl: KL to the reference in the loss, weighted by the batch's kl_coef; "exact" reads frozen["reference"].
-        weight_kl: weigh it by the probability ratio (`rlhf.kl.importance_weighted_kl`).
-        policy_coef: factor on the policy's terms; 0 trains only the value function (critic warm-up).
-        gradient_checkpointing: of `rlhf.models.gpt2.hidden_states`, in policy and critic.
+        loss_kl: KL estimator in the loss, weighted by the batch's kl_coef; "exact" reads frozen["reference"].
+        weight_kl: multiply the KL by the probability ratio (`rlhf.kl.importance_weighted_kl`).
+        policy_coef: factor on the terms of the policy. 0 trains only the value function (critic warm-up).
+        gradient_checkpointing: recompute activations of policy and critic in the backward pass.
     """
     forward = _make_policy_forward(
         config, dtype, temperature, bool(entropy_coef), loss_kl == "exact", gradient_checkpointing
@@ -113,16 +113,16 @@ def make_ppo_objective(
 
 
 class _PolicyOutputs(NamedTuple):
-    """Outputs of the policy's forward pass at each completion token."""
+    """Outputs of the forward pass of the policy at each completion token."""
 
     log_probs: Tensor
-    """[C] float32, nats."""
+    """[C] float32, nats: log-probs of the tokens."""
     entropies: Tensor
-    """[C] float32, nats."""
+    """[C] float32, nats: entropies of the distributions."""
     exact_kl: Tensor | None
-    """[C] float32, nats: KL(policy || reference) over the vocabulary; None unless it is asked for."""
+    """[C] float32, nats: KL(policy || reference) over the vocabulary. None unless it is requested."""
     hidden: Tensor
-    """[C, D]: the states that predict the tokens."""
+    """[C, D]: hidden states that predict the tokens."""
 
 
 def _weighted(per_token: Tensor, batch: PPOBatch) -> Tensor:
@@ -152,7 +152,7 @@ def _make_policy_forward(
     with_exact_kl: bool,
     gradient_checkpointing: bool,
 ) -> Callable[[Params, FrozenParams, PPOBatch], _PolicyOutputs]:
-    """Return a function (policy, frozen, PPOBatch) -> `_PolicyOutputs`; arguments as in `make_ppo_objective`."""
+    """Return a function (policy, frozen, PPOBatch) -> `_PolicyOutputs`."""
     decoder = architecture_of(config)
 
     def per_token(models: FrozenParams, hidden: Tensor, targets: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:

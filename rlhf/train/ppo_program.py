@@ -33,14 +33,14 @@ class ModelShapes(NamedTuple):
 
     policy: ModelShape
     critic: ModelShape | None
-    """Of a separate critic; None with a value head on the policy, or without a critic."""
+    """Shape of a separate critic. None with a value head on the policy, or without a critic."""
     reward_models: tuple[ModelShape, ...]
     stop_ids: tuple[int, ...]
-    """Ids of tokens that end a completion."""
+    """Ids of the tokens that end a completion."""
 
 
 def shapes_of(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> ModelShapes:
-    """Return the shapes of a policy, of the reward models among the sources, and of a separate critic."""
+    """Return the shapes of the policy, of the reward models among the sources, and of a separate critic."""
     critic, source = None, critic_source(sources)
     if settings.critic == "separate":
         critic = (
@@ -53,12 +53,12 @@ def shapes_of(settings: PPOConfig, policy: LanguageModel, sources: Sequence[Rewa
 
 
 def start_models(settings: PPOConfig, policy: LanguageModel, sources: Sequence[RewardSource]) -> ModelState:
-    """Return the initial state: policy and value function, with reference and reward models frozen.
+    """Return the initial state: policy and value function, and frozen reference and reward models.
 
     Args:
-        settings: the ppo section.
-        policy: the SFT model, from which the policy starts, and which is the reference.
-        sources: of reward; a separate critic starts from their `critic_source`.
+        settings: settings of the ppo section.
+        policy: SFT model, from which the policy starts and which is the reference.
+        sources: reward sources. A separate critic starts from their `critic_source`.
     """
     reward_models = [source.model for source in sources if source.model is not None]
     frozen = {f"reward_model_{n}": model.params for n, model in enumerate(reward_models)}
@@ -67,7 +67,7 @@ def start_models(settings: PPOConfig, policy: LanguageModel, sources: Sequence[R
 
 
 def critic_source(sources: Sequence[RewardSource]) -> RewardSource | None:
-    """Return the first source with a reward model and a weight, from which a separate critic starts, or None."""
+    """Return the first source with a reward model and a weight other than 0, from which a critic starts, or None."""
     return next((source for source in sources if source.model is not None and source.weight), None)
 
 
@@ -78,14 +78,14 @@ def updates_per_iteration(settings: PPOConfig) -> int:
 
 
 def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
-    """Return the learning rate of one update: the full rate while the critic warms up, then that of the schedule.
+    """Return the learning rate of an update: the full rate while the critic warms up, then that of the schedule.
 
-    The schedule also counts minibatches that are skipped because of `target_kl`, so that it always reaches its end.
+    The schedule also counts minibatches that `target_kl` skips, so that it always reaches its end.
 
     Args:
-        settings: the ppo section.
-        iteration: from 0.
-        minibatch: of the iteration, from 0.
+        settings: settings of the ppo section.
+        iteration: number of the iteration, counted from 0.
+        minibatch: number of the minibatch in the iteration, counted from 0.
     """
     per_iteration = updates_per_iteration(settings)
     iterations = settings.num_iterations - settings.critic_warmup
@@ -96,20 +96,20 @@ def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
 
 
 def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
-    """Return True if the scorer's log-probs, and values of a head on the policy, replace those of the sampling."""
+    """Return True if a forward pass recomputes the log-probs and values of the sampled tokens."""
     return settings.recompute_log_probs if settings.recompute_log_probs is not None else dtype == torch.bfloat16
 
 
 def make_ppo_program(
     shapes: ModelShapes, settings: PPOConfig, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """Return the program of PPO: `rollout` and `score`, `ppo` steps, and `critic` steps for the critic's warm-up.
+    """Return the program of PPO: `rollout` and `score`, `ppo` steps, and `critic` steps for the warm-up of the critic.
 
     Args:
-        shapes: of the models.
-        settings: the ppo section.
-        dtype: of forward and backward passes.
-        compile_to: see `Program`.
+        shapes: shapes of the models.
+        settings: settings of the ppo section.
+        dtype: dtype of forward and backward passes.
+        compile_to: folder of compiled code. None runs eagerly.
     """
     rate = constant_schedule(settings.peak_learning_rate)  # replaced in every step by `learning_rate`
     limit = None if settings.target_kl is None else MetricLimit("policy/approxkl_avg", settings.target_kl)
@@ -170,7 +170,7 @@ def make_ppo_program(
 
 
 def _lr_multiplier(settings: PPOConfig, policy: float) -> Callable[[Tree], Tree] | None:
-    """Return a function params -> factors on the learning rate: `policy`, and the critic's own; None if all are 1."""
+    """Return a function params -> factors on the learning rate, or None if all are 1. `policy` is the policy's."""
     rate = settings.critic_learning_rate
     critic = 1.0 if rate is None else rate / settings.peak_learning_rate
     if policy == critic == 1.0:
@@ -179,7 +179,7 @@ def _lr_multiplier(settings: PPOConfig, policy: float) -> Callable[[Tree], Tree]
 
 
 def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSource | None) -> Params:
-    """Return a value head, a separate critic that at first predicts its source's part of the score, or nothing."""
+    """Return a value head, a separate critic that initially predicts the scores of its source, or nothing."""
     if settings.critic == "none":
         return {}
     if settings.critic == "shared":
@@ -193,7 +193,7 @@ def _value_function(settings: PPOConfig, policy: LanguageModel, source: RewardSo
 
 
 def _make_ema_update(decay: float) -> Callable[[Params, Params], Params]:
-    """Return a function (reference, params) -> exponential moving average of reference and policy."""
+    """Return a function (reference, params) -> exponential moving average of the reference and the policy."""
 
     def update_frozen(reference: Params, params: Params) -> Params:
         average: Params = tree_map(lambda old, new: decay * old + (1.0 - decay) * new, reference, params["policy"])

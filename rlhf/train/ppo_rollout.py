@@ -33,11 +33,11 @@ from rlhf.train.ppo_rewards import score_sources
 from rlhf.train.stage_inputs import record_order
 
 _ROW_LENGTH = 256
-"""Tokens of a packed row, unless the context is shorter or a sequence is longer."""
+"""Number of tokens in a packed row, unless the context is shorter or a sequence is longer."""
 
 
 class PPO(NamedTuple):
-    """The arguments that all iterations share."""
+    """Arguments that all iterations share."""
 
     run: Run
     settings: PPOConfig
@@ -52,41 +52,41 @@ class PPO(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """An iteration's completions, in the order of its prompts."""
+    """Completions of an iteration, in the order of its prompts."""
 
     columns: list[dict[str, Any]]
-    """Each completion's record of the prompt file."""
+    """Record of the prompt file for each completion."""
     prompts: list[np.ndarray]
     """Token ids of each prompt."""
     groups: Tensor
     """[B] int64: index of the prompt that a completion belongs to."""
     completions: Completions
     joined: JoinedCompletions
-    """Prompts with their completions, from which micro-batches are packed."""
+    """Prompts joined with their completions, from which micro-batches are packed."""
     texts: list[str]
     version: int
-    """Version of the policy that drew them."""
+    """Version of the policy that sampled the completions."""
 
 
 class Scored(NamedTuple):
-    """Log-probs, values and scores of an iteration's completions, before the update."""
+    """Log-probs, values and scores of the completions of an iteration, before the update."""
 
     log_probs: Tensor
-    """[B, T] nats, of the policy."""
+    """[B, T] nats: log-probs under the policy."""
     ref_log_probs: Tensor
-    """[B, T] nats, of the reference."""
+    """[B, T] nats: log-probs under the reference."""
     values: Tensor | None
-    """[B, T] reward units; None without a critic."""
+    """[B, T] reward units: values of the critic. None without a critic."""
     scores: Tensor
-    """[B] reward units: scores after `postprocess_scores`, which the policy is trained on."""
+    """[B] reward units: scores after `postprocess_scores`, on which the policy is trained."""
     raw: dict[str, Tensor]
-    """[B] scores as the sources return them, by the source's metric, and the disagreement of an ensemble."""
+    """[B] scores as the sources return them, by the metric of the source, and the disagreement of an ensemble."""
     bootstrap_values: Tensor
-    """[B] reward units: value after the last token; 0 if the completion ended, or without ppo.bootstrap_truncated."""
+    """[B] reward units: value after the last token. 0 if the completion ended, or without ppo.bootstrap_truncated."""
 
 
 def make_rollout(ppo: PPO, step: int) -> Rollout:
-    """Complete the iteration's prompts; a completion depends only on seed, iteration, index, sample and policy."""
+    """Complete the prompts of an iteration. A completion depends only on seed, iteration, index, sample and policy."""
     settings = ppo.settings
     order = record_order(ppo.run.key(Purpose.ORDER), len(ppo.prompts), step * settings.batch_size, settings.batch_size)
     records = [record for record in order for _ in range(settings.samples_per_prompt)]
@@ -122,7 +122,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     """Return log-probs, values and scores of all completions.
 
     Raises:
-        NonFiniteError: one of them is not finite.
+        NonFiniteError: a log-prob, value or score is not finite.
         UserError: a reward function fails.
     """
     settings, completions = ppo.settings, rollout.completions
@@ -161,7 +161,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
 def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experience) -> list[dict[str, Any]]:
     """Return lines of samples.jsonl for the first `log.samples` completions.
 
-    The first `log.token_samples` of them have `per_token`: pieces of the text, with log-probs, values and advantages.
+    The first `log.token_samples` lines have `per_token`: pieces of the text, with log-probs, values and advantages.
     """
     settings, lengths, kl = ppo.run.config.log, rollout.completions.mask.sum(dim=1), experience.kl.sum(dim=1)
     lines = [
@@ -195,5 +195,5 @@ def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experie
 
 
 def _rounded(values: Tensor) -> list[float]:
-    """Return the values rounded to four decimals, which take a third of the bytes."""
+    """Return the values rounded to four decimals, which take a third of the space."""
     return [round(value, 4) for value in values.tolist()]

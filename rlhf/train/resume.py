@@ -21,16 +21,16 @@ from rlhf.train.observers import LoopState, Observer
 from rlhf.tree import all_finite
 
 Identity = dict[str, Any]
-"""JSON values that a run and its continuation must share: settings, and digests of files."""
+"""JSON values that a run and its continuation must share: settings and digests of files."""
 
 _FREE_TO_CHANGE = (
     "config", "output_dir", "resume", "cache_dir", "start_at", "strict", "stop_early", "checkpoint.", "log.", "dist",
     "threads",
 )  # fmt: skip
-"""Prefixes of settings that may differ when a run is resumed; only the threads change its bits."""
+"""Prefixes of settings that may differ when a run is resumed. Of these, only the threads change its bits."""
 
 _NOT_FREE = ("dist.reduce",)
-"""Settings with one of those prefixes that may not differ, because they change bits."""
+"""Settings with one of these prefixes that must not differ, because they change bits."""
 
 _BEFORE: dict[str, Any] = {"ppo.kl_budget": math.inf}
 """The values of newer settings that older versions behaved by, where those are not the defaults."""
@@ -55,11 +55,11 @@ class Difference(NamedTuple):
     changes: list[str]
     """Differences that prevent the continuation."""
     notes: list[str]
-    """Differences that the user is shown."""
+    """Differences that are shown to the user."""
 
 
 def settings_of(config: RunConfig, stage: Stage) -> Identity:
-    """Return the settings that decide the stage's results, as JSON values, without those that name files."""
+    """Return the settings that determine the results of a stage, as JSON values, except those that name files."""
     other_stages = [candidate for candidate in STAGES.values() if candidate.name != stage.section]
     foreign = [prefix for other in other_stages for prefix in (f"{other.name}.", *other.own_settings)]
     files = _file_settings()
@@ -71,12 +71,12 @@ def settings_of(config: RunConfig, stage: Stage) -> Identity:
 
 
 def _file_settings() -> dict[str, str]:
-    """Return the settings that name files, with the names under which their contents are compared."""
+    """Return the settings that name files, each with the kind of its content."""
     return {setting: content for stage in STAGES.values() for setting, content in stage.files.items()}
 
 
 def digests_of(data: Source, tokenizer: Tokenizer, validation: Source | None = None) -> Identity:
-    """Return the digests of a stage's data files and tokenizer, by the names of `Stage.files`."""
+    """Return the digests of data files and tokenizer of a stage, by the kinds in `Stage.files`."""
     template = tokenizer.chat_template
     return {
         "data": content_digest(data),
@@ -87,14 +87,14 @@ def digests_of(data: Source, tokenizer: Tokenizer, validation: Source | None = N
 
 
 def diff_settings(config: RunConfig, stage: Stage, before: Identity, now: Identity) -> Difference:
-    """Return the differences between a checkpoint's identity and the run's.
+    """Return the differences between the identities of a checkpoint and of the run.
 
-    A setting that the checkpoint lacks, because a newer version added it, had its default. A missing digest is not
-    compared. A setting that this version does not know is a change, since its effect is unknown.
+    A setting that the checkpoint lacks, because a newer version has added it, had its default. A missing digest is not
+    compared. A setting that this version does not know counts as a change, because its effect is unknown.
 
     Args:
-        config: of the run.
-        stage: of the run.
+        config: configuration of the run.
+        stage: stage of the run.
         before: identity in the checkpoint.
         now: identity of the run.
     """
@@ -135,14 +135,14 @@ def restore(run: Run, executor: Executor, state: LoopState, identity: Identity, 
     """Load the newest checkpoint into the executor, if the run is resumed.
 
     Args:
-        run: of the stage.
-        executor: receives the state.
-        state: at the start of the run.
-        identity: of the run.
+        run: run of the stage.
+        executor: executor that receives the state.
+        state: state at the start of the run.
+        identity: identity of the run.
         total: number of steps of the run.
 
     Returns:
-        The number of steps made before, and the state for the next one.
+        The number of steps made before, and the state for the next step.
 
     Raises:
         UserError: the checkpoint belongs to another configuration, data or shape.
@@ -162,7 +162,7 @@ def restore(run: Run, executor: Executor, state: LoopState, identity: Identity, 
     try:
         executor.restore(checkpoint.tensors, checkpoint.facts["version"])
     except ValueError as error:
-        raise UserError(f"{folder}: the checkpoint is of another shape: {error}") from error
+        raise UserError(f"{folder}: the checkpoint has another shape: {error}") from error
     if checkpoint.step < total:
         run.is_saved = False  # the model of a run that is extended is replaced
     for line in (f"continuing after step {checkpoint.step}", *notes, *_rounding_notes(config, checkpoint)):
@@ -171,10 +171,10 @@ def restore(run: Run, executor: Executor, state: LoopState, identity: Identity, 
 
 
 class CheckpointWriter(Observer):
-    """Writes checkpoints that `restore` reads."""
+    """Observer that writes the checkpoints that `restore` reads."""
 
     def __init__(self, run: Run, executor: Executor, identity: Identity) -> None:
-        """Args: as in `restore`."""
+        """Store the run, its executor and its identity."""
         self._run, self._executor, self._identity = run, executor, identity
 
     def on_save(self, step: int, state: LoopState) -> None:
@@ -204,12 +204,12 @@ def _rounding_notes(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
     """Yield a line for each change of threads or workers that can change the rounding."""
     before, now = checkpoint.facts["threads"], compute_threads(config)
     if before != now:
-        yield f"it was made with {before} threads per process and goes on with {now}: rounding may differ from here"
+        yield f"it was made with {before} threads per process and continues with {now}: rounding may differ from here"
     workers = config.dist.num_workers
     before = checkpoint.facts.get("workers", workers)
     if config.dist.reduce == "ring" and before != workers:
         yield (
-            f"it was made with {before} workers and goes on with {workers}: with --dist.reduce ring, rounding may "
+            f"it was made with {before} workers and continues with {workers}: with --dist.reduce ring, rounding may "
             "differ from here"
         )
 
@@ -217,7 +217,7 @@ def _rounding_notes(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
 def _upgrade(config: RunConfig, before: Identity, now: Identity) -> tuple[Identity, Identity]:
     """Return both identities in the current form.
 
-    Older checkpoints lack `dist.reduce`, and have paths instead of digests. If a digest is missing, the path must lead
+    Older checkpoints lack `dist.reduce` and have paths instead of digests. If a digest is missing, the path must lead
     to the same place.
     """
     values, files = flat_fields(config), _file_settings()
@@ -236,7 +236,7 @@ def _upgrade(config: RunConfig, before: Identity, now: Identity) -> tuple[Identi
 
 
 def _origin(config: RunConfig, stage: Stage, content: str) -> str:
-    """Return the setting that names the file of a content, with its value."""
+    """Return the setting that names the file of a kind of content, with its value."""
     setting = next((name for name, content_name in stage.files.items() if content_name == content), None)
     value = flat_fields(config)[setting] if setting else None
     if value is not None:

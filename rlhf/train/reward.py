@@ -1,4 +1,4 @@
-"""Training of the reward model: from preference pairs to a scalar model and its statistics."""
+"""Training of the reward model on preference pairs, and the statistics of its scores."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -61,7 +61,7 @@ from rlhf.types import FrozenParams, MetricSums, Params
 from rlhf.verdicts import Verdict, reward_verdict
 
 _REFERENCE_PAIRS = 1024
-"""Training pairs from whose chosen completions the reward's mean and standard deviation are computed."""
+"""Number of training pairs whose chosen completions give the mean and standard deviation of the reward."""
 
 _BASELINE_PAIRS = 20_000
 """Training pairs that the bag of words learns from."""
@@ -72,7 +72,13 @@ _STAGE = STAGES["reward"]
 def run_reward(config: RewardRun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
     """Train on preference pairs and write OUTPUT_DIR/reward, or its members into OUTPUT_DIR/reward/0 and so on.
 
-    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
+    Args:
+        config: configuration of the run.
+        observers: observers of the training.
+        stop: request to stop the run.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted, WorkersLostError: the reasons are those of `rlhf.train.loop.train`.
     """
     if config.reward.members == 1:
         with open_run(config, _STAGE, observers, stop) as run:
@@ -87,7 +93,7 @@ def run_reward(config: RewardRun, observers: Sequence[Observer] = (), stop: Stop
 
 
 def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
+    """Return the spec of the model after checking settings and all data files, as `StageProgram.check`."""
     model_spec = _model_spec(config, models.get("sft"))
     path, validation = given_files(config, config.preference_data), given_files(config, config.preference_val_data)
     _check_margin(config, check_data(PREFERENCES, path, validation))
@@ -104,8 +110,8 @@ def _model_spec(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
     """Return the spec of the model that training starts from, after the checks that need no data.
 
     Args:
-        config: of the stage.
-        sft: the future OUTPUT_DIR/sft, if it is trained first.
+        config: configuration of the stage.
+        sft: spec of the future OUTPUT_DIR/sft, if it is trained first.
 
     Raises:
         UserError: the model is missing or does not fit, or settings contradict each other.
@@ -116,18 +122,18 @@ def _model_spec(config: RewardRun, sft: ModelSpec | None = None) -> ModelSpec:
 
 
 def _check_margin(config: RewardRun, keys: Collection[str]) -> None:
-    """Raise UserError if margins are asked for, but are not among the `keys` of the training pairs."""
+    """Raise UserError if margins are requested but are not among the keys of the training pairs."""
     if config.reward.use_margin and "margin" not in keys:
         where = given_files(config, config.preference_data) or "the embedded example"
         raise UserError(f"{where}: no pair has a 'margin'; add the column, or drop --reward.use-margin")
 
 
 def _check_pairs(config: RewardRun, model_spec: ModelSpec) -> None:
-    """Raise UserError if truncation makes all training pairs equal. Do nothing if the tokenizer is not trained yet.
+    """Raise UserError if truncation makes all training pairs equal. Does nothing if the tokenizer is not trained yet.
 
     Args:
-        config: of the stage.
-        model_spec: of the model that training starts from.
+        config: configuration of the stage.
+        model_spec: spec of the model that training starts from.
     """
     path = given_files(config, config.preference_data)
     if path is not None and model_spec.tokenizer is not None:
@@ -239,7 +245,7 @@ def _judge(
 
 
 def _statistics(run: Run, chosen: Tensor, rejected: Tensor) -> RewardStatistics:
-    """Return the statistics of the chosen completions' scores [B], with a warning if they do not differ."""
+    """Return the statistics of the scores [B] of chosen completions, with a warning if they do not differ."""
     size = float(torch.cat([chosen, rejected]).double().square().mean().sqrt())
     measured = float(chosen.double().std()) if len(chosen) > 1 else 0.0
     std = spread(measured, size, run.dtype)
@@ -258,7 +264,7 @@ def make_reward_objective(
     centre_coef: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, MetricSums]]:
-    """Return a function (reward model, frozen, PairBatch) -> `reward_loss` of the pairs."""
+    """Return a function (reward model, frozen, PairBatch) -> the `reward_loss` of the pairs."""
 
     def objective(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, MetricSums]:
         hidden = trunk_states(params["trunk"], batch.rows, config, dtype, gradient_checkpointing=gradient_checkpointing)
@@ -275,7 +281,7 @@ def make_reward_objective(
 def make_reward_program(
     config: ModelShape, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """Return the program: `main` steps, and `scores` of pairs; arguments as in `rlhf.train.sft.make_sft_program`."""
+    """Return the program of the reward model: `main` steps, and `scores` of pairs."""
     objective = make_reward_objective(
         config, dtype=dtype, centre_coef=settings.centre_coef, gradient_checkpointing=settings.gradient_checkpointing
     )

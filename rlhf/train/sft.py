@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: from demonstrations to a language model."""
+"""Supervised fine-tuning of a language model on demonstrations."""
 
 import functools
 import itertools
@@ -79,14 +79,20 @@ _COUNTED = 10_000
 def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
     """Train on demonstrations and write OUTPUT_DIR/sft.
 
-    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
+    Args:
+        config: configuration of the run.
+        observers: observers of the training.
+        stop: request to stop the run.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted, WorkersLostError: the reasons are those of `rlhf.train.loop.train`.
     """
     with open_run(config, _STAGE, observers, stop) as run:
         return _run(run, config)
 
 
 def check_sft(config: SFTRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return the spec of the model, after reading the data files through; see `rlhf.stages.StageProgram`."""
+    """Return the spec of the model after checking settings and all data files, as `StageProgram.check`."""
     model_spec = _model_spec(config)
     path = given_files(config, config.sft_data)
     check_data(DEMONSTRATIONS, path, given_files(config, config.sft_val_data))
@@ -112,7 +118,7 @@ def _model_spec(config: SFTRun) -> ModelSpec:
     check_dropout(start.config, config.sft.dropout, "--sft.dropout")
     if tokenizer is not None and start.tokenizer is not None and not tokenizer.same_vocabulary(start.tokenizer):
         raise UserError(
-            f"{folder}: the model there has another vocabulary than --tokenizer.path {tokenizer_path}; drop the flag"
+            f"{folder}: the model has another vocabulary than --tokenizer.path {tokenizer_path}; drop the flag"
         )
     return start
 
@@ -192,7 +198,7 @@ def make_sft_objective(
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, MetricSums]]:
-    """Return a function (decoder, frozen, TokenBatch) -> `sft_loss` of the masked tokens, with `sft/accuracy`."""
+    """Return a function (decoder, frozen, TokenBatch) -> the `sft_loss` of the masked tokens, with `sft/accuracy`."""
     decoder = architecture_of(config)
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,11 +230,11 @@ def make_sft_program(
     """Return the program of SFT: `main` steps, and `measure` for evaluation.
 
     Args:
-        config: of the model.
-        settings: the sft section.
-        steps: of the whole run, for the schedule.
-        dtype: of forward and backward passes.
-        compile_to: see `Program`.
+        config: shape of the model.
+        settings: settings of the sft section.
+        steps: number of steps of the whole run, for the schedule.
+        dtype: dtype of forward and backward passes.
+        compile_to: folder of compiled code. None runs eagerly.
     """
     objective = make_sft_objective(
         config, dtype=dtype, dropout=settings.dropout, gradient_checkpointing=settings.gradient_checkpointing

@@ -1,4 +1,4 @@
-"""Requests to stop a run, and the signal handlers of programs that set them."""
+"""Requests to stop a run, and the signal handlers that set them."""
 
 import contextlib
 import signal
@@ -12,22 +12,22 @@ from rlhf.io.user_log import log_user
 
 @dataclass
 class StopRequest:
-    """A request to a run to finish its step, save its state and stop."""
+    """Request to a run to finish its step, save its state and stop."""
 
     requested: bool = False
     signal: int = 0
-    """Number of the signal that set the request; 0 without one."""
+    """Number of the signal that set the request; 0 if there was none."""
     stage: str = ""
-    """The running stage; empty between stages."""
+    """Name of the running stage; empty between stages."""
     training: bool = False
-    """True if the stage has a state to save: it then stops after its step, otherwise at once."""
+    """True if the stage has a state to save. It then stops after its step, and otherwise immediately."""
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
     """Install handlers of SIGINT, SIGTERM and SIGHUP that set a stop request, until the block ends.
 
-    A second Ctrl-C stops the run at once. For programs only.
+    A second Ctrl-C stops the run immediately. Only programs use this function.
     """
     stop = StopRequest()
 

@@ -1,4 +1,4 @@
-"""The user's function that receives every line of metrics, for example to send them to Weights & Biases."""
+"""The function of the user that receives every line of metrics, for example for Weights & Biases."""
 
 from rlhf.io.process_state import restored_process
 from rlhf.io.run_log import Sink
@@ -9,10 +9,10 @@ from rlhf.io.user_log import log_user
 def open_sink(target: str | None) -> Sink | None:
     """Return a sink that calls the function `target`: `module:function` or `file.py:function`.
 
-    The function is called with (stage, step, metrics). Its first exception is logged; none ends the run.
+    The function is called with (stage, step, metrics). Its first exception is logged. Exceptions do not end the run.
 
     Raises:
-        UserError: it cannot be imported.
+        UserError: the function cannot be imported.
     """
     if target is None:
         return None
@@ -27,7 +27,7 @@ def open_sink(target: str | None) -> Sink | None:
                 raise TypeError("it returned a coroutine (async), which is not awaited here")
         except (Exception, SystemExit) as error:  # of the user's code, which must not end the run
             if not has_failed:
-                log_user(f"--log.sink {target}: raised {type(error).__name__}: {error} at {stage} {step}; going on")
+                log_user(f"--log.sink {target}: raised {type(error).__name__}: {error} at {stage} {step}; continuing")
             has_failed = True
 
     return sink

@@ -1,4 +1,4 @@
-"""The inputs of a stage: data files or the embedded example, tokenizers, models, record order and schedule."""
+"""Inputs of a stage: data files or the embedded example, tokenizers, models, order of records and schedule."""
 
 import dataclasses
 from pathlib import Path
@@ -25,22 +25,22 @@ from rlhf.stages import STAGES
 from rlhf.train.context import Run
 
 _SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "n_positions")
-"""Settings of the section `model` that are fields of shapes."""
+"""Settings in the section `model` that are fields of shapes."""
 
 
 class ModelSpec(NamedTuple):
-    """Shape, tokenizer and digest of a model whose parameters are not read, or not trained yet."""
+    """Shape, tokenizer and digest of a model whose parameters are not read, or are not trained yet."""
 
     config: ModelShape
-    """The shape; its vocabulary's size is meaningless if the tokenizer is not trained yet."""
+    """Shape of the model. The vocabulary size is meaningless if the tokenizer is not trained yet."""
     tokenizer: Tokenizer | None
-    """None if it is not trained yet."""
+    """Tokenizer of the model; None if it is not trained yet."""
     digest: str
-    """`weights_digest`; empty if there are no weights yet."""
+    """Digest of the weights, from `weights_digest`; empty if there are no weights yet."""
 
 
 def embedded_file(run: Run, name: str) -> Path:
-    """Write the embedded example to OUTPUT_DIR/data, note it, and return the path of one of its files."""
+    """Write the embedded example to OUTPUT_DIR/data, with a note, and return the path of one of its files."""
     files = write_embedded(run.config.output_dir / "data")
     path = Path(files._asdict()[name])
     run.note(f"no data file given: using the embedded example, {path}")
@@ -70,7 +70,7 @@ def check_conversations(config: RunConfig, source: Source | None, schema: Schema
 
 
 def open_dataset(run: Run, path: Source, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
-    """Return `load_dataset`, noting oddities, dropped records and those that do not fit `max_length` tokens."""
+    """Return the data set of a file, with notes on findings, dropped records and records longer than `max_length`."""
     dataset = load_dataset(path, schema, tokenizer, run.config.cache_dir)
     for line in dataset.findings.describe(schema, len(dataset)):
         run.note(f"{path}: {line}")
@@ -133,7 +133,7 @@ def read_model_spec(folder: Path, settings: ModelConfig) -> ModelSpec:
     """Return the spec of a language model that a stage starts from.
 
     Raises:
-        UserError: a file is missing or cannot be read, the model is of another kind, or a field set in `settings`
+        UserError: a file is missing or cannot be read, the model is of another kind, or a field in `settings`
             contradicts it.
     """
     config, tokenizer = load_shape(folder)
@@ -142,7 +142,7 @@ def read_model_spec(folder: Path, settings: ModelConfig) -> ModelSpec:
         if setting not in (None, size):
             flag = f"--model.{name.replace('_', '-')} (or the configuration file's)"
             raise UserError(
-                f"{folder}: the model there has {name} {size}, but {flag} is {setting}; drop it, or train anew"
+                f"{folder}: the model there has {name} {size}, but {flag} is {setting}; drop it, or train a new model"
             )
     return ModelSpec(config, tokenizer, weights_digest(folder))
 
@@ -153,7 +153,7 @@ def with_template(config: RunConfig, spec: ModelSpec) -> ModelSpec:
 
 
 def start_folder(config: RunConfig, model_path: Path | None) -> Path:
-    """Return the folder of the SFT model that a stage starts from: `model_path`, or the run's own."""
+    """Return the folder of the SFT model that a stage starts from: `model_path`, or that of the run itself."""
     return model_path or config.output_dir / STAGES["sft"].folder
 
 
@@ -161,13 +161,13 @@ def start_model_spec(config: RunConfig, model_path: Path | None, flag: str, sft:
     """Return the spec of the SFT model that the reward model or PPO starts from.
 
     Args:
-        config: of the run.
-        model_path: the model folder that the user names.
-        flag: the flag of `model_path`.
+        config: configuration of the run.
+        model_path: model folder that the user names.
+        flag: flag of `model_path`.
         sft: spec of the run's own SFT model, if it is trained first.
 
     Raises:
-        UserError: the model is missing or does not fit: see `read_model_spec`.
+        UserError: the model is missing, cannot be read, or does not fit the settings.
     """
     if model_path is None and sft is not None:
         return sft
@@ -177,18 +177,18 @@ def start_model_spec(config: RunConfig, model_path: Path | None, flag: str, sft:
 
 
 def check_validation(path: DataPaths, validation: DataPaths, schema: Schema) -> None:
-    """Raise UserError if there is a validation file without training data, which would be the embedded example."""
+    """Raise UserError if there is a validation file but no training file."""
     if validation is not None and path is None:
         raise UserError(
-            f"{data_files(validation)}: validates what is learnt from a file of {schema.name}; add {schema.flag} FILE"
+            f"{data_files(validation)}: validation data need training data ({schema.name}); add {schema.flag} FILE"
         )
 
 
 def check_data(schema: Schema, path: Source | None, validation: Source | None = None) -> set[str]:
-    """Read data files through; return the keys of the training records, or those of the embedded example.
+    """Read all records of data files, and return the keys of the training records or of the embedded example.
 
     Raises:
-        UserError: a record is not valid.
+        UserError: a record is invalid.
     """
     if validation is not None:
         check_file(validation, schema)
@@ -201,10 +201,10 @@ def record_order(key: Tensor, count: int, first: int, number: int) -> list[int]:
     """Return records first..first+number-1 of an endless sequence of permutations of 0..count-1.
 
     Args:
-        key: [2] int32; each epoch's permutation has a key derived from it.
-        count: records in the data set.
-        first: index in the sequence.
-        number: of records to return.
+        key: [2] int32, from which the key of each epoch is derived.
+        count: number of records in the data set.
+        first: index of the first record in the sequence.
+        number: number of records to return.
     """
     records: list[int] = []
     while len(records) < number:
@@ -224,5 +224,5 @@ def make_schedule(settings: OptimizerConfig, total_steps: int) -> Schedule:
 
 
 def lr_at_step(schedule: Schedule, step: int) -> float:
-    """Return the learning rate of update `step`."""
+    """Return the learning rate of the update with number `step`."""
     return float(schedule(torch.tensor(step)))

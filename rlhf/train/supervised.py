@@ -1,4 +1,4 @@
-"""Supervised training, shared by SFT and reward model: shuffled epochs, and evaluation on held-out records."""
+"""Supervised training of SFT and reward models: shuffled epochs, and evaluation on held-out records."""
 
 import math
 import time
@@ -28,7 +28,7 @@ from rlhf.train.stage_inputs import ModelSpec, lr_at_step, make_schedule, open_d
 from rlhf.types import Tree
 
 _EVAL_RECORDS = 1024
-"""Upper bound on the held-out records that an evaluation reads."""
+"""Maximum number of held-out records that an evaluation reads."""
 
 
 class DataSplit(NamedTuple):
@@ -36,20 +36,20 @@ class DataSplit(NamedTuple):
 
     dataset: Dataset
     train: list[int]
-    """Indices into `dataset`."""
+    """Indices of the training records in `dataset`."""
     validation: Dataset
-    """The data set of the held-out records: the same one, or that of the validation file."""
+    """Data set of the held-out records: the same data set, or that of the validation file."""
     held_out: list[int]
-    """Indices into `validation`."""
+    """Indices of the held-out records in `validation`."""
 
 
 def open_split(
     run: Run, path: Source, validation: Source | None, schema: Schema, settings: SupervisedConfig, model: LanguageModel
 ) -> DataSplit:
-    """Open the data; hold out the validation file's records, or a random share (at least one of two or more).
+    """Open the data and hold out records: those of the validation file, or a random fraction, which is at least one.
 
     Raises:
-        UserError: as `rlhf.data.dataset.load_dataset`, or truncation makes every training pair equal.
+        UserError: a file cannot be read, a record is invalid, or truncation makes every training pair equal.
     """
     max_length = length_limit(settings, model)
     dataset = held_out_data = open_dataset(run, path, schema, model.tokenizer, max_length)
@@ -70,7 +70,7 @@ def open_split(
 
 
 def check_pairs_differ(path: Source, different: int, max_length: int) -> None:
-    """Raise UserError if the number of pairs that are `different` after truncation is 0."""
+    """Raise UserError if no pair is different after truncation; `different` is the number of such pairs."""
     if not different:
         raise UserError(
             f"{path}: after truncation to {max_length} tokens the chosen text equals the rejected one in every pair; "
@@ -79,7 +79,7 @@ def check_pairs_differ(path: Source, different: int, max_length: int) -> None:
 
 
 def _equal_pairs(run: Run, path: Source, dataset: Dataset, max_length: int) -> set[int]:
-    """Return `Dataset.equal_pairs` as a set, and note their number."""
+    """Return the pairs that are equal after truncation, and note their number."""
     equal = set(dataset.equal_pairs(max_length))
     if equal:
         run.note(
@@ -93,13 +93,13 @@ def _note_shared(run: Run, path: Source, train: Dataset, validation: Dataset) ->
     """Note the number of validation records that are also training records."""
     if shared := int(np.isin(validation.digests, train.digests).sum()):
         run.note(
-            f"{path}: {shared} of {len(validation)} records are also among those to learn from; what is measured on "
+            f"{path}: {shared} of {len(validation)} records are also training records; what is measured on "
             "them says nothing about new text"
         )
 
 
 def length_limit(settings: SupervisedConfig, model: LanguageModel | ModelSpec) -> int:
-    """Return the number of tokens kept of one record."""
+    """Return the maximum number of tokens of a record."""
     context = model.config.n_positions
     return min(settings.max_length or context, context)
 
@@ -112,14 +112,14 @@ class TrainPlan(NamedTuple):
 
 
 def make_plan(settings: SupervisedConfig, records: int) -> TrainPlan:
-    """Return the plan for `settings.epochs` passes over `records` records."""
+    """Return the plan of `settings.epochs` passes over a number of records."""
     steps = max(1, math.ceil(settings.epochs * records / settings.batch_size))
     steps = min(steps, settings.max_steps or steps)
     return TrainPlan(steps, make_schedule(settings, steps))
 
 
 def make_adamw(settings: Any, schedule: Schedule, lr_multiplier: Callable[[Tree], Tree] | None = None) -> Optimizer:
-    """Return AdamW with the constants of a section of settings."""
+    """Return AdamW with the settings of a section."""
     return adamw(
         schedule,
         b1=settings.adam_b1,
@@ -144,14 +144,14 @@ def train_supervised(
     """Train for `plan.steps` steps and return the last evaluation.
 
     Args:
-        run: as in `rlhf.train.loop.train`.
-        executor: as in `rlhf.train.loop.train`.
+        run: run of the stage.
+        executor: executor that holds the trained model.
         settings: batch size and evaluation interval.
-        plan: from `make_plan`.
-        split: from `open_split`.
-        batches: (records, key) -> micro-batches of one optimiser step.
-        evaluate: returns metrics of the current parameters on held-out records.
-        identity: as in `rlhf.train.loop.train`.
+        plan: number of steps and schedule, from `make_plan`.
+        split: training and held-out records, from `open_split`.
+        batches: function (records, key) -> micro-batches of one optimiser step.
+        evaluate: function that returns metrics of the current parameters on held-out records.
+        identity: values besides settings that a continuation must share, such as the digest of the data.
     """
     if 0 < settings.warmup_fraction * plan.steps < 1 and settings.warmup_fraction != type(settings)().warmup_fraction:
         flag = flag_of(f"{run.stage.section}.warmup_fraction", settings.warmup_fraction)
