@@ -1,5 +1,6 @@
 """The built documentation: no warning, no broken link, and nothing public that it leaves out."""
 
+import html
 import json
 import re
 import subprocess
@@ -101,6 +102,17 @@ def test_every_public_name_is_documented(documented):
 def test_every_setting_is_documented(documented):
     settings = {name for kind, name in documented if kind == "std:confval"}
     assert flat_fields(PipelineRun()).keys() <= settings
+
+
+def test_settings_have_their_defaults(site):
+    page = html.unescape(re.sub(r"<[^>]+>", "", (site / "reference" / "settings.html").read_text()))
+    defaults = flat_fields(PipelineRun())
+    shown = dict(re.findall(r"\n([a-z_0-9.]+)¶\n[^\n]*; default ([^\n]*)", page))
+    assert {"seed", "ppo.kl_coef", "sft.learning_rate", "dist.num_workers", "compile"} <= shown.keys()
+    for name, text in shown.items():
+        expected = defaults[name]
+        words = str(expected).lower() if isinstance(expected, bool) else str(expected)
+        assert text == ("null" if expected is None else "empty" if expected == () else words), name
 
 
 def test_every_metric_and_health_check_is_documented(documented):

@@ -42,8 +42,8 @@ class _MetricsOf(SphinxDirective):
 
 def _body(metric: Metric) -> str:
     label = metric.label.replace("{}", "<name>")
-    unit = f", in {metric.unit}" if metric.unit else ""
-    return f"**{inline(label, lambda _: None)}**{inline(unit, lambda _: None)}. {_text(metric)}"
+    unit = f" ({metric.unit})" if metric.unit else ""
+    return f"**{inline(label, lambda _: None)}**{inline(unit, lambda _: None)}: {_text(metric)}"
 
 
 def _text(metric: Metric) -> str:
