@@ -219,6 +219,23 @@ def test_the_verdict_of_the_readme_is_that_of_the_results():
     assert f"| {demo['kl']:.1f} nats per reply |" in TEXTS["README.md"]
 
 
+def test_the_figures_of_speed_are_those_of_the_benchmarks():
+    measured = (ROOT / "benchmarks" / "README.md").read_text()
+    ratios = [float(ratio) for ratio in re.findall(r"\| (\d\.\d\d)(?= |;)", measured)]
+    table = [line for line in TEXTS["docs/speed.md"].splitlines() if re.match(r"\| .*(transformers|TRL) ", line)]
+    shown = [cell.strip() for line in table for cell in line.split("|")[3:-1] if cell.strip()]
+    assert len(shown) >= 12
+    (claim,) = re.findall(r"It is also fast: (.*?) on two CPU cores", TEXTS["README.md"])
+    for text in (*shown, *re.findall(r"\d\.\d", claim)):
+        assert any(abs(float(text) - ratio) < 0.051 for ratio in ratios), f"{text} was not measured"
+    for figure in ("449", "387", "0.92"):
+        assert figure in measured
+
+
+def test_the_citation_has_the_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == rlhf.__version__
+
+
 def prose(text: str) -> str:
     """The sentences of a page: no code, tables, headings, equations or links' targets."""
     text = re.sub(r"^ *(```|:::).*?^ *\1.*?$", "", text, flags=re.DOTALL | re.MULTILINE)

@@ -4,14 +4,16 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-import rlhf.train.sft  # noqa: F401  (stages may register metrics of their own)
 from rlhf.metrics import METRICS, Metric
+from rlhf.stages import STAGES, load_program
 
 from .docstrings import inline
 
 
 def setup(app: Sphinx) -> None:
     """Register the object type and the directives."""
+    for stage in STAGES.values():  # whose modules may register metrics
+        load_program(stage)
     app.add_object_type("metric", "metric", objname="metric")
     app.add_directive("metric-table", _MetricTable)
     app.add_directive("metrics-of", _MetricsOf)
