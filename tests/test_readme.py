@@ -228,7 +228,7 @@ def test_the_figures_of_speed_are_those_of_the_benchmarks():
     (claim,) = re.findall(r"It is also fast: (.*?) on two CPU cores", TEXTS["README.md"])
     for text in (*shown, *re.findall(r"\d\.\d", claim)):
         assert any(abs(float(text) - ratio) < 0.051 for ratio in ratios), f"{text} was not measured"
-    for figure in ("449", "387", "0.92"):
+    for figure in ("449k", "387k", "0.915", "6.42"):  # on an H200
         assert figure in measured
 
 
