@@ -156,7 +156,7 @@ print(rlhf.load_run("outputs/group").metrics["ppo"]["objective/scores"].values.r
 
 # %% [markdown]
 # For the command line, a `train.py` of three lines is `rlhf-train` with your additions; see
-# [Add your own](../add_your_own.md#an-estimator).
+# [Add your own](../add_your_own.md#your-train-py).
 #
 # ## A loss
 #

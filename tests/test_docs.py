@@ -1,5 +1,6 @@
 """The built documentation: no warning, no broken link, and nothing public that it leaves out."""
 
+import html
 import json
 import re
 import subprocess
@@ -16,13 +17,15 @@ from rlhf.estimators import ESTIMATORS
 from rlhf.metrics import METRICS, describe
 from rlhf.monitor.health import CHECKS
 from rlhf.ranges import flat_fields
-from rlhf.stages import pipeline_names
+from rlhf.stages import STAGES, pipeline_names
 
 pytest.importorskip("furo", reason="the extra docs is not installed (pip install 'rlhf[docs]')")
 pytest.importorskip("myst_parser", reason="the extra docs is not installed (pip install 'rlhf[docs]')")
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
+BUILT_IN = [name for name, stage in STAGES.items() if str(stage.program).startswith("rlhf.")]
+"""Stages of the library; other tests register theirs."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,29 @@ def test_every_public_name_is_documented(documented):
 
 def test_every_setting_is_documented(documented):
     settings = {name for kind, name in documented if kind == "std:confval"}
-    assert flat_fields(PipelineRun()).keys() <= settings
+    for config in (PipelineRun, *(STAGES[name].config for name in BUILT_IN)):
+        assert flat_fields(config()).keys() <= settings
+
+
+def test_settings_have_their_defaults(site):
+    page = html.unescape(re.sub(r"<[^>]+>", "", (site / "reference" / "settings.html").read_text()))
+    defaults = flat_fields(PipelineRun())
+    shown = dict(re.findall(r"\n([a-z_0-9.]+)¶\n[^\n]*; default ([^\n]*)", page))
+    assert {"seed", "ppo.kl_coef", "sft.learning_rate", "dist.num_workers", "compile"} <= shown.keys()
+    for name, text in ((name, text) for name, text in shown.items() if name in defaults):
+        expected = defaults[name]
+        if isinstance(expected, tuple):
+            words = " ".join(map(str, expected)) or "empty"
+        else:
+            words = (
+                {None: "null", True: "true", False: "false"}.get(expected, "") if is_word(expected) else str(expected)
+            )
+        assert text == words, name
+
+
+def is_word(value):
+    """True for what YAML writes as a word; 0 and 1 are equal to words and are none."""
+    return value is None or isinstance(value, bool)
 
 
 def test_every_metric_and_health_check_is_documented(documented):
@@ -122,7 +147,7 @@ def test_the_pages_of_the_methods_have_every_metric_that_is_logged(site):
             assert key in listed or prefix in listed, f"{stage}: {describe(key).label} ({key}) is not on its page"
 
 
-@pytest.mark.parametrize("stage", pipeline_names())
+@pytest.mark.parametrize("stage", BUILT_IN)
 def test_every_stage_has_a_page(stage):
     assert (METHODS / f"{stage}.md").is_file()
 
@@ -131,8 +156,8 @@ def test_every_stage_has_a_page(stage):
     "name", [name for name, entry in ESTIMATORS.items() if entry.function.__module__[:5] == "rlhf."]
 )
 def test_every_estimator_has_a_page(name):
-    told = any(f"--ppo.estimator {name}`" in page.read_text() for page in METHODS.glob("*.md"))
-    assert told or (METHODS / f"{name}.md").is_file()
+    flag = re.compile(rf"--ppo\.estimator {re.escape(name)}(?![\w+-])")
+    assert any(flag.search(page.read_text()) for page in METHODS.glob("*.md")) or (METHODS / f"{name}.md").is_file()
 
 
 def test_the_health_checks_have_their_symptoms():

@@ -96,6 +96,16 @@ def _string(node: ast.stmt | None) -> str:
 def setup(app: Sphinx) -> None:
     """Write the pages when the build begins."""
     app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir) / "reference" / "api"))
+    app.connect("missing-reference", _resolve_exported)
+
+
+def _resolve_exported(app: Sphinx, env, node, content):
+    """Resolve `rlhf.gae` to the function in its module."""
+    target = exported().get(node.get("reftarget", "").removeprefix("rlhf."))
+    if target is None or node.get("refdomain") != "py":
+        return None
+    domain, page = env.get_domain("py"), node.get("refdoc", env.docname)
+    return domain.resolve_xref(env, page, app.builder, "obj", target, node, content)
 
 
 def write_pages(folder: Path) -> None:

@@ -4,14 +4,16 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-import rlhf.train.sft  # noqa: F401  (stages may register metrics of their own)
 from rlhf.metrics import METRICS, Metric
+from rlhf.stages import STAGES, load_program
 
 from .docstrings import inline
 
 
 def setup(app: Sphinx) -> None:
     """Register the object type and the directives."""
+    for stage in STAGES.values():  # whose modules may register metrics
+        load_program(stage)
     app.add_object_type("metric", "metric", objname="metric")
     app.add_directive("metric-table", _MetricTable)
     app.add_directive("metrics-of", _MetricsOf)
@@ -42,8 +44,8 @@ class _MetricsOf(SphinxDirective):
 
 def _body(metric: Metric) -> str:
     label = metric.label.replace("{}", "<name>")
-    unit = f", in {metric.unit}" if metric.unit else ""
-    return f"**{inline(label, lambda _: None)}**{inline(unit, lambda _: None)}. {_text(metric)}"
+    unit = f" ({metric.unit})" if metric.unit else ""
+    return f"**{inline(label, lambda _: None)}**{inline(unit, lambda _: None)}: {_text(metric)}"
 
 
 def _text(metric: Metric) -> str:

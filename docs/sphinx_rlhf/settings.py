@@ -14,6 +14,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from rlhf.config import RunConfig
 from rlhf.ranges import bounds_of
 from rlhf.stages import STAGES
 
@@ -23,6 +24,7 @@ from .docstrings import inline
 def setup(app: Sphinx) -> None:
     """Register the directives."""
     app.add_directive("settings", _Settings)
+    app.add_directive("section-settings", _SectionSettings)
     app.add_directive("stage-settings", _StageSettings)
 
 
@@ -37,6 +39,18 @@ class _Settings(SphinxDirective):
         kind = getattr(importlib.import_module(module), name)
         prefix = self.arguments[1] if len(self.arguments) > 1 else ""
         return self.parse_text_to_nodes(markdown_of(kind, prefix, self.options.get("only")))
+
+
+class _SectionSettings(SphinxDirective):
+    """The sections that all stages share."""
+
+    def run(self) -> list[nodes.Node]:
+        parts = []
+        for field in dataclasses.fields(RunConfig):
+            if dataclasses.is_dataclass(field.type):
+                parts += [f"### `{field.name}`", inspect.getdoc(field.type) or ""]
+                parts.append(markdown_of(field.type, f"{field.name}."))
+        return self.parse_text_to_nodes("\n\n".join(parts), allow_section_headings=True)
 
 
 class _StageSettings(SphinxDirective):
@@ -117,8 +131,6 @@ def _default(field: dataclasses.Field[Any]) -> str:
     value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "empty"
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, float)
-        else repr(value)
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value) if isinstance(value, float) else str(value)

@@ -4,6 +4,7 @@ A link to a file or name that does not exist is a warning, and so fails the buil
 """
 
 import ast
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def line_of(path: str, name: str) -> int | None:
             return None
         body = getattr(node, "body", [])
     return 1 if node is None else node.lineno
+
+
+def digest_of_code() -> str:
+    """Return a digest of the library and of this extension."""
+    digest = hashlib.sha256()
+    for folder in ("rlhf", "cli", "docs/sphinx_rlhf", "docs/results"):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            if path.suffix in (".py", ".json"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _names(node: ast.stmt) -> list[str]:
