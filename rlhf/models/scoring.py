@@ -115,7 +115,8 @@ def make_frozen_cast(shapes: Mapping[str, ModelShape], dtype: torch.dtype) -> Ca
     Example:
         >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
         >>> reference = rlhf.gpt2.init(config, key=rlhf.random.key(0))
-        >>> make_frozen_cast({"reference": config}, torch.bfloat16)("reference", reference)["wte"]["weight"].dtype
+        >>> cast = make_frozen_cast({"reference": config}, torch.bfloat16)
+        >>> cast("reference", reference)["h"][0]["mlp"]["c_fc"]["weight"].dtype
         torch.bfloat16
     """
 
