@@ -59,20 +59,22 @@ class PairBatch(NamedTuple):
 
 
 @documented
+@documented
 class CompletionPairBatch(NamedTuple):
     """Preference pairs whose completions have their log-probs compared; sequence 2i is chosen, 2i + 1 rejected."""
 
     rows: Rows
+    """Packed sequences."""
     predictors: Tensor
-    """[C] int64: the position that predicts each completion token."""
+    """[C] int64: position that predicts each completion token."""
     targets: Tensor
-    """[C] int64: the completion tokens."""
+    """[C] int64: completion tokens."""
     sequences: Tensor
-    """[C] int64: the sequence that each token belongs to."""
+    """[C] int64: sequence that each token belongs to."""
     ref_chosen: Tensor
     """[B] float32, nats: log-prob of the chosen completion under the reference."""
     ref_rejected: Tensor
-    """[B] float32, nats: of the rejected one."""
+    """[B] float32, nats: log-prob of the rejected completion under the reference."""
     mask: Tensor
     """[B] bool: False on padding."""
 

@@ -258,7 +258,13 @@ def clip_ratio(function: str, ratio: Tensor, clip_eps: float | Tensor, clip_eps_
 
 
 def weighted_sum(function: str, per_entry: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the weighted sum of the entries, which are 0 where the mask is False. The weights are constant.
+    """Return the weighted sum of entries. The weights are constant.
+
+    Args:
+        function: name of the calling function, for errors.
+        per_entry: [...] float, 0 where the mask is False; differentiated.
+        mask: [...] bool.
+        weights: factors that broadcast to the mask. None stands for 1.
 
     Raises:
         ValueError: `function` got weights that do not broadcast to the mask.

@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from rlhf.field_docs import documented
+
 SAND_PERPLEXITY = 0.75
 """Perplexity, as a share of the unigram model's, above which a language model has learnt little more than which tokens
 are frequent. Ours on 1,600 sentences reach 0.4 to 0.6."""
@@ -11,18 +13,21 @@ _ONE_SIDED = 1.645
 """Standard errors that a figure exceeds by chance in one case of twenty."""
 
 
+@documented
 class Verdict(NamedTuple):
-    """A sentence about a model, and whether the next stage can build on it."""
+    """Verdict on a model."""
 
     text: str
+    """One sentence with its evidence and, where something is wrong, the remedy."""
     sound: bool = True
+    """True if the next stage can build on the model."""
 
 
 def sft_verdict(perplexity: float, unigram: float, records: int) -> Verdict:
     """Return the verdict on a language model by its perplexity on held-out demonstrations.
 
     Args:
-        perplexity: per token.
+        perplexity: perplexity per token.
         unigram: perplexity of the model that knows only how often each token occurs.
         records: number of held-out demonstrations.
 
@@ -88,11 +93,17 @@ def ppo_verdict(
     Args:
         score_before: mean score of the first iterations.
         score: mean score of the last iterations.
-        kl: of the last iterations, nats per completion.
-        budget: nats per completion that the run may spend.
+        kl: mean KL of the last iterations, in nats per completion.
+        budget: KL budget of the run, in nats per completion.
         ended: share of completions that end by themselves.
-        must_end: whether they should.
-        unit: of the score: "standard deviations" or "reward units".
+        must_end: True if they should.
+        unit: unit of the score: "standard deviations" or "reward units".
+
+    Example:
+        >>> ppo_verdict(
+        ...     score_before=0.1, score=1.4, kl=40.0, budget=10.0, ended=0.9, must_end=True, unit="standard deviations"
+        ... ).sound
+        False
     """
     moved = f"from {score_before:+.2f} to {score:+.2f} {unit} at a KL of {kl:.3g} nats per completion"
     if kl > 1.5 * budget:
@@ -127,6 +138,11 @@ def policy_verdict(
         against: name of the other model.
         is_own_reward: True if the judge is the reward model that the policy was trained on.
         ended: share of the policy's completions that end by themselves.
+
+    Example:
+        >>> wins = (0.7, 0.6, 0.8)  # win rate and its interval
+        >>> policy_verdict(judge="gold", wins=wins, prompts=100, against="sft", is_own_reward=False, ended=1.0).text
+        'The policy is preferred to sft by gold: it wins on 70% of 100 prompts (95% interval 60% to 80%).'
     """
     rate, low, high = wins
     verb = "is preferred to" if low > 0.5 or (math.isnan(low) and rate > 0.5) else ""

@@ -26,7 +26,7 @@ def loss_weights(lengths: Tensor, *, per: LossPer = "token", length: float | Non
 
     Args:
         lengths: [B] int64, tokens of each sequence that count; a sequence without any has weight 0.
-        per: what the mean is taken over.
+        per: unit that the mean is taken over.
         length: the constant length L in tokens, such as the longest that a completion may be; for "constant" only.
 
     Returns:

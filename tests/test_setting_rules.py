@@ -72,6 +72,8 @@ ALWAYS: dict[type, dict[str, str]] = {
         "preference_data": "what is learnt",
         "preference_val_data": "what is held out; refused without --preference-data",
         "prompt_data": "what is completed",
+        "model.n_kv_head": "the shape; refused by families without",
+        "model.n_inner": "the shape; refused by families without",
         "sft.loss_on": "the loss",
         "sft.dropout": "the loss",
         "reward.centre_coef": "the loss",
@@ -242,7 +244,7 @@ def test_the_defaults_and_the_shipped_presets_are_neither_refused_nor_told(kind,
 
 def test_what_all_stages_share_is_told_by_the_first():
     config = parse(["pipeline", "--dist.timeout-s", "7"])
-    assert [len(check_settings(config, stage)) for stage in STAGES.values()] == [1, 0, 0]
+    assert [len(check_settings(config, stage)) for stage in STAGES.values()] == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -302,6 +304,7 @@ def test_there_are_list_flags_to_test():
         "ppo.reward",
         "test_data",
         "judge",
+        "best_of",
         "decoding",
         "prompt",
         "log_dir",

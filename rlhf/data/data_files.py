@@ -57,7 +57,7 @@ class DataFiles(NamedTuple):
 
 
 Source = Path | DataFiles
-"""What functions that read data take: one file or folder of shards, or several with their columns."""
+"""Argument of functions that read data: one file or folder of shards, or several with their columns."""
 
 
 def data_files(paths: Path | Sequence[Path] | None, columns: Sequence[str] = ()) -> DataFiles | None:

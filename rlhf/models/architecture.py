@@ -120,7 +120,7 @@ _MODULES = {
     "qwen3": ("rlhf.models.llama", "QWEN3"),
     "gpt_neox": ("rlhf.models.gpt_neox", "ARCHITECTURE"),
 }
-"""By `model_type`: the module, and the name of the architecture in it."""
+"""Module of each `model_type`, and the name of the architecture in it."""
 
 _REGISTERED: dict[str, Architecture] = {}
 

@@ -14,17 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.field_docs import documented
 from rlhf.models.rope_config import RopeScaling
 from rlhf.ops import upcast
 
 
+@documented
 class Rotation(NamedTuple):
-    """Angles of positions, computed once for all layers; float32."""
+    """Rotation of positions, computed once for all layers."""
 
     cos: Tensor
-    """[..., 1, R / 2], the axis of length 1 for the heads."""
+    """[..., 1, R / 2] float32: cosines of the angles; the axis of length 1 stands for the heads."""
     sin: Tensor
-    """Same."""
+    """[..., 1, R / 2] float32: sines of the angles."""
 
 
 def rotary_frequencies(width: int, *, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:

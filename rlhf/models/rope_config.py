@@ -3,24 +3,26 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rlhf.field_docs import documented
+
 _PARTS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-"""The numbers of each way to scale; llama3 also has `original_max_position_embeddings`."""
+"""Numbers of each kind of scaling; llama3 also has `original_max_position_embeddings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are lowered for a longer context, in the names of `rope_scaling` in config.json."""
+    """Scaling of rotary frequencies for a longer context, in the names of `rope_scaling` in config.json."""
 
     rope_type: str
-    """linear divides all frequencies by `factor`; llama3 only those of long waves (see `rlhf.models.rope`)."""
+    """Kind of scaling: linear divides all frequencies by `factor`, llama3 only those of long waves."""
     factor: float
-    """At least 1."""
+    """Factor of the longer context, at least 1."""
     low_freq_factor: float = 1.0
     """Waves longer than the original context divided by it are long."""
     high_freq_factor: float = 4.0
     """Waves shorter than the original context divided by it keep their frequency."""
     original_max_position_embeddings: int = 8192
-    """The context before scaling, in tokens."""
+    """Context before scaling, in tokens."""
 
     def __post_init__(self) -> None:
         if self.rope_type not in _PARTS:
@@ -36,12 +38,14 @@ class RopeScaling:
             )
 
 
+@documented
 class Rope(NamedTuple):
     """Rotary position embeddings as config.json describes them."""
 
     theta: float
     """Base of the wavelengths."""
     scaling: RopeScaling | None
+    """Scaling of the frequencies; None if there is none."""
     partial_rotary_factor: float
     """Share of each head that is rotated."""
 

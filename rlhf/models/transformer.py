@@ -1,7 +1,7 @@
-"""What transformer decoders share around their blocks: whole sequences, prompts into a cache, one token at a time.
+"""Passes of transformer decoders around their blocks: whole sequences, prompts into a cache, one token at a time.
 
-A family says what its blocks do (`Transformer`) and binds the functions here to it. The blocks get a function that
-attends: over packed rows, over prompts, or over a key-value cache.
+A family defines its blocks (`Transformer`) and binds these functions to them. The blocks receive a function for
+attention: over packed rows, over prompts, or over a key-value cache.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import check_integer, check_rank, check_same_shape, check_value
+from rlhf.field_docs import documented
 from rlhf.models.attention import (
     KVCache,
     attention_layout,
@@ -30,6 +31,7 @@ Drop = Callable[[Tensor, int], Tensor]
 """(x, site) -> x with dropout, applied to whatever enters the residual stream."""
 
 
+@documented
 class Transformer(NamedTuple):
     """A family of transformer decoders."""
 

@@ -1,4 +1,4 @@
-"""What a run's log says about it beside metrics: settings, provenance, units, verdicts; and its evaluation."""
+"""Facts of a run beside its metrics: settings, provenance, units and verdicts from the log, and its evaluation."""
 
 import dataclasses
 from collections.abc import Sequence

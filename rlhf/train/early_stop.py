@@ -25,7 +25,7 @@ def find_failure(
 
     Args:
         history: metrics of the steps so far, or of those since the run was resumed, the oldest first.
-        kl_budget: of PPO, nats per completion.
+        kl_budget: budget of PPO in nats per completion.
         loss: name of the training loss of a supervised stage.
 
     Example:

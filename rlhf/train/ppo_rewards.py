@@ -26,10 +26,10 @@ def score_sources(
     `reward/disagreement` is the standard deviation over them.
 
     Args:
-        settings: the ppo section.
-        sources: of the reward.
-        model_scores: [B, K] of the reward models among them, in order.
-        prompts: of the completions: texts, or lists of messages.
+        settings: settings of PPO.
+        sources: reward sources.
+        model_scores: [B, K] scores of the reward models among them, in order.
+        prompts: texts or lists of messages, one for each completion.
         completions: the completions, in the form of their prompts (`rlhf.data.conversations.as_completion`).
         columns: each completion's record of the prompt file.
     """

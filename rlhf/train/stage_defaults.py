@@ -30,7 +30,7 @@ _MISSING_EOS_PENALTY = 1.0
 
 
 class StartFacts(NamedTuple):
-    """What the manifest of a model says about its training."""
+    """Facts about the training of a model, from its manifest."""
 
     pretrained: bool
     """True unless rlhf trained it from random weights."""
@@ -101,8 +101,8 @@ def choose_settings(run: Run, config: Any, chosen: dict[str, Any], reason: str) 
     """Return the configuration with values for settings that are None, after noting them; the run has it too.
 
     Args:
-        run: of the stage.
-        config: of the run.
+        run: run of the stage.
+        config: configuration of the run.
         chosen: values by dotted name; those of settings that are set are ignored.
         reason: what the values follow from, in words for the user.
     """

@@ -56,10 +56,10 @@ def check_conversations(config: RunConfig, source: Source | None, schema: Schema
     """Raise UserError if files hold conversations, and neither the settings nor the tokenizer have a chat template.
 
     Args:
-        config: of the run.
-        source: the checked files; None if there are none.
-        schema: their kind.
-        tokenizer: of the model; None if it is not trained yet.
+        config: configuration of the run.
+        source: checked files; None if there are none.
+        schema: kind of their records.
+        tokenizer: tokenizer of the model; None if it is not trained yet.
     """
     record = None if source is None else next(read_checked(source, schema))
     if record is None or not holds_conversations(record) or config.data.template is not None:
