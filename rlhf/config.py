@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval, Le
 
+from rlhf.ppo_config import PPOConfig
 from rlhf.ranges import (
     BatchSize,
     NonNegativeInt,
@@ -22,7 +23,7 @@ from rlhf.ranges import (
     ThreadCount,
     UnitInterval,
 )
-from rlhf.stage_config import DPOConfig, OptimizerConfig, PPOConfig, RewardConfig, SFTConfig, SupervisedConfig
+from rlhf.stage_config import DPOConfig, OptimizerConfig, RewardConfig, SFTConfig, SupervisedConfig
 
 __all__ = [
     "CheckpointConfig",

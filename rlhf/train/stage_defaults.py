@@ -104,7 +104,7 @@ def choose_settings(run: Run, config: Any, chosen: dict[str, Any], reason: str) 
         run: run of the stage.
         config: configuration of the run.
         chosen: values by dotted name; those of settings that are set are ignored.
-        reason: what the values follow from, in words for the user.
+        reason: grounds of the values, in words for the user.
     """
     fields = flat_fields(config)
     values = {name: value for name, value in chosen.items() if fields[name] is None and value is not None}
