@@ -54,7 +54,8 @@ def test_what_a_record_says_exists(stage):
     settings = flat_fields(stage.config())
     named = {stage.data, *stage.files, *stage.sources.values()}
     assert named <= settings.keys()
-    assert set(stage.files.values()) <= {"data", "validation", "tokenizer", "model", "sources", "estimator", "loss"}
+    kinds = {"data", "validation", "tokenizer", "template", "model", "sources", "estimator", "loss"}
+    assert set(stage.files.values()) <= kinds
     assert stage.schema in {schema.name for schema in (DEMONSTRATIONS, PREFERENCES, PROMPTS)}
     assert isinstance(load_program(stage), StageProgram)
     assert all(any(name.startswith(prefix) for name in settings) for prefix in stage.own_settings)
@@ -161,7 +162,7 @@ def test_the_pipeline_runs_it_and_its_check_gets_what_earlier_stages_will_leave(
     assert Order.stages == ["sft", "reward", "ppo", "bytes"]
     assert received[-1] == {"sft": 16, "reward": 16, "ppo": 16}
     assert result.model == tmp_path / "run" / "frequencies"
-    states = [event["event"] for event in rlhf.load_run(tmp_path / "run").events]
+    states = [event["event"] for event in rlhf.load_run(tmp_path / "run").events if event["event"] != "verdict"]
     assert states == ["start", "end"] * 4
     alone = dataclasses.replace(config, output_dir=tmp_path / "alone")
     rlhf.train.run(alone)
