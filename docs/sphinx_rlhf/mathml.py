@@ -9,7 +9,14 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 _logger = logging.getLogger(__name__)
-_SYNONYMS = {r"\dots": r"\ldots", r"\lVert": r"\|", r"\rVert": r"\|", r"\bigm": r"\big", r"\tfrac": r"\frac"}
+_SYNONYMS = {
+    r"\dots": r"\ldots",
+    r"\texttt": r"\text",
+    r"\lVert": r"\|",
+    r"\rVert": r"\|",
+    r"\bigm": r"\big",
+    r"\tfrac": r"\frac",
+}
 """Commands that docutils does not know, with what it calls them."""
 
 
