@@ -34,7 +34,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build docs/reference/api docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Without an NVIDIA GPU, PyTorch's own index has a build without several GB of CUDA; where it cannot be reached, or
 # has none for this machine, the next line takes what the default index has.

@@ -182,7 +182,8 @@ def known_flags() -> set[str]:
     stages = [stage.config for stage in STAGES.values()]
     kinds = (PipelineRun, *stages, EvaluateConfig, GenerateConfig, Monitor, Example)
     flags = {flag for kind in kinds for flag, _ in flag_types(kind)}
-    return flags | {"--help", "--plot-type", "--no-stop-at-eos"}
+    negated = {".no-".join(flag.rsplit(".", 1)) for flag in flags if "." in flag}
+    return flags | negated | {"--help"}
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -1,6 +1,7 @@
 """Reference pages of the public modules, written from their syntax trees before Sphinx reads its sources."""
 
 import ast
+import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,9 +101,14 @@ def setup(app: Sphinx) -> None:
 
 
 def _resolve_exported(app: Sphinx, env, node, content):
-    """Resolve `rlhf.gae` to the function in its module."""
-    target = exported().get(node.get("reftarget", "").removeprefix("rlhf."))
-    if target is None or node.get("refdomain") != "py":
+    """Resolve `rlhf.gae`, and any other name that a module has from another one, to where it is defined."""
+    module, _, name = node.get("reftarget", "").rpartition(".")
+    if node.get("refdomain") != "py" or not module.startswith("rlhf"):
+        return None
+    try:
+        found = getattr(importlib.import_module(module), name)
+        target = f"{found.__module__}.{found.__qualname__}"
+    except (ImportError, AttributeError):
         return None
     domain, page = env.get_domain("py"), node.get("refdoc", env.docname)
     return domain.resolve_xref(env, page, app.builder, "obj", target, node, content)

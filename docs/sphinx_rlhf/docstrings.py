@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 _SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Example|Examples|Attributes):\n", re.MULTILINE)
 _ENTRY = re.compile(r"^(\*{0,2}\w+(?:, \w+)*): ", re.MULTILINE)
-_CODE = re.compile(r"`[^`]+`")
+_CODE = re.compile(r"`[^`]+`|https?://[^\s<>]*[^\s<>.,;:)]")
 
 Link = Callable[[str], str | None]
 """Name in backticks -> the full name of the object that it refers to, or None."""
@@ -42,11 +42,17 @@ def inline(text: str, link: Link) -> str:
     """Return one paragraph of prose as Markdown, with names in backticks linked."""
     pieces, last = [], 0
     for match in _CODE.finditer(text):
-        name = match.group()[1:-1]
-        target = link(name)
-        pieces += [_escape(text[last : match.start()]), f"{{py:obj}}`{name} <{target}>`" if target else match.group()]
+        pieces += [_escape(text[last : match.start()]), _linked(match.group(), link)]
         last = match.end()
     return "".join((*pieces, _escape(text[last:])))
+
+
+def _linked(code: str, link: Link) -> str:
+    """Return an address, or a name in backticks, as a link where it leads somewhere."""
+    if not code.startswith("`"):
+        return f"<{code}>"
+    target = link(code[1:-1])
+    return f"{{py:obj}}`{code[1:-1]} <{target}>`" if target else code
 
 
 def _escape(text: str) -> str:
@@ -62,7 +68,8 @@ def _prose(text: str, link: Link) -> str:
         if all(line.startswith("    ") for line in block.splitlines()):
             blocks.append(_fence(textwrap.dedent(block)))
         elif block.startswith("Source:"):
-            blocks.append("**Source.**" + inline(block.removeprefix("Source:"), link))
+            text = block.removeprefix("Source:").strip()
+            blocks.append(f"**Source.** {inline(text[0].upper() + text[1:], link)}")
         else:
             blocks.append(inline(block, link))
     return "\n\n".join(blocks)

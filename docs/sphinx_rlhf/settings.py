@@ -57,10 +57,11 @@ class _StageSettings(SphinxDirective):
     """The section of every registered stage, and the settings that only its run has."""
 
     def run(self) -> list[nodes.Node]:
-        parts = []
+        parts, shown = [], {f.name for f in dataclasses.fields(RunConfig)}
         for stage in STAGES.values():
             section = next(f.type for f in dataclasses.fields(stage.config) if f.name == stage.name)
-            own = [n for n in stage.files if "." not in n]
+            own = [n for n in stage.files if "." not in n and n not in shown]
+            shown |= set(own)
             parts += [f"### `{stage.name}`", stage.help, markdown_of(stage.config, "", only=own)]
             parts.append(markdown_of(section, f"{stage.name}."))
         return self.parse_text_to_nodes("\n\n".join(parts), allow_section_headings=True)
