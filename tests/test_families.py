@@ -152,6 +152,8 @@ def test_derivatives_of_a_whole_model_exist_forward_backward_twice_and_mapped(co
     torch.testing.assert_close(slope, product(gradient, along), rtol=1e-9, atol=1e-9)
     _, bent = jvp(grad(loss), (params,), (along,))
     curvature = product(bent, along)
+    _, forward_twice = jvp(lambda p: jvp(loss, (p,), (along,))[1], (params,), (along,))
+    torch.testing.assert_close(forward_twice, curvature, rtol=1e-9, atol=1e-9)
     step = 1e-4
     moved = [loss(tree_map(lambda leaf, d, s=s: leaf + s * d, params, along)) for s in (step, 0, -step)]
     torch.testing.assert_close(curvature, (moved[0] - 2 * moved[1] + moved[2]) / step**2, rtol=1e-4, atol=1e-4)

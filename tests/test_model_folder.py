@@ -336,7 +336,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
     "config not UTF-8": ("lm", written("config.json", b'{"\xff": 1}'), ["config.json: cannot be read"]),
     "no weights": ("lm", written("model.safetensors", None), ["model.safetensors: no such file", "safetensors alone"]),
     "no tokenizer": ("lm", written("tokenizer.json", None), ["has neither tokenizer.json nor"]),
-    "another family": ("lm", configured(model_type="llama"), ["model_type is 'llama'", "expected one of gpt2"]),
+    "another family": ("lm", configured(model_type="mamba"), ["model_type is 'mamba'", "expected one of gpt2"]),
     "no layers": (
         "lm",
         configured(architectures=["GPT2DoubleHeadsModel"]),

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf.transforms import reference_needed
+
 _ALIGNMENT = 64
 """Multiple to which an embedding's rows are padded on GPUs: their matrix units cannot write rows of 50,257 logits."""
 _NO_TOKEN = -1e30
@@ -53,11 +55,16 @@ def pack_linear(reference: Function, p: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layer_norm(reference: Function, x: Tensor, p: dict[str, Tensor], *, eps: float) -> Tensor:
-    """Sum the gradients of weight and bias by row first in compiled code of low precision."""
-    if x.dtype == torch.float32 or not torch.compiler.is_compiling():
+    """Run torch's kernel, except where it is differentiated forward: torch's second derivative is wrong there.
+
+    In compiled code of low precision the gradients of weight and bias are summed by row first.
+    """
+    if torch.compiler.is_compiling() and x.dtype != torch.float32:
+        weight, bias = (p[name].expand(len(x), 1, -1) for name in ("weight", "bias"))
+        return F.layer_norm(x, (x.shape[-1],), eps=eps) * weight + bias
+    if not torch.compiler.is_compiling() and reference_needed(x, p["weight"], p["bias"]):
         return reference(x, p, eps=eps)
-    weight, bias = (p[name].expand(len(x), 1, -1) for name in ("weight", "bias"))
-    return F.layer_norm(x, (x.shape[-1],), eps=eps) * weight + bias
+    return F.layer_norm(x, (x.shape[-1],), p["weight"], p["bias"], eps)
 
 
 def gelu(reference: Function, x: Tensor) -> Tensor:

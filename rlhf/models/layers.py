@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.accelerate import accelerated
+from rlhf.ops import upcast
 from rlhf.random import uniform
 from rlhf.types import Params
 
@@ -66,7 +67,10 @@ def layer_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
         >>> layer_norm(torch.tensor([1.0, 3.0]), {"weight": torch.ones(2), "bias": torch.zeros(2)}, eps=1e-12)
         tensor([-1.,  1.])
     """
-    return F.layer_norm(x, (x.shape[-1],), p["weight"], p["bias"], eps)
+    wide = upcast(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (normed * p["weight"] + p["bias"]).to(x.dtype)
 
 
 def rms_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
