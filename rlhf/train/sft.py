@@ -208,6 +208,7 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Source]:
         model = model._replace(tokenizer=chat_tokenizer(model.tokenizer, config.data))
         return model, model_spec.digest, given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
     path = given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
+    check_conversations(config, given_files(config, config.sft_data), DEMONSTRATIONS, model_spec.tokenizer)
     tokenizer = chat_tokenizer(model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS), config.data)
     for line in tokenizer.notes:
         run.note(line)
