@@ -54,7 +54,7 @@ def test_what_a_record_says_exists(stage):
     settings = flat_fields(stage.config())
     named = {stage.data, *stage.files, *stage.sources.values()}
     assert named <= settings.keys()
-    assert set(stage.files.values()) <= {"data", "validation", "tokenizer", "model", "sources"}
+    assert set(stage.files.values()) <= {"data", "validation", "tokenizer", "template", "model", "sources"}
     assert stage.schema in {schema.name for schema in (DEMONSTRATIONS, PREFERENCES, PROMPTS)}
     assert isinstance(load_program(stage), StageProgram)
     assert all(any(name.startswith(prefix) for name in settings) for prefix in stage.own_settings)
