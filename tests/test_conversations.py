@@ -104,6 +104,8 @@ BAD_RECORDS = {
     "mixed": (PREFERENCES, {"prompt": [ASK], "chosen": "a", "rejected": "b"}, "give all as texts or all as lists"),
     "surrogate": (PROMPTS, {"prompt": [user("\udc80")]}, "'prompt' has the lone surrogate \\udc80"),
     "ShareGPT": (DEMONSTRATIONS, {"messages": [{"from": "human", "value": "a"}]}, "needs 'role' and 'content'"),
+    "written list": (DEMONSTRATIONS, {"messages": "[{'role': 'user'"}, "'messages' is a list of messages written as a"),
+    "written prompt": (PROMPTS, {"prompt": '[{"content": "a"}]'}, "'prompt' is a list of messages written as a text"),
     "no messages": (PROMPTS, {"prompt": []}, "'prompt' must be a text, got list"),
 }
 
