@@ -975,6 +975,20 @@ MUTANTS = [
         ("rms norm: no eps", 'p["weight"], eps)\n\n\ndef swiglu', 'p["weight"], 0.0)\n\n\ndef swiglu'),
         ("linear: no bias", 'F.linear(x, p["weight"], p.get("bias"))', 'F.linear(x, p["weight"])'),
     ),
+    *mutants(
+        "data.chat_tokens",
+        ("learnt: end of turn is not", "return places[-1] + 1\n", "return places[-1]\n"),
+        ("learnt: what others wrote", "end = 0 if number % 2 else", "end = 0 if not number % 2 else"),
+        ("specials of contents are taken", "return pattern.sub(lambda match: match[0] + mark, value)", "return value"),
+        (
+            "boundary: without the beginning of an answer",
+            "turns[:number], whole, add_generation_prompt=True",
+            "turns[:number], whole",
+        ),
+        ("prefix: not checked", "if not whole.startswith(text):", "if False:"),
+        ("pair: the prompt ends with the first answer", "boundary if shares_prompt else spans[0][0]", "spans[0][0]"),
+        ("turns of the prompt are learnt", "if number >= first and turn", "if turn"),
+    ),
     *mutants("models.forward", ("left padding counted", "(real.cumsum(dim=1) - 1)", "real.cumsum(dim=1)")),
     *mutants(
         "train.sft",

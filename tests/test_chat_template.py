@@ -9,7 +9,9 @@ import jinja2
 import pytest
 from chat_templates import CONVERSATIONS, TEMPLATES, user, write_tokenizer
 
+from rlhf.config import DataConfig
 from rlhf.data.chat_tokens import encode_chat
+from rlhf.data.encoding import chat_tokenizer
 from rlhf.errors import UserError
 from rlhf.io.chat_template import ChatTemplate, load_template
 from rlhf.io.model_folder import _stopping
@@ -119,6 +121,14 @@ def test_the_turn_of_every_template_ends_with_its_own_token(both):
     end = {"llama": "<|eot_id|>"}.get(name, "<|im_end|>")
     assert ours.end_of_turn_id == ours._backend.token_to_id(end)
     assert ours.end_of_turn_id in ours.stop_ids
+
+
+def test_a_template_whose_tokens_the_vocabulary_lacks_is_refused_with_its_flag(tokenizer):
+    with pytest.raises(UserError) as caught:
+        chat_tokenizer(tokenizer, DataConfig(template="chatml"))
+    assert "--data.template chatml: the template writes <|im_start|>, which is no token" in str(caught.value)
+    assert chat_tokenizer(tokenizer, DataConfig(template="plain")).chat_template.source == TEMPLATES["plain"]
+    assert chat_tokenizer(tokenizer, DataConfig()) is tokenizer
 
 
 def test_generation_settings_stop_at_the_end_of_a_turn(tmp_path):

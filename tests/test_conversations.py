@@ -104,6 +104,8 @@ BAD_RECORDS = {
     "mixed": (PREFERENCES, {"prompt": [ASK], "chosen": "a", "rejected": "b"}, "give all as texts or all as lists"),
     "surrogate": (PROMPTS, {"prompt": [user("\udc80")]}, "'prompt' has the lone surrogate \\udc80"),
     "ShareGPT": (DEMONSTRATIONS, {"messages": [{"from": "human", "value": "a"}]}, "needs 'role' and 'content'"),
+    "written list": (DEMONSTRATIONS, {"messages": "[{'role': 'user'"}, "'messages' is a list of messages written as a"),
+    "written prompt": (PROMPTS, {"prompt": '[{"content": "a"}]'}, "'prompt' is a list of messages written as a text"),
     "no messages": (PROMPTS, {"prompt": []}, "'prompt' must be a text, got list"),
 }
 
@@ -175,6 +177,22 @@ def test_the_plain_template_writes_hh_texts_as_they_are(tmp_path, tokenizer):
     assert plain.decode(rejected.tokens) == f"{text}!"
     assert plain.decode(chosen.tokens[: chosen.prompt]) == "\n\nHuman: hi\n\nAssistant:"
     assert chosen.tokens[-1] == plain.eos_id
+
+
+def test_hh_data_as_published_give_the_tokens_of_the_same_texts_cut_by_hand(tmp_path, tokenizer, shared_data):
+    """Where there is one question: between turns the template puts the token that ends the assistant's."""
+    cut = json.loads((shared_data / "hh_helpful_pref_test.json").read_text())
+    cut = [pair for pair in cut if pair["prompt"].count("\n\nHuman:") == 1 and pair["prompt"].endswith("Assistant:")]
+    assert len(cut) > 30
+    published = [{name: pair["prompt"] + pair[name] for name in PAIR} for pair in cut]
+    plain = tokenizer.with_template(TEMPLATES["plain"])
+    expected = load_dataset(written(tmp_path, cut), PREFERENCES, tokenizer, tmp_path / "cache")
+    found = load_dataset(written(tmp_path, published), PREFERENCES, plain, tmp_path / "cache")
+    assert len(found) == len(expected)
+    for record in range(len(found)):
+        for ours, theirs in zip(found.sequences(record, 9999), expected.sequences(record, 9999), strict=True):
+            assert ours.tokens.tolist() == theirs.tokens.tolist()
+            assert ours.prompt == theirs.prompt
 
 
 def test_a_tokenizer_learns_from_the_contents(tmp_path):

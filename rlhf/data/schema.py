@@ -1,6 +1,7 @@
 """The three kinds of data file and the checks of their records."""
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ _CHATS = (
     "preference pairs are read from 'chosen' and 'rejected' as lists of messages",
 )
 """Columns of conversations, by the number of answers."""
+_WRITTEN_LIST = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
+_NOT_IN_CSV = "is a list of messages written as a text, as CSV holds it; write the file as JSON Lines or Parquet"
 
 
 class Schema(NamedTuple):
@@ -65,6 +68,8 @@ def check_record(path: Path, record: Record, schema: Schema) -> None:
                 raise UserError(f"{where}: {key!r}: {problem}")
         elif not isinstance(value, str) and not (value == [] and key == "prompt" and schema.answers):
             raise UserError(f"{where}: {key!r} {_type_problem(value)}")
+        elif isinstance(value, str) and _WRITTEN_LIST.match(value):
+            raise UserError(f"{where}: {key!r} {_NOT_IN_CSV}")
         for text in contents_of(value):
             _check_characters(text, f"{where}: {key!r}")
         if key != "prompt" and isinstance(value, str) and not value.strip():
@@ -112,6 +117,8 @@ def _remedy(key: str, record: Record, schema: Schema) -> str:
         if kind is not schema and all(name in record.fields for name in kind.keys):
             return f"it looks like {kind.name}: give the file as {kind.flag}, or give {schema.name} as {schema.flag}"
     for name, value in record.fields.items():
+        if isinstance(value, str) and _WRITTEN_LIST.match(value):
+            return f"{name!r} {_NOT_IN_CSV}"
         inner = value[0] if isinstance(value, list) and value else None
         if isinstance(inner, dict) and {"role", "from"} & inner.keys():
             form = "" if "role" in inner else "; each of its turns needs 'role' and 'content'"

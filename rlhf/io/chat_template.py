@@ -37,6 +37,7 @@ _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Characters that Unicode keeps for a program's own use, which mark places in rendered text."""
 _FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CONTROL = re.compile(r"<\|\w+\|>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -105,6 +106,11 @@ class ChatTemplate:
                 plain.append(part)
                 length += len(part)
         return Rendered("".join(plain), spans)
+
+
+def control_tokens(source: str) -> list[str]:
+    """Return what a template writes in the form of control tokens, such as `<|im_end|>`, each once."""
+    return list(dict.fromkeys(_CONTROL.findall(source)))
 
 
 def load_template(name: str) -> str:

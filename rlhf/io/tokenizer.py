@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from rlhf.errors import UserError
-from rlhf.io.chat_template import ChatTemplate, read_template, read_token_names
+from rlhf.io.chat_template import ChatTemplate, control_tokens, read_template, read_token_names
 from rlhf.io.tokenizer_files import (
     EOS,
     PAD,
@@ -147,8 +147,11 @@ class Tokenizer:
         """Return the tokenizer with another chat template, which `save` writes.
 
         Raises:
-            ValueError: the template is not valid.
+            ValueError: the template is not valid, or writes a control token that the vocabulary lacks.
         """
+        for name in control_tokens(template):
+            if self._backend.token_to_id(name) is None:
+                raise ValueError(f"the template writes {name}, which is no token of the tokenizer; take another")
         return Tokenizer(
             self._backend,
             self.eos,

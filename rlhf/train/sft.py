@@ -291,6 +291,7 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Source, StartF
         path = given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
         return model, model_spec.digest, path, start_facts(folder)
     path = given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
+    check_conversations(config, given_files(config, config.sft_data), DEMONSTRATIONS, model_spec.tokenizer)
     tokenizer = chat_tokenizer(model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS), config.data)
     for line in tokenizer.notes:
         run.note(line)
