@@ -42,6 +42,10 @@ class GenerateConfig(Section):
     """Always take the most likely token."""
     samples: BatchSize = 1
     """Completions per prompt."""
+    best_of: BatchSize = 1
+    """Draw as many completions for each that is shown, and keep the best by the reward model."""
+    reward_model: Path | None = None
+    """Reward model that chooses with --best-of; none is reward/ beside the model's folder."""
     seed: Seed = 0
     """Seed of the sampling: the same seed, prompts and options give the same completions."""
 
@@ -59,6 +63,13 @@ GENERATE_RULES = (
         lambda config: config.greedy,
         "has no effect with --greedy, which draws nothing at random",
     ),
+    Rule(
+        ("best_of",),
+        lambda config: config.greedy,
+        "needs different completions, and --greedy draws the same one; drop one of the two",
+        refused=True,
+    ),
+    Rule(("reward_model",), lambda config: config.best_of == 1, "has no effect without --best-of"),
     Rule(("overwrite",), lambda config: config.output is None, "has no effect without --output", refused=True),
     Rule(("top_p",), lambda config: config.top_k == 1, "has no effect with --top-k 1"),
 )
