@@ -24,6 +24,7 @@ from rlhf.data.schema import PROMPTS, read_checked
 from rlhf.distributed.compute_context import available_cores, find_device, limit_threads
 from rlhf.errors import Interrupted, UserError
 from rlhf.evaluate.comparison import sample_keys
+from rlhf.generate.best_of_completer import open_completer
 from rlhf.generate.completer import Completer, TextChunk
 from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.files import read_json, read_text
@@ -61,7 +62,7 @@ def run_generate(config: GenerateConfig, console: Console) -> None:
     prompts = _prompts(config)
     device = find_device(config.device)
     with limit_threads(config.threads or available_cores()):
-        completers = [Completer(folder, config, device) for folder in _folders(config)]
+        completers = [open_completer(folder, config, device) for folder in _folders(config)]
         for line in dict.fromkeys(line for completer in completers for line in completer.model.notes):
             log_user(line)
         try:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,15 +24,25 @@ from rlhf import random
 from rlhf.errors import UserError
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
+from rlhf.generate.best_of_completer import open_completer
 from rlhf.generate.complete import default_length
-from rlhf.generate.completer import stream, text_chunks
-from rlhf.generate.generate_config import GenerateConfig
-from rlhf.io.model_folder import LanguageModel, save_language_model
+from rlhf.generate.completer import Completer, stream, text_chunks
+from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
+from rlhf.io.model_folder import (
+    LanguageModel,
+    RewardModel,
+    RewardStatistics,
+    load_language_model,
+    save_language_model,
+    save_reward_model,
+)
 from rlhf.io.printable_text import printable
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models import gpt2
 from rlhf.models.decoding import generate_completions as generate
 from rlhf.models.gpt2_config import GPT2Config
+from rlhf.models.heads import apply_head
+from rlhf.setting_rules import check_rules
 
 OPTIONS = {
     "plain": {},
@@ -180,6 +191,57 @@ def test_completions_are_those_of_an_evaluation_with_the_same_seed(folder, tmp_p
         for name in ("out.jsonl", "completions.jsonl")
     )
     assert [line["completion"] for line in ours] == [line["policy"]["completion"] for line in theirs]
+
+
+@pytest.fixture(scope="module")
+def with_reward(folder, tmp_path_factory):
+    """The model's folder beside a reward model, as a run has them."""
+    run = tmp_path_factory.mktemp("with_reward")
+    shutil.copytree(folder / "policy", run / "policy")
+    model = load_language_model(folder / "policy")
+    head = {"weight": random.normal(random.key(9), (1, model.config.n_embd))}
+    params = {"trunk": model.params, "head": head}
+    reward = RewardModel(params, model.config, model.tokenizer, RewardStatistics(0.0, 1.0, 9))
+    save_reward_model(run / "reward", reward, facts={})
+    return run / "policy", reward
+
+
+def test_the_best_of_several_is_the_one_that_the_reward_model_likes_most(with_reward):
+    folder, reward = with_reward
+    config = GenerateConfig(model_dir=folder, best_of=5, max_new_tokens=8)
+    prompts, keys = ["a b", "once upon"], random.split(random.key(3), 2)
+    best = open_completer(folder, config, torch.device("cpu"))
+    plain = Completer(folder, config, torch.device("cpu"))
+    every_key = random.fold_in(keys.repeat_interleave(5, dim=0), torch.arange(5).repeat(2))
+    drawn = plain.complete([prompt for prompt in prompts for _ in range(5)], every_key)
+    scores = []
+    for number in range(len(drawn)):
+        tokens = tokens_of(plain, every_key[number], prompts[number // 5])
+        hidden = gpt2.hidden_states(reward.params["trunk"], tokens[None], config=reward.config)
+        scores.append(float(apply_head(reward.params["head"], hidden[0, -1])))
+    found = best.complete(prompts, keys)
+    for prompt in range(2):
+        rows = range(5 * prompt, 5 * prompt + 5)
+        assert found[prompt] == drawn[max(rows, key=lambda row: scores[row])]
+        assert list(best.stream(prompts[prompt], keys[prompt])) == [found[prompt]]
+
+
+def tokens_of(completer, key, prompt):
+    """[n] int64: the prompt and the tokens that this key draws, the stop token included."""
+    tokens = torch.from_numpy(completer.encode(prompt))
+    drawn = stream(
+        completer.model.params, tokens, key, config=completer.model.config, max_new_tokens=8,
+        stop_tokens=completer.model.tokenizer.stop_ids,
+    )  # fmt: skip
+    return torch.cat([tokens, torch.tensor(list(drawn))])
+
+
+def test_best_of_needs_a_reward_model_and_draws(folder, tmp_path):
+    shutil.copytree(folder / "policy", tmp_path / "alone")
+    with pytest.raises(UserError, match=r"--best-of: there is no reward model in .*reward; name one: --reward-model"):
+        open_completer(tmp_path / "alone", GenerateConfig(best_of=2), torch.device("cpu"))
+    with pytest.raises(UserError, match="--best-of 2: needs different completions"):
+        check_rules(GenerateConfig(best_of=2, greedy=True), GENERATE_RULES)
 
 
 def test_a_template_stands_around_each_prompt(show, tmp_path):

@@ -62,7 +62,7 @@ def test_the_default_is_the_weighted_sum():
 
 
 def test_a_gold_model_is_no_member():
-    raw, found = total(sources((1.0, 0.0)), combine="min")
+    raw, found = total(sources((1.0, 0.0)), combine="mean")
     assert_close(found, NORMAL[:, 0], 1e-6)
     assert set(raw) == {"reward/0", "gold/1", "reward/disagreement"}
 

@@ -1,6 +1,6 @@
 """Completion of prompts by one model: token by token for a terminal, or all at once for a file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,15 @@ from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.model_folder import load_language_model
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models.architecture import ModelShape, architecture_of
+from rlhf.models.decoding import Completions
 from rlhf.ops import scale_logits
 from rlhf.random import uniform_at
 from rlhf.sampling import filter_logits, sample_token
 from rlhf.tree import to_device
 from rlhf.types import Params
 
-_ROWS = 64
+ROWS = 64
+"""Completions of a micro-batch."""
 
 
 @torch.no_grad()
@@ -118,7 +120,7 @@ class Completer:
         """
         model = load_language_model(folder)
         self.model = model = model._replace(tokenizer=chat_tokenizer(model.tokenizer, config.data))
-        self.folder, self._device = folder, device
+        self.folder, self._device, self._context = folder, device, model.config.n_positions
         self.configure(config)
         self._dtype = compute_dtype(config.precision)
         decoder = architecture_of(model.config)
@@ -130,7 +132,7 @@ class Completer:
         Raises:
             UserError: the model's context is too short for the completions.
         """
-        context = self.model.config.n_positions
+        context = self._context
         length = config.max_new_tokens or default_length(context)
         if length >= context:
             raise UserError(
@@ -167,14 +169,17 @@ class Completer:
     def complete(self, prompts: Sequence[str | list[Message]], keys: Tensor) -> list[TextChunk]:
         """Return whole completions of many prompts, drawn together; `keys` is [n, 2]."""
         model = self.model
-        rollout = make_completion_fn(
-            model.config, dtype=self._dtype, stop_tokens=model.tokenizer.stop_ids, **self._sampling()
-        )
-        program = Program({}, {"rollout": rollout}, {})
+        program = Program({}, {"rollout": self._rollout()}, {})
         executor = LocalExecutor(program, ModelState({"policy": model.params}, {}), self._device)
-        completions = complete(executor, [self.encode(prompt) for prompt in prompts], keys, rows=_ROWS)
+        completions = complete(executor, [self.encode(prompt) for prompt in prompts], keys, rows=ROWS)
         texts = decode_completions(model.tokenizer, completions)
         return [TextChunk(text, ended) for text, ended in zip(texts, completions.ended.tolist(), strict=True)]
+
+    def _rollout(self) -> Callable[..., Completions]:
+        model = self.model
+        return make_completion_fn(
+            model.config, dtype=self._dtype, stop_tokens=model.tokenizer.stop_ids, **self._sampling()
+        )
 
     def _sampling(self) -> dict[str, Any]:
         config = self._config

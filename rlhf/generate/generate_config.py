@@ -48,6 +48,10 @@ class GenerateConfig(Section):
     """Select the most likely token at every step instead of sampling."""
     samples: BatchSize = 1
     """Number of completions per prompt."""
+    best_of: BatchSize = 1
+    """Number of completions generated for each one that is shown, which is the best by the reward model."""
+    reward_model: Path | None = None
+    """Reward model of --best-of. If None, reward/ beside the model folder."""
     seed: Seed = 0
     """Seed of the sampling. The same seed, prompts and settings give the same completions."""
 
@@ -73,6 +77,13 @@ GENERATE_RULES = (
         "writes the prompt by the chat template; drop one of --chat and --template",
         refused=True,
     ),
+    Rule(
+        ("best_of",),
+        lambda config: config.greedy,
+        "needs different completions, and --greedy draws the same one; drop one of the two",
+        refused=True,
+    ),
+    Rule(("reward_model",), lambda config: config.best_of == 1, "has no effect without --best-of"),
     Rule(("overwrite",), lambda config: config.output is None, "has no effect without --output", refused=True),
     Rule(("top_p",), lambda config: config.top_k == 1, "has no effect with --top-k 1"),
 )

@@ -153,7 +153,8 @@ CHECKS = (
         "overfitting",
         diagnostics.overfitting,
         "the model learns the records by heart",
-        "train shorter (--sft.epochs, --sft.max-steps), with --sft.dropout 0.1 or a lower --sft.learning-rate",
+        "train shorter (--sft.epochs, --dpo.epochs, or their max-steps), or with a lower learning rate; SFT also with "
+        "--sft.dropout 0.1",
         ("sft",),
     ),
     Check(
