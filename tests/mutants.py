@@ -30,12 +30,14 @@ SECONDS = 120  # after which a child is given up
 
 TESTS = {
     "kernels.compiled_ops": "accelerate",
+    "evaluate.baselines": "verdicts",
     "models.attention": "fused_attention gpt2",
     "models.decode_state": "decoding",
     "models.forward": "gpt2",
     "models.gpt2_parameters": "gpt2",
     "models.layers": "gpt2",
     "models.scoring": "objectives",
+    "train.early_stop": "verdicts",
     "train.ppo_objective": "objectives",
     "train.reward": "objectives",
     "train.sft": "objectives",
@@ -57,6 +59,22 @@ def mutants(module: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 
 MUTANTS = [
+    *mutants(
+        "monitor.compare",
+        ("interval: variance of a population", "known.std(ddof=1)", "known.std()"),
+        ("interval: one run less", "student_t(len(known) - 1)", "student_t(len(known))"),
+        ("groups: nothing tells runs apart", "for name in differing if name in run)", "for name in ())"),
+    ),
+    *mutants(
+        "evaluate.baselines",
+        ("unigram: no smoothing", "minlength=vocab_size) + 1.0", "minlength=vocab_size) + 0.0"),
+        ("unigram: of what it learnt from", "[np.concatenate(held_out)]", "[np.concatenate(train)]"),
+    ),
+    *mutants(
+        "train.early_stop",
+        ("one step is enough", "min(kls) > _BUDGETS", "max(kls) > _BUDGETS"),
+        ("loss: any rise", "last > _DIVERGED * first > 0", "last > first > 0"),
+    ),
     *mutants(
         "losses",
         ("sft: sign", 'loss = -_weighted_sum("sft_loss"', 'loss = _weighted_sum("sft_loss"'),
@@ -222,6 +240,9 @@ MUTANTS = [
             "difference = ref_log_probs - log_probs",
         ),
         ("k2: without half", "0.5 * difference.square()", "difference.square()"),
+        ("budget: sign", "used = kl / budget", "used = budget / kl"),
+        ("budget: no floor", "return max(floor, raised)", "return raised"),
+        ("budget: no bound", "min(max(used, 1 / most), most)", "used"),
         ("estimates: low precision kept", "upcast(log_probs) - upcast(ref_log_probs)", "log_probs - ref_log_probs"),
         ("k3: other direction", "torch.expm1((-difference).clamp", "torch.expm1(difference.clamp"),
         ("k3: not unbiased", "_beyond(-difference) + difference", "_beyond(-difference)"),

@@ -18,7 +18,7 @@ from laws import (
 )
 from torch.func import grad, grad_and_value
 
-from rlhf.kl import adaptive_kl_coef, exact_kl, kl_estimate, ratio_of
+from rlhf.kl import adaptive_kl_coef, budget_kl_coef, exact_kl, kl_estimate, ratio_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 ESTIMATORS = pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -264,3 +264,16 @@ def test_invariant_11_adaptive_kl_coef_value(kl_coef, kl, num_samples, target, h
 def test_invariant_11_adaptive_kl_coef_known_values(kl, factor):
     """With the constants of Ziegler et al.: target 6 nats, horizon 10,000."""
     assert adaptive_kl_coef(0.15, kl, num_samples=64) == pytest.approx(0.15 * factor, rel=1e-12)
+
+
+def test_a_budget_is_a_bound_on_the_kl_and_not_a_target():
+    assert budget_kl_coef(0.2, 20.0, budget=10.0, floor=0.2) == pytest.approx(0.3), "by half at most"
+    assert budget_kl_coef(0.2, 11.0, budget=10.0, floor=0.2) == pytest.approx(0.22)
+    assert budget_kl_coef(0.3, 8.0, budget=10.0, floor=0.2) == pytest.approx(0.24)
+    assert budget_kl_coef(0.3, 1.0, budget=10.0, floor=0.2) == pytest.approx(0.2)
+    assert budget_kl_coef(0.2, 0.0, budget=10.0, floor=0.2) == 0.2
+    values = torch.tensor([20.0, 1.0])
+    mapped = torch.func.vmap(lambda kl: budget_kl_coef(0.2, kl, budget=10.0, floor=0.2))(values)
+    torch.testing.assert_close(mapped, torch.tensor([0.3, 0.2]))
+    with pytest.raises(ValueError, match="most"):
+        budget_kl_coef(0.2, 1.0, budget=10.0, floor=0.2, most=1.0)
