@@ -230,7 +230,7 @@ def test_a_missing_data_file_is_refused(refused, shelf, stage):
 def test_a_missing_validation_file_is_refused(refused, shelf, stage, flag):
     good = shelf / {"sft": "sft.json", "reward": "pairs.json"}[stage]
     flags = [*FLAGS[stage], good, flag, "missing.json", *stage_flags(stage, shelf)]
-    refused(stage, *flags, pieces=("missing.json: no such file",))
+    refused(stage, *flags, pieces=("missing.json: no such file", flag))
 
 
 def test_pairs_without_a_difference_are_refused_when_nothing_else_is_left(refused, shelf):
@@ -280,7 +280,10 @@ COMMAND_LINES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "out of an open range": (["ppo", "--ppo.clip-eps", "1"], ("clip_eps must be in (0, 1), got 1",)),
     "not a number": (["ppo", "--ppo.kl-coef", "nan"], ("kl_coef must be at least 0, got nan",)),
     "no such choice": (["sft", "--model.preset", "huge"], ("--model.preset", "huge")),
-    "contradiction": (["ppo", "--ppo.min-new-tokens", "99"], ("min_new_tokens must be at most max_new_tokens",)),
+    "contradiction": (
+        ["ppo", "--ppo.min-new-tokens", "99", "--ppo.max-new-tokens", "9"],
+        ("min_new_tokens must be at most max_new_tokens",),
+    ),
     "seed below 0": (["sft", "--seed", "-1"], ("seed must be in [0,",)),
     "seed beyond 64 bits": (["sft", "--seed", str(2**64)], ("seed must be in [0,",)),
     "no preset": (["sft", "--config", "nowhere"], ("--config nowhere: no such file", "demo")),
@@ -649,9 +652,9 @@ def test_no_space_for_the_checkpoint_is_refused(shelf, tmp_path, capfd):
 def test_what_is_cut_or_dropped_is_counted(shelf, capfd, tmp_path):
     long = {"prompt": "word " * 100, "completion": "c"}
     data = written("sft.json", json.dumps([*GOOD["sft"], long, long]))
-    flags = ["--sft-data", str(data), *sft_flags(shelf)[2:]]
+    flags = ["--sft-data", str(data), *sft_flags(shelf)[2:], "--model.n-positions", "64"]
     assert main(["sft", *flags, "--output-dir", "a"]) == 0
-    assert "2 of 10 records are cut to fit 64 tokens" in capfd.readouterr().err
+    assert "8 of 10 demonstrations are whole within 64 tokens, the other 2 lose their end" in capfd.readouterr().err
     tie = {"prompt": "p", "chosen": "c", "rejected": "c"}
     data = written("pairs.json", json.dumps([tie, *GOOD["pairs"], tie, tie]))
     flags = ["--preference-data", str(data), "--reward.model-path", str(shelf / "lm"), *ONE_STEP[4:], "--threads", "1"]
@@ -659,8 +662,8 @@ def test_what_is_cut_or_dropped_is_counted(shelf, capfd, tmp_path):
     assert "dropped 3 pairs whose chosen text equals the rejected one" in capfd.readouterr().err
     data = written("prompts.json", json.dumps([{"prompt": "word " * 100}, *GOOD["prompts"]]))
     assert main(["ppo", *ppo_flags(shelf, **{"prompt-data": data}), "--output-dir", "c"]) == 0
-    assert "1 of 9 prompts lose their beginning to fit 24 tokens" in capfd.readouterr().err
-    for name, note in (("a", "2 of 10 records"), ("b", "dropped 3 pairs"), ("c", "1 of 9 prompts")):
+    assert "8 of 9 prompts are whole within 24 tokens, the other 1 lose their beginning" in capfd.readouterr().err
+    for name, note in (("a", "8 of 10 demonstrations"), ("b", "dropped 3 pairs"), ("c", "8 of 9 prompts")):
         first = json.loads((tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines()[0])
         assert any(note in text for text in first["notes"])
 

@@ -504,8 +504,11 @@ def test_a_test_file_that_the_model_was_trained_on_is_told(moved, part, caplog):
     test = evaluated(moved / part, "sft", test_data=tuple(map(Path, data)))
     assert test.origin == "which the model was trained on"
     assert "(which the model was trained on)" in caplog.text
-    write(moved / "renamed.json", DEMONSTRATIONS[::-1])
-    assert evaluated(moved / part, "sft", test_data=tuple(map(Path, data))).origin == ""
+    write(moved / "renamed.json", [*DEMONSTRATIONS[::-1], {"prompt": "new", "completion": " text"}])
+    origin = evaluated(moved / part, "sft", test_data=tuple(map(Path, data))).origin
+    learnt = round(0.7 * len(DEMONSTRATIONS))
+    told = f"{learnt} of its {len(DEMONSTRATIONS) + 1} records are among those that the model was trained on"
+    assert origin == (told if part == "run" else ""), "a model alone does not know the records"
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -43,7 +43,10 @@ def test_a_callback_gets_every_step_and_its_metrics(short_pipeline, tmp_path):
     assert [(stage, step) for stage, step, _ in seen] == [("sft", step) for step in range(1, 6)]
     logged = rlhf.load_run(tmp_path / "run").metrics["sft"]
     assert [metrics["loss/sft"] for *_, metrics in seen] == logged["loss/sft"].values.tolist()
-    assert result == (tmp_path / "run" / "sft", {k: seen[-1][2][k] for k in result.metrics}, True)
+    evaluated = {name: value for name, value in result.metrics.items() if not name.startswith("eval/baseline/")}
+    assert (result.model, result.finished) == (tmp_path / "run" / "sft", True)
+    assert evaluated == {name: seen[-1][2][name] for name in evaluated}
+    assert "held-out demonstrations" in result.verdict.text
 
 
 @pytest.mark.parametrize("stops_by", ["result", "exception"])
@@ -172,7 +175,8 @@ def test_models_and_logs_of_a_whole_run_are_read(short_pipeline, tmp_path):
     assert kl.steps.tolist() == [1, 2, 3, 4]
     assert kl.values.dtype == np.float64
     assert kl.values[0] == pytest.approx(0.0, abs=1e-4)
-    assert [event["event"] for event in data.events] == ["start", "end"] * 3
+    events = [event["event"] for event in data.events]
+    assert events == ["start", "end", "verdict"] * 2 + ["start", "end"], "four iterations are too few for a verdict"
     assert len(data.samples) == 4 * 4
     assert {"prompt", "completion", "score"} <= data.samples[0].keys()
     with pytest.raises(UserError, match="not a run's folder"):

@@ -18,7 +18,7 @@ from laws import (
 )
 from torch.func import grad, grad_and_value
 
-from rlhf.kl import adaptive_kl_coef, exact_kl, importance_weighted_kl, kl_estimate, ratio_of
+from rlhf.kl import adaptive_kl_coef, budget_kl_coef, exact_kl, importance_weighted_kl, kl_estimate, ratio_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 ESTIMATORS = pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -326,3 +326,16 @@ def test_the_importance_weights_constants_have_no_gradient_and_a_far_ratio_is_fi
     assert importance_weighted_kl(next(half), old_log_probs=next(half), ref_log_probs=next(half)).dtype == torch.float32
     with pytest.raises(ValueError, match="importance_weighted_kl: old_log_probs has shape"):
         importance_weighted_kl(log_probs, old_log_probs=old[:1], ref_log_probs=ref)
+
+
+def test_a_budget_is_a_bound_on_the_kl_and_not_a_target():
+    assert budget_kl_coef(0.2, 20.0, budget=10.0, floor=0.2) == pytest.approx(0.3), "by half at most"
+    assert budget_kl_coef(0.2, 11.0, budget=10.0, floor=0.2) == pytest.approx(0.22)
+    assert budget_kl_coef(0.3, 8.0, budget=10.0, floor=0.2) == pytest.approx(0.24)
+    assert budget_kl_coef(0.3, 1.0, budget=10.0, floor=0.2) == pytest.approx(0.2)
+    assert budget_kl_coef(0.2, 0.0, budget=10.0, floor=0.2) == 0.2
+    values = torch.tensor([20.0, 1.0])
+    mapped = torch.func.vmap(lambda kl: budget_kl_coef(0.2, kl, budget=10.0, floor=0.2))(values)
+    torch.testing.assert_close(mapped, torch.tensor([0.3, 0.2]))
+    with pytest.raises(ValueError, match="most"):
+        budget_kl_coef(0.2, 1.0, budget=10.0, floor=0.2, most=1.0)

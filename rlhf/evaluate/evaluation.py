@@ -108,7 +108,7 @@ def _plan(
         UserError: there is nothing to evaluate, or a setting has no effect.
     """
     if config.test_data:
-        data = mark_trained(classify_files(config.test_data, config.data.columns), config.model_dir)
+        data = mark_trained(classify_files(config.test_data, config.data.columns), config.model_dir, run)
     elif run is not None:
         data = held_out_data(config.model_dir, run)
     else:

@@ -20,8 +20,10 @@ def judge_evaluation(evaluation: Evaluation, reward_model: Path | None) -> str:
         verdict = _policy(evaluation, reward_model)
         return verdict.text if verdict is not None else ""
     text = (_sft if evaluation.kind == "sft" else _reward)(evaluation).text
-    if any(words in evaluation.data.origin for words in _TRAINED):
+    if evaluation.data.origin.startswith("which") and any(words in evaluation.data.origin for words in _TRAINED):
         return f"{text} The model was trained on these records: the figures say nothing about new text."
+    if any(words in evaluation.data.origin for words in _TRAINED):
+        return f"{text} But {evaluation.data.origin}: the figures are better than on new text."
     return text
 
 

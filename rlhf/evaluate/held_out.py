@@ -1,5 +1,6 @@
 """Training and held-out data of a run, at their present paths, checked against the digests that the run recorded."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,46 @@ def training_pairs(model_dir: Path, run: PipelineRun) -> TestData | None:
     return TestData(path, PREFERENCES, train, "of the run's training")
 
 
-def mark_trained(data: Sequence[TestData], model_dir: Path) -> list[TestData]:
-    """Return test data with an `origin` that says so where the models in a folder were trained on that very file."""
+def mark_trained(data: Sequence[TestData], model_dir: Path, run: PipelineRun | None) -> list[TestData]:
+    """Return test data with an `origin` that says so where the models in a folder were trained on them.
+
+    Files are recognised by their content, and so are single records as long as the run's training data are there.
+    """
     folders = [model_dir, *(model_dir / stage.folder for stage in STAGES.values())]
     digests = {_read(folder / "manifest.json").get("data") for folder in folders}
     digests |= {_recorded(model_dir, stage).get("data") for stage in STAGES}
-    return [
-        test._replace(origin="which the model was trained on") if content_digest(test.path) in digests else test
-        for test in data
-    ]
+    return [test._replace(origin=_trained_origin(test, digests, model_dir, run)) for test in data]
+
+
+def _trained_origin(test: TestData, digests: set[str | None], model_dir: Path, run: PipelineRun | None) -> str:
+    """Return the origin of test data, which says so if the models were trained on them or on some of their records."""
+    if content_digest(test.path) in digests:
+        return "which the model was trained on"
+    count, shared = _count_shared(test, model_dir, run) if run is not None else (0, 0)
+    return f"{shared} of its {count} records are among those that the model was trained on" if shared else test.origin
+
+
+def _count_shared(test: TestData, model_dir: Path, run: PipelineRun) -> tuple[int, int]:
+    """Return the number of test records, and of those that a stage was trained on."""
+    path, problem = _training_file(model_dir, run, test.schema)
+    if problem:
+        return 0, 0
+    records = _texts(path, test.schema)
+    validation = {DEMONSTRATIONS: run.sft_val_data, PREFERENCES: run.preference_val_data}.get(test.schema)
+    if test.schema is not PROMPTS and validation is None:
+        stage = _stage_of(model_dir, test.schema)
+        records = [records[number] for number in _split(run, path, test.schema, stage)[0]]
+    trained, tested = set(records), _texts(test.path, test.schema)
+    return len(tested), sum(record in trained for record in tested)
+
+
+def _texts(path: Source, schema: Schema) -> list[str]:
+    """Return the texts or conversations of each record that a `Dataset` of the file has, as JSON."""
+    if schema is PREFERENCES:
+        fields: Any = usable_pairs(path)
+    else:
+        fields = [record.fields for record in read_checked(path, schema)]
+    return [json.dumps([record[name] for name in schema.keys]) for record in fields]
 
 
 def _held_out(model_dir: Path, run: PipelineRun, schema: Schema, validation: DataPaths) -> TestData:
