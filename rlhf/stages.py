@@ -45,9 +45,9 @@ def register(stage: Stage) -> None:
 
     Example:
         >>> from rlhf.config import SFTConfig
-        >>> @dataclass(frozen=True, kw_only=True)
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True)
         ... class DistilRun(RunConfig):
-        ...     distil: SFTConfig = field(default_factory=SFTConfig)
+        ...     distil: SFTConfig = SFTConfig()
         >>> register(dataclasses.replace(STAGES["sft"], name="distil", folder="distil", config=DistilRun))
         >>> list(STAGES)[-1]
         'distil'

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for top in ("rlhf", "cli") for path in (ROOT / top).rglob("*.py"))
 CONFIG = (
     "config.py", "stage_config.py", "ppo_config.py", "ranges.py", "setting_rules.py", "stage_rules.py",
-    "estimator_rules.py", "metric_record.py", "metrics.py", "stage_record.py", "stages.py",
+    "estimator_rules.py", "metric_record.py", "metric_table.py", "metrics.py", "stage_record.py", "stages.py",
 )  # fmt: skip
 """Without torch, so that every layer may read them: settings, and the tables of metrics and stages."""
 CORE = sorted(path for path in (ROOT / "rlhf").glob("*.py") if path.name not in ("__init__.py", "__main__.py", *CONFIG))

@@ -17,11 +17,11 @@ from torch import Tensor
 from rlhf import random
 from rlhf.errors import UserError
 from rlhf.io.manifest import read_manifest, write_manifest
+from rlhf.io.model_config import is_reward_model
 from rlhf.io.model_folder import (
     LanguageModel,
     RewardModel,
     RewardStatistics,
-    is_reward_model,
     load_language_model,
     load_reward_model,
     load_shape,

@@ -12,10 +12,9 @@ from rlhf.errors import UserError
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation_inputs import find_folders
 from rlhf.io.checkpoint import Checkpoint, save_checkpoint
+from rlhf.io.model_config import check_model_folder, is_reward_model
 from rlhf.io.model_folder import (
     LanguageModel,
-    check_model_folder,
-    is_reward_model,
     load_language_model,
     load_reward_model,
     load_shape,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf.data.array_files import file_checksum, save_array
 from rlhf.data.conversations import contents_of
 from rlhf.data.data_files import Record, Source, as_data_files, content_digest
 from rlhf.data.encoding import encode_records, holds_conversations
@@ -27,7 +28,6 @@ from rlhf.io.tokenizer import Tokenizer
 _FORMAT = 4
 _RECORDS_AT_ONCE = 1024
 _ONLY_TIES = "{path}: in every pair the chosen text equals the rejected one; nothing is left to learn from"
-_ELEMENTS_AT_ONCE = 1 << 20
 _FILES = {
     "tokens.npy",
     "offsets.npy",
@@ -252,26 +252,18 @@ def _write(source: Source, schema: Schema, tokenizer: Tokenizer, folder: Path) -
         raise UserError(_ONLY_TIES.format(path=source))
     for name, dtype in (("tokens", kind), ("learnt", np.uint8)):
         flat = folder / f"{name}.bin"
-        _save(folder / f"{name}.npy", np.memmap(flat, dtype, "r") if flat.stat().st_size else np.empty(0, dtype))
+        save_array(folder / f"{name}.npy", np.memmap(flat, dtype, "r") if flat.stat().st_size else np.empty(0, dtype))
         flat.unlink()
-    _save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    _save(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
-    _save(folder / "margins.npy", np.array(margins, dtype=np.float32))
-    _save(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
-    _save(folder / "digests.npy", inspector.digests)
-    checksums = {name: _checksum(folder / name) for name in sorted(_FILES)}
+    save_array(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    save_array(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
+    save_array(folder / "margins.npy", np.array(margins, dtype=np.float32))
+    save_array(folder / "column_offsets.npy", np.array(column_ends, dtype=np.int64))
+    save_array(folder / "digests.npy", inspector.digests)
+    checksums = {name: file_checksum(folder / name) for name in sorted(_FILES)}
     meta = {"format": _FORMAT, "end": end_id, "dropped": dropped, "keys": sorted(keys), "checksums": checksums}
     meta["findings"] = inspector.findings()._asdict()
     meta["checksum"] = _checksum_of_meta(meta)
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    """Write an array like `np.save`, but raise an error if its last bytes do not fit on the disk."""
-    with path.open("wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-        for start in range(0, len(array), _ELEMENTS_AT_ONCE):
-            stream.write(array[start : start + _ELEMENTS_AT_ONCE].tobytes())
 
 
 def _is_tie(record: Record, schema: Schema) -> bool:
@@ -284,18 +276,9 @@ def _is_complete(folder: Path) -> bool:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta.pop("checksum") != _checksum_of_meta(meta):
             return False
-        return all(_checksum(folder / name) == meta["checksums"][name] for name in _FILES)
+        return all(file_checksum(folder / name) == meta["checksums"][name] for name in _FILES)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-
-
-def _checksum(path: Path) -> list[int]:
-    """Return the size and CRC-32 of a file; several times faster than a sha256."""
-    crc = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return [path.stat().st_size, crc]
 
 
 def _checksum_of_meta(meta: dict[str, Any]) -> int:

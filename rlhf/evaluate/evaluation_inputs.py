@@ -14,7 +14,7 @@ from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_
 from rlhf.errors import UserError
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.io.files import check_folder
-from rlhf.io.model_folder import check_model_folder, is_reward_model
+from rlhf.io.model_config import check_model_folder, is_reward_model
 from rlhf.io.near_misses import folder_remedy
 from rlhf.io.presets import load_config
 from rlhf.io.tokenizer import Tokenizer

@@ -119,3 +119,25 @@ def read_generation_config(folder: Path, vocab_size: int) -> dict[str, Any] | No
         if valid != ids:
             settings[key] = valid or None
     return settings
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Return whether the folder holds a model with a scalar head, such as a `LlamaForSequenceClassification`."""
+    names = read_architectures(folder, read_config(folder))
+    return len(names) == 1 and "reward model" in kinds_of(names[0])
+
+
+def check_model_folder(folder: Path, kind: ModelKind) -> dict[str, Any]:
+    """Return the settings in config.json after checking that the folder holds a model of the kind.
+
+    Raises:
+        UserError: it holds another kind of model, does not exist, or has no readable config.json.
+    """
+    settings = read_config(folder)
+    check_supported(folder, settings)
+    names = read_architectures(folder, settings)
+    if not any(kind in kinds_of(name) for name in names):
+        own = [family for family in architectures() if names[0] in classes_of(family)]
+        expected = " or ".join(class_of(family, kind) for family in own or architectures())
+        raise UserError(f"{folder}: holds a {names[0]}, expected a {expected}")
+    return settings

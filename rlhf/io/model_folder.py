@@ -23,18 +23,14 @@ from rlhf.io.files import atomic_folder, read_json, save_tensors, sha256
 from rlhf.io.manifest import check_replaceable, has_manifest, read_manifest, write_manifest
 from rlhf.io.model_config import (
     ModelKind,
-    check_supported,
+    check_model_folder,
     class_of,
-    classes_of,
-    kinds_of,
-    read_architectures,
-    read_config,
     read_generation_config,
     read_shape,
 )
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.io.weights import check_tied, check_weights, read_trunk, read_weights, weight_files
-from rlhf.models.architecture import ModelShape, architecture_of, architectures
+from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.models.output_layer import without_output_layer
 from rlhf.types import Params
 
@@ -182,28 +178,6 @@ def load_shape(folder: Path) -> tuple[ModelShape, Tokenizer]:
     config, tokenizer = _fit_vocabulary(folder, shape)
     check_weights(folder, shape, config.vocab_size)
     return config, tokenizer
-
-
-def is_reward_model(folder: Path) -> bool:
-    """Return whether the folder holds a model with a scalar head, such as a `LlamaForSequenceClassification`."""
-    names = read_architectures(folder, read_config(folder))
-    return len(names) == 1 and "reward model" in kinds_of(names[0])
-
-
-def check_model_folder(folder: Path, kind: ModelKind) -> dict[str, Any]:
-    """Return the settings in config.json after checking that the folder holds a model of the kind.
-
-    Raises:
-        UserError: it holds another kind of model, does not exist, or has no readable config.json.
-    """
-    settings = read_config(folder)
-    check_supported(folder, settings)
-    names = read_architectures(folder, settings)
-    if not any(kind in kinds_of(name) for name in names):
-        own = [family for family in architectures() if names[0] in classes_of(family)]
-        expected = " or ".join(class_of(family, kind) for family in own or architectures())
-        raise UserError(f"{folder}: holds a {names[0]}, expected a {expected}")
-    return settings
 
 
 def _stopping(settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from rlhf.io.model_folder import LanguageModel, RewardModel, is_reward_model, load_language_model, load_reward_model
+from rlhf.io.model_config import is_reward_model
+from rlhf.io.model_folder import LanguageModel, RewardModel, load_language_model, load_reward_model
 
 
 def load_model(folder: str | Path) -> LanguageModel | RewardModel:

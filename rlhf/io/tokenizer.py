@@ -8,19 +8,16 @@ import functools
 import hashlib
 import itertools
 import json
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, trainers
 
 from rlhf.errors import UserError
 from rlhf.io.chat_template import ChatTemplate, control_tokens, read_template, read_token_names
 from rlhf.io.tokenizer_files import (
     EOS,
     PAD,
-    byte_level,
     read_backend,
     read_bos_id,
     read_end_of_text,
@@ -30,8 +27,7 @@ from rlhf.io.tokenizer_files import (
     without_pad_token,
     write_files,
 )
-
-_MAX_CHARACTERS = 10_000  # of a text that training processes at once
+from rlhf.io.tokenizer_training import train_backend
 
 
 class Tokenizer:
@@ -100,15 +96,7 @@ class Tokenizer:
 
         The same texts give the same tokenizer. Small texts may yield fewer merges and so fewer entries.
         """
-        backend = byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[EOS, PAD],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        _run_interruptible(lambda: backend.train_from_iterator(_chunks(texts), trainer))
-        return cls(backend, EOS, "trained tokenizer")
+        return cls(train_backend(texts, vocab_size), EOS, "trained tokenizer")
 
     @classmethod
     def load(cls, folder: Path, rows: int | None = None) -> "Tokenizer":
@@ -292,30 +280,6 @@ class Tokenizer:
         ids = [self._backend.token_to_id(token) for token in (self._pad, PAD, "ÿ", *special) if token is not None]
         taken = (None, self.eos_id, self.bos_id, *self.stop_ids[1:])
         return next((number for number in ids if number not in taken), None)
-
-
-def _run_interruptible(work: Callable[[], None]) -> None:
-    """Run native code, which delays signals, in a thread, so that the main thread handles them immediately."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # raised again in the waiting thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Yield chunks of texts: training takes time quadratic in the length of a run of one character."""
-    for text in texts:
-        for start in range(0, len(text), _MAX_CHARACTERS):
-            yield text[start : start + _MAX_CHARACTERS]
 
 
 def _common_prefix(first: str, second: str) -> int:

@@ -33,7 +33,7 @@ from rlhf.train.context import Run, open_run
 from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage_defaults import choose_settings, default_rate, start_facts
+from rlhf.train.stage_defaults import choose_learning_rate, start_facts
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_conversations,
@@ -85,12 +85,7 @@ def _run(run: Run, config: DPORun) -> StageResult:
     model_spec, folder = _model_spec(config), start_folder(config, config.dpo.model_path)
     facts, start = start_facts(folder), load_language_model(folder)
     start = start._replace(tokenizer=chat_tokenizer(start.tokenizer, config.data))
-    config = choose_settings(
-        run,
-        config,
-        {"dpo.learning_rate": default_rate(config.dpo, pretrained=facts.pretrained)},
-        "a pre-trained model" if facts.pretrained else "a model from scratch",
-    )
+    config = choose_learning_rate(run, config, facts)
     settings = config.dpo
     for line in start.notes:
         run.note(line)

@@ -35,13 +35,13 @@ from rlhf.train.context import Run, open_run
 from rlhf.train.loop import train
 from rlhf.train.observers import LoopState, Observer, Observers
 from rlhf.train.ppo_functions import identify_functions, open_estimator, open_policy_loss, with_defaults
-from rlhf.train.ppo_inputs import read_ppo_inputs, reward_specs, scores_with_own_model
+from rlhf.train.ppo_inputs import choose_ppo_settings, read_ppo_inputs, reward_specs, scores_with_own_model
 from rlhf.train.ppo_program import learning_rate, make_ppo_program, shapes_of, start_models
 from rlhf.train.ppo_rollout import PPO, Rollout, Scored, make_rollout, pack_rollout, sample_lines, score_rollout
 from rlhf.train.ppo_verdict import SCORES, conclude_ppo
 from rlhf.train.resume import Identity, digests_of
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage_defaults import choose_settings, default_eos_penalty, default_rate, fit_completion, start_facts
+from rlhf.train.stage_defaults import start_facts
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_conversations,
@@ -111,7 +111,7 @@ def _needs(config: PPORun) -> tuple[str, ...]:
 def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     """Return the arguments of the iterations and the identity of the run, from models, reward sources and prompts."""
     model_spec, sources, context = read_ppo_inputs(config)
-    config = _choose_settings(run, config, context)
+    config = choose_ppo_settings(run, config, context)
     sources = [_without_rounding_std(run, source) for source in sources] if config.ppo.normalize_reward else sources
     settings, specs, folder = config.ppo, reward_specs(config), start_folder(config, config.ppo.model_path)
     policy = load_language_model(folder)
@@ -137,21 +137,6 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     digests = digests_of(path, policy.tokenizer)
     functions = identify_functions(settings)
     return ppo, digests | functions | {"model": model_spec.digest, "sources": identify_sources(specs)}
-
-
-def _choose_settings(run: Run, config: PPORun, context: int) -> PPORun:
-    """Return the configuration with the settings that follow from the model; see `rlhf.train.stage_defaults`."""
-    settings, facts = config.ppo, start_facts(start_folder(config, config.ppo.model_path))
-    length = settings.max_new_tokens or max(fit_completion(facts.completion_tokens, context), settings.min_new_tokens)
-    chosen = {
-        "ppo.learning_rate": default_rate(settings, pretrained=facts.pretrained),
-        "ppo.max_new_tokens": length,
-        "ppo.missing_eos_penalty": default_eos_penalty(settings, facts, length),
-        "ppo.kl_horizon": settings.horizon if settings.kl_adaptive else None,
-    }
-    kind = "a pre-trained model" if facts.pretrained else "a model from scratch"
-    known: PPORun = choose_settings(run, config, chosen, f"{kind} and the demonstrations it has seen")
-    return known
 
 
 def _without_rounding_std(run: Run, source: RewardSource) -> RewardSource:

@@ -10,7 +10,16 @@ from rlhf.io.files import check_folder
 from rlhf.io.reward_sources import RewardSource, check_vocabulary, expand_sources, names_folder, open_sources
 from rlhf.stages import STAGES
 from rlhf.train.compile_policy import compile_obstacle
-from rlhf.train.stage_inputs import ModelSpec, start_model_spec
+from rlhf.train.context import Run
+from rlhf.train.stage_defaults import (
+    choose_settings,
+    default_eos_penalty,
+    default_rate,
+    describe_start,
+    fit_completion,
+    start_facts,
+)
+from rlhf.train.stage_inputs import ModelSpec, start_folder, start_model_spec
 
 
 class PPOInputs(NamedTuple):
@@ -59,6 +68,26 @@ def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelS
             f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
         )
     return PPOInputs(policy, sources, context)
+
+
+def choose_ppo_settings(run: Run, config: PPORun, context: int) -> PPORun:
+    """Return the configuration with the settings that follow from the policy's model and its demonstrations.
+
+    Args:
+        run: run of the stage.
+        config: configuration of the run.
+        context: longest sequence that all models can read, in tokens.
+    """
+    settings, facts = config.ppo, start_facts(start_folder(config, config.ppo.model_path))
+    length = settings.max_new_tokens or max(fit_completion(facts.completion_tokens, context), settings.min_new_tokens)
+    chosen = {
+        "ppo.learning_rate": default_rate(settings, pretrained=facts.pretrained),
+        "ppo.max_new_tokens": length,
+        "ppo.missing_eos_penalty": default_eos_penalty(settings, facts, length),
+        "ppo.kl_horizon": settings.horizon if settings.kl_adaptive else None,
+    }
+    known: PPORun = choose_settings(run, config, chosen, f"{describe_start(facts)} and the demonstrations it has seen")
+    return known
 
 
 def _check_ensemble(config: PPORun, sources: Sequence[RewardSource]) -> None:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +15,6 @@ from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.schema import PREFERENCES
 from rlhf.errors import UserError
-from rlhf.evaluate.baselines import bag_of_words
-from rlhf.evaluate.estimates import win_indicator
-from rlhf.evaluate.evaluation_inputs import usable_pairs
 from rlhf.execution.executor import Executor
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_trunk, save_reward_model
@@ -35,8 +31,9 @@ from rlhf.train.compile_policy import compile_folder, compile_obstacle
 from rlhf.train.context import Run, open_run
 from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
+from rlhf.train.reward_verdict import judge_reward_model
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage_defaults import choose_settings, default_rate, start_facts
+from rlhf.train.stage_defaults import choose_learning_rate, start_facts
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_conversations,
@@ -49,7 +46,6 @@ from rlhf.train.stage_inputs import (
     start_model_spec,
 )
 from rlhf.train.supervised import (
-    DataSplit,
     check_pairs_differ,
     length_limit,
     make_adamw,
@@ -58,13 +54,9 @@ from rlhf.train.supervised import (
     train_supervised,
 )
 from rlhf.types import FrozenParams, MetricSums, Params
-from rlhf.verdicts import Verdict, reward_verdict
 
 _REFERENCE_PAIRS = 1024
 """Number of training pairs whose chosen completions give the mean and standard deviation of the reward."""
-
-_BASELINE_PAIRS = 20_000
-"""Training pairs that the bag of words learns from."""
 
 _STAGE = STAGES["reward"]
 
@@ -147,12 +139,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     model_spec, folder = _model_spec(config), start_folder(config, config.reward.model_path)
     facts, start = start_facts(folder), load_trunk(folder)
     start = start._replace(tokenizer=chat_tokenizer(start.tokenizer, config.data))
-    config = choose_settings(
-        run,
-        config,
-        {"reward.learning_rate": default_rate(config.reward, pretrained=facts.pretrained)},
-        "a pre-trained model" if facts.pretrained else "a model from scratch",
-    )
+    config = choose_learning_rate(run, config, facts)
     settings = config.reward
     for line in start.notes:
         run.note(line)
@@ -199,7 +186,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         ),
         identity=digests | {"model": model_spec.digest},
     )
-    verdict, baselines = _judge(run, config, path, split, metrics)
+    verdict, baselines = judge_reward_model(config, path, split, metrics)
     metrics |= baselines
     if run.is_saved:
         return StageResult(run.model_folder, metrics, verdict=verdict and run.conclude(verdict))
@@ -214,34 +201,6 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     model = RewardModel(params, start.config, start.tokenizer, statistics)
     save_reward_model(run.model_folder, model, facts=manifest)
     return StageResult(run.model_folder, metrics, verdict=verdict and run.conclude(verdict))
-
-
-def _judge(
-    run: Run, config: RewardRun, path: Source, split: DataSplit, metrics: Mapping[str, float]
-) -> tuple[Verdict | None, dict[str, float]]:
-    """Return the verdict on the trained model, and the baselines that it goes by; nothing without held-out pairs."""
-    if not split.held_out:
-        return None, {}
-    train_texts = usable_pairs(path)
-    validation = given_files(config, config.preference_val_data)
-    held_texts = train_texts if validation is None else usable_pairs(validation)
-    margins = bag_of_words(
-        [held_texts[record] for record in split.held_out],
-        [train_texts[record] for record in split.train[:_BASELINE_PAIRS]],
-        seed=config.seed,
-    )
-    lengths = np.array([split.validation.answer_lengths(record) for record in split.held_out])
-    baselines = {
-        "eval/baseline/bag_of_words": float(win_indicator(margins, 0.0).mean()),
-        "eval/baseline/longer": float(win_indicator(*lengths.T).mean()),
-    }
-    verdict = reward_verdict(
-        metrics["eval/reward/accuracy"],
-        len(split.held_out),
-        bag_of_words=baselines["eval/baseline/bag_of_words"],
-        longer=baselines["eval/baseline/longer"],
-    )
-    return verdict, baselines
 
 
 def _statistics(run: Run, chosen: Tensor, rejected: Tensor) -> RewardStatistics:

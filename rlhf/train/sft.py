@@ -1,11 +1,9 @@
 """Supervised fine-tuning of a language model on demonstrations."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +12,10 @@ from rlhf.batches import TokenBatch
 from rlhf.config import SFTConfig, SFTRun
 from rlhf.data.collate import token_batches
 from rlhf.data.data_files import Source
-from rlhf.data.dataset import Dataset, load_dataset
-from rlhf.data.encoding import chat_tokenizer, holds_conversations
-from rlhf.data.prompt_template import common_template
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, read_checked
+from rlhf.data.dataset import Dataset
+from rlhf.data.encoding import chat_tokenizer
+from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.errors import UserError
-from rlhf.evaluate.baselines import unigram_perplexity
 from rlhf.execution.program import ModelState, Program, StepSpec
 from rlhf.io.model_folder import LanguageModel, load_language_model, save_language_model
 from rlhf.io.tokenizer import Tokenizer
@@ -32,18 +28,11 @@ from rlhf.remat import chunk_size, in_chunks
 from rlhf.stages import STAGES, StageProgram, StageResult
 from rlhf.train.compile_policy import compile_folder, compile_obstacle
 from rlhf.train.context import Run, open_run
+from rlhf.train.demonstrations import demonstration_facts, fitted_context, unigram_baseline
 from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
 from rlhf.train.signals import StopRequest
-from rlhf.train.stage_defaults import (
-    StartFacts,
-    choose_settings,
-    default_rate,
-    fit_completion,
-    fit_context,
-    fit_length,
-    start_facts,
-)
+from rlhf.train.stage_defaults import StartFacts, choose_learning_rate, choose_settings, start_facts
 from rlhf.train.stage_inputs import (
     ModelSpec,
     check_conversations,
@@ -59,7 +48,6 @@ from rlhf.train.stage_inputs import (
     with_template,
 )
 from rlhf.train.supervised import (
-    DataSplit,
     length_limit,
     make_adamw,
     make_plan,
@@ -71,9 +59,6 @@ from rlhf.types import FrozenParams, MetricSums, Params
 from rlhf.verdicts import sft_verdict
 
 _STAGE = STAGES["sft"]
-
-_COUNTED = 10_000
-"""Demonstrations that token frequencies are counted in."""
 
 
 def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
@@ -125,12 +110,7 @@ def _model_spec(config: SFTRun) -> ModelSpec:
 
 def _run(run: Run, config: SFTRun) -> StageResult:
     model, start_digest, path, facts = _start(run, config)
-    config = choose_settings(
-        run,
-        run.config,
-        {"sft.learning_rate": default_rate(config.sft, pretrained=facts.pretrained)},
-        "a pre-trained model" if facts.pretrained else "a model from scratch",
-    )
+    config = choose_learning_rate(run, run.config, facts)
     settings, rows = config.sft, config.sft.micro_batch_size
     validation = given_files(config, config.sft_val_data)
     split = open_split(run, path, validation, DEMONSTRATIONS, settings, model)
@@ -170,25 +150,16 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     )
     verdict = None
     if held_out:
-        unigram = _unigram_perplexity(split, max_length, model.config.vocab_size)
+        unigram = unigram_baseline(split, max_length, model.config.vocab_size)
         metrics |= {"eval/baseline/unigram": unigram}
         verdict = sft_verdict(metrics["eval/perplexity"], unigram, len(split.held_out))
     if not run.is_saved:
         params = run.trained_params(executor, metrics.get("eval/loss", 0.0))
         manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
         manifest |= {"data": digests["data"], "validation": digests["validation"], "provenance": run.provenance}
-        manifest |= facts._replace(**_endings(path, split, max_length))._asdict()
+        manifest |= facts._replace(**demonstration_facts(path, split, max_length))._asdict()
         save_language_model(run.model_folder, model._replace(params=params), facts=manifest)
     return StageResult(run.model_folder, metrics, verdict=run.conclude(verdict) if verdict else None)
-
-
-def _unigram_perplexity(split: DataSplit, max_length: int, vocab_size: int) -> float:
-    """Return `unigram_perplexity` of the held-out completions by those that are trained on."""
-    train, held_out = (
-        [s.tokens[s.prompt :] for record in records[:_COUNTED] for s in dataset.sequences(record, max_length)]
-        for dataset, records in ((split.dataset, split.train), (split.validation, split.held_out))
-    )
-    return unigram_perplexity(train, held_out, vocab_size)
 
 
 def make_sft_objective(
@@ -249,33 +220,6 @@ def make_sft_program(
     )
 
 
-def _endings(path: Source, split: DataSplit, max_length: int) -> dict[str, Any]:
-    """Return the fields of `StartFacts` about the demonstrations that are trained on."""
-    counts = split.dataset.answer_counts()[split.train]
-    cut = split.dataset.count_cut(max_length, split.train)
-    records = list(itertools.islice(read_checked(path, DEMONSTRATIONS), _COUNTED))
-    chat = holds_conversations(records[0])
-    return {
-        "completion_tokens": fit_length(counts, step=1, least=1, most=max_length),
-        "ended": 1.0 - cut / len(split.train),
-        "template": None if chat else common_template([record.fields["prompt"] for record in records]),
-        "chat": chat,
-    }
-
-
-def _fitted_context(run: Run, config: SFTRun, path: Source, tokenizer: Tokenizer) -> int:
-    """Return `fit_context` over the data of all stages of the run, for the family's preset."""
-    preset = new_config(config.model, tokenizer.vocab_size).n_positions
-    demonstrations = load_dataset(path, DEMONSTRATIONS, tokenizer, config.cache_dir)
-    lengths = [demonstrations.token_counts()]
-    if (pairs := given_files(config, getattr(config, "preference_data", None))) is not None:
-        lengths.append(load_dataset(pairs, PREFERENCES, tokenizer, config.cache_dir).token_counts().max(axis=1))
-    if (prompts := given_files(config, getattr(config, "prompt_data", None))) is not None:
-        room = fit_completion(fit_length(demonstrations.answer_counts(), step=1, least=1, most=1024), 1024)
-        lengths.append(load_dataset(prompts, PROMPTS, tokenizer, config.cache_dir).token_counts() + room)
-    return max(fit_context(counts.ravel(), preset) for counts in lengths)
-
-
 def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Source, StartFacts]:
     """Return the model that training starts from, the digest of its folder's weights, the data file and its facts.
 
@@ -296,7 +240,7 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Source, StartF
     for line in tokenizer.notes:
         run.note(line)
     preset = new_config(config.model, tokenizer.vocab_size)
-    context = _fitted_context(run, config, path, tokenizer)
+    context = fitted_context(config, path, tokenizer)
     if context > preset.n_positions:
         config = choose_settings(run, config, {"model.n_positions": context}, "the length of the records")
     shape = new_config(config.model, tokenizer.vocab_size)

@@ -66,6 +66,17 @@ def default_rate(settings: OptimizerConfig, *, pretrained: bool) -> float:
     return settings.default_rates()[pretrained]
 
 
+def choose_learning_rate(run: Run, config: Any, facts: StartFacts) -> Any:
+    """Return the configuration with a learning rate that fits the model to start from; see `choose_settings`."""
+    rate = default_rate(run.stage.section_of(config), pretrained=facts.pretrained)
+    return choose_settings(run, config, {f"{run.stage.section}.learning_rate": rate}, describe_start(facts))
+
+
+def describe_start(facts: StartFacts) -> str:
+    """Return the kind of the model that training starts from, in words."""
+    return "a pre-trained model" if facts.pretrained else "a model from scratch"
+
+
 def fit_length(lengths: np.ndarray, *, step: int, least: int, most: int) -> int:
     """Return the length that `KEPT` of the records do not exceed, rounded up to a multiple of `step`, within bounds.
 
