@@ -178,7 +178,7 @@ def sequence_loss(log_probs, *, old_log_probs, advantages, mask, clip_eps=0.2):
         ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     )
     loss = -masked_sum(surrogate, counts)
-    return loss, {"loss/policy_avg": loss.detach(), "count": counts.sum()}
+    return loss, {"loss/policy_avg_sum": loss.detach(), "count": counts.sum()}
 
 
 log_probs = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, -1.0, -2.0]])

@@ -25,7 +25,7 @@ def loss(params, batch):  # the sum over a micro-batch, and sums of metrics
     inputs, targets = batch
     errors = torch.tanh(inputs @ params["hidden"]) @ params["out"] - targets
     return errors.square().sum(), {
-        "loss/mse": errors.detach().square().sum(),
+        "loss/mse_sum": errors.detach().square().sum(),
         "count": errors.shape[0],
     }
 

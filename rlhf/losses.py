@@ -1,7 +1,7 @@
 """Losses, as sums over the entries where the mask is True.
 
-Each loss returns `(loss_sum, sums)`: the sum over the mask, and `MetricSums`. The latter holds detached sums, each by
-the name of its mean, and `"count"`, the number of entries that count. `rlhf.ops.mean_metrics` divides by the count
+Each loss returns `(loss_sum, sums)`: the sum over the mask, and `MetricSums`. The latter holds detached sums, named by
+their metric and `_sum`, and `"count"`, the number of entries that count. `rlhf.ops.mean_metrics` divides by the count
 once, over the global batch, so that the result does not depend on how a batch is split. Masked positions may hold any
 value, NaN included. An all-False mask gives 0 with zero gradient.
 
@@ -42,7 +42,7 @@ def sft_loss(log_probs: Tensor, *, mask: Tensor, weights: Tensor | None = None) 
 
     Returns:
         loss: [] sum.
-        sums: `loss/sft` (nats per token), `count` (tokens).
+        sums: `loss/sft_sum` (nats per token), `count` (tokens).
 
     Raises:
         ValueError: shapes differ.
@@ -56,7 +56,7 @@ def sft_loss(log_probs: Tensor, *, mask: Tensor, weights: Tensor | None = None) 
     """
     check_mask("sft_loss", mask, log_probs=log_probs)
     loss = -weighted_sum("sft_loss", torch.where(mask, upcast(log_probs), 0.0), mask, weights)
-    return loss, {"loss/sft": loss.detach(), "count": mask.sum()}
+    return loss, {"loss/sft_sum": loss.detach(), "count": mask.sum()}
 
 
 def reward_loss(
@@ -86,7 +86,7 @@ def reward_loss(
 
     Returns:
         loss: [] sum over pairs; finite, with the right gradient, at any finite margin.
-        sums: `loss/reward`, `reward/accuracy` (a tie counts half), `reward/margin`, `count` (pairs).
+        sums: `loss/reward_sum`, `reward/accuracy_sum` (a tie counts half), `reward/margin_sum`, `count` (pairs).
 
     Raises:
         ValueError: shapes differ, or centre_coef is negative.
@@ -94,7 +94,7 @@ def reward_loss(
 
     Example:
         >>> loss, sums = reward_loss(torch.tensor([2.0, 1.0]), rejected_scores=torch.tensor([0.0, 1.0]))
-        >>> round(float(loss), 4), sums["reward/accuracy"]
+        >>> round(float(loss), 4), sums["reward/accuracy_sum"]
         (0.8201, tensor(1.5000))
     """
     mask = torch.ones_like(chosen_scores, dtype=torch.bool) if mask is None else mask
@@ -110,9 +110,9 @@ def reward_loss(
     loss = weighted_sum("reward_loss", torch.where(mask, per_pair, 0.0), mask, weights)
     correct = (difference > 0).float() + 0.5 * (difference == 0).float()
     return loss, {
-        "loss/reward": loss.detach(),
-        "reward/accuracy": torch.where(mask, correct, 0.0).sum(),
-        "reward/margin": difference.detach().sum(),
+        "loss/reward_sum": loss.detach(),
+        "reward/accuracy_sum": torch.where(mask, correct, 0.0).sum(),
+        "reward/margin_sum": difference.detach().sum(),
         "count": mask.sum(),
     }
 
@@ -154,8 +154,8 @@ def ppo_policy_loss(
 
     Returns:
         loss: [] sum.
-        sums: `loss/policy_avg`, `policy/clipfrac_avg` (fraction of tokens where the clipped term is the larger loss),
-            `policy/approxkl_avg` (nats: half the squared log-ratio, as in TRL), `val/ratio`, `count` (tokens).
+        sums: `loss/policy_avg_sum`, `policy/clipfrac_avg_sum` (tokens where the clipped term is the larger loss),
+            `policy/approxkl_avg_sum` (nats: half the squared log-ratio, as in TRL), `val/ratio_sum`, `count` (tokens).
 
     Raises:
         ValueError: shapes differ, or clip_eps, clip_eps_high or dual_clip is out of range.
@@ -165,7 +165,7 @@ def ppo_policy_loss(
         >>> log_probs = torch.tensor([-1.0, -2.0])
         >>> advantages, mask = torch.tensor([1.0, -3.0]), torch.tensor([True, True])
         >>> loss, sums = ppo_policy_loss(log_probs, old_log_probs=log_probs, advantages=advantages, mask=mask)
-        >>> loss, sums["val/ratio"]
+        >>> loss, sums["val/ratio_sum"]
         (tensor(2.), tensor(2.))
     """
     check_mask("ppo_policy_loss", mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
@@ -180,10 +180,10 @@ def ppo_policy_loss(
         per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)
     loss = weighted_sum("ppo_policy_loss", per_token, mask, weights)
     return loss, {
-        "loss/policy_avg": loss.detach(),
-        "policy/clipfrac_avg": (clipped > unclipped).float().sum(),
-        "policy/approxkl_avg": 0.5 * log_ratio.detach().square().sum(),
-        "val/ratio": torch.where(mask, ratio, 0.0).detach().sum(),
+        "loss/policy_avg_sum": loss.detach(),
+        "policy/clipfrac_avg_sum": (clipped > unclipped).float().sum(),
+        "policy/approxkl_avg_sum": 0.5 * log_ratio.detach().square().sum(),
+        "val/ratio_sum": torch.where(mask, ratio, 0.0).detach().sum(),
         "count": mask.sum(),
     }
 
@@ -214,7 +214,7 @@ def ppo_value_loss(
 
     Returns:
         loss: [] sum, never below the sum of the unclipped errors.
-        sums: `loss/value_avg`, `val/clipfrac_avg` (fraction of tokens where the clipped error is larger), `count`.
+        sums: `loss/value_avg_sum`, `val/clipfrac_avg_sum` (tokens where the clipped error is larger), `count`.
 
     Raises:
         ValueError: shapes differ, or value_clip_eps is not positive.
@@ -235,8 +235,8 @@ def ppo_value_loss(
     unclipped, clipped = (values - returns).square(), (within - returns).square()
     loss = 0.5 * weighted_sum("ppo_value_loss", torch.maximum(unclipped, clipped), mask, weights)
     return loss, {
-        "loss/value_avg": loss.detach(),
-        "val/clipfrac_avg": (clipped > unclipped).float().sum(),
+        "loss/value_avg_sum": loss.detach(),
+        "val/clipfrac_avg_sum": (clipped > unclipped).float().sum(),
         "count": mask.sum(),
     }
 

@@ -226,20 +226,24 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def mean_metrics(sums: MetricSums) -> Metrics:
-    """Return every sum divided by `sums["count"]`, or by 1 if the count is 0, without the count itself.
+    """Return the mean of every metric: its sum divided by `sums["count"]`, or by 1 if the count is 0.
 
     Args:
-        sums: the sums that a loss returns, added over the micro-batches of a global batch.
+        sums: the sums that a loss returns, added over the micro-batches of a global batch. The sum of the metric
+            `loss/sft` is named `loss/sft_sum`.
 
     Raises:
         KeyError: there is no "count".
+        ValueError: a name does not end in `_sum`.
 
     Example:
-        >>> mean_metrics({"loss/sft": torch.tensor(6.0), "count": torch.tensor(3)})
+        >>> mean_metrics({"loss/sft_sum": torch.tensor(6.0), "count": torch.tensor(3)})
         {'loss/sft': tensor(2.)}
     """
+    misnamed = [name for name in sums if name != "count" and not name.endswith("_sum")]
+    check_value("mean_metrics", not misnamed, "named by their metric and `_sum`", sums=misnamed)
     count = torch.where(sums["count"] == 0, 1, sums["count"])
-    return {name: total / count for name, total in sums.items() if name != "count"}
+    return {name.removesuffix("_sum"): total / count for name, total in sums.items() if name != "count"}
 
 
 @accelerated("compiled_ops.target_logits")

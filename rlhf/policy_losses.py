@@ -51,7 +51,7 @@ def cispo_loss(
 
     Returns:
         loss: [] sum.
-        sums: those of `ppo_policy_loss`; `policy/clipfrac_avg` is the share of tokens whose ratio is clipped.
+        sums: those of `ppo_policy_loss`; `policy/clipfrac_avg_sum` is the share of tokens whose ratio is clipped.
 
     Raises:
         ValueError: shapes differ, or a clip is not positive.
@@ -72,10 +72,10 @@ def cispo_loss(
     clipped = clip_ratio("cispo_loss", ratio, clip_eps, clip_eps_high)
     loss = weighted_sum("cispo_loss", -clipped * advantages * log_probs, mask, weights)
     return loss, {
-        "loss/policy_avg": loss.detach(),
-        "policy/clipfrac_avg": torch.where(mask, (clipped != ratio).float(), 0.0).sum(),
-        "policy/approxkl_avg": 0.5 * log_ratio.square().sum(),
-        "val/ratio": torch.where(mask, ratio, 0.0).sum(),
+        "loss/policy_avg_sum": loss.detach(),
+        "policy/clipfrac_avg_sum": torch.where(mask, (clipped != ratio).float(), 0.0).sum(),
+        "policy/approxkl_avg_sum": 0.5 * log_ratio.square().sum(),
+        "val/ratio_sum": torch.where(mask, ratio, 0.0).sum(),
         "count": mask.sum(),
     }
 
@@ -123,7 +123,7 @@ def gspo_loss(
         >>> log_probs, old = torch.tensor([-1.0, -2.0]), torch.tensor([-1.2, -2.2])
         >>> mask = torch.tensor([True, True])
         >>> loss, sums = gspo_loss(log_probs, old_log_probs=old, advantages=torch.ones(2), mask=mask, clip_eps=0.5)
-        >>> round(float(sums["val/ratio"] / 2), 4)
+        >>> round(float(sums["val/ratio_sum"] / 2), 4)
         1.2214
     """
     check_mask("gspo_loss", mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)

@@ -70,8 +70,8 @@ def dpo_loss(
 
     Returns:
         loss: [] sum over pairs.
-        sums: `loss/dpo`, `rewards/chosen`, `rewards/rejected` (implicit rewards), `rewards/margins`,
-            `rewards/accuracies` (a tie counts half), `count` (pairs).
+        sums: `loss/dpo_sum`, `rewards/chosen_sum`, `rewards/rejected_sum` (implicit rewards), `rewards/margins_sum`,
+            `rewards/accuracies_sum` (a tie counts half), `count` (pairs).
 
     Raises:
         ValueError: shapes differ, or a number is out of range.
@@ -79,7 +79,7 @@ def dpo_loss(
 
     Example:
         >>> loss, sums = dpo_loss(torch.tensor([2.0]), rejected_log_ratios=torch.tensor([-1.0]), beta=0.5)
-        >>> round(float(loss), 4), sums["rewards/margins"]
+        >>> round(float(loss), 4), sums["rewards/margins_sum"]
         (0.2014, tensor(1.5000))
     """
     check_value("dpo_loss", beta > 0, "above 0", beta=beta)
@@ -89,7 +89,7 @@ def dpo_loss(
     margin = beta * chosen - beta * rejected
     per_pair = -(1.0 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     loss = weighted_sum("dpo_loss", torch.where(mask, per_pair, 0.0), mask, weights)
-    return loss, {"loss/dpo": loss.detach(), **_reward_sums(beta * chosen, beta * rejected, mask)}
+    return loss, {"loss/dpo_sum": loss.detach(), **_reward_sums(beta * chosen, beta * rejected, mask)}
 
 
 def ipo_loss(
@@ -120,7 +120,7 @@ def ipo_loss(
 
     Returns:
         loss: [] sum over pairs.
-        sums: `loss/ipo` and the others of `dpo_loss`.
+        sums: `loss/ipo_sum` and the others of `dpo_loss`.
 
     Raises:
         ValueError: shapes differ, or beta is not positive.
@@ -135,7 +135,7 @@ def ipo_loss(
     mask, chosen, rejected = _prepare("ipo_loss", chosen_log_ratios, rejected_log_ratios, mask)
     per_pair = (chosen - rejected - 0.5 / beta).square()
     loss = weighted_sum("ipo_loss", torch.where(mask, per_pair, 0.0), mask, weights)
-    return loss, {"loss/ipo": loss.detach(), **_reward_sums(beta * chosen, beta * rejected, mask)}
+    return loss, {"loss/ipo_sum": loss.detach(), **_reward_sums(beta * chosen, beta * rejected, mask)}
 
 
 def _prepare(function: str, chosen: Tensor, rejected: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,9 +150,9 @@ def _reward_sums(chosen: Tensor, rejected: Tensor, mask: Tensor) -> MetricSums:
     chosen, rejected = chosen.detach(), rejected.detach()
     correct = (chosen > rejected).to(chosen.dtype) + 0.5 * (chosen == rejected).to(chosen.dtype)
     return {
-        "rewards/chosen": chosen.sum(),
-        "rewards/rejected": rejected.sum(),
-        "rewards/margins": (chosen - rejected).sum(),
-        "rewards/accuracies": torch.where(mask, correct, 0.0).sum(),
+        "rewards/chosen_sum": chosen.sum(),
+        "rewards/rejected_sum": rejected.sum(),
+        "rewards/margins_sum": (chosen - rejected).sum(),
+        "rewards/accuracies_sum": torch.where(mask, correct, 0.0).sum(),
         "count": mask.sum(),
     }

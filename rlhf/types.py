@@ -29,7 +29,7 @@ Metrics = dict[str, Tensor]
 """Detached [] tensors by metric name."""
 
 MetricSums = dict[str, Tensor]
-"""Detached [] sums over a batch, each by the name of its mean, and `"count"`, by which `rlhf.ops.mean_metrics` divides
-the sums once."""
+"""Detached [] sums over a batch, named by their metric and `_sum`, and `"count"`, by which `rlhf.ops.mean_metrics`
+divides them once."""
 
 __all__ = ["FrozenParams", "MetricSums", "Metrics", "Params", "Tensor", "Tree"]

@@ -296,7 +296,7 @@ MUTANTS = [
             "torch.where(mask, upcast(log_probs), 0.0), mask",
             "torch.where(mask, log_probs, 0.0), mask",
         ),
-        ("sft: metric attached", '"loss/sft": loss.detach()', '"loss/sft": loss'),
+        ("sft: metric attached", '"loss/sft_sum": loss.detach()', '"loss/sft_sum": loss'),
         (
             "sft: count of all",
             'loss.detach(), "count": mask.sum()',
@@ -316,7 +316,7 @@ MUTANTS = [
         ("reward: accuracy after margin", "correct = (difference > 0)", "correct = (required > 0)"),
         ("reward: masked pairs cost log 2", "torch.where(mask, per_pair, 0.0), mask", "per_pair, mask"),
         ("reward: masked pairs are ties", "torch.where(mask, correct, 0.0).sum()", "correct.sum()"),
-        ("reward: margin metric", '"reward/margin": difference', '"reward/margin": required'),
+        ("reward: margin metric", '"reward/margin_sum": difference', '"reward/margin_sum": required'),
         (
             "policy: ratio inverted",
             "log_ratio = torch.where(mask, upcast(log_probs), 0.0) - torch.where(mask, _constant(old_log_probs), 0.0)",
@@ -348,8 +348,8 @@ MUTANTS = [
         ("policy: dual clip sign", "-dual_clip * advantages", "dual_clip * advantages"),
         (
             "policy: clip fraction with ties",
-            '"policy/clipfrac_avg": (clipped > unclipped)',
-            '"policy/clipfrac_avg": (clipped >= unclipped)',
+            '"policy/clipfrac_avg_sum": (clipped > unclipped)',
+            '"policy/clipfrac_avg_sum": (clipped >= unclipped)',
         ),
         ("policy: KL without half", "0.5 * log_ratio.detach()", "log_ratio.detach()"),
         ("policy: ratio of masked tokens", "torch.where(mask, ratio, 0.0).detach()", "ratio.detach()"),
@@ -365,7 +365,7 @@ MUTANTS = [
         ("value: clipped to the old value", "(within - returns).square()", "(within - old_values).square()"),
         ("value: not squared", "(within - returns).square()", "(within - returns).abs()"),
         ("value: mask ignored", "torch.where(mask, x, 0.0) for x in (upcast(values)", "x for x in (upcast(values)"),
-        ("value: metric attached", '"loss/value_avg": loss.detach()', '"loss/value_avg": loss'),
+        ("value: metric attached", '"loss/value_avg_sum": loss.detach()', '"loss/value_avg_sum": loss'),
     ),
     *mutants(
         "advantages",

@@ -204,7 +204,7 @@ def _softplus(x):
 def sft_loss(log_probs, mask):
     """Ouyang et al. 2022: maximum likelihood of the completion."""
     loss = -math.fsum(_kept(log_probs, mask))
-    return loss, {"loss/sft": loss, "count": int(np.sum(mask))}
+    return loss, {"loss/sft_sum": loss, "count": int(np.sum(mask))}
 
 
 def reward_loss(chosen, rejected, mask, *, margin=None, centre_coef=0.0):
@@ -218,7 +218,12 @@ def reward_loss(chosen, rejected, mask, *, margin=None, centre_coef=0.0):
         loss += _softplus(-required) + centre_coef * (float(chosen[pair]) + float(rejected[pair])) ** 2
         accuracy += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
         gap += difference
-    return loss, {"loss/reward": loss, "reward/accuracy": accuracy, "reward/margin": gap, "count": int(np.sum(mask))}
+    return loss, {
+        "loss/reward_sum": loss,
+        "reward/accuracy_sum": accuracy,
+        "reward/margin_sum": gap,
+        "count": int(np.sum(mask)),
+    }
 
 
 def reward_gradient(difference):
@@ -243,10 +248,10 @@ def ppo_policy_loss(log_probs, old_log_probs, advantages, mask, *, clip_eps, dua
         approxkl += log_ratio**2 / 2
         ratios += ratio
     return loss, {
-        "loss/policy_avg": loss,
-        "policy/clipfrac_avg": clipped_tokens,
-        "policy/approxkl_avg": approxkl,
-        "val/ratio": ratios,
+        "loss/policy_avg_sum": loss,
+        "policy/clipfrac_avg_sum": clipped_tokens,
+        "policy/approxkl_avg_sum": approxkl,
+        "val/ratio_sum": ratios,
         "count": int(np.sum(mask)),
     }
 
@@ -261,7 +266,7 @@ def ppo_value_loss(values, old_values, returns, mask, *, value_clip_eps):
         within = min(max(value, old_value - value_clip_eps), old_value + value_clip_eps)
         loss += 0.5 * max((value - target) ** 2, (within - target) ** 2)
         clipped_tokens += (within - target) ** 2 > (value - target) ** 2
-    return loss, {"loss/value_avg": loss, "val/clipfrac_avg": clipped_tokens, "count": int(np.sum(mask))}
+    return loss, {"loss/value_avg_sum": loss, "val/clipfrac_avg_sum": clipped_tokens, "count": int(np.sum(mask))}
 
 
 # Experience.

@@ -22,7 +22,7 @@ def objective(params, frozen, batch):
     inputs, targets = batch
     errors = inputs @ params["w"] + params["b"] + (inputs @ frozen["offset"]["w"]) - targets
     loss = errors.square().sum()
-    return loss, {"loss/squares": loss.detach(), "count": torch.tensor(len(targets))}
+    return loss, {"loss/squares_sum": loss.detach(), "count": torch.tensor(len(targets))}
 
 
 OPTIMIZER = adamw(constant_schedule(0.01), weight_decay=0.1, weight_decay_mask=lambda params: {"w": True, "b": False})

@@ -288,7 +288,7 @@ def test_invariant_10_preference_loss_is_log_2_at_a_tie(dtype):
     scores = floats(1, 5, dtype=dtype)
     loss, metrics = reward_loss(scores, scores.clone())
     assert_close(loss, 5 * math.log(2), TOLERANCE[dtype])
-    assert metrics["reward/accuracy"] == 2.5
+    assert metrics["reward/accuracy_sum"] == 2.5
     gradient = grad(lambda c, r: reward_loss(c, r)[0], argnums=(0, 1))(scores, scores)
     assert_close(gradient, ([-0.5] * 5, [0.5] * 5))
 
@@ -352,8 +352,8 @@ def policy_gradient(ratios, advantages, **options):
 def test_invariant_1_identical_policies_have_ratio_1_kl_0_and_clip_fraction_0():
     log_probs, advantages, mask = floats(14, 4, 5), floats(15, 4, 5), coins(14, 4, 5)
     loss, metrics = ppo_policy_loss(log_probs, log_probs.clone(), advantages, mask)
-    assert metrics["val/ratio"] == metrics["count"] == mask.sum()
-    assert metrics["policy/approxkl_avg"] == metrics["policy/clipfrac_avg"] == 0
+    assert metrics["val/ratio_sum"] == metrics["count"] == mask.sum()
+    assert metrics["policy/approxkl_avg_sum"] == metrics["policy/clipfrac_avg_sum"] == 0
     assert_close(loss, -advantages[mask].sum())
 
 
@@ -436,7 +436,7 @@ def test_value_loss_without_clipping_is_half_the_squared_error():
     gradient, (loss, metrics) = step(values, old_values, returns, everything)
     assert_close(loss, 0.5 * (values - returns).square().sum())
     assert_close(gradient, values - returns)
-    assert metrics["val/clipfrac_avg"] == 0
+    assert metrics["val/clipfrac_avg_sum"] == 0
 
 
 def test_value_loss_gradient_is_zero_where_the_clipped_error_is_the_larger():
@@ -446,7 +446,7 @@ def test_value_loss_gradient_is_zero_where_the_clipped_error_is_the_larger():
     everything = torch.ones(3, dtype=torch.bool)
     gradient, (_, metrics) = grad_and_value(ppo_value_loss, has_aux=True)(values, values * 0, returns, everything)
     assert_close(gradient, [0.1 - 2.0, 1.0 + 1.0, 0.0])
-    assert metrics["val/clipfrac_avg"] == 1
+    assert metrics["val/clipfrac_avg_sum"] == 1
 
 
 TRUE, ZEROS = torch.ones(3, dtype=torch.bool), torch.zeros(3)

@@ -95,9 +95,9 @@ def test_sft_objective_equals_transformers_loss_in_any_layout(params, config, se
         total += out.loss.item() * count
         correct += int((out.logits[0, prompt - 1 : -1].argmax(-1) == sequence[prompt:]).sum())
     assert loss.item() == pytest.approx(total, rel=1e-5)
-    assert metrics["loss/sft"].item() == pytest.approx(total, rel=1e-5)
+    assert metrics["loss/sft_sum"].item() == pytest.approx(total, rel=1e-5)
     assert metrics["count"].item() == sum(LENGTHS)
-    assert metrics["sft/accuracy"].item() == correct
+    assert metrics["sft/accuracy_sum"].item() == correct
 
 
 def test_sft_accuracy_counts_the_tokens_that_are_most_likely(params, config, sequences):
@@ -106,7 +106,7 @@ def test_sft_accuracy_counts_the_tokens_that_are_most_likely(params, config, seq
     best = gpt2.logits(params, hidden, config=config).argmax(-1)
     some = torch.where(torch.arange(len(best)) < 5, best, (best + 1) % config.vocab_size)
     _, metrics = make_sft_objective(config)(params, {}, batch._replace(targets=some))
-    assert metrics["sft/accuracy"].item() == 5
+    assert metrics["sft/accuracy_sum"].item() == 5
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
@@ -251,7 +251,7 @@ def test_ppo_objective_exact_kl_in_the_loss(model, config, sequences):
         ).sum()
         for s, n in zip(sequences, PROMPTS, strict=True)
     )
-    torch.testing.assert_close(metrics["loss/kl_avg"], expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(metrics["loss/kl_avg_sum"], expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(with_kl - without, 0.7 * expected, atol=1e-3, rtol=1e-4)
 
 

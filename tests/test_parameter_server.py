@@ -16,7 +16,7 @@ from rlhf.tree import tree_map
 def loss(params, batch):
     inputs, targets = batch
     errors = torch.tanh(inputs @ params["hidden"][0]) @ params["hidden"][1] - targets
-    return errors.square().sum(), {"loss/mse": errors.detach().square().sum(), "count": len(targets)}
+    return errors.square().sum(), {"loss/mse_sum": errors.detach().square().sum(), "count": len(targets)}
 
 
 def data(size, seed):

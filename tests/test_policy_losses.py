@@ -25,9 +25,9 @@ def test_cispo_is_a_weighted_policy_gradient_whose_weights_are_clipped():
     assert_close(loss, -(WEIGHTS * clipped * ADVANTAGES * LOG_PROBS)[MASK].sum())
     (slope,) = gradients(lambda x: call(cispo_loss, x, **CLIPS)[0], [LOG_PROBS])
     assert_close(slope, torch.where(MASK, -WEIGHTS * clipped * ADVANTAGES, 0.0))
-    assert_close(sums["policy/clipfrac_avg"], (clipped != ratio)[MASK].sum())
-    assert_close(sums["val/ratio"], ratio[MASK].sum())
-    assert_close(sums["policy/approxkl_avg"], 0.5 * (LOG_PROBS - OLD).square()[MASK].sum())
+    assert_close(sums["policy/clipfrac_avg_sum"], (clipped != ratio)[MASK].sum())
+    assert_close(sums["val/ratio_sum"], ratio[MASK].sum())
+    assert_close(sums["policy/approxkl_avg_sum"], 0.5 * (LOG_PROBS - OLD).square()[MASK].sum())
     assert sums["count"] == MASK.sum()
 
 
@@ -46,7 +46,7 @@ def test_gspo_is_the_clipped_surrogate_of_each_sequences_ratio():
             expected -= WEIGHTS[row, 0] * torch.minimum(ratio * advantage, ratio.clamp(0.7, 1.6) * advantage)
     loss, sums = call(gspo_loss, LOG_PROBS, **CLIPS)
     assert_close(loss, expected)
-    assert_close(sums["val/ratio"], ratios)
+    assert_close(sums["val/ratio_sum"], ratios)
 
 
 def test_gspo_reads_packed_sequences_as_rows():

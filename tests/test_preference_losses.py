@@ -78,8 +78,8 @@ def test_dpo_is_the_reward_loss_of_implicit_rewards_bit_for_bit(dtype, seed, bet
 
     (loss, sums), (other, others) = dpo(chosen, rejected), reward(chosen, rejected)
     assert_same_bits(loss, other)
-    assert_same_bits(sums["rewards/accuracies"].double(), others["reward/accuracy"].double())
-    assert_same_bits(sums["rewards/margins"], others["reward/margin"])
+    assert_same_bits(sums["rewards/accuracies_sum"].double(), others["reward/accuracy_sum"].double())
+    assert_same_bits(sums["rewards/margins_sum"], others["reward/margin_sum"])
     assert_same_bits(sums["count"], others["count"])
     found, expected = (gradients(lambda c, r, f=f: f(c, r)[0], [chosen, rejected]) for f in (dpo, reward))
     assert_same_bits(found, expected)
@@ -89,8 +89,8 @@ def test_ipo_is_the_squared_distance_from_its_margin():
     chosen, rejected = floats(1, 5), floats(2, 5)
     loss, sums = ipo_loss(chosen, rejected_log_ratios=rejected, beta=0.25)
     assert_close(loss, sum((c - r - 2.0) ** 2 for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)))
-    assert_close(sums["rewards/chosen"], 0.25 * chosen.sum())
-    assert_close(sums["rewards/rejected"], 0.25 * rejected.sum())
+    assert_close(sums["rewards/chosen_sum"], 0.25 * chosen.sum())
+    assert_close(sums["rewards/rejected_sum"], 0.25 * rejected.sum())
 
 
 @pytest.mark.parametrize("loss", [dpo_loss, ipo_loss])

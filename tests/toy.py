@@ -32,7 +32,7 @@ def objective(params, frozen, batch):
     constant = (inputs @ frozen["offset"]["w"]).sum(1) + inputs @ frozen["head"]["v"]
     errors = torch.tanh(inputs @ params["w"]).sum(1) + params["b"] + constant - targets
     loss = errors.square().sum()
-    return loss, {"loss/squares": loss.detach(), "count": torch.tensor(len(targets))}
+    return loss, {"loss/squares_sum": loss.detach(), "count": torch.tensor(len(targets))}
 
 
 def predict(params, frozen, batch):

@@ -47,7 +47,7 @@ class BytesRun(RunConfig):
 def objective(params, frozen, batch):
     """Cross-entropy of bytes [n]."""
     loss = -torch.log_softmax(params["logits"], dim=0)[batch].sum()
-    return loss, {"loss/bytes": loss.detach(), "count": torch.tensor(len(batch))}
+    return loss, {"loss/bytes_sum": loss.detach(), "count": torch.tensor(len(batch))}
 
 
 def make_bytes_program(settings: BytesConfig) -> Program:

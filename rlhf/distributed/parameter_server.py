@@ -35,7 +35,7 @@ class ParameterServer:
         >>> def loss(params, batch):  # the sum over the micro-batch, and metric sums
         ...     inputs, targets = batch
         ...     errors = torch.tanh(inputs @ params["hidden"]) @ params["out"] - targets
-        ...     return errors.square().sum(), {"loss/mse": errors.detach().square().sum(), "count": errors.shape[0]}
+        ...     return errors.square().sum(), {"loss/mse_sum": errors.detach().square().sum(), "count": errors.shape[0]}
         >>>
         >>> params = {"hidden": torch.linspace(-1, 1, 32).reshape(4, 8), "out": torch.zeros(8)}
         >>> inputs = torch.linspace(-1, 1, 256).reshape(64, 4)

@@ -122,7 +122,7 @@ class LocalExecutor:
         >>> def loss(params, frozen, batch):
         ...     errors = params["w"] - batch
         ...     total = errors.square().sum()
-        ...     return total, {"loss/mse": total.detach(), "count": torch.tensor(len(batch))}
+        ...     return total, {"loss/mse_sum": total.detach(), "count": torch.tensor(len(batch))}
         >>> optimizer = rlhf.adamw(rlhf.constant_schedule(0.1))
         >>> program = Program({"main": StepSpec(loss, optimizer, max_grad_norm=1.0)}, {}, {})
         >>> executor = LocalExecutor(program, ModelState({"w": torch.zeros(1)}, {}), torch.device("cpu"))

@@ -43,7 +43,7 @@ def sums_of_results(results: Sequence[Any], spec: StepSpec) -> Tensor:
     """
     rows = []
     for loss, metrics in results:
-        limited = float(metrics[spec.limit.metric]) if spec.limit else 0.0
+        limited = float(metrics[f"{spec.limit.metric}_sum"]) if spec.limit else 0.0
         rows.append([float(loss), float(metrics["count"]), limited])
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
@@ -76,7 +76,7 @@ def step_metrics(results: Sequence[Any], update: Update) -> dict[str, float]:
         update: the decision about the step.
 
     Example:
-        >>> results = [(torch.tensor(2.0), {"loss/sft": torch.tensor(2.0), "count": torch.tensor(4)})]
+        >>> results = [(torch.tensor(2.0), {"loss/sft_sum": torch.tensor(2.0), "count": torch.tensor(4)})]
         >>> step_metrics(results, Update(0.25, 0.5, is_finite=True, within_limit=True))
         {'loss/sft': 0.5, 'grad_norm': 0.5}
     """

@@ -82,11 +82,11 @@ def make_ppo_objective(
             **dual,
         )
         loss = loss - entropy_coef * _weighted(outputs.entropies, batch)
-        metrics["policy/entropy_avg"] = masked_sum(outputs.entropies, batch.mask).detach()
+        metrics["policy/entropy_avg_sum"] = masked_sum(outputs.entropies, batch.mask).detach()
         if loss_kl != "none":
             kl = _weighted(_token_kl(outputs, batch, loss_kl, weight_kl), batch)
             loss = loss + batch.kl_coef * kl
-            metrics["loss/kl_avg"] = kl.detach()
+            metrics["loss/kl_avg_sum"] = kl.detach()
         return policy_coef * loss, metrics, outputs.hidden
 
     def value_loss(values: Tensor, batch: PPOBatch) -> tuple[Tensor, MetricSums]:

@@ -169,7 +169,7 @@ def make_sft_objective(
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, MetricSums]]:
-    """Return a function (decoder, frozen, TokenBatch) -> the `sft_loss` of the masked tokens, with `sft/accuracy`."""
+    """Return a function (decoder, frozen, TokenBatch) -> `sft_loss` of the masked tokens, with `sft/accuracy_sum`."""
     decoder = architecture_of(config)
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ def make_sft_objective(
             decoder.unembedding(params), gather_rows(hidden, batch.predictors), batch.targets
         )
         loss, metrics = sft_loss(log_probs, mask=batch.mask)
-        return loss, metrics | {"sft/accuracy": masked_sum(correct, batch.mask)}
+        return loss, metrics | {"sft/accuracy_sum": masked_sum(correct, batch.mask)}
 
     return objective
 
