@@ -975,7 +975,11 @@ MUTANTS = [
         "models.gpt_neox",
         ("never parallel", "x if config.use_parallel_residual else attended", "attended"),
         ("always parallel", "x if config.use_parallel_residual else attended", "x"),
-        ("queries, keys and values apart", "config.n_head, 3, -1).unbind(3)", "3, config.n_head, -1).unbind(2)"),
+        (
+            "queries, keys and values apart",
+            "heads.view(*x.shape[:2], config.n_head, -1).chunk(3, dim=-1)",
+            "heads.view(*x.shape[:2], 3, config.n_head, -1).unbind(2)",
+        ),
         ("gelu: tanh form", "F.gelu(linear(", 'functools.partial(F.gelu, approximate="tanh")(linear('),
     ),
     *mutants(

@@ -54,7 +54,7 @@ def _blocks(
 
     def attention(x: Tensor, p: Params, layer: int) -> Tensor:
         heads = linear(layer_norm(x, p["input_layernorm"], eps=eps), p["attention"]["query_key_value"])
-        q, k, v = heads.view(*x.shape[:2], config.n_head, 3, -1).unbind(3)
+        q, k, v = heads.view(*x.shape[:2], config.n_head, -1).chunk(3, dim=-1)
         qkv = rotate(q, rotation), rotate(k, rotation), v
         attended_BTNH = attend(layer, *(part.transpose(1, 2) for part in qkv)).transpose(1, 2)
         return drop(linear(attended_BTNH.flatten(2), p["attention"]["dense"]), 2 * layer + 1)
