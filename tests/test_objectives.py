@@ -226,7 +226,8 @@ def test_ppo_objective_equals_its_parts_one_sequence_at_a_time(model, config, se
         total += policy_loss + 0.3 * value_loss - 0.02 * entropy(logits, temperature=temperature).sum() + 0.7 * kl
     torch.testing.assert_close(loss, total, atol=1e-3, rtol=1e-5)
     assert metrics["count"].item() == sum(LENGTHS)
-    assert {"loss/policy_avg", "loss/value_avg", "policy/entropy_avg", "loss/kl_avg", "val/ratio"} <= metrics.keys()
+    means = ("loss/policy_avg", "loss/value_avg", "policy/entropy_avg", "loss/kl_avg", "val/ratio")
+    assert {f"{name}_sum" for name in means} <= metrics.keys()
 
 
 def test_ppo_objective_on_a_shared_trunk_reads_the_policys_states(model, config, sequences):
@@ -446,7 +447,7 @@ def test_the_kl_in_the_loss_is_weighed_by_the_ratio_where_it_is_asked_for(model,
         params, frozen, ScoreBatch(*batch[:4], torch.zeros(4, dtype=torch.int64))
     ).log_probs
     plain, weighed = (
-        make_ppo_objective(config, None, weight_kl=weigh, **OF_POLICY)(params, frozen, batch)[1]["loss/kl_avg"]
+        make_ppo_objective(config, None, weight_kl=weigh, **OF_POLICY)(params, frozen, batch)[1]["loss/kl_avg_sum"]
         for weigh in (False, True)
     )
     torch.testing.assert_close(plain, kl_estimate(log_probs, batch.ref_log_probs, estimator="k3").sum())

@@ -351,17 +351,17 @@ def test_scale_logits_value(temperature):
 
 
 def test_mean_metrics_divides_by_the_count_once():
-    found = mean_metrics({"a": torch.tensor(6.0), "count": torch.tensor(4), "b": torch.tensor(-2.0)})
+    found = mean_metrics({"a_sum": torch.tensor(6.0), "count": torch.tensor(4), "b_sum": torch.tensor(-2.0)})
     assert_close(found, {"a": 1.5, "b": -0.5})
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_mean_metrics_of_one_or_nothing_are_the_sums(count):
-    assert_close(mean_metrics({"a": torch.tensor(3.0), "count": torch.tensor(count)}), {"a": 3.0})
+    assert_close(mean_metrics({"a_sum": torch.tensor(3.0), "count": torch.tensor(count)}), {"a": 3.0})
 
 
 def test_mean_metrics_of_weights_below_one():
-    assert_close(mean_metrics({"a": torch.tensor(3.0), "count": torch.tensor(0.5)}), {"a": 6.0})
+    assert_close(mean_metrics({"a_sum": torch.tensor(3.0), "count": torch.tensor(0.5)}), {"a": 6.0})
 
 
 @pytest.mark.parametrize("compiling", [False, True])
@@ -374,8 +374,13 @@ def test_is_likeliest_lets_ties_count(compiling, monkeypatch):
 
 def test_mean_metrics_needs_a_count():
     with pytest.raises(KeyError, match="count"):
-        mean_metrics({"a": torch.tensor(1.0)})
+        mean_metrics({"a_sum": torch.tensor(1.0)})
+
+
+def test_a_sum_that_is_named_like_a_mean_is_refused():
+    with pytest.raises(ValueError, match=r"loss/a"):
+        mean_metrics({"loss/a": torch.tensor(6.0), "count": torch.tensor(4)})
 
 
 def test_mean_metrics_is_pure():
-    assert_pure(mean_metrics, {"a": torch.tensor(6.0), "count": torch.tensor(4)})
+    assert_pure(mean_metrics, {"a_sum": torch.tensor(6.0), "count": torch.tensor(4)})

@@ -107,7 +107,7 @@ def test_masked_pairs_weights_metrics_and_purity(loss):
     alone = loss(chosen[mask], rejected_log_ratios=rejected[mask], weights=weights[mask])
     assert_close((kept, sums), alone)
     _, tie = loss(torch.zeros(2), rejected_log_ratios=torch.zeros(2))
-    assert float(tie["rewards/accuracies"]) == 1.0
+    assert float(tie["rewards/accuracies_sum"]) == 1.0
     empty, _ = loss(chosen, rejected_log_ratios=rejected, mask=torch.zeros(6, dtype=torch.bool))
     assert empty == 0
     chosen.requires_grad_()

@@ -102,8 +102,8 @@ def test_preference_metrics_value(seed, pairs):
     found = preference_metrics(chosen, rejected, *lengths)
     assert found == pytest.approx(
         {
-            "reward/accuracy": metrics["reward/accuracy"] / pairs,
-            "reward/margin": metrics["reward/margin"] / pairs,
+            "reward/accuracy": metrics["reward/accuracy_sum"] / pairs,
+            "reward/margin": metrics["reward/margin_sum"] / pairs,
             "reward/min": min(both),
             "reward/mean": sum(both) / len(both),
             "reward/max": max(both),

@@ -38,7 +38,7 @@ from rlhf.best_of_n_sampling import best_of_n
 from rlhf.ensembles import combine_scores
 from rlhf.experience import make_experience, postprocess_scores
 from rlhf.group_baselines import equal_groups, group_advantages
-from rlhf.kl import adaptive_kl_coef, exact_kl, importance_weighted_kl, kl_estimate, ratio_of
+from rlhf.kl import adaptive_kl_coef, budget_kl_coef, exact_kl, importance_weighted_kl, kl_estimate, ratio_of
 from rlhf.losses import clip_ratio, ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss, weighted_sum
 from rlhf.models import attention, forward, gpt2, heads, layers, llama, rope
 from rlhf.ops import (
@@ -422,6 +422,11 @@ CASES = {
     "adaptive_kl_coef": Case(
         controlled, lambda seed: tuple(tensor(n + 0.1 * seed) for n in (0.2, 6.5, 64.0, 6.0, 1e3)), (0, 1, 2, 3, 4)
     ),
+    "budget_kl_coef": Case(
+        lambda coef, kl, budget, floor: budget_kl_coef(coef, kl, budget=budget, floor=floor),
+        lambda seed: tuple(tensor(n + 0.01 * seed) for n in (0.2, 12.0, 10.0, 0.05)),
+        (0, 1, 2, 3),
+    ),
     "masked_sum": Case(masked_sum, per_token(1), (0,)),
     "masked_mean": Case(masked_mean, per_token(1), (0,)),
     "masked_var": Case(masked_var, per_token(1), (0,)),
@@ -434,7 +439,7 @@ CASES = {
     "target_logits": Case(target_logits, logits(1), (0,)),
     "is_argmax": Case(is_argmax, logits(1), ()),
     "mean_metrics": Case(
-        lambda x, mask: mean_metrics({"a": masked_sum(x, mask), "count": mask.sum()})["a"], per_token(1), (0,)
+        lambda x, mask: mean_metrics({"a_sum": masked_sum(x, mask), "count": mask.sum()})["a"], per_token(1), (0,)
     ),
     "postprocess_scores": Case(
         lambda scores, kl, values, after, penalty, clip, mask: postprocess_scores(
