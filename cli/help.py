@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from rlhf.config import ComputeConfig, RunConfig
+from rlhf.config import ComputeConfig, PipelineRun, RunConfig
 from rlhf.field_docs import field_docs
+from rlhf.stages import STAGES
 
 _FIRST = (
     "model_path", "reward", "epochs", "num_iterations", "batch_size", "learning_rate", "kl_coef", "max_new_tokens",
@@ -17,7 +18,7 @@ _FIRST = (
 )  # fmt: skip
 """Settings that are set most: they lead their section."""
 
-_INDENT, _MAX_WIDTH = " " * 6, 100
+_INDENT, _MAX_WIDTH, _MOST_IN_LINE = " " * 6, 100, 8
 _SPACE = "\N{NO-BREAK SPACE}"
 
 
@@ -72,9 +73,10 @@ def _groups(kind: type, values: Any) -> Iterator[str]:
     """Yield the program's own flags, its stages' sections, those of the computation, and the shared sections."""
     hints = get_type_hints(kind, include_extras=True)
     names = _by_owner(kind)
-    sections = [name for name in names if dataclasses.is_dataclass(hints[name])]
+    unused = {stage.section for stage in STAGES.values() if kind is PipelineRun and not stage.in_pipeline}
+    sections = [name for name in names if dataclasses.is_dataclass(hints[name]) and name not in unused]
     computation = [name for name in names if _owner(kind, name) in (ComputeConfig, RunConfig) and name not in sections]
-    own = [name for name in names if name not in sections + computation]
+    own = [name for name in names if name not in (*sections, *computation, *unused)]
     parts = {name: _group(_title(name, hints[name]), hints[name], getattr(values, name), name) for name in sections}
     last = parts.pop("dist", None)
     yield _group("options:\n  -h, --help\n      Show this text.", kind, values, "", own)
@@ -91,7 +93,7 @@ def _group(title: str, kind: type, values: Any, section: str, names: Sequence[st
     lines = [title]
     for name in names or _ranked(_by_owner(kind)):
         text = docs[name].replace("If None,", "If omitted,") + _default(getattr(values, name))
-        lines += [f"  {_invocation(section, name, hints[name])}", _fill(_INDENT + text, _INDENT)]
+        lines += [_fill(f"  {_invocation(section, name, hints[name])}", " " * 4), _fill(_INDENT + text, _INDENT)]
     return "\n".join(lines)
 
 
@@ -128,7 +130,8 @@ def _metavar(hint: Any) -> str:
     if origin is Annotated:
         return _metavar(options[0])
     if origin is Literal:
-        return "{" + ",".join(map(str, options)) + "}"
+        separator = "," if len(options) <= _MOST_IN_LINE else ", "  # a long list is wrapped
+        return "{" + separator.join(map(str, options)) + "}"
     if origin is tuple:
         one = _metavar(options[0])
         return f"{one} [{one} ...]"

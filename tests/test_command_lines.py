@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from rlhf.cli import programs, progress, train
 from rlhf.cli.arguments import parse_arguments
+from rlhf.cli.help import Help
 
 import rlhf
 from rlhf.config import PPORun, SFTRun
@@ -15,6 +16,7 @@ from rlhf.errors import UserError
 from rlhf.stages import STAGES
 from rlhf.train.observers import StageStart
 
+ABOUT = Help(prog="x", description="", usage="", page="")
 METRICS = {"objective/scores": 1.534, "objective/kl": 6.496, "response_length/mean": 22.23}
 
 
@@ -59,8 +61,8 @@ def test_the_nearest_command_is_named(typed, meant):
 )
 def test_a_flag_by_its_other_name_is_told_its_own(flag, name):
     with pytest.raises(UserError, match=f"{flag.partition('=')[0]}: is called {name} here"):
-        parse_arguments(PPORun, [flag, "1e-5"], prog="x")
-    assert parse_arguments(PPORun, [name, "3"], prog="x") != PPORun()
+        parse_arguments(PPORun, [flag, "1e-5"], about=ABOUT)
+    assert parse_arguments(PPORun, [name, "3"], about=ABOUT) != PPORun()
 
 
 def test_a_missing_file_is_told_before_torch_is_imported(tmp_path):

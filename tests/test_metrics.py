@@ -42,7 +42,8 @@ def literals() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(node.value)
-    return {text for text in found if re.fullmatch(r"[a-z_]+(/[a-z_0-9]*[a-z0-9])+", text)}
+    keys = {text for text in found if re.fullmatch(r"[a-z_]+(/[a-z_0-9]*[a-z0-9])+", text)}
+    return {key.removesuffix("_sum") for key in keys}
 
 
 def reader_of(folder: Path) -> LogReader:

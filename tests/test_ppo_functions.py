@@ -11,6 +11,7 @@ from rlhf.config import CheckpointConfig, DistConfig, PPOConfig
 from rlhf.errors import UserError
 from rlhf.io.output_folder import write_config
 from rlhf.io.presets import load_config
+from rlhf.stages import STAGES
 from rlhf.train.ppo import run_ppo
 from rlhf.train.ppo_functions import open_estimator, with_defaults
 
@@ -157,7 +158,7 @@ def test_the_configuration_that_is_written_has_absolute_paths(tmp_path, monkeypa
     (tmp_path / "own.py").write_text(OWN)
     run = dataclasses.replace(base, output_dir=tmp_path / "run", ppo=PPOConfig(estimator="own.py:rloo", loss="ppo"))
     run.output_dir.mkdir()
-    write_config(run)
+    write_config(run, STAGES["ppo"], {})
     written = load_config(str(run.output_dir / "config.yaml")).ppo
     assert written.estimator == f"{tmp_path / 'own.py'}:rloo"
     assert written.loss == "ppo"

@@ -223,7 +223,10 @@ REFUSED = {
         "sft:\n  lerning_rate: 1",
         "line 2: unknown key sft.lerning_rate; did you mean sft.learning_rate?",
     ),
-    "key of a section above": ("learning_rate: 1", "unknown key learning_rate; it is a key of ppo or reward or sft"),
+    "key of a section above": (
+        "learning_rate: 1",
+        "unknown key learning_rate; it is a key of ppo or dpo or reward or sft",
+    ),
     "section in the key": ("sft.batch-size: 8", "unknown key sft.batch-size; it is a key of sft: write `sft: {batch_"),
     "no section in the key": ("lft.batch_size: 8", "unknown key lft.batch_size; "),
     "nothing near": ("ppo: {xyzzy: 1}", "line 1: unknown key ppo.xyzzy; known here: learning_rate"),

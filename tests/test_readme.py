@@ -144,11 +144,11 @@ def test_other_commands_parse(page, command):
 
 @commands_of("rlhf-example", "python", "make")
 def test_the_rest_of_the_commands_parse(page, command):
-    from rlhf.cli.example import Example
+    from rlhf.cli.example import _ABOUT, Example
     from rlhf.cli.train import parse
 
     if command[0] == "rlhf-example":
-        assert parse_arguments(Example, command[1:], prog="rlhf-example").create_dummy_data
+        assert parse_arguments(Example, command[1:], about=_ABOUT).create_dummy_data
     elif command[0] == "make":
         assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in command[1:])
     else:
@@ -182,7 +182,7 @@ def known_flags() -> set[str]:
     stages = [stage.config for stage in STAGES.values()]
     kinds = (PipelineRun, *stages, EvaluateConfig, GenerateConfig, Monitor, Example)
     flags = {flag for kind in kinds for flag, _ in flag_types(kind)}
-    negated = {".no-".join(flag.rsplit(".", 1)) for flag in flags if "." in flag}
+    negated = {".no-".join(flag.rsplit(".", 1)) if "." in flag else f"--no-{flag[2:]}" for flag in flags}
     return flags | negated | {"--help"}
 
 

@@ -54,7 +54,7 @@ def expand_sources(specs: Sequence[str]) -> list[str]:
             continue
         folders = sorted((path for path in glob.glob(target) if Path(path).is_dir()), key=_natural)
         if not folders:
-            raise UserError(f"--ppo.reward {spec}: no folder matches")
+            raise UserError(f"--ppo.reward {spec}: there is no such folder: no name matches {target}")
         expanded += [spec.removesuffix(target) + folder for folder in folders]
     return expanded
 
