@@ -119,6 +119,8 @@ ESTIMATORS = {estimator.name: estimator for estimator in (GAE, RLOO, GRPO, DR_GR
 def register_estimator(estimator: Estimator) -> None:
     """Add an estimator to `ESTIMATORS`, so that `--ppo.estimator` takes its name.
 
+    A file that is imported again replaces its own estimator.
+
     Args:
         estimator: the estimator.
 
@@ -132,5 +134,14 @@ def register_estimator(estimator: Estimator) -> None:
         >>> "score" in ESTIMATORS
         True
     """
-    if ESTIMATORS.setdefault(estimator.name, estimator) != estimator:
+    known = ESTIMATORS.get(estimator.name, estimator)
+    if _source(known) != _source(estimator):
         raise ValueError(f"register_estimator: there is another estimator {estimator.name!r}; take another name")
+    ESTIMATORS[estimator.name] = estimator
+
+
+def _source(estimator: Estimator) -> tuple[object, ...]:
+    """Return the fields of an estimator, with file and name for its function: another import does not change them."""
+    code = getattr(estimator.function, "__code__", None)
+    function = estimator.function if code is None else (code.co_filename, code.co_qualname)
+    return function, estimator.needs_critic, estimator.whiten

@@ -37,8 +37,9 @@ def sft_verdict(perplexity: float, unigram: float, records: int) -> Verdict:
     """
     figures = f"perplexity is {perplexity:.3g} on {records} held-out demonstrations, against {unigram:.3g} of token"
     if not perplexity <= SAND_PERPLEXITY * unigram:
+        found = "has learnt little more than" if perplexity < unigram else "knows less than"
         return Verdict(
-            f"The language model has learnt little more than which tokens are frequent: its {figures} frequencies "
+            f"The language model {found} which tokens are frequent: its {figures} frequencies "
             "alone. Do not build on it yet: train longer (--sft.epochs), on more demonstrations, or from a pre-trained "
             "model (--sft.model-path).",
             sound=False,

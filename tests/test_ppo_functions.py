@@ -163,3 +163,53 @@ def test_the_configuration_that_is_written_has_absolute_paths(tmp_path, monkeypa
     assert written.estimator == f"{tmp_path / 'own.py'}:rloo"
     assert written.loss == "ppo"
     assert open_estimator(written).needs_critic is False
+
+
+WRONG = """
+import torch
+
+def tensor(log_probs, **arguments):
+    return log_probs.sum()
+
+def old_signature(log_probs, *, old_log_probs):
+    return log_probs.sum(), {"count": torch.tensor(2)}
+
+def uncounted(log_probs, **arguments):
+    return log_probs.sum(), {}
+
+def named_like_a_mean(log_probs, **arguments):
+    return log_probs.sum(), {"loss/own": log_probs.sum().detach(), "count": torch.tensor(2)}
+
+def broken(log_probs, **arguments):
+    raise RuntimeError("my own mistake")
+
+def number(completions):
+    return 3.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "wrong.py:tensor"}, r"--ppo.loss wrong.py:tensor: TypeError"),
+        ({"loss": "wrong.py:old_signature"}, r"unexpected keyword argument 'advantages'"),
+        ({"loss": "wrong.py:uncounted"}, r"no 'count', the number of tokens"),
+        ({"loss": "wrong.py:named_like_a_mean"}, r"loss/own"),
+        ({"loss": "wrong.py:broken"}, r"RuntimeError: my own mistake \(.*wrong.py:\d+\)"),
+        ({"estimator": "wrong.py:number"}, r"--ppo.estimator wrong.py:number: .*returned a float"),
+    ],
+)
+def test_functions_that_fail_are_named_with_the_reason(base, tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.py").write_text(WRONG)
+    with pytest.raises(UserError, match=message):
+        run_ppo(run_of(base, tmp_path, **settings))
+
+
+def test_a_loss_need_not_log_the_ratio(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.py").write_text(
+        "def loss(log_probs, *, advantages, mask, **others):\n"
+        "    return -(log_probs * advantages.detach() * mask).sum(), {'count': mask.sum()}\n"
+    )
+    assert run_ppo(run_of(base, tmp_path, loss="plain.py:loss")).finished

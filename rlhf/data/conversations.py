@@ -9,6 +9,7 @@ columns are lists of messages, in one of these forms:
 - `chosen` and `rejected` as texts "\n\nHuman: ... \n\nAssistant: ...", the form of Anthropic's HH data.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,9 @@ Message = dict[str, Any]
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+_ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython")
+"""Roles that chat templates know; others are let through unless they look like one of these misspelt."""
 
 
 def is_conversation(value: Any) -> bool:
@@ -72,6 +76,8 @@ def problem_of(messages: Sequence[Any], *, is_prompt: bool) -> str:
         role, content = turn["role"], turn.get("content")
         if not isinstance(role, str) or not role:
             return f"turn {number} has the role {role!r}, expected a text such as 'user' or 'assistant'"
+        if role not in _ROLES and (close := difflib.get_close_matches(role, _ROLES, n=1, cutoff=0.5)):
+            return f"turn {number} has the role {role!r}; did you mean {close[0]!r}?"
         if content is None and turn.get("tool_calls"):
             continue
         if not isinstance(content, str):

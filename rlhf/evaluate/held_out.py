@@ -110,6 +110,8 @@ def _prompts(model_dir: Path, run: PipelineRun) -> TestData:
         if held_out.is_file() and content_digest(held_out) != digest:
             return TestData(candidate._replace(paths=(held_out,)), PROMPTS, None, _HELD_OUT)
     path, problem = _training_file(model_dir, run, PROMPTS)
+    if run.prompt_data is None and problem and digest is None:
+        problem = "the run had no prompts, as one that ended with DPO; name a file of them: --test-data FILE"
     return TestData(path, PROMPTS, None, "which PPO was trained on", problem)
 
 

@@ -248,7 +248,7 @@ def _update(
             break
     updates = ppo.executor.version - first_update
     means = {name: sum(values) / len(values) for name, values in collected.items()}
-    if means:
+    if "val/ratio" in means:  # which a loss of the user may leave out
         means["val/ratio_first"] = collected["val/ratio"][0]  # before any update: anything but 1 is a defect
     return means | {"lr": learning_rate(settings, step, 0), "policy/updates": updates}
 

@@ -1,13 +1,20 @@
 """The estimator and the policy loss of a PPO run: by name, or Python functions of the user."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rlhf.config import PPOConfig, PPORun
-from rlhf.estimators import ESTIMATORS, Estimator
+from rlhf.errors import UserError
+from rlhf.estimators import ESTIMATORS, AdvantageEstimate, Estimator, RewardedCompletions
 from rlhf.io.reward_identity import code_digest
 from rlhf.io.user_functions import load_function
+from rlhf.ops import mean_metrics
 from rlhf.policy_losses import POLICY_LOSSES, PolicyLoss
 
 
@@ -23,7 +30,18 @@ def open_estimator(settings: PPOConfig) -> Estimator:
     name = settings.estimator
     if name in ESTIMATORS:
         return ESTIMATORS[name]
-    return Estimator(name, _load(name, "estimator"), needs_critic=False, whiten=False)
+    function = _load(name, "estimator")
+
+    def estimate(completions: RewardedCompletions) -> AdvantageEstimate:
+        with _user_code(f"--ppo.estimator {name}"):
+            result = function(completions)
+            if not isinstance(result, AdvantageEstimate):
+                raise TypeError(f"it returned a {type(result).__name__}, expected an AdvantageEstimate")
+            if not result.advantages[completions.mask].isfinite().all():
+                raise ValueError("its advantages are not finite")
+        return result
+
+    return Estimator(name, estimate, needs_critic=False, whiten=False)
 
 
 def open_policy_loss(settings: PPOConfig) -> PolicyLoss:
@@ -32,7 +50,11 @@ def open_policy_loss(settings: PPOConfig) -> PolicyLoss:
     Raises:
         UserError: the function cannot be imported.
     """
-    return POLICY_LOSSES.get(settings.loss) or _load(settings.loss, "loss")
+    if settings.loss in POLICY_LOSSES:
+        return POLICY_LOSSES[settings.loss]
+    loss = _load(settings.loss, "loss")
+    _try_loss(loss, f"--ppo.loss {settings.loss}")
+    return loss
 
 
 def with_defaults(config: PPORun) -> PPORun:
@@ -50,6 +72,37 @@ def identify_functions(settings: PPOConfig) -> dict[str, str]:
         "estimator": estimator if estimator in ESTIMATORS else _identify(estimator),
         "loss": loss if loss in POLICY_LOSSES else _identify(loss),
     }
+
+
+def _try_loss(loss: PolicyLoss, where: str) -> None:
+    """Raise UserError if a user's loss fails on two tokens, or does not return what a run needs."""
+    ones = torch.ones(2)
+    with _user_code(where):
+        total, sums = loss(
+            -ones,
+            old_log_probs=-ones,
+            advantages=ones,
+            mask=ones.bool(),
+            weights=ones,
+            clip_eps=0.2,
+            clip_eps_high=None,
+            sequences=torch.zeros(2, dtype=torch.int64),
+        )
+        if not isinstance(total, Tensor) or total.ndim:
+            raise TypeError("the loss is not a [] tensor: return a sum over tokens")
+        if "count" not in sums:
+            raise KeyError("the sums have no 'count', the number of tokens")
+        mean_metrics(sums)
+
+
+@contextlib.contextmanager
+def _user_code(where: str) -> Iterator[None]:
+    """Convert an exception of the user's code to a UserError with the line that raised it."""
+    try:
+        yield
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"{where}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
 
 
 def _load(target: str, setting: str) -> Callable[..., Any]:
