@@ -155,7 +155,9 @@ rlhf.train.run(
 print(rlhf.load_run("outputs/group").metrics["ppo"]["objective/scores"].values.round(2))
 
 # %% [markdown]
-# For the command line, a `train.py` of three lines is `rlhf-train` with your additions; see
+# The critic follows the estimator, so `--ppo.critic none` is not needed. On the command line,
+# `--ppo.estimator FILE:FUNCTION` takes such a function from a file. For registered names, a
+# `train.py` of three lines is `rlhf-train` with your additions; see
 # [Add your own](../add_your_own.md#your-train-py).
 #
 # ## A loss
@@ -197,5 +199,7 @@ print(
 )
 
 # %% [markdown]
-# Put it in the `loss` of [your own loop](t4_ppo_loop.md). The laws that a loss of this library
+# Put it in the `loss` of [your own loop](t4_ppo_loop.md). A run takes a loss by
+# `--ppo.loss FILE:FUNCTION`. It passes flat tensors, and `sequences` to tell completions apart;
+# `--ppo.loss gspo` is this loss in that form. The laws that a loss of this library
 # passes, and the tests to copy, are in [Add your own](../add_your_own.md#a-loss).
