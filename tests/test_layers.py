@@ -93,6 +93,7 @@ IN_PLACE = {
     "models/decode_state.py": {"select_rows"},  # the cache of fewer rows
     "models/decoding.py": {"generate_completions", "_decode"},  # the tables that it returns; a list of its own
     "models/architecture.py": {"register"},  # the table of architectures
+    "estimators.py": {"register_estimator"},  # the table of estimators
     "kernels/recomputation.py": {"_Remat.backward.weighted"},  # a list of its own
     "kernels/fused_attention.py": {"_graph", "_FusedAttention.backward"},  # tensors of its own
     "kernels/fused_adamw.py": {"write_update"},  # donated optimiser buffers
@@ -101,7 +102,7 @@ IN_PLACE = {
     "execution/gradients.py": {"_eager.gradient", "_accumulate_into.accumulate"},  # the gradient's buffer
     "execution/draws.py": {"CUDAGraphRunner._load"},  # what a recording reads
 }
-"""Functions that change tensors in place, by file: caches and donated buffers. The core has none."""
+"""Functions that change tensors in place, by file: caches, donated buffers and tables."""
 
 
 def in_place(node: ast.AST, function: str = "") -> set[str]:

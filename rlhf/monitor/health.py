@@ -97,7 +97,7 @@ CHECKS = (
         diagnostics.length_drift,
         "the reward prefers longer, or shorter, completions whatever they say",
         "look at the samples; correct the reward model's data for length, add a reward that acts against it "
-        "(--ppo.reward outputs/reward 0.1*my_rewards:brevity), or raise --ppo.kl-coef",
+        "(--ppo.reward outputs/reward '0.1*my_rewards:brevity'), or raise --ppo.kl-coef",
     ),
     Check(
         "over-optimisation",
@@ -111,7 +111,7 @@ CHECKS = (
         diagnostics.value_function,
         "the value function lags behind the policy, so that advantages are noise",
         "let it learn first with --ppo.critic-warmup 5, use --ppo.critic separate, raise --ppo.value-coef or "
-        "--ppo.value-clip-eps, or scale rewards with --ppo.normalize-reward true",
+        "--ppo.value-clip-eps, or scale rewards with --ppo.normalize-reward",
     ),
     Check(
         "constant-rewards",
