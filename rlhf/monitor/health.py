@@ -56,8 +56,8 @@ CHECKS = (
         "negative-kl",
         diagnostics.negative_kl,
         "completions are drawn from another distribution than the log-probs are of",
-        "sample from the whole distribution: --ppo.top-k 0 --ppo.top-p 1 --ppo.min-new-tokens 0; the reward for "
-        "negative KL is what the policy learns otherwise",
+        "sample from the whole distribution: --ppo.top-k 0 --ppo.top-p 1 --ppo.min-new-tokens 0; otherwise the "
+        "policy learns to collect reward for negative KL",
     ),
     Check(
         "kl-explosion",
@@ -71,7 +71,7 @@ CHECKS = (
         "first-ratio",
         diagnostics.first_ratio,
         "the update computes other log-probs than sampling did: another temperature or rounding, as in bf16",
-        "set --ppo.recompute-log-probs true, or --precision fp32; if it stays, it is a defect: please report it",
+        "set --ppo.recompute-log-probs True, or --precision fp32; if it stays, it is a defect: please report it",
         beside=("val/ratio", "policy/updates"),
     ),
     Check(
@@ -130,7 +130,7 @@ CHECKS = (
         diagnostics.unfinished,
         "completions are cut off at the limit: the limit is low, or nothing rewards ending",
         "raise --ppo.max-new-tokens or --ppo.missing-eos-penalty 1; see that demonstrations end (they do, unless "
-        "the context cuts them off); with --ppo.no-stop-at-eos this is as asked for",
+        "the context cuts them off); with --ppo.no-stop-at-eos this is expected",
     ),
     Check(
         "reward-model-chance",
