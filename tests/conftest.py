@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import laws  # noqa: F401  (its profile of hypothesis has no deadline)
 import pytest
 import torch
 
