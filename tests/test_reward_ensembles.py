@@ -98,7 +98,7 @@ def test_a_pattern_names_all_members_and_the_ways_to_combine_them_differ(base, m
     [
         (("{members}/0",), r"^--ppo.combine min: combines reward models, of which there is 1; name two or more$"),
         (("2*{members}/0", "{members}/1"), r"^--ppo.combine min: the members 0, 1 have different weights; drop them$"),
-        (("{members}/x*",), r"x\*: no folder matches$"),
+        (("{members}/x*",), r"x\*: there is no such folder"),
     ],
 )
 def test_what_is_no_ensemble_is_refused(base, members, tmp_path, reward, message):
