@@ -193,6 +193,11 @@ class PPOConfig(OptimizerConfig):
         return max(32, self.min_new_tokens) if self.max_new_tokens is None else self.max_new_tokens
 
     @property
+    def active_kl_budget(self) -> float:
+        """The KL budget that applies, in nats per completion; inf if the coefficient adapts to a target instead."""
+        return math.inf if self.kl_adaptive else self.kl_budget
+
+    @property
     def horizon(self) -> float:
         """The horizon of the adaptive coefficient, by rule if none is set."""
         per_iteration = self.batch_size * self.samples_per_prompt

@@ -95,8 +95,7 @@ def call_function(
         with restored_process(what):
             scores = function(**{name: list(column) for name, column in texts.items()}, **extra)
     except (Exception, SystemExit) as error:  # the user's code: its errors are reported in one line
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{what}: raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+        raise UserError(f"{what}: raised {describe_error(error)}") from error
     if is_async(scores):
         raise UserError(f"{what}: returned a coroutine (async), expected a list of numbers; write it with plain def")
     values = _as_floats(what, scores, len(columns))
@@ -105,6 +104,12 @@ def call_function(
         if not math.isfinite(value):
             raise NonFiniteError(f"{what} is {value} for the completion {text!r} of {prompt!r}")
     return values
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception in one line, with the file and line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
 
 
 def is_async(result: Any) -> bool:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rlhf.config import PPOConfig
 from rlhf.distributed.compute_context import compute_threads
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
 from rlhf.execution.executor import Executor
@@ -33,6 +32,8 @@ class _Loop(NamedTuple):
     first: int
     """Number of steps made by the run that is continued."""
     total: int
+    kl_budget: float
+    """KL budget in nats per completion; inf if there is none."""
     history: list[dict[str, float]]
     """Metrics of the first and of the newest steps since the start."""
 
@@ -42,7 +43,14 @@ class _Loop(NamedTuple):
 
 
 def train(
-    run: Run, executor: Executor, *, total: int, state: LoopState, identity: dict[str, Any], advance: Advance
+    run: Run,
+    executor: Executor,
+    *,
+    total: int,
+    state: LoopState,
+    identity: dict[str, Any],
+    advance: Advance,
+    kl_budget: float = math.inf,
 ) -> LoopState:
     """Make the steps 0..total-1, or the remaining steps of a resumed run, with logs and checkpoints.
 
@@ -53,6 +61,7 @@ def train(
         state: state at the first step.
         identity: values besides settings that a continuation must share, such as the digest of the data.
         advance: function that makes one step.
+        kl_budget: nats per completion; a KL far above it ends the run. inf if there is no budget.
 
     Returns:
         The last state.
@@ -79,7 +88,7 @@ def train(
     run.note(describe_provenance(run.provenance))
     write_config(config, run.stage, run.provenance)
     observers = Observers([LogWriter(), CheckpointWriter(run, executor, identity), *run.observers])
-    loop = _Loop(run, executor, observers, advance, first, total, [])
+    loop = _Loop(run, executor, observers, advance, first, total, kl_budget, [])
     run.stop.training = True
     notes = tuple(run.compute.notes)
     with observers.observe(StageStart(run.stage, config, first, total, notes, settings, run.provenance, run.units)):
@@ -134,15 +143,11 @@ def _step(loop: _Loop, step: int, state: LoopState) -> LoopState:
 
 def _check_progress(loop: _Loop, step: int, state: LoopState, metrics: dict[str, float]) -> None:
     """Save and raise UserError if the stage has gone wrong."""
-    run, section = loop.run, loop.run.stage.section_of(loop.run.config)
+    run = loop.run
     loop.history.append(metrics)
     del loop.history[KEPT_FIRST:-KEPT_NEWEST]
-    is_ppo = isinstance(section, PPOConfig) and not section.kl_adaptive
-    reason = find_failure(
-        loop.history,
-        kl_budget=section.kl_budget if is_ppo else math.inf,
-        loss=next((name for name in run.stage.shown if name.startswith("loss/")), None),
-    )
+    loss = next((name for name in run.stage.shown if name.startswith("loss/")), None)
+    reason = find_failure(loop.history, kl_budget=loop.kl_budget, loss=loss)
     if reason and run.config.stop_early and step + 1 < loop.total:
         loop.observers.event("failed", step=step + 1, message=reason)
         _save(loop, step + 1, state)

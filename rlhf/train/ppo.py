@@ -88,6 +88,7 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
             state={"kl_coef": config.ppo.kl_coef},
             identity=identity,
             advance=advance,
+            kl_budget=config.ppo.active_kl_budget,
         )
         return StageResult(_save(ppo, config, identity["data"]), last_metrics, verdict=conclude_ppo(run, ppo.settings))
 

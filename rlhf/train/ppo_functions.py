@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from rlhf.config import PPOConfig, PPORun
 from rlhf.errors import UserError
 from rlhf.estimators import ESTIMATORS, AdvantageEstimate, Estimator, RewardedCompletions
 from rlhf.io.reward_identity import code_digest
-from rlhf.io.user_functions import load_function
+from rlhf.io.user_functions import describe_error, load_function
 from rlhf.ops import mean_metrics
 from rlhf.policy_losses import POLICY_LOSSES, PolicyLoss
 
@@ -101,8 +100,7 @@ def _user_code(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{where}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+        raise UserError(f"{where}: {describe_error(error)}") from error
 
 
 def _load(target: str, setting: str) -> Callable[..., Any]:

@@ -1,7 +1,5 @@
 """The verdict on a policy by the log of its training."""
 
-import math
-
 import numpy as np
 
 from rlhf.config import PPOConfig
@@ -31,7 +29,7 @@ def conclude_ppo(run: Run, settings: PPOConfig) -> Verdict | None:
         score_before=float(np.nanmean(scores[:_LINES])),
         score=means[0],
         kl=means[1],
-        budget=math.inf if settings.kl_adaptive else settings.kl_budget,
+        budget=settings.active_kl_budget,
         ended=means[2],
         must_end=bool(settings.missing_eos_penalty),
         unit="standard deviations" if run.units else "reward units",
