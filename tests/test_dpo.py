@@ -25,6 +25,7 @@ from rlhf.ops import token_log_probs
 from rlhf.stages import STAGES, check_settings
 from rlhf.train.dpo import make_completion_log_probs, run_dpo
 from rlhf.train.signals import stop_on_signal
+from rlhf.train.stage_defaults import StartFacts
 
 base = test_stages.base  # the fixture
 
@@ -140,6 +141,9 @@ def test_a_policy_that_is_there_is_not_replaced(base, finished, tmp_path):
         run_dpo(run)
 
 
-def test_the_manifest_names_the_stage(finished):
-    manifest = json.loads((finished.output_dir / "policy" / "manifest.json").read_text())
-    assert manifest["stage"] == "dpo"
+def test_the_manifest_has_provenance_and_the_facts_of_the_sft_model(finished):
+    sft, policy = (json.loads((finished.output_dir / name / "manifest.json").read_text()) for name in ("sft", "policy"))
+    assert policy["stage"] == "dpo"
+    assert policy["provenance"]["digests"]["data"] == policy["data"]
+    for name in StartFacts._fields:
+        assert policy[name] == sft[name], name

@@ -117,6 +117,8 @@ def test_a_stage_ends_when_its_loss_rises_far_above_its_start():
     assert find_failure(history([5.0] * count, "loss/sft"), loss="loss/sft") == ""
     rising = history([5.0] * KEPT_FIRST + [9.0] * KEPT_NEWEST, "loss/sft")
     assert "from 5 to 9" in find_failure(rising, loss="loss/sft")
+    slow = history([5.0] * KEPT_FIRST + [7.0] * KEPT_NEWEST, "loss/sft")
+    assert find_failure(slow, loss="loss/sft") == "", "a rise by less than half is noise or overfitting"
     assert find_failure(rising[:-1], loss="loss/sft") == "", "too few to tell"
     spike = history([5.0] * (count - 1) + [90.0], "loss/sft")
     assert find_failure(spike, loss="loss/sft") == "", "one step is no trend"

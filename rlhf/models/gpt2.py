@@ -26,9 +26,8 @@ from rlhf.models.gpt2_parameters import (
     unembedding,
 )
 from rlhf.models.layers import affine, gelu, layer_norm, unembed
-from rlhf.models.transformer import Attend, Drop, Transformer
+from rlhf.models.transformer import Attend, Drop, Transformer, apply_layers
 from rlhf.ops import gather_rows
-from rlhf.remat import remat
 from rlhf.types import Params
 
 
@@ -66,9 +65,7 @@ def _blocks(
 
     x = gather_rows(params["wte"]["weight"], tokens) + gather_rows(params["wpe"]["weight"], positions)
     x = drop(x.to(params["ln_f"]["weight"].dtype), 0)  # the tables may have a wider dtype
-    for layer, p in enumerate(params["h"]):
-        step = functools.partial(block, layer=layer)
-        x = (remat(step) if gradient_checkpointing else step)(x, p)
+    x = apply_layers(block, x, params["h"], gradient_checkpointing=gradient_checkpointing)
     return layer_norm(x, params["ln_f"], eps=eps)
 
 

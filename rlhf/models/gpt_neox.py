@@ -28,9 +28,8 @@ from rlhf.models.gpt_neox_parameters import (
 )
 from rlhf.models.layers import layer_norm, linear
 from rlhf.models.rope import rotary_frequencies, rotate, rotation_at
-from rlhf.models.transformer import Attend, Drop, Transformer
+from rlhf.models.transformer import Attend, Drop, Transformer, apply_layers
 from rlhf.ops import gather_rows
-from rlhf.remat import remat
 from rlhf.types import Params
 
 
@@ -68,9 +67,7 @@ def _blocks(
         return attended + mlp(x if config.use_parallel_residual else attended, p, layer)
 
     x = drop(x, 0)
-    for layer, p in enumerate(params["layers"]):
-        step = functools.partial(block, layer=layer)
-        x = (remat(step) if gradient_checkpointing else step)(x, p)
+    x = apply_layers(block, x, params["layers"], gradient_checkpointing=gradient_checkpointing)
     return layer_norm(x, params["final_layer_norm"], eps=eps)
 
 

@@ -38,9 +38,8 @@ from rlhf.models.llama_parameters import (
     to_hugging_face,
 )
 from rlhf.models.rope import Rotation, rotary_frequencies, rotate, rotation_at
-from rlhf.models.transformer import Attend, Drop, Transformer
+from rlhf.models.transformer import Attend, Drop, Transformer, apply_layers
 from rlhf.ops import gather_rows
-from rlhf.remat import remat
 from rlhf.types import Params
 
 
@@ -69,9 +68,7 @@ def _blocks(
         gate, up = _gate_and_up(rms_norm(x, p["post_attention_layernorm"], eps=eps), p["mlp"])
         return x + linear(swiglu(gate, up), p["mlp"]["down_proj"])
 
-    for layer, p in enumerate(params["layers"]):
-        step = functools.partial(block, layer=layer)
-        x = (remat(step) if gradient_checkpointing else step)(x, p)
+    x = apply_layers(block, x, params["layers"], gradient_checkpointing=gradient_checkpointing)
     return rms_norm(x, params["norm"], eps=eps)
 
 

@@ -4,7 +4,8 @@ A family defines its blocks (`Transformer`) and binds these functions to them. T
 attention: over packed rows, over prompts, or over a key-value cache.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from rlhf.models.attention import (
 )
 from rlhf.models.layers import dropout
 from rlhf.random import fold_in
+from rlhf.remat import remat
 from rlhf.types import Params
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -40,6 +42,28 @@ class Transformer(NamedTuple):
     hidden states after the final norm; `attend` is an `Attend`, `drop` a `Drop`."""
     final_norm: str
     """Name of the final norm among the parameters, whose weight has the device and dtype of the computation."""
+
+
+def apply_layers(
+    block: Callable[..., Tensor], x: Tensor, layers: Sequence[Params], *, gradient_checkpointing: bool = False
+) -> Tensor:
+    """Return the states after all layers.
+
+    Args:
+        block: function (x, params, *, layer) -> the states after the layer of this number.
+        x: [B, T, D], the states before the first layer.
+        layers: parameters of each layer.
+        gradient_checkpointing: the backward pass recomputes each layer from its input (`rlhf.remat.remat`).
+
+    Example:
+        >>> add = lambda x, p, *, layer: x + layer * p
+        >>> apply_layers(add, torch.zeros(1), [torch.ones(1), torch.ones(1), torch.ones(1)])
+        tensor([3.])
+    """
+    for layer, params in enumerate(layers):
+        step = functools.partial(block, layer=layer)
+        x = (remat(step) if gradient_checkpointing else step)(x, params)
+    return x
 
 
 def hidden_states(

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,17 @@ class Run:
     def note(self, text: str) -> None:
         """Show a line to the user and keep it for the log."""
         self.compute.note(text)
+
+    def manifest(self, digests: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+        """Return the facts that the manifest of the stage's model holds.
+
+        Args:
+            digests: digests of the run's files, of which those of the data are kept.
+            **facts: further facts about the model.
+        """
+        files = {name: digests[name] for name in ("data", "validation")}
+        run = {"stage": self.stage.name, "seed": self.config.seed, "provenance": self.provenance}
+        return run | files | facts
 
     def trained_params(self, executor: Executor, *values: float) -> Params:
         """Return the parameters to save as the stage's model.

@@ -127,9 +127,8 @@ def _run(run: Run, config: DPORun) -> StageResult:
     )
     if not run.is_saved:
         params = run.trained_params(executor)
-        saved = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-        saved |= {"data": digests["data"], "validation": digests["validation"], "pretrained": facts.pretrained}
-        save_language_model(run.model_folder, start._replace(params=params), facts=saved)
+        manifest = run.manifest(digests, steps=plan.steps, metrics=metrics, **facts._asdict())
+        save_language_model(run.model_folder, start._replace(params=params), facts=manifest)
     return StageResult(run.model_folder, metrics)
 
 

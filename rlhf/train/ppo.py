@@ -90,7 +90,7 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
             advance=advance,
             kl_budget=config.ppo.active_kl_budget,
         )
-        return StageResult(_save(ppo, config, identity["data"]), last_metrics, verdict=conclude_ppo(run, ppo.settings))
+        return StageResult(_save(ppo, config, identity), last_metrics, verdict=conclude_ppo(run, ppo.settings))
 
 
 def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
@@ -273,8 +273,8 @@ def _minibatches(ppo: PPO, step: int, rows: Sequence[int]) -> list[list[int]]:
     return minibatches
 
 
-def _save(ppo: PPO, config: PPORun, data: str) -> Path:
-    """Write OUTPUT_DIR/policy with its value function and a manifest that has the digest of the `data`."""
+def _save(ppo: PPO, config: PPORun, digests: Identity) -> Path:
+    """Write OUTPUT_DIR/policy with its value function and a manifest that has the digest of the data."""
     folder = ppo.run.model_folder
     if ppo.run.is_saved:
         return folder
@@ -285,9 +285,7 @@ def _save(ppo: PPO, config: PPORun, data: str) -> Path:
     save_language_model(
         folder,
         ppo.policy._replace(params=params["policy"]),
-        facts={"stage": _STAGE.name, "seed": config.seed, "iterations": config.ppo.num_iterations, "data": data}
-        | {"provenance": ppo.run.provenance}
-        | start._asdict(),
+        facts=ppo.run.manifest(digests, iterations=config.ppo.num_iterations, **start._asdict()),
         value_head=params.get("value_head"),
         critic=critic,
     )

@@ -197,9 +197,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
         f"reward of {statistics.completions} chosen completions: mean {statistics.mean:.3f}, std {statistics.std:.3f}"
     )
     params = run.trained_params(executor, statistics.mean, statistics.std)
-    manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-    manifest |= {"data": digests["data"], "validation": digests["validation"], "provenance": run.provenance}
-    manifest |= {"pretrained": facts.pretrained}
+    manifest = run.manifest(digests, steps=plan.steps, metrics=metrics, pretrained=facts.pretrained)
     model = RewardModel(params, start.config, start.tokenizer, statistics)
     save_reward_model(run.model_folder, model, facts=manifest)
     return StageResult(run.model_folder, metrics, verdict=verdict and run.conclude(verdict))

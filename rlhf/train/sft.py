@@ -157,9 +157,8 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         verdict = sft_verdict(metrics["eval/perplexity"], unigram, len(split.held_out))
     if not run.is_saved:
         params = run.trained_params(executor, metrics.get("eval/loss", 0.0))
-        manifest = {"stage": run.stage.name, "seed": config.seed, "steps": plan.steps, "metrics": metrics}
-        manifest |= {"data": digests["data"], "validation": digests["validation"], "provenance": run.provenance}
-        manifest |= facts._replace(**demonstration_facts(path, split, max_length))._asdict()
+        facts = facts._replace(**demonstration_facts(path, split, max_length))
+        manifest = run.manifest(digests, steps=plan.steps, metrics=metrics, **facts._asdict())
         save_language_model(run.model_folder, model._replace(params=params), facts=manifest)
     return StageResult(run.model_folder, metrics, verdict=run.conclude(verdict) if verdict else None)
 
