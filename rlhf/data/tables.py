@@ -1,7 +1,7 @@
 """Reading tables, a block of rows at a time: CSV, Parquet and Arrow, each row as the record that JSON would hold.
 
-Parquet and Arrow need pyarrow. Their values become what JSON can hold: NaN becomes null, dates become texts, and a
-message loses the keys that it did not have before a table gave all messages the same.
+Parquet and Arrow need pyarrow. Their values are converted to JSON values: NaN becomes null, and dates become texts. A
+table gives all messages the same keys; keys without a value are removed from each message.
 """
 
 import contextlib
@@ -111,11 +111,14 @@ def read_parquet(path: Path) -> Iterator[Record]:
 
 
 def read_arrow(path: Path, *, is_stream: bool) -> Iterator[Record]:
-    """Yield the rows of an Arrow file (Feather), or of an Arrow stream as `datasets` writes. Raises as `read_parquet`.
+    """Yield the rows of an Arrow file (Feather), or of an Arrow stream as `datasets` writes.
 
     Args:
         path: the file.
         is_stream: True if the file is an Arrow stream.
+
+    Raises:
+        UserError: pyarrow is not installed, or the file is damaged or holds values that are no text, number or list.
     """
     with _arrow_file(path, "Arrow") as (stream, pyarrow):
         if is_stream:

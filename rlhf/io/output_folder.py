@@ -69,7 +69,7 @@ def write_config(config: RunConfig, stage: Stage, provenance: Provenance) -> Non
     """Write config.yaml with the stage's provenance, keeping the sections and provenance of stages that ran before.
 
     Raises:
-        UserError: as `check_output_folder`.
+        UserError: config.yaml cannot be read or written, or the disk is full.
     """
     path, resolved = config.output_dir / "config.yaml", _resolved(config)
     if resolved is not None or is_ours(path):
@@ -115,7 +115,7 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
 
 
 def _with_chosen(config: PipelineRun, previous: PipelineRun) -> PipelineRun:
-    """Return the configuration with what stages that ran before chose by rule, where `config` leaves it to them."""
+    """Return the configuration with the values that earlier stages chose for settings that `config` leaves open."""
     for section, names in CHOSEN_BY_RULE.items():
         now, before = getattr(config, section), getattr(previous, section)
         kept = {name: getattr(before, name) for name in names if getattr(now, name) is None}
@@ -124,7 +124,7 @@ def _with_chosen(config: PipelineRun, previous: PipelineRun) -> PipelineRun:
 
 
 def _start_hint(folder: Path, stage: Stage) -> str:
-    """Return the hint with which flags another run of a stage starts from the models in a folder; perhaps empty."""
+    """Return a hint about the flags that start another run of a stage from the models in a folder, or an empty text."""
     models = {setting: folder / STAGES[name].folder for name, setting in stage.sources.items()}
     flags = [f"{flag_of(setting)} {model}" for setting, model in models.items() if model.is_dir()]
     return f"; to start there from the models here, add {' '.join(flags)}" if flags else ""

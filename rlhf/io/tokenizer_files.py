@@ -53,7 +53,8 @@ def read_backend(folder: Path, rows: int | None) -> tuple[Backend, tuple[str, ..
 
     Args:
         folder: the tokenizer folder.
-        rows: rows of the model's embedding; a special token without an id gets one below it. None is no limit.
+        rows: number of rows of the model's embedding, below which a special token without an id gets one; None sets no
+            limit.
 
     Raises:
         UserError: files are missing or damaged, or contradict each other about a token's id.
@@ -114,7 +115,7 @@ def read_end_of_text(folder: Path, backend: Backend) -> EndOfText:
 
 
 def read_bos_id(backend: Backend) -> int | None:
-    """Return the id of the token that the tokenizer puts before every text, by its post-processor; None if none."""
+    """Return the id of the token that the tokenizer's post-processor puts before every text; None if there is none."""
     plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
     return None if whole[:1] == plain[:1] else whole[0]
 
@@ -152,7 +153,7 @@ def without_pad_token(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """Return `files` with another chat template, which is in a file of its own alone."""
+    """Return `files` with another chat template, stored only in a file of its own."""
     changed = dict(files) | {"chat_template.jinja": template.encode()}
     if b'"chat_template"' in changed.get("tokenizer_config.json", b""):
         settings = json.loads(changed["tokenizer_config.json"].decode("utf-8-sig"))

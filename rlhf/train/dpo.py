@@ -55,14 +55,20 @@ _STAGE = STAGES["dpo"]
 def run_dpo(config: DPORun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
     """Train on preference pairs and write OUTPUT_DIR/policy.
 
-    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
+    Args:
+        config: configuration of the run.
+        observers: observers of the training.
+        stop: request to stop the run.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted, WorkersLostError: the reasons are those of `rlhf.train.loop.train`.
     """
     with open_run(config, _STAGE, observers, stop) as run:
         return _run(run, config)
 
 
 def check_dpo(config: DPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return the spec of the policy, after reading the data files through; see `rlhf.stages.StageProgram`."""
+    """Return the spec of the policy after checking settings and all data files, as `StageProgram.check`."""
     model_spec = _model_spec(config, models.get("sft"))
     path = given_files(config, config.preference_data)
     check_data(PREFERENCES, path, given_files(config, config.preference_val_data))
@@ -187,7 +193,15 @@ def make_dpo_objective(
 def make_dpo_program(
     config: ModelShape, settings: DPOConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """Return the program: `main` steps, `log_probs` of pairs, and `measure`; arguments as in `make_sft_program`."""
+    """Return the program of DPO: `main` steps, `log_probs` of pairs, and `measure` for evaluation.
+
+    Args:
+        config: shape of the model.
+        settings: settings of the dpo section.
+        steps: number of steps of the whole run, for the schedule.
+        dtype: dtype of forward and backward passes.
+        compile_to: folder of compiled code. None runs eagerly.
+    """
     objective = make_dpo_objective(config, settings, dtype=dtype)
     log_probs = make_completion_log_probs(config, dtype=dtype)
     optimizer = make_adamw(settings, make_schedule(settings, steps))
