@@ -204,7 +204,13 @@ def pack_completions(
 
 
 def unpack_tokens(packs: Sequence[PackedCompletions], parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Return an array [B, T] of the per-token results [C] of each pack; 0 for cells without a token."""
+    """Return an array [B, T] of the per-token results [C] of each pack; 0 for cells without a token.
+
+    Args:
+        packs: micro-batches of the completions.
+        parts: [C] result of each pack.
+        shape: (B, T) of the result.
+    """
     flat = torch.zeros(math.prod(shape), dtype=parts[0].dtype)
     for packed, part in zip(packs, parts, strict=True):
         flat[packed.cells] = part[: len(packed.cells)]

@@ -144,6 +144,14 @@ def make_comparison_program(
     """Return the program: `<decoding>/<role>` (`make_completion_fn`) and `measure/<role>` for every language model.
 
     The first language model is the parameters of the executor; the others are frozen models under their roles.
+
+    Args:
+        language_models: shapes of the models that complete prompts, by role.
+        reference: shape of the reference; None if there is none.
+        reward_models: shapes of the reward models.
+        stop_ids: ids of the tokens that end a completion, by role.
+        sampling: settings of the decoding.
+        dtype: dtype of the forward passes.
     """
     eval_fns: dict[str, Callable[..., Any]] = {}
     for number, (role, config) in enumerate(language_models.items()):

@@ -112,7 +112,13 @@ def linearised(estimate: Estimate, *, least: float = -np.inf) -> Estimate:
 
 
 def from_influence(value: float, leave_one_out: Any, *, least: float = -np.inf) -> Estimate:
-    """Return a figure with the interval of `linearised`, from its value and its [n] values without one sample each."""
+    """Return a figure with the interval of `linearised`, from its value and its values without one sample each.
+
+    Args:
+        value: the figure of all samples.
+        leave_one_out: [n] float, the figure without sample i.
+        least: lower bound of the figure.
+    """
     values = np.asarray(leave_one_out, dtype=np.float64)
     influence = (len(values) - 1) * (values.mean() - values) if len(values) > 1 else np.zeros(1)
     columns = np.stack([influence, np.ones_like(influence)], axis=1)

@@ -73,6 +73,11 @@ class BestOfCompleter(Completer):
 def open_completer(folder: Path, config: GenerateConfig, device: torch.device) -> Completer:
     """Return the completer for the settings.
 
+    Args:
+        folder: folder of the language model.
+        config: settings; with `best_of` above 1, a reward model is loaded too.
+        device: device to compute on.
+
     Raises:
         UserError: a model cannot be read, or they do not fit together.
     """

@@ -84,7 +84,14 @@ def write_output(
 
 
 def write_json(path: Path, value: Any, flag: str = "--output-dir", *, overwrite: bool | None = None) -> None:
-    """Write a value as indented JSON with `write_output`."""
+    """Write a value as indented JSON with `write_output`.
+
+    Args:
+        path: file to write.
+        value: any JSON value.
+        flag: flag that names the file or its folder.
+        overwrite: True replaces a file whoever wrote it; None if the program has no such flag.
+    """
     write_output(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", flag, overwrite=overwrite)
 
 

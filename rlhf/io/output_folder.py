@@ -68,6 +68,11 @@ def has_checkpoints(config: RunConfig) -> bool:
 def write_config(config: RunConfig, stage: Stage, provenance: Provenance) -> None:
     """Write config.yaml with the stage's provenance, keeping the sections and provenance of stages that ran before.
 
+    Args:
+        config: configuration of the run.
+        stage: stage that begins.
+        provenance: provenance of the stage.
+
     Raises:
         UserError: config.yaml cannot be read or written, or the disk is full.
     """

@@ -163,7 +163,16 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
 
 
 def read_ids(path: Path, key: str, value: Any) -> list[int]:
-    """Return the token ids of a setting that is a number, a list or null. Raises UserError for anything else."""
+    """Return the token ids of a setting that is a number, a list or null.
+
+    Args:
+        path: file of the setting, for errors.
+        key: name of the setting, for errors.
+        value: value of the setting.
+
+    Raises:
+        UserError: the value is anything else.
+    """
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(number) is not int or number < 0 for number in numbers):
         raise UserError(f"{path}: {key} must be a token id or a list of such, got {value!r}")

@@ -86,7 +86,15 @@ def new_figure(rows: int, *, title: str, height: float = _HEIGHT, same_x: bool =
 def draw_chart(
     axes: "Axes", readers: Sequence[LogReader], stage: str, chart: Chart, style: AxesStyle | None = None
 ) -> None:
-    """Draw a chart's metrics over the steps of a stage, as far as the logs have them."""
+    """Draw the metrics of a chart that the logs have, over the steps of a stage.
+
+    Args:
+        axes: axes to draw on.
+        readers: logs of the runs.
+        stage: name of the stage.
+        chart: metrics to draw.
+        style: style of the y axis; None is the default style.
+    """
     style = style or AxesStyle()
     groups, drawn = group_runs(readers), 0
     for metric in chart.metrics:

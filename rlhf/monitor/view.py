@@ -80,7 +80,15 @@ def _stage_state(reader: LogReader, stage: str) -> dict[str, Any]:
 def stage_curves(
     reader: LogReader, stage: str, *, first: int = 0, last: int | None = None, points: int = POINTS
 ) -> dict[str, Curve]:
-    """Return all metrics of a stage from step `first` to `last` (None: the newest), each of at most `points` points."""
+    """Return all metrics of a stage as curves, by name.
+
+    Args:
+        reader: log of the run.
+        stage: name of the stage.
+        first: first step.
+        last: last step; None stands for the newest.
+        points: maximum number of points of each curve.
+    """
     return {name: thin(_between(reader.series(stage, name), first, last), points) for name in reader.names(stage)}
 
 
