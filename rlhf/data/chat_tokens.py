@@ -187,7 +187,7 @@ def _marked(turns: Sequence[Message], special: Sequence[str]) -> tuple[list[Mess
     if not mark:
         raise ValueError("the messages hold every one of the characters U+FDD2 to U+FDEF, one of which is needed")
     if any(character in text for text in texts for character in "\ufdd0\ufdd1"):
-        raise ValueError("a message holds U+FDD0 or U+FDD1, which are no characters of texts; remove them")
+        raise ValueError("a message holds U+FDD0 or U+FDD1, which are not text characters; remove them")
 
     def change(value: Any, key: str = "") -> Any:
         if isinstance(value, str) and key != "role":

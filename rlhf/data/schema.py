@@ -108,7 +108,7 @@ def _check_characters(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         escape = f"\\u{ord(text[error.start]):04x}"
-        raise UserError(f"{where} has the lone surrogate {escape}, which is no character; remove it") from None
+        raise UserError(f"{where} has the lone surrogate {escape}, which is not a character; remove it") from None
 
 
 def _remedy(key: str, record: Record, schema: Schema) -> str:

@@ -100,7 +100,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
     """Yield the rows of a Parquet file.
 
     Raises:
-        UserError: pyarrow is not installed, or the file is damaged or holds values that are no text, number or list.
+        UserError: pyarrow is not installed, or the file is damaged or holds values other than text, numbers and lists.
     """
     with _arrow_file(path, "Parquet") as (stream, _):
         from pyarrow import parquet
@@ -118,7 +118,7 @@ def read_arrow(path: Path, *, is_stream: bool) -> Iterator[Record]:
         is_stream: True if the file is an Arrow stream.
 
     Raises:
-        UserError: pyarrow is not installed, or the file is damaged or holds values that are no text, number or list.
+        UserError: pyarrow is not installed, or the file is damaged or holds values other than text, numbers and lists.
     """
     with _arrow_file(path, "Arrow") as (stream, pyarrow):
         if is_stream:
@@ -185,7 +185,7 @@ def _plain(value: Any, path: Path, column: str) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise UserError(f"{path}: the column {column!r} holds bytes that are no text; leave it out") from None
+            raise UserError(f"{path}: the column {column!r} holds bytes that are not text; leave it out") from None
     return str(value)
 
 

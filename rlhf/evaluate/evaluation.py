@@ -134,7 +134,7 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
     single = (config.model_dir / "config.json").is_file()
     if model is None:
         model_kind = "reward model" if kind == "reward" else "language model"
-        return f"{config.model_dir} is no {model_kind}" if single else f"{config.model_dir} has no {kind}/"
+        return f"{config.model_dir} is not a {model_kind}" if single else f"{config.model_dir} has no {kind}/"
     if not usable:
         return f"no {_SCHEMAS[kind].name} among the test data"
     problems = [data.problem for data in usable if data.problem]

@@ -151,7 +151,7 @@ def _locate(candidates: Sequence[DataFiles], digest: str | None, use: str) -> tu
             return path, ""
     if files:
         return files[0], f"{files[0]} is no longer what the run {use}"
-    return candidates[0], f"{candidates[0]}, which the run had, is no longer there"
+    return candidates[0], f"{candidates[0]}, which the run read, no longer exists"
 
 
 def _stage_of(model_dir: Path, schema: Schema) -> str:

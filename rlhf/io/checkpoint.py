@@ -64,7 +64,7 @@ def check_checkpoints(root: Path) -> None:
     """Raise UserError if a path in `root` has the name of a checkpoint but is not one."""
     for path in sorted(root.glob("step-*")):
         if re.fullmatch(r"step-\d{6,}", path.name) and not (has_manifest(path) or _is_ours(path)):
-            raise UserError(f"{path}: is there already, and is no checkpoint; move it away, or choose another folder")
+            raise UserError(f"{path}: already exists, and is not a checkpoint; move it away, or choose another folder")
 
 
 def _is_ours(path: Path) -> bool:

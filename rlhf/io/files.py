@@ -187,7 +187,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if lock_file.exists() and not (lock_file.is_file() and lock_file.stat().st_size == 0):
-            raise UserError(f"{lock_file}: is no lock of rlhf; move it away, or choose another --output-dir")
+            raise UserError(f"{lock_file}: is not a lock of rlhf; move it away, or choose another --output-dir")
         try:
             lock = acquire_lock(lock_file, blocking=False)
         except Timeout as error:

@@ -15,7 +15,7 @@ ModelKind = Literal["language model", "reward model"]
 _UNSUPPORTED = {
     "auto_map": "the model comes with code of its own, which is not run; use the folder of a model without",
     "quantization_config": "quantised weights are not read; load the model with transformers, dequantize() it "
-    "and save it anew",
+    "and save it again",
 }
 """Settings that are refused, each with the reason."""
 _DEFAULT_TYPE = "gpt2"
@@ -34,10 +34,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (is_adapter or not path.exists()) and (remedy := folder_remedy(folder)):
         raise UserError(f"{folder}: {remedy}")
     if not path.exists():
-        raise UserError(f"{path}: no such file; {folder} is no model folder")
+        raise UserError(f"{path}: no such file; {folder} is not a model folder")
     settings = read_json(path)
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: is not a JSON object; {folder} is no model folder")
+        raise UserError(f"{path}: is not a JSON object; {folder} is not a model folder")
     return settings
 
 

@@ -50,9 +50,7 @@ def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrit
         return
     if path.exists() and not overwrite and not is_ours(path):
         remedy = "move it away" if overwrite is None else "add --overwrite"
-        raise UserError(
-            f"{path}: is there already, and is not what rlhf wrote there; choose another {flag}, or {remedy}"
-        )
+        raise UserError(f"{path}: already exists, and is not what rlhf wrote there; choose another {flag}, or {remedy}")
     check_writable(_target(path).parent, flag, _target(path).name)
 
 

@@ -45,7 +45,7 @@ def check_output_folder(config: RunConfig, stage: Stage) -> None:
     done = last_step(checkpoints)
     if os.path.lexists(model) and (done is None or not has_manifest(model)):
         raise UserError(
-            f"{model}: is there already, and would be replaced by what {stage.name} trains; move it away, or choose "
+            f"{model}: already exists, and would be replaced by what {stage.name} trains; move it away, or choose "
             "another --output-dir"
         )
     if done is not None and not config.resume:
@@ -57,7 +57,7 @@ def check_output_folder(config: RunConfig, stage: Stage) -> None:
         try:
             read_manifest(model)
         except UserError as error:
-            raise UserError(f"{error}; or move {model} away: --resume then writes it anew") from error
+            raise UserError(f"{error}; or move {model} away: --resume then writes it again") from error
 
 
 def has_checkpoints(config: RunConfig) -> bool:
@@ -105,7 +105,7 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
     ours = is_ours(path)
     if not ours and not has_checkpoints(config):
         raise UserError(
-            f"{path}: is there already, and no run of rlhf wrote it; it would be replaced by the resolved "
+            f"{path}: already exists, and no run of rlhf wrote it; it would be replaced by the resolved "
             "configuration. Choose another --output-dir"
         )
     previous = load_config(str(path))

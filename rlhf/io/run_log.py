@@ -111,7 +111,7 @@ def check_logs(folder: Path) -> None:
             raise UserError(f"{path}: is not a file; move it away, or choose another folder")
         lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
         if lines and not any(map(_is_ours, lines)):
-            raise UserError(f"{path}: is there already, and is no log of rlhf; move it away, or choose another folder")
+            raise UserError(f"{path}: already exists, and is not a log of rlhf; move it away, or choose another folder")
 
 
 def _is_ours(line: bytes) -> bool:

@@ -139,7 +139,9 @@ class Tokenizer:
         """
         for name in control_tokens(template):
             if self._backend.token_to_id(name) is None:
-                raise ValueError(f"the template writes {name}, which is no token of the tokenizer; take another")
+                raise ValueError(
+                    f"the template writes {name}, which is not a token of the tokenizer; choose another template"
+                )
         return Tokenizer(
             self._backend,
             self.eos,

@@ -97,7 +97,7 @@ def read_end_of_text(folder: Path, backend: Backend) -> EndOfText:
         for number in read_ids(folder / file, "eos_token_id", _read_object(folder / file).get("eos_token_id")):
             token = backend.id_to_token(number)
             if token is None:
-                notes.append(f"{folder / file}: eos_token_id {number} is no id of the tokenizer; not used")
+                notes.append(f"{folder / file}: eos_token_id {number} is not an id of the tokenizer; not used")
             else:
                 names.setdefault(token, []).append(file)
     end, *further = names or {EOS: []}
@@ -226,7 +226,7 @@ def _declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, tup
             flags = {name: fields[name] for name in _FLAGS if name in fields}
             declared[fields["content"]] = (int(number), AddedToken(fields["content"], **flags))
         except (TypeError, ValueError, KeyError) as error:
-            raise UserError(f"{file}: {fields!r} with id {number!r} is no added token") from error
+            raise UserError(f"{file}: {fields!r} with id {number!r} is not an added token") from error
     return declared
 
 
