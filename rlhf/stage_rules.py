@@ -24,7 +24,7 @@ _NO_SAMPLES = Rule(
 
 
 def _columns_rule(data: str) -> Rule:
-    """Return the rule for columns named although a stage has no file whose columns they could be."""
+    """Return the rule for columns that are named although the stage has no data file."""
     reason = "has no effect on the embedded example: name a data file"
     return Rule(("data.columns",), lambda config: getattr(config, data) is None, reason)
 

@@ -52,7 +52,7 @@ class DataFiles(NamedTuple):
 
     @property
     def renames(self) -> dict[str, str]:
-        """Return the columns by the names that they are read as."""
+        """Return the column in the files for each name that it is read as."""
         return {name: column for name, _, column in (pair.partition("=") for pair in self.columns)}
 
 
@@ -91,7 +91,7 @@ def content_digest(source: Source) -> str:
     """Return a digest of a source's contents: that of a single file, or of all its files' in their order.
 
     Raises:
-        UserError: as `list_files`, or a file cannot be read.
+        UserError: `list_files` refuses the source, or a file cannot be read.
     """
     digests = []
     for path in list_files(source):
@@ -108,7 +108,7 @@ def not_a_file(path: Path) -> str:
 
 
 def open_stream(path: Path) -> io.BufferedReader | gzip.GzipFile:
-    """Open a file for reading; one that gzip compressed is read as what it holds.
+    """Open a file for reading; gzip files are decompressed.
 
     Raises:
         UserError: the file is missing or cannot be read.

@@ -108,7 +108,7 @@ def _check_characters(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         escape = f"\\u{ord(text[error.start]):04x}"
-        raise UserError(f"{where} has the lone surrogate {escape}, which is no character; remove it") from None
+        raise UserError(f"{where} has the lone surrogate {escape}, which is not a character; remove it") from None
 
 
 def _remedy(key: str, record: Record, schema: Schema) -> str:
@@ -136,8 +136,8 @@ def read_checked(source: Source, schema: Schema) -> Iterator[Record]:
     """Yield the records of files after checking each; conversations are in the columns that texts have.
 
     Raises:
-        UserError: as `rlhf.data.data_files.list_files`, `read_records` and `check_record`, a renamed column is missing,
-            or some records have texts and others conversations.
+        UserError: a file is missing or cannot be read, a record is invalid, a renamed column is missing, or some
+            records have texts and others conversations.
     """
     renames = {column: name for name, column in as_data_files(source).renames.items() if name in schema.columns}
     numbers = ["margin", *(column for column, name in renames.items() if name == "margin")]

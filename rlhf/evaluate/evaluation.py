@@ -63,13 +63,13 @@ def run_evaluation(
     """Evaluate, and write evaluation.json, completions.jsonl and pairs.jsonl.
 
     Args:
-        config: settings.
-        spinner: makes a context that is open during each evaluation, to show a sign of life.
+        config: settings of the evaluation.
+        spinner: function that returns a context, which is open during each evaluation, to show that it is running.
 
     Raises:
         UserError: models, data, judges or settings cannot be used, or there is nothing to evaluate.
         NonFiniteError: a judge gives NaN or infinity.
-        Interrupted: Ctrl-C.
+        Interrupted: the user pressed Ctrl-C.
     """
     if config.output is not None and config.output.is_file():
         raise UserError(f"--output {config.output}: is a file, expected a folder")
@@ -134,7 +134,7 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
     single = (config.model_dir / "config.json").is_file()
     if model is None:
         model_kind = "reward model" if kind == "reward" else "language model"
-        return f"{config.model_dir} is no {model_kind}" if single else f"{config.model_dir} has no {kind}/"
+        return f"{config.model_dir} is not a {model_kind}" if single else f"{config.model_dir} has no {kind}/"
     if not usable:
         return f"no {_SCHEMAS[kind].name} among the test data"
     problems = [data.problem for data in usable if data.problem]

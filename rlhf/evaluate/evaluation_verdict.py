@@ -13,8 +13,8 @@ def judge_evaluation(evaluation: Evaluation, reward_model: Path | None) -> str:
     """Return the verdict on an evaluation's figures; empty for a policy that is compared with no other model.
 
     Args:
-        evaluation: of one model.
-        reward_model: the folder of the reward model that the policy was trained on, if any.
+        evaluation: the evaluation of one model.
+        reward_model: the folder of the reward model that the policy was trained on; None if there is none.
     """
     if evaluation.kind == "policy":
         verdict = _policy(evaluation, reward_model)

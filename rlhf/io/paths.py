@@ -1,4 +1,4 @@
-"""Paths in a run's configuration: made absolute, and relocated with the run. Importing this module imports no torch."""
+"""Paths in a run's configuration: made absolute, and relocated with the run. This module does not import torch."""
 
 import dataclasses
 import math

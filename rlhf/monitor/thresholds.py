@@ -4,11 +4,11 @@ from typing import Literal, NamedTuple
 
 Level = Literal["ok", "warning", "problem", "unknown"]
 LEVELS: tuple[Level, ...] = ("ok", "unknown", "warning", "problem")
-"""The more serious later."""
+"""Levels in increasing order of severity."""
 
 
 def worst(*levels: Level) -> Level:
-    """Return the most serious of some levels."""
+    """Return the most serious of the given levels."""
     return max(levels, key=LEVELS.index)
 
 
@@ -20,7 +20,7 @@ class Threshold(NamedTuple):
     source: str
 
     def level(self, value: float) -> Level:
-        """The level of a figure; where `problem` is the smaller of the two, small is bad."""
+        """Return the level of a figure. If `problem` is below `warning`, low figures are bad."""
         sign = 1 if self.problem >= self.warning else -1
         return (
             "problem"
@@ -90,4 +90,4 @@ THRESHOLDS = {
     "throughput": Threshold(0.5, 0.25, "tokens/s now / median before; single steps vary by 20% on our machine"),
     "overfitting": Threshold(1.05, 1.25, "held-out loss now / its lowest; our demo's only falls"),
 }
-"""In one place, each with the unit and where it comes from."""
+"""Thresholds by name, each with its unit and source."""

@@ -70,7 +70,15 @@ def check_conversations(config: RunConfig, source: Source | None, schema: Schema
 
 
 def open_dataset(run: Run, path: Source, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
-    """Return the data set of a file, with notes on findings, dropped records and records longer than `max_length`."""
+    """Return the data set of a file, with notes on findings, dropped records and records longer than `max_length`.
+
+    Args:
+        run: run of the stage.
+        path: data files.
+        schema: kind of the records.
+        tokenizer: tokenizer of the model.
+        max_length: maximum number of tokens of a record.
+    """
     dataset = load_dataset(path, schema, tokenizer, run.config.cache_dir)
     for line in dataset.findings.describe(schema, len(dataset)):
         run.note(f"{path}: {line}")
