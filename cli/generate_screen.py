@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf.data.conversations import Message, as_text
 from rlhf.data.data_files import DataFiles
 from rlhf.data.prompt_template import frame
-from rlhf.data.schema import PROMPTS, read_checked
+from rlhf.data.schema import PROMPTS, check_renames, read_checked
 from rlhf.distributed.compute_context import available_cores, find_device, limit_threads
 from rlhf.errors import Interrupted, UserError
 from rlhf.evaluate.comparison import sample_keys
@@ -92,7 +92,9 @@ def read_prompts(path: Path, columns: Sequence[str] = ()) -> list[Any]:
         if not (prompts := [line for line in lines if line.strip()]):
             raise UserError(f"{path}: the file is empty; it needs a prompt per line")
         return prompts
-    return [record.fields["prompt"] for record in read_checked(DataFiles((path,), tuple(columns)), PROMPTS)]
+    files = DataFiles((path,), tuple(columns))
+    check_renames([(files, PROMPTS)])
+    return [record.fields["prompt"] for record in read_checked(files, PROMPTS)]
 
 
 def _prompts(config: GenerateConfig) -> Iterator[str | list[Message]] | None:

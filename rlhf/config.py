@@ -105,8 +105,8 @@ class DataConfig(Section):
     """Columns and chat template of data files."""
 
     columns: tuple[str, ...] = ()
-    """Names of columns in the files, each as name=column: prompt=question completion=answer. A column of chat messages
-    is messages."""
+    """Names of columns in the files, each as name=column: prompt=question completion=answer. Each applies to the files
+    that have the column; one that no file has is refused. A column of chat messages is messages."""
     template: str | None = None
     """Chat template of conversations: chatml, plain, or a file with a Jinja template. It is saved with the model. If
     None, the tokenizer's own."""
