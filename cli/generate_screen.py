@@ -29,7 +29,8 @@ from rlhf.generate.completer import Completer, TextChunk
 from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.files import read_json, read_text
 from rlhf.io.output import check_output, write_output
-from rlhf.io.printable_text import printable
+from rlhf.io.paths import short_names
+from rlhf.io.printable_text import EMPTY, printable
 from rlhf.io.user_log import log_user
 from rlhf.setting_rules import check_rules
 
@@ -183,12 +184,14 @@ def _show(config: GenerateConfig, console: Console, completers: Sequence[Complet
 
 
 def _show_one(console: Console, completer: Completer, prompt: Any, key: Tensor) -> None:
-    ended = False
+    ended, text = False, ""
     _put(console, printable(as_text(prompt)), "dim")
     try:
         for chunk in completer.stream(prompt, key):
             _put(console, printable(chunk.text))
-            ended = chunk.ended
+            ended, text = chunk.ended, text + chunk.text
+        if not text.strip():
+            _put(console, f" {EMPTY}", "dim")
     finally:
         console.print()
     if not ended:
@@ -198,9 +201,7 @@ def _show_one(console: Console, completer: Completer, prompt: Any, key: Tensor) 
 def _show_beside(console: Console, completers: Sequence[Completer], prompt: Any, key: Tensor) -> None:
     """Print two columns that grow together. Without a terminal, they are printed once, when they are complete."""
     texts = [Text() for _ in completers]
-    names = [completer.folder.name for completer in completers]
-    if len(set(names)) < len(names):
-        names = [str(completer.folder) for completer in completers]
+    names = short_names([completer.folder for completer in completers])
 
     def table() -> Table:
         grid = Table(
@@ -218,6 +219,7 @@ def _show_beside(console: Console, completers: Sequence[Completer], prompt: Any,
                 chunk: TextChunk | None = next(streams[column], None)
                 if chunk is None:
                     del streams[column]
+                    texts[column].append("" if texts[column].plain.strip() else EMPTY, "dim")
                 else:
                     texts[column].append(printable(chunk.text))
             live.update(table())
