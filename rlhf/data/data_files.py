@@ -44,16 +44,17 @@ class DataFiles(NamedTuple):
     paths: tuple[Path, ...]
     """Files, or folders of shards."""
     columns: tuple[str, ...] = ()
-    """Other names of columns, each as `name=column`: `prompt=question` reads the column `question` as `prompt`."""
+    """Other names of columns, each as `name=column`: `prompt=question` reads the column `question` as `prompt` in the
+    files that have it. Of several columns for a name, the first that a record has counts."""
 
     def __str__(self) -> str:
         first = str(self.paths[0])
         return first if len(self.paths) == 1 else f"{first} and {len(self.paths) - 1} more"
 
     @property
-    def renames(self) -> dict[str, str]:
-        """Return the column in the files for each name that it is read as."""
-        return {name: column for name, _, column in (pair.partition("=") for pair in self.columns)}
+    def renames(self) -> list[tuple[str, str]]:
+        """Return each (name, column), where the column is read under the name."""
+        return [(name, column) for name, _, column in (pair.partition("=") for pair in self.columns)]
 
 
 Source = Path | DataFiles

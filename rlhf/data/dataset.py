@@ -191,7 +191,7 @@ def load_dataset(source: Source, schema: Schema, tokenizer: Tokenizer, cache_dir
     """
     identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{tokenizer.eos_id}:{content_digest(source)}"
     if columns := as_data_files(source).columns:
-        identity += f":{sorted(columns)}"
+        identity += f":{list(columns)}"
     if tokenizer.chat_template is not None:
         identity += f":{tokenizer.chat_template.digest}"
     if tokenizer.bos_id is not None:

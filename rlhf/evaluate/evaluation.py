@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import PipelineRun
-from rlhf.data.data_files import content_digest, list_files
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
+from rlhf.data.data_files import as_data_files, content_digest, list_files
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, check_renames
 from rlhf.distributed.compute_context import ComputeContext, compute_threads, find_device, open_compute_context
 from rlhf.errors import Interrupted, UserError
 from rlhf.evaluate.evaluate_config import COLUMN_RULES, NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
@@ -78,6 +78,8 @@ def run_evaluation(
     folders = find_folders(config)
     run = run_config(config.model_dir)
     judges = open_judges(config.judge)
+    given = [*config.test_data, *([config.train_data] if config.train_data else [])]
+    check_renames([(as_data_files(data.path), data.schema) for data in classify_files(given, config.data.columns)])
     plans, skipped = _plan(config, folders, run, judges)
     train = _train_data(config, run)
     folder = config.output or config.model_dir / "report"

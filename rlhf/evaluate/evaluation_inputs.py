@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.config import PipelineRun
-from rlhf.data.conversations import as_key, as_text
+from rlhf.data.conversations import as_key, as_text, is_conversation
 from rlhf.data.data_files import DataFiles, Source, list_files
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.records import read_records
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked, rename_columns
 from rlhf.errors import UserError
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.io.files import check_folder
@@ -102,17 +102,23 @@ def classify_files(paths: Sequence[Path], columns: Sequence[str] = ()) -> list[T
 def schema_of(source: DataFiles) -> Schema:
     """Return a data file's schema by the columns of its first record.
 
+    Conversations in `messages` are demonstrations if the last turn is the assistant's, otherwise prompts.
+
     Raises:
         UserError: the file cannot be read, or its first record fits no schema.
     """
     path = list_files(source)[0]
     record = next(iter(read_records(path)))
-    present = {*record.fields, *(name for name, column in source.renames.items() if column in record.fields)}
-    for schema in (PREFERENCES, DEMONSTRATIONS, PROMPTS):
-        if all(name in present for name in schema.answers or schema.keys):
+    fields = rename_columns(record.fields, source.renames)
+    for schema in (PREFERENCES, DEMONSTRATIONS):
+        if all(name in fields for name in schema.answers):
             return schema
-    if "messages" in present:
-        return DEMONSTRATIONS
+    if "messages" in fields:
+        messages = fields["messages"]
+        unanswered = is_conversation(messages) and messages[-1]["role"] != "assistant"
+        return PROMPTS if unanswered else DEMONSTRATIONS
+    if "prompt" in fields:
+        return PROMPTS
     columns = ", ".join(map(repr, sorted(record.fields))) or "nothing"
     raise UserError(
         f"{path}: {record.where} has {columns}; expected 'prompt' with 'completion' (demonstrations), "

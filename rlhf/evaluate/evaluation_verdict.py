@@ -56,7 +56,7 @@ def _policy(evaluation: Evaluation, reward_model: Path | None) -> Verdict | None
         judge="the reward model" if judge == own else judge,
         wins=(figure.value, figure.low, figure.high),
         prompts=figure.n,
-        against=evaluation.models["against"].name,
+        against=evaluation.against,
         is_own_reward=judge == own,
         ended=evaluation.figures["policy"]["eval/ended"].value,
     )

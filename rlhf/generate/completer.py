@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.chat_tokens import check_template, encode_chat
+from rlhf.data.chat_tokens import TEMPLATE_FLAG, encode_chat
 from rlhf.data.conversations import Message
 from rlhf.data.encoding import chat_tokenizer
 from rlhf.distributed.compute_context import compute_dtype
@@ -150,7 +150,11 @@ class Completer:
         if isinstance(prompt, str):
             (tokens,) = tokenizer.encode([prompt])
             return np.array(tokenizer.begin(tokens, self.room), dtype=np.int64)
-        check_template(tokenizer, self.folder)
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"{self.folder}: the tokenizer has no chat template to write conversations by; add {TEMPLATE_FLAG}; "
+                "or leave --chat out, and write the text around each prompt as --template"
+            )
         try:
             tokens = encode_chat(tokenizer, prompt, []).prompt
         except ValueError as error:

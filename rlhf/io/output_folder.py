@@ -109,6 +109,8 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
             "configuration. Choose another --output-dir"
         )
     previous = load_config(str(path))
+    columns = dict.fromkeys((*previous.data.columns, *config.data.columns))  # those of every stage's files
+    fields["data"] = dataclasses.replace(absolute.data, columns=tuple(columns))
     resolved = _with_chosen(dataclasses.replace(previous, **fields), previous)
     same = dataclasses.replace(resolved, config=previous.config, resume=previous.resume) == previous
     if not (same or ours or not has_record(config.output_dir)):

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from rlhf.io.paths import short_names
 from rlhf.metrics import in_order
 from rlhf.monitor.charts import charts
 from rlhf.monitor.compare import comparison
@@ -27,15 +27,9 @@ _EVENTS = 300
 
 
 def run_names(readers: Sequence[LogReader]) -> list[str]:
-    """Return a unique name for each run: that of its folder, with its parent's name or a number if needed."""
-    names = [reader.name for reader in readers]
-    counts = Counter(names)
-    names = [
-        name if counts[name] == 1 else f"{reader.folder.absolute().parent.parent.name}/{name}"
-        for name, reader in zip(names, readers, strict=True)
-    ]
-    counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name} #{number}" for number, name in enumerate(names, start=1)]
+    """Return a unique name for each run: the end of its output folder's path, as long as needed."""
+    folders = [reader.folder.absolute() for reader in readers]
+    return short_names([folder.parent if folder.name == "logs" else folder for folder in folders])
 
 
 def run_state(reader: LogReader, name: str) -> dict[str, Any]:

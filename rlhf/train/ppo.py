@@ -268,7 +268,7 @@ def _minibatches(ppo: PPO, step: int, rows: Sequence[int]) -> list[list[int]]:
     for epoch in range(settings.num_epochs if rows else 0):
         order = [rows[index] for index in permutation(fold_in(iteration_key, epoch), len(rows)).tolist()]
         minibatches += [
-            order[first : first + settings.minibatch_size] for first in range(0, len(rows), settings.minibatch_size)
+            order[first : first + settings.update_size] for first in range(0, len(rows), settings.update_size)
         ]
     return minibatches
 

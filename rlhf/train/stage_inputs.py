@@ -13,7 +13,7 @@ from rlhf.data.data_files import DataFiles, Source, data_files
 from rlhf.data.dataset import Dataset, check_file, load_dataset, texts
 from rlhf.data.demo_data import PROMPT_COLUMNS, write_embedded
 from rlhf.data.encoding import chat_tokenizer, holds_conversations
-from rlhf.data.schema import PROMPTS, Schema, read_checked
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, check_renames, read_checked
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import load_shape, weights_digest
@@ -50,6 +50,24 @@ def embedded_file(run: Run, name: str) -> Path:
 def given_files(config: RunConfig, paths: DataPaths) -> DataFiles | None:
     """Return the files of a setting with the columns that the configuration names; None if it names no file."""
     return data_files(paths, config.data.columns)
+
+
+def check_named_columns(config: RunConfig) -> None:
+    """Raise UserError if a column that the configuration names is in none of its data files.
+
+    Nothing is checked where a file is missing, because the stage that reads it says so.
+    """
+    schemas = {schema.name: schema for schema in (DEMONSTRATIONS, PREFERENCES, PROMPTS)}
+    settings = {
+        name: schemas[stage.schema]
+        for stage in STAGES.values()
+        for name, content in stage.files.items()
+        if content in ("data", "validation") and hasattr(config, name) and stage.schema in schemas
+    }
+    given = [(given_files(config, getattr(config, name)), schema) for name, schema in settings.items()]
+    sources = [(files, schema) for files, schema in given if files is not None]
+    if all(path.exists() for files, _ in sources for path in files.paths):
+        check_renames(sources)
 
 
 def check_conversations(config: RunConfig, source: Source | None, schema: Schema, tokenizer: Tokenizer | None) -> None:
