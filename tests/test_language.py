@@ -11,7 +11,11 @@ FILES = sorted(path for top in ("rlhf", "cli") for path in (ROOT / top).rglob("*
 EDITED = sorted(
     {
         *(ROOT / "rlhf").glob("*.py"),
-        *(path for top in ("execution", "distributed", "train") for path in (ROOT / "rlhf" / top).glob("*.py")),
+        *(
+            path
+            for top in ("execution", "distributed", "models", "train")
+            for path in (ROOT / "rlhf" / top).glob("*.py")
+        ),
         *(ROOT / "cli").glob("*.py"),
     }
 )
