@@ -53,9 +53,9 @@ __all__ = [
 class ModelConfig(Section):
     """Shape of a model trained from scratch. A model folder has its own, with which settings here must agree."""
 
-    family: str = "gpt2"
-    """Architecture, by Hugging Face's `model_type`: gpt2, llama, qwen2, qwen3 or gpt_neox. A preset that belongs to a
-    single family sets it."""
+    family: str | None = None
+    """Architecture, by Hugging Face's `model_type`: gpt2, llama, qwen2, qwen3 or gpt_neox. If None, that of the preset;
+    tiny and small are presets of every family, and stand for gpt2's."""
     preset: Literal[
         "tiny",
         "small",

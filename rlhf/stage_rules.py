@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from rlhf.config import DPOConfig, PPOConfig
+from rlhf.config import DPOConfig, ModelConfig, PPOConfig
 from rlhf.estimator_rules import ESTIMATOR_RULES
 from rlhf.setting_rules import Rule, flag_of
 
@@ -18,6 +18,8 @@ CHOSEN_BY_RULE = {
 """Settings, by section, that a stage chooses by rule where they are None."""
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
+"""Sizes that set all of a GPT-2's shape."""
+
 _NO_SAMPLES = Rule(
     ("log.samples", "log.token_samples"), lambda config: not hasattr(config, "ppo"), "has no effect outside of PPO"
 )
@@ -63,6 +65,11 @@ def _worker_rule(stage: str, setting: str, size: str = "", *, rows: int = 1) -> 
     return Rule(("dist.num_workers",), applies, f"more workers than an update has micro-batches; {remedy}")
 
 
+def _is_gpt2(model: ModelConfig) -> bool:
+    """Return True if a new model is a GPT-2."""
+    return model.family == "gpt2" or (model.family is None and model.preset.startswith(("tiny", "small", "gpt2")))
+
+
 def _model_rules(data: str) -> tuple[Rule, ...]:
     names = ("model.family", "model.preset", "tokenizer.path", "tokenizer.vocab_size")
     return (Rule(names, _starts_elsewhere(data), "has no effect: the model that the stage starts from brings its own"),)
@@ -92,7 +99,7 @@ SFT_RULES = (
     ),
     Rule(
         ("model.preset",),
-        lambda config: config.model.family == "gpt2" and None not in [getattr(config.model, name) for name in _SHAPE],
+        lambda config: _is_gpt2(config.model) and None not in [getattr(config.model, name) for name in _SHAPE],
         "has no effect: the fields beside it set all of the shape",
     ),
     Rule(

@@ -134,6 +134,7 @@ def test_a_preset_of_one_family_brings_the_family():
     assert new_config(ModelConfig(preset="qwen3-0.6b"), 100).head_dim == 128
     assert new_config(ModelConfig(preset="pythia-70m", n_layer=2), 100).n_layer == 2
     assert new_config(ModelConfig(), 100).model_type == "gpt2"
+    assert new_config(ModelConfig(family="gpt2", preset="gpt2", n_layer=2), 100).n_embd == 768
 
 
 NO_SIZE = "gpt_neox has no such size"
@@ -142,7 +143,12 @@ REFUSED = {
     "no inner width in GPT-2": ({"n_inner": 64}, r"model.n_inner: gpt2 has no such size"),
     "none in NeoX": ({"family": "gpt_neox", "n_kv_head": 2}, f"model.n_kv_head: {NO_SIZE}"),
     "another family's preset": (
-        {"family": "qwen2", "preset": "smollm2-135m"}, "--model.preset smollm2-135m: qwen2 has only tiny"
+        {"family": "qwen2", "preset": "smollm2-135m"},
+        r"--model.preset smollm2-135m: belongs to llama, not to qwen2; drop --model.family, or name a preset of "
+        r"qwen2: tiny, small, qwen2.5-0.5b",
+    ),
+    "the default family beside another's preset": (
+        {"family": "gpt2", "preset": "pythia-70m"}, "--model.preset pythia-70m: belongs to gpt_neox, not to gpt2; drop"
     ),
     "no such family": ({"family": "mamba"}, r"--model.family: model_type is 'mamba', expected one of gpt2"),
     "heads": ({"family": "llama", "n_head": 3}, r"model.n_head must be a multiple of n_kv_head \(2\), got 3"),

@@ -8,13 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for top in ("rlhf", "cli") for path in (ROOT / top).rglob("*.py"))
-EDITED = sorted(
-    {
-        *(ROOT / "rlhf").glob("*.py"),
-        *(path for path in (ROOT / "rlhf").glob("*/*.py") if path.parent.name not in ("models", "cli")),
-        *(ROOT / "cli").glob("*.py"),
-    }
-)
+EDITED = sorted({*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "cli").glob("*.py")})
 """Files whose arguments and errors, too, are described in full."""
 
 _FRAGMENT = re.compile(r"(of|as|by|how|what|whether|where|same)\b", re.IGNORECASE)

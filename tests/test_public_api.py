@@ -137,7 +137,8 @@ def functions_of(module):
 
 CORE = [name for name in MODULES if name.count(".") == 1 and not hasattr(importlib.import_module(name), "__path__")]
 EXECUTION = [name for name in MODULES if name.startswith("rlhf.execution.")]
-PUBLIC = {name: value for module in CORE + EXECUTION for name, value in functions_of(module).items()}
+MODELS = [name for name in MODULES if name.startswith("rlhf.models.")]
+PUBLIC = {name: value for module in CORE + EXECUTION + MODELS for name, value in functions_of(module).items()}
 PUBLIC |= {f"rlhf.{name}": getattr(rlhf, name) for name in SIGNATURES} | {"rlhf.train.run": rlhf.train.run}
 
 

@@ -239,6 +239,11 @@ def test_what_is_idle_is_told_in_one_line(case):
     assert line.startswith("--")
 
 
+@pytest.mark.parametrize("flags", [["--model.preset", "pythia-70m"], ["--model.family", "llama"]])
+def test_a_preset_of_another_family_has_an_effect_beside_the_sizes_of_gpt2(flags):
+    assert check_settings(parse(["sft", *WHOLE_SHAPE, *flags]), STAGES["sft"]) == []
+
+
 @pytest.mark.parametrize("kind", [SFTRun, RewardRun, PPORun, PipelineRun])
 @pytest.mark.parametrize(
     "name", ["demo", "distributed", "model_config", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]

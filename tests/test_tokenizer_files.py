@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,36 @@ def test_ids_without_a_token_are_told(tmp_path, tokenizer):
     loaded = Tokenizer.load(tmp_path)
     assert loaded.vocab_size == tokenizer.vocab_size
     assert loaded.notes == (f"{tmp_path}: 1 ids below {loaded.vocab_size} have no token, yet a model can draw them",)
+
+
+FOREIGN = {
+    "SentencePiece": ({"tokenizer.model": "\x0a"}, "has tokenizer.model and no tokenizer.json; convert it once"),
+    "SentencePiece, T5's name": ({"spiece.model": "\x0a"}, "has spiece.model and no tokenizer.json; convert it once"),
+    "tiktoken": ({"qwen.tiktoken": "IQ== 0"}, "has qwen.tiktoken and no tokenizer.json; convert it once"),
+    "another byte-level BPE": (
+        {"vocab.json": "{}", "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer"}'},
+        "has the vocab.json of a Qwen2Tokenizer and no tokenizer.json; convert it once",
+    ),
+}
+"""Tokenizers that transformers converts to tokenizer.json, and that would be read wrongly, or not at all."""
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_tokenizer_in_another_form_is_refused_with_its_conversion(kind, tmp_path):
+    files, message = FOREIGN[kind]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: {message}")) as error:
+        Tokenizer.load(tmp_path)
+    assert f"AutoTokenizer as T; T.from_pretrained('{tmp_path}').save_pretrained('{tmp_path}')" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"])
+def test_the_older_form_of_gpt2_is_read(kind, tmp_path, tokenizer):
+    write(tmp_path, "vocab.json", tokenizer._backend.get_vocab())
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": kind})
+    assert Tokenizer.load(tmp_path).vocab_size == tokenizer.vocab_size
 
 
 # ---- the token that begins every text

@@ -48,6 +48,25 @@ def weights_remedy(folder: Path) -> str:
     )
 
 
+def tokenizer_remedy(folder: Path, kind: Any) -> str:
+    """Return why a folder without tokenizer.json has no tokenizer that can be read, and the remedy; empty if unknown.
+
+    Args:
+        folder: the folder.
+        kind: `tokenizer_class` in its settings, or None.
+    """
+    names = [path.name for pattern in ("*.model", "*.tiktoken") for path in sorted(folder.glob(pattern))]
+    is_gpt2 = kind is None or str(kind).startswith(("GPT2Tokenizer", "PreTrainedTokenizer"))
+    if not names and (is_gpt2 or not (folder / "vocab.json").is_file()):
+        return ""
+    found = names[0] if names else f"the vocab.json of a {kind}"
+    return (
+        f"has {found} and no tokenizer.json; convert it once, with transformers and sentencepiece installed: "
+        f'python -c "from transformers import AutoTokenizer as T; '
+        f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+    )
+
+
 def pointer_remedy(path: Path) -> str:
     """Return the remedy if a file is a pointer of Git LFS; empty if it is not."""
     try:

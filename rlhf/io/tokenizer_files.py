@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder, read_json
-from rlhf.io.near_misses import pointer_remedy
+from rlhf.io.near_misses import pointer_remedy, tokenizer_remedy
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -184,6 +184,8 @@ def _read_vocabulary(folder: Path, settings: Mapping[str, Any]) -> Backend:
     prefix = settings.get("add_prefix_space")
     if prefix not in (None, True, False):
         raise UserError(f"{folder / 'tokenizer_config.json'}: add_prefix_space must be true or false, got {prefix!r}")
+    if not complete.is_file() and (remedy := tokenizer_remedy(folder, settings.get("tokenizer_class"))):
+        raise UserError(f"{folder}: {remedy}")
     try:
         if complete.is_file():
             backend = Backend.from_file(str(complete))

@@ -1,8 +1,8 @@
 """The interface of decoders, and the table of architectures.
 
-An architecture is one file and one line in `_MODULES`. Its functions are pure, over a pytree of parameters of its own
-and a frozen dataclass that says their shape; a model in hand is such a shape and its parameters, because the shape's
-`model_type` leads to the architecture. One defined elsewhere calls `register` when its module is imported.
+An architecture is one file and one line in `_MODULES`. Its functions are pure. They take a pytree of parameters and a
+frozen dataclass, the shape. A model is a shape and its parameters: the shape's `model_type` leads to the architecture.
+The module of an architecture that is defined elsewhere calls `register` when it is imported.
 """
 
 import importlib
@@ -24,19 +24,19 @@ class ModelShape(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens."""
+        """Number of tokens in the vocabulary."""
 
     @property
     def n_positions(self) -> int:
-        """Longest sequence in tokens."""
+        """Context length in tokens."""
 
     @property
     def n_embd(self) -> int:
-        """Width of the hidden states."""
+        """Hidden size."""
 
     @property
     def n_layer(self) -> int:
-        """Blocks."""
+        """Number of transformer blocks."""
 
 
 @documented
@@ -44,14 +44,14 @@ class ModelShape(Protocol):
 class Architecture:
     """A family of decoders as pure functions.
 
-    `rlhf.models.transformer` is the reference for what its passes take and return. Sequences in a row are told apart by
-    `segments`: a token's hidden state depends on earlier tokens of its own segment alone.
+    `rlhf.models.transformer` describes what the passes take and return. `segments` tell sequences in a row apart: the
+    hidden state of a token depends on itself and the earlier tokens of its segment alone.
     """
 
     shape: type[Any]
-    """A frozen dataclass, as `ModelShape`."""
+    """Frozen dataclass with the fields of `ModelShape`."""
     presets: Mapping[str, Any]
-    """Named shapes, for models from scratch."""
+    """Shapes by name, for models from scratch."""
 
     init: Callable[..., Params]
     """(shape, *, key) -> random parameters, float32."""
@@ -61,48 +61,50 @@ class Architecture:
     """(params, tokens [B, T], *, config, positions, segments, bounds, dropout, key, gradient_checkpointing) ->
     [B, T, D]: hidden states after the last norm."""
     logits: Callable[..., Tensor]
-    """(params, hidden [..., D], *, config, padded=False) -> [..., V] logits; see `rlhf.models.layers.unembed`."""
+    """(params, hidden [..., D], *, config, padded=False) -> [..., V] logits, as `rlhf.models.layers.unembed`
+    returns them."""
     unembedding: Callable[[Params], Params]
-    """(params) -> the part of them that `logits` reads."""
+    """(params) -> the part of the parameters that `logits` reads."""
     cast_for_compute: Callable[..., Params]
     """(params, dtype) -> parameters to compute with, differentiable."""
     prepare_for_decoding: Callable[..., Params]
-    """(params, dtype) -> parameters to read single tokens with, for `prefill`, `decode` and `logits` alone."""
+    """(params, dtype) -> parameters for `prefill`, `decode` and `logits` alone, fastest for single tokens."""
 
     init_cache: Callable[..., Any]
     """(params, batch_size, slots, *, config) -> a pytree of zeros [B, ...] in the dtype and on the device of the
     computation, which `prefill` and `decode` write in place."""
     prefill: Callable[..., Tensor]
-    """(params, tokens [U, P], lengths [U], cache, *, config, rows, source) -> [R, D]: reads whole prompts."""
+    """(params, tokens [U, P], lengths [U], cache, *, config, rows, source) -> [R, D]: last hidden states of whole
+    prompts."""
     decode: Callable[..., Tensor]
-    """(params, tokens [B], lengths [B], cache, *, config, cache_length) -> [B, D]: reads one more token per row."""
+    """(params, tokens [B], lengths [B], cache, *, config, cache_length) -> [B, D]: hidden states of one more token."""
 
     select_vocab: Callable[[Params, int], Params]
-    """(params, rows) -> the parameters with the first `rows` tokens alone."""
+    """(params, rows) -> the parameters with the first `rows` tokens of the vocabulary alone."""
     to_hugging_face: Callable[[Params], dict[str, Tensor]]
     """(params) -> the state dict of Hugging Face's model, without tied weights."""
     from_hugging_face: Callable[..., Params]
     """(state dict, *, config) -> params; ValueError names a tensor that is missing, unknown or of another shape."""
     settings_to_shape: Callable[[dict[str, Any]], Any]
-    """(config.json) -> the shape; ValueError names a setting that the architecture does not have."""
+    """(config.json) -> the shape; ValueError names a setting that the architecture does not support."""
     shape_to_settings: Callable[[Any], dict[str, Any]]
-    """(shape) -> its part of config.json."""
+    """(shape) -> the part of config.json that describes it."""
     trunk_shape: Callable[[Any], Any] = lambda shape: shape
-    """(shape) -> that of the decoder without an output layer of its own, as models with a scalar head have it."""
+    """(shape) -> the shape of the decoder without an output layer of its own, for models with a scalar head."""
     causal_lm: str
-    """Hugging Face's class of language models."""
+    """Name of Hugging Face's class of language models."""
     sequence_classifier: str
-    """Hugging Face's class of models with a scalar head `score`."""
+    """Name of Hugging Face's class of models with a scalar head `score`."""
     aliases: frozenset[str] = field(default=frozenset())
-    """Further classes that are read as `causal_lm`."""
+    """Names of further classes whose folders are read like those of `causal_lm`."""
     prefix: str
     """Prefix of the weights' names in Hugging Face files, such as `transformer.`."""
     embedding: str
     """Name of the token embedding, without the prefix."""
     ignored_suffixes: tuple[str, ...] = ()
-    """Suffixes of the names of weights that are buffers and have no effect."""
+    """Suffixes of the names of buffers, which have no effect."""
     output_layer: str = "lm_head"
-    """Name of an untied output layer in model folders. In the parameters it is `lm_head.weight`."""
+    """Name of an untied output layer in model folders; among the parameters it is `lm_head.weight`."""
     has_dropout: bool = True
     """True if `hidden_states` supports dropout."""
     compiles_bf16_on_cpu: bool = True
@@ -163,6 +165,9 @@ def architectures() -> list[Architecture]:
 def get_architecture(model_type: str) -> Architecture:
     """Return the architecture with a name that Hugging Face uses.
 
+    Args:
+        model_type: Hugging Face's name of the architecture.
+
     Raises:
         ValueError: there is no such architecture.
 
@@ -180,6 +185,9 @@ def get_architecture(model_type: str) -> Architecture:
 
 def architecture_of(config: ModelShape) -> Architecture:
     """Return the architecture that a shape belongs to.
+
+    Args:
+        config: shape of a model.
 
     Example:
         >>> architecture_of(rlhf.PRESETS["tiny"]).model_type

@@ -1,8 +1,9 @@
-"""Attention over packed rows, over prompts, and of one query over a key-value cache.
+"""Attention over packed rows, over prompts, and of one query per row over a key-value cache.
 
-Scores get a bias: 0 where a query may see a key, -inf where not. Softmax is in float32 at least.
+A bias is added to the scores: 0 where a query may see a key, and -inf elsewhere. Softmax is computed in float32
+or wider.
 
-N query heads share G key-value heads, of which query head n reads head n // (N / G); G is N without sharing.
+N query heads share G key-value heads: query head n reads head n // (N / G). G equals N if nothing is shared.
 
 Source: Ainslie et al. 2023, "GQA", https://arxiv.org/abs/2305.13245.
 """
@@ -21,19 +22,19 @@ class AttentionLayout(NamedTuple):
     """The mask of self-attention over packed rows, computed once for all layers."""
 
     bias: Tensor | None
-    """[B, 1, T, T] float32; None where every row is one sequence, or `bounds` replace it."""
+    """[B, 1, T, T] float32 bias; None if every row is one sequence, or if `bounds` replace it."""
     bounds: Tensor | None
-    """[S + 1] int32 (`rlhf.batches.Rows.bounds`), where a kernel reads them instead of the bias."""
+    """[S + 1] int32 start of each segment, if a kernel reads them (`rlhf.batches.Rows.bounds`) instead of the bias."""
 
 
 @documented
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, a tensor per layer; written in place."""
+    """The keys and values of the tokens seen so far, one tensor per layer, which are written in place."""
 
     keys: tuple[Tensor, ...]
-    """Each [B, G, H, S]."""
+    """[B, G, H, S] keys of each layer."""
     values: tuple[Tensor, ...]
-    """Each [B, G, S, H]."""
+    """[B, G, S, H] values of each layer."""
 
 
 @accelerated("fused_attention.attention_layout")
@@ -41,10 +42,15 @@ def attention_layout(segments: Tensor | None, bounds: Tensor | None, like: Tenso
     """Return the layout in which each token sees itself and the earlier tokens of its segment.
 
     Args:
-        segments: [B, T] int64, equal for tokens that may see each other; None is one segment per row.
-        bounds: [S + 1] int32, where segments start, if each is contiguous; read by kernels alone.
+        segments: [B, T] int64, equal for tokens that may see each other. None stands for one segment per row.
+        bounds: [S + 1] int32 start of each segment, if every segment is contiguous. Only kernels read them.
         like: any tensor with the device and dtype of the hidden states.
-        width: H, of a head.
+        width: width H of a head.
+
+    Example:
+        >>> attention_layout(torch.tensor([[0, 1]]), None, torch.zeros(1), 4).bias
+        tensor([[[[0., -inf],
+                  [-inf, 0.]]]])
     """
     if segments is None:
         return AttentionLayout(None, None)
@@ -57,13 +63,18 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> 
     """Return self-attention over packed rows.
 
     Args:
-        q: [B, N, T, H]; differentiated, as `k` and `v`.
-        k: [B, G, T, H].
-        v: same.
-        layout: from `attention_layout`.
+        q: [B, N, T, H] queries; differentiated.
+        k: [B, G, T, H] keys; differentiated.
+        v: [B, G, T, H] values; differentiated.
+        layout: result of `attention_layout`.
 
     Returns:
         [B, N, T, H] in the dtype of q.
+
+    Example:
+        >>> q, v = torch.zeros(1, 1, 2, 1), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+        >>> self_attention(q, q, v, attention_layout(torch.tensor([[0, 1]]), None, q, 1)).flatten()
+        tensor([1., 3.])
     """
     return attention(q, k, v, layout.bias)
 
@@ -75,10 +86,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     Source: Vaswani et al. 2017, eq. 1, https://arxiv.org/abs/1706.03762.
 
     Args:
-        q: [B, N, T, H]; differentiated, as `k` and `v`.
-        k: [B, G, T, H].
-        v: same.
-        bias: [B, 1, T, T] or what broadcasts to it; every query has a key with a finite bias. None is causal.
+        q: [B, N, T, H] queries; differentiated.
+        k: [B, G, T, H] keys; differentiated.
+        v: [B, G, T, H] values; differentiated.
+        bias: tensor that broadcasts to [B, 1, T, T]; every query has a key with a finite bias. None stands for the
+            causal bias.
 
     Returns:
         [B, N, T, H] in the dtype of q.
@@ -97,27 +109,64 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 @accelerated("fused_attention.prompt_attention")
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the causal `attention` [B, N, T, H] of prompts, one per row; not differentiated."""
+    """Return the causal `attention` of prompts, one per row.
+
+    Args:
+        q: [B, N, T, H] queries; not differentiated.
+        k: [B, G, T, H] keys; not differentiated.
+        v: [B, G, T, H] values; not differentiated.
+
+    Returns:
+        [B, N, T, H] in the dtype of q.
+
+    Example:
+        >>> q, v = torch.zeros(1, 1, 2, 1), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+        >>> prompt_attention(q, q, v).flatten()
+        tensor([1., 2.])
+    """
     return attention(q, k, v, None)
 
 
 @accelerated("fused_attention.init_kv_cache")
 def init_kv_cache(like: Tensor, *, n_layer: int, batch_size: int, n_kv_head: int, slots: int, width: int) -> KVCache:
-    """Return an empty cache for `batch_size` sequences of up to `slots` tokens, of the dtype and device of `like`."""
+    """Return an empty cache for `batch_size` sequences of up to `slots` tokens.
+
+    Args:
+        like: any tensor with the dtype and device of the cache.
+        n_layer: number of layers.
+        batch_size: number of sequences B.
+        n_kv_head: number of key-value heads G.
+        slots: number of tokens S that each sequence may have.
+        width: width H of a head.
+
+    Example:
+        >>> cache = init_kv_cache(torch.zeros(1), n_layer=3, batch_size=2, n_kv_head=1, slots=8, width=4)
+        >>> len(cache.values), cache.values[0].shape
+        (3, torch.Size([2, 1, 8, 4]))
+    """
     keys = [like.new_zeros(batch_size, n_kv_head, width, slots) for _ in range(n_layer)]
     return KVCache(tuple(keys), tuple(like.new_zeros(batch_size, n_kv_head, slots, width) for _ in keys))
 
 
 def write_prompts(cache: KVCache, layer: int, k: Tensor, v: Tensor, rows: Tensor, source: Tensor) -> None:
-    """Write the keys and values [U, G, P, H] of prompts into the first P slots of cache rows.
+    """Write the keys and values of prompts into the first P slots of cache rows.
 
     Args:
-        cache: written in place.
+        cache: cache, which is written in place.
         layer: index of the layer.
-        k: keys.
-        v: values.
-        rows: [R] int64, the cache's rows.
-        source: [R] int64, the prompt of each of these rows.
+        k: [U, G, P, H] keys.
+        v: [U, G, P, H] values.
+        rows: [R] int64 rows of the cache.
+        source: [R] int64 prompt of each of these rows.
+
+    Example:
+        >>> cache = init_kv_cache(torch.zeros(1), n_layer=1, batch_size=3, n_kv_head=1, slots=2, width=1)
+        >>> k = v = torch.ones(1, 1, 1, 1)
+        >>> write_prompts(cache, 0, k, v, rows=torch.tensor([0, 2]), source=torch.tensor([0, 0]))
+        >>> cache.values[0].flatten(1)
+        tensor([[1., 0.],
+                [0., 0.],
+                [1., 0.]])
     """
     width = k.shape[2]
     cache.keys[layer][rows, ..., :width] = k[source].transpose(-1, -2)
@@ -131,16 +180,22 @@ def decode_attention(
     """Write one new token per row into the cache, and return its attention over the tokens seen so far.
 
     Args:
-        q: [B, N, H], queries of the new tokens.
-        k: [B, G, H], their keys.
-        v: same, their values.
-        keys: [B, G, H, S], written in place at slot `lengths`.
-        values: [B, G, S, H], written alike.
-        lengths: [B] int64, tokens already in the cache.
-        bias: [B, U] float32 over the first U slots: 0 up to slot `lengths`, -inf after it.
+        q: [B, N, H] queries of the new tokens.
+        k: [B, G, H] keys of the new tokens.
+        v: [B, G, H] values of the new tokens.
+        keys: [B, G, H, S] keys of a layer's cache, which are written in place at slot `lengths`.
+        values: [B, G, S, H] values of a layer's cache, which are written in place at slot `lengths`.
+        lengths: [B] int64 number of tokens in the cache before the new one.
+        bias: [B, U] float32 over the first U slots: 0 up to slot `lengths`, and -inf after it.
 
     Returns:
         [B, N, H] in the dtype of q.
+
+    Example:
+        >>> keys, values = torch.zeros(1, 1, 1, 4), torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 4, 1)
+        >>> q, v, bias = torch.zeros(1, 1, 1), torch.full((1, 1, 1), 3.0), torch.zeros(1, 2)
+        >>> decode_attention(q, q, v, keys, values, torch.tensor([1]), bias)
+        tensor([[[2.]]])
     """
     rows, length = torch.arange(len(q), device=q.device), bias.shape[1]
     keys[rows, :, :, lengths] = k
@@ -153,13 +208,18 @@ def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Te
     """Return softmax(q K / sqrt(H) + bias) V of one query per row.
 
     Args:
-        q: [B, N, H].
-        keys: [B, G, H, U].
-        values: [B, G, U, H].
-        bias: [B, U]; every row has a slot with a finite bias.
+        q: [B, N, H] queries.
+        keys: [B, G, H, U] keys in the cache.
+        values: [B, G, U, H] values in the cache.
+        bias: [B, U] float32; every row has a slot with a finite bias.
 
     Returns:
         [B, N, H] in the dtype of q.
+
+    Example:
+        >>> q, values = torch.zeros(1, 1, 1), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+        >>> attend_to_cache(q, torch.zeros(1, 1, 1, 2), values, torch.tensor([[0.0, -torch.inf]]))
+        tensor([[[1.]]])
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.view(len(q), keys.shape[1], -1, q.shape[-1])  # [B, G, N / G, H]
@@ -169,7 +229,11 @@ def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Te
 
 
 def repeat_heads(x: Tensor, n_head: int) -> Tensor:
-    """Return keys or values [B, N, T, H] for each of N = `n_head` query heads, of [B, G, T, H].
+    """Return the keys or values [B, N, T, H] that each query head reads, given those of the key-value heads.
+
+    Args:
+        x: [B, G, T, H] keys or values.
+        n_head: number of query heads N, a multiple of G.
 
     Example:
         >>> repeat_heads(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), 4).flatten()
@@ -179,18 +243,36 @@ def repeat_heads(x: Tensor, n_head: int) -> Tensor:
 
 
 def heads_first(qkv: Tensor) -> tuple[Tensor, ...]:
-    """Return queries, keys and values, each [B, N, T, H], of [B, T, 3, N, H]."""
+    """Return queries, keys and values, each [B, N, T, H].
+
+    Args:
+        qkv: [B, T, 3, N, H] queries, keys and values.
+
+    Example:
+        >>> q, k, v = heads_first(torch.arange(3).view(1, 1, 3, 1, 1))
+        >>> v
+        tensor([[[[2]]]])
+    """
     return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
 @accelerated("fused_attention.additive_mask")
 def additive_mask(allowed: Tensor) -> Tensor:
-    """Return a float32 bias: 0 where `allowed` is True, -inf elsewhere."""
+    """Return a float32 bias: 0 where `allowed` is True, and -inf elsewhere.
+
+    Example:
+        >>> additive_mask(torch.tensor([True, False]))
+        tensor([0., -inf])
+    """
     return torch.where(allowed, 0.0, -torch.inf)
 
 
 def causal(length: int, device: torch.device) -> Tensor:
-    """Return [T, T] bool: query t may see key s where s <= t.
+    """Return the causal mask [T, T] bool: query t may see key s if s <= t.
+
+    Args:
+        length: number of tokens T.
+        device: device of the result.
 
     Example:
         >>> causal(2, torch.device("cpu"))

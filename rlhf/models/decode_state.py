@@ -1,4 +1,4 @@
-"""Completions in progress, one per row of a key-value cache: rows are filled, decoded and dropped here."""
+"""The state of completions in progress, one per row of a key-value cache, and the functions that advance it."""
 
 from typing import Any, NamedTuple
 
@@ -21,13 +21,13 @@ class DecodeState(NamedTuple):
     cache: Any
     """The architecture's cache: leaves [R, ...]."""
     hidden: Tensor
-    """[R, D]: the state that predicts the next token."""
+    """[R, D] hidden state that predicts the next token."""
     completion: Tensor
-    """[R] int64: index of the completion that a row writes; in an idle row, the number of completions."""
+    """[R] int64 index of the completion that a row writes; in an idle row, the number of completions."""
     prompt_length: Tensor
-    """[R] int64: number of tokens of its prompt."""
+    """[R] int64 number of tokens of the prompt."""
     step: Tensor
-    """[R] int64: index of its next token in the completion."""
+    """[R] int64 index of the next token in the completion."""
 
 
 @documented
@@ -35,13 +35,13 @@ class DecodeOutput(NamedTuple):
     """The tokens drawn by `decode_steps`, K per row."""
 
     completion: Tensor
-    """[K, R] int64: `DecodeState.completion` when the token was drawn."""
+    """[K, R] int64 `DecodeState.completion` when the token was drawn."""
     step: Tensor
-    """[K, R] int64: index of the token in the completion."""
+    """[K, R] int64 index of the token in the completion."""
     token: Tensor
-    """[K, R] int64: the tokens."""
+    """[K, R] int64 tokens."""
     per_token: Tensor
-    """[K, R, 3] float32: log-prob, value, entropy."""
+    """[K, R, 3] float32 log-probs (nats), values (reward units) and entropies (nats)."""
 
 
 def decode_steps(
@@ -60,26 +60,26 @@ def decode_steps(
     min_new_tokens: int,
     with_entropies: bool,
 ) -> tuple[DecodeState, DecodeOutput]:
-    """Draw `count` tokens in every row, each from the state after the last: the part of decoding that may be compiled.
+    """Draw `count` tokens in every row, each from the state after the last. This part of decoding may be compiled.
 
     Args:
-        params: prepared for decoding (`Architecture.prepare_for_decoding`).
-        value_head: the head whose values are captured; None captures zeros.
-        state: its cache is written in place.
-        uniforms: [N + 1, max_new_tokens] float64: the uniforms of each of the N completions, and of idle rows.
-        stops: int64 ids of the tokens that end a completion.
-        slots: [U] int64, 0..U-1: the slots of the cache that attention reads. Only the length is used; a tensor keeps
-            it symbolic in compiled code.
-        config: the shape of `params`.
-        count: tokens drawn per row.
+        params: parameters that are prepared for decoding (`Architecture.prepare_for_decoding`).
+        value_head: head whose values are captured. None captures zeros.
+        state: state before the draws, whose cache is written in place.
+        uniforms: [N + 1, max_new_tokens] float64 uniforms of each of the N completions, and of idle rows.
+        stops: [K] int64 ids of the tokens that end a completion.
+        slots: [U] int64 slots 0..U-1 of the cache that attention reads. Only their number is used; a tensor keeps it
+            symbolic in compiled code.
+        config: shape of `params`.
+        count: number of tokens to draw per row.
         temperature: softmax temperature, above 0.
         top_k: number of tokens to sample from; 0 keeps all, and 1 is greedy.
         top_p: probability of the tokens to sample from, in (0, 1].
         min_new_tokens: number of completion tokens before which no stop token is drawn.
-        with_entropies: capture the entropies; zeros otherwise.
+        with_entropies: True to capture the entropies; otherwise they are zeros.
 
     Returns:
-        (the state after the draws, the tokens drawn). A row whose completion has ended is idle.
+        The state after the draws, in which a row whose completion has ended is idle, and the tokens.
 
     Example:
         >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
@@ -128,11 +128,11 @@ def init_decode_state(params: Params, rows: int, capacity: int, idle: int, confi
     """Return idle rows with an empty cache.
 
     Args:
-        params: prepared for decoding.
+        params: parameters that are prepared for decoding.
         rows: number of rows.
-        capacity: slots that the longest prompt and its completion need.
-        idle: the `completion` of an idle row.
-        config: the shape of `params`.
+        capacity: number of slots that the longest prompt and its completion need.
+        idle: index that stands for no completion: the number of completions.
+        config: shape of `params`.
 
     Example:
         >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
@@ -155,13 +155,13 @@ def fill_rows(
     rows: list[int],
     first: int,
 ) -> DecodeState:
-    """Start the completions `first`, `first + 1`, … in these rows: read each of their prompts once.
+    """Return the state after starting the completions `first`, `first + 1`, …; each of their prompts is read once.
 
     Args:
-        params: prepared for decoding.
-        prompts: right-padded [U, P] int64, their lengths [U] int64, and the prompt of each completion [B] int64.
-        config: the shape of `params`.
-        state: its cache is written in place.
+        params: parameters that are prepared for decoding.
+        prompts: prompts [U, P] int64, right-padded; their lengths [U] int64; the prompt of each completion [B] int64.
+        config: shape of `params`.
+        state: state before the change, whose cache is written in place.
         rows: rows to fill, one per completion.
         first: index of the first completion to start.
 
@@ -191,7 +191,11 @@ def fill_rows(
 
 
 def select_rows(state: DecodeState, rows: list[int]) -> DecodeState:
-    """Return the state of the given rows only, in new memory.
+    """Return the state of the given rows alone, in new memory.
+
+    Args:
+        state: state of all rows.
+        rows: rows to keep, in their new order.
 
     Example:
         >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)

@@ -1,4 +1,4 @@
-"""Completing prompts with a key-value cache: the decoding engine of every architecture."""
+"""The decoding engine of all architectures, which completes prompts with a key-value cache."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +17,9 @@ from rlhf.transforms import check_untransformed
 from rlhf.types import Params
 
 _BLOCK = 32
-"""Slots by which the part of the cache that attention reads grows."""
+"""Number of slots by which the part of the cache that attention reads grows."""
 _REFILL_SHARE = 8
-"""Rows are refilled once one in this many is idle: reading single prompts more often would cost more than it gains."""
+"""Rows are refilled when one in this many is idle; to read single prompts more often would cost more than it gains."""
 _UNTRANSFORMED = (
     "the host asks which rows have ended, and the cache is written in place; give one key per completion instead of "
     "mapping, and differentiate the log-probs of finished completions"
@@ -28,20 +28,20 @@ _UNTRANSFORMED = (
 
 @documented
 class Completions(NamedTuple):
-    """Completions of prompts, right-padded to max_new_tokens with 0 (False)."""
+    """Completions of prompts, right-padded to max_new_tokens with 0 or False."""
 
     tokens: Tensor
-    """[B, T] int64; a stop token, if one was drawn, is the last."""
+    """[B, T] int64 tokens; a stop token, if one was drawn, is the last."""
     mask: Tensor
     """[B, T] bool, True on the completion's tokens, the stop token included."""
     log_probs: Tensor
-    """[B, T] float32, nats: `token_log_probs` of each token, before any filter."""
+    """[B, T] float32, nats: `token_log_probs` of each token before any filter."""
     values: Tensor
-    """[B, T] float32: value head on the state in which each token was chosen; zeros without a head."""
+    """[B, T] float32, reward units: value of the state in which each token was chosen; zeros without a value head."""
     ended: Tensor
     """[B] bool, True where a stop token was drawn."""
     entropies: Tensor
-    """[B, T] float32, nats: entropy of the unfiltered distribution of each token; zeros unless requested."""
+    """[B, T] float32, nats: entropy of the unfiltered distribution of each token; zeros if they are not requested."""
 
 
 @torch.no_grad()
@@ -65,35 +65,39 @@ def generate_completions(
     draw: Callable[..., tuple[DecodeState, DecodeOutput]] = decode_steps,
     draws_per_call: int | None = None,
 ) -> Completions:
-    """Complete prompts, capturing log-probs and values on the way.
+    """Return completions of prompts, with the log-probs and values of their tokens.
 
     Token t of a completion is drawn with `uniform_at(key, t)`, so a completion depends on its prompt and its key alone.
     Filters and `min_new_tokens` shape what is drawn; log-probs are those of softmax(logits / temperature) before them.
     Completions are written in the rows of a key-value cache. When one ends, its row takes the next one; when none is
-    waiting and half of the rows are idle, these are dropped. Attention reads the filled part of the cache alone.
+    waiting and half of the rows are idle, these rows are dropped. Attention reads only the filled part of the cache.
 
     Args:
-        params: prepared for decoding (`Architecture.prepare_for_decoding`).
+        params: parameters that are prepared for decoding (`Architecture.prepare_for_decoding`).
         prompts: [U, P] int64, right-padded with any valid token.
-        prompt_lengths: [U] int64, at least 1; or, for prompts padded on the left or on either side, their mask
-            [U, P] bool, True on their tokens.
-        keys: [B, 2] int32, one key per completion.
-        config: the shape of `params`.
-        max_new_tokens: at least 1; P + max_new_tokens must not exceed n_positions.
-        source: [B] int64, the prompt of each completion, read once for all that start together; None is 0..U-1.
-        max_concurrent: rows of the cache: completions in progress at a time; None is B.
-        temperature: above 0.
-        top_k: 0 keeps all tokens, 1 is greedy.
-        top_p: in (0, 1].
-        min_new_tokens: completion tokens before which no stop token is drawn.
-        stop_tokens: token ids that end a completion; empty runs every one to max_new_tokens.
-        value_head: the head whose values are captured; None captures zeros.
-        with_entropies: capture entropies too.
+        prompt_lengths: [U] int64 number of tokens of each prompt, at least 1. For prompts padded on the left or on
+            either side: the mask [U, P] bool, True on their tokens.
+        keys: [B, 2] int32 keys, one per completion.
+        config: shape of `params`.
+        max_new_tokens: largest number of tokens of a completion, at least 1. P + max_new_tokens must not exceed
+            n_positions.
+        source: [B] int64 prompt of each completion. A prompt is read once for all completions that start together.
+            None stands for 0..U-1.
+        max_concurrent: number of completions in progress at a time, which is the number of rows of the cache. None
+            stands for B.
+        temperature: softmax temperature, above 0.
+        top_k: number of tokens to sample from; 0 keeps all, and 1 is greedy.
+        top_p: probability of the tokens to sample from, in (0, 1].
+        min_new_tokens: number of completion tokens before which no stop token is drawn.
+        stop_tokens: ids of the tokens that end a completion. Without any, each has max_new_tokens tokens.
+        value_head: head whose values are captured. None captures zeros.
+        with_entropies: True to capture the entropies; otherwise they are zeros.
         draw: `decode_steps`, or a compiled form of it.
-        draws_per_call: tokens drawn between checks for ended rows; None is 1 on a CPU, and up to 16 on a GPU.
+        draws_per_call: number of tokens drawn between checks for ended rows. None stands for 1 on a CPU, and for up to
+            16 on a GPU.
 
     Returns:
-        `Completions` [B, max_new_tokens].
+        Completions [B, max_new_tokens].
 
     Raises:
         ValueError: shapes or numbers are out of range, or a mask has holes.
@@ -150,13 +154,13 @@ def _decode(
     """Yield the tokens of all completions as they are drawn, filling idle rows and dropping superfluous ones.
 
     Args:
-        state: idle rows.
-        starts: slots that each completion's prompt takes.
-        max_new_tokens: slots that the longest completion takes.
-        per_call: tokens that `advance` draws per row.
-        fill: (state, rows, first) -> the state with the completions `first`, `first + 1`, … started in these rows.
-        advance: (state, slots in use after it) -> the state and the tokens drawn.
-        may_stop: a stop token may end a completion: only then is the device waited for.
+        state: state whose rows are all idle.
+        starts: number of slots that each completion's prompt takes.
+        max_new_tokens: number of slots that the longest completion takes.
+        per_call: number of tokens that `advance` draws per row.
+        fill: function (state, rows, first) -> the state with the completions `first`, `first + 1`, … in these rows.
+        advance: function (state, slots in use after it) -> the state and the tokens drawn.
+        may_stop: True if a stop token may end a completion; only then does the host wait for the device.
     """
     count, first = len(starts), 0  # completions, and the index of the next one to start
     filled, limits = ([0] * len(state.step) for _ in range(2))  # slots of each row: in use (0 is idle), and at its end
@@ -182,11 +186,10 @@ def align_left(prompts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         prompts: [U, P] int64, padded on either side.
-        mask: [U, P] bool, True on the tokens of each.
+        mask: [U, P] bool, True on the tokens of each prompt.
 
     Returns:
-        prompts: [U, P] int64, right-padded.
-        lengths: [U] int64.
+        The prompts [U, P] int64, right-padded, and their lengths [U] int64.
 
     Raises:
         ValueError: shapes differ, or a mask has holes.

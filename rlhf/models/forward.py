@@ -1,4 +1,4 @@
-"""Forward passes: logits of padded rows, and hidden states of packed rows."""
+"""Forward passes that return the logits of padded rows, or the hidden states of packed rows."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def forward(params: Params, tokens: Tensor, *, config: ModelShape, attention_mas
         params: parameters of a decoder.
         tokens: [B, T] int64 in [0, V).
         config: shape of `params`.
-        attention_mask: [B, T] bool, False on padding, left or right. None stands for no padding.
+        attention_mask: [B, T] bool, False on padding, left or right. None stands for rows without padding.
 
     Returns:
         [B, T, V] in the parameters' dtype. Rows at padding are meaningless but finite.

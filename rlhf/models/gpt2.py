@@ -32,13 +32,18 @@ from rlhf.types import Params
 
 
 def logits(params: Params, hidden: Tensor, *, config: GPT2Config, padded: bool = False) -> Tensor:
-    """Return logits [..., V] of hidden states [..., D] in their dtype, through the embedding (tied weights).
+    """Return the logits [..., V] of hidden states, in their dtype; the output layer is the embedding.
 
     Args:
         params: GPT-2 parameters, or their `unembedding`.
-        hidden: hidden states.
-        config: the shape of `params`.
-        padded: as in `rlhf.models.layers.unembed`.
+        hidden: [..., D] hidden states.
+        config: shape of `params`.
+        padded: True to allow further columns beyond V, which softmax maps to 0 (`rlhf.models.layers.unembed`).
+
+    Example:
+        >>> config = rlhf.PRESETS["tiny"]
+        >>> logits(init(config, key=rlhf.random.key(0)), torch.zeros(3, 64), config=config).shape
+        torch.Size([3, 512])
     """
     return unembed(hidden, params["wte"], vocab_size=config.vocab_size, padded=padded)
 
@@ -53,7 +58,7 @@ def _blocks(
     *,
     gradient_checkpointing: bool = False,
 ) -> Tensor:
-    """Return the final norm after all blocks; see `rlhf.models.transformer.Transformer`."""
+    """Return the hidden states after the final norm, as `Transformer.blocks` describes them."""
     eps = config.layer_norm_epsilon
 
     def block(x: Tensor, p: Params, *, layer: int) -> Tensor:

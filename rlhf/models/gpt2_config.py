@@ -1,4 +1,4 @@
-"""The shape of a GPT-2, apart from everything that computes: reading it imports no torch."""
+"""The shape of a GPT-2, and its form in config.json. This module needs no torch."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -61,7 +61,7 @@ PRESETS: dict[str, GPT2Config] = {
     "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
 }
-"""Named shapes: two for a laptop, and the four that OpenAI released (Radford et al. 2019, table 2)."""
+"""Shapes by name: two for a laptop, and the four that OpenAI released (Radford et al. 2019, table 2)."""
 
 _SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
 _REQUIRED = {
@@ -76,8 +76,11 @@ _REQUIRED = {
 def settings_to_shape(settings: dict[str, Any]) -> GPT2Config:
     """Return the shape that a config.json describes.
 
+    Args:
+        settings: contents of config.json.
+
     Raises:
-        ValueError: it is not that of a plain GPT-2.
+        ValueError: the model is not a plain GPT-2. The message names the setting.
 
     Example:
         >>> settings_to_shape({"n_embd": 64, "n_head": 2, "n_layer": 2}).n_embd

@@ -29,11 +29,11 @@ def init(config: GPT2Config, *, key: Tensor) -> Params:
     Source: Radford et al. 2019, section 2.3 ("scale the weights of residual layers at initialization by 1/sqrt(N)").
 
     Args:
-        config: the shape.
-        key: [2] int32, consumed.
+        config: shape of the model.
+        key: [2] int32 key, which is consumed.
 
     Returns:
-        float32 parameters.
+        The parameters in float32.
 
     Example:
         >>> params = init(rlhf.PRESETS["tiny"], key=rlhf.random.key(0))
@@ -44,7 +44,15 @@ def init(config: GPT2Config, *, key: Tensor) -> Params:
 
 
 def empty(config: GPT2Config) -> Params:
-    """Return the parameters' structure and shapes without memory: tensors on the `meta` device."""
+    """Return the parameters' structure and shapes without memory: tensors on the `meta` device.
+
+    Args:
+        config: shape of the model.
+
+    Example:
+        >>> empty(rlhf.PRESETS["tiny"])["wpe"]["weight"].shape
+        torch.Size([64, 64])
+    """
     width = config.n_embd
 
     def affine(*shape: int) -> Params:
@@ -67,21 +75,48 @@ def empty(config: GPT2Config) -> Params:
 
 
 def unembedding(params: Params) -> Params:
-    """Return the part of the parameters that `logits` reads."""
+    """Return the part of the parameters that `logits` reads.
+
+    Args:
+        params: parameters of the model.
+
+    Example:
+        >>> list(unembedding(empty(rlhf.PRESETS["tiny"])))
+        ['wte']
+    """
     return {"wte": params["wte"]}
 
 
 def cast_for_compute(params: Params, dtype: torch.dtype) -> Params:
-    """Return parameters to compute with in `dtype`; embeddings keep theirs, and are rounded after the look-up.
+    """Return parameters to compute with in `dtype`; embeddings keep their dtype and are rounded after the look-up.
 
     An embedding's gradient then adds up in the dtype of the master weights: in bfloat16, a row that occurs a hundred
     times in a batch would lose most of its gradient.
+
+    Args:
+        params: parameters of the model; differentiated.
+        dtype: dtype of the computation.
+
+    Example:
+        >>> params = cast_for_compute(init(rlhf.PRESETS["tiny"], key=rlhf.random.key(0)), torch.bfloat16)
+        >>> params["ln_f"]["weight"].dtype, params["wte"]["weight"].dtype
+        (torch.bfloat16, torch.float32)
     """
     return cast(params, dtype) | {"wte": params["wte"], "wpe": params["wpe"]}
 
 
 def prepare_for_decoding(params: Params, dtype: torch.dtype) -> Params:
-    """Return parameters for `prefill`, `decode` and `logits` alone, packed, all in `dtype`, embeddings included."""
+    """Return packed parameters for `prefill`, `decode` and `logits` alone, all in `dtype`, embeddings included.
+
+    Args:
+        params: parameters of the model.
+        dtype: dtype of the computation.
+
+    Example:
+        >>> params = prepare_for_decoding(init(rlhf.PRESETS["tiny"], key=rlhf.random.key(0)), torch.bfloat16)
+        >>> params["wpe"]["weight"].dtype
+        torch.bfloat16
+    """
 
     def block(p: Params) -> Params:
         packed = {part: {name: pack_affine(cast(p[part][name], dtype)) for name in p[part]} for part in ("attn", "mlp")}
@@ -92,22 +127,50 @@ def prepare_for_decoding(params: Params, dtype: torch.dtype) -> Params:
 
 
 def select_vocab(params: Params, rows: int) -> Params:
-    """Return the parameters with the first `rows` rows of the embedding."""
+    """Return the parameters with the first `rows` rows of the embedding.
+
+    Args:
+        params: parameters of the model.
+        rows: number of tokens to keep.
+
+    Example:
+        >>> select_vocab({"wte": {"weight": torch.ones(5, 2)}}, 3)["wte"]["weight"].shape
+        torch.Size([3, 2])
+    """
     return params | {"wte": {"weight": params["wte"]["weight"][:rows].clone()}}
 
 
 def to_hugging_face(params: Params) -> dict[str, Tensor]:
-    """Return the state dict of `transformers.GPT2LMHeadModel`, without the tied `lm_head.weight`."""
+    """Return the state dict of `transformers.GPT2LMHeadModel`, without the tied `lm_head.weight`.
+
+    Args:
+        params: parameters of the model.
+
+    Example:
+        >>> "transformer.h.0.attn.c_attn.weight" in to_hugging_face(empty(rlhf.PRESETS["tiny"]))
+        True
+    """
     return {f"transformer.{name}": leaf for name, leaf in named_leaves(params).items()}
 
 
 def from_hugging_face(state: dict[str, Tensor], *, config: GPT2Config) -> Params:
     """Return parameters from a state dict of `GPT2Model`, `GPT2LMHeadModel` or `GPT2ForSequenceClassification`.
 
-    Names with and without `transformer.` are accepted; causal-mask buffers, `lm_head` and `score` are ignored.
+    Names with and without `transformer.` are accepted. Causal-mask buffers, `lm_head` and `score` are ignored.
+
+    Args:
+        state: tensors by name.
+        config: shape of the model.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the message names it.
+        ValueError: a tensor is missing, unknown or has another shape. The message names it.
+
+    Example:
+        >>> config = rlhf.PRESETS["tiny"]
+        >>> params = init(config, key=rlhf.random.key(0))
+        >>> restored = from_hugging_face(to_hugging_face(params), config=config)
+        >>> torch.equal(restored["h"][1]["ln_1"]["weight"], params["h"][1]["ln_1"]["weight"])
+        True
     """
     weights = {name: leaf for name, leaf in state.items() if not name.startswith(("lm_head.", "score."))}
     return take_leaves(empty(config), strip_prefix(weights, "transformer.", MASK_BUFFERS))

@@ -43,7 +43,7 @@ def _blocks(
     *,
     gradient_checkpointing: bool = False,
 ) -> Tensor:
-    """Return the final norm after all blocks; see `rlhf.models.transformer.Transformer`."""
+    """Return the hidden states after the final norm, as `Transformer.blocks` describes them."""
     eps = config.layer_norm_eps
     x = gather_rows(params[EMBEDDING]["weight"], tokens).to(params["final_layer_norm"]["weight"].dtype)
     frequencies = rotary_frequencies(

@@ -1,4 +1,4 @@
-"""The shape of a GPT-NeoX, such as Pythia, apart from everything that computes: reading it imports no torch."""
+"""The shape of a GPT-NeoX, such as Pythia, and its form in config.json. This module needs no torch."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ from rlhf.models.config_sizes import SIZES, check_sizes, read_sizes
 from rlhf.models.rope_config import Rope, RopeScaling, read_rope, write_rope
 
 _ROTARY_SHARE = 0.25
-"""Share of a head that is rotated where config.json has none."""
+"""Share of a head that is rotated if config.json names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +18,21 @@ class GPTNeoXConfig:
     """Hugging Face's name of the architecture."""
 
     vocab_size: int = 50304
-    """Tokens."""
+    """Number of tokens in the vocabulary."""
     n_positions: int = 2048
-    """Longest sequence in tokens: the context (`max_position_embeddings`)."""
+    """Context length in tokens (`max_position_embeddings`)."""
     n_embd: int = 512
-    """Width (`hidden_size`); a multiple of n_head."""
+    """Hidden size (`hidden_size`), a multiple of n_head."""
     n_layer: int = 6
-    """Blocks (`num_hidden_layers`)."""
+    """Number of transformer blocks (`num_hidden_layers`)."""
     n_head: int = 8
-    """Attention heads per block (`num_attention_heads`)."""
+    """Number of attention heads per block (`num_attention_heads`)."""
     n_inner: int | None = None
-    """Width of the MLP (`intermediate_size`); None is 4 n_embd."""
+    """Width of the MLP (`intermediate_size`); None stands for 4 n_embd."""
     layer_norm_eps: float = 1e-5
-    """Added to the variance in every layer norm."""
+    """Term added to the variance in every layer norm."""
     use_parallel_residual: bool = True
-    """Attention and MLP read the same states; otherwise the MLP reads those after attention."""
+    """True if attention and MLP read the same states; otherwise the MLP reads those after attention."""
     partial_rotary_factor: float = _ROTARY_SHARE
     """Share of each head that is rotated (`rotary_pct`)."""
     rope_theta: float = 10000.0
@@ -40,9 +40,9 @@ class GPTNeoXConfig:
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary embeddings for a longer context."""
     tie_word_embeddings: bool = False
-    """The output layer is the embedding; otherwise it is a leaf of its own, `lm_head.weight`."""
+    """True if the output layer is the embedding; otherwise it is a leaf of its own, `lm_head.weight`."""
     attention_bias: bool = True
-    """Biases on the projections of attention."""
+    """True if the projections of attention have biases."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
@@ -85,7 +85,7 @@ PRESETS: dict[str, GPTNeoXConfig] = {
     "pythia-160m": GPTNeoXConfig(n_embd=768, n_layer=12, n_head=12),
     "pythia-410m": GPTNeoXConfig(n_embd=1024, n_layer=24, n_head=16),
 }
-"""Named shapes: two for a laptop, and three of Pythia's (Biderman et al. 2023, https://arxiv.org/abs/2304.01373)."""
+"""Shapes by name: two for a laptop, and three of Pythia's (Biderman et al. 2023, https://arxiv.org/abs/2304.01373)."""
 
 _OWN = ("layer_norm_eps", "use_parallel_residual", "tie_word_embeddings", "attention_bias")
 
@@ -93,8 +93,15 @@ _OWN = ("layer_norm_eps", "use_parallel_residual", "tie_word_embeddings", "atten
 def settings_to_shape(settings: dict[str, Any]) -> GPTNeoXConfig:
     """Return the shape that a config.json describes.
 
+    Args:
+        settings: contents of config.json.
+
     Raises:
-        ValueError: it asks for something that is not supported, such as another activation; the message names it.
+        ValueError: the model has something that is not supported, such as another activation. The message names it.
+
+    Example:
+        >>> settings_to_shape(shape_to_settings(PRESETS["tiny"])).partial_rotary_factor
+        0.25
     """
     if (activation := settings.get("hidden_act", "gelu")) != "gelu":
         raise ValueError(f"hidden_act is {activation!r}, expected 'gelu'; other activations are not supported")
@@ -109,7 +116,12 @@ def settings_to_shape(settings: dict[str, Any]) -> GPTNeoXConfig:
 
 
 def shape_to_settings(config: GPTNeoXConfig) -> dict[str, Any]:
-    """Return the part of config.json that describes the shape."""
+    """Return the part of config.json that describes the shape.
+
+    Example:
+        >>> shape_to_settings(PRESETS["pythia-70m"])["rotary_pct"]
+        0.25
+    """
     settings = {theirs: getattr(config, name) for name, theirs in SIZES.items()}
     settings |= {"intermediate_size": config.inner_width, "hidden_act": "gelu"}
     settings |= {"attention_dropout": 0.0, "hidden_dropout": 0.0}

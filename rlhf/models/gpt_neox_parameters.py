@@ -28,18 +28,32 @@ BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
 
 def init(config: GPTNeoXConfig, *, key: Tensor) -> Params:
-    """Return random parameters; see `rlhf.models.initial_parameters.random_parameters`.
+    """Return random parameters, as `rlhf.models.initial_parameters.random_parameters` draws them.
 
     Args:
-        config: the shape.
-        key: [2] int32, consumed.
+        config: shape of the model.
+        key: [2] int32 key, which is consumed.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("gpt_neox").presets["tiny"]
+        >>> init(config, key=rlhf.random.key(0))["embed_in"]["weight"].shape
+        torch.Size([512, 64])
     """
     residual = ("attention.dense", "dense_4h_to_h")
     return random_parameters(empty(config), key=key, n_layer=config.n_layer, residual=residual)
 
 
 def empty(config: GPTNeoXConfig) -> Params:
-    """Return the parameters' structure and shapes without memory: tensors on the `meta` device."""
+    """Return the parameters' structure and shapes without memory: tensors on the `meta` device.
+
+    Args:
+        config: shape of the model.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("gpt_neox").presets["tiny"]
+        >>> len(empty(config)["layers"])
+        2
+    """
     width, inner = config.n_embd, config.inner_width
 
     def leaf(*shape: int) -> Tensor:
@@ -69,12 +83,36 @@ def empty(config: GPTNeoXConfig) -> Params:
 
 
 def cast_for_compute(params: Params, dtype: torch.dtype) -> Params:
-    """Return parameters to compute with in `dtype`; the embedding keeps its own, and is rounded after the look-up."""
+    """Return parameters to compute with in `dtype`; the embedding keeps its dtype and is rounded after the look-up.
+
+    The embedding's gradient then adds up in the dtype of the master weights.
+
+    Args:
+        params: parameters of the model; differentiated.
+        dtype: dtype of the computation.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("gpt_neox").presets["tiny"]
+        >>> params = init(config, key=rlhf.random.key(0))
+        >>> cast_for_compute(params, torch.bfloat16)["final_layer_norm"]["weight"].dtype
+        torch.bfloat16
+    """
     return cast(params, dtype) | {EMBEDDING: params[EMBEDDING]}
 
 
 def prepare_for_decoding(params: Params, dtype: torch.dtype) -> Params:
-    """Return parameters for `prefill`, `decode` and `logits` alone, packed, all in `dtype`."""
+    """Return packed parameters for `prefill`, `decode` and `logits` alone, all in `dtype`.
+
+    Args:
+        params: parameters of the model.
+        dtype: dtype of the computation.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("gpt_neox").presets["tiny"]
+        >>> params = init(config, key=rlhf.random.key(0))
+        >>> prepare_for_decoding(params, torch.bfloat16)["embed_in"]["weight"].dtype
+        torch.bfloat16
+    """
 
     def block(p: Params) -> Params:
         packed = {
@@ -90,7 +128,16 @@ def prepare_for_decoding(params: Params, dtype: torch.dtype) -> Params:
 
 
 def to_hugging_face(params: Params) -> dict[str, Tensor]:
-    """Return the state dict of `transformers.GPTNeoXForCausalLM`, without a tied output layer."""
+    """Return the state dict of `transformers.GPTNeoXForCausalLM`, without a tied output layer.
+
+    Args:
+        params: parameters of the model.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("gpt_neox").presets["tiny"]
+        >>> "gpt_neox.layers.1.input_layernorm.weight" in to_hugging_face(empty(config))
+        True
+    """
     own = f"{output_layer.NAME}.weight"
     named = named_leaves(params)
     return {f"{OUTPUT}.weight" if name == own else PREFIX + name: leaf for name, leaf in named.items()}
@@ -99,11 +146,21 @@ def to_hugging_face(params: Params) -> dict[str, Tensor]:
 def from_hugging_face(state: dict[str, Tensor], *, config: GPTNeoXConfig) -> Params:
     """Return parameters from a state dict of the causal language model, the bare one, or one with a scalar head.
 
-    Names with and without `gpt_neox.` are accepted, and `lm_head` for `embed_out`; buffers, `score` and a tied output
+    Names with and without `gpt_neox.` are accepted, and `lm_head` for `embed_out`. Buffers, `score` and a tied output
     layer are ignored.
 
+    Args:
+        state: tensors by name.
+        config: shape of the model.
+
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the message names it.
+        ValueError: a tensor is missing, unknown or has another shape. The message names it.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("gpt_neox").presets["tiny"]
+        >>> params = init(config, key=rlhf.random.key(0))
+        >>> list(from_hugging_face(to_hugging_face(params), config=config)) == list(params)
+        True
     """
     renamed = {name.replace(f"{OUTPUT}.", f"{output_layer.NAME}."): leaf for name, leaf in state.items()}
     ignored = ("score.", f"{output_layer.NAME}.") if config.tie_word_embeddings else ("score.",)

@@ -12,7 +12,7 @@ def strip_prefix(state: dict[str, Tensor], prefix: str, ignored_suffixes: tuple[
     Args:
         state: tensors by name.
         prefix: prefix to remove.
-        ignored_suffixes: tensors whose names end in one of these are left out.
+        ignored_suffixes: suffixes of the names of tensors to leave out.
 
     Example:
         >>> state = {"transformer.wte": torch.ones(1), "transformer.mask": torch.ones(1)}
@@ -27,7 +27,7 @@ def take_leaves(structure: Params, weights: dict[str, Tensor]) -> Params:
     """Return parameters of a structure, from tensors by dotted name.
 
     Args:
-        structure: a tree of the wanted names and shapes.
+        structure: parameters of the wanted names and shapes, on any device.
         weights: tensors by dotted name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Random parameters of a transformer decoder, from their names and shapes."""
+"""Random initialisation of a transformer decoder from the names and shapes of its parameters."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ _STD = 0.02
 
 
 def random_parameters(structure: Params, *, key: Tensor, n_layer: int, residual: str | tuple[str, ...]) -> Params:
-    """Return random parameters: biases 0, norms 1, matrices normal with std 0.02.
+    """Return random parameters: biases are 0, norms are 1, and matrices are normal with std 0.02.
 
     Projections into the residual stream have std 0.02 / sqrt(2L).
 
@@ -19,13 +19,13 @@ def random_parameters(structure: Params, *, key: Tensor, n_layer: int, residual:
     https://github.com/openai/gpt-2.
 
     Args:
-        structure: the parameters' shapes, on any device.
-        key: [2] int32, consumed.
-        n_layer: L, blocks.
+        structure: parameters of the wanted names and shapes, on any device.
+        key: [2] int32 key, which is consumed.
+        n_layer: number of blocks L.
         residual: names, or parts of names, of the layers that project into the residual stream.
 
     Returns:
-        float32 parameters.
+        The parameters in float32.
 
     Example:
         >>> structure = {"norm": {"weight": torch.empty(3)}}

@@ -1,4 +1,4 @@
-"""Layers that architectures share: affine maps, norms, activations, dropout, embedding and unembedding."""
+"""Layers that architectures share: affine and linear maps, norms, activations, dropout and the unembedding."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,14 @@ from rlhf.types import Params
 
 @accelerated("fused_layers.affine")
 def affine(x: Tensor, p: Params) -> Tensor:
-    """Return x @ weight + bias [B, T, N] of x [B, T, K] and {"weight": [K, N], "bias": [N]}, plain or packed.
+    """Return x @ weight + bias.
+
+    Args:
+        x: [B, T, K] inputs.
+        p: {"weight": [K, N], "bias": [N]}, or the result of `pack_affine`.
+
+    Returns:
+        [B, T, N] in the dtype of x.
 
     Example:
         >>> affine(torch.ones(1, 1, 2), {"weight": torch.ones(2, 1), "bias": torch.ones(1)})
@@ -26,13 +33,29 @@ def affine(x: Tensor, p: Params) -> Tensor:
 
 @accelerated("fused_layers.pack_affine")
 def pack_affine(p: Params) -> Params:
-    """Return the parameters of an `affine` in the layout that is fastest for single tokens."""
+    """Return the parameters of an `affine` in the layout that is fastest for single tokens.
+
+    Args:
+        p: {"weight": [K, N], "bias": [N]}.
+
+    Example:
+        >>> packed = pack_affine({"weight": torch.ones(2, 1), "bias": torch.ones(1)})
+        >>> affine(torch.ones(1, 1, 2), packed)
+        tensor([[[3.]]])
+    """
     return p
 
 
 @accelerated("fused_layers.linear")
 def linear(x: Tensor, p: Params) -> Tensor:
-    """Return x @ weight' + bias [..., N] of x [..., K] and {"weight": [N, K], "bias": [N]}; the bias may be absent.
+    """Return x @ weight' + bias.
+
+    Args:
+        x: [..., K] inputs.
+        p: {"weight": [N, K]} with or without "bias": [N], or the result of `pack_linear`.
+
+    Returns:
+        [..., N] in the dtype of x.
 
     Example:
         >>> linear(torch.ones(1, 1, 2), {"weight": torch.ones(3, 2)})
@@ -43,12 +66,23 @@ def linear(x: Tensor, p: Params) -> Tensor:
 
 @accelerated("fused_layers.pack_linear")
 def pack_linear(p: Params) -> Params:
-    """Return the parameters of a `linear` in the layout that is fastest for single tokens."""
+    """Return the parameters of a `linear` in the layout that is fastest for single tokens.
+
+    Args:
+        p: {"weight": [N, K]}, with or without "bias": [N].
+
+    Example:
+        >>> linear(torch.ones(1, 1, 2), pack_linear({"weight": torch.ones(3, 2)}))
+        tensor([[[2., 2., 2.]]])
+    """
     return p
 
 
 def join_linear(parts: Sequence[Params]) -> Params:
-    """Return the parameters of one `linear` whose result is that of several, side by side.
+    """Return the parameters of one `linear` whose result is the results of several, side by side.
+
+    Args:
+        parts: parameters of each, which all read the same inputs.
 
     Example:
         >>> join_linear([{"weight": torch.ones(1, 2)}, {"weight": torch.zeros(3, 2)}])["weight"].shape
@@ -59,9 +93,14 @@ def join_linear(parts: Sequence[Params]) -> Params:
 
 @accelerated("fused_layers.layer_norm")
 def layer_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
-    """Return the layer norm of x [..., D] with {"weight": [D], "bias": [D]}.
+    """Return (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
 
-    Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450.
+    Source: Ba et al. 2016, "Layer Normalization", eq. 4, https://arxiv.org/abs/1607.06450.
+
+    Args:
+        x: [..., D] hidden states.
+        p: {"weight": [D], "bias": [D]}.
+        eps: term added to the variance.
 
     Example:
         >>> layer_norm(torch.tensor([1.0, 3.0]), {"weight": torch.ones(2), "bias": torch.zeros(2)}, eps=1e-12)
@@ -74,9 +113,14 @@ def layer_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight of x [..., D] with {"weight": [D]}.
+    """Return x / sqrt(mean(x^2) + eps) * weight.
 
     Source: Zhang and Sennrich 2019, eq. 4, https://arxiv.org/abs/1910.07467.
+
+    Args:
+        x: [..., D] hidden states.
+        p: {"weight": [D]}.
+        eps: term added to the mean square.
 
     Example:
         >>> rms_norm(torch.tensor([3.0, 4.0]), {"weight": torch.tensor([5.0, 0.0])}, eps=0.0)
@@ -86,9 +130,13 @@ def rms_norm(x: Tensor, p: Params, *, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return gate * sigmoid(gate) * up, for tensors of one shape.
+    """Return gate * sigmoid(gate) * up.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6, https://arxiv.org/abs/2002.05202.
+
+    Args:
+        gate: inner states of any shape.
+        up: inner states of the same shape.
 
     Example:
         >>> swiglu(torch.tensor([0.0, 100.0]), torch.tensor([2.0, 2.0]))
@@ -116,9 +164,9 @@ def dropout(x: Tensor, rate: float, *, key: Tensor) -> Tensor:
     Source: Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html.
 
     Args:
-        x: float.
-        rate: in [0, 1).
-        key: [2] int32, consumed.
+        x: float tensor of any shape.
+        rate: probability in [0, 1).
+        key: [2] int32 key, which is consumed.
 
     Example:
         >>> dropout(torch.ones(3), 0.0, key=rlhf.random.key(0))
@@ -129,13 +177,17 @@ def dropout(x: Tensor, rate: float, *, key: Tensor) -> Tensor:
 
 @accelerated("fused_layers.unembed")
 def unembed(hidden: Tensor, embedding: Params, *, vocab_size: int, padded: bool = False) -> Tensor:
-    """Return logits [..., V] of hidden states [..., D], in their dtype.
+    """Return the logits [..., V] of hidden states, in their dtype.
 
     Args:
-        hidden: hidden states.
+        hidden: [..., D] hidden states.
         embedding: {"weight": [V, D]}, or the result of `pack_embedding`.
-        vocab_size: V.
-        padded: allow columns beyond V where they are faster; all are -1e30, of which softmax makes exactly 0.
+        vocab_size: number of tokens V.
+        padded: True to allow further columns beyond V if they are faster. They hold -1e30, which softmax maps to 0.
+
+    Example:
+        >>> unembed(torch.ones(1, 2), {"weight": torch.eye(3, 2)}, vocab_size=3)
+        tensor([[1., 1., 0.]])
     """
     weight: Tensor = embedding["weight"]
     return hidden @ weight.to(hidden.dtype).T
@@ -143,5 +195,13 @@ def unembed(hidden: Tensor, embedding: Params, *, vocab_size: int, padded: bool 
 
 @accelerated("fused_layers.pack_embedding")
 def pack_embedding(embedding: Params) -> Params:
-    """Return an embedding in the layout in which `unembed` is fastest for single tokens."""
+    """Return an embedding in the layout in which `unembed` is fastest for single tokens.
+
+    Args:
+        embedding: {"weight": [V, D]}.
+
+    Example:
+        >>> unembed(torch.ones(1, 2), pack_embedding({"weight": torch.eye(3, 2)}), vocab_size=3)
+        tensor([[1., 1., 0.]])
+    """
     return embedding

@@ -53,7 +53,7 @@ def _blocks(
     *,
     gradient_checkpointing: bool = False,
 ) -> Tensor:
-    """Return the final norm after all blocks; see `rlhf.models.transformer.Transformer`. Nothing is dropped."""
+    """Return the hidden states after the final norm, as `Transformer.blocks` describes them. Nothing is dropped."""
     eps = config.rms_norm_eps
     x = gather_rows(params[EMBEDDING]["weight"], tokens).to(params["norm"]["weight"].dtype)
     frequencies = rotary_frequencies(

@@ -1,4 +1,4 @@
-"""The shapes of Llama, Qwen2 and Qwen3, apart from everything that computes: reading them imports no torch."""
+"""The shapes of Llama, Qwen2 and Qwen3, and their form in config.json. This module needs no torch."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -16,36 +16,36 @@ class LlamaConfig:
     own_settings: ClassVar[tuple[str, ...]] = (
         "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias"
     )  # fmt: skip
-    """Fields that config.json has under the same name."""
+    """Names of the fields that have the same name in config.json."""
 
     vocab_size: int = 32000
-    """Tokens."""
+    """Number of tokens in the vocabulary."""
     n_positions: int = 2048
-    """Longest sequence in tokens: the context (`max_position_embeddings`)."""
+    """Context length in tokens (`max_position_embeddings`)."""
     n_embd: int = 2048
-    """Width (`hidden_size`)."""
+    """Hidden size (`hidden_size`)."""
     n_layer: int = 22
-    """Blocks (`num_hidden_layers`)."""
+    """Number of transformer blocks (`num_hidden_layers`)."""
     n_head: int = 32
-    """Attention heads per block (`num_attention_heads`)."""
+    """Number of attention heads per block (`num_attention_heads`)."""
     n_kv_head: int | None = None
-    """Key-value heads per block (`num_key_value_heads`), of which n_head is a multiple; None is n_head."""
+    """Number of key-value heads per block (`num_key_value_heads`), a divisor of n_head; None stands for n_head."""
     head_dim: int | None = None
-    """Width of a head; None is n_embd / n_head."""
+    """Width of a head; None stands for n_embd / n_head."""
     n_inner: int | None = None
-    """Width of the MLP (`intermediate_size`); None is 8/3 n_embd, rounded up to a multiple of 64."""
+    """Width of the MLP (`intermediate_size`); None stands for 8/3 n_embd, rounded up to a multiple of 64."""
     rms_norm_eps: float = 1e-5
-    """Added to the mean square in every norm."""
+    """Term added to the mean square in every norm."""
     rope_theta: float = 10000.0
     """Base of the rotary embeddings' wavelengths."""
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary embeddings for a longer context."""
     tie_word_embeddings: bool = True
-    """The output layer is the embedding; otherwise it is a leaf of its own, `lm_head.weight`."""
+    """True if the output layer is the embedding; otherwise it is a leaf of its own, `lm_head.weight`."""
     attention_bias: bool = False
-    """Biases on the projections of attention."""
+    """True if the projections of attention have biases."""
     mlp_bias: bool = False
-    """Biases in the MLP."""
+    """True if the MLP has biases."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
@@ -139,7 +139,7 @@ LLAMA_PRESETS: dict[str, LlamaConfig] = {
         rope_theta=100000.0,
     ),
 }  # fmt: skip
-"""Named shapes: two for a laptop, and SmolLM2's (Ben Allal et al. 2025, https://arxiv.org/abs/2502.02737)."""
+"""Shapes by name: two for a laptop, and SmolLM2's (Ben Allal et al. 2025, https://arxiv.org/abs/2502.02737)."""
 
 QWEN2_PRESETS: dict[str, Qwen2Config] = {
     "tiny": Qwen2Config(**_TINY),
@@ -148,7 +148,7 @@ QWEN2_PRESETS: dict[str, Qwen2Config] = {
         vocab_size=151936, n_positions=32768, n_embd=896, n_layer=24, n_head=14, n_kv_head=2, n_inner=4864
     ),
 }
-"""Named shapes: two for a laptop, and Qwen2.5's smallest (Qwen Team 2024, https://arxiv.org/abs/2412.15115)."""
+"""Shapes by name: two for a laptop, and Qwen2.5's smallest (Qwen Team 2024, https://arxiv.org/abs/2412.15115)."""
 
 QWEN3_PRESETS: dict[str, Qwen3Config] = {
     "tiny": Qwen3Config(**_TINY),
@@ -158,11 +158,21 @@ QWEN3_PRESETS: dict[str, Qwen3Config] = {
         n_inner=3072,
     ),
 }  # fmt: skip
-"""Named shapes: two for a laptop, and Qwen3's smallest (Yang et al. 2025, https://arxiv.org/abs/2505.09388)."""
+"""Shapes by name: two for a laptop, and Qwen3's smallest (Yang et al. 2025, https://arxiv.org/abs/2505.09388)."""
 
 
 def check_full_attention(settings: dict[str, Any]) -> None:
-    """Raise ValueError if a layer of config.json attends to a window of the tokens before it, or in another way."""
+    """Check that every layer of a config.json attends to all earlier tokens.
+
+    Args:
+        settings: contents of config.json.
+
+    Raises:
+        ValueError: a layer attends to a window of them, or in another way.
+
+    Example:
+        >>> check_full_attention({"layer_types": ["full_attention", "full_attention"]})
+    """
     layers = settings.get("layer_types")
     if layers is None:
         is_windowed = settings.get("use_sliding_window") and settings.get("sliding_window", 4096) is not None
@@ -173,10 +183,18 @@ def check_full_attention(settings: dict[str, Any]) -> None:
 
 
 def settings_to_shape(kind: type[Config], settings: dict[str, Any]) -> Config:
-    """Return the shape of type `kind` that a config.json describes.
+    """Return the shape that a config.json describes.
+
+    Args:
+        kind: type of the shape.
+        settings: contents of config.json.
 
     Raises:
-        ValueError: it asks for something that is not supported, such as a sliding window; the message names it.
+        ValueError: the model has something that is not supported, such as a sliding window. The message names it.
+
+    Example:
+        >>> settings_to_shape(LlamaConfig, shape_to_settings(LLAMA_PRESETS["tiny"])).n_kv_head
+        1
     """
     if (activation := settings.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {activation!r}, expected 'silu'; other activations are not supported")
@@ -197,7 +215,12 @@ def settings_to_shape(kind: type[Config], settings: dict[str, Any]) -> Config:
 
 
 def shape_to_settings(config: LlamaConfig) -> dict[str, Any]:
-    """Return the part of config.json that describes the shape."""
+    """Return the part of config.json that describes the shape.
+
+    Example:
+        >>> shape_to_settings(LLAMA_PRESETS["smollm2-135m"])["num_key_value_heads"]
+        3
+    """
     settings = {theirs: getattr(config, name) for name, theirs in SIZES.items()}
     settings |= {"intermediate_size": config.inner_width, "num_key_value_heads": config.kv_heads}
     settings |= {"head_dim": config.head_width, "hidden_act": "silu", "attention_dropout": 0.0}

@@ -5,11 +5,11 @@ Parameters are nested dicts and lists; a leaf's dotted name is its Hugging Face 
     embed_tokens.weight [V, D]   norm.weight [D]   lm_head.weight [V, D] where it is not tied, and for each layer:
     layers.i.input_layernorm, layers.i.post_attention_layernorm {weight [D]}
     layers.i.self_attn.q_proj {weight [N H, D]}, k_proj, v_proj {weight [G H, D]}, o_proj {weight [D, N H]}
-    layers.i.self_attn.q_norm, k_norm {weight [H]}, of Qwen3 alone
+    layers.i.self_attn.q_norm, k_norm {weight [H]}, in Qwen3 alone
     layers.i.mlp.gate_proj, up_proj {weight [F, D]}, down_proj {weight [D, F]}
 
-with a `bias` beside the weights of projections where the shape has it. For decoding, `qkv_proj` and `gate_up_proj` take
-the place of those that read the same states.
+Projections have a `bias` beside their weight if the shape says so. For decoding, `qkv_proj` and `gate_up_proj` replace
+the projections that read the same states.
 """
 
 import torch
@@ -30,18 +30,32 @@ BUFFERS = (".rotary_emb.inv_freq",)
 
 
 def init(config: LlamaConfig, *, key: Tensor) -> Params:
-    """Return random parameters; see `rlhf.models.initial_parameters.random_parameters`.
+    """Return random parameters, as `rlhf.models.initial_parameters.random_parameters` draws them.
 
     Args:
-        config: the shape.
-        key: [2] int32, consumed.
+        config: shape of the model.
+        key: [2] int32 key, which is consumed.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("llama").presets["tiny"]
+        >>> init(config, key=rlhf.random.key(0))["embed_tokens"]["weight"].shape
+        torch.Size([512, 64])
     """
     residual = ("o_proj", "down_proj")
     return random_parameters(empty(config), key=key, n_layer=config.n_layer, residual=residual)
 
 
 def empty(config: LlamaConfig) -> Params:
-    """Return the parameters' structure and shapes without memory: tensors on the `meta` device."""
+    """Return the parameters' structure and shapes without memory: tensors on the `meta` device.
+
+    Args:
+        config: shape of the model.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("llama").presets["tiny"]
+        >>> len(empty(config)["layers"])
+        2
+    """
     width, head, inner = config.n_embd, config.head_width, config.inner_width
     queries, keys = config.n_head * head, config.kv_heads * head
 
@@ -84,15 +98,36 @@ def empty(config: LlamaConfig) -> Params:
 
 
 def cast_for_compute(params: Params, dtype: torch.dtype) -> Params:
-    """Return parameters to compute with in `dtype`; the embedding keeps its own, and is rounded after the look-up.
+    """Return parameters to compute with in `dtype`; the embedding keeps its dtype and is rounded after the look-up.
 
-    Its gradient then adds up in the dtype of the master weights, as in `rlhf.models.gpt2_parameters`.
+    The embedding's gradient then adds up in the dtype of the master weights.
+
+    Args:
+        params: parameters of the model; differentiated.
+        dtype: dtype of the computation.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("llama").presets["tiny"]
+        >>> params = init(config, key=rlhf.random.key(0))
+        >>> cast_for_compute(params, torch.bfloat16)["norm"]["weight"].dtype
+        torch.bfloat16
     """
     return cast(params, dtype) | {EMBEDDING: params[EMBEDDING]}
 
 
 def prepare_for_decoding(params: Params, dtype: torch.dtype) -> Params:
-    """Return parameters for `prefill`, `decode` and `logits` alone, joined and packed, all in `dtype`."""
+    """Return joined and packed parameters for `prefill`, `decode` and `logits` alone, all in `dtype`.
+
+    Args:
+        params: parameters of the model.
+        dtype: dtype of the computation.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("llama").presets["tiny"]
+        >>> params = init(config, key=rlhf.random.key(0))
+        >>> prepare_for_decoding(params, torch.bfloat16)["embed_tokens"]["weight"].dtype
+        torch.bfloat16
+    """
 
     def block(p: Params) -> Params:
         attention, mlp = cast(p["self_attn"], dtype), cast(p["mlp"], dtype)
@@ -116,7 +151,16 @@ def prepare_for_decoding(params: Params, dtype: torch.dtype) -> Params:
 
 
 def to_hugging_face(params: Params) -> dict[str, Tensor]:
-    """Return the state dict of Hugging Face's causal language model, without a tied `lm_head.weight`."""
+    """Return the state dict of Hugging Face's causal language model, without a tied `lm_head.weight`.
+
+    Args:
+        params: parameters of the model.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("llama").presets["tiny"]
+        >>> "model.layers.1.input_layernorm.weight" in to_hugging_face(empty(config))
+        True
+    """
     own = f"{output_layer.NAME}.weight"
     return {name if name == own else PREFIX + name: leaf for name, leaf in named_leaves(params).items()}
 
@@ -124,10 +168,20 @@ def to_hugging_face(params: Params) -> dict[str, Tensor]:
 def from_hugging_face(state: dict[str, Tensor], *, config: LlamaConfig) -> Params:
     """Return parameters from a state dict of the causal language model, the bare one, or one with a scalar head.
 
-    Names with and without `model.` are accepted; rotary buffers, `score` and a tied `lm_head` are ignored.
+    Names with and without `model.` are accepted. Rotary buffers, `score` and a tied `lm_head` are ignored.
+
+    Args:
+        state: tensors by name.
+        config: shape of the model.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the message names it.
+        ValueError: a tensor is missing, unknown or has another shape. The message names it.
+
+    Example:
+        >>> config = rlhf.models.architecture.get_architecture("llama").presets["tiny"]
+        >>> params = init(config, key=rlhf.random.key(0))
+        >>> list(from_hugging_face(to_hugging_face(params), config=config)) == list(params)
+        True
     """
     ignored = ("score.", "lm_head.") if config.tie_word_embeddings else ("score.",)
     weights = {name: leaf for name, leaf in state.items() if not name.startswith(ignored)}

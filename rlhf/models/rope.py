@@ -1,11 +1,11 @@
-"""Rotary position embeddings: queries and keys turned by angles that grow with their positions.
+"""Rotary position embeddings, which turn queries and keys by angles that grow with their positions.
 
-Component i of the first half and component i of the second are a point in the plane, turned by position * f_i:
+Component i of the first half and component i of the second half are a point in the plane, turned by position * f_i:
 
     f_i = theta^(-2i / R),   i = 0 … R/2 - 1
 
-Source: Su et al. 2021, "RoFormer", section 3.2.2, https://arxiv.org/abs/2104.09864, in the pairing of Llama's weights
-as Hugging Face has them.
+Source: Su et al. 2021, "RoFormer", section 3.2.2, https://arxiv.org/abs/2104.09864. Components are paired as in Hugging
+Face's files of Llama.
 """
 
 import math
@@ -21,27 +21,28 @@ from rlhf.ops import upcast
 
 @documented
 class Rotation(NamedTuple):
-    """Rotation of positions, computed once for all layers."""
+    """The rotation of positions, which is computed once for all layers."""
 
     cos: Tensor
-    """[..., 1, R / 2] float32: cosines of the angles; the axis of length 1 stands for the heads."""
+    """[..., 1, R / 2] float32 cosines of the angles; the axis of length 1 stands for the heads."""
     sin: Tensor
-    """[..., 1, R / 2] float32: sines of the angles."""
+    """[..., 1, R / 2] float32 sines of the angles."""
 
 
 def rotary_frequencies(width: int, *, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Return the frequencies f [R / 2] float32, in radians per position.
 
-    With scaling of type llama3, waves longer than original context / low_freq_factor are `factor` times longer, those
-    shorter than original context / high_freq_factor are kept, and the ones between are interpolated in frequency.
+    Scaling of type llama3 makes waves longer than original context / low_freq_factor `factor` times longer, keeps those
+    shorter than original context / high_freq_factor, and interpolates the frequencies between.
 
-    Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, as its code has it.
+    Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, and its code,
+    https://github.com/meta-llama/llama-models.
 
     Args:
-        width: R, the components of a head that are rotated; even.
+        width: number R of components of a head that are rotated, even.
         theta: base of the wavelengths.
-        scaling: of the frequencies; None keeps them.
-        device: of the result.
+        scaling: scaling of the frequencies. None keeps them.
+        device: device of the result.
 
     Example:
         >>> rotary_frequencies(4, theta=100.0, scaling=None, device=torch.device("cpu"))
@@ -59,7 +60,11 @@ def rotary_frequencies(width: int, *, theta: float, scaling: RopeScaling | None,
 
 
 def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
-    """Return the angles of positions [...] int64, for heads in the axis after these.
+    """Return the rotation of positions.
+
+    Args:
+        positions: [...] int64 positions.
+        frequencies: [R / 2] float32, a result of `rotary_frequencies`.
 
     Example:
         >>> rotation_at(torch.tensor([0]), torch.ones(2)).cos
@@ -70,11 +75,11 @@ def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Return queries or keys [..., N, H] with their first R components rotated, computed in float32 at least.
+    """Return queries or keys whose first R components are rotated; this is computed in float32 or wider.
 
     Args:
-        x: differentiated.
-        rotation: of their positions; R may be less than H.
+        x: [..., N, H] queries or keys; differentiated.
+        rotation: rotation of their positions; R may be less than H.
 
     Example:
         >>> quarter = Rotation(torch.zeros(1, 1), torch.ones(1, 1))

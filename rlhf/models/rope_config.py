@@ -1,4 +1,4 @@
-"""The settings of rotary position embeddings in a config.json, old and new. Reading them imports no torch."""
+"""The settings of rotary position embeddings in config.json, in their old and new forms. This module needs no torch."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ class RopeScaling:
     """Scaling of rotary frequencies for a longer context, in the names of `rope_scaling` in config.json."""
 
     rope_type: str
-    """Kind of scaling: linear divides all frequencies by `factor`, llama3 only those of long waves."""
+    """Kind of scaling: `linear` divides all frequencies by `factor`, and `llama3` only those of long waves."""
     factor: float
-    """Factor of the longer context, at least 1."""
+    """Factor by which the context grows, above 0."""
     low_freq_factor: float = 1.0
-    """Waves longer than the original context divided by it are long."""
+    """Waves longer than the original context divided by this number are long."""
     high_freq_factor: float = 4.0
-    """Waves shorter than the original context divided by it keep their frequency."""
+    """Waves shorter than the original context divided by this number keep their frequency."""
     original_max_position_embeddings: int = 8192
     """Context before scaling, in tokens."""
 
@@ -45,7 +45,7 @@ class Rope(NamedTuple):
     theta: float
     """Base of the wavelengths."""
     scaling: RopeScaling | None
-    """Scaling of the frequencies; None if there is none."""
+    """Scaling of the frequencies, or None."""
     partial_rotary_factor: float
     """Share of each head that is rotated."""
 
@@ -54,11 +54,11 @@ def read_rope(settings: dict[str, Any], *, share: float = 1.0) -> Rope:
     """Return the rotary embeddings of a config.json: `rope_parameters`, or the older `rope_theta` and `rope_scaling`.
 
     Args:
-        settings: config.json.
-        share: `partial_rotary_factor` where config.json has none.
+        settings: contents of config.json.
+        share: share of each head that is rotated if config.json names none.
 
     Raises:
-        ValueError: they are of a type that is not supported; the message names it.
+        ValueError: their type is not supported. The message names it.
 
     Example:
         >>> read_rope({"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}).scaling.factor

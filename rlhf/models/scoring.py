@@ -1,4 +1,4 @@
-"""Forward passes without gradients: log-probs, values and scores of completions, and scores of preference pairs."""
+"""Forward passes that score finished completions and preference pairs, without gradients."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from rlhf.types import FrozenParams, Params
 
 @documented
 class Scores(NamedTuple):
-    """Scores of finished completions. Tensors [C] that were not requested are zeros."""
+    """Scores of finished completions. Tensors that were not requested are zeros."""
 
     ref_log_probs: Tensor
     """[C] float32, nats: log-probs under the reference."""
@@ -52,6 +52,10 @@ def make_scorer(
         temperature: softmax temperature of sampling.
         log_probs: recompute the log-probs of the policy, and the values of a head on its trunk.
         bootstrap: compute the values of the states after the last tokens.
+
+    Example:
+        >>> config = rlhf.PRESETS["tiny"]
+        >>> scorer = make_scorer(config, None, [config], dtype=torch.bfloat16)
     """
     decoder = architecture_of(config)
 
@@ -96,6 +100,16 @@ def reward_scores(frozen: FrozenParams, batch: ScoreBatch, configs: Sequence[Mod
         batch: finished texts.
         configs: shapes of the reward models.
         dtype: dtype of their forward passes.
+
+    Example:
+        >>> config = rlhf.PRESETS["tiny"]
+        >>> trunk = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> head = {"weight": torch.zeros(1, 64), "bias": torch.full((1,), 2.0)}
+        >>> tokens, last = torch.tensor([[1, 2, 3]]), torch.tensor([2])
+        >>> rows = rlhf.batches.Rows(tokens, torch.arange(3)[None], torch.ones_like(tokens), None)
+        >>> batch = ScoreBatch(rows, last, last, last > 0, last)
+        >>> reward_scores({"reward_model_0": {"trunk": trunk, "head": head}}, batch, [config], torch.float32)
+        tensor([[2.]])
     """
     scores = [torch.zeros(len(batch.last), 0, device=batch.last.device)]
     for number, config in enumerate(configs):
@@ -132,6 +146,9 @@ def make_frozen_cast(shapes: Mapping[str, ModelShape], dtype: torch.dtype) -> Ca
 def reward_model_shapes(configs: Sequence[ModelShape]) -> dict[str, ModelShape]:
     """Return the shapes of reward models by the names of their frozen parameters.
 
+    Args:
+        configs: shapes of the reward models.
+
     Example:
         >>> reward_model_shapes([rlhf.PRESETS["tiny"]])["reward_model_0"].n_embd
         64
@@ -142,7 +159,22 @@ def reward_model_shapes(configs: Sequence[ModelShape]) -> dict[str, ModelShape]:
 def make_pair_scores(
     config: ModelShape, *, dtype: torch.dtype = torch.float32
 ) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, Tensor]]:
-    """Return a function (reward model, frozen, PairBatch) -> scores [B] of chosen and of rejected completions."""
+    """Return a function (reward model, frozen, PairBatch) -> scores [B] of chosen and of rejected completions.
+
+    Args:
+        config: shape of the reward model.
+        dtype: dtype of its forward passes.
+
+    Example:
+        >>> config = rlhf.PRESETS["tiny"]
+        >>> model = {"trunk": rlhf.gpt2.init(config, key=rlhf.random.key(0)), "head": {"weight": torch.ones(1, 64)}}
+        >>> tokens, segments = torch.tensor([[1, 2, 1, 2]]), torch.tensor([[0, 0, 1, 1]])
+        >>> rows = rlhf.batches.Rows(tokens, torch.tensor([[0, 1, 0, 1]]), segments, None)
+        >>> last = torch.tensor([1]), torch.tensor([3])
+        >>> batch = PairBatch(rows, *last, margin=torch.zeros(1), mask=torch.ones(1, dtype=torch.bool))
+        >>> torch.equal(*make_pair_scores(config)(model, {}, batch))
+        True
+    """
 
     def scores(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, Tensor]:
         hidden = trunk_states(params["trunk"], batch.rows, config, dtype)

@@ -1,4 +1,4 @@
-"""Whole sequences: prompts and their completions in one tensor."""
+"""Sequences that consist of a prompt and its completion, in one tensor."""
 
 import torch
 from torch import Tensor
@@ -14,12 +14,11 @@ def join(prompts: Tensor, lengths: Tensor, completions: Completions) -> tuple[Te
 
     Args:
         prompts: [B, P] int64, right-padded.
-        lengths: [B] int64, tokens of each prompt.
-        completions: [B, T] completions of the prompts, from `generate_completions`.
+        lengths: [B] int64 number of tokens of each prompt.
+        completions: [B, T] completions of the prompts, a result of `generate_completions`.
 
     Returns:
-        tokens: [B, P + T] int64, right-padded with 0.
-        mask: [B, P + T] bool, True on the tokens of completions.
+        The tokens [B, P + T] int64, right-padded with 0, and a mask [B, P + T] bool, True on the tokens of completions.
 
     Raises:
         ValueError: shapes do not match.

@@ -1,7 +1,8 @@
-"""Passes of transformer decoders around their blocks: whole sequences, prompts into a cache, one token at a time.
+"""Passes of transformer decoders: over whole sequences, over prompts into a cache, and over one token at a time.
 
-A family defines its blocks (`Transformer`) and binds these functions to them. The blocks receive a function for
-attention: over packed rows, over prompts, or over a key-value cache.
+A family defines its blocks (`Transformer`), and its module binds these functions to them. Each pass gives the blocks
+the function that attends: over packed rows, over prompts, or over a key-value cache. The examples call the functions
+that `rlhf.gpt2` has bound.
 """
 
 import functools
@@ -30,18 +31,18 @@ from rlhf.types import Params
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries [B, N, T, H], keys [B, G, T, H], values [B, G, T, H]) -> attended values [B, N, T, H]."""
 Drop = Callable[[Tensor, int], Tensor]
-"""(x, site) -> x with dropout, applied to whatever enters the residual stream."""
+"""(x, site) -> x with dropout, which is applied to everything that enters the residual stream."""
 
 
 @documented
 class Transformer(NamedTuple):
-    """A family of transformer decoders."""
+    """The blocks of a family of transformer decoders, around which the passes are the same for all."""
 
     blocks: Callable[..., Tensor]
     """(params, tokens [B, T], positions [B, T] or [T], config, attend, drop, *, gradient_checkpointing) -> [B, T, D]:
-    hidden states after the final norm; `attend` is an `Attend`, `drop` a `Drop`."""
+    hidden states after the final norm, computed with an `Attend` and a `Drop`."""
     final_norm: str
-    """Name of the final norm among the parameters, whose weight has the device and dtype of the computation."""
+    """Name of the final norm among the parameters. Its weight has the device and dtype of the computation."""
 
 
 def apply_layers(
@@ -51,9 +52,9 @@ def apply_layers(
 
     Args:
         block: function (x, params, *, layer) -> the states after the layer of this number.
-        x: [B, T, D], the states before the first layer.
+        x: [B, T, D] states before the first layer.
         layers: parameters of each layer.
-        gradient_checkpointing: the backward pass recomputes each layer from its input (`rlhf.remat.remat`).
+        gradient_checkpointing: True to recompute each layer from its input in the backward pass (`rlhf.remat.remat`).
 
     Example:
         >>> add = lambda x, p, *, layer: x + layer * p
@@ -82,27 +83,33 @@ def hidden_states(
     """Return the hidden states after the final norm.
 
     Args:
-        family: of the decoder; bound by the module of each family.
-        params: its parameters.
+        family: the decoder's family, which its module binds.
+        params: parameters of the decoder.
         tokens: [B, T] int64 in [0, V).
-        config: the shape of `params`.
-        positions: [B, T] int64 in [0, n_positions); None is 0..T-1 in every row.
-        segments: [B, T] int64, equal for tokens that may see each other; None is one segment per row. This one rule
-            serves left padding, right padding (a segment of its own) and several sequences packed in a row.
-        bounds: [S + 1] int32, where each segment starts (`rlhf.batches.Rows.bounds`), if every segment is contiguous;
-            with them attention is faster on a GPU.
-        dropout_rate: fraction dropped after the embedding, each attention and each MLP, as GPT-2's `resid_pdrop` and
-            `embd_pdrop` (attention weights are not dropped); 0 except in SFT.
-        key: [2] int32, consumed; needed where dropout_rate is not 0.
-        gradient_checkpointing: the backward pass recomputes each block from its input (`rlhf.remat.remat`).
+        config: shape of `params`.
+        positions: [B, T] int64 in [0, n_positions). None stands for 0..T-1 in every row.
+        segments: [B, T] int64, equal for tokens that may see each other. None stands for one segment per row. This one
+            rule serves left padding, right padding (a segment of its own) and several sequences packed in a row.
+        bounds: [S + 1] int32 start of each segment (`rlhf.batches.Rows.bounds`), if every segment is contiguous.
+            Attention is faster with them on a GPU.
+        dropout_rate: fraction that is dropped after the embedding, each attention and each MLP, like GPT-2's
+            `resid_pdrop` and `embd_pdrop`; attention weights are not dropped. It is 0 except in SFT.
+        key: [2] int32 key, which is consumed. It is required if dropout_rate is not 0.
+        gradient_checkpointing: True to recompute each block from its input in the backward pass (`rlhf.remat.remat`).
 
     Returns:
-        [B, T, D] in the parameters' dtype.
+        [B, T, D] hidden states in the parameters' dtype.
 
     Raises:
         ValueError: shapes do not match, T exceeds n_positions without positions, bounds come without segments, or
             dropout without a key.
         TypeError: tokens are not int64.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> rlhf.gpt2.hidden_states(params, torch.tensor([[1, 2, 3]]), config=config).shape
+        torch.Size([1, 3, 4])
     """
     check_integer("hidden_states", tokens=tokens)
     check_rank("hidden_states", 2, tokens=tokens)
@@ -127,7 +134,21 @@ def hidden_states(
 
 
 def init_cache(family: Transformer, params: Params, batch_size: int, slots: int, *, config: Any) -> KVCache:
-    """Return an empty cache for `batch_size` sequences of up to `slots` tokens, with the blocks' dtype and device."""
+    """Return an empty cache for `batch_size` sequences of up to `slots` tokens.
+
+    Args:
+        family: the decoder's family, which its module binds.
+        params: parameters of the decoder, whose dtype and device the cache gets.
+        batch_size: number of sequences.
+        slots: number of tokens that each sequence may have.
+        config: shape of `params`.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> rlhf.gpt2.init_cache(params, 2, 8, config=config).keys[0].shape
+        torch.Size([2, 1, 4, 8])
+    """
     like = params[family.final_norm]["weight"]
     return init_kv_cache(
         like,
@@ -150,24 +171,31 @@ def prefill(
     rows: Tensor | None = None,
     source: Tensor | None = None,
 ) -> Tensor:
-    """Read whole prompts into the first P slots of cache rows; return the states that predict their next tokens.
+    """Write the keys and values of whole prompts into the first P slots of cache rows, and return their last states.
 
     Args:
-        family: of the decoder.
-        params: its parameters.
-        tokens: [U, P] int64, right-padded with any valid token. What padding writes is overwritten by `decode`
-            before it is ever attended to.
-        lengths: [U] int64, real tokens per prompt, at least 1.
-        cache: written in place.
-        config: the shape of `params`.
-        rows: [R] int64, the cache rows to fill; None is the first U.
-        source: [R] int64, the prompt of each of these rows, so that several may share one; None is 0..U-1.
+        family: the decoder's family, which its module binds.
+        params: parameters of the decoder.
+        tokens: [U, P] int64, right-padded with any valid token. `decode` overwrites what padding writes before anything
+            attends to it.
+        lengths: [U] int64 number of tokens of each prompt, at least 1.
+        cache: cache, which is written in place.
+        config: shape of `params`.
+        rows: [R] int64 cache rows to fill. None stands for the first U.
+        source: [R] int64 prompt of each of these rows; several rows may share a prompt. None stands for 0..U-1.
 
     Returns:
-        [R, D]: the hidden state of each row's last real token, which predicts its first completion token.
+        [R, D] hidden state of each row's last prompt token, which predicts the first completion token.
 
     Raises:
         ValueError: the prompts exceed the cache or n_positions.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> cache, prompts = rlhf.gpt2.init_cache(params, 2, 8, config=config), torch.tensor([[1, 2], [3, 0]])
+        >>> rlhf.gpt2.prefill(params, prompts, torch.tensor([2, 1]), cache, config=config).shape
+        torch.Size([2, 4])
     """
     count, width = tokens.shape
     limit = min(cache.values[0].shape[2], config.n_positions)
@@ -193,19 +221,26 @@ def decode(
     config: Any,
     cache_length: int,
 ) -> Tensor:
-    """Read one more token per row; return the states that predict the tokens after these.
+    """Write the keys and values of one more token per row into the cache, and return the states of these tokens.
 
     Args:
-        family: of the decoder.
-        params: its parameters.
-        tokens: [B] int64, the next token of each row.
-        lengths: [B] int64, tokens already in the cache: the position of this one.
-        cache: written in place at slot `lengths`.
-        config: the shape of `params`.
-        cache_length: slots to attend over, greater than every element of `lengths`.
+        family: the decoder's family, which its module binds.
+        params: parameters of the decoder.
+        tokens: [B] int64 next token of each row.
+        lengths: [B] int64 number of tokens in the cache before this one, which is its position.
+        cache: cache, which is written in place at slot `lengths`.
+        config: shape of `params`.
+        cache_length: number of slots to attend to, greater than every element of `lengths`.
 
     Returns:
-        [B, D].
+        [B, D] hidden states, which predict the tokens after these.
+
+    Example:
+        >>> config = rlhf.GPT2Config(vocab_size=9, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> params = rlhf.gpt2.init(config, key=rlhf.random.key(0))
+        >>> cache, lengths = rlhf.gpt2.init_cache(params, 2, 8, config=config), torch.tensor([0, 0])
+        >>> rlhf.gpt2.decode(params, torch.tensor([1, 2]), lengths, cache, config=config, cache_length=1).shape
+        torch.Size([2, 4])
     """
     unseen = torch.arange(cache_length, device=tokens.device) > lengths[:, None]
     bias_BU = torch.where(unseen, -torch.inf, 0.0)

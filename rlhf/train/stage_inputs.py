@@ -125,8 +125,6 @@ def new_config(settings: ModelConfig, vocab_size: int) -> ModelShape:
         UserError: the shape is impossible.
     """
     family = _family(settings)
-    if settings.preset not in family.presets:
-        raise UserError(f"--model.preset {settings.preset}: {settings.family} has only {', '.join(family.presets)}")
     sizes = {name: getattr(settings, name) for name in _SIZES if getattr(settings, name) is not None}
     fields = {spec.name for spec in dataclasses.fields(family.shape)}
     if unknown := sizes.keys() - fields:
@@ -139,14 +137,20 @@ def new_config(settings: ModelConfig, vocab_size: int) -> ModelShape:
 
 
 def _family(settings: ModelConfig) -> Architecture:
-    """Return the family that the user names, or the one that the preset belongs to."""
-    owners = [family for family in architectures() if settings.preset in family.presets]
-    if settings.family == ModelConfig().family and len(owners) == 1:
-        return owners[0]
+    """Return the family that the user names, or the one that the preset belongs to; GPT-2 is the first of several."""
+    owners = {family.model_type: family for family in architectures() if settings.preset in family.presets}
+    if settings.family is None:
+        return owners.get("gpt2") or next(iter(owners.values()))
     try:
-        return get_architecture(settings.family)
+        family = get_architecture(settings.family)
     except ValueError as error:
         raise UserError(f"--model.family: {error}") from error
+    if settings.preset not in family.presets:
+        raise UserError(
+            f"--model.preset {settings.preset}: belongs to {', '.join(owners)}, not to {family.model_type}; drop "
+            f"--model.family, or name a preset of {family.model_type}: {', '.join(family.presets)}"
+        )
+    return family
 
 
 def check_dropout(shape: ModelShape, dropout: float, flag: str) -> None:
