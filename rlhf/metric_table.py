@@ -182,6 +182,8 @@ TABLE = (
     # Every stage
     Metric("grad_norm", "Gradient norm", "before clipping", "none", "grad-norm",
            "Norm of the whole gradient.", "Steady. Spikes are clipped to max_grad_norm.", short="grad norm", low=0),
+    Metric("grad_norm/", "Gradient norm, {}", "before clipping", "none", "grad-norm",
+           "Norm of the gradient of one model, if it is clipped apart.", "Steady. Spikes are clipped.", low=0),
     Metric("lr", "Learning rate", "", "none", "lr", "Learning rate of this step.", "As configured.", low=0),
     Metric("perf/tokens_per_s", "Throughput", "tokens per second", "up", "throughput",
            "Prompt and completion tokens per second of the step.",

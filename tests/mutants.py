@@ -1088,6 +1088,19 @@ MUTANTS = [
         ),
     ),
     *mutants(
+        "execution.update",
+        ("limits apart: of all together", "math.inf) if isinstance", "1.0) if isinstance"),
+        ("norms of sums, not of means", ".sum().sqrt() * scale for", ".sum().sqrt() for"),
+        ("factors squared", "gradient[low:high].mul_(factor)", "gradient[low:high].mul_(factor * factor)"),
+        ("a shard taken for the whole", "(min(max(bound - start, 0)", "(min(max(bound, 0)"),
+        ("every model has the first limit", "limits[name]))", "limits[next(iter(limits))]))"),
+        (
+            "models begin at the last leaf",
+            'starts.setdefault(name.partition(".")[0], offset)',
+            'starts.__setitem__(name.partition(".")[0], offset)',
+        ),
+    ),
+    *mutants(
         "execution.gradients",
         ("a shared parameter's gradient is overwritten", "buffer.add_(leaf.grad)", "buffer.copy_(leaf.grad)"),
         ("gradients of one leaf are kept", "leaf.grad, empty = None, False", "empty = False"),
