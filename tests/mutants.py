@@ -95,6 +95,7 @@ MUTANTS = [
     *mutants(
         "train.ppo_rewards",
         ("members not normalised", "(scores - mean) / std if settings.normalize_reward else scores", "scores"),
+        ("members judge the disagreement", "if not source.weight:", "if source.weight:"),
         ("weight of the ensemble dropped", "total + members[0][0] * combined", "total + combined"),
         (
             "gold models are members",
@@ -227,6 +228,9 @@ MUTANTS = [
             "mean.unsqueeze(-1)).square().mean(dim=-1)",
             "mean.unsqueeze(-1)).square().mean(dim=-1).sqrt()",
         ),
+        ("error with its sign", "_standardised(gold)).abs())", "_standardised(gold)))"),
+        ("gold not standardised", "- _standardised(gold)", "- gold"),
+        ("a constant is standardised", "(scores != scores[:1]).any()", "(scores == scores).any()"),
         ("bonus for disagreement", "mean - coef *", "mean + coef *"),
         ("low precision kept", "scores = upcast(scores)", "scores = scores"),
     ),
@@ -792,6 +796,8 @@ MUTANTS = [
     ),
     *mutants(
         "statistics",
+        ("ranks: ties are the last", "(equal.double().sum(dim=-1) + 1.0) / 2.0", "equal.double().sum(dim=-1)"),
+        ("ranks: NaN is a number", "torch.where(undefined, torch.nan,", "torch.where(False & undefined, torch.nan,"),
         ("correlation: covariance", "/ (x.square().sum() * y.square().sum()).sqrt()", "/ x.numel()"),
         (
             "correlation: no root",

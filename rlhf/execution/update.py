@@ -91,7 +91,7 @@ def clip_models(gradient: Tensor, update: Update, layout: FlatLayout, *, start: 
     """Multiply in place the gradients of models that are clipped apart by their factors.
 
     Args:
-        gradient: [n] float32, the elements [start, start + n) of the summed gradient.
+        gradient: [n] float32, the elements [start, start + n) of the summed gradient (donated buffer).
         update: the decision about the step.
         layout: layout of the parameters (`Program.layout`).
         start: first element of the range.
