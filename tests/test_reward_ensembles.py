@@ -78,6 +78,7 @@ def test_a_gold_model_is_no_member_and_judges_the_disagreement():
     (proxy, marks) = (scipy.stats.zscore(scores.double().numpy()) for scores in (found, raw["gold/mark"]))
     expected = scipy.stats.spearmanr(raw["reward/disagreement"].numpy(), abs(proxy - marks)).statistic
     assert metrics == pytest.approx({"reward/disagreement_error/mark": expected}, abs=1e-12)
+    settings = PPOConfig(combine="mean")
     raw, found, _ = score_sources(settings, sources((1.0, 0.0)), SCORES, texts, texts, columns)
     assert_close(found, NORMAL[:, 0], 1e-6)
     assert set(raw) == {"reward/0", "gold/1", "reward/disagreement"}
