@@ -108,7 +108,14 @@ ESTIMATOR_RULES = (
         refused=True,
     ),
     Rule(
-        ("ppo.value_coef", "ppo.value_clip_eps", "ppo.lam", "ppo.critic_learning_rate"),
+        ("ppo.critic_max_grad_norm",),
+        lambda config: config.ppo.critic == "shared",
+        "clips a separate critic; a shared one has the policy's weights, which --ppo.max-grad-norm clips: drop it, or "
+        "take --ppo.critic separate",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.value_coef", "ppo.value_clip_eps", "ppo.lam", "ppo.critic_learning_rate", "ppo.critic_max_grad_norm"),
         _has_no_critic,
         lambda config: f"has no effect with the estimator {config.ppo.estimator}, which has no critic",
     ),

@@ -116,6 +116,10 @@ TABLE = (
     Metric("reward/disagreement", "Disagreement of the ensemble", "reward units", "none", "disagreement",
            "Standard deviation of the reward models' normalised scores of a completion, on average.",
            "Steady. Rising with the score: the policy is where the models know little."),
+    Metric("reward/disagreement_error/", "Disagreement with error by {}", "correlation", "up", "error-correlation",
+           "Rank correlation of the ensemble's disagreement with the distance of its score from a gold score, both "
+           "standardised over the batch.", "Above 0. Near 0, the disagreement does not tell where the models err.",
+           low=-1, high=1),
     Metric("reward/", "Reward: {}", "units of the source", "up", "sources",
            "Scores of one reward source, before weights and normalisation.", "Rises."),
     Metric("gold/", "Gold score: {}", "units of the source", "up", "gold",
@@ -129,7 +133,7 @@ TABLE = (
     Metric("objective/equal_groups", "Groups of equal scores", "share of completions", "down", "equal-groups",
            "Completions of prompts whose scores are all equal: a group estimator learns nothing from them.",
            "Well below 1. Near 1: the prompts are too easy, too hard, or the reward is too coarse.",
-           short="equal groups", low=0, high=1),
+           short="equal groups", low=0, high=1, checks=("equal-groups",)),
     Metric("response_length/mean", "Length", "tokens per completion", "none", "length",
            "Number of tokens of a completion, including its end-of-text token.", "Steady, or changing for a reason. A "
            "steady rise with the score often means that the reward prefers long answers.",
@@ -182,6 +186,8 @@ TABLE = (
     # Every stage
     Metric("grad_norm", "Gradient norm", "before clipping", "none", "grad-norm",
            "Norm of the whole gradient.", "Steady. Spikes are clipped to max_grad_norm.", short="grad norm", low=0),
+    Metric("grad_norm/", "Gradient norm, {}", "before clipping", "none", "grad-norm",
+           "Norm of the gradient of one model, if it is clipped apart.", "Steady. Spikes are clipped.", low=0),
     Metric("lr", "Learning rate", "", "none", "lr", "Learning rate of this step.", "As configured.", low=0),
     Metric("perf/tokens_per_s", "Throughput", "tokens per second", "up", "throughput",
            "Prompt and completion tokens per second of the step.",

@@ -144,6 +144,9 @@ class PPOConfig(OptimizerConfig):
     there is one. If None, separate for estimators that read values, and none for the others."""
     critic_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the value function, with the schedule of learning_rate. If None, learning_rate."""
+    critic_max_grad_norm: PositiveFloatOrInf | None = None
+    """Maximum norm of a separate critic's gradient, which is then clipped apart from the policy's, whose maximum is
+    max_grad_norm. If None, both are clipped together by their common norm."""
     critic_warmup: NonNegativeInt = 0
     """Number of initial iterations that train only the value function; less than num_iterations."""
     recompute_log_probs: bool | None = None

@@ -49,6 +49,36 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
 
 
+def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Return the [] rank correlation of two [n] tensors, or NaN if one of them is constant or has a NaN.
+
+    It is the Pearson correlation of the ranks, where equal numbers share the mean of their ranks.
+
+    Source: Spearman 1904, https://doi.org/10.2307/1412159, as `scipy.stats.spearmanr`.
+
+    Args:
+        x: [n] numbers.
+        y: [n] numbers.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Example:
+        >>> rank_correlation(torch.tensor([1.0, 2.0, 30.0]), torch.tensor([5.0, 6.0, 7.0]))
+        tensor(1., dtype=torch.float64)
+    """
+    check_rank("rank_correlation", 1, x=x)
+    check_same_shape("rank_correlation", x=x, y=y)
+    undefined = x.isnan().any() | y.isnan().any()
+    return torch.where(undefined, torch.nan, correlation(_ranks(x), _ranks(y)))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Return [n] float64 ranks from 1; equal numbers share the mean of theirs."""
+    lower, equal = values < values.unsqueeze(-1), values == values.unsqueeze(-1)
+    return lower.double().sum(dim=-1) + (equal.double().sum(dim=-1) + 1.0) / 2.0
+
+
 def _centred(values: Tensor) -> Tensor:
     """Return [n] float64 values minus their mean, or zeros if they differ only by rounding."""
     shifted = values.double() - values.double()[:1]

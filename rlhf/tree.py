@@ -90,9 +90,7 @@ def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
     names = [_dotted(path) for path, _ in with_paths]
     missing, unknown = sorted(set(names) - set(named)), sorted(set(named) - set(names))
     if missing or unknown:
-        raise ValueError(
-            f"with_leaves: missing {missing[:3]} and unknown {unknown[:3]}, expected the names of the tree"
-        )
+        raise ValueError(f"with_leaves: missing {missing[:3]} and unknown {unknown[:3]}, expected the tree's names")
     return pytree.tree_unflatten([named[name] for name in names], spec)
 
 
@@ -199,8 +197,10 @@ class FlatLayout(NamedTuple):
     """Positions in `names` of the leaves in traversal order."""
 
 
-def flat_layout(tree: Tree) -> FlatLayout:
+def flat_layout(tree: Tree, *, chunk_models: bool = False) -> FlatLayout:
     """Return the layout of `tree` in a flat buffer, which depends only on the names and shapes of its leaves.
+
+    With `chunk_models`, the leaves of each top-level key begin at a chunk.
 
     Example:
         >>> tree = {"w": torch.ones(2), "b": torch.ones(1)}
@@ -211,8 +211,9 @@ def flat_layout(tree: Tree) -> FlatLayout:
     named = named_leaves(tree)
     with_paths, spec = pytree.tree_flatten_with_path(tree)
     position = {name: index for index, name in enumerate(named)}
-    offsets, size = [], 0
-    for leaf in named.values():
+    offsets, size, tops = [], 0, [name.partition(".")[0] for name in named]
+    for leaf, top, previous in zip(named.values(), tops, [None, *tops], strict=False):
+        size = _round_up(size, CHUNK) if chunk_models and top != previous else size
         offsets.append(size)
         size += _round_up(leaf.numel(), ALIGNMENT)
     return FlatLayout(

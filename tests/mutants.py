@@ -96,6 +96,7 @@ MUTANTS = [
     *mutants(
         "train.ppo_rewards",
         ("members not normalised", "(scores - mean) / std if settings.normalize_reward else scores", "scores"),
+        ("members judge the disagreement", "if not source.weight:", "if source.weight:"),
         ("weight of the ensemble dropped", "total + members[0][0] * combined", "total + combined"),
         (
             "gold models are members",
@@ -228,6 +229,9 @@ MUTANTS = [
             "mean.unsqueeze(-1)).square().mean(dim=-1)",
             "mean.unsqueeze(-1)).square().mean(dim=-1).sqrt()",
         ),
+        ("error with its sign", "_standardised(gold)).abs())", "_standardised(gold)))"),
+        ("gold not standardised", "- _standardised(gold)", "- gold"),
+        ("a constant is standardised", "(scores != scores[:1]).any()", "(scores == scores).any()"),
         ("bonus for disagreement", "mean - coef *", "mean + coef *"),
         ("low precision kept", "scores = upcast(scores)", "scores = scores"),
     ),
@@ -793,6 +797,8 @@ MUTANTS = [
     ),
     *mutants(
         "statistics",
+        ("ranks: ties are the last", "(equal.double().sum(dim=-1) + 1.0) / 2.0", "equal.double().sum(dim=-1)"),
+        ("ranks: NaN is a number", "torch.where(undefined, torch.nan,", "torch.where(False & undefined, torch.nan,"),
         ("correlation: covariance", "/ (x.square().sum() * y.square().sum()).sqrt()", "/ x.numel()"),
         (
             "correlation: no root",
@@ -1086,6 +1092,19 @@ MUTANTS = [
             "score: critic's values dropped",
             "values = apply_head(head, gather_rows(hidden, batch.predictors))",
             "apply_head(head, gather_rows(hidden, batch.predictors))",
+        ),
+    ),
+    *mutants(
+        "execution.update",
+        ("limits apart: of all together", "math.inf) if isinstance", "1.0) if isinstance"),
+        ("norms of sums, not of means", ".sum().sqrt() * scale for", ".sum().sqrt() for"),
+        ("factors squared", "gradient[low:high].mul_(factor)", "gradient[low:high].mul_(factor * factor)"),
+        ("a shard taken for the whole", "(min(max(bound - start, 0)", "(min(max(bound, 0)"),
+        ("every model has the first limit", "limits[name]))", "limits[next(iter(limits))]))"),
+        (
+            "models begin at the last leaf",
+            'starts.setdefault(name.partition(".")[0], offset)',
+            'starts.__setitem__(name.partition(".")[0], offset)',
         ),
     ),
     *mutants(

@@ -1,12 +1,13 @@
 """Scores of an ensemble into one."""
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import assert_close, assert_same_bits, floats
 
-from rlhf.ensembles import combine_scores
+from rlhf.ensembles import combine_scores, error_correlation
 
 SCORES = floats(1, 6, 5)
 
@@ -54,3 +55,24 @@ def test_what_makes_no_sense_is_refused(scores, options, message):
 
 def test_low_precision_is_upcast():
     assert combine_scores(SCORES.bfloat16()).dtype == torch.float32
+
+
+@given(seed=st.integers(0, 200), size=st.integers(3, 40))
+def test_error_correlation_is_that_of_scipy_and_has_no_unit(seed, size):
+    disagreement, proxy, gold = (floats(seed + n, size) for n in (0, 1000, 2000))
+    gold = gold.round()  # with ties
+    error = abs(scipy.stats.zscore(proxy.numpy()) - scipy.stats.zscore(gold.numpy()))
+    expected = scipy.stats.spearmanr(disagreement.numpy(), error).statistic
+    found = error_correlation(disagreement, proxy, gold)
+    if gold.unique().numel() > 1:
+        assert_close(found, expected, 1e-9)
+        assert_close(error_correlation(disagreement, 3 * proxy - 1, 0.5 * gold + 7), found, 1e-6)
+
+
+def test_error_correlation_of_a_constant_is_undefined():
+    rising, flat = torch.arange(3.0, dtype=torch.float64), torch.full((3,), 0.1, dtype=torch.float64)
+    assert flat.mean() != 0.1, "the mean is rounded"
+    for arguments in ((flat, rising, rising.square()), (rising, flat, rising), (rising, rising, flat)):
+        assert error_correlation(*arguments).isnan()
+    with pytest.raises(ValueError, match=r"^error_correlation: "):
+        error_correlation(rising, rising, rising[:2])

@@ -102,6 +102,7 @@ FREE = {"estimator": "reinforce"}
         (FREE | {"bootstrap_truncated": True}, r"^--ppo.bootstrap-truncated: asks for values"),
         ({"estimator": "rloo"}, r"^--ppo.estimator rloo: compares the completions of a prompt, of which there is 1; r"),
         ({"drop_equal_groups": True}, r"^--ppo.drop-equal-groups: leaves no completion to learn from"),
+        ({"critic": "shared", "critic_max_grad_norm": 1.0}, r"^--ppo.critic-max-grad-norm 1.0: clips a separate crit"),
         ({"loss": "gspoo"}, r"^--ppo.loss gspoo: there is no such loss; there are: ppo, cispo, gspo, module:function"),
         ({"loss": "gspo", "dual_clip": 3.0}, r"^--ppo.dual-clip 3.0: is of --ppo.loss ppo alone; drop one of the two$"),
         ({"kl_importance_weighting": True}, r"^--ppo.kl-importance-weighting: has no effect without --ppo.kl-in-loss"),
@@ -113,7 +114,14 @@ def test_combinations_that_cannot_work_are_refused_by_name(options, message):
 
 
 @pytest.mark.parametrize(
-    "option", [{"value_coef": 0.5}, {"value_clip_eps": 0.1}, {"lam": 0.5}, {"critic_learning_rate": 1e-3}]
+    "option",
+    [
+        {"value_coef": 0.5},
+        {"value_clip_eps": 0.1},
+        {"lam": 0.5},
+        {"critic_learning_rate": 1e-3},
+        {"critic_max_grad_norm": 1.0},
+    ],
 )
 def test_settings_of_a_critic_are_idle_without_one(option):
     lines = check_settings(PPORun(ppo=PPOConfig(**FREE, **option)), STAGES["ppo"])

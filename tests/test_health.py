@@ -97,6 +97,12 @@ FAULTS = {
     "nearly one reward for all": (
         "constant-rewards", "warning", {"sample": scored(lambda step, row: 1.0 if step % 2 or row else 0.0)},
     ),
+    "groups of equal scores": (
+        "equal-groups", "problem", {"figures": {"objective/equal_groups": lambda step: 0.5 + 0.5 * rising(step)}},
+    ),
+    "many groups of equal scores": (
+        "equal-groups", "warning", {"figures": {"objective/equal_groups": lambda step: 0.6 + 0.1 * (step % 2)}},
+    ),
     "words again and again": ("repeated-text", "problem", {"sample": saying("very " * 40)}),
     "one answer to everything": ("repeated-text", "problem", {"sample": saying("I cannot help with this today.")}),
     "never ends": ("unfinished", "problem", {"figures": {"response_length/ended": lambda step: 0.1}}),
@@ -171,7 +177,7 @@ def test_each_fault_is_found_and_explained(tmp_path, name):
     assert found.cause
     assert "--" in found.advice or "timing_s" in found.advice
     assert found.steps is None or 0 < found.steps[0] <= found.steps[1] <= COUNT
-    clean = {"ppo": None, "reward": REWARD, "sft": SFT}[stage]
+    clean = {"ppo": {"objective/equal_groups": lambda step: 0.2}, "reward": REWARD, "sft": SFT}[stage]
     assert check(write_log(tmp_path / "clean", count=COUNT, stage=stage, figures=clean), wanted, stage).level == "ok"
 
 

@@ -98,6 +98,7 @@ IN_PLACE = {
     "kernels/fused_attention.py": {"_graph", "_FusedAttention.backward"},  # tensors of its own
     "kernels/fused_adamw.py": {"write_update"},  # donated optimiser buffers
     "execution/shard.py": {"_write"},  # donated optimiser buffers
+    "execution/update.py": {"clip_models"},  # the donated gradient
     "execution/executor.py": {"LocalExecutor.step", "copy_state"},  # donated gradients; a snapshot read back
     "execution/gradients.py": {"_eager.gradient", "_accumulate_into.accumulate"},  # the gradient's buffer
     "execution/draws.py": {"CUDAGraphRunner._load"},  # what a recording reads

@@ -39,6 +39,7 @@ def test_dpo_on_workers(base, one_ray, tmp_path, workers):
     "settings",
     [
         pytest.param({"estimator": "{own}:rloo", "loss": "{own}:surrogate"}, marks=pytest.mark.slow),
+        pytest.param({"estimator": "gae", "critic_max_grad_norm": 0.1}, marks=pytest.mark.slow),
         pytest.param({"estimator": "grpo", "loss_per": "sequence", "loss": "gspo"}, marks=pytest.mark.slow),
         pytest.param({"estimator": "dr-grpo", "loss_per": "constant"}, marks=pytest.mark.slow),
         pytest.param({"estimator": "reinforce++", "loss": "cispo"}, marks=pytest.mark.slow),
@@ -46,7 +47,7 @@ def test_dpo_on_workers(base, one_ray, tmp_path, workers):
     ids=str,
 )
 def test_estimators_and_losses(base, own, one_ray, tmp_path, settings):
-    settings = {name: value.format(own=own) for name, value in settings.items()}
+    settings = {name: value.format(own=own) if isinstance(value, str) else value for name, value in settings.items()}
     here = test_ppo_functions.run_of(base, tmp_path / "here", **settings)
     run_ppo(here)
     there = test_ppo_functions.run_of(base, tmp_path / "there", DistConfig(num_workers=2), **settings)

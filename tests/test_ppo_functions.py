@@ -88,6 +88,8 @@ DIFFERENT = {
     "GSPO": {"loss": "gspo", "clip_eps": 1e-4},
     "weighted KL": {"kl_in_loss": True, "kl_estimator": "k3", "kl_importance_weighting": True},
     "weighted k1": {"kl_in_loss": True, "kl_importance_weighting": True},
+    "critic's clip": {"estimator": "gae", "max_grad_norm": 1e-3, "critic_max_grad_norm": 1e-2, "adam_eps": 1e-2},
+    "clip of both": {"estimator": "gae", "max_grad_norm": 1e-3, "adam_eps": 1e-2},
     "critic's rate": {"estimator": "gae", "critic_learning_rate": 1e-2},
 }
 

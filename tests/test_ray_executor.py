@@ -1,5 +1,6 @@
 """Ray workers against the in-process executor: the same bits, whoever computes and whoever dies."""
 
+import functools
 import itertools
 import json
 import os
@@ -38,10 +39,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def run(dist, steps=STEPS):
+APART = functools.partial(toy.make_program, {"w": 0.4, "b": 0.1})
+"""The program whose leaves are clipped apart, both at every step."""
+
+
+def run(dist, steps=STEPS, program=toy.make_program):
     """(what the calls returned, state, faults, lines logged)."""
     lines = []
-    with open_executor(toy.make_program, toy.models(), dist, device=CPU, log=lines.append) as executor:
+    with open_executor(program, toy.models(), dist, device=CPU, log=lines.append) as executor:
         seen, state = toy.drive(executor, steps)
         executor.update_frozen("offset")
         more, state = toy.drive(executor, 2)
@@ -68,6 +73,17 @@ def test_invariant_14_any_number_of_workers_and_servers_gives_the_bits_of_one_pr
     got = run(dist)
     assert_same(got, run(DistConfig()))
     assert got[2:] == ([], [])
+
+
+@pytest.mark.parametrize(("workers", "servers"), [(1, 0), (2, 0), (3, 0), (2, 2)])
+def test_clipping_apart_gives_the_bits_of_one_process(one_ray, workers, servers):
+    got = run(DistConfig(num_workers=workers, num_servers=servers, snapshot_every=2), program=APART)
+    expected = run(DistConfig(), program=APART)
+    assert_same(got, expected)
+    assert not torch.equal(got[1]["params.w"], run(DistConfig())[1]["params.w"])
+    norms = [(seen["grad_norm/w"], seen["grad_norm/b"]) for seen in got[0] if isinstance(seen, dict)]
+    assert min(w for w, _ in norms) > 0.4
+    assert min(b for _, b in norms) > 0.1
 
 
 def test_memory_shared_as_by_large_models_changes_no_bit(one_ray, monkeypatch):
@@ -176,7 +192,7 @@ FAST = [
 ]
 
 
-def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure, backend):
+def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure, backend, program=toy.make_program):
     workers, servers = TOPOLOGIES[topology]
     version = 5 if moment == "snapshot" else 4  # of the program's steps; the last snapshot was taken at 3
     fault.write_text(json.dumps({"moment": moment, "rank": rank, "version": version, "signal": signal}))
@@ -184,7 +200,7 @@ def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure, back
     topology = {"num_workers": workers, "num_servers": servers, "backend": backend}
     dist = DistConfig(**topology, snapshot_every=2, on_failure=on_failure, heartbeat_s=2, timeout_s=20)
     begun = time.monotonic()
-    got, expected = run(dist), run(DistConfig())
+    got, expected = run(dist, program=program), run(DistConfig(), program=program)
     assert not fault.exists(), "the fault happened"
     assert_same(got, expected)
     assert len(got[2]) == len(got[3]) == 1
@@ -198,6 +214,12 @@ def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure, back
 @pytest.mark.parametrize("case", FAST, ids=lambda case: "-".join(map(str, case)))
 def test_a_lost_process_changes_no_bit(one_ray, monkeypatch, case):
     survive(monkeypatch, one_ray, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FAST[2:], ids=lambda case: "-".join(map(str, case)))
+def test_a_lost_process_changes_no_bit_of_a_program_that_clips_apart(one_ray, monkeypatch, case):
+    survive(monkeypatch, one_ray, *case, program=APART)
 
 
 @pytest.mark.slow

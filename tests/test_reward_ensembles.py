@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import pytest
+import scipy.stats
 import test_stages
 import torch
 from laws import assert_close, assert_same_bits, floats
@@ -39,7 +40,11 @@ def sources(weights=(1.0, 1.0), function=0.0):
 
 def total(given, **settings):
     texts = ["a", "bb", "ccc", "dddd", "eeeee"]
-    return score_sources(PPOConfig(**settings), given, SCORES, texts, texts, [{"prompt": text} for text in texts])
+    raw, reward, metrics = score_sources(
+        PPOConfig(**settings), given, SCORES, texts, texts, [{"prompt": text} for text in texts]
+    )
+    assert not metrics
+    return raw, reward
 
 
 @pytest.mark.parametrize("how", ["mean", "min", "uncertainty"])
@@ -61,8 +66,20 @@ def test_the_default_is_the_weighted_sum():
     assert "reward/disagreement" not in raw
 
 
-def test_a_gold_model_is_no_member():
-    raw, found = total(sources((1.0, 0.0)), combine="mean")
+def test_a_gold_model_is_no_member_and_judges_the_disagreement():
+    texts = ["a", "bb", "ccc", "dddd", "eeeee"]
+    gold = RewardSource("mark", 0.0, None, lambda completions, **columns: [3.0, -1.0, 2.0, 0.0, 9.0])
+    columns = [{"prompt": text} for text in texts]
+    settings = PPOConfig(combine="min")
+    given = [gold, *sources()]
+    raw, found, metrics = score_sources(settings, given, SCORES, texts, texts, columns)
+    assert_close(found, NORMAL.amin(1), 1e-6)
+    assert set(raw) == {"reward/0", "reward/1", "gold/mark", "reward/disagreement"}
+    (proxy, marks) = (scipy.stats.zscore(scores.double().numpy()) for scores in (found, raw["gold/mark"]))
+    expected = scipy.stats.spearmanr(raw["reward/disagreement"].numpy(), abs(proxy - marks)).statistic
+    assert metrics == pytest.approx({"reward/disagreement_error/mark": expected}, abs=1e-12)
+    settings = PPOConfig(combine="mean")
+    raw, found, _ = score_sources(settings, sources((1.0, 0.0)), SCORES, texts, texts, columns)
     assert_close(found, NORMAL[:, 0], 1e-6)
     assert set(raw) == {"reward/0", "gold/1", "reward/disagreement"}
 

@@ -2,6 +2,7 @@ import itertools
 
 import oracles
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from rlhf.statistics import (
     expected_calibration_error,
     mean_interval,
     preference_metrics,
+    rank_correlation,
     reliability,
     spread,
     token_repetition,
@@ -34,6 +36,24 @@ def test_correlation_is_one_on_a_rising_line_and_minus_one_on_a_falling_one(seed
     x = floats(seed, 10)
     assert_close(correlation(x, scale * x + shift), 1.0)
     assert_close(correlation(x, shift - scale * x), -1.0)
+
+
+@given(seed=st.integers(0, 99), n=st.integers(2, 30))
+def test_rank_correlation_is_that_of_scipy_with_ties(seed, n):
+    x, y = (2 * floats(seed, n)).round(), floats(seed + 100, n)
+    if x.unique().numel() > 1:
+        expected = scipy.stats.spearmanr(x.numpy(), y.numpy()).statistic
+        assert_close(rank_correlation(x, y), expected, 1e-9)
+        assert_close(rank_correlation(x.exp(), -y), -expected, 1e-9)
+
+
+def test_rank_correlation_of_what_is_constant_or_not_a_number_is_undefined():
+    rising, flat, broken = torch.arange(3.0), torch.ones(3), torch.tensor([1.0, torch.nan, 2.0])
+    for x in (flat, broken):
+        assert rank_correlation(x, rising).isnan()
+        assert rank_correlation(rising, x).isnan()
+    with pytest.raises(ValueError, match=r"^rank_correlation: "):
+        rank_correlation(rising, rising[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])

@@ -35,7 +35,7 @@ from rlhf import (
 from rlhf.advantages import gae, gae_loop, returns_to_go, token_rewards
 from rlhf.batches import Rows
 from rlhf.best_of_n_sampling import best_of_n
-from rlhf.ensembles import combine_scores
+from rlhf.ensembles import combine_scores, error_correlation
 from rlhf.experience import make_experience, postprocess_scores
 from rlhf.group_baselines import equal_groups, group_advantages
 from rlhf.kl import adaptive_kl_coef, budget_kl_coef, exact_kl, importance_weighted_kl, kl_estimate, ratio_of
@@ -397,6 +397,7 @@ CASES = {
         lambda x, targets: group_advantages(x[:, 0], GROUPS, baseline="batch", scale="batch_std"), logits(1), (0,)
     ),
     "equal_groups": Case(lambda x, targets: equal_groups(x[:, 0].round(), GROUPS), logits(1), ()),
+    "error_correlation": Case(lambda x, targets: error_correlation(x[:, 0], x[:, 1], x[:, 2]), logits(1), ()),
     "combine_scores, mean": Case(lambda x, targets: combine_scores(x), logits(1), (0,)),
     "combine_scores, min": Case(lambda x, targets: combine_scores(x, how="min"), logits(1), (0,)),
     "combine_scores, uncertainty": Case(

@@ -141,7 +141,7 @@ def test_with_leaves_is_the_inverse_of_named_leaves(tree):
 def test_with_leaves_rejects_other_names(change, message):
     named = named_leaves(example_tree())
     change(named)
-    with pytest.raises(ValueError, match=rf"^with_leaves: {message}, expected the names of the tree$"):
+    with pytest.raises(ValueError, match=rf"^with_leaves: {message}, expected the tree's names$"):
         with_leaves(example_tree(), named)
 
 
@@ -220,6 +220,17 @@ def test_flatten_and_unflatten_are_inverse(tree):
     assert (flat.dtype, flat.shape) == (torch.float32, (layout.size,))
     assert_same_bits(unflatten(flat, layout), tree)
     assert_same_bits(flatten(unflatten(flat, layout), layout), flat)
+
+
+def test_models_of_a_layout_begin_at_chunks_if_asked():
+    tree = {"b": {"x": torch.ones(CHUNK + 1), "y": torch.ones(3)}, "a": torch.ones(2), "b-c": torch.ones(1)}
+    layout = flat_layout(tree, chunk_models=True)
+    assert dict(zip(layout.names, layout.offsets, strict=True)) == {
+        "a": 0, "b-c": CHUNK, "b.x": 2 * CHUNK, "b.y": 3 * CHUNK + 64
+    }  # fmt: skip
+    assert layout.size == 4 * CHUNK
+    assert_same_bits(unflatten(flatten(tree, layout), layout), tree)
+    assert flat_layout(tree["b"], chunk_models=True).offsets == (0, 2 * CHUNK)
 
 
 @given(tree=TREES)

@@ -43,12 +43,12 @@ def follow(frozen, params):
     return tree_map(lambda old, new: 0.5 * old + 0.5 * new, frozen, {"w": params["w"]})
 
 
-def make_program():
+def make_program(max_norm=0.5):
     optimizer = adamw(linear_schedule(0.01, 50), weight_decay=0.1)
     return Program(
         {
-            "main": StepSpec(objective, optimizer, 0.5),
-            "limited": StepSpec(objective, optimizer, 0.5, MetricLimit("loss/squares", 0.0)),
+            "main": StepSpec(objective, optimizer, max_norm),
+            "limited": StepSpec(objective, optimizer, max_norm, MetricLimit("loss/squares", 0.0)),
         },
         {"predict": predict},
         {"offset": follow},

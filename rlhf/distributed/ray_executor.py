@@ -22,7 +22,7 @@ from rlhf.execution.executor import Fault, LocalExecutor, copy_state, named_stat
 from rlhf.execution.program import ModelState, Program
 from rlhf.execution.update import nonfinite_error, step_metrics
 from rlhf.io.user_log import log_user
-from rlhf.tree import flat_layout, flatten, leaves, tree_map, unflatten
+from rlhf.tree import flatten, leaves, tree_map, unflatten
 from rlhf.types import Params, Tree
 
 _CPU = torch.device("cpu")
@@ -63,7 +63,8 @@ class RayExecutor:
             ValueError: an optimiser needs whole leaves.
         """
         self._cluster, self._dist, self._log = cluster, cluster.dist, log
-        self._program, self._models, self._layout = make_program(), models, flat_layout(models.params)
+        self._program, self._models = make_program(), models
+        self._layout = self._program.layout(models.params)
         self._program.check_optimizers()
         self._version = self._restarts = 0
         self._faults: list[Fault] = []

@@ -28,7 +28,7 @@ from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
 from rlhf.execution.program import Program, StepSpec
 from rlhf.execution.shard import Shard, apply, slice_shard
-from rlhf.execution.update import Update, plan_update, sums_of_results
+from rlhf.execution.update import Update, clip_models, plan_update, sums_of_results
 from rlhf.tree import CHUNK, FlatLayout, all_finite, chunked_squared_norms, to_device, tree_sum, unflatten
 from rlhf.types import Tree
 
@@ -153,6 +153,7 @@ class Worker:
             if update.is_finite and update.within_limit:
                 self._updating = True  # a failure from here on leaves parts of two versions
                 if self._shard is not None:
+                    clip_models(self._gradient, update, self._layout, start=self._shard.start)
                     slices = slice_shard(self._shard, self._gradient, spec.optimizer, self._layout)
                     self._shard = apply(self._shard, version, slices, update.scale, spec.optimizer, learning_rate)
                 self.publish()
@@ -193,7 +194,7 @@ class Worker:
         parts = [part.cpu() for part in self._group_now().all_gather(vector, sizes)]
         table = torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)]).reshape(-1, 3)
         squares = torch.cat([part[count:] for part, count in zip(parts, rows, strict=True)])
-        return plan_update(table, squares, spec)
+        return plan_update(table, squares, spec, self._layout)
 
     def publish(self) -> None:
         """Send this member's range of the parameters to all workers, and receive the other ranges."""

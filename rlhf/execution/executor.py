@@ -15,13 +15,12 @@ from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import peak_bytes, reset_peak
 from rlhf.execution.program import ModelState, Program
 from rlhf.execution.shard import apply, init_shard, slice_shard
-from rlhf.execution.update import nonfinite_error, plan_update, step_metrics, sums_of_results
+from rlhf.execution.update import clip_models, nonfinite_error, plan_update, step_metrics, sums_of_results
 from rlhf.field_docs import documented
 from rlhf.tree import (
     FlatLayout,
     all_finite,
     chunked_squared_norms,
-    flat_layout,
     flatten,
     named_leaves,
     realign,
@@ -145,7 +144,7 @@ class LocalExecutor:
         reset_peak(device)
         self._program, self._device = program, device
         self._frozen = FrozenModels(program, to_device(models.frozen, device))
-        self._layout = flat_layout(models.params)
+        self._layout = program.layout(models.params)
         flat = flatten(to_device(models.params, device), self._layout)
         self._shard = init_shard(flat, program.optimizer)
         self._params = unflatten(self._shard.params, self._layout)  # views: every update is visible in them
@@ -196,11 +195,12 @@ class LocalExecutor:
         slices = slice_shard(self._shard, gradient_sum, spec.optimizer, self._layout)
         overlap()
         results = to_device(results, "cpu")  # the only wait for a GPU: it applies the update in the background
-        update = plan_update(sums_of_results(results, spec), squares.cpu(), spec)
+        update = plan_update(sums_of_results(results, spec), squares.cpu(), spec, self._layout)
         if not update.is_finite:
             raise nonfinite_error(name, batches, results, update, lambda batch: all_finite(gradient(batch)))
         if update.within_limit:
             self._updating = True
+            clip_models(gradient_sum, update, self._layout)
             self._shard = apply(self._shard, self.version, slices, update.scale, spec.optimizer, learning_rate)
             self._updating = False
         return step_metrics(results, update)

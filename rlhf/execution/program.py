@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf.field_docs import documented
 from rlhf.optim import Optimizer
+from rlhf.tree import FlatLayout, flat_layout
 from rlhf.types import FrozenParams, MetricSums, Params, Tree
 
 Objective = Callable[[Params, FrozenParams, Any], tuple[Tensor, MetricSums]]
@@ -67,8 +68,9 @@ class StepSpec(NamedTuple):
     """Function whose gradient is summed over the micro-batches."""
     optimizer: Optimizer
     """Element-wise optimiser. All steps of a program share its state."""
-    max_grad_norm: float
-    """Maximum norm of the mean gradient; inf disables clipping."""
+    max_grad_norm: float | dict[str, float]
+    """Maximum norm of the mean gradient; inf disables clipping. A dict clips models apart, each by its own norm: it has
+    the limit of every top-level key of the parameters."""
     limit: MetricLimit | None = None
     """Limit beyond which the step is skipped; None never skips it."""
 
@@ -96,6 +98,18 @@ class Program(NamedTuple):
         for spec in self.steps.values():
             return spec.optimizer
         return Optimizer(lambda params: (), lambda grads, state, params: (params, state))
+
+    def layout(self, params: Params) -> FlatLayout:
+        """Return the layout of the flat buffer. If models are clipped apart, each begins at a chunk.
+
+        Raises:
+            ValueError: a step's limits are not those of the top-level keys of `params`.
+        """
+        limits = [spec.max_grad_norm for spec in self.steps.values() if isinstance(spec.max_grad_norm, dict)]
+        for by_model in limits:
+            if by_model.keys() != params.keys():
+                raise ValueError(f"max_grad_norm has the keys {sorted(by_model)}, expected {sorted(params)}")
+        return flat_layout(params, chunk_models=bool(limits))
 
     def check_optimizers(self) -> None:
         """Raise ValueError if an optimiser needs whole leaves, because executors split them."""

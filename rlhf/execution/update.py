@@ -1,5 +1,6 @@
 """The decision about an optimiser step, which is the same in every process because it depends on the same numbers."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from rlhf.execution.program import StepSpec
 from rlhf.execution.shard import update_scale
 from rlhf.field_docs import documented
 from rlhf.ops import mean_metrics
-from rlhf.tree import all_finite, tree_sum
+from rlhf.optim import clip_scale
+from rlhf.tree import CHUNK, FlatLayout, all_finite, tree_sum
 
 
 @documented
@@ -27,6 +29,10 @@ class Update(NamedTuple):
     """True if every loss and the gradient are finite. Otherwise the step raises an error."""
     within_limit: bool
     """True if the step is within its `MetricLimit`. Otherwise it is skipped."""
+    model_norms: dict[str, float] = {}  # noqa: RUF012
+    """Norms of the mean gradients of models that are clipped apart, by name."""
+    model_factors: dict[str, float] = {}  # noqa: RUF012
+    """Factors that clip the gradients of these models, by name."""
 
 
 def sums_of_results(results: Sequence[Any], spec: StepSpec) -> Tensor:
@@ -48,28 +54,81 @@ def sums_of_results(results: Sequence[Any], spec: StepSpec) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
 
-def plan_update(table: Tensor, squares: Tensor, spec: StepSpec) -> Update:
+def plan_update(table: Tensor, squares: Tensor, spec: StepSpec, layout: FlatLayout) -> Update:
     """Return the decision about a step. Every owner of a shard calls this function with the same numbers.
 
     Args:
         table: [M, 3] float64, `sums_of_results` of all micro-batches.
         squares: [chunks] float64, `rlhf.tree.chunked_squared_norms` of the summed gradient.
         spec: specification of the step.
+        layout: layout of the parameters (`Program.layout`).
 
     Example:
+        >>> from rlhf.tree import flat_layout
         >>> spec = StepSpec(lambda params, frozen, batch: None, rlhf.adamw(rlhf.constant_schedule(0.1)), 1.0)
+        >>> layout = flat_layout({"w": torch.ones(2)})
         >>> table = torch.tensor([[2.0, 4.0, 0.0]], dtype=torch.float64)
-        >>> plan_update(table, torch.tensor([4.0], dtype=torch.float64), spec)
-        Update(scale=0.25, grad_norm=0.5, is_finite=True, within_limit=True)
+        >>> plan_update(table, torch.tensor([4.0], dtype=torch.float64), spec, layout)[:4]
+        (0.25, 0.5, True, True)
     """
     _, count, limited = tree_sum(table).tolist()
-    scale, norm = update_scale(squares, count, spec.max_grad_norm)
-    within_limit = spec.limit is None or limited / (count or 1.0) <= spec.limit.most
-    return Update(scale, norm, math.isfinite(norm) and all_finite(table), within_limit)
+    max_norm = spec.max_grad_norm
+    limits, joint = (max_norm, math.inf) if isinstance(max_norm, dict) else ({}, max_norm)
+    scale, norm = update_scale(squares, count, joint)
+    ranges = model_ranges(layout) if limits else {}
+    norms = {name: squares[low // CHUNK : high // CHUNK].sum().sqrt() * scale for name, (low, high) in ranges.items()}
+    return Update(
+        scale,
+        norm,
+        is_finite=math.isfinite(norm) and all_finite(table),
+        within_limit=spec.limit is None or limited / (count or 1.0) <= spec.limit.most,
+        model_norms={name: float(norm) for name, norm in norms.items()},
+        model_factors={name: float(clip_scale(norm, limits[name])) for name, norm in norms.items()},
+    )
+
+
+def clip_models(gradient: Tensor, update: Update, layout: FlatLayout, *, start: int = 0) -> None:
+    """Multiply in place the gradients of models that are clipped apart by their factors.
+
+    Args:
+        gradient: [n] float32, the elements [start, start + n) of the summed gradient (donated buffer).
+        update: the decision about the step.
+        layout: layout of the parameters (`Program.layout`).
+        start: first element of the range.
+
+    Example:
+        >>> from rlhf.tree import flat_layout
+        >>> layout = flat_layout({"critic": torch.ones(1), "policy": torch.ones(1)}, chunk_models=True)
+        >>> gradient = torch.ones(2 * CHUNK)
+        >>> clip_models(gradient, Update(1.0, 2.0, True, True, model_factors={"critic": 0.5}), layout)
+        >>> gradient[0], gradient[CHUNK]
+        (tensor(0.5000), tensor(1.))
+    """
+    ranges = model_ranges(layout)
+    for name, factor in update.model_factors.items():
+        low, high = (min(max(bound - start, 0), len(gradient)) for bound in ranges[name])
+        gradient[low:high].mul_(factor)
+
+
+def model_ranges(layout: FlatLayout) -> dict[str, tuple[int, int]]:
+    """Return the elements [first, end) of each top-level key of the parameters in the flat buffer.
+
+    Args:
+        layout: layout of the parameters.
+
+    Example:
+        >>> from rlhf.tree import flat_layout
+        >>> model_ranges(flat_layout({"critic": torch.ones(1), "policy": torch.ones(1)}, chunk_models=True))
+        {'critic': (0, 4096), 'policy': (4096, 8192)}
+    """
+    starts: dict[str, int] = {}
+    for name, offset in zip(layout.names, layout.offsets, strict=True):
+        starts.setdefault(name.partition(".")[0], offset)
+    return dict(zip(starts, itertools.pairwise([*starts.values(), layout.size]), strict=True))
 
 
 def step_metrics(results: Sequence[Any], update: Update) -> dict[str, float]:
-    """Return the means of the metric sums of all micro-batches, and `grad_norm`.
+    """Return the means of the metric sums of all micro-batches, `grad_norm`, and norms of models clipped apart.
 
     Args:
         results: (loss sum, metric sums) of each micro-batch.
@@ -81,7 +140,9 @@ def step_metrics(results: Sequence[Any], update: Update) -> dict[str, float]:
         {'loss/sft': 0.5, 'grad_norm': 0.5}
     """
     _, sums = tree_sum(results)
-    return {name: float(mean) for name, mean in mean_metrics(sums).items()} | {"grad_norm": update.grad_norm}
+    norms = {f"grad_norm/{name}": norm for name, norm in update.model_norms.items()}
+    means = {name: float(mean) for name, mean in mean_metrics(sums).items()}
+    return means | {"grad_norm": update.grad_norm} | norms
 
 
 def nonfinite_error(

@@ -34,7 +34,8 @@ QUESTIONS = {
     },
     "Is the reward rising?": {
         "score": "",
-        "equal-groups": "", "sources": "Rewards by source", "disagreement": "", "gold": "Gold scores",
+        "equal-groups": "", "sources": "Rewards by source", "disagreement": "",
+        "error-correlation": "Disagreement of the ensemble with its error", "gold": "Gold scores",
     },
     "How far from the reference?": {"kl": "", "kl-penalty": "", "kl-coef": ""},
     "Is it over-optimised?": {"over-optimisation": "Score against √KL"},

@@ -131,6 +131,12 @@ def value_function(reader: LogReader, stage: str, metric: str) -> Reading:
     return _level_of_median(reader, stage, metric, "value-function", summary)
 
 
+def equal_groups(reader: LogReader, stage: str, metric: str) -> Reading:
+    """Return the level of the share of completions in groups of equal scores, which have no advantage."""
+    summary = "{:.0%} of completions are in groups of equal scores"
+    return _level_of_median(reader, stage, metric, "equal-groups", summary)
+
+
 def unfinished(reader: LogReader, stage: str, metric: str) -> Reading:
     """Return the level of the share of completions that end before max_new_tokens."""
     return _level_of_median(reader, stage, metric, "unfinished", "{:.0%} of completions end by themselves")

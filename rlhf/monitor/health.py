@@ -120,6 +120,15 @@ CHECKS = (
         "try the reward function on a few completions by hand; raise --ppo.reward-clip; take harder prompts",
     ),
     Check(
+        "equal-groups",
+        diagnostics.equal_groups,
+        "the prompts are too easy or too hard for this policy, or the reward has few values: all completions of a "
+        "prompt get the same score, and an estimator that compares them has no gradient",
+        "take prompts of which the policy solves some; raise --ppo.samples-per-prompt or --ppo.temperature; take a "
+        "reward with more values; with --ppo.drop-equal-groups the updates are made of the other groups",
+        stages=(),
+    ),
+    Check(
         "repeated-text",
         sample_diagnostics.repeated_text,
         "the reward pays for repetition or for one answer to everything, or the policy has collapsed",

@@ -81,6 +81,12 @@ THRESHOLDS = {
         0.5, 0.7, f"|correlation of reward and length|; {_SINGHAL}; 0.33 in our demo, where good replies are longer"
     ),
     "constant-rewards": Threshold(0.9, 0.99, "share of completions with the commonest score; our demo has 0.01"),
+    "equal-groups": Threshold(
+        0.5,
+        0.9,
+        "share of completions in groups of equal scores; our limits: half of the work, or nearly all, is in vain; "
+        "Yu et al. 2025, section 3.2, https://arxiv.org/abs/2503.14476, sample until no such group is left",
+    ),
     "repeated-text": Threshold(
         0.2,
         0.5,

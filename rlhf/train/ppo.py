@@ -186,7 +186,7 @@ def _iterate(ppo: PPO, step: int, state: LoopState, observers: Observers) -> tup
     times.append(time.perf_counter())
     tokens = sum(map(len, rollout.prompts)) + int(rollout.completions.mask.sum())
     metrics = {name: float(value) for name, value in experience.metrics.items()} | update_metrics
-    metrics |= {name: float(values.mean()) for name, values in scored.raw.items()}
+    metrics |= {name: float(values.mean()) for name, values in scored.raw.items()} | scored.metrics
     if settings.samples_per_prompt > 1:
         metrics["objective/equal_groups"] = float(equal_groups(scored.scores, rollout.groups).float().mean())
     metrics |= {

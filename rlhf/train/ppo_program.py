@@ -140,10 +140,13 @@ def make_ppo_program(
         bootstrap=settings.bootstrap_truncated,
     )
     adamw = make_adamw(settings, rate, _lr_multiplier(settings, policy=1.0))
-    steps = {"ppo": StepSpec(objective(), adamw, settings.max_grad_norm, limit)}
+    max_norm: float | dict[str, float] = settings.max_grad_norm
+    if settings.critic_max_grad_norm is not None:
+        max_norm = {"policy": settings.max_grad_norm, "critic": settings.critic_max_grad_norm}
+    steps = {"ppo": StepSpec(objective(), adamw, max_norm, limit)}
     if settings.critic != "none":
         warmup_adamw = make_adamw(settings, rate, _lr_multiplier(settings, policy=0.0))
-        steps["critic"] = StepSpec(objective(policy_coef=0.0), warmup_adamw, settings.max_grad_norm)
+        steps["critic"] = StepSpec(objective(policy_coef=0.0), warmup_adamw, max_norm)
     frozen_shapes = {"reference": shapes.policy, **reward_model_shapes(shapes.reward_models)}
     return Program(
         steps=steps,

@@ -83,6 +83,8 @@ class Scored(NamedTuple):
     """[B] scores as the sources return them, by the metric of the source, and the disagreement of an ensemble."""
     bootstrap_values: Tensor
     """[B] reward units: value after the last token. 0 if the completion ended, or without ppo.bootstrap_truncated."""
+    metrics: dict[str, float]
+    """Metrics of an ensemble by a gold score."""
 
 
 def make_rollout(ppo: PPO, step: int) -> Rollout:
@@ -133,7 +135,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     prompts = [columns["prompt"] for columns in rollout.columns]
     model_scores = unpack_sequences(packs, [result.scores for result in results])
     texts = list(map(as_completion, prompts, rollout.texts))
-    raw, total = score_sources(settings, ppo.sources, model_scores, prompts, texts, rollout.columns)
+    raw, total, metrics = score_sources(settings, ppo.sources, model_scores, prompts, texts, rollout.columns)
     recomputed = recomputes_log_probs(settings, ppo.run.dtype)
     log_probs, values = completions.log_probs, completions.values if settings.critic == "shared" else None
     if recomputed:
@@ -155,7 +157,8 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
     scores = postprocess_scores(
         total, finished, missing_eos_penalty=settings.missing_eos_penalty or 0.0, clip=settings.reward_clip
     )
-    return Scored(log_probs, ref_log_probs, values, scores, raw, torch.where(finished, 0.0, bootstrap_values))
+    bootstrap_values = torch.where(finished, 0.0, bootstrap_values)
+    return Scored(log_probs, ref_log_probs, values, scores, raw, bootstrap_values, metrics)
 
 
 def sample_lines(ppo: PPO, rollout: Rollout, scored: Scored, experience: Experience) -> list[dict[str, Any]]:
