@@ -79,12 +79,10 @@ def generate_completions(
             either side: the mask [U, P] bool, True on their tokens.
         keys: [B, 2] int32 keys, one per completion.
         config: shape of `params`.
-        max_new_tokens: largest number of tokens of a completion, at least 1. P + max_new_tokens must not exceed
-            n_positions.
-        source: [B] int64 prompt of each completion. A prompt is read once for all completions that start together.
-            None stands for 0..U-1.
-        max_concurrent: number of completions in progress at a time, which is the number of rows of the cache. None
-            stands for B.
+        max_new_tokens: largest number of tokens of a completion, at least 1 and at most n_positions - P.
+        source: [B] int64 prompt of each completion. None stands for 0..U-1. Completions that start together share one
+            reading of their prompt.
+        max_concurrent: number of completions in progress at a time, the rows of the cache. None stands for B.
         temperature: softmax temperature, above 0.
         top_k: number of tokens to sample from; 0 keeps all, and 1 is greedy.
         top_p: probability of the tokens to sample from, in (0, 1].
@@ -93,8 +91,7 @@ def generate_completions(
         value_head: head whose values are captured. None captures zeros.
         with_entropies: True to capture the entropies; otherwise they are zeros.
         draw: `decode_steps`, or a compiled form of it.
-        draws_per_call: number of tokens drawn between checks for ended rows. None stands for 1 on a CPU, and for up to
-            16 on a GPU.
+        draws_per_call: number of tokens drawn between checks for ended rows. None: 1 on a CPU, up to 16 on a GPU.
 
     Returns:
         Completions [B, max_new_tokens].
