@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf.ops import upcast
 from rlhf.transforms import reference_needed
 
 _ALIGNMENT = 64
@@ -39,11 +40,19 @@ def pack_affine(reference: Function, p: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def linear(reference: Function, x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """Read a packed weight; compiled code writes products of single tokens with a small weight itself."""
+    """Read a packed weight; compiled code writes products of single tokens with a small weight itself.
+
+    Compiled code adds the bias in float32: where two layers have the same gradient, like those of a parallel residual,
+    torch 2.13 compiles the bfloat16 sums for their biases to C++ that declares a name twice.
+    """
     if "packed" not in p and not torch.compiler.is_compiling():
         return reference(x, p)
     product = _product(x, p if "packed" in p else {"weight": p["weight"].T})
-    return product + p["bias"] if "bias" in p else product
+    if "bias" not in p:
+        return product
+    if not torch.compiler.is_compiling():
+        return product + p["bias"]
+    return (upcast(product) + upcast(p["bias"])).to(product.dtype)
 
 
 def pack_linear(reference: Function, p: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -107,8 +107,6 @@ class Architecture:
     """Name of an untied output layer in model folders; among the parameters it is `lm_head.weight`."""
     has_dropout: bool = True
     """True if `hidden_states` supports dropout."""
-    compiles_bf16_on_cpu: bool = True
-    """False if torch's compiler makes code of the bf16 gradient that no C++ compiler accepts."""
 
     @property
     def model_type(self) -> str:

@@ -93,7 +93,6 @@ ARCHITECTURE = Architecture(
     settings_to_shape=settings_to_shape,
     shape_to_settings=shape_to_settings,
     trunk_shape=output_layer.tied,
-    compiles_bf16_on_cpu=False,
     causal_lm="GPTNeoXForCausalLM",
     sequence_classifier="GPTNeoXForSequenceClassification",
     aliases=frozenset({"GPTNeoXModel"}),

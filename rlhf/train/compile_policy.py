@@ -9,7 +9,6 @@ from rlhf.errors import UserError
 from rlhf.execution.compiled import has_compiler
 from rlhf.execution.program import ModelState
 from rlhf.io.cache import default_cache_dir
-from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.stages import Stage
 from rlhf.train.context import Run
 from rlhf.tree import leaves
@@ -39,14 +38,11 @@ def compile_obstacle(config: RunConfig, stage: Stage) -> str:
     return obstacle
 
 
-def compile_folder(
-    run: Run, shape: ModelShape, models: ModelState, tokens: float, *, evaluated: Sequence[Params] = ()
-) -> Path | None:
+def compile_folder(run: Run, models: ModelState, tokens: float, *, evaluated: Sequence[Params] = ()) -> Path | None:
     """Return the folder for compiled code, or None if the stage is not compiled.
 
     Args:
         run: run of the stage.
-        shape: shape of the model that is trained.
         models: trained models.
         tokens: number of tokens with gradients in the whole run. It must not depend on the step that a run is resumed
             from, on workers or on threads, because the decision changes the bits of the result.
@@ -61,13 +57,7 @@ def compile_folder(
     cost_s = _COMPILE_S * len(sizes) + _COMPILE_FORWARD_S * len(leaves(evaluated))
     if config.compile == "off" or (config.compile == "auto" and saved_s < 2 * cost_s):
         return None
-    obstacle = compile_obstacle(config, run.stage)
-    family, on_cpu = architecture_of(shape), find_device(config.device).type == "cpu"
-    if on_cpu and config.precision == "bf16" and not family.compiles_bf16_on_cpu:
-        obstacle = f"torch's compiler cannot compile {family.model_type} in bf16 on a CPU: use --precision fp32"
-        if config.compile == "on":
-            raise UserError(f"--compile on: {obstacle}; or use --compile off")
-    if obstacle:
+    if obstacle := compile_obstacle(config, run.stage):
         run.note(f"not compiled, though it would be faster: {obstacle}")
         return None
     folder = (config.cache_dir or default_cache_dir()) / "compiled"

@@ -102,9 +102,7 @@ def _run(run: Run, config: DPORun) -> StageResult:
     digests = digests_of(path, start.tokenizer, validation)
     run.note(f"policy and reference from {folder}")
     plan, models = make_plan(settings, len(split.train)), ModelState(start.params, {})
-    compile_to = compile_folder(
-        run, start.config, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length)
-    )
+    compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
     executor = run.open_executor(
         functools.partial(make_dpo_program, start.config, settings, plan.steps, run.dtype, compile_to), models
     )

@@ -129,9 +129,7 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     completions = settings.num_iterations * settings.batch_size * settings.samples_per_prompt
     tokens = settings.num_epochs * completions * (prompts.mean_tokens(context) + settings.completion_tokens)
     optimised = [source.model.params for source in sources if source.model is not None and source.weight]
-    compile_to = compile_folder(
-        run, policy.config, models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised]
-    )
+    compile_to = compile_folder(run, models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
     executor = run.open_executor(functools.partial(make_ppo_program, shapes, settings, run.dtype, compile_to), models)
     ppo = PPO(run, settings, open_estimator(settings), policy, shapes, prompts, sources, executor, context)
     weighted = [source for source in sources if source.weight]

@@ -153,9 +153,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     plan = make_plan(settings, len(split.train))
     head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
     models = ModelState({"trunk": start.params, "head": head}, {})
-    compile_to = compile_folder(
-        run, start.config, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length)
-    )
+    compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
     executor = run.open_executor(
         functools.partial(make_reward_program, start.config, settings, plan.steps, run.dtype, compile_to), models
     )

@@ -121,9 +121,7 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         return token_batches(source, records, max_length=max_length, rows=rows, loss_on=settings.loss_on, key=key)
 
     models = ModelState(model.params, {})
-    compile_to = compile_folder(
-        run, model.config, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length)
-    )
+    compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
     executor = run.open_executor(
         functools.partial(make_sft_program, model.config, settings, plan.steps, run.dtype, compile_to), models
     )
