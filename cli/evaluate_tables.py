@@ -103,7 +103,7 @@ def _figures(evaluation: Evaluation, columns: list[str], width: int) -> Table:
     table, between = Table(), "\n" if len(columns) > 2 and width < _WIDE else " "
     table.add_column("figure")
     for column in columns:
-        heading = {"model": "value", "against": _against_name(evaluation)}.get(column, column)
+        heading = {"model": "value", "against": evaluation.against}.get(column, column)
         table.add_column(heading, justify="right", no_wrap=True)
     for name in in_order(evaluation.figures[columns[0]]):
         metric, cells = describe(name), []
@@ -117,7 +117,7 @@ def _figures(evaluation: Evaluation, columns: list[str], width: int) -> Table:
 
 def _wins(evaluation: Evaluation) -> Table:
     table = Table()
-    table.add_column(f"policy against {_against_name(evaluation)}, by")
+    table.add_column(f"policy against {evaluation.against}, by")
     for heading in ("win rate", "wins", "ties", "losses"):
         table.add_column(heading, justify="right")
     figures = evaluation.figures["wins"]
@@ -131,14 +131,6 @@ def _wins(evaluation: Evaluation) -> Table:
             f"{figures[name].value:.3f} (0.5 is fair). "
         )
     return table
-
-
-def _against_name(evaluation: Evaluation) -> str:
-    """Return the name of the model that the policy is compared with, or the name of its folder if that differs."""
-    if "against" not in evaluation.models:
-        return ""
-    name = evaluation.models["against"].name
-    return "the other" if name in (evaluation.models["policy"].name, "policy", "difference") else name
 
 
 def _precision(metric: Metric, figure: Figure) -> str:

@@ -18,7 +18,7 @@ from rlhf.cli.terminal import stderr_console
 
 from rlhf.errors import UserError
 from rlhf.io.presets import load_config
-from rlhf.io.printable_text import printable
+from rlhf.io.printable_text import EMPTY, printable
 from rlhf.io.user_log import log_user
 from rlhf.ranges import ProcessCount, Section, Seed
 
@@ -112,7 +112,7 @@ def _show_result(result: "DemoResult", output_dir: Path) -> None:
         completions.add_column(heading)
     for row in range(min(_SHOWN, len(result.prompts))):
         cells = (result.prompts[row], before.texts[row].strip(), after.texts[row].strip())
-        completions.add_row(*(printable(cell).replace("[", r"\[") for cell in cells))
+        completions.add_row(*(printable(cell or EMPTY).replace("[", r"\[") for cell in cells))
     console = stderr_console()
     console.print(scores)
     console.print(completions)

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf.data.conversations import Message, as_text
 from rlhf.data.data_files import DataFiles
 from rlhf.data.prompt_template import frame
-from rlhf.data.schema import PROMPTS, read_checked
+from rlhf.data.schema import PROMPTS, check_renames, read_checked
 from rlhf.distributed.compute_context import available_cores, find_device, limit_threads
 from rlhf.errors import Interrupted, UserError
 from rlhf.evaluate.comparison import sample_keys
@@ -29,7 +29,8 @@ from rlhf.generate.completer import Completer, TextChunk
 from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.files import read_json, read_text
 from rlhf.io.output import check_output, write_output
-from rlhf.io.printable_text import printable
+from rlhf.io.paths import short_names
+from rlhf.io.printable_text import EMPTY, printable
 from rlhf.io.user_log import log_user
 from rlhf.setting_rules import check_rules
 
@@ -92,7 +93,9 @@ def read_prompts(path: Path, columns: Sequence[str] = ()) -> list[Any]:
         if not (prompts := [line for line in lines if line.strip()]):
             raise UserError(f"{path}: the file is empty; it needs a prompt per line")
         return prompts
-    return [record.fields["prompt"] for record in read_checked(DataFiles((path,), tuple(columns)), PROMPTS)]
+    files = DataFiles((path,), tuple(columns))
+    check_renames([(files, PROMPTS)])
+    return [record.fields["prompt"] for record in read_checked(files, PROMPTS)]
 
 
 def _prompts(config: GenerateConfig) -> Iterator[str | list[Message]] | None:
@@ -181,12 +184,14 @@ def _show(config: GenerateConfig, console: Console, completers: Sequence[Complet
 
 
 def _show_one(console: Console, completer: Completer, prompt: Any, key: Tensor) -> None:
-    ended = False
+    ended, text = False, ""
     _put(console, printable(as_text(prompt)), "dim")
     try:
         for chunk in completer.stream(prompt, key):
             _put(console, printable(chunk.text))
-            ended = chunk.ended
+            ended, text = chunk.ended, text + chunk.text
+        if not text.strip():
+            _put(console, f" {EMPTY}", "dim")
     finally:
         console.print()
     if not ended:
@@ -196,9 +201,7 @@ def _show_one(console: Console, completer: Completer, prompt: Any, key: Tensor) 
 def _show_beside(console: Console, completers: Sequence[Completer], prompt: Any, key: Tensor) -> None:
     """Print two columns that grow together. Without a terminal, they are printed once, when they are complete."""
     texts = [Text() for _ in completers]
-    names = [completer.folder.name for completer in completers]
-    if len(set(names)) < len(names):
-        names = [str(completer.folder) for completer in completers]
+    names = short_names([completer.folder for completer in completers])
 
     def table() -> Table:
         grid = Table(
@@ -216,6 +219,7 @@ def _show_beside(console: Console, completers: Sequence[Completer], prompt: Any,
                 chunk: TextChunk | None = next(streams[column], None)
                 if chunk is None:
                     del streams[column]
+                    texts[column].append("" if texts[column].plain.strip() else EMPTY, "dim")
                 else:
                     texts[column].append(printable(chunk.text))
             live.update(table())

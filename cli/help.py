@@ -66,7 +66,7 @@ def _end(about: Help) -> Iterator[str]:
     examples = [line.strip() for line in about.usage.splitlines() if line.strip().startswith(f"{about.prog} ")]
     if examples:
         yield "examples:\n" + "\n".join(_fill(f"  {line}", _INDENT, end=" \\") for line in examples)
-    yield f"documentation: {about.page}"
+    yield _fill(f"documentation: {about.page} in the repository of rlhf")
 
 
 def _groups(kind: type, values: Any) -> Iterator[str]:

@@ -80,7 +80,8 @@ RULES = (
 _ABOUT = Help(
     prog="rlhf-monitor",
     description="Show how runs are doing, from their logs: live in the terminal, on a web page, as plots or as health "
-    "checks. Choose one of --live, --serve, --report, --plot-type and --check; --live is the default.",
+    "checks. Choose one of --live, --serve, --report, --plot-type, --compare and --check; --live is the "
+    "default.",
     usage=__doc__ or "",
     page="docs/monitoring.md",
 )

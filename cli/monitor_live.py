@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 from rlhf.cli.monitor_health import finding_line, verdict
 
-from rlhf.io.printable_text import visible
+from rlhf.io.printable_text import EMPTY, visible
 from rlhf.metrics import describe, in_order
 from rlhf.monitor.health import findings
 from rlhf.monitor.log import LogReader, Progress, Series
@@ -199,7 +199,7 @@ def _samples(reader: LogReader, room: int, width: int) -> list[Text]:
     for sample in reversed(reader.samples[-count:] if count else []):
         if detailed:
             lines.append(Text(_one_line(sample["prompt"])[-width:], "dim"))
-        figures, text = _figures(sample, detailed), _one_line(sample["completion"])
+        figures, text = _figures(sample, detailed), _one_line(sample["completion"]) or EMPTY
         rows = textwrap.wrap(text, width, initial_indent=" " * (len(figures) + 1), subsequent_indent="    ")
         shown = text if len(rows) < 2 or not detailed else rows[0].strip()
         lines.append(Text.assemble((figures, "cyan"), " ", shown))

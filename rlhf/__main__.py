@@ -1,4 +1,4 @@
-"""python -m rlhf: the list of programs."""
+"""The list of programs, printed by `python -m rlhf`."""
 
 from rlhf.cli.programs import main
 

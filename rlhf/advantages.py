@@ -54,14 +54,14 @@ def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float | Tensor = 1.0)
 
         G_t = sum_l gamma^l r_{t+l}
 
-    Whitened over the batch (`rlhf.ops.whiten`), with the KL in the rewards, it is the advantage of REINFORCE++.
+    This sum is the advantage of REINFORCE++ if the rewards include the KL and it is whitened (`rlhf.ops.whiten`).
 
     Source: Hu 2025, "REINFORCE++", section 3, https://arxiv.org/abs/2501.03262.
 
     Args:
-        rewards: [..., T] float (`token_rewards`); differentiated.
-        mask: [..., T] bool, True on each row's tokens.
-        gamma: discount per token, in [0, 1].
+        rewards: [..., T] float, reward units (`token_rewards`); differentiated.
+        mask: [..., T] bool, True on the tokens of each row.
+        gamma: discount factor per token, in [0, 1].
 
     Returns:
         [..., T] reward units, 0 where the mask is False.

@@ -13,7 +13,7 @@ from rlhf.field_docs import documented
 
 @documented
 class Rows(NamedTuple):
-    """Packed sequences: each row holds several, which are told apart by segment."""
+    """Packed sequences: each row holds several, distinguished by segment."""
 
     tokens: Tensor
     """[R, T] int64."""
@@ -61,7 +61,7 @@ class PairBatch(NamedTuple):
 @documented
 @documented
 class CompletionPairBatch(NamedTuple):
-    """Preference pairs whose completions have their log-probs compared; sequence 2i is chosen, 2i + 1 rejected."""
+    """Preference pairs for losses on log-probs. Sequence 2i is the chosen one of a pair, 2i + 1 the rejected one."""
 
     rows: Rows
     """Packed sequences."""
@@ -111,7 +111,7 @@ class ScoreBatch(NamedTuple):
 
 @documented
 class PPOBatch(NamedTuple):
-    """Completion tokens of a part of a minibatch, with everything that the update reads."""
+    """Completion tokens of a part of a minibatch, with all inputs of the update."""
 
     rows: Rows
     """The packed sequences."""

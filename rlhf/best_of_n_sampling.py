@@ -15,15 +15,16 @@ def best_of_n(proxy: Tensor, values: Tensor, n: int) -> Tensor:
         1 / C(N, n) sum_{S, |S| = n} values[argmax_{i in S} proxy_i]
         = sum_i w_i values_i,   w_i = (C(b_i, n) - C(a_i, n)) / (C(N, n) (b_i - a_i))
 
-    with a_i samples below sample i by the proxy, and b_i not above it, itself included. Samples of equal proxy share
-    their weight. It is an unbiased estimate of the value of best-of-n for every n up to N, from the same N samples.
+    with a_i the number of samples below sample i by the proxy, and b_i the number not above it, itself included.
+    Samples of equal proxy share their weight. The result is an unbiased estimate of the value of best-of-n for every n
+    up to N, from the same N samples.
 
     Source: Nakano et al. 2021, "WebGPT", appendix I, https://arxiv.org/abs/2112.09332; ties are ours.
 
     Args:
-        proxy: [..., N] float, the score that the best is chosen by; constant.
-        values: [..., N] float, what is averaged: the proxy itself, or a gold score; differentiated.
-        n: samples per subset, in [1, N]; 1 gives the mean of the values, N the value of the best.
+        proxy: [..., N] float, reward units, score by which the best sample is chosen; constant.
+        values: [..., N] float, values to average, such as the proxy itself or a gold score; differentiated.
+        n: number of samples per subset, in [1, N]; 1 gives the mean of the values, N the value of the best sample.
 
     Returns:
         [...] units of the values, float32 at least.
@@ -55,11 +56,14 @@ def bon_kl_bound(n: int) -> float:
 
         log n - (n - 1) / n
 
-    It is the KL of best-of-n where no two completions have equal scores and none has a large probability; otherwise the
-    KL is smaller.
+    The bound is the KL of best-of-n if no two completions have equal scores and none has a large probability. Otherwise
+    the KL is smaller.
 
     Source: Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy", theorem 1,
     https://arxiv.org/abs/2401.01879, who show that the formula of earlier papers is a bound.
+
+    Args:
+        n: number of completions per prompt, at least 1.
 
     Raises:
         ValueError: n is below 1.

@@ -105,11 +105,11 @@ class DataConfig(Section):
     """Columns and chat template of data files."""
 
     columns: tuple[str, ...] = ()
-    """Names of columns in the files, each as name=column: prompt=question completion=answer. A column of chat messages
-    is messages."""
+    """Names of columns in the files, each as name=column: prompt=question completion=answer. Each applies to the files
+    that have the column; one that no file has is refused. A column of chat messages is messages."""
     template: str | None = None
-    """Chat template of conversations: chatml, plain, or a file with a Jinja template. It is saved with the model. If
-    None, the tokenizer's own."""
+    """Chat template of conversations: chatml, plain, or a file with a Jinja template. Training saves it with the model.
+    If None, the tokenizer's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +183,8 @@ class ComputeConfig(Section):
     """Device, precision and workers of every program that computes."""
 
     dist_config: str | None = None
-    """YAML file with a dist section, or `distributed` for the one that ships with rlhf. Overrides the dist section of
-    the configuration file."""
+    """YAML file with a dist section, or `distributed` for the one that ships with rlhf. Flags override it, and it
+    overrides a configuration file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; auto selects a GPU if one is available."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -22,11 +22,11 @@ def combine_scores(scores: Tensor, *, how: Combine = "mean", coef: float | Tenso
 
     Args:
         scores: [..., K] float, reward units, one column per member, each on the same scale; differentiated.
-        how: the combination.
-        coef: weight of the variance in 1 / reward units, at least 0; for "uncertainty" only.
+        how: name of the combination.
+        coef: weight of the variance in 1 / reward units, at least 0; read for "uncertainty" only.
 
     Returns:
-        [...] reward units, float32 at least. The order of the members does not matter, but for rounding.
+        [...] reward units, float32 at least. The order of the members affects the rounding only.
 
     Raises:
         ValueError: there is no member, the name is unknown, or coef is negative.

@@ -97,7 +97,7 @@ def make_experience(
         groups: [B] int64, index of the prompt, for estimators that compare completions of the same prompt.
         estimator: advantage estimator (`rlhf.estimators`).
         kl_coef: KL coefficient, in reward units per nat.
-        kl_estimator: per-token KL estimator.
+        kl_estimator: name of the KL estimator per token, "k1", "k2" or "k3".
         kl_in_loss: leave the KL out of the rewards because it is in the loss.
         gamma: discount factor per token.
         lam: lambda parameter of GAE.

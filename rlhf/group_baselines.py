@@ -6,8 +6,7 @@
     Dr. GRPO    mean            none
     REINFORCE   batch, or none  none, or batch_std
 
-A completion is a single action here: every one of its tokens gets its advantage. Completions of one prompt form a
-group.
+A completion is a single action here: all of its tokens get its advantage. Completions of one prompt form a group.
 """
 
 from typing import Literal
@@ -22,7 +21,7 @@ Baseline = Literal["leave_one_out", "mean", "batch", "none"]
 Scale = Literal["none", "group_std", "batch_std"]
 
 _STD_EPS = 1e-4
-"""Added to a standard deviation, as TRL does."""
+"""Term added to a standard deviation, as in TRL."""
 
 
 def group_advantages(
@@ -35,10 +34,10 @@ def group_advantages(
               batch          1 / |B| sum_j s_j                         none  0
         c_i = none  1      group_std  std(s_G) + 1e-4      batch_std  std(s_B) + 1e-4
 
-    The expected policy gradient is exact with leave_one_out and none. With mean it is (1 - 1/K) of it, because s_i is
-    in its own baseline: leave_one_out is K / (K - 1) times mean. A division by the group's deviation weighs prompts by
-    it, so the gradient is that of another objective. Where all scores of a group are equal, its advantages are exactly
-    0 under both group baselines.
+    The expected policy gradient is exact with leave_one_out and none. With mean it is (1 - 1/K) of the exact one,
+    because s_i is part of its own baseline: leave_one_out is K / (K - 1) times mean. A division by the group's
+    deviation weighs prompts unequally, so the gradient is that of another objective. If all scores of a group are
+    equal, its advantages are exactly 0 under both group baselines.
 
     Source: RLOO, Ahmadian et al. 2024, "Back to Basics", eq. 8, https://arxiv.org/abs/2402.14740; GRPO, Shao et al.
     2024, section 4.1.2, https://arxiv.org/abs/2402.03300; Dr. GRPO, Liu et al. 2025, section 3.2,
@@ -48,8 +47,8 @@ def group_advantages(
         scores: [B] float, reward units; differentiated.
         groups: [B] int64, equal for completions of one prompt, in any order; groups may differ in size. Its values are
             read, so it is not an argument for `vmap`.
-        baseline: subtracted from a score.
-        scale: divides the difference.
+        baseline: name of the baseline that is subtracted from each score.
+        scale: name of the scale that divides the difference.
 
     Returns:
         [B] reward units, or dimensionless with a scale; float32 at least.
@@ -89,8 +88,8 @@ def equal_groups(scores: Tensor, groups: Tensor) -> Tensor:
     """Return [B] bool: True where all scores of a completion's group are equal, so that it has nothing to compare.
 
     Args:
-        scores: [B] float.
-        groups: [B] int64, as in `group_advantages`.
+        scores: [B] float, reward units.
+        groups: [B] int64, equal for completions of one prompt, in any order.
 
     Raises:
         ValueError: shapes differ.

@@ -50,10 +50,10 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: KLEstima
         k2 = d^2 / 2              biased
         k3 = exp(-d) - 1 + d      unbiased, never negative
 
-    As estimates of the KL, k1 and k3 are right on average. As losses, what counts is the mean of their gradients over
-    samples of the policy: that of k1 is 0, that of k2 is the gradient of KL(policy || reference), and that of k3 is the
-    gradient of KL(reference || policy), the other direction. All three are wrong once the policy has moved away from
-    the one that sampled; `importance_weighted_kl` has the gradient of KL(policy || reference) there, too.
+    As estimates of the KL, k1 and k3 are unbiased. In a loss, what matters is the mean of the gradient over samples of
+    the policy: for k1 it is 0, for k2 it is the gradient of KL(policy || reference), and for k3 it is the gradient of
+    KL(reference || policy), the other direction. All three are wrong once the policy has moved away from the one that
+    sampled; `importance_weighted_kl` then still has the gradient of KL(policy || reference).
 
     Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. Where -d is above
     `MAX_LOG_RATIO`, the exponential of k3 is continued by its tangent (`ratio_of`).
@@ -89,14 +89,14 @@ def importance_weighted_kl(
 ) -> Tensor:
     """Estimate KL(policy || reference) per token from tokens that an older policy sampled, gradient included.
 
-        r k,   r = exp(log_probs - old_log_probs),   k as `kl_estimate`
+        r k,   r = exp(log_probs - old_log_probs),   k of `kl_estimate`
 
-    Its mean over tokens of the older policy is that of k over tokens of the policy, whatever the policy is. So with k1
-    and k3 its mean is the KL, and the mean of its gradient is the gradient of the KL; with k2 neither is. It is per
+    The mean of r k over tokens of the older policy equals the mean of k over tokens of the policy. With k1 and k3, that
+    mean is the KL, and the mean of the gradient is the gradient of the KL; with k2, neither holds. The estimate is per
     token, in states that the older policy visited.
 
-    Source: importance sampling of Schulman's estimators; k3 is used so by DeepSeek-AI 2025, "DeepSeek-V3.2", section
-    3.1, https://arxiv.org/abs/2512.02556.
+    Source: importance sampling of Schulman's estimators, as used with k3 by DeepSeek-AI 2025, "DeepSeek-V3.2",
+    section 3.1, https://arxiv.org/abs/2512.02556.
 
     Args:
         log_probs: [...] float, nats, policy; differentiated.
@@ -204,20 +204,22 @@ def budget_kl_coef(
 
         max(floor, kl_coef * clip(kl / budget, 1 / most, most))
 
-    A budget is a bound, not a target: below it the coefficient falls back to `floor` and no lower, so that a run that
-    stays within its budget is one with the fixed coefficient `floor`. It answers within a few iterations, however
-    long the run is, where `adaptive_kl_coef` takes its horizon. Source: a multiplicative controller in the manner of
-    Schulman et al. 2017, section 4, https://arxiv.org/abs/1707.06347, whose factor is 2.
+    A budget is a bound, not a target. Below it the coefficient falls back to `floor`, so a run that stays within its
+    budget equals a run with the fixed coefficient `floor`. The coefficient responds within a few iterations, whereas
+    that of `adaptive_kl_coef` takes its whole horizon.
+
+    Source: Schulman et al. 2017, section 4, https://arxiv.org/abs/1707.06347, whose multiplicative controller has the
+    factor 2.
 
     Args:
-        kl_coef: the present coefficient, >= floor. This and all that follow but `most` are numbers or [] tensors.
-        kl: the mean KL per sequence just measured, nats.
-        budget: nats per sequence, > 0; infinity keeps `floor`.
-        floor: the lowest coefficient, >= 0; at 0 the coefficient stays 0.
-        most: the largest factor of one call, > 1.
+        kl_coef: current coefficient, at least `floor`. All arguments except `most` are numbers or [] tensors.
+        kl: measured mean KL per sequence, in nats.
+        budget: KL budget in nats per sequence, above 0; infinity keeps `floor`.
+        floor: lowest coefficient, at least 0; with 0 the coefficient stays 0.
+        most: largest factor of one call, above 1.
 
     Returns:
-        The new coefficient: a float, or a [] tensor where an argument is one.
+        The new coefficient: a float, or a [] tensor if an argument is a tensor.
 
     Raises:
         ValueError: budget is not positive, or most is not above 1.

@@ -148,7 +148,7 @@ def ppo_policy_loss(
         mask: [...] bool, True where the token counts.
         weights: factors that broadcast to [...]; constant. None stands for 1.
         clip_eps: half-width of the interval of ratios, above 0; dimensionless.
-        clip_eps_high: width of its upper half, above 0. None stands for `clip_eps`.
+        clip_eps_high: width of the upper half of the interval, above 0. None stands for `clip_eps`.
         dual_clip: upper bound of the loss where the advantage is negative, in units of the advantage; above 1. None
             sets no bound.
 
@@ -242,10 +242,16 @@ def ppo_value_loss(
 
 
 def clip_ratio(function: str, ratio: Tensor, clip_eps: float | Tensor, clip_eps_high: float | Tensor | None) -> Tensor:
-    """Return clip(ratio, 1 - clip_eps, 1 + clip_eps_high); the upper is `clip_eps` if it is None.
+    """Return clip(ratio, 1 - clip_eps, 1 + clip_eps_high).
+
+    Args:
+        function: name of the calling function, for errors.
+        ratio: [...] float, probability ratio.
+        clip_eps: width of the lower half of the interval, above 0.
+        clip_eps_high: width of the upper half, above 0. None stands for `clip_eps`.
 
     Raises:
-        ValueError: `function` got one that is not positive.
+        ValueError: `clip_eps` or `clip_eps_high` is not positive.
 
     Example:
         >>> clip_ratio("example", torch.tensor([0.5, 1.0, 2.0]), 0.2, 0.3)

@@ -187,7 +187,7 @@ def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
 
         min(1, max_norm / (norm + 1e-6))
 
-    Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, as `torch.nn.utils.clip_grad_norm_`.
+    Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, in the form of `torch.nn.utils.clip_grad_norm_`.
 
     Args:
         norm: [] float64, global norm before clipping.

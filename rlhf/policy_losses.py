@@ -1,7 +1,7 @@
-"""Policy losses beside `rlhf.losses.ppo_policy_loss`, and the table of them all.
+"""Policy losses other than `rlhf.losses.ppo_policy_loss`, and the table of all policy losses.
 
-They have one signature, so that a run chooses among them by name (`--ppo.loss`), and so that one of your own is a
-function like them. Masks, weights and what is returned are described in `rlhf.losses`.
+All policy losses have one signature, so that `--ppo.loss` can name any of them, or a function of the user with the same
+signature. `rlhf.losses` describes their masks, weights and results.
 """
 
 from collections.abc import Callable
@@ -34,24 +34,24 @@ def cispo_loss(
 
         L = - sum_t w_t m_t c_t A_t log_probs_t,   c_t = clip(r_t, 1 - eps, 1 + eps_high), constant
 
-    No token loses its gradient where the clip binds; its weight is bounded instead.
+    A clipped token keeps its gradient; only its weight is bounded.
 
-    Source: MiniMax 2025, "MiniMax-M1", eq. 4 and 5, https://arxiv.org/abs/2506.13585, who bound the ratio from above
-    alone: clip_eps 1, the default here.
+    Source: MiniMax 2025, "MiniMax-M1", eq. 4 and 5, https://arxiv.org/abs/2506.13585, who bound the ratio only
+    from above. The default `clip_eps` of 1 does the same.
 
     Args:
         log_probs: [...] float, nats, current policy; the only differentiated input.
         old_log_probs: [...] float, nats, policy that sampled; constant.
-        advantages: [...] float; constant.
+        advantages: [...] float, reward units; constant.
         mask: [...] bool, True where the token counts.
-        weights: broadcast to [...]; constant; None is 1.
-        clip_eps: dimensionless, above 0.
-        clip_eps_high: above 0; None is `clip_eps`.
-        sequences: not read; an argument of all policy losses.
+        weights: factors that broadcast to [...]; constant. None stands for 1.
+        clip_eps: width of the lower half of the interval of ratios, above 0; dimensionless.
+        clip_eps_high: width of the upper half of the interval, above 0. None stands for `clip_eps`.
+        sequences: ignored; part of the signature of policy losses.
 
     Returns:
         loss: [] sum.
-        sums: those of `ppo_policy_loss`; `policy/clipfrac_avg_sum` is the share of tokens whose ratio is clipped.
+        sums: sums named like those of `ppo_policy_loss`; `policy/clipfrac_avg_sum` counts tokens with a clipped ratio.
 
     Raises:
         ValueError: shapes differ, or a clip is not positive.
@@ -98,22 +98,22 @@ def gspo_loss(
     With weights per sequence (`rlhf.weighting.loss_weights`) and one advantage per sequence, it is eq. 5 of the paper.
 
     Source: Zheng et al. 2025, "Group Sequence Policy Optimization", https://arxiv.org/abs/2507.18071. A sequence's
-    ratio is much closer to 1 than a token's, so its clips are smaller: the paper has 3e-4 and 4e-4.
+    ratio is much closer to 1 than a token's, so its interval is narrower: 3e-4 and 4e-4 in the paper.
 
     Args:
         log_probs: [..., T] float, nats, current policy; the only differentiated input.
         old_log_probs: [..., T] float, nats, policy that sampled; constant.
-        advantages: [..., T] float; constant.
+        advantages: [..., T] float, reward units; constant.
         mask: [..., T] bool, True where the token counts.
-        weights: broadcast to [..., T]; constant; None is 1.
-        clip_eps: dimensionless, above 0.
-        clip_eps_high: above 0; None is `clip_eps`.
-        sequences: [..., T] int64, equal for tokens of one sequence where several lie along T; None if each
-            row is one sequence.
+        weights: factors that broadcast to [..., T]; constant. None stands for 1.
+        clip_eps: width of the lower half of the interval of ratios, above 0; dimensionless.
+        clip_eps_high: width of the upper half of the interval, above 0. None stands for `clip_eps`.
+        sequences: [..., T] int64, equal for tokens of one sequence if a row holds several sequences; None if each row
+            is one sequence.
 
     Returns:
         loss: [] sum.
-        sums: those of `ppo_policy_loss`, of the sequences' ratios.
+        sums: sums named like those of `ppo_policy_loss`, computed from the ratios of sequences.
 
     Raises:
         ValueError: shapes differ, or a clip is not positive.

@@ -46,8 +46,8 @@ class PPOConfig(OptimizerConfig):
     """Number of completions per prompt."""
     num_epochs: PositiveInt = 4
     """Number of passes over each iteration's completions."""
-    minibatch_size: BatchSize = 16
-    """Number of completions per optimiser step."""
+    minibatch_size: BatchSize | None = None
+    """Number of completions per optimiser step. If None, 16, or all completions of an iteration if they are fewer."""
     rollout_batch_size: BatchSize = 64
     """Number of completions per rollout micro-batch, the unit of work of one worker."""
     rollout_slots: BatchSize = 64
@@ -162,30 +162,46 @@ class PPOConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         total = self.batch_size * self.samples_per_prompt
-        for name, value, expression, maximum in (
-            ("minibatch_size", self.minibatch_size, "batch_size * samples_per_prompt", total),
-            ("min_new_tokens", self.min_new_tokens, "max_new_tokens", self.completion_tokens),
-            ("critic_warmup", self.critic_warmup, "num_iterations - 1", self.num_iterations - 1),
+        for name, value, expression, maximum, higher in (
+            ("minibatch_size", self.update_size, "batch_size * samples_per_prompt", total, "batch-size"),
+            ("min_new_tokens", self.min_new_tokens, "max_new_tokens", self.completion_tokens, "max-new-tokens"),
+            ("critic_warmup", self.critic_warmup, "num_iterations - 1", self.num_iterations - 1, "num-iterations"),
         ):
             if value > maximum:
-                raise ValueError(f"{name} must be at most {expression} = {maximum}, got {value}")
+                raise ValueError(
+                    f"{name} must be at most {expression} = {maximum}, got {value}; "
+                    f"lower --ppo.{name.replace('_', '-')} or raise --ppo.{higher}"
+                )
         if self.kl_adaptive and self.horizon < total:
-            raise ValueError(f"kl_horizon must be at least an iteration's {total} completions, got {self.horizon:g}")
+            raise ValueError(
+                f"kl_horizon must be at least an iteration's {total} completions, got {self.horizon:g}; "
+                "raise --ppo.kl-horizon"
+            )
         if self.kl_in_loss and self.kl_estimator == "k1" and not self.kl_importance_weighting:
             raise ValueError(
-                "kl_estimator must be k2, k3 or exact with kl_in_loss, got k1: its gradient is 0 on average"
+                "kl_estimator must be k2, k3 or exact with kl_in_loss, got k1: its gradient is 0 on average; "
+                "add --ppo.kl-estimator k3"
             )
         if self.critic_learning_rate is not None and self.learning_rate == 0:
-            raise ValueError("critic_learning_rate must be None with a learning_rate of 0, of which it is a multiple")
+            raise ValueError(
+                "critic_learning_rate must be None with a learning_rate of 0, of which it is a multiple; "
+                "drop --ppo.critic-learning-rate"
+            )
         if not self.kl_in_loss and self.kl_estimator == "exact":
             raise ValueError(
                 "kl_estimator must be k1, k2 or k3 without kl_in_loss, got exact, which does not depend on the token "
-                "drawn: as a reward it would not hold the policy back"
+                "drawn: as a reward it would not hold the policy back; add --ppo.kl-in-loss"
             )
 
     def default_rates(self) -> tuple[float, float]:
         """Return the default learning rates of a model from scratch and of a pre-trained one."""
         return 1e-4, 1e-5
+
+    @property
+    def update_size(self) -> int:
+        """The number of completions per optimiser step, by rule if none is set."""
+        per_iteration = self.batch_size * self.samples_per_prompt
+        return min(16, per_iteration) if self.minibatch_size is None else self.minibatch_size
 
     @property
     def completion_tokens(self) -> int:

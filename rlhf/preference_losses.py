@@ -1,7 +1,7 @@
 """Losses on preference pairs without a reward model: DPO and IPO.
 
 Each takes the log-ratios of whole completions, log pi(y | x) - log pi_ref(y | x) in nats, and returns `(loss_sum,
-sums)` as the losses of `rlhf.losses` do, whose module describes masks, weights and counts.
+sums)` like the losses of `rlhf.losses`, which describes masks, weights and counts.
 """
 
 import torch
@@ -22,7 +22,7 @@ def sequence_log_ratio(log_probs: Tensor, *, ref_log_probs: Tensor, mask: Tensor
     Args:
         log_probs: [..., T] float, nats, policy; differentiated.
         ref_log_probs: [..., T] float, nats, reference; constant.
-        mask: [..., T] bool, True on the completion's tokens.
+        mask: [..., T] bool, True on the tokens of the completion.
 
     Returns:
         [...] nats, float32 at least.
@@ -53,20 +53,20 @@ def dpo_loss(
 
         L = - sum_i w_i ((1 - e) log sigmoid(beta (c_i - r_i)) + e log sigmoid(-beta (c_i - r_i)))
 
-    It is the Bradley-Terry loss of the implicit rewards beta c and beta r: without smoothing,
+    The loss is the Bradley-Terry loss of the implicit rewards beta c and beta r: without smoothing,
     `reward_loss(beta * c, rejected_scores=beta * r)`. Where pairs are labelled by a reward R, its expected gradient is
     0 at pi_ref exp(R / beta) / Z.
 
     Source: Rafailov et al. 2023, eq. 7, https://arxiv.org/abs/2305.18290; label smoothing: "conservative DPO", Mitchell
-    2023, https://ericmitchell.ai/cdpo.pdf. Without it, it is TRL's `sigmoid`.
+    2023, https://ericmitchell.ai/cdpo.pdf. Without smoothing, it is TRL's `sigmoid`.
 
     Args:
         chosen_log_ratios: [B] float, nats (`sequence_log_ratio`); differentiated.
         rejected_log_ratios: [B] float, nats; differentiated.
-        mask: [B] bool, True on real pairs; None counts all.
-        weights: broadcast to [B]; constant; None is 1.
-        beta: reward units per nat, above 0: the coefficient of the KL to the reference.
-        label_smoothing: e, the probability that a label is wrong, in [0, 0.5).
+        mask: [B] bool, True on pairs that count. None counts all.
+        weights: factors that broadcast to [B]; constant. None stands for 1.
+        beta: coefficient of the KL to the reference, in reward units per nat, above 0.
+        label_smoothing: probability e that a label is wrong, in [0, 0.5).
 
     Returns:
         loss: [] sum over pairs.
@@ -104,8 +104,8 @@ def ipo_loss(
 
         L = sum_i w_i (c_i - r_i - 1 / (2 beta))^2
 
-    Its optimum is at a finite log-ratio also where all labels agree. If pairs are drawn from mu x mu and p(y > y') is
-    the probability of a label, it is pi_ref exp(p(y > mu) / beta) / Z, with p(y > mu) the mean of p(y > y') over mu.
+    The optimum is at a finite log-ratio even if all labels agree. If pairs are drawn from mu x mu and p(y > y') is the
+    probability of a label, it is pi_ref exp(p(y > mu) / beta) / Z, with p(y > mu) the mean of p(y > y') over mu.
 
     Source: Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences", eq. 17,
     https://arxiv.org/abs/2310.12036. Log-ratios are sums over tokens, as in the paper; TRL takes their mean over
@@ -114,13 +114,13 @@ def ipo_loss(
     Args:
         chosen_log_ratios: [B] float, nats (`sequence_log_ratio`); differentiated.
         rejected_log_ratios: [B] float, nats; differentiated.
-        mask: [B] bool, True on real pairs; None counts all.
-        weights: broadcast to [B]; constant; None is 1.
-        beta: the paper's tau, above 0.
+        mask: [B] bool, True on pairs that count. None counts all.
+        weights: factors that broadcast to [B]; constant. None stands for 1.
+        beta: tau of the paper, per nat, above 0.
 
     Returns:
         loss: [] sum over pairs.
-        sums: `loss/ipo_sum` and the others of `dpo_loss`.
+        sums: `loss/ipo_sum`, and the sums of `dpo_loss` except its `loss/dpo_sum`.
 
     Raises:
         ValueError: shapes differ, or beta is not positive.

@@ -18,8 +18,8 @@ def remat(function: Callable[..., Any]) -> Callable[..., Any]:
     Values and gradients have the same bits. In compiled code, under `vmap`, in forward mode and under repeated
     differentiation, the plain function runs: a compiler would notice that a result is computed twice and store it.
 
-    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", https://arxiv.org/abs/1604.06174, as
-    `jax.checkpoint`. torch.utils.checkpoint does not work under `torch.func`.
+    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", https://arxiv.org/abs/1604.06174;
+    `jax.checkpoint` is the same transform. torch.utils.checkpoint does not work under `torch.func`.
 
     Args:
         function: pure function from pytrees of tensors to a floating-point tensor or a tuple of them. Tensors that it

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions from a step to a rate. Both are [] tensors, so that code is compiled once."""
+"""Learning-rate schedules: functions from a step to a rate. Both are [] tensors, so that code compiles only once."""
 
 import math
 from collections.abc import Callable

@@ -63,7 +63,7 @@ def flag_of(name: str, value: Any = None) -> str:
 
     Args:
         name: dotted name of the setting.
-        value: its value; False gives the `no-` form of the flag.
+        value: value of the setting; False gives the `no-` form of the flag.
 
     Example:
         >>> flag_of("ppo.batch_size", 8), flag_of("ppo.stop_at_eos", False)

@@ -60,7 +60,8 @@ class SupervisedConfig(OptimizerConfig):
     epochs: Annotated[float, Gt(0), Le(1_000_000)] = 3.0
     """Number of passes over the training split; may be fractional."""
     max_steps: PositiveInt | None = None
-    """Maximum number of optimiser steps. If None, only epochs counts."""
+    """Maximum number of optimiser steps; training ends there or after epochs, whichever is first. If None, only epochs
+    counts."""
     batch_size: BatchSize = 32
     """Number of records per optimiser step."""
     max_length: Annotated[int, Ge(2), Le(2**20)] | None = None

@@ -13,7 +13,7 @@ CHOSEN_BY_RULE = {
     "sft": ("learning_rate",),
     "reward": ("learning_rate",),
     "dpo": ("learning_rate",),
-    "ppo": ("learning_rate", "max_new_tokens", "missing_eos_penalty", "kl_horizon"),
+    "ppo": ("learning_rate", "max_new_tokens", "missing_eos_penalty", "kl_horizon", "minibatch_size"),
 }
 """Settings, by section, that a stage chooses by rule where they are None."""
 
@@ -24,7 +24,7 @@ _NO_SAMPLES = Rule(
 
 
 def _columns_rule(data: str) -> Rule:
-    """Return the rule for columns named although a stage has no file whose columns they could be."""
+    """Return the rule for columns that are named although the stage has no data file."""
     reason = "has no effect on the embedded example: name a data file"
     return Rule(("data.columns",), lambda config: getattr(config, data) is None, reason)
 
@@ -34,14 +34,32 @@ def _starts_elsewhere(data: str) -> Callable[[Any], bool]:
     return lambda config: not hasattr(config, "sft") and getattr(config, data) is not None
 
 
-def _worker_rule(stage: str, size: str, *, rows: int = 1) -> Rule:
-    """Return the rule for more workers than an optimiser step has micro-batches, with `rows` rows per record."""
+def _length_rule(stage: str) -> Rule:
+    """Return the rule for a number of epochs beside a maximum number of steps."""
+
+    def reason(config: Any) -> str:
+        limit = flag_of(f"{stage}.max_steps", getattr(config, stage).max_steps)
+        return f"training ends then or at {limit}, whichever is first"
+
+    return Rule((f"{stage}.epochs",), lambda config: getattr(config, stage).max_steps is not None, reason)
+
+
+def _worker_rule(stage: str, setting: str, size: str = "", *, rows: int = 1) -> Rule:
+    """Return the rule for more workers than an optimiser step has micro-batches.
+
+    Args:
+        stage: section of the stage.
+        setting: name of the setting for the number of records per optimiser step.
+        size: name of the property with that number, if the setting may be None.
+        rows: number of rows per record.
+    """
 
     def applies(config: Any) -> bool:
         settings = getattr(config, stage)
-        return bool(config.dist.num_workers > -(-rows * getattr(settings, size) // settings.micro_batch_size))
+        micro_batches = -(-rows * getattr(settings, size or setting) // settings.micro_batch_size)
+        return bool(config.dist.num_workers > micro_batches)
 
-    remedy = f"lower {flag_of(f'{stage}.micro_batch_size')}, or raise {flag_of(f'{stage}.{size}')}"
+    remedy = f"lower {flag_of(f'{stage}.micro_batch_size')}, or raise {flag_of(f'{stage}.{setting}')}"
     return Rule(("dist.num_workers",), applies, f"more workers than an update has micro-batches; {remedy}")
 
 
@@ -53,6 +71,7 @@ def _model_rules(data: str) -> tuple[Rule, ...]:
 SFT_RULES = (
     _NO_SAMPLES,
     _columns_rule("sft_data"),
+    _length_rule("sft"),
     _worker_rule("sft", "batch_size"),
     Rule(
         ("tokenizer.vocab_size",),
@@ -97,6 +116,7 @@ REWARD_RULES = (
     ),
     _NO_SAMPLES,
     _columns_rule("preference_data"),
+    _length_rule("reward"),
     _worker_rule("reward", "batch_size", rows=2),
     *_model_rules("preference_data"),
     Rule(
@@ -109,6 +129,7 @@ REWARD_RULES = (
 DPO_RULES = (
     _columns_rule("preference_data"),
     _NO_SAMPLES,
+    _length_rule("dpo"),
     _worker_rule("dpo", "batch_size", rows=2),
     *_model_rules("preference_data"),
     Rule(
@@ -127,11 +148,11 @@ DPO_RULES = (
 
 def _updates_once(ppo: PPOConfig) -> bool:
     """Return True if an iteration makes a single update, in which every ratio is 1."""
-    return ppo.num_epochs == 1 and ppo.minibatch_size >= ppo.batch_size * ppo.samples_per_prompt
+    return ppo.num_epochs == 1 and ppo.update_size >= ppo.batch_size * ppo.samples_per_prompt
 
 
 def _has_no_warmup_step(ppo: PPOConfig) -> bool:
-    minibatches = -(-ppo.batch_size * ppo.samples_per_prompt // ppo.minibatch_size)
+    minibatches = -(-ppo.batch_size * ppo.samples_per_prompt // ppo.update_size)
     updates = (ppo.num_iterations - ppo.critic_warmup) * ppo.num_epochs * minibatches
     return 0 < ppo.warmup_fraction * updates < 1
 
@@ -143,7 +164,7 @@ PPO_RULES = (
         "has no effect in the pipeline, which ends with PPO; run `rlhf-train dpo`",
     ),
     _columns_rule("prompt_data"),
-    _worker_rule("ppo", "minibatch_size"),
+    _worker_rule("ppo", "minibatch_size", "update_size"),
     *_model_rules("prompt_data"),
     Rule(
         ("log.token_samples",),

@@ -76,7 +76,7 @@ def with_leaves(tree: Tree, named: dict[str, Tensor]) -> Tree:
     """Return a tree with other leaves.
 
     Args:
-        tree: a tree of the wanted structure.
+        tree: tree with the structure of the result.
         named: the new leaves, by dotted name.
 
     Raises:

@@ -7,7 +7,7 @@ from rlhf.field_docs import documented
 
 SAND_PERPLEXITY = 0.75
 """Perplexity, as a share of the unigram model's, above which a language model has learnt little more than which tokens
-are frequent. Ours on 1,600 sentences reach 0.4 to 0.6."""
+are frequent. Models of this library trained on 1,600 sentences reach 0.4 to 0.6."""
 
 _ONE_SIDED = 1.645
 """Standard errors that a figure exceeds by chance in one case of twenty."""
@@ -27,7 +27,7 @@ def sft_verdict(perplexity: float, unigram: float, records: int) -> Verdict:
     """Return the verdict on a language model by its perplexity on held-out demonstrations.
 
     Args:
-        perplexity: perplexity per token.
+        perplexity: perplexity per token of the language model.
         unigram: perplexity of the model that knows only how often each token occurs.
         records: number of held-out demonstrations.
 
@@ -53,7 +53,7 @@ def reward_verdict(accuracy: float, pairs: int, *, bag_of_words: float, longer: 
     A baseline wins only by more than chance: by 1.6 standard errors of the accuracy.
 
     Args:
-        accuracy: share of pairs ordered as people did.
+        accuracy: share of pairs that the model orders as people did.
         pairs: number of held-out pairs.
         bag_of_words: accuracy of a linear model of word counts that learnt from the same pairs; NaN if unknown.
         longer: accuracy of always preferring the longer completion.
@@ -97,7 +97,7 @@ def ppo_verdict(
         kl: mean KL of the last iterations, in nats per completion.
         budget: KL budget of the run, in nats per completion.
         ended: share of completions that end by themselves.
-        must_end: True if they should.
+        must_end: True if completions should end by themselves.
         unit: unit of the score: "standard deviations" or "reward units".
 
     Example:

@@ -25,7 +25,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
-SECONDS = 120  # after which a child is given up
+SECONDS = 120
+"""CPU seconds after which a child is given up."""
 
 
 TESTS = {
@@ -1199,7 +1200,7 @@ def outcomes(selected: Iterable[Mutant]) -> Iterator[tuple[Mutant, str]]:
 
 def run(mutant: Mutant, answer: Path) -> None:
     """In a child: execute the mutant, run its tests in silence, write down what fails first, and end."""
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)

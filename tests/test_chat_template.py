@@ -126,7 +126,7 @@ def test_the_turn_of_every_template_ends_with_its_own_token(both):
 def test_a_template_whose_tokens_the_vocabulary_lacks_is_refused_with_its_flag(tokenizer):
     with pytest.raises(UserError) as caught:
         chat_tokenizer(tokenizer, DataConfig(template="chatml"))
-    assert "--data.template chatml: the template writes <|im_start|>, which is no token" in str(caught.value)
+    assert "--data.template chatml: the template writes <|im_start|>, which is not a token" in str(caught.value)
     assert chat_tokenizer(tokenizer, DataConfig(template="plain")).chat_template.source == TEMPLATES["plain"]
     assert chat_tokenizer(tokenizer, DataConfig()) is tokenizer
 

@@ -195,19 +195,20 @@ def test_ppo_refuses_settings_that_contradict_each_other():
     for settings, message in (
         (
             {"batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 9},
-            "minibatch_size must be at most .* = 8, got 9",
+            "minibatch_size must be at most .* = 8, got 9; lower --ppo.minibatch-size or raise --ppo.batch-size",
         ),
         ({"max_new_tokens": 5, "min_new_tokens": 6}, "min_new_tokens must be at most max_new_tokens = 5, got 6"),
         ({"num_iterations": 6, "critic_warmup": 6}, "critic_warmup must be at most num_iterations - 1 = 5, got 6"),
         (
             {"kl_adaptive": True, "kl_horizon": 7, "batch_size": 4, "samples_per_prompt": 2, "minibatch_size": 8},
-            "kl_horizon must be at least an iteration's 8 completions, got 7",
+            "kl_horizon must be at least an iteration's 8 completions, got 7; raise --ppo.kl-horizon",
         ),
         ({"kl_in_loss": True, "kl_estimator": "k1"}, "kl_estimator must be k2, k3 or exact with kl_in_loss"),
     ):
         with pytest.raises(ValueError, match=message):
             PPOConfig(**settings)
     PPOConfig(batch_size=4, samples_per_prompt=2, minibatch_size=8)
+    assert [PPOConfig(batch_size=size, samples_per_prompt=2).update_size for size in (4, 8, 9)] == [8, 16, 16]
     PPOConfig(max_new_tokens=5, min_new_tokens=5)
     PPOConfig(num_iterations=6, critic_warmup=5)
     PPOConfig(batch_size=8, minibatch_size=8, kl_adaptive=True, kl_horizon=8)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rlhf.data.data_files import DataFiles, Source, content_digest, data_files, list_files
 from rlhf.data.dataset import load_dataset
 from rlhf.data.records import read_records
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, read_checked
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, check_renames, read_checked
 from rlhf.errors import UserError
 from rlhf.io.tokenizer import Tokenizer
 
@@ -114,11 +114,31 @@ def test_columns_of_other_names_give_the_same_cache(tmp_path):
         assert cached(source, PREFERENCES, tokenizer, tmp_path / f"cache {form}") == expected
 
 
-def test_a_renamed_column_that_is_missing_is_named_with_its_flag(tmp_path):
-    (tmp_path / "data.json").write_text('[{"q": "a"}]')
+def test_a_renamed_column_that_no_file_has_is_named_with_its_flag(tmp_path):
+    (tmp_path / "data.json").write_text('[{"q": "a"}, {"question": "b"}]')
+    (tmp_path / "more.json").write_text('[{"prompt": "a"}]')
+
+    def check(*columns: str) -> None:
+        files = [data_files(tmp_path / name, columns) for name in ("more.json", "data.json")]
+        check_renames([(source, PROMPTS) for source in files])
+
+    check("prompt=question")  # which only a later record of the second file has
+    check("prompt=q", "completion=answer")  # which no prompt file is read for
     with pytest.raises(UserError) as caught:
-        list(read_checked(data_files(tmp_path / "data.json", ["prompt=question"]), PROMPTS))
-    assert "record 1 (line 1) has no column 'question' (--data.columns prompt=question), found 'q'" in str(caught.value)
+        check("prompt=q", "prompt=quest")
+    assert str(caught.value) == (
+        f"--data.columns prompt=quest: no file that is read for 'prompt' has a column 'quest'; "
+        f"{tmp_path}/more.json has 'prompt'"
+    )
+
+
+def test_a_column_is_renamed_where_a_file_has_it_and_the_first_of_several_counts(tmp_path):
+    (tmp_path / "data.json").write_text(
+        '[{"question": "a", "text": "b"}, {"text": "c", "id": 1}, {"prompt": "d"}, {"prompt": "e", "text": "f"}]'
+    )
+    source = data_files(tmp_path / "data.json", ("prompt=question", "prompt=text"))
+    fields = [record.fields for record in read_checked(source, PROMPTS)]
+    assert fields == [{"prompt": "a", "text": "b"}, {"prompt": "c", "id": 1}, {"prompt": "d"}, {"prompt": "f"}]
 
 
 def test_renaming_replaces_a_column_of_that_name_and_leaves_those_that_a_kind_does_not_read(tmp_path):

@@ -45,7 +45,7 @@ def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path):
 def test_a_file_of_the_users_is_not_overwritten(tmp_path):
     mine = tmp_path / "prompts.json"
     mine.write_text('[{"prompt": "mine"}]')
-    with pytest.raises(UserError, match=r"prompts\.json: is there already, and is not what the example would write"):
+    with pytest.raises(UserError, match=r"prompts\.json: already exists, and is not what the example would write"):
         write_embedded(tmp_path, size=40)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.json"]
     assert mine.read_text() == '[{"prompt": "mine"}]'

@@ -137,7 +137,7 @@ def test_settings_that_contradict_are_refused(base):
 def test_a_policy_that_is_there_is_not_replaced(base, finished, tmp_path):
     run = dpo_run(base, tmp_path)
     shutil.copytree(finished.output_dir / "policy", run.output_dir / "policy")
-    with pytest.raises(UserError, match="is there already, and would be replaced by what dpo trains"):
+    with pytest.raises(UserError, match="already exists, and would be replaced by what dpo trains"):
         run_dpo(run)
 
 

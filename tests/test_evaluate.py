@@ -438,7 +438,7 @@ def test_a_file_of_the_run_that_is_gone_is_named(trained, shelf, tmp_path):
     config = dataclasses.replace(config, prompt_data=tmp_path / "gone.json")
     (folder / "config.yaml").write_text(dump_config(config))
     report = run_evaluation(EvaluateConfig(model_dir=folder, threads=1))
-    gone = f"{tmp_path / 'gone.json'}, which the run had, is no longer there; give another file as --test-data"
+    gone = f"{tmp_path / 'gone.json'}, which the run read, no longer exists; give another file as --test-data"
     assert report.skipped == {"policy": gone}
 
 
@@ -482,7 +482,7 @@ def test_held_out_records_are_those_of_the_data_that_the_run_had(moved, kind, na
     with pytest.raises(UserError, match=f"{name} is no longer what the run learnt from; give another file as --test-d"):
         evaluated(run, kind)
     data.unlink()
-    with pytest.raises(UserError, match=f"{name}, which the run had, is no longer there"):
+    with pytest.raises(UserError, match=f"{name}, which the run read, no longer exists"):
         evaluated(run, kind)
 
 
@@ -595,7 +595,7 @@ WRONG = {  # flags, and what the message says
         "nothing to evaluate: sft: no demonstrations among the test data",
     ),
     "reward model's policy": (
-        ["--model-dir", "{shelf}/run/reward", *PROMPTS_FILE], "reward is no language model",
+        ["--model-dir", "{shelf}/run/reward", *PROMPTS_FILE], "reward is not a language model",
     ),
     "vocabulary": (
         [*PROMPTS_FILE, "--against", "{wrong}/other_words"],
@@ -655,7 +655,7 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_read(tmp_path, c
 def test_another_model_that_is_none_is_refused_before_anything_is_evaluated(flag, shelf, tmp_path, capfd):
     assert main(["--model-dir", shelf / "run", flag, tmp_path]) == 2
     out, err = capfd.readouterr()
-    assert (out, err) == ("", f"error: {tmp_path}/config.json: no such file; {tmp_path} is no model folder\n")
+    assert (out, err) == ("", f"error: {tmp_path}/config.json: no such file; {tmp_path} is not a model folder\n")
 
 
 def test_a_judge_that_gives_nan_is_told(shelf, tmp_path, capfd):

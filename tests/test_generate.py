@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rlhf.cli.arguments import flag_types
 from rlhf.cli.generate_screen import read_prompts, run_generate
 
 from rlhf import random
@@ -26,7 +27,7 @@ from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
 from rlhf.generate.best_of_completer import open_completer
 from rlhf.generate.complete import default_length
-from rlhf.generate.completer import Completer, stream, text_chunks
+from rlhf.generate.completer import Completer, TextChunk, stream, text_chunks
 from rlhf.generate.generate_config import GENERATE_RULES, GenerateConfig
 from rlhf.io.model_folder import (
     LanguageModel,
@@ -175,6 +176,32 @@ def test_two_models_stand_side_by_side(show, folder, tmp_path):
         seen = "".join("".join(column[side] for column in columns).split())
         assert seen == "".join(printable(line[name]).split())
     assert line["completion"] != line["against_completion"]
+
+
+def test_two_folders_of_one_name_are_told_apart(show, folder, tmp_path):
+    shutil.copytree(folder / "policy", tmp_path / "other" / "policy")
+    shown = show(prompt=("hello",), against=tmp_path / "other" / "policy", greedy=True)
+    heading = next(line for line in shown.splitlines() if "policy" in line)
+    assert heading.split()[1::2] == ["run/policy", "other/policy"]
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_completion_has_a_mark_on_the_screen_and_none_in_a_file(show, folder, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(Completer, "stream", lambda self, prompt, key: iter([TextChunk(text, True)]))
+    monkeypatch.setattr(Completer, "complete", lambda self, prompts, keys: [TextChunk(text, True)])
+    assert show(prompt=("hello",)) == f"hello{text} (empty)\n\n"
+    assert show(prompt=("hello",), against=folder / "sft").count("(empty)") == 2
+    show(prompt=("hello",), output=tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["completion"] == text
+
+
+def test_chat_without_a_template_says_what_to_do_with_flags_of_the_program(show):
+    with pytest.raises(
+        UserError, match=r"no chat template .*; add --data.template .*; or leave --chat out, .* --template"
+    ):
+        show(prompt=("hello",), chat=True)
+    flags = dict(flag_types(GenerateConfig))
+    assert {"--data.template", "--chat", "--template"} <= flags.keys()
 
 
 def test_completions_are_those_of_an_evaluation_with_the_same_seed(folder, tmp_path, show):

@@ -85,7 +85,7 @@ def test_help_has_every_flag_once_with_a_description(shown, command):
 def test_help_ends_with_examples_and_the_page_of_the_documentation(shown, command):
     text = "\n".join(shown(command))
     _, example, page = re.fullmatch(
-        r"(.*)\n\nexamples:\n(.*)\n\ndocumentation: (docs/\S+\.md)", text, re.DOTALL
+        r"(.*)\n\nexamples:\n(.*)\n\ndocumentation: (docs/\S+\.md) in the repository of rlhf", text, re.DOTALL
     ).groups()
     assert example.startswith(f"  {command} ")
     if DOCS.is_dir():

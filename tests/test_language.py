@@ -11,13 +11,19 @@ FILES = sorted(path for top in ("rlhf", "cli") for path in (ROOT / top).rglob("*
 EDITED = sorted(
     {
         *(ROOT / "rlhf").glob("*.py"),
-        *(path for top in ("execution", "distributed", "train") for path in (ROOT / "rlhf" / top).glob("*.py")),
+        *(path for path in (ROOT / "rlhf").glob("*/*.py") if path.parent.name not in ("models", "cli")),
         *(ROOT / "cli").glob("*.py"),
     }
 )
-"""Files whose arguments, too, are described by a noun."""
+"""Files whose arguments and errors, too, are described in full."""
 
 _FRAGMENT = re.compile(r"(of|as|by|how|what|whether|where|same)\b", re.IGNORECASE)
+_VAGUE = re.compile(
+    rf"{_FRAGMENT.pattern}|(its|their|see|with|without|those|which|that|in|at|to|from|for|above|below)\b", re.IGNORECASE
+)
+"""Beginnings of a description that name no thing."""
+_REFERENCE = re.compile(r"\b(Arguments|Raises|Returns|Errors)( and errors)? (are those |as )|[;,] see `")
+"""References in place of a description."""
 _AMERICAN = re.compile(
     r"\b((optimi|normali|initiali|generali|recogni|seriali|summari)z(e|ed|es|ing|ation)|optimizers?|tokeni[z](e|ed|ing)"
     r"|colors?|behaviors?|centers?|neighbors?)\b",
@@ -69,7 +75,20 @@ def test_arguments_are_described_by_a_noun(path):
         for section in re.findall(r"Args:\n(.*?)(?:\n\s*\n|$)", docstring, re.DOTALL)
         for name, text in re.findall(r"^\s*(\*{0,2}\w+): (.*)", section, re.MULTILINE)
     ]
-    assert [argument for argument in arguments if _FRAGMENT.match(argument[1])] == []
+    assert [argument for argument in arguments if _VAGUE.match(argument[1])] == []
+
+
+@pytest.mark.parametrize("path", EDITED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_docstring_refers_to_another_for_its_arguments_or_errors(path):
+    texts = strings_of(path)
+    assert [match.group() for text in texts if (match := _REFERENCE.search(text))] == []
+    errors = [
+        description
+        for text in texts
+        for section in re.findall(r"Raises:\n(.*?)(?:\n\s*\n|$)", text, re.DOTALL)
+        for description in re.findall(r"^\s*\w+(?:, \w+)*: (.*)", section, re.MULTILINE)
+    ]
+    assert [error for error in errors if re.match(r"(as|see|same|one)\b", error)] == []
 
 
 def test_sentences_have_fewer_than_25_words_on_average():
@@ -95,6 +114,10 @@ def test_the_laws_find_what_they_forbid():
     assert _FRAGMENT.match("Of the policy.")
     assert _FRAGMENT.match("as in `step`.")
     assert not _FRAGMENT.match("Offset of the first element.")
+    assert _VAGUE.match("its parameters.")
+    assert not _VAGUE.match("input of the layer.")
+    assert _REFERENCE.search("Return the text. Raises as `read`.")
+    assert _REFERENCE.search("Return the text; see `read`.")
     assert american("The optimizer state.")
     assert not american("`rlhf.optim.Optimizer`, and normalize_reward, and the tokenizer")
     assert sentences_of("One two. Three four five.\n\n    an equation = 1\n\nArgs:\n    x: six.") == [

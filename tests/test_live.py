@@ -109,6 +109,12 @@ def test_what_rounds_to_0_has_no_sign(tmp_path):
     assert "score   0.00, KL 0.00" in "\n".join(shown(logs, 120, 50))
 
 
+def test_an_empty_completion_has_a_mark(tmp_path):
+    logs = write_log(tmp_path, count=1, samples=1, sample=lambda *place: completion(*place) | {"completion": " \n"})
+    assert "(empty)" in "\n".join(shown(logs, 120, 50))
+    assert "(empty)" not in (logs / "samples.jsonl").read_text()
+
+
 def test_what_is_newest_is_shown_as_the_log_grows(tmp_path):
     logs = write_log(tmp_path, count=5, end=False, samples=1)
     reader = LogReader(logs)

@@ -73,7 +73,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [tmp_path / "one" / "run", tmp_path / "two" / "run", tmp_path / "other"]
     readers = [read(write_log(folder, count=2)) for folder in folders]
     assert run_names(readers) == ["one/run", "two/run", "other"]
-    assert len(set(run_names([readers[0], readers[0]]))) == 2
+    assert run_names([readers[0], readers[2], readers[0]]) == ["run #1", "other", "run #3"]
+    deep = [read(write_log(tmp_path / name / "seed" / "run", count=2)) for name in ("one", "two")]
+    assert run_names([*deep, readers[0]]) == ["one/seed/run", "two/seed/run", "one/run"]
 
 
 def test_the_state_of_a_log_without_times_is_plain_json(tmp_path):

@@ -149,5 +149,5 @@ def test_a_folder_of_anything_else_is_no_model_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "config.json").write_text(json.dumps({"port": 80}))
-    with pytest.raises(UserError, match=r"config\.json: no such file; .* is no model folder"):
+    with pytest.raises(UserError, match=r"config\.json: no such file; .* is not a model folder"):
         load_language_model(tmp_path)

@@ -36,9 +36,7 @@ def test_a_file_that_we_wrote_is_replaced_and_nobody_elses(tmp_path):
     assert is_ours(path)
     path.write_bytes(OLD)
     assert not is_ours(path)
-    with pytest.raises(
-        UserError, match=r"out\.jsonl: is there already, and is not what rlhf wrote there; .*--overwrite"
-    ):
+    with pytest.raises(UserError, match=r"out\.jsonl: already exists, and is not what rlhf wrote there; .*--overwrite"):
         write_output(path, NEW, "--output", overwrite=False)
     remove_output(path)
     assert path.read_bytes() == OLD
@@ -122,7 +120,7 @@ WRITERS = {
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_what_is_not_ours_is_refused(tmp_path, place, write):
     path = place(tmp_path)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         write(path)
     assert path.read_bytes() == OLD
 
@@ -252,7 +250,7 @@ def test_evaluation_writes_over_nothing_that_is_not_its_own(tmp_path, model, cap
     assert evaluate_program.main([*command, "completions.jsonl", "--eval-type", "policy"]) == 2
     assert "is read by this command too" in capsys.readouterr().err
     assert evaluate_program.main([*command, "data.jsonl", "--eval-type", "policy"]) == 2
-    assert "completions.jsonl: is there already" in capsys.readouterr().err
+    assert "completions.jsonl: already exists" in capsys.readouterr().err
     assert Path("completions.jsonl").read_text() == demonstrations
     for _ in range(2):
         assert evaluate_program.main([*command, "data.jsonl", "--eval-type", "sft"]) == 0
@@ -300,7 +298,7 @@ def test_resuming_a_finished_stage_touches_nothing(data, capsys):
     capsys.readouterr()
     (data / "out" / "sft" / "config.json").write_text("{}")
     assert sft("--output-dir", "out", "--resume") == 2
-    assert "--resume then writes it anew" in capsys.readouterr().err
+    assert "--resume then writes it again" in capsys.readouterr().err
     (data / "out" / "sft").rename(data / "aside")
     assert sft("--output-dir", "out", "--resume") == 0
     assert (data / "out" / "sft" / "model.safetensors").read_bytes() == (

@@ -89,7 +89,7 @@ def test_a_file_of_the_users_is_replaced_only_with_overwrite(tmp_path, shelf, pr
     assert write(shelf, tmp_path) == 0  # our own
     path.write_bytes(MINE)
     assert write(shelf, tmp_path) == 2
-    assert f"{name}: is there already, and is not what rlhf wrote there" in (error := capsys.readouterr().err)
+    assert f"{name}: already exists, and is not what rlhf wrote there" in (error := capsys.readouterr().err)
     assert "add --overwrite" in error
     assert path.read_bytes() == MINE
     assert write(shelf, tmp_path, "--overwrite") == 0
@@ -278,7 +278,7 @@ def test_the_example_writes_nothing_into_a_folder_that_holds_what_is_not_its_own
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(MINE)
     assert run_example(["--create-dummy-data", "--output-dir", str(tmp_path), "--workers", "0"]) == 2
-    assert f"{path}: is there already" in capsys.readouterr().err
+    assert f"{path}: already exists" in capsys.readouterr().err
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 

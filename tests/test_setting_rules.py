@@ -31,7 +31,6 @@ OPTIMIZER = {
     "gradient_checkpointing": "the backward pass; --compile on is refused beside it",
 }
 SUPERVISED = OPTIMIZER | {
-    "epochs": "the number of steps",
     "max_steps": "the number of steps",
     "batch_size": "every step",
     "max_length": "tokens of a record",
@@ -197,6 +196,13 @@ TOLD: dict[str, tuple[str, list[str], str]] = {
     "columns": ("sft", ["--data.columns", "prompt=question"], "--data.columns: has no effect on the embedded example"),
     "preset": ("sft", ["--model.preset", "gpt2", "--sft.model-path", "m"], "--model.preset gpt2: has no effect with"),
     "whole shape": ("sft", WHOLE_SHAPE, "the fields beside it"),
+    "epochs of SFT": (
+        "sft",
+        ["--sft.epochs", "5", "--sft.max-steps", "9"],
+        "--sft.epochs 5.0: training ends then or at --sft.max-steps 9, whichever is first",
+    ),
+    "epochs of the reward model": ("reward", ["--reward.epochs", "5", "--reward.max-steps", "9"], "at --reward.max-"),
+    "epochs of DPO": ("dpo", ["--dpo.epochs", "5", "--dpo.max-steps", "9"], "at --dpo.max-steps 9, whichever is first"),
     "share": ("sft", ["--sft.val-fraction", "0.2", "--sft-val-data", "v"], "has no effect with --sft-val-data"),
     "evaluations": ("sft", ["--sft.eval-every", "5", "--sft.val-fraction", "0"], "without held-out records"),
     "tokenizer": ("reward", ["--tokenizer.vocab-size", "999", "--preference-data", "p"], "brings its own"),

@@ -230,11 +230,11 @@ def test_what_is_no_unfinished_run_of_the_stage_is_not_replaced(base, tmp_path):
     foreign = dataclasses.replace(base, output_dir=tmp_path / "foreign", resume=True)
     (foreign.output_dir / "sft").mkdir(parents=True)
     (foreign.output_dir / "sft" / "__init__.py").write_text("mine")
-    with pytest.raises(UserError, match=r"foreign/sft: is there already, and would be replaced"):
+    with pytest.raises(UserError, match=r"foreign/sft: already exists, and would be replaced"):
         run_sft(foreign)
     assert (foreign.output_dir / "sft" / "__init__.py").read_text() == "mine"
     finished = copy_run(base, tmp_path, "reward")
-    with pytest.raises(UserError, match=r"run/sft: is there already"):
+    with pytest.raises(UserError, match=r"run/sft: already exists"):
         run_sft(finished)
 
 

@@ -1,13 +1,19 @@
-"""Run a script of `# %%` cells and write what each of them prints and draws as JSON.
+"""Run scripts of `# %%` cells, each in its folder, and write what their cells print and draw to cells.json there.
 
-python run_cells.py SCRIPT RESULT.json FIGURE_PREFIX
+python run_cells.py SCRIPT FOLDER [SCRIPT FOLDER ...]
+
+A script runs in a process that is forked from this one, so that torch is imported once for all of them.
 """
 
 import contextlib
 import io
 import json
+import multiprocessing
+import os
 import re
 import sys
+from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 
@@ -24,8 +30,27 @@ def split_cells(text: str) -> list[tuple[str, str, int]]:
     return cells
 
 
-def main(script: str, result: str, prefix: str) -> None:
-    """Run the cells in order, in one namespace."""
+def main(words: Sequence[str]) -> int:
+    """Run the scripts, two at a time, and return 1 if one of them failed."""
+    import matplotlib.pyplot  # noqa: F401
+    import torch  # noqa: F401
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_script, args=pair) for pair in zip(words[::2], words[1::2], strict=True)]
+    waiting, running = list(processes), []
+    while waiting or running:
+        while waiting and len(running) < 2:
+            running.append(waiting.pop(0))
+            running[-1].start()
+        wait([process.sentinel for process in running])
+        running = [process for process in running if process.is_alive()]
+    return int(any(process.exitcode for process in processes))
+
+
+def run_script(script: str, folder: str) -> None:
+    """Run the cells of a script in order, in one namespace."""
+    os.chdir(folder)
+    os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
     namespace: dict[str, object] = {"__name__": "__main__"}
     sys.path.insert(0, str(Path(script).parent))
     results = []
@@ -35,14 +60,12 @@ def main(script: str, result: str, prefix: str) -> None:
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 exec(compile("\n" * line + source, script, "exec"), namespace)
-            output, figures = printed.getvalue(), _save_figures(prefix, len(results))
+            output, figures = printed.getvalue(), _save_figures(Path(script).stem, len(results))
         results.append({"kind": kind, "source": source, "output": output, "figures": figures})
-    Path(result).write_text(json.dumps(results))
+    Path("cells.json").write_text(json.dumps(results))
 
 
 def _save_figures(prefix: str, cell: int) -> list[str]:
-    if "matplotlib.pyplot" not in sys.modules:
-        return []
     import matplotlib.pyplot as plt
 
     names = []
@@ -54,4 +77,4 @@ def _save_figures(prefix: str, cell: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,5 @@
 """Tutorials: the scripts of `examples/`, run when the documentation is built, with what they print and draw."""
 
-import concurrent.futures
 import hashlib
 import json
 import os
@@ -8,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -29,8 +28,10 @@ def write_pages(folder: Path) -> None:
     """Write a page for every script; scripts run again when they or the library have changed."""
     folder.mkdir(parents=True, exist_ok=True)
     scripts = sorted((ROOT / "examples").glob("*.py"))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        pages = dict(zip(scripts, pool.map(lambda script: _page(script, folder), scripts), strict=True))
+    folders = {script: _folder_of(script) for script in scripts}
+    if missing := {script: work for script, work in folders.items() if not (work / "cells.json").is_file()}:
+        _run(missing)
+    pages = {script: _page(script, work, folder) for script, work in folders.items()}
     for script, text in pages.items():
         write_if_changed(folder / f"{script.stem}.md", text)
     for old in folder.glob("*.md"):
@@ -47,8 +48,7 @@ printed. All of them run on a CPU, in seconds. Open one in an editor that knows 
 """
 
 
-def _page(script: Path, folder: Path) -> str:
-    work = _run(script)
+def _page(script: Path, work: Path, folder: Path) -> str:
     results = json.loads((work / "cells.json").read_text())
     for cell in results:
         for name in cell["figures"]:
@@ -58,21 +58,24 @@ def _page(script: Path, folder: Path) -> str:
     return "\n\n".join((*parts, f"---\n\nThe script: {download}.")) + "\n"
 
 
-def _run(script: Path) -> Path:
-    """Return the folder with what the script wrote and the results of its cells, after running it if necessary."""
+def _folder_of(script: Path) -> Path:
+    """Return the folder of what the script writes, which depends on its text and on the library's."""
     digest = _digest([script, _RUNNER, *sorted((ROOT / "rlhf").rglob("*.py"))])
-    work = ROOT / "build" / "examples" / f"{script.stem}-{digest}"
-    if (work / "cells.json").is_file():
-        return work
-    for old in work.parent.glob(f"{script.stem}-*"):
-        shutil.rmtree(old)
-    work.mkdir(parents=True)
-    settings = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(work / "cache")}
-    command = [sys.executable, str(_RUNNER), str(script), "cells.json", script.stem]
-    done = subprocess.run(command, cwd=work, env=os.environ | settings, capture_output=True, text=True, check=False)
+    return ROOT / "build" / "examples" / f"{script.stem}-{digest}"
+
+
+def _run(folders: Mapping[Path, Path]) -> None:
+    """Run scripts in their folders, in place of what they wrote before."""
+    for script, work in folders.items():
+        for old in work.parent.glob(f"{script.stem}-*"):
+            shutil.rmtree(old)
+        work.mkdir(parents=True)
+    command = [sys.executable, str(_RUNNER), *(str(path) for pair in folders.items() for path in pair)]
+    settings = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ExtensionError(f"{script.relative_to(ROOT)} failed:\n{done.stderr[-3000:]}")
-    return work
+        failed = ", ".join(script.name for script, work in folders.items() if not (work / "cells.json").is_file())
+        raise ExtensionError(f"{failed}: failed:\n{done.stderr[-3000:]}")
 
 
 def _digest(paths: Iterable[Path]) -> str:

@@ -1,19 +1,19 @@
 r"""Conversations as tokens: the prompt, the answer, and which of the answer's tokens are learnt.
 
-The chat template writes the whole conversation as one text, from its own words and from the contents of the messages.
+The chat template renders the whole conversation as one text, from its own words and the contents of the messages.
 
-**Special tokens.** What the template writes, such as `<|im_end|>`, becomes the special token. The same letters in a
-content stay letters: before rendering, a mark (a character that Unicode reserves for programs, found in no message) is
-put into every special token's text inside a message, so that only the template's own are found in the rendered text;
-then the marks are taken out again. Contents without such letters are rendered as they are, so templates that strip or
-search them work as in `transformers`.
+**Special tokens.** A special token's text that the template writes, such as `<|im_end|>`, becomes that token. The same
+text in a message stays text. To tell the two apart, a mark is inserted into every such text inside a message
+before rendering, and removed afterwards. The mark is a character that Unicode reserves for internal use and that no
+message contains. Other messages are rendered unchanged, so templates that strip or search them work as in
+`transformers`.
 
-**Boundaries.** The text is cut where the assistant's turns begin and end, and each piece is encoded by itself, as
-generation does: it encodes the prompt, then draws the answer's tokens. A turn begins after what the template adds with
-`add_generation_prompt` and ends with its end-of-turn token, the last special token that only white space follows.
-Templates that mark the assistant's text by `{% generation %}` have their marks taken instead. Otherwise the boundaries
-are those of the rendered prefixes of the conversation, and a template whose rendered prefix is not the beginning of the
-whole is refused.
+**Boundaries.** The text is cut where the assistant's turns begin and end, and each piece is encoded by itself, because
+generation, too, encodes the prompt before it draws the answer's tokens. A turn begins after the text that the template
+adds with `add_generation_prompt`. It ends with its end-of-turn token, the last special token that only white space
+follows. If a template marks the assistant's text by `{% generation %}`, the boundaries are those marks. Otherwise they
+are found by rendering prefixes of the conversation, and a template is refused if a rendered prefix is not the beginning
+of the whole text.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class ChatTokens(NamedTuple):
 
     prompt: list[int]
     answer: list[int]
-    """Everything after the prompt, without the token that ends the last turn."""
+    """Token ids after the prompt, without the token that ends the last turn."""
     learnt: list[bool]
     """For each token of `answer`, True if the assistant wrote it."""
 
@@ -43,9 +43,9 @@ class ChatPieces(NamedTuple):
     """A conversation as texts that are encoded each by itself."""
 
     texts: list[str]
-    """The prompt, then alternately what the assistant did not write and what it wrote, then what follows."""
+    """The prompt, then in turn the texts that the assistant did not write and those that it wrote, then the rest."""
     mark: str
-    """The character inside the special tokens that are text; empty if there are none."""
+    """The character inside special tokens that are plain text; empty if there are none."""
 
     @property
     def last(self) -> int:
@@ -56,7 +56,17 @@ class ChatPieces(NamedTuple):
 def encode_chat(
     tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message], *, shares_prompt: bool = False
 ) -> ChatTokens:
-    """Return a conversation as token ids. Arguments and errors as `cut_chat`."""
+    """Return a conversation as token ids, cut into the pieces of `cut_chat`.
+
+    Args:
+        tokenizer: tokenizer with a chat template.
+        prompt: turns that the model reads.
+        answer: turns that follow the prompt.
+        shares_prompt: True gives every answer to a prompt the same prompt tokens.
+
+    Raises:
+        ValueError: the template refuses the conversation, or cannot be cut at the assistant's turns.
+    """
     return encode_pieces(tokenizer, [cut_chat(tokenizer, prompt, answer, shares_prompt=shares_prompt)])[0]
 
 
@@ -77,11 +87,12 @@ def cut_chat(
     """Return a conversation as the texts of its pieces.
 
     Args:
-        tokenizer: with a chat template.
-        prompt: turns that are read.
-        answer: turns that follow; the assistant's are learnt. If empty, the prompt ends with what precedes an answer.
-        shares_prompt: put the boundary of `prompt` and `answer` at the end of the prompt's turns, the same for every
-            answer to it. Otherwise all tokens before the first learnt one are the prompt.
+        tokenizer: tokenizer with a chat template.
+        prompt: turns that the model reads.
+        answer: turns that follow the prompt, of which those of the assistant are learnt. If empty, the prompt ends with
+            the text that precedes an answer.
+        shares_prompt: True puts the boundary of `prompt` and `answer` at the end of the prompt's turns, so that every
+            answer has the same prompt. False counts all tokens before the first learnt one as the prompt.
 
     Raises:
         ValueError: the template refuses the conversation, or cannot be cut at the assistant's turns.
@@ -112,7 +123,7 @@ def check_template(tokenizer: Tokenizer, source: object) -> None:
 
 
 def _turn_spans(template: ChatTemplate, turns: Sequence[Message], first: int, whole: str) -> list[tuple[int, int]]:
-    """Return the places of the assistant's turns from `first` on, by rendering what precedes and what includes them."""
+    """Return the ranges of the assistant's turns from `first` on, by rendering the text before and after each turn."""
     spans = []
     for number, turn in enumerate(turns):
         if number >= first and turn["role"] == "assistant":
@@ -142,7 +153,7 @@ def _cut(text: str, spans: Sequence[tuple[int, int]], boundary: int) -> list[str
 
 
 def _joined(tokenizer: Tokenizer, chat: ChatPieces, encoded: Sequence[list[int]]) -> ChatTokens:
-    """Return the tokens of the pieces, without what follows the last turn's end."""
+    """Return the tokens of the pieces, without those after the end of the last turn."""
     answer: list[int] = []
     learnt: list[bool] = []
     for number in range(1, chat.last + 1):
@@ -165,7 +176,7 @@ def _turn_end(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
 
 
 def _marked(turns: Sequence[Message], special: Sequence[str]) -> tuple[list[Message], str]:
-    """Return the turns with a mark in every special token's text, and the mark; the turns as they are if none has."""
+    """Return the turns with a mark in every special token's text, and the mark; unchanged turns if they have none."""
     texts = list(_texts(list(turns)))
     names = "|".join(map(re.escape, special)) or r"(?!)"
     pattern = re.compile(f"(?=(?:{names}))(.)", re.DOTALL)  # the first character of each, also where they overlap
@@ -176,7 +187,7 @@ def _marked(turns: Sequence[Message], special: Sequence[str]) -> tuple[list[Mess
     if not mark:
         raise ValueError("the messages hold every one of the characters U+FDD2 to U+FDEF, one of which is needed")
     if any(character in text for text in texts for character in "\ufdd0\ufdd1"):
-        raise ValueError("a message holds U+FDD0 or U+FDD1, which are no characters of texts; remove them")
+        raise ValueError("a message holds U+FDD0 or U+FDD1, which are not text characters; remove them")
 
     def change(value: Any, key: str = "") -> Any:
         if isinstance(value, str) and key != "role":

@@ -32,7 +32,7 @@ def token_batches(
         max_length: maximum tokens per record and per row.
         rows: maximum rows per micro-batch.
         loss_on: tokens that contribute to the loss; the first token of a sequence is never predicted.
-        key: [2] int32; each micro-batch gets a key derived from it.
+        key: [2] int32, consumed: each micro-batch gets a key derived from it.
     """
     layouts = pack([dataset.lengths(record, max_length) for record in records], rows=rows, row_length=max_length)
     batches = []
@@ -73,7 +73,15 @@ class PackedPairs(NamedTuple):
 def pair_batches(
     dataset: Dataset, records: Sequence[int], *, max_length: int, rows: int, margins: bool = False
 ) -> list[PackedPairs]:
-    """Return micro-batches of preference pairs. Arguments as `token_batches`; `margins` reads the margin column."""
+    """Return micro-batches of preference pairs, in an order that depends on the records only.
+
+    Args:
+        dataset: preference pairs.
+        records: records to pack, in any order.
+        max_length: maximum tokens per sequence and per row.
+        rows: maximum rows per micro-batch.
+        margins: True reads the column `margin`; otherwise all margins are 0.
+    """
     layouts = pack(
         [dataset.lengths(record, max_length) for record in records], rows=max(2, rows), row_length=max_length
     )
@@ -196,7 +204,13 @@ def pack_completions(
 
 
 def unpack_tokens(packs: Sequence[PackedCompletions], parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Return an array [B, T] of the per-token results [C] of each pack; 0 for cells without a token."""
+    """Return an array [B, T] of the per-token results [C] of each pack; 0 for cells without a token.
+
+    Args:
+        packs: micro-batches of the completions.
+        parts: [C] result of each pack.
+        shape: (B, T) of the result.
+    """
     flat = torch.zeros(math.prod(shape), dtype=parts[0].dtype)
     for packed, part in zip(packs, parts, strict=True):
         flat[packed.cells] = part[: len(packed.cells)]
@@ -220,10 +234,17 @@ def ppo_batch(
     kl_coef: float,
     weights: Tensor,
 ) -> PPOBatch:
-    """Return the batch of an update on packed completions.
+    """Return the batch of an update on packed completions of an iteration.
 
-    The arrays are [B, T] over the iteration's completions; weights are [B]. Without a critic, old_values and returns
-    are None, and zeros in the batch.
+    Args:
+        packed: completions of the micro-batch.
+        old_log_probs: [B, T] float32, nats, of the policy that sampled.
+        ref_log_probs: [B, T] float32, nats, of the reference.
+        old_values: [B, T] float32, reward units; None without a critic, which gives zeros.
+        advantages: [B, T] float32, reward units.
+        returns: [B, T] float32, reward units; None without a critic, which gives zeros.
+        kl_coef: weight of the KL in the loss, in reward units per nat.
+        weights: [B] float32, weight of each completion.
     """
     rows = packed.cells // advantages.shape[1]
 
@@ -269,7 +290,7 @@ class Prefetch(Iterator[_Item]):
 
 
 def pad_to_two(column: Tensor) -> Tensor:
-    """Return a contiguous column of a micro-batch; a single entry is followed by a zero.
+    """Return a contiguous column of a micro-batch, with a zero after a single entry.
 
     Compiled code specialises on strides and on a size of 1.
     """

@@ -66,7 +66,7 @@ def to_columns(fields: dict[str, Any], answers: Sequence[str]) -> dict[str, Any]
 
 
 def problem_of(messages: Sequence[Any], *, is_prompt: bool) -> str:
-    """Return what is wrong with a conversation, in words with the remedy; empty if nothing is.
+    """Return the problem with a conversation and its remedy, in words; empty if there is none.
 
     Args:
         messages: the messages, each an object with a role.

@@ -44,16 +44,17 @@ class DataFiles(NamedTuple):
     paths: tuple[Path, ...]
     """Files, or folders of shards."""
     columns: tuple[str, ...] = ()
-    """Other names of columns, each as `name=column`: `prompt=question` reads the column `question` as `prompt`."""
+    """Other names of columns, each as `name=column`: `prompt=question` reads the column `question` as `prompt` in the
+    files that have it. Of several columns for a name, the first that a record has counts."""
 
     def __str__(self) -> str:
         first = str(self.paths[0])
         return first if len(self.paths) == 1 else f"{first} and {len(self.paths) - 1} more"
 
     @property
-    def renames(self) -> dict[str, str]:
-        """Return the columns by the names that they are read as."""
-        return {name: column for name, _, column in (pair.partition("=") for pair in self.columns)}
+    def renames(self) -> list[tuple[str, str]]:
+        """Return each (name, column), where the column is read under the name."""
+        return [(name, column) for name, _, column in (pair.partition("=") for pair in self.columns)]
 
 
 Source = Path | DataFiles
@@ -91,7 +92,7 @@ def content_digest(source: Source) -> str:
     """Return a digest of a source's contents: that of a single file, or of all its files' in their order.
 
     Raises:
-        UserError: as `list_files`, or a file cannot be read.
+        UserError: `list_files` refuses the source, or a file cannot be read.
     """
     digests = []
     for path in list_files(source):
@@ -108,7 +109,7 @@ def not_a_file(path: Path) -> str:
 
 
 def open_stream(path: Path) -> io.BufferedReader | gzip.GzipFile:
-    """Open a file for reading; one that gzip compressed is read as what it holds.
+    """Open a file for reading; gzip files are decompressed.
 
     Raises:
         UserError: the file is missing or cannot be read.

@@ -103,7 +103,7 @@ class Dataset:
         return self._whole_lengths()
 
     def answer_counts(self) -> np.ndarray:
-        """Return the number of tokens of each answer, as `token_counts`."""
+        """Return the number of tokens of each answer, not truncated, end-of-text included, [records, members]."""
         return self._whole_lengths() - np.reshape(self._prompts, (-1, self.members))
 
     def prompt(self, record: int, max_length: int) -> np.ndarray:
@@ -191,7 +191,7 @@ def load_dataset(source: Source, schema: Schema, tokenizer: Tokenizer, cache_dir
     """
     identity = f"{_FORMAT}:{schema.name}:{tokenizer.fingerprint}:{tokenizer.eos_id}:{content_digest(source)}"
     if columns := as_data_files(source).columns:
-        identity += f":{sorted(columns)}"
+        identity += f":{list(columns)}"
     if tokenizer.chat_template is not None:
         identity += f":{tokenizer.chat_template.digest}"
     if tokenizer.bos_id is not None:
@@ -204,7 +204,11 @@ def load_dataset(source: Source, schema: Schema, tokenizer: Tokenizer, cache_dir
 
 
 def check_file(source: Source, schema: Schema) -> set[str]:
-    """Check data files and return the keys of its records, as `Dataset.keys`. Raises as `load_dataset`."""
+    """Check data files and return all keys of their records, without those of pairs with equal texts.
+
+    Raises:
+        UserError: a file or record is invalid, or all pairs have equal texts.
+    """
     keys: set[str] = set()
     for record in read_checked(source, schema):
         if not _is_tie(record, schema):
@@ -215,7 +219,7 @@ def check_file(source: Source, schema: Schema) -> set[str]:
 
 
 def texts(source: Source, schema: Schema) -> Iterator[str]:
-    """Yield every text of a data file, checked, to train a tokenizer on."""
+    """Yield every text of a data file after checking its record, to train a tokenizer on."""
     for record in read_checked(source, schema):
         yield from (text for key in schema.keys for text in contents_of(record.fields[key]))
 

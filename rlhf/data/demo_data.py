@@ -93,7 +93,7 @@ def write_embedded(folder: Path, *, seed: int = 0, size: int = 6000) -> Embedded
     for path, content in contents.items():
         if path.exists() and not (path.is_file() and path.read_bytes() == bytes(content, "utf-8")):
             raise UserError(
-                f"{path}: is there already, and is not what the example would write; name it as the data file if it "
+                f"{path}: already exists, and is not what the example would write; name it as the data file if it "
                 "is yours, or choose another --output-dir"
             )
     with clear_write_errors(folder):

@@ -17,9 +17,9 @@ class EncodedRecord(NamedTuple):
 
     record: Record
     prompt: list[int]
-    """At least one token."""
+    """Token ids of the prompt, at least one."""
     answers: list[list[int]]
-    """Each answer without the token that ends it."""
+    """Token ids of each answer, without the token that ends it."""
     learnt: list[bool] | None
     """For each token of a demonstration's answer, True if it is learnt; None if all are."""
 
@@ -50,9 +50,9 @@ def encode_records(
 
     Args:
         records: the records, all of texts or all of conversations.
-        schema: their kind.
-        tokenizer: of the model that reads them.
-        source: the files that they come from, for errors.
+        schema: kind of the records.
+        tokenizer: tokenizer of the model that reads them.
+        source: files of the records, for errors.
 
     Raises:
         UserError: the tokenizer has no chat template for conversations, or it cannot write one of them.

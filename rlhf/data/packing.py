@@ -32,7 +32,7 @@ def pack(units: Sequence[Sequence[int]], *, rows: int, row_length: int) -> list[
     on the lengths only, not on the number of workers.
 
     Args:
-        units: for each unit the lengths of its sequences, each at most `row_length`.
+        units: lengths of the sequences of each unit, in tokens, each at most `row_length`.
         rows: maximum rows per micro-batch, at least the number of sequences of a unit.
         row_length: tokens per row.
 

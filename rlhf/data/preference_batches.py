@@ -30,7 +30,8 @@ def completion_pair_batches(
         records: records to pack, in any order.
         max_length: maximum tokens per sequence and per row.
         rows: maximum rows per micro-batch.
-        ref_log_probs: [len(dataset), 2] float32, nats, of the chosen and the rejected completion; None is 0.
+        ref_log_probs: [len(dataset), 2] float32, nats, log-probs of the chosen and the rejected completion under the
+            reference; None stands for 0.
     """
     layouts = pack(
         [dataset.lengths(record, max_length) for record in records], rows=max(2, rows), row_length=max_length

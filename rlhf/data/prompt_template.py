@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 _FEWEST = 10
-"""Different prompts below which what they share may be chance."""
+"""Number of different prompts below which a shared beginning or end may be chance."""
 
 
 def common_template(prompts: Sequence[str]) -> str:

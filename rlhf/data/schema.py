@@ -1,13 +1,14 @@
 """The three kinds of data file and the checks of their records."""
 
 import difflib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.data.conversations import contents_of, is_conversation, problem_of, to_columns
-from rlhf.data.data_files import Record, Source, as_data_files, list_files
+from rlhf.data.data_files import DataFiles, Record, Source, as_data_files, list_files
 from rlhf.data.records import read_records
 from rlhf.errors import UserError
 
@@ -108,7 +109,7 @@ def _check_characters(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         escape = f"\\u{ord(text[error.start]):04x}"
-        raise UserError(f"{where} has the lone surrogate {escape}, which is no character; remove it") from None
+        raise UserError(f"{where} has the lone surrogate {escape}, which is not a character; remove it") from None
 
 
 def _remedy(key: str, record: Record, schema: Schema) -> str:
@@ -136,15 +137,15 @@ def read_checked(source: Source, schema: Schema) -> Iterator[Record]:
     """Yield the records of files after checking each; conversations are in the columns that texts have.
 
     Raises:
-        UserError: as `rlhf.data.data_files.list_files`, `read_records` and `check_record`, a renamed column is missing,
-            or some records have texts and others conversations.
+        UserError: a file is missing or cannot be read, a record is invalid, a renamed column is missing, or some
+            records have texts and others conversations.
     """
-    renames = {column: name for name, column in as_data_files(source).renames.items() if name in schema.columns}
-    numbers = ["margin", *(column for column, name in renames.items() if name == "margin")]
+    renames = [(name, column) for name, column in as_data_files(source).renames if name in schema.columns]
+    numbers = ["margin", *(column for name, column in renames if name == "margin")]
     first: Record | None = None
     for path in list_files(source):
         for record in read_records(path, numbers=numbers):
-            fields = _renamed(path, record, renames, schema) if renames else record.fields
+            fields = rename_columns(record.fields, renames) if renames else record.fields
             try:
                 checked = record._replace(fields=to_columns(fields, schema.answers), path=path)
             except ValueError as error:
@@ -159,14 +160,41 @@ def read_checked(source: Source, schema: Schema) -> Iterator[Record]:
             yield checked
 
 
-def _renamed(path: Path, record: Record, renames: dict[str, str], schema: Schema) -> dict[str, Any]:
-    """Return the fields of a record with columns under the names that they are read as."""
-    fields = record.fields
-    for column, name in renames.items():
-        if column not in fields and name not in fields and name in schema.keys:
-            found = ", ".join(map(repr, sorted(fields))) or "nothing"
+def rename_columns(fields: dict[str, Any], renames: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return the fields of a record with its columns under the names that they are read as.
+
+    Args:
+        fields: the record.
+        renames: each (name, column), from `DataFiles.renames`.
+
+    Example:
+        >>> rename_columns({"question": "2 + 2?", "source": "a"}, [("prompt", "text"), ("prompt", "question")])
+        {'prompt': '2 + 2?', 'source': 'a'}
+    """
+    columns: dict[str, str] = {}
+    for name, column in renames:
+        if column in fields:
+            columns.setdefault(name, column)
+    names = {column: name for name, column in columns.items()}
+    return {names.get(key, key): value for key, value in fields.items() if key in names or key not in columns}
+
+
+def check_renames(sources: Sequence[tuple[DataFiles, Schema]]) -> None:
+    """Raise UserError if a column that is named is in none of the files whose kind reads it.
+
+    Args:
+        sources: files with their kinds. All records are read only for a column that no first record has.
+    """
+    for name, column in dict.fromkeys(pair for files, _ in sources for pair in files.renames):
+        paths = [path for files, schema in sources if name in schema.columns for path in list_files(files)]
+        if paths and not any(_has_column(path, column, most) for most in (1, None) for path in paths):
+            found = ", ".join(map(repr, sorted(next(read_records(paths[0])).fields))) or "nothing"
             raise UserError(
-                f"{path}: {record.where} has no column {column!r} (--data.columns {name}={column}), found {found}"
+                f"--data.columns {name}={column}: no file that is read for {name!r} has a column {column!r}; "
+                f"{paths[0]} has {found}"
             )
-    taken = {name for column, name in renames.items() if column in fields}
-    return {renames.get(key, key): value for key, value in fields.items() if key in renames or key not in taken}
+
+
+def _has_column(path: Path, column: str, most: int | None) -> bool:
+    """Return whether one of the first `most` records of a file, or of all, has a column."""
+    return any(column in record.fields for record in itertools.islice(read_records(path), most))

@@ -1,7 +1,7 @@
 """Reading tables, a block of rows at a time: CSV, Parquet and Arrow, each row as the record that JSON would hold.
 
-Parquet and Arrow need pyarrow. Their values become what JSON can hold: NaN becomes null, dates become texts, and a
-message loses the keys that it did not have before a table gave all messages the same.
+Parquet and Arrow need pyarrow. Their values are converted to JSON values: NaN becomes null, and dates become texts. A
+table gives all messages the same keys; keys without a value are removed from each message.
 """
 
 import contextlib
@@ -100,7 +100,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
     """Yield the rows of a Parquet file.
 
     Raises:
-        UserError: pyarrow is not installed, or the file is damaged or holds values that are no text, number or list.
+        UserError: pyarrow is not installed, or the file is damaged or holds values other than text, numbers and lists.
     """
     with _arrow_file(path, "Parquet") as (stream, _):
         from pyarrow import parquet
@@ -111,11 +111,14 @@ def read_parquet(path: Path) -> Iterator[Record]:
 
 
 def read_arrow(path: Path, *, is_stream: bool) -> Iterator[Record]:
-    """Yield the rows of an Arrow file (Feather), or of an Arrow stream as `datasets` writes. Raises as `read_parquet`.
+    """Yield the rows of an Arrow file (Feather), or of an Arrow stream as `datasets` writes.
 
     Args:
         path: the file.
         is_stream: True if the file is an Arrow stream.
+
+    Raises:
+        UserError: pyarrow is not installed, or the file is damaged or holds values other than text, numbers and lists.
     """
     with _arrow_file(path, "Arrow") as (stream, pyarrow):
         if is_stream:
@@ -182,7 +185,7 @@ def _plain(value: Any, path: Path, column: str) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise UserError(f"{path}: the column {column!r} holds bytes that are no text; leave it out") from None
+            raise UserError(f"{path}: the column {column!r} holds bytes that are not text; leave it out") from None
     return str(value)
 
 

@@ -40,7 +40,7 @@ class DemoResult(NamedTuple):
     gain: float
     """Mean of the paired differences of the scores."""
     gain_interval: float
-    """Half-width of its 95% confidence interval."""
+    """Half-width of the 95% confidence interval of `gain`."""
     kl: float
     """Mean over completions of KL(after || before), nats per completion, exact over the vocabulary."""
 
@@ -50,10 +50,16 @@ def run_example(
 ) -> DemoResult:
     """Run the pipeline on the example's files, then let the gold judge compare SFT and PPO on held-out prompts.
 
-    Writes OUTPUT_DIR/report/comparison.json.
+    The scores are also written to OUTPUT_DIR/report/comparison.json.
+
+    Args:
+        config: configuration of the pipeline.
+        files: files of the example, from `write_embedded`.
+        observers: observers of the training.
+        stop: request to stop the run.
 
     Raises:
-        UserError, NonFiniteError, Interrupted: see `rlhf.train.loop.train`.
+        UserError, NonFiniteError, Interrupted: the reasons are those of `rlhf.train.loop.train`.
     """
     check_example(config)
     results = run_stages(config, observers=observers, stop=stop)

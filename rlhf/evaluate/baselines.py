@@ -14,12 +14,12 @@ def bag_of_words(pairs: Sequence[dict[str, str]], train: Sequence[dict[str, str]
     """Return margins of a linear Bradley-Terry model of word counts (logistic regression on their difference).
 
     Args:
-        pairs: `prompt`, `chosen`, `rejected`: the pairs to score.
-        train: pairs to learn from; None is cross-validation on `pairs`, with a prompt's pairs in one fold.
-        seed: of the folds.
+        pairs: pairs to score, each with `prompt`, `chosen` and `rejected`.
+        train: pairs to learn from; None cross-validates on `pairs`, with all pairs of a prompt in one fold.
+        seed: seed of the folds.
 
     Returns:
-        [n]; above 0 where the chosen text is preferred, 0 where nothing could be learnt.
+        [n] float, above 0 where the chosen text is preferred, 0 where nothing could be learnt.
     """
     if train is not None:
         return _fit_and_score(train, pairs)

@@ -12,9 +12,9 @@ def best_of_figures(scores: Mapping[str, Array], samples: int, numbers: Sequence
     """Return every score of the best of n completions by the reward model, with prompts as samples.
 
     Args:
-        scores: [prompts * samples] by figure name; the first under `eval/reward/` chooses the best.
-        samples: completions per prompt.
-        numbers: the values of n, at most `samples`.
+        scores: [prompts * samples] float by figure name; the first one under `eval/reward/` chooses the best.
+        samples: number of completions per prompt.
+        numbers: values of n, each at most `samples`.
     """
     rows = {name: torch.from_numpy(values.reshape(-1, samples)) for name, values in scores.items()}
     proxy = next((values for name, values in rows.items() if name.startswith("eval/reward/")), None)

@@ -35,7 +35,7 @@ class MeasuredCompletions(NamedTuple):
 
     texts: list[str]
     tokens: list[list[int]]
-    """Without padding, with the stop token."""
+    """Token ids of each completion, without padding but with the stop token."""
     ended: Array
     """[B]: 1 where the model ended by itself."""
     entropy: Array
@@ -67,7 +67,7 @@ class ModelSet(NamedTuple):
 
     @property
     def context_length(self) -> int:
-        """Tokens that every model can read."""
+        """Maximum number of tokens that every model can read."""
         configs = [model.config for model in self.language_models.values()]
         configs += [model.config for model in self.reward_models.values()]
         configs += [self.reference.config] if self.reference is not None else []
@@ -77,7 +77,12 @@ class ModelSet(NamedTuple):
 def load_models(
     language_models: Mapping[str, Path], reference: Path | None, reward_models: Mapping[str, Path]
 ) -> ModelSet:
-    """Load the models of these folders.
+    """Load models from their folders.
+
+    Args:
+        language_models: folders of the models that complete prompts, by role.
+        reference: folder of the model from which the KL is measured; None if there is none.
+        reward_models: folders of the reward models, by name.
 
     Raises:
         UserError: a folder cannot be read, or its vocabulary is not that of the first language model.
@@ -107,7 +112,7 @@ def load_models(
 def open_models(
     context: ComputeContext, models: ModelSet, sampling: Sampling
 ) -> Iterator[Callable[..., MeasuredCompletions]]:
-    """Start an executor of the models; the value is `complete_and_measure` without its first three arguments."""
+    """Yield `complete_and_measure` with its first three arguments filled in, for an executor of the models."""
     reference = models.reference
     for model in (*models.language_models.values(), *models.reward_models.values(), reference):
         context.note_all(() if model is None else model.notes)
@@ -138,7 +143,15 @@ def make_comparison_program(
 ) -> Program:
     """Return the program: `<decoding>/<role>` (`make_completion_fn`) and `measure/<role>` for every language model.
 
-    The first language model is what the executor calls the parameters; the others are frozen models under their roles.
+    The first language model is the parameters of the executor; the others are frozen models under their roles.
+
+    Args:
+        language_models: shapes of the models that complete prompts, by role.
+        reference: shape of the reference; None if there is none.
+        reward_models: shapes of the reward models.
+        stop_ids: ids of the tokens that end a completion, by role.
+        sampling: settings of the decoding.
+        dtype: dtype of the forward passes.
     """
     eval_fns: dict[str, Callable[..., Any]] = {}
     for number, (role, config) in enumerate(language_models.items()):
@@ -183,15 +196,15 @@ def complete_and_measure(
     """Complete prompts with one model, and measure the completions.
 
     Args:
-        executor: runs `make_comparison_program`.
+        executor: executor of `make_comparison_program`.
         models: the models of that program.
         sampling: settings of the decoding.
-        role: of the model that completes.
-        decoding: one of `sampling.decodings`.
+        role: role of the model that completes the prompts.
+        decoding: decoding method, one of `sampling.decodings`.
         prompts: token ids, each [n].
-        samples: completions per prompt; number s of a prompt has the same randomness in every model.
-        rollout_rows: prompts per micro-batch.
-        measure_rows: packed rows per micro-batch.
+        samples: number of completions per prompt; number s of a prompt has the same randomness in every model.
+        rollout_rows: number of prompts per micro-batch.
+        measure_rows: number of packed rows per micro-batch.
     """
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     keys = sample_keys(sampling.seed, len(prompts), samples)

@@ -73,8 +73,8 @@ def grouped_correlation(x: Any, y: Any) -> Estimate:
     """Return Pearson's correlation of values that come in groups.
 
     Args:
-        x: [n, k]: each sample has k values (the two members of a preference pair).
-        y: [n, k].
+        x: [n, k] float, k values of each sample, such as those of the two members of a preference pair.
+        y: [n, k] float, the values to correlate with `x`.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     x, y = _centred(x), _centred(y)  # squares of small numbers keep their digits
@@ -96,7 +96,7 @@ def _centred(values: Array) -> Array:
 def linearised(estimate: Estimate, *, least: float = -np.inf) -> Estimate:
     """Return the same figure with the interval of its jackknife linearisation.
 
-    For figures that resampling biases: an expected calibration error grows with every sample that is drawn twice.
+    It serves figures that resampling biases: an expected calibration error grows with every sample that is drawn twice.
 
     Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", chapter 6 (the figure as the mean
     of the samples' influences).
@@ -112,7 +112,13 @@ def linearised(estimate: Estimate, *, least: float = -np.inf) -> Estimate:
 
 
 def from_influence(value: float, leave_one_out: Any, *, least: float = -np.inf) -> Estimate:
-    """Return a figure from its value and its [n] values with one sample left out each; see `linearised`."""
+    """Return a figure with the interval of `linearised`, from its value and its values without one sample each.
+
+    Args:
+        value: the figure of all samples.
+        leave_one_out: [n] float, the figure without sample i.
+        least: lower bound of the figure.
+    """
     values = np.asarray(leave_one_out, dtype=np.float64)
     influence = (len(values) - 1) * (values.mean() - values) if len(values) > 1 else np.zeros(1)
     columns = np.stack([influence, np.ones_like(influence)], axis=1)
@@ -123,8 +129,8 @@ def figures(estimates: Mapping[str, Estimate], *, seed: int) -> dict[str, Figure
     """Return values and 95% percentile intervals of figures of the same samples, all from the same resamples.
 
     Args:
-        estimates: by name; all with the same number of samples.
-        seed: of the resampling.
+        estimates: estimates by name, all with the same number of samples.
+        seed: seed of the resampling.
     """
     if not estimates:
         return {}

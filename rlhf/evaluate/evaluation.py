@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import PipelineRun
-from rlhf.data.data_files import content_digest, list_files
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
+from rlhf.data.data_files import as_data_files, content_digest, list_files
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, check_renames
 from rlhf.distributed.compute_context import ComputeContext, compute_threads, find_device, open_compute_context
 from rlhf.errors import Interrupted, UserError
 from rlhf.evaluate.evaluate_config import COLUMN_RULES, NO_POLICY_RULES, POLICY_RULES, EvaluateConfig
@@ -63,13 +63,13 @@ def run_evaluation(
     """Evaluate, and write evaluation.json, completions.jsonl and pairs.jsonl.
 
     Args:
-        config: settings.
-        spinner: makes a context that is open during each evaluation, to show a sign of life.
+        config: settings of the evaluation.
+        spinner: function that returns a context, which is open during each evaluation, to show that it is running.
 
     Raises:
         UserError: models, data, judges or settings cannot be used, or there is nothing to evaluate.
         NonFiniteError: a judge gives NaN or infinity.
-        Interrupted: Ctrl-C.
+        Interrupted: the user pressed Ctrl-C.
     """
     if config.output is not None and config.output.is_file():
         raise UserError(f"--output {config.output}: is a file, expected a folder")
@@ -78,6 +78,8 @@ def run_evaluation(
     folders = find_folders(config)
     run = run_config(config.model_dir)
     judges = open_judges(config.judge)
+    given = [*config.test_data, *([config.train_data] if config.train_data else [])]
+    check_renames([(as_data_files(data.path), data.schema) for data in classify_files(given, config.data.columns)])
     plans, skipped = _plan(config, folders, run, judges)
     train = _train_data(config, run)
     folder = config.output or config.model_dir / "report"
@@ -134,7 +136,7 @@ def _missing(kind: str, config: EvaluateConfig, folders: Folders, usable: list[T
     single = (config.model_dir / "config.json").is_file()
     if model is None:
         model_kind = "reward model" if kind == "reward" else "language model"
-        return f"{config.model_dir} is no {model_kind}" if single else f"{config.model_dir} has no {kind}/"
+        return f"{config.model_dir} is not a {model_kind}" if single else f"{config.model_dir} has no {kind}/"
     if not usable:
         return f"no {_SCHEMAS[kind].name} among the test data"
     problems = [data.problem for data in usable if data.problem]

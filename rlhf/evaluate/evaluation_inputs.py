@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.config import PipelineRun
-from rlhf.data.conversations import as_key, as_text
+from rlhf.data.conversations import as_key, as_text, is_conversation
 from rlhf.data.data_files import DataFiles, Source, list_files
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.records import read_records
-from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked, rename_columns
 from rlhf.errors import UserError
 from rlhf.evaluate.evaluate_config import MODEL_DIR, EvaluateConfig
 from rlhf.io.files import check_folder
@@ -53,7 +53,7 @@ def find_folders(config: EvaluateConfig) -> Folders:
     """Return the models of a run's output folder, or a single model folder.
 
     Raises:
-        UserError: there are none, or --against or --reward-model is no model.
+        UserError: the folder has no model, or --against or --reward-model does not name one.
     """
     folder = config.model_dir
     if config.against is not None:
@@ -86,25 +86,39 @@ def run_config(model_dir: Path) -> PipelineRun | None:
 
 
 def classify_files(paths: Sequence[Path], columns: Sequence[str] = ()) -> list[TestData]:
-    """Return test files with their schemas; `columns` as in `DataFiles`.
+    """Return test files with their schemas.
+
+    Args:
+        paths: files, or folders of shards.
+        columns: other names of columns, each as `name=column`.
 
     Raises:
-        UserError: a file cannot be read, or its first record is of no kind.
+        UserError: a file cannot be read, or its first record fits no schema.
     """
     sources = [DataFiles((path,), tuple(columns)) for path in paths]
     return [TestData(source, schema_of(source), None, "") for source in sources]
 
 
 def schema_of(source: DataFiles) -> Schema:
-    """Return a data file's schema by the columns of its first record. Errors are those of `classify_files`."""
+    """Return a data file's schema by the columns of its first record.
+
+    Conversations in `messages` are demonstrations if the last turn is the assistant's, otherwise prompts.
+
+    Raises:
+        UserError: the file cannot be read, or its first record fits no schema.
+    """
     path = list_files(source)[0]
     record = next(iter(read_records(path)))
-    present = {*record.fields, *(name for name, column in source.renames.items() if column in record.fields)}
-    for schema in (PREFERENCES, DEMONSTRATIONS, PROMPTS):
-        if all(name in present for name in schema.answers or schema.keys):
+    fields = rename_columns(record.fields, source.renames)
+    for schema in (PREFERENCES, DEMONSTRATIONS):
+        if all(name in fields for name in schema.answers):
             return schema
-    if "messages" in present:
-        return DEMONSTRATIONS
+    if "messages" in fields:
+        messages = fields["messages"]
+        unanswered = is_conversation(messages) and messages[-1]["role"] != "assistant"
+        return PROMPTS if unanswered else DEMONSTRATIONS
+    if "prompt" in fields:
+        return PROMPTS
     columns = ", ".join(map(repr, sorted(record.fields))) or "nothing"
     raise UserError(
         f"{path}: {record.where} has {columns}; expected 'prompt' with 'completion' (demonstrations), "
@@ -124,7 +138,11 @@ def unique_prompts(data: TestData) -> TestData:
 
 
 def open_data(data: TestData, tokenizer: Tokenizer, config: EvaluateConfig) -> tuple[Dataset, list[int]]:
-    """Return the tokenised file and its records to evaluate. Errors are those of `rlhf.data.dataset.load_dataset`."""
+    """Return the tokenised file and its records to evaluate.
+
+    Raises:
+        UserError: the file or a record is invalid.
+    """
     tokenizer = chat_tokenizer(tokenizer, config.data)
     dataset = load_dataset(data.path, data.schema, tokenizer, config.cache_dir)
     if data.records is None:  # the run has told the user of its own data

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from rlhf.evaluate.estimates import Figure
 from rlhf.evaluate.evaluation_inputs import TestData
+from rlhf.io.paths import short_names
 
 
 class Evaluation(NamedTuple):
@@ -25,6 +26,13 @@ class Evaluation(NamedTuple):
 
     verdict: str = ""
     """One sentence on the figures."""
+
+    @property
+    def against(self) -> str:
+        """The name of the model that the policy is compared with; empty without one."""
+        if "against" not in self.models:
+            return ""
+        return short_names([self.models["policy"], self.models["against"]])[1]
 
     def plain(self) -> dict[str, Any]:
         """Return the evaluation as JSON values."""

@@ -13,8 +13,8 @@ def judge_evaluation(evaluation: Evaluation, reward_model: Path | None) -> str:
     """Return the verdict on an evaluation's figures; empty for a policy that is compared with no other model.
 
     Args:
-        evaluation: of one model.
-        reward_model: the folder of the reward model that the policy was trained on, if any.
+        evaluation: the evaluation of one model.
+        reward_model: the folder of the reward model that the policy was trained on; None if there is none.
     """
     if evaluation.kind == "policy":
         verdict = _policy(evaluation, reward_model)
@@ -56,7 +56,7 @@ def _policy(evaluation: Evaluation, reward_model: Path | None) -> Verdict | None
         judge="the reward model" if judge == own else judge,
         wins=(figure.value, figure.low, figure.high),
         prompts=figure.n,
-        against=evaluation.models["against"].name,
+        against=evaluation.against,
         is_own_reward=judge == own,
         ended=evaluation.figures["policy"]["eval/ended"].value,
     )

@@ -141,9 +141,9 @@ def _locate(candidates: Sequence[DataFiles], digest: str | None, use: str) -> tu
     """Return the first candidate of that content, and the reason why none can be used, empty where one can.
 
     Args:
-        candidates: the likeliest first.
-        digest: of the file that the run read; None where it is not known, and any content will do.
-        use: the run's use of it, in words for the user.
+        candidates: possible files, the likeliest first.
+        digest: digest of the file that the run read; None if it is unknown, in which case any content is accepted.
+        use: use of the file in the run, in words for the user.
     """
     files = [source for source in candidates if all(path.exists() for path in source.paths)]
     for path in files:
@@ -151,7 +151,7 @@ def _locate(candidates: Sequence[DataFiles], digest: str | None, use: str) -> tu
             return path, ""
     if files:
         return files[0], f"{files[0]} is no longer what the run {use}"
-    return candidates[0], f"{candidates[0]}, which the run had, is no longer there"
+    return candidates[0], f"{candidates[0]}, which the run read, no longer exists"
 
 
 def _stage_of(model_dir: Path, schema: Schema) -> str:

@@ -33,7 +33,7 @@ def open_judges(specs: Sequence[str]) -> list[Judge]:
     """Import every judge.
 
     Raises:
-        UserError: one cannot be imported or cannot be called as a judge, or two have the same name.
+        UserError: a function cannot be imported or cannot be called as a judge, or two have the same name.
     """
     judges = [_open(spec) for spec in specs]
     names = [judge.name for judge in judges]
@@ -46,7 +46,18 @@ def open_judges(specs: Sequence[str]) -> list[Judge]:
 
 
 def score(judge: Judge, prompts: Sequence[Any], completions: Sequence[Any], columns: Sequence[dict[str, Any]]) -> Array:
-    """Return [B] scores of completions. Errors are those of `rlhf.io.user_functions.call_function`."""
+    """Return [B] scores of completions by a judge that scores one at a time.
+
+    Args:
+        judge: a scorer.
+        prompts: [B] prompts, texts or lists of messages.
+        completions: [B] completions, in the form of the prompts.
+        columns: each prompt's record of the prompt file.
+
+    Raises:
+        UserError: the function raises, or does not return one number per completion.
+        NonFiniteError: a number is NaN or infinite.
+    """
     scores = call_function(judge.function, f"judge {judge.name}", columns, prompts=prompts, completions=completions)
     return np.array(scores)
 
@@ -55,9 +66,9 @@ class Preferences(NamedTuple):
     """A pairwise judge's probabilities that one model's completions are better than another's."""
 
     first: Array
-    """[B] probability that the first model's completion is better, shown first."""
+    """[B] probability that the first model's completion is better, when it is shown first."""
     second: Array
-    """[B] the same, shown second."""
+    """[B] probability that the first model's completion is better, when it is shown second."""
 
     @property
     def outcome(self) -> Array:
@@ -72,6 +83,13 @@ def prefer(
 
     A judge that always prefers the first position thus gives ties, as in Zheng et al. 2023, "Judging LLM-as-a-Judge",
     section 3.4, https://arxiv.org/abs/2306.05685.
+
+    Args:
+        judge: a pairwise judge.
+        prompts: [B] prompts, texts or lists of messages.
+        first: [B] completions of the first model, in the form of the prompts.
+        second: [B] completions of the second model.
+        columns: each prompt's record of the prompt file.
 
     Raises:
         UserError: the function raises, or does not return one number in [0, 1] per prompt.

@@ -44,11 +44,11 @@ def make_measure(
     """Return a function (decoder, frozen, ScoreBatch) -> `Measures`.
 
     Args:
-        config: the model's shape.
-        reference: shape of frozen["reference"]; None where there is none. Its vocabulary is the model's.
+        config: shape of the model.
+        reference: shape of frozen["reference"], which has the model's vocabulary; None if there is no reference.
         reward_models: shapes of frozen["reward_model_0"], frozen["reward_model_1"], …
-        dtype: of the models' forward pass.
-        temperature: of model and reference.
+        dtype: dtype of the models' forward pass.
+        temperature: softmax temperature of the model and the reference.
     """
     decoder = architecture_of(config)
     ref_decoder = decoder if reference is None else architecture_of(reference)

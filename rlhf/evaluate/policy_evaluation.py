@@ -40,7 +40,7 @@ from rlhf.statistics import diversity, token_repetition
 
 _DISTINCT = (1, 2, 3)
 _UNPAIRED = "eval/distinct_"
-"""Prefix of figures of all texts together, whose differences have no interval worth giving."""
+"""Prefix of figures of all texts together, whose differences have no meaningful interval."""
 
 
 class ScoredCompletions(NamedTuple):
@@ -80,12 +80,12 @@ def evaluate_policy(
     """Evaluate a policy with each way of decoding; the samples of its figures are the prompts.
 
     Args:
-        config: settings.
-        context: where to compute.
-        folders: the models.
+        config: settings of the evaluation.
+        context: device, threads and workers.
+        folders: folders of the models.
         data: prompts, or records with prompts.
         judges: scorers and pairwise judges.
-        run: the run that trained the models, whose temperature and length are taken where `config` has none.
+        run: run that trained the models, whose temperature and length apply where `config` has none.
 
     Returns:
         An evaluation for each way of decoding, and the lines of completions.jsonl.
@@ -135,7 +135,7 @@ def compare_folders(
         A comparison for each way of decoding.
 
     Raises:
-        UserError, NonFiniteError: as `evaluate_policy`.
+        UserError, NonFiniteError: the reasons are those of `evaluate_policy`.
     """
     models = load_models({"policy": policy, "against": against}, against, {})
     with open_compute_context(config) as context:
@@ -150,9 +150,10 @@ def compare_models(
     sampling: Sampling,
     judges: Sequence[Judge],
 ) -> list[Comparison]:
-    """Complete the prompts with every language model, and judge the completions.
+    """Complete the prompts with every language model of `models`, and judge the completions.
 
-    Arguments and errors are those of `evaluate_policy`.
+    Raises:
+        UserError, NonFiniteError: the reasons are those of `evaluate_policy`.
     """
     dataset, records = open_data(data, models.language_models["policy"].tokenizer, config)
     room = models.context_length - sampling.max_new_tokens

@@ -43,13 +43,13 @@ class Pairs(NamedTuple):
 
     texts: list[dict[str, str]]
     scores: Array
-    """[n, 2] reward units."""
+    """[n, 2] reward units: score of each completion."""
     lengths: Array
     """[n, 2] tokens of the completions, before truncation."""
 
     @property
     def margins(self) -> Array:
-        """[n] reward units."""
+        """[n] reward units: score of the chosen minus score of the rejected completion."""
         return self.scores[:, 0] - self.scores[:, 1]
 
 
@@ -59,11 +59,11 @@ def evaluate_reward(
     """Return accuracy, margins, calibration, length bias and baselines; their samples are the pairs.
 
     Args:
-        config: settings.
-        context: where to compute.
-        folder: the reward model.
+        config: settings of the evaluation.
+        context: device, threads and workers.
+        folder: folder of the reward model.
         data: preference pairs.
-        train: pairs that the bag of words learns from; None is cross-validation on `data`.
+        train: pairs that the bag of words learns from; None cross-validates on `data`.
 
     Returns:
         The evaluation, and each pair with its scores.

@@ -30,6 +30,12 @@ _RECORDS_AT_ONCE = 1024
 def evaluate_sft(config: EvaluateConfig, context: ComputeContext, folder: Path, data: TestData) -> Evaluation:
     """Return perplexity and accuracy over completion tokens, end-of-text included; their samples are the records.
 
+    Args:
+        config: settings of the evaluation.
+        context: device, threads and workers.
+        folder: folder of the language model.
+        data: demonstrations.
+
     Raises:
         UserError: the model or the data cannot be used.
     """

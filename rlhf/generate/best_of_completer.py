@@ -29,7 +29,7 @@ class BestOfCompleter(Completer):
         """Load the model and the reward model: `reward_model`, or `reward` beside the model's folder.
 
         Raises:
-            UserError: one of them cannot be read, or they do not fit together.
+            UserError: a model cannot be read, or the two do not fit together.
         """
         super().__init__(folder, config, device)
         reward_folder = config.reward_model or folder.parent / "reward"
@@ -72,6 +72,11 @@ class BestOfCompleter(Completer):
 
 def open_completer(folder: Path, config: GenerateConfig, device: torch.device) -> Completer:
     """Return the completer for the settings.
+
+    Args:
+        folder: folder of the language model.
+        config: settings; with `best_of` above 1, a reward model is loaded too.
+        device: device to compute on.
 
     Raises:
         UserError: a model cannot be read, or they do not fit together.

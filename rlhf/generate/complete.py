@@ -28,11 +28,14 @@ def complete(
     """Complete all prompts with one of the program's `eval_fns`.
 
     Args:
-        executor: its program has the function, made by `make_completion_fn`.
-        prompts: token ids, each [n].
-        keys: [len(prompts), 2] int32: one key per prompt.
-        rows: prompts per micro-batch.
-        name: of the function in the program.
+        executor: executor of a program that has the function, made by `make_completion_fn`.
+        prompts: token ids, each [n] int.
+        keys: [len(prompts), 2] int32, one key per prompt.
+        rows: number of prompts per micro-batch.
+        name: name of the function in the program.
+
+    Returns:
+        The completions in the order of the prompts, [len(prompts), ...].
     """
     batches = prompt_batches(prompts, keys, rows=rows)
     results = executor.map(name, [batch for batch, _ in batches])
@@ -62,20 +65,20 @@ def make_completion_fn(
 ) -> Callable[[Params, FrozenParams, PromptBatch], Completions]:
     """Return a function (params, frozen, PromptBatch) -> `Completions` of the policy.
 
-    Completions have values where params["value_head"] is there.
+    Completions have values if there is params["value_head"].
 
     Args:
         config: shape of the policy.
-        dtype: of its forward pass.
-        max_new_tokens: as in `rlhf.models.decoding.generate_completions`, and so are the arguments below.
-        min_new_tokens: same.
-        temperature: same.
-        top_k: same.
-        top_p: same.
-        stop_tokens: same.
-        max_concurrent: same.
-        draw: same, or its compiled form (`rlhf.execution.draws`). On a CPU each call of that form then computes at
-            least 16 layers (32 with one row), which makes the overhead of the call small.
+        dtype: dtype of the forward pass.
+        max_new_tokens: maximum number of tokens per completion, at least 1.
+        min_new_tokens: number of tokens before which no stop token is drawn.
+        temperature: softmax temperature, above 0.
+        top_k: number of most likely tokens to draw from; 0 keeps all, 1 is greedy.
+        top_p: probability of the most likely tokens to draw from, in (0, 1]; 1 keeps all.
+        stop_tokens: ids of the tokens that end a completion.
+        max_concurrent: maximum number of completions in progress at a time; None sets no limit.
+        draw: `decode_steps`, or its compiled form (`rlhf.execution.draws`). On a CPU each call of that form then
+            computes at least 16 layers (32 with one row), which makes the overhead of the call small.
     """
     per_call = 1 if draw is decode_steps else max(1, (32 if max_concurrent == 1 else 16) // config.n_layer)
     decoder = architecture_of(config)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.chat_tokens import check_template, encode_chat
+from rlhf.data.chat_tokens import TEMPLATE_FLAG, encode_chat
 from rlhf.data.conversations import Message
 from rlhf.data.encoding import chat_tokenizer
 from rlhf.distributed.compute_context import compute_dtype
@@ -28,7 +28,7 @@ from rlhf.tree import to_device
 from rlhf.types import Params
 
 ROWS = 64
-"""Completions of a micro-batch."""
+"""Number of completions of a micro-batch."""
 
 
 @torch.no_grad()
@@ -44,18 +44,18 @@ def stream(
     top_p: float = 1.0,
     stop_tokens: Sequence[int] = (),
 ) -> Iterator[int]:
-    """Draw the tokens of a completion one at a time: those that `generate_completions` draws for this prompt and key.
+    """Yield the tokens of a completion one at a time, which are those that `generate_completions` draws.
 
     Args:
-        params: prepared for decoding.
+        params: parameters prepared for decoding (`Architecture.prepare_for_decoding`).
         prompt: [P] int64, at least one token; P + max_new_tokens must fit in n_positions.
-        key: [2] int32.
-        config: the shape of `params`.
-        max_new_tokens: at least 1.
-        temperature: above 0.
-        top_k: 0 keeps all tokens, 1 is greedy.
-        top_p: in (0, 1].
-        stop_tokens: end the completion, as its last token.
+        key: [2] int32, consumed.
+        config: shape of `params`.
+        max_new_tokens: maximum number of tokens, at least 1.
+        temperature: softmax temperature, above 0.
+        top_k: number of most likely tokens to draw from; 0 keeps all, 1 is greedy.
+        top_p: probability of the most likely tokens to draw from, in (0, 1]; 1 keeps all.
+        stop_tokens: ids of the tokens that end the completion, of which the last token is one.
 
     Yields:
         Token ids.
@@ -88,13 +88,13 @@ class TextChunk(NamedTuple):
     """New text of a completion."""
 
     text: str
-    """New characters; may be empty while a character's bytes are incomplete."""
+    """New characters; empty while the bytes of a character are incomplete."""
     ended: bool
-    """True where the model has ended the completion by itself."""
+    """True if the model has ended the completion by itself."""
 
 
 def text_chunks(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[TextChunk]:
-    """Yield the text of tokens as they come, in whole characters; together, the text of all but the stop token."""
+    """Yield the text of tokens as they arrive, in whole characters; together, the text without the stop token."""
     decoded: list[int] = []
     shown, ended = 0, False
     for token in tokens:
@@ -116,7 +116,7 @@ class Completer:
         """Load the model.
 
         Raises:
-            UserError: it cannot be read, or its context is too short for the completions.
+            UserError: the model cannot be read, or its context is too short for the completions.
         """
         model = load_language_model(folder)
         self.model = model = model._replace(tokenizer=chat_tokenizer(model.tokenizer, config.data))
@@ -127,7 +127,7 @@ class Completer:
         self._params: Params = decoder.prepare_for_decoding(to_device(model.params, device), self._dtype)
 
     def configure(self, config: GenerateConfig) -> None:
-        """Use other settings of the sampling from now on.
+        """Replace the settings of the sampling.
 
         Raises:
             UserError: the model's context is too short for the completions.
@@ -144,13 +144,17 @@ class Completer:
         """Return [n] int64: the last tokens of a text or conversation that leave room for the completion.
 
         Raises:
-            UserError: the model has no chat template for a conversation, or it cannot write it.
+            UserError: the model has no chat template for a conversation, or the template refuses it.
         """
         tokenizer = self.model.tokenizer
         if isinstance(prompt, str):
             (tokens,) = tokenizer.encode([prompt])
             return np.array(tokenizer.begin(tokens, self.room), dtype=np.int64)
-        check_template(tokenizer, self.folder)
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"{self.folder}: the tokenizer has no chat template to write conversations by; add {TEMPLATE_FLAG}; "
+                "or leave --chat out, and write the text around each prompt as --template"
+            )
         try:
             tokens = encode_chat(tokenizer, prompt, []).prompt
         except ValueError as error:

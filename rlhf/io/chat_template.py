@@ -1,7 +1,7 @@
-"""Chat templates: the Jinja text that writes a conversation as a model reads it, run in a sandbox as transformers does.
+"""Chat templates: Jinja templates that render a conversation as the text that a model reads.
 
-A template is code from whoever made the model, so it runs in Jinja's immutable sandbox, with the extensions, filters
-and functions that `transformers` gives it, and writes the same text.
+A template is untrusted code that comes with a model. It therefore runs in Jinja's immutable sandbox, with the
+extensions, filters and functions that `transformers` provides, and renders the same text.
 """
 
 import functools
@@ -31,10 +31,10 @@ NAMED_TEMPLATES = {
 {{ '\\n\\n' + message['role'] | capitalize + ': ' + message['content'] }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}""",
 }
-"""Templates that ship with the library: ChatML, which needs its two tokens, and texts as in Anthropic's HH data."""
+"""Templates that ship with the library: ChatML, which needs its two special tokens, and the plain text of HH data."""
 
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-"""Characters that Unicode keeps for a program's own use, which mark places in rendered text."""
+"""Characters that Unicode reserves for internal use, which mark positions in rendered text."""
 _FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONTROL = re.compile(r"<\|\w+\|>")
@@ -46,7 +46,7 @@ class Rendered(NamedTuple):
 
     text: str
     spans: list[tuple[int, int]]
-    """Places [start, end) in `text` of what `{% generation %}` encloses."""
+    """Ranges [start, end) of `text` that `{% generation %}` encloses."""
 
 
 class ChatTemplate:
@@ -56,11 +56,11 @@ class ChatTemplate:
         """Compile a template.
 
         Args:
-            source: the template.
+            source: text of the template.
             tokens: special tokens by name, such as `eos_token`.
 
         Raises:
-            ValueError: it is not a valid template.
+            ValueError: the template is not valid.
         """
         self.source, self._tokens = source, dict(tokens)
         self.marks_generation = _GENERATION.search(source) is not None
@@ -76,8 +76,8 @@ class ChatTemplate:
         """Return a conversation as text, as `transformers` does with `apply_chat_template(tokenize=False)`.
 
         Args:
-            messages: the turns.
-            add_generation_prompt: end with what precedes the assistant's answer.
+            messages: turns of the conversation, each with a role and a content.
+            add_generation_prompt: True appends the text that precedes the assistant's next answer.
 
         Raises:
             ValueError: the template refuses the conversation or fails.
@@ -109,7 +109,7 @@ class ChatTemplate:
 
 
 def control_tokens(source: str) -> list[str]:
-    """Return what a template writes in the form of control tokens, such as `<|im_end|>`, each once."""
+    """Return the distinct parts of a template that look like control tokens, such as `<|im_end|>`."""
     return list(dict.fromkeys(_CONTROL.findall(source)))
 
 
@@ -156,7 +156,7 @@ def read_token_names(folder: Path) -> dict[str, str]:
 
 
 def unused_mark(texts: Sequence[str]) -> str:
-    """Return a character that marks places in rendered text and is in none of the texts."""
+    """Return a character that is in none of the texts, to mark positions in rendered text."""
     used = {mark for text in texts for mark in _MARKS if mark in text}
     return next((mark for mark in _MARKS[2:] if mark not in used), "")
 
@@ -167,7 +167,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 class _Generation(Extension):
-    """The tag {% generation %}, which encloses what the assistant writes; marks stand around its text."""
+    """The tag {% generation %}, which puts marks around the text that the assistant writes."""
 
     tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 

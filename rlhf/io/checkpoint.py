@@ -36,6 +36,14 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write `root/step-NNNNNN` and then delete all but the newest `keep` checkpoints.
 
+    Args:
+        root: `checkpoints/<stage>`, created if missing.
+        checkpoint: state to write.
+        keep: number of checkpoints to keep, at least 1.
+
+    Returns:
+        The folder of the new checkpoint.
+
     Raises:
         UserError: the disk is full, or the folder cannot be written or holds something else. Older checkpoints are not
             deleted then.
@@ -56,7 +64,7 @@ def check_checkpoints(root: Path) -> None:
     """Raise UserError if a path in `root` has the name of a checkpoint but is not one."""
     for path in sorted(root.glob("step-*")):
         if re.fullmatch(r"step-\d{6,}", path.name) and not (has_manifest(path) or _is_ours(path)):
-            raise UserError(f"{path}: is there already, and is no checkpoint; move it away, or choose another folder")
+            raise UserError(f"{path}: already exists, and is not a checkpoint; move it away, or choose another folder")
 
 
 def _is_ours(path: Path) -> bool:
@@ -72,8 +80,8 @@ def save_refused(folder: Path, batch: object, state: Mapping[str, Tensor] | None
 
     Args:
         folder: the folder to write or replace.
-        batch: a tree of tensors; None if it is not known.
-        state: the train state; None if it is in a checkpoint.
+        batch: micro-batch, a tree of tensors; None if it is not known.
+        state: tensors of the train state by dotted name; None if a checkpoint has them.
         facts: further fields of the manifest.
     """
     check_replaceable(folder)
@@ -90,7 +98,7 @@ def load_checkpoint(root: Path, like: Mapping[str, Any] | None = None) -> Checkp
 
     Args:
         root: `checkpoints/<stage>`.
-        like: facts that it must have: numbers, or nested mappings of numbers.
+        like: facts that the checkpoint must have; their values are numbers, or nested mappings of numbers.
 
     Raises:
         UserError: the newest checkpoint with a manifest is truncated or altered, or lacks a fact.

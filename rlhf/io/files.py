@@ -82,7 +82,11 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file. Raises as `read_text`, and UserError if the text is not JSON."""
+    """Return the value in a JSON file.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8 or not JSON.
+    """
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -90,9 +94,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, content: bytes, flag: str = "--output-dir") -> None:
-    """Replace a file's content atomically, whoever wrote it; `rlhf.io.output` protects files of the user's.
+    """Replace a file's content atomically, whoever wrote it; `rlhf.io.output` protects the user's own files.
 
-    Links are followed, permissions are preserved. Raises as `atomic_folder`.
+    Links are followed and permissions are preserved.
+
+    Args:
+        path: file to write, created if missing.
+        content: new content.
+        flag: flag that names another location, for the remedy in errors.
+
+    Raises:
+        UserError: the disk is full or the file cannot be written.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -175,7 +187,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     with clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if lock_file.exists() and not (lock_file.is_file() and lock_file.stat().st_size == 0):
-            raise UserError(f"{lock_file}: is no lock of rlhf; move it away, or choose another --output-dir")
+            raise UserError(f"{lock_file}: is not a lock of rlhf; move it away, or choose another --output-dir")
         try:
             lock = acquire_lock(lock_file, blocking=False)
         except Timeout as error:

@@ -15,9 +15,9 @@ ModelKind = Literal["language model", "reward model"]
 _UNSUPPORTED = {
     "auto_map": "the model comes with code of its own, which is not run; use the folder of a model without",
     "quantization_config": "quantised weights are not read; load the model with transformers, dequantize() it "
-    "and save it anew",
+    "and save it again",
 }
-"""Settings that are refused, and why."""
+"""Settings that are refused, each with the reason."""
 _DEFAULT_TYPE = "gpt2"
 """The `model_type` assumed for a config.json without one."""
 
@@ -34,10 +34,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (is_adapter or not path.exists()) and (remedy := folder_remedy(folder)):
         raise UserError(f"{folder}: {remedy}")
     if not path.exists():
-        raise UserError(f"{path}: no such file; {folder} is no model folder")
+        raise UserError(f"{path}: no such file; {folder} is not a model folder")
     settings = read_json(path)
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: is not a JSON object; {folder} is no model folder")
+        raise UserError(f"{path}: is not a JSON object; {folder} is not a model folder")
     return settings
 
 
@@ -64,17 +64,17 @@ def read_architectures(folder: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def class_of(family: Architecture, kind: ModelKind) -> str:
-    """Return the name of Hugging Face's class for an architecture's models of a kind."""
+    """Return the name of the Hugging Face class for models of an architecture and a kind."""
     return family.causal_lm if kind == "language model" else family.sequence_classifier
 
 
 def classes_of(family: Architecture) -> set[str]:
-    """Return the names of Hugging Face's classes that are read as models of an architecture."""
+    """Return the names of the Hugging Face classes that are read as models of an architecture."""
     return {family.causal_lm, family.sequence_classifier, *family.aliases}
 
 
 def kinds_of(name: str) -> set[ModelKind]:
-    """Return the kinds of model that a class of Hugging Face's can be read as; empty if it is not supported."""
+    """Return the kinds of model that a Hugging Face class can be read as; empty if it is not supported."""
     kinds: set[ModelKind] = set()
     for family in architectures():
         if name == family.causal_lm or name in family.aliases:
@@ -131,7 +131,7 @@ def check_model_folder(folder: Path, kind: ModelKind) -> dict[str, Any]:
     """Return the settings in config.json after checking that the folder holds a model of the kind.
 
     Raises:
-        UserError: it holds another kind of model, does not exist, or has no readable config.json.
+        UserError: the folder holds another kind of model, does not exist, or has no readable config.json.
     """
     settings = read_config(folder)
     check_supported(folder, settings)

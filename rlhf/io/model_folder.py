@@ -40,13 +40,13 @@ class LanguageModel(NamedTuple):
     """A decoder with its tokenizer."""
 
     params: Params
-    """float32."""
+    """Parameters, float32."""
     config: ModelShape
     tokenizer: Tokenizer
     generation_config: dict[str, Any] | None = None
     """generation_config.json of the folder it was read from; None if there was none."""
     notes: tuple[str, ...] = ()
-    """Lines for the user about that folder."""
+    """Lines for the user about the folder it was read from."""
 
 
 @documented
@@ -85,10 +85,10 @@ def save_language_model(
 
     Args:
         folder: the model folder.
-        model: parameters, shape and tokenizer.
+        model: model to write.
         facts: fields of the manifest beside the checksums, such as the stage and the seed.
-        value_head: saved as value_head.safetensors.
-        critic: saved as critic/.
+        value_head: parameters of a value head on the trunk, saved as value_head.safetensors; None if there is none.
+        critic: separate critic, saved in critic/; None if there is none.
 
     Raises:
         UserError: the disk is full, the folder cannot be written, or its content was changed since it was saved.
@@ -108,7 +108,16 @@ def save_language_model(
 
 
 def save_reward_model(folder: str | Path, model: RewardModel, *, facts: dict[str, Any]) -> None:
-    """Write a reward model, replacing the content of `folder` atomically. Arguments as `save_language_model`."""
+    """Write a reward model, replacing the content of `folder` atomically.
+
+    Args:
+        folder: the model folder.
+        model: model to write.
+        facts: fields of the manifest beside the checksums, such as the stage and the seed.
+
+    Raises:
+        UserError: the disk is full, the folder cannot be written, or its content was changed since it was saved.
+    """
     folder = Path(folder)
     check_replaceable(folder)
     with atomic_folder(folder) as temporary:
@@ -131,7 +140,11 @@ def load_language_model(folder: str | Path) -> LanguageModel:
 
 
 def load_reward_model(folder: str | Path) -> RewardModel:
-    """Return the reward model in a folder of a sequence classifier with one label, as `load_language_model` does."""
+    """Return the reward model in a folder that holds a sequence classifier with one label.
+
+    Raises:
+        UserError: a file is missing, truncated, altered or holds another kind of model, or a weight is not finite.
+    """
     folder = Path(folder)
     source = _read_model(folder, "reward model")
     head, notes = source.state.get("score.weight"), list(source.notes)
@@ -163,7 +176,7 @@ def load_reward_model(folder: str | Path) -> RewardModel:
 
 
 def load_trunk(folder: str | Path) -> LanguageModel:
-    """Return the language model in a folder without an output layer of its own, for a scalar head to be put on."""
+    """Return the language model in a folder without its output layer, as the trunk of a model with a scalar head."""
     model = load_language_model(folder)
     shape = architecture_of(model.config).trunk_shape(model.config)
     return model._replace(params=without_output_layer(model.params), config=shape)
@@ -172,7 +185,8 @@ def load_trunk(folder: str | Path) -> LanguageModel:
 def load_shape(folder: Path) -> tuple[ModelShape, Tokenizer]:
     """Return the shape and tokenizer of the language model in a folder; its weights are checked by name only.
 
-    Raises as `load_language_model`.
+    Raises:
+        UserError: a file is missing or cannot be read, the folder holds another kind of model, or a weight is missing.
     """
     shape = read_shape(folder, check_model_folder(folder, "language model"))
     config, tokenizer = _fit_vocabulary(folder, shape)
@@ -227,7 +241,7 @@ class _Source(NamedTuple):
     """The content of a model folder, of either kind."""
 
     settings: dict[str, Any]
-    """config.json."""
+    """Content of config.json."""
     state: dict[str, Tensor]
     trunk: Params
     config: ModelShape

@@ -1,8 +1,8 @@
 """Output files at paths that the user chose.
 
 A file is replaced only if rlhf wrote it and it is unchanged since, or if the user says so. Every folder that is written
-to has a record, `.rlhf.json`, with the sha256 of each file. Devices and pipes can be written to, links are followed.
-Disks are never written to.
+to has a record, `.rlhf.json`, with the sha256 of each file. Links are followed. Character devices and pipes can be
+written to; block devices cannot.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrit
     if path.is_block_device() or path.is_socket():
         kind = "disk" if path.is_block_device() else "socket"
         raise UserError(f"{flag} {path}: is a {kind}, expected the name of a file")
-    if path.is_char_device():  # as a terminal, which may be read too
+    if path.is_char_device():  # such as a terminal, which may also be an input
         return
     if _target(path).is_symlink():
         raise UserError(f"{flag} {path}: is a link that leads to itself; remove it, or name another file")
@@ -50,9 +50,7 @@ def check_output(path: Path, flag: str, *, inputs: Iterable[Path] = (), overwrit
         return
     if path.exists() and not overwrite and not is_ours(path):
         remedy = "move it away" if overwrite is None else "add --overwrite"
-        raise UserError(
-            f"{path}: is there already, and is not what rlhf wrote there; choose another {flag}, or {remedy}"
-        )
+        raise UserError(f"{path}: already exists, and is not what rlhf wrote there; choose another {flag}, or {remedy}")
     check_writable(_target(path).parent, flag, _target(path).name)
 
 
@@ -61,8 +59,14 @@ def write_output(
 ) -> None:
     """Write a file atomically and add its checksum to the folder's record; text is written as UTF-8.
 
+    Args:
+        path: file to write.
+        content: new content.
+        flag: flag that names the file or its folder.
+        overwrite: True replaces a file whoever wrote it; None if the program has no such flag.
+
     Raises:
-        UserError: as `check_output`, or the disk is full.
+        UserError: `check_output` refuses the path, or the disk is full.
     """
     check_output(path, flag, overwrite=overwrite)
     data = content.encode() if isinstance(content, str) else content
@@ -78,7 +82,14 @@ def write_output(
 
 
 def write_json(path: Path, value: Any, flag: str = "--output-dir", *, overwrite: bool | None = None) -> None:
-    """Write a value as indented JSON with `write_output`."""
+    """Write a value as indented JSON with `write_output`.
+
+    Args:
+        path: file to write.
+        value: any JSON value.
+        flag: flag that names the file or its folder.
+        overwrite: True replaces a file whoever wrote it; None if the program has no such flag.
+    """
     write_output(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", flag, overwrite=overwrite)
 
 

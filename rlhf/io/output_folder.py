@@ -45,7 +45,7 @@ def check_output_folder(config: RunConfig, stage: Stage) -> None:
     done = last_step(checkpoints)
     if os.path.lexists(model) and (done is None or not has_manifest(model)):
         raise UserError(
-            f"{model}: is there already, and would be replaced by what {stage.name} trains; move it away, or choose "
+            f"{model}: already exists, and would be replaced by what {stage.name} trains; move it away, or choose "
             "another --output-dir"
         )
     if done is not None and not config.resume:
@@ -57,7 +57,7 @@ def check_output_folder(config: RunConfig, stage: Stage) -> None:
         try:
             read_manifest(model)
         except UserError as error:
-            raise UserError(f"{error}; or move {model} away: --resume then writes it anew") from error
+            raise UserError(f"{error}; or move {model} away: --resume then writes it again") from error
 
 
 def has_checkpoints(config: RunConfig) -> bool:
@@ -68,8 +68,13 @@ def has_checkpoints(config: RunConfig) -> bool:
 def write_config(config: RunConfig, stage: Stage, provenance: Provenance) -> None:
     """Write config.yaml with the stage's provenance, keeping the sections and provenance of stages that ran before.
 
+    Args:
+        config: configuration of the run.
+        stage: stage that begins.
+        provenance: provenance of the stage.
+
     Raises:
-        UserError: as `check_output_folder`.
+        UserError: config.yaml cannot be read or written, or the disk is full.
     """
     path, resolved = config.output_dir / "config.yaml", _resolved(config)
     if resolved is not None or is_ours(path):
@@ -100,10 +105,12 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
     ours = is_ours(path)
     if not ours and not has_checkpoints(config):
         raise UserError(
-            f"{path}: is there already, and no run of rlhf wrote it; it would be replaced by the resolved "
+            f"{path}: already exists, and no run of rlhf wrote it; it would be replaced by the resolved "
             "configuration. Choose another --output-dir"
         )
     previous = load_config(str(path))
+    columns = dict.fromkeys((*previous.data.columns, *config.data.columns))  # those of every stage's files
+    fields["data"] = dataclasses.replace(absolute.data, columns=tuple(columns))
     resolved = _with_chosen(dataclasses.replace(previous, **fields), previous)
     same = dataclasses.replace(resolved, config=previous.config, resume=previous.resume) == previous
     if not (same or ours or not has_record(config.output_dir)):
@@ -115,7 +122,7 @@ def _resolved(config: RunConfig) -> PipelineRun | None:
 
 
 def _with_chosen(config: PipelineRun, previous: PipelineRun) -> PipelineRun:
-    """Return the configuration with what stages that ran before chose by rule, where `config` leaves it to them."""
+    """Return the configuration with the values that earlier stages chose for settings that `config` leaves open."""
     for section, names in CHOSEN_BY_RULE.items():
         now, before = getattr(config, section), getattr(previous, section)
         kept = {name: getattr(before, name) for name in names if getattr(now, name) is None}
@@ -124,7 +131,7 @@ def _with_chosen(config: PipelineRun, previous: PipelineRun) -> PipelineRun:
 
 
 def _start_hint(folder: Path, stage: Stage) -> str:
-    """Return the hint with which flags another run of a stage starts from the models in a folder; perhaps empty."""
+    """Return a hint about the flags that start another run of a stage from the models in a folder, or an empty text."""
     models = {setting: folder / STAGES[name].folder for name, setting in stage.sources.items()}
     flags = [f"{flag_of(setting)} {model}" for setting, model in models.items() if model.is_dir()]
     return f"; to start there from the models here, add {' '.join(flags)}" if flags else ""

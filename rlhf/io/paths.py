@@ -1,10 +1,10 @@
-"""Paths in a run's configuration: made absolute, and relocated with the run. Importing this module imports no torch."""
+"""Paths in a run's configuration: made absolute, and relocated with the run. This module does not import torch."""
 
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +47,25 @@ def places(path: Path, output_dir: Path, model_dir: Path) -> list[Path]:
     """
     moved = Path(os.path.normpath(model_dir.absolute() / os.path.relpath(path, output_dir)))
     return [path, moved] if path.is_absolute() else [moved, path]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Return the shortest end of each path that tells it apart from the others; equal paths get a number.
+
+    Args:
+        folders: the paths.
+
+    Example:
+        >>> short_names([Path("runs/a/policy"), Path("runs/b/policy"), Path("runs/b/sft")])
+        ['a/policy', 'b/policy', 'sft']
+    """
+    paths = [folder.absolute().parts for folder in folders]
+    names = []
+    for number, own in enumerate(paths, start=1):
+        ends = (count for count in range(1, len(own) + 1) if {own} == {p for p in paths if p[-count:] == own[-count:]})
+        name = str(Path(*own[-next(ends) :]))
+        names.append(name if paths.count(own) == 1 else f"{name} #{number}")
+    return names
 
 
 def same_place(before: str | None, now: Path | None) -> bool:

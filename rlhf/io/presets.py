@@ -55,7 +55,15 @@ def load_config(name: str, *, flag: str = "--config") -> PipelineRun:
 
 
 def parse_config(text: str, *, source: str) -> PipelineRun:
-    """Return the configuration in a YAML text; `source` names the text in errors. Raises as `load_config`."""
+    """Return the configuration in a YAML text, over the defaults.
+
+    Args:
+        text: YAML with the sections of a configuration.
+        source: name of the text in errors, such as its file.
+
+    Raises:
+        UserError: the text is not YAML, or a key, type or value is invalid.
+    """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         return pipeline_type()() if node is None else _section(pipeline_type(), node, "", source)
@@ -85,7 +93,7 @@ def load_dist_config(name: str) -> DistConfig:
     """Return the `dist` section of a YAML file or preset that has no other settings.
 
     Raises:
-        UserError: as `load_config`, or the file has other settings.
+        UserError: there is no such file or preset, its content is invalid, or it has other settings.
     """
     config = load_config(name, flag="--dist-config")
     if config != type(config)(dist=config.dist):

@@ -11,6 +11,9 @@ _UNSAFE = re.compile(
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that draw nothing, or change how their neighbours are drawn."""
 
+EMPTY = "(empty)"
+"""The mark in the place of a completion without visible text, on screens and not in files."""
+
 
 def printable(text: str) -> str:
     r"""Return the text with characters that could steer a terminal escaped: ESC as `\x1b`, U+202E as `\u202e`."""

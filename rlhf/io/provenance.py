@@ -15,7 +15,7 @@ import rlhf
 
 Provenance = dict[str, Any]
 """JSON values by name: rlhf, torch, ray, python, commit, processor, device, precision, threads, compile, command
-and digests. None where there is none."""
+and digests. A value that does not exist is None."""
 
 PROMISE = "the same processor, torch and threads give the same bits"
 
@@ -26,11 +26,11 @@ def provenance_of(
     """Return the provenance of what this process computes now.
 
     Args:
-        device: as resolved; the processor is that of the CPU also for a GPU, whose name is the device's.
-        precision: fp32 or bf16.
-        threads: CPU threads of each computing process.
-        compiled: whether the training step is compiled; None where nothing is trained.
-        digests: of data and models, by name.
+        device: device of the computation. The field `device` has the name of a GPU; `processor` is always the CPU.
+        precision: precision of the models, fp32 or bf16.
+        threads: number of CPU threads of each computing process.
+        compiled: True if the training step is compiled; None if nothing is trained.
+        digests: digests of data and models by name.
     """
     return {
         "rlhf": rlhf.__version__,
@@ -49,7 +49,7 @@ def provenance_of(
 
 
 def describe_provenance(provenance: Provenance) -> str:
-    """Return versions, processor and threads in one line, with the promise that rests on them."""
+    """Return versions, processor and threads in one line, with the promise of equal bits."""
     threads = f"{provenance['threads']} thread{'s' * (provenance['threads'] != 1)}"
     where = provenance["processor"] if provenance["device"] == "cpu" else provenance["device"]
     return f"rlhf {provenance['rlhf']}, torch {provenance['torch']}, {threads} on {where}: {PROMISE}"
@@ -57,9 +57,9 @@ def describe_provenance(provenance: Provenance) -> str:
 
 @functools.cache
 def code_commit(package: Path) -> str | None:
-    """Return the commit of the repository that a package lies in at the top, with -dirty if it has been changed.
+    """Return the commit of the repository whose top folder contains a package, with -dirty if it has been changed.
 
-    None if there is no repository there, as for an installed package, or no git.
+    The result is None without such a repository, as for an installed package, or without git.
     """
     if not (package.parent / ".git").exists():
         return None

@@ -17,12 +17,16 @@ Source = dict[str, Any]
 
 
 def identify_sources(specs: Sequence[str]) -> list[Source]:
-    """Return the identity of each source. Raises as `rlhf.io.reward_sources.open_sources`."""
+    """Return the identity of each source.
+
+    Raises:
+        UserError: a source is neither a model folder nor an importable function.
+    """
     return [_identify(spec) for spec in specs]
 
 
 def diff_sources(before: Sequence[Source], now: Sequence[Source]) -> tuple[list[str], list[str]]:
-    """Return (changes that prevent resuming, notes for the user) between two lists of sources.
+    """Return the changes between two lists of sources that prevent resuming, and notes for the user.
 
     A change of a function's code gives a note, because a run whose function failed is resumed after fixing it. So does
     a change of a gold source, which does not affect the training.
@@ -49,7 +53,7 @@ def upgrade_sources(specs: Sequence[str], digests: Sequence[str], now: Sequence[
 
     Args:
         specs: the sources as the user wrote them; empty for the run's reward model.
-        digests: digests of those that are model folders, in order.
+        digests: digests of the sources that are model folders, in order.
         now: the sources of the resumed run, whose code is assumed for functions of the same module.
     """
     remaining, sources = list(digests), []

@@ -45,11 +45,11 @@ class RunLog:
             folder: logs/, created if missing.
             stage: the stage's name, written in every line.
             after_step: last step before a resumed run; the stage's later lines are removed. None for a new run.
-            tensorboard: also write event files, to folder/tensorboard/<stage>.
-            sink: called with every step's metrics.
+            tensorboard: True also writes event files, to folder/tensorboard/<stage>.
+            sink: function that is called with the metrics of every step; None if there is none.
 
         Raises:
-            UserError: as `check_logs`, or the files cannot be written.
+            UserError: `check_logs` refuses the folder, or the files cannot be written.
         """
         self._stage, self._sink = stage, sink
         self._board = _Board(folder / "tensorboard" / stage, after_step) if tensorboard else None
@@ -65,7 +65,7 @@ class RunLog:
             )  # a lone surrogate becomes its JSON escape
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Write the metrics of a step, by name."""
+        """Write a line with the metrics of a step, by name."""
         self._write(self._metrics, {"stage": self._stage, "step": step, "time": round(time.time(), 3), **values})
         if self._board is not None:
             self._board.write(step, values)
@@ -73,12 +73,12 @@ class RunLog:
             self._sink(self._stage, step, dict(values))
 
     def samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        """Write completions of a step."""
+        """Write a line for each completion of a step."""
         for sample in samples:
             self._write(self._samples, {"stage": self._stage, "step": step, **sample})
 
     def event(self, name: str, **facts: Any) -> None:
-        """Write an event."""
+        """Write a line for an event, with facts about it as JSON values."""
         self._write(self._metrics, {"stage": self._stage, "event": name, "time": round(time.time(), 3), **facts})
 
     def close(self) -> None:
@@ -105,13 +105,13 @@ def finite(value: Any) -> Any:
 
 
 def check_logs(folder: Path) -> None:
-    """Raise UserError if a path with the name of a log is not a file, or no line of it is a log's."""
+    """Raise UserError if a path with the name of a log is not a file, or is a file without any line of a log."""
     for path in (folder / name for name in _FILES):
         if path.exists() and not path.is_file():  # such as a pipe, which the report would wait for
-            raise UserError(f"{path}: is no file; move it away, or choose another folder")
+            raise UserError(f"{path}: is not a file; move it away, or choose another folder")
         lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
         if lines and not any(map(_is_ours, lines)):
-            raise UserError(f"{path}: is there already, and is no log of rlhf; move it away, or choose another folder")
+            raise UserError(f"{path}: already exists, and is not a log of rlhf; move it away, or choose another folder")
 
 
 def _is_ours(line: bytes) -> bool:

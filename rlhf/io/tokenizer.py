@@ -55,9 +55,9 @@ class Tokenizer:
             source: name of the tokenizer in errors.
             stop_ids: ids that end a completion; empty for the id of `eos` alone.
             bos_id: id of the token that begins every text; None if there is none.
-            pad: the padding token; None chooses one, see `pad_id`.
-            files: files of the folder that it was read from, which `save` writes again.
-            notes: lines for the user about that folder.
+            pad: the padding token; None chooses one by the rule of `pad_id`.
+            files: contents of the folder's files by path, which `save` writes again.
+            notes: lines for the user about the folder it was read from.
             template: the chat template; None if there is none.
             token_names: special tokens by the names that templates use, such as `bos_token`.
 
@@ -104,7 +104,7 @@ class Tokenizer:
 
         Args:
             folder: folder with files as `transformers` saves them.
-            rows: rows of the embedding of the folder's model; None if it has no model.
+            rows: number of rows of the embedding of the folder's model; None if there is no model.
 
         Raises:
             UserError: files are missing, damaged or contradictory, or there is no end-of-text token.
@@ -139,7 +139,9 @@ class Tokenizer:
         """
         for name in control_tokens(template):
             if self._backend.token_to_id(name) is None:
-                raise ValueError(f"the template writes {name}, which is no token of the tokenizer; take another")
+                raise ValueError(
+                    f"the template writes {name}, which is not a token of the tokenizer; choose another template"
+                )
         return Tokenizer(
             self._backend,
             self.eos,
@@ -158,8 +160,8 @@ class Tokenizer:
 
         Args:
             folder: the folder to write to.
-            pads_with_eos: keep a setting that the end-of-text token is the padding token. False for reward models:
-                `transformers` reads the score at the last token that is not padding.
+            pads_with_eos: True keeps a setting that the end-of-text token is the padding token. Pass False for reward
+                models, whose score `transformers` reads at the last token that is not padding.
         """
         if self._files:
             drop = not pads_with_eos and self._pad == self.eos
@@ -188,7 +190,7 @@ class Tokenizer:
         """Return the token ids of texts in which special tokens are written out, as a chat template does.
 
         Args:
-            texts: the texts.
+            texts: texts to encode.
             mark: a character that is left out of the ids; a special token with it inside stays text.
         """
         if mark and any(mark in text for text in texts):
@@ -206,7 +208,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _writing(self) -> Backend:
-        """The tokenizer that takes a special token's text for the token."""
+        """The tokenizer that encodes a special token's text as that token."""
         return Backend.from_str(self._backend.to_str())
 
     def _find_end_of_turn(self) -> int:
@@ -228,8 +230,8 @@ class Tokenizer:
         The token that begins every text comes first, once. An empty prompt is the end-of-text token.
 
         Args:
-            ids: of the prompt's text, from `encode`.
-            limit: most tokens to return; a longer prompt is cut at its beginning, after that first token. At least 1.
+            ids: token ids of the prompt's text, from `encode`.
+            limit: maximum number of tokens, at least 1; a longer prompt is cut at its beginning, after the first token.
         """
         start = [] if self.bos_id is None else [self.bos_id]
         rest = list(ids[len(start) :] if start and list(ids[:1]) == start else ids)

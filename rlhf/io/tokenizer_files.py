@@ -53,7 +53,8 @@ def read_backend(folder: Path, rows: int | None) -> tuple[Backend, tuple[str, ..
 
     Args:
         folder: the tokenizer folder.
-        rows: rows of the model's embedding; a special token without an id gets one below it. None is no limit.
+        rows: number of rows of the model's embedding, below which a special token without an id gets one; None sets no
+            limit.
 
     Raises:
         UserError: files are missing or damaged, or contradict each other about a token's id.
@@ -96,7 +97,7 @@ def read_end_of_text(folder: Path, backend: Backend) -> EndOfText:
         for number in read_ids(folder / file, "eos_token_id", _read_object(folder / file).get("eos_token_id")):
             token = backend.id_to_token(number)
             if token is None:
-                notes.append(f"{folder / file}: eos_token_id {number} is no id of the tokenizer; not used")
+                notes.append(f"{folder / file}: eos_token_id {number} is not an id of the tokenizer; not used")
             else:
                 names.setdefault(token, []).append(file)
     end, *further = names or {EOS: []}
@@ -114,7 +115,7 @@ def read_end_of_text(folder: Path, backend: Backend) -> EndOfText:
 
 
 def read_bos_id(backend: Backend) -> int | None:
-    """Return the id of the token that the tokenizer puts before every text, by its post-processor; None if none."""
+    """Return the id of the token that the tokenizer's post-processor puts before every text; None if there is none."""
     plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
     return None if whole[:1] == plain[:1] else whole[0]
 
@@ -152,7 +153,7 @@ def without_pad_token(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """Return `files` with another chat template, which is in a file of its own alone."""
+    """Return `files` with another chat template, stored only in a file of its own."""
     changed = dict(files) | {"chat_template.jinja": template.encode()}
     if b'"chat_template"' in changed.get("tokenizer_config.json", b""):
         settings = json.loads(changed["tokenizer_config.json"].decode("utf-8-sig"))
@@ -162,7 +163,16 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
 
 
 def read_ids(path: Path, key: str, value: Any) -> list[int]:
-    """Return the token ids of a setting that is a number, a list or null. Raises UserError for anything else."""
+    """Return the token ids of a setting that is a number, a list or null.
+
+    Args:
+        path: file of the setting, for errors.
+        key: name of the setting, for errors.
+        value: value of the setting.
+
+    Raises:
+        UserError: the value is anything else.
+    """
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(number) is not int or number < 0 for number in numbers):
         raise UserError(f"{path}: {key} must be a token id or a list of such, got {value!r}")
@@ -216,7 +226,7 @@ def _declared_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, tup
             flags = {name: fields[name] for name in _FLAGS if name in fields}
             declared[fields["content"]] = (int(number), AddedToken(fields["content"], **flags))
         except (TypeError, ValueError, KeyError) as error:
-            raise UserError(f"{file}: {fields!r} with id {number!r} is no added token") from error
+            raise UserError(f"{file}: {fields!r} with id {number!r} is not an added token") from error
     return declared
 
 

@@ -77,7 +77,7 @@ def call_function(
     """Return one finite float per text from a user's function.
 
     Args:
-        function: called with `texts` and a list for each column that it accepts, all by keyword.
+        function: user's function, which is called with `texts` and a list for each column that it accepts, by keyword.
         what: name of the function in errors, such as "judge kindness".
         columns: the records that the texts belong to.
         **texts: lists as long as `columns`; the last one holds the texts that are scored.

@@ -34,7 +34,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder.
 
     Raises:
-        UserError: there are none, or their index cannot be read.
+        UserError: the folder has none, or their index cannot be read.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -51,7 +51,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_names(folder: Path) -> set[str]:
-    """Return the names of the weights, without reading their values. Raises as `read_weights`."""
+    """Return the names of the weights, without reading their values.
+
+    Raises:
+        UserError: a file is missing, truncated or damaged.
+    """
     return set(_read(folder, lambda name: False))
 
 
@@ -80,7 +84,7 @@ def check_weights(folder: Path, config: ModelShape, rows: int) -> None:
         rows: number of rows of the embedding that are used.
 
     Raises:
-        UserError: as `read_weights`, `read_trunk` and `check_tied`.
+        UserError: a file is damaged, a weight is missing or unknown, or the output layer differs from a tied embedding.
     """
     names = {_parameter_name(name, config) for name in read_names(folder)}
     _check_names(folder, names, config)
@@ -178,7 +182,7 @@ def _check_names(folder: Path, names: Collection[str], config: ModelShape) -> No
 
 
 def _parameter_name(name: str, config: ModelShape) -> str:
-    """Return the name of a weight in the folder, with that of the output layer as the parameters have it."""
+    """Return the parameter name of a weight in the folder, which differs for the output layer only."""
     layer = f"{architecture_of(config).output_layer}."
     return _HEAD + name.removeprefix(layer) if name.startswith(layer) else name
 

@@ -9,7 +9,7 @@ from torch import Tensor
 _CACHED = 8 * 50_257
 """Logits drawn from at a time on a CPU, whose float64 exponentials then stay in its cache: half the time for GPT-2."""
 _SHORT, _BLOCK = 2048, 128
-"""Elements of a row up to which one product with ones adds it up, and those of a block of a longer one."""
+"""Length up to which one product with ones sums a row, and length of the blocks of longer rows."""
 
 
 def sample_token(reference: Callable[..., Tensor], logits: Tensor, uniform: Tensor) -> Tensor:
@@ -34,5 +34,5 @@ def cumulative(reference: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _product_with_ones(x: Tensor) -> Tensor:
-    """Return running sums of short rows, which rise: each sum takes the same order."""
+    """Return running sums of short rows. They never decrease, because every sum adds in the same order."""
     return x @ torch.ones(x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device).triu()

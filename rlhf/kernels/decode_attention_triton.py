@@ -9,7 +9,7 @@ _BLOCK, _WARPS = 32, 1
 
 
 def decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """Return `decode_attention` of one new token per row, whose key and value are written into the cache.
+    """Return the attention of one new token per row, and write its key and value into the cache in place.
 
     The softmax's maximum and sum are updated slot by slot, so keys and values are read once, and unused slots are not
     read.
@@ -17,12 +17,12 @@ def decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, value
     Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867.
 
     Args:
-        q: [B, N, H] on a GPU: queries of the new tokens.
-        k: [B, G, H], their keys; N / G query heads read each.
-        v: [B, G, H], their values.
-        keys: [B, G, H, S], laid out as [B, S, G, H] (`rlhf.models.attention.init_kv_cache`); written in place.
-        values: [B, G, S, H], laid out alike; written in place.
-        lengths: [B] int64, below S: slots in use, and the slot of the new token.
+        q: [B, N, H] float, queries of the new tokens, on a GPU.
+        k: [B, G, H] float, keys of the new tokens, each shared by N / G query heads.
+        v: [B, G, H] float, values of the new tokens.
+        keys: [B, G, H, S] float, cached keys, in memory as [B, S, G, H] (`rlhf.models.attention.init_kv_cache`).
+        values: [B, G, S, H] float, cached values, in memory as [B, S, G, H].
+        lengths: [B] int64 below S, number of slots in use, which is also the slot of the new token.
 
     Returns:
         [B, N, H] in the dtype of q.
@@ -56,9 +56,9 @@ def _attend(
     padded: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One query head of one row, beside the others of the row in memory and in time; its numbers are float32.
+    """Attend with one query head of one row, in float32. The heads of a row run side by side.
 
-    Heads that share a key and a value each write them, the same bytes.
+    Heads that share a key and a value all write the same bytes.
     """
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     component, slot = tl.arange(0, padded), tl.arange(0, block)

@@ -25,8 +25,8 @@ def write_update(
 ) -> Any:
     """Update with torch's fused kernel; other optimisers than `rlhf.optim.adamw` are left to the reference.
 
-    It rounds otherwise than `adamw`'s update, by one or two units in the last place, and works on whole cache lines: a
-    buffer that is updated in parts gets the same bits if they begin at multiples of 64 bytes.
+    The kernel rounds differently from `adamw`, by one or two units in the last place, and works on whole cache lines. A
+    buffer that is updated in parts gets the same bits if the parts begin at multiples of 64 bytes.
     """
     records = hyperparameters or {}
     if not records or not all(isinstance(record, AdamWHyperparameters) for record in records.values()):

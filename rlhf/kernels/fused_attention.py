@@ -11,7 +11,7 @@ from torch.autograd.graph import _engine_run_backward
 from rlhf.transforms import is_transformed, reference_needed
 
 _PLAIN = 512
-"""Up to this length the plain form is faster in bf16 on a CPU."""
+"""Length up to which the plain form is faster in bf16 on a CPU."""
 
 Function = Callable[..., Any]
 
@@ -33,7 +33,7 @@ def flash_attention_takes(like: Tensor, width: int) -> bool:
 def self_attention(reference: Function, q: Tensor, k: Tensor, v: Tensor, layout: Any) -> Tensor:
     """Run FlashAttention on packed sequences, which never looks at another sequence.
 
-    Source: Dao 2023, "FlashAttention-2", https://arxiv.org/abs/2307.08691, as torch has it.
+    Source: Dao 2023, "FlashAttention-2", https://arxiv.org/abs/2307.08691, in torch's implementation.
     """
     if layout.bounds is None:
         return reference(q, k, v, layout)

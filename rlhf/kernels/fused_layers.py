@@ -81,7 +81,7 @@ def unembed(
     """Read packed weights on a CPU; on a GPU compute as many columns as its matrix units can write.
 
     Cutting columns off makes passes over the logits twice as long, because a GPU's vector loads must not cross the end
-    of a row: -1e30 instead becomes exactly 0 in a softmax, and 0 times it is 0, so sums over tokens stay what they are.
+    of a row: -1e30 instead becomes exactly 0 in a softmax, and 0 times it is 0, so sums over tokens do not change.
     """
     if "packed" in embedding:
         logits = _product(hidden, embedding)
@@ -139,7 +139,7 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """Return x @ weight of x [..., K], and p["weight"] [K, N] or what was packed.
+    """Return x @ weight of x [..., K], for p["weight"] [K, N] or its packed form.
 
     In compiled bfloat16 code on CPUs, single tokens [B, 1, K] times a small weight are a batch of one, whose product
     the compiler may write itself (`compile_products` of `rlhf.execution.compiled`).

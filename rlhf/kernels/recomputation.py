@@ -15,7 +15,7 @@ Function = Callable[..., Any]
 
 
 def remat(reference: Function, function: Function) -> Function:
-    """Store the arguments alone; see `rlhf.remat.remat`."""
+    """Store only the arguments of `function`, and recompute everything else in the backward pass."""
 
     def again(*arguments: Any) -> Any:
         leaves, structure = pytree.tree_flatten(arguments)
@@ -27,7 +27,7 @@ def remat(reference: Function, function: Function) -> Function:
 
 
 def in_chunks(reference: Function, function: Function, size: int) -> Function:
-    """Recompute chunk by chunk; see `rlhf.remat.in_chunks`."""
+    """Run `function` chunk by chunk, and recompute each chunk in the backward pass."""
 
     def chunked(shared: Any, *columns: Tensor) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling() or len(columns[0]) <= size:

@@ -10,7 +10,7 @@ class Chart(NamedTuple):
     """A chart of one or more metrics."""
 
     question: str
-    """Heading that it stands under."""
+    """Heading of the section of the chart."""
     title: str
     metrics: tuple[str, ...]
     scatter: bool = False
@@ -61,7 +61,7 @@ OTHERS = "Everything else"
 
 
 def charts(keys: Iterable[str]) -> dict[str, Chart]:
-    """Return the charts of some metrics by name, in order; those that are not in `QUESTIONS` come last."""
+    """Return the charts of the given metrics by name, in order; charts that are not in `QUESTIONS` come last."""
     keys = in_order(dict.fromkeys(keys))
     titles = {name: (question, title) for question, group in QUESTIONS.items() for name, title in group.items()}
     members: dict[str, list[str]] = {name: [] for name in titles}

@@ -22,9 +22,9 @@ class Group(NamedTuple):
     """Runs with the same settings, which differ in their seed at most."""
 
     name: str
-    """The settings in which it differs from other groups; empty if there is only one group."""
+    """Settings in which the group differs from the others; empty if there is only one group."""
     members: tuple[int, ...]
-    """Places of its runs."""
+    """Indices of the runs of the group."""
 
 
 class FinalFigure(NamedTuple):
@@ -32,14 +32,15 @@ class FinalFigure(NamedTuple):
 
     value: float
     low: float = math.nan
-    """Ends of the 95% confidence interval of the mean over runs; NaN for one run."""
+    """Lower end of the 95% confidence interval of the mean over runs; NaN for one run."""
     high: float = math.nan
+    """Upper end of the interval; NaN for one run."""
 
 
 def group_runs(readers: Sequence[LogReader]) -> list[Group]:
     """Return the runs grouped by equal settings, in order of appearance.
 
-    A setting that a run's log does not have, as of a stage that it has not reached, tells it from no other run.
+    A setting that a run's log lacks, such as one of a stage that has not begun, does not set it apart from other runs.
     """
     settings = [settings_of_run(reader) for reader in readers]
     differing = [name for name in dict.fromkeys(name for run in settings for name in run) if _differs(settings, name)]

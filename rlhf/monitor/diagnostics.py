@@ -32,7 +32,7 @@ class Unknown(Exception):  # noqa: N818 (not an error)
 
 
 def need(reader: LogReader, stage: str, name: str, fewest: int = _FEWEST) -> Series:
-    """Return a metric without its NaN. Raises Unknown if fewer than `fewest` values are left."""
+    """Return a metric without its NaN values. Raises Unknown if fewer than `fewest` values are left."""
     steps, values = reader.series(stage, name)
     finite = np.isfinite(values)
     if not len(values):
@@ -43,13 +43,13 @@ def need(reader: LogReader, stage: str, name: str, fewest: int = _FEWEST) -> Ser
 
 
 def recent(series: Series) -> Series:
-    """Return the newest tenth, between 5 and 50 lines."""
+    """Return the newest tenth of a series, between 5 and 50 lines."""
     count = _window(series)
     return Series(series.steps[-count:], series.values[-count:])
 
 
 def early(series: Series) -> Series:
-    """Return as many lines of the start as `recent` returns of the end."""
+    """Return as many lines from the start of a series as `recent` returns from its end."""
     count = _window(series)
     return Series(series.steps[:count], series.values[:count])
 
@@ -145,7 +145,7 @@ def _level_of_median(reader: LogReader, stage: str, metric: str, threshold: str,
 
 
 def entropy_collapse(reader: LogReader, stage: str, metric: str) -> Reading:
-    """Return the entropy relative to that at the start; a policy without entropy does not explore."""
+    """Return the entropy relative to the entropy at the start; a policy without entropy does not explore."""
     entropy = need(reader, stage, metric)
     newest, start = recent(entropy), early(entropy)
     share = _median(newest) / max(_median(start), 1e-9)
@@ -158,7 +158,7 @@ def entropy_collapse(reader: LogReader, stage: str, metric: str) -> Reading:
 
 
 def length_drift(reader: LogReader, stage: str, metric: str) -> Reading:
-    """Return the length of completions relative to that at the start."""
+    """Return the length of completions relative to their length at the start."""
     lengths = need(reader, stage, metric)
     newest, start = recent(lengths), early(lengths)
     growth = _median(newest) / max(_median(start), 1e-9)

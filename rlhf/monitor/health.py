@@ -15,41 +15,41 @@ class Finding(NamedTuple):
     """The result of one check in one stage."""
 
     check: str
-    """Its name, such as `kl-explosion`."""
+    """Name of the check, such as `kl-explosion`."""
     level: Level
     stage: str
     summary: str
-    """One line."""
+    """Result in one line."""
     evidence: str
-    """The figures it goes by."""
+    """Figures that the result is based on."""
     cause: str
-    """The usual reason."""
+    """Most common cause of the problem."""
     advice: str
-    """The change to make, by our flags."""
+    """Change to make, in terms of command-line flags."""
     steps: tuple[int, int] | None
-    """First and last step that the evidence is about."""
+    """First and last step of the evidence; None if it has no steps."""
 
 
 class Check(NamedTuple):
-    """A check, with the cause and the advice for where it does not pass.
+    """A check, with the cause and the advice that are shown if it does not pass.
 
-    It judges the metrics whose `checks` name it, in every stage that logs one; one that no metric names judges
-    completions or events.
+    A check judges the metrics whose `checks` name it, in every stage that logs one of them. A check that no metric
+    names judges completions or events.
     """
 
     name: str
     measure: Callable[..., Reading]
-    """(log, stage, *(the metric that is judged, if any), *beside) -> what it finds."""
+    """Function (log, stage, *(judged metric, if any), *beside) -> `Reading`."""
     cause: str
     advice: str
     stages: tuple[str, ...] = ("ppo",)
-    """Stages in which it applies even if the log has no such metric."""
+    """Stages in which the check applies even if the log has no such metric."""
     beside: tuple[str, ...] = ()
-    """Metrics that it reads beside the one that it judges."""
+    """Metrics that the check reads in addition to the judged one."""
 
 
 _ALL = tuple(STAGES)
-"""And every other stage that logs a metric of the table."""
+"""All built-in stages. A check of a metric also applies to every other stage that logs the metric."""
 
 CHECKS = (
     Check(

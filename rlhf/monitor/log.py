@@ -45,19 +45,19 @@ class Progress(NamedTuple):
 
     step: int
     total: int
-    """0 where the log does not say."""
+    """Number of steps of the stage; 0 if the log does not have it."""
     unit: str
     """Name of a step."""
     state: State
-    """A killed run says nothing of it and stays "running"."""
+    """State of the stage. A killed run cannot log its end and stays "running"."""
     time: float
     """Unix time of its last line, in seconds; NaN if the log does not have it."""
     pace: float
-    """Seconds per step, median of the newest; NaN where the log does not say."""
+    """Median of the newest steps' durations, in seconds; NaN if the log does not have it."""
 
 
 def log_folder(folder: Path) -> Path:
-    """Return the logs/ folder for itself, the run's output folder, or a file in logs/.
+    """Return the logs/ folder, given that folder, the run's output folder or a file in logs/.
 
     Raises:
         UserError: the path is none of these.
@@ -75,7 +75,7 @@ def log_folder(folder: Path) -> Path:
 
 
 class LogReader:
-    """Follows one run's log, which may be growing, finished, crashed, resumed, or not there yet."""
+    """A reader of one run's log, which may be growing, finished, crashed, resumed or not written yet."""
 
     def __init__(self, folder: Path) -> None:
         """Locate the log, without reading it before the first `poll`.
@@ -84,17 +84,17 @@ class LogReader:
             folder: a run's logs/, or its output folder.
 
         Raises:
-            UserError: there is no such folder, or it is no run's.
+            UserError: the folder does not exist, or does not belong to a run.
         """
         self.folder = log_folder(folder)
         self.generation = 0
-        """Changes when something read before is no longer true, so that whoever follows must start anew."""
+        """Number that changes when lines read before are no longer valid, so that their readers must start again."""
         self._metrics, self._texts = (Tail(self.folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
         self._forget()
 
     def _forget(self) -> None:
         self.stages: list[str] = []
-        """In order of appearance."""
+        """Stages in order of appearance."""
         self.events: list[dict[str, Any]] = []
         """Lines with `event`, in order."""
         self.samples = SampleStore(self.folder / "samples.jsonl")
@@ -146,7 +146,7 @@ class LogReader:
         return [name for name in self._columns.get(stage, {}) if name != "time"]
 
     def series(self, stage: str, name: str) -> Series:
-        """Return a metric so far, read-only, empty if there is none; `time` is the Unix second of each line."""
+        """Return a metric so far, read-only, or an empty series. `time` is the Unix time of each line, in seconds."""
         column = self._columns.get(stage, {}).get(name)
         return column.series() if column is not None else Series(np.empty(0, np.int64), np.empty(0))
 
@@ -227,7 +227,7 @@ def read_logs(folders: Sequence[Path]) -> list[LogReader]:
     """Read the logs that runs have written by now.
 
     Raises:
-        UserError: a folder is no run's, or its log has no line that can be read.
+        UserError: a folder does not belong to a run, or its log has no line that can be read.
     """
     readers = [LogReader(folder) for folder in folders]
     for reader in readers:

@@ -1,4 +1,4 @@
-"""Style and axes of the plots: lines with their noise behind, seeds as bands, colours that every eye tells apart."""
+"""Style and axes of the plots: smoothed lines over raw values, bands over seeds, and colour-blind-safe colours."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, which colour-blind readers tell apart; https://jfly.uni-koeln.de/color/."""
+"""Palette of Okabe and Ito, which colour-blind readers can distinguish; https://jfly.uni-koeln.de/color/."""
 STYLE: Any = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib
     "font.size": 10,
@@ -48,16 +48,16 @@ class AxesStyle(NamedTuple):
     """Style of a chart's y axis."""
 
     level: tuple[float, str] | None = None
-    """A line to compare with, and what it is."""
+    """Value and label of a reference line; None draws none."""
     limits: tuple[float | None, float | None] = (None, None)
     """Limits of the y axis."""
     log: bool = False
-    """A logarithmic y axis."""
+    """True for a logarithmic y axis."""
 
 
 @contextlib.contextmanager
 def plot_style() -> Iterator[None]:
-    """Draw in the block as STYLE says, whatever the user's matplotlibrc or MPLBACKEND says.
+    """Apply the style of the plots in the block, regardless of the user's matplotlibrc and MPLBACKEND.
 
     Figures that go to files need no backend, and the one that a notebook names may not be installed here.
     """
@@ -86,7 +86,15 @@ def new_figure(rows: int, *, title: str, height: float = _HEIGHT, same_x: bool =
 def draw_chart(
     axes: "Axes", readers: Sequence[LogReader], stage: str, chart: Chart, style: AxesStyle | None = None
 ) -> None:
-    """Draw a chart's metrics over the steps of a stage, as far as the logs have them."""
+    """Draw the metrics of a chart that the logs have, over the steps of a stage.
+
+    Args:
+        axes: axes to draw on.
+        readers: logs of the runs.
+        stage: name of the stage.
+        chart: metrics to draw.
+        style: style of the y axis; None is the default style.
+    """
     style = style or AxesStyle()
     groups, drawn = group_runs(readers), 0
     for metric in chart.metrics:

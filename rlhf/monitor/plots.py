@@ -78,13 +78,13 @@ LINE_PLOTS = (
 
 
 class Drawing(NamedTuple):
-    """A plot, drawn."""
+    """A drawn plot."""
 
     file: str
-    """Its name without the ending."""
+    """File name without its ending."""
     figure: "Figure"
     stage: str = ""
-    """Whose metrics it shows, where that is one."""
+    """Stage whose metrics the plot shows; empty if there is not exactly one."""
 
 
 def write_plots(
@@ -96,18 +96,18 @@ def write_plots(
     file_format: PlotFormat = "png",
     titles: bool = True,
 ) -> list[Path]:
-    """Write plots of everything that the logs hold; the files written.
+    """Write plots of all data in the logs, and return their paths.
 
     Args:
         log_dirs: logs/ folders or output folders. Runs of equal settings are one line with the interval of their mean.
-        kind: which plots.
-        folder: where to; None is report/ in the first run's output folder.
-        overwrite: replace files there whoever wrote them; None where the user cannot choose that.
-        file_format: of the files, which is also their ending.
-        titles: write the question that a plot answers above it.
+        kind: kind of plots to write.
+        folder: folder to write to; None stands for report/ in the first run's output folder.
+        overwrite: True replaces existing files whoever wrote them; None if the program has no such flag.
+        file_format: format of the files, which is also their ending.
+        titles: True writes the question that a plot answers above it.
 
     Raises:
-        UserError: a folder is no run's, the logs hold nothing for such a plot, or the files cannot be written.
+        UserError: a folder does not belong to a run, the logs have no data for the plots, or a file cannot be written.
     """
     readers = read_logs(log_dirs)
     for reader in readers:
@@ -199,7 +199,7 @@ def _x_label(readers: Sequence[LogReader], stage: str) -> str:
 
 
 def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
-    """Draw score and gold score against the root of the KL, as Gao et al. 2022, https://arxiv.org/abs/2210.10760."""
+    """Draw score and gold score against the root of the KL, as in Gao et al. 2022, https://arxiv.org/abs/2210.10760."""
     golds = dict.fromkeys(n for reader in readers for n in reader.names("ppo") if n.startswith("gold/"))
     points = {name: _against_kl(readers, name) for name in ("objective/scores", *golds)}
     points = {name: columns for name, columns in points.items() if columns.size}

@@ -1,4 +1,4 @@
-"""The page in one file: styles and scripts inside, and in a report the data too. Nothing comes from outside."""
+"""The page in one file, with its styles and scripts and, in a report, its data. It loads nothing else."""
 
 import base64
 import functools
@@ -21,25 +21,25 @@ SCRIPTS = (
     "uPlot.iife.min.js", "dom.js", "source.js", "metrics.js", "curves.js", "export.js", "card.js", "curve_card.js",
     "trade_card.js", "charts.js", "tokens.js", "overview.js", "setup.js", "samples.js", "app.js",
 )  # fmt: skip
-"""In the order in which they need each other."""
+"""Scripts of the page, each after those that it depends on."""
 
 _SAMPLE_BYTES = 2_200_000
 """Bytes that a report may spend on completions; the curves of a thousand iterations take about a megabyte."""
 
 
 def write_report(log_dirs: Sequence[Path], path: Path, *, overwrite: bool | None = None) -> list[LogReader]:
-    """Write the page with everything in it that the logs hold by now; several runs are compared.
+    """Write the page with all data in the logs so far; several runs are compared.
 
     Args:
         log_dirs: logs/ folders, or output folders.
-        path: the HTML file; its folder is made.
-        overwrite: replace it whoever wrote it; None where the user cannot choose that.
+        path: HTML file to write; its folder is created if missing.
+        overwrite: True replaces an existing file whoever wrote it; None if the program has no such flag.
 
     Returns:
-        The runs as they were read.
+        The logs of the runs as they were read.
 
     Raises:
-        UserError: a folder is no run's, its log is empty, or the file cannot be written.
+        UserError: a folder does not belong to a run, its log is empty, or the file cannot be written.
     """
     readers = read_logs(log_dirs)
     check_output(path, "--output-dir", overwrite=overwrite)
@@ -48,7 +48,7 @@ def write_report(log_dirs: Sequence[Path], path: Path, *, overwrite: bool | None
 
 
 def document(data: dict[str, Any] | None) -> str:
-    """Return the page with its data inside, or (None) the page that requests data from its server."""
+    """Return the page with its data, or, for None, the page that requests data from its server."""
     styles, scripts = (tuple(map(_asset, names)) for names in (STYLES, SCRIPTS))
     return (
         _asset("index.html")

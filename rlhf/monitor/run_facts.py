@@ -23,9 +23,9 @@ def setup_of(reader: LogReader, stage: str) -> dict[str, dict[str, Any]]:
 
 
 def settings_of_run(reader: LogReader) -> dict[str, Any]:
-    """Return what tells a run from another one: its settings but the seed, and digests of its data.
+    """Return the facts that distinguish a run from others: its settings except the seed, and the digests of its data.
 
-    Models are left out: those that a stage starts from differ between seeds.
+    Models are left out, because those that a stage starts from differ between seeds.
     """
     values: dict[str, Any] = {}
     for stage in reader.stages:
@@ -39,7 +39,7 @@ def settings_of_run(reader: LogReader) -> dict[str, Any]:
 
 
 def _source_name(source: dict[str, Any]) -> str:
-    """Return a source of reward without the folder of its model, which differs between seeds."""
+    """Return a reward source without the folder of its model, which differs between seeds."""
     target = source.get("function") or "reward model"
     weight = source.get("weight", 1)
     return str(target) if weight == 1 else f"{weight:g}*{target}"
@@ -55,7 +55,7 @@ def verdicts_of(reader: LogReader) -> dict[str, dict[str, Any]]:
 
 
 def described(readers: Sequence[LogReader], name: str) -> Metric:
-    """Return a metric with the unit that it has in all of the runs, where they say another than the table."""
+    """Return a metric, with the unit that all of the runs log for it if that differs from the table's."""
     metric = describe(name)
     units = {
         setup_of(reader, stage)["units"].get(name, metric.unit)

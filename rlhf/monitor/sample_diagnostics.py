@@ -12,7 +12,7 @@ from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import THRESHOLDS, worst
 
 _SAMPLES = 128
-"""Newest completions that are looked at."""
+"""Number of newest completions that are measured."""
 
 
 def constant_rewards(reader: LogReader, stage: str) -> Reading:
@@ -51,8 +51,8 @@ def repeated_text(reader: LogReader, stage: str) -> Reading:
 def word_repetition(text: str) -> float:
     """Return the share of a text's 4-grams that occur earlier in it.
 
-    seq-rep-4 of Welleck et al. 2020, https://arxiv.org/abs/1908.04319, of words, or of characters if the text has no
-    spaces; 0 for fewer than four.
+    Source: seq-rep-4 of Welleck et al. 2020, https://arxiv.org/abs/1908.04319, over words, or over characters if the
+    text has no spaces. A text of fewer than four gives 0.
     """
     words = re.findall(r"\w+|[^\w\s]", text)
     parts = words if len(text) < 20 * max(len(words), 1) else list(text)

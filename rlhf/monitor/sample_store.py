@@ -19,7 +19,7 @@ class SampleOffset(NamedTuple):
 class SampleStore(Sequence[dict[str, Any]]):
     """The lines of samples.jsonl in order, as dicts, read from the file on access.
 
-    Each has `stage`, `step`, `prompt` and `completion`, and other keys as the run wrote them.
+    Each line has `stage`, `step`, `prompt` and `completion`, and other keys as the run wrote them.
     """
 
     def __init__(self, path: Path) -> None:

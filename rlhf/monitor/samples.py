@@ -1,4 +1,4 @@
-"""Search, sorting and pairing of the samples of a run, also hundreds of thousands of them."""
+"""Search, sorting and pairing of the samples of a run, of which there may be hundreds of thousands."""
 
 import json
 import math
@@ -21,24 +21,24 @@ class Query(NamedTuple):
     """A selection of samples and its order."""
 
     text: str = ""
-    """Words that prompt or completion must have, each; case does not count."""
+    """Words that must each occur in the prompt or the completion, ignoring case."""
     prompt: str | None = None
-    """Only samples of exactly this prompt."""
+    """Prompt of the selected samples; None selects all prompts."""
     sort: str = "newest"
-    """One of SORTS; of a pair, the later one counts."""
+    """Order, one of SORTS; pairs are in the order of their later samples."""
     ended: bool | None = None
-    """Only those that did, or did not, end by themselves."""
+    """True selects completions that ended by themselves, False the others, None both."""
     pairs: bool = False
-    """One row per prompt: its first completion and its last."""
+    """True gives one row per prompt, with its first and its last completion."""
     tokens: bool = False
-    """Only those whose tokens the log has."""
+    """True selects only samples whose tokens the log has."""
 
 
 class _Entry(NamedTuple):
     """The part of a sample by which it is searched and sorted."""
 
     number: int
-    """Its place in the reader's samples."""
+    """Index in the reader's samples."""
     step: int
     prompt: str
     text: str
@@ -51,7 +51,7 @@ class _Entry(NamedTuple):
 
 
 class SampleIndex:
-    """Follows a reader's samples."""
+    """An index of a reader's samples, which grows with them."""
 
     def __init__(self, reader: LogReader) -> None:
         self._reader = reader
@@ -59,14 +59,14 @@ class SampleIndex:
         self._entries: list[_Entry] = []
 
     def update(self) -> None:
-        """Read the samples that came since the last call."""
+        """Index the samples that were logged since the last call."""
         count = len(self._reader.samples.offsets)
         if self._generation != self._reader.generation or count < len(self._entries):
             self._generation, self._entries = self._reader.generation, []
         self._entries += _entries(self._reader, range(len(self._entries), count))
 
     def find(self, query: Query) -> list[tuple[int, ...]]:
-        """Return the numbers of the samples that match: one each, or (first, last) of each prompt."""
+        """Return the numbers of the matching samples: (number,) of each sample, or (first, last) of each prompt."""
         return _find(self._entries, query)
 
     def rows(self, numbers: Iterable[tuple[int, ...]]) -> list[list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""The plot that shows what the policy says now, and what it said before."""
+"""The plot of the policy's newest completions beside its first ones."""
 
 import functools
 import textwrap
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _ROWS = 6
 _FIRST, _LAST = 2048, 256
-"""Completions among which the earlier and the present ones are looked for."""
+"""Numbers of completions among which the first and the newest ones are chosen."""
 _COLUMNS = (34, 44, 44)  # characters of prompt, before, now
 _LONGEST = 220  # characters shown of a text
 _LINE, _CHARACTER = 0.155, 0.0775  # inches of the 9 pt mono font

@@ -1,4 +1,4 @@
-"""The page, live: a server on the loopback device that follows runs for a browser on the same machine."""
+"""The server of the live page, which follows runs for a browser on the same machine, on the loopback device."""
 
 import errno
 import re
@@ -21,13 +21,13 @@ from rlhf.monitor.view import POINTS, metric_table, run_names, run_state, stage_
 
 _HOSTS = {"localhost", "127.0.0.1", "[::1]"}
 _TEXT_BROWSERS = {"www-browser", "lynx", "links", "links2", "elinks", "w3m", "browsh"}
-"""They draw in the terminal, and no scripts run in them."""
+"""Browsers that draw in the terminal and run no scripts."""
 
 _IDLE_S = 120.0
-"""After which a connection that says nothing, or takes nothing, is closed."""
+"""Time after which an idle connection is closed, in seconds."""
 
 _ROWS = 100
-"""Samples in one answer at most."""
+"""Maximum number of samples in one answer."""
 
 Parameters = dict[str, str]
 
@@ -38,7 +38,7 @@ def open_page(address: str) -> None:
 
 
 def _open_browser(address: str) -> None:
-    """Open a page, unless the browser that would do it draws in the terminal or there is none."""
+    """Open a page, unless there is no browser, or only one that draws in the terminal."""
     try:
         browser = webbrowser.get()
     except (webbrowser.Error, ValueError):  # none, or a BROWSER that is no command line
@@ -57,17 +57,17 @@ class _Server(ThreadingHTTPServer):
 
 
 def make_server(log_dirs: Sequence[Path], port: int) -> ThreadingHTTPServer:
-    """Return a server of the page that has read the logs and listens, and answers nothing yet.
+    """Return a server of the page that has read the logs and listens, but does not answer yet.
 
     Args:
         log_dirs: logs/ folders or output folders of the runs to follow.
-        port: on 127.0.0.1; 0 takes a free one.
+        port: port on 127.0.0.1; 0 selects a free one.
 
     Raises:
-        UserError: a folder is no run's, or the port cannot be had.
+        UserError: a folder does not belong to a run, or the port is not available.
     """
     runs = Runs([LogReader(folder) for folder in log_dirs])
-    runs.state({})  # the first reading takes longest, and what cannot be read is said now
+    runs.state({})  # the first reading takes longest, and reports what cannot be read
     handler = type("Handler", (_Handler,), {"runs": runs})
     try:
         return _Server(("127.0.0.1", port), handler)
@@ -80,7 +80,7 @@ def make_server(log_dirs: Sequence[Path], port: int) -> ThreadingHTTPServer:
 
 
 class Runs:
-    """The runs that are followed; every method may be called from any thread."""
+    """The runs that the page shows. Every method may be called from any thread."""
 
     def __init__(self, readers: Sequence[LogReader]) -> None:
         self._readers, self._names = readers, run_names(readers)
@@ -163,13 +163,13 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _IDLE_S
 
     def do_GET(self) -> None:
-        # a page of elsewhere whose name was pointed at this machine would still name itself as the host
+        # a foreign page whose name resolves to this machine (DNS rebinding) still sends its own name as the host
         if re.sub(r":\d+$", "", self.headers.get("Host", "")).lower() not in _HOSTS:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "this page answers to localhost alone")
             return
         try:
             target = urlsplit(self.path)
-        except ValueError:  # as of a bracket without its other half
+        except ValueError:  # such as an unbalanced bracket
             self._answer(HTTPStatus.BAD_REQUEST, "text/plain", "the address cannot be read")
             return
         answers = {"/api/state": self.runs.state, "/api/curves": self.runs.curves, "/api/samples": self.runs.samples}

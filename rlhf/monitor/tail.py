@@ -1,4 +1,4 @@
-"""Following a file of JSON lines: what was appended since the last look, and whether the file is still the same."""
+"""Following a file of JSON lines: lines appended since the last call, and whether the file was replaced."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _MARK = 256  # bytes before the present place by which a rewritten file is known
 
 
 class Tail:
-    """Follows one file of lines. A last line without its newline is left until it is whole."""
+    """A reader that follows one file of lines. The last line is left until its newline is written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from rlhf.io.paths import short_names
 from rlhf.metrics import in_order
 from rlhf.monitor.charts import charts
 from rlhf.monitor.compare import comparison
@@ -16,25 +16,20 @@ from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.run_facts import SETUP, described, evaluation_of, setup_of, verdicts_of
 
 Curve = dict[str, Any]
-"""steps, mean, and the last step; where points were merged also low and high, and weight, the points in each."""
+"""A curve as JSON values: `steps`, `mean` and the `last` step. If values were merged, also the lowest and the highest
+value of each point, `low` and `high`, and the number of values in it, `weight`."""
 
 POINTS = 1000
-"""Points of a curve: more than a screen has columns for it."""
+"""Maximum number of points of a curve, which exceeds the columns that a screen has for it."""
 
 _EVENTS = 300
-"""Newest events that the page is given."""
+"""Maximum number of events on the page, which are the newest."""
 
 
 def run_names(readers: Sequence[LogReader]) -> list[str]:
-    """Return a unique name for each run: that of its folder, with its parent's name or a number if needed."""
-    names = [reader.name for reader in readers]
-    counts = Counter(names)
-    names = [
-        name if counts[name] == 1 else f"{reader.folder.absolute().parent.parent.name}/{name}"
-        for name, reader in zip(names, readers, strict=True)
-    ]
-    counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name} #{number}" for number, name in enumerate(names, start=1)]
+    """Return a unique name for each run: the end of its output folder's path, as long as needed."""
+    folders = [reader.folder.absolute() for reader in readers]
+    return short_names([folder.parent if folder.name == "logs" else folder for folder in folders])
 
 
 def run_state(reader: LogReader, name: str) -> dict[str, Any]:
@@ -79,7 +74,15 @@ def _stage_state(reader: LogReader, stage: str) -> dict[str, Any]:
 def stage_curves(
     reader: LogReader, stage: str, *, first: int = 0, last: int | None = None, points: int = POINTS
 ) -> dict[str, Curve]:
-    """Return all metrics of a stage from step `first` to `last` (None: the newest), each of at most `points` points."""
+    """Return all metrics of a stage as curves, by name.
+
+    Args:
+        reader: log of the run.
+        stage: name of the stage.
+        first: first step.
+        last: last step; None stands for the newest.
+        points: maximum number of points of each curve.
+    """
     return {name: thin(_between(reader.series(stage, name), first, last), points) for name in reader.names(stage)}
 
 

@@ -55,14 +55,20 @@ _STAGE = STAGES["dpo"]
 def run_dpo(config: DPORun, observers: Sequence[Observer] = (), stop: StopRequest | None = None) -> StageResult:
     """Train on preference pairs and write OUTPUT_DIR/policy.
 
-    Arguments and errors as `rlhf.train.context.open_run` and `rlhf.train.loop.train`.
+    Args:
+        config: configuration of the run.
+        observers: observers of the training.
+        stop: request to stop the run.
+
+    Raises:
+        UserError, NonFiniteError, Interrupted, WorkersLostError: the reasons are those of `rlhf.train.loop.train`.
     """
     with open_run(config, _STAGE, observers, stop) as run:
         return _run(run, config)
 
 
 def check_dpo(config: DPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Return the spec of the policy, after reading the data files through; see `rlhf.stages.StageProgram`."""
+    """Return the spec of the policy after checking settings and all data files, as `StageProgram.check`."""
     model_spec = _model_spec(config, models.get("sft"))
     path = given_files(config, config.preference_data)
     check_data(PREFERENCES, path, given_files(config, config.preference_val_data))
@@ -133,7 +139,13 @@ def _run(run: Run, config: DPORun) -> StageResult:
 
 
 def reference_log_probs(executor: Executor, dataset: Dataset, packs: Sequence[PackedCompletionPairs]) -> Tensor:
-    """Return [len(dataset), 2] nats: the log-probs of the chosen and rejected completions that are packed, else 0."""
+    """Return the log-probs of packed chosen and rejected completions, [len(dataset), 2] float32, nats; 0 for others.
+
+    Args:
+        executor: executor of `make_dpo_program`, whose parameters are the reference.
+        dataset: preference pairs.
+        packs: micro-batches of the pairs to compute.
+    """
     found = torch.zeros(len(dataset), 2)
     for packed, result in zip(packs, executor.map("log_probs", [packed.batch for packed in packs]), strict=True):
         found[packed.records] = torch.stack(result, dim=1)[: len(packed.records)]
@@ -143,7 +155,13 @@ def reference_log_probs(executor: Executor, dataset: Dataset, packs: Sequence[Pa
 def make_completion_log_probs(
     config: ModelShape, *, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
 ) -> Callable[[Params, CompletionPairBatch], tuple[Tensor, Tensor]]:
-    """Return a function (decoder, CompletionPairBatch) -> log-probs [B] of chosen and rejected completions, in nats."""
+    """Return a function (decoder, CompletionPairBatch) -> log-probs [B] of chosen and rejected completions, in nats.
+
+    Args:
+        config: shape of the model.
+        dtype: dtype of forward and backward passes.
+        gradient_checkpointing: True recomputes the activations of each block in the backward pass.
+    """
     decoder = architecture_of(config)
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor]:
@@ -168,7 +186,13 @@ def make_dpo_objective(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Objective:
-    """Return a function (decoder, frozen, CompletionPairBatch) -> `dpo_loss` or `ipo_loss` of the pairs."""
+    """Return a function (decoder, frozen, CompletionPairBatch) -> `dpo_loss` or `ipo_loss` of the pairs.
+
+    Args:
+        config: shape of the model.
+        settings: settings of the dpo section.
+        dtype: dtype of forward and backward passes.
+    """
     log_probs = make_completion_log_probs(config, dtype=dtype, gradient_checkpointing=settings.gradient_checkpointing)
 
     def objective(params: Params, frozen: FrozenParams, batch: CompletionPairBatch) -> tuple[Tensor, MetricSums]:
@@ -187,7 +211,15 @@ def make_dpo_objective(
 def make_dpo_program(
     config: ModelShape, settings: DPOConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """Return the program: `main` steps, `log_probs` of pairs, and `measure`; arguments as in `make_sft_program`."""
+    """Return the program of DPO: `main` steps, `log_probs` of pairs, and `measure` for evaluation.
+
+    Args:
+        config: shape of the model.
+        settings: settings of the dpo section.
+        steps: number of steps of the whole run, for the schedule.
+        dtype: dtype of forward and backward passes.
+        compile_to: folder of compiled code. None runs eagerly.
+    """
     objective = make_dpo_objective(config, settings, dtype=dtype)
     log_probs = make_completion_log_probs(config, dtype=dtype)
     optimizer = make_adamw(settings, make_schedule(settings, steps))

@@ -14,6 +14,7 @@ from rlhf.io.user_log import log_user
 from rlhf.stages import STAGES, Stage, StageResult, check_settings, load_program, pipeline_type, stages_of
 from rlhf.train.observers import CallbackObserver, Observer
 from rlhf.train.signals import StopRequest
+from rlhf.train.stage_inputs import check_named_columns
 
 Callback = Callable[[str, int, dict[str, float]], Any]
 """Function that is called with (stage, step, metrics) after every step. A true result stops the run."""
@@ -95,6 +96,7 @@ def run_stages(
     """
     stop = stop or StopRequest()
     stages = stages_of(config)
+    check_named_columns(config)
     if not isinstance(config, PipelineRun):
         (stage,) = stages
         if stage.data and getattr(config, stage.data) is None:

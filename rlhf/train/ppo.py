@@ -152,7 +152,7 @@ def _without_rounding_std(run: Run, source: RewardSource) -> RewardSource:
         return source
     run.note(
         f"WARNING: reward {source.name}: its stored standard deviation, {statistics.std:.1e} at a mean of "
-        f"{statistics.mean:.3g}, is no more than rounding; scores are shifted by the mean and not scaled"
+        f"{statistics.mean:.3g}, is within rounding errors; scores are shifted by the mean and not scaled"
     )
     return source._replace(model=source.model._replace(statistics=statistics._replace(std=1.0)))
 
@@ -268,7 +268,7 @@ def _minibatches(ppo: PPO, step: int, rows: Sequence[int]) -> list[list[int]]:
     for epoch in range(settings.num_epochs if rows else 0):
         order = [rows[index] for index in permutation(fold_in(iteration_key, epoch), len(rows)).tolist()]
         minibatches += [
-            order[first : first + settings.minibatch_size] for first in range(0, len(rows), settings.minibatch_size)
+            order[first : first + settings.update_size] for first in range(0, len(rows), settings.update_size)
         ]
     return minibatches
 

@@ -21,7 +21,7 @@ def open_estimator(settings: PPOConfig) -> Estimator:
     """Return the estimator of a run.
 
     A function of the user takes `rlhf.estimators.RewardedCompletions` and returns an `AdvantageEstimate` without
-    returns, as those of the table do; it reads no values, and its advantages are taken as they are.
+    returns, as those of the table do. It reads no values, and its advantages are used unchanged.
 
     Raises:
         UserError: the function cannot be imported.

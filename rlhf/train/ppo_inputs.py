@@ -71,7 +71,7 @@ def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelS
 
 
 def choose_ppo_settings(run: Run, config: PPORun, context: int) -> PPORun:
-    """Return the configuration with the settings that follow from the policy's model and its demonstrations.
+    """Return the configuration with the settings that follow from the policy's model, its demonstrations and the batch.
 
     Args:
         run: run of the stage.
@@ -84,9 +84,10 @@ def choose_ppo_settings(run: Run, config: PPORun, context: int) -> PPORun:
         "ppo.learning_rate": default_rate(settings, pretrained=facts.pretrained),
         "ppo.max_new_tokens": length,
         "ppo.missing_eos_penalty": default_eos_penalty(settings, facts, length),
+        "ppo.minibatch_size": settings.update_size,
         "ppo.kl_horizon": settings.horizon if settings.kl_adaptive else None,
     }
-    known: PPORun = choose_settings(run, config, chosen, f"{describe_start(facts)} and the demonstrations it has seen")
+    known: PPORun = choose_settings(run, config, chosen, f"{describe_start(facts)}, its demonstrations and the batch")
     return known
 
 

@@ -51,9 +51,9 @@ def make_ppo_objective(
         critic_config: shape of a separate critic. None for params["value_head"] on the policy's trunk, or no critic.
         dtype: dtype of the models' forward and backward passes.
         temperature: softmax temperature of sampling.
-        policy_loss: one of `rlhf.policy_losses`, or a function with their signature.
+        policy_loss: policy loss of `rlhf.policy_losses`, or a function with the same signature.
         clip_eps: half-width of the interval of ratios, as in `rlhf.losses.ppo_policy_loss`.
-        clip_eps_high: width of its upper half. None stands for clip_eps.
+        clip_eps_high: width of the upper half of the interval. None stands for clip_eps.
         dual_clip: bound of the loss where the advantage is negative, as in `rlhf.losses.ppo_policy_loss`.
         value_clip_eps: maximum change of the values, as in `rlhf.losses.ppo_value_loss`.
         value_coef: weight of the value loss.

@@ -223,7 +223,14 @@ def make_reward_objective(
     centre_coef: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> Callable[[Params, FrozenParams, PairBatch], tuple[Tensor, MetricSums]]:
-    """Return a function (reward model, frozen, PairBatch) -> the `reward_loss` of the pairs."""
+    """Return a function (reward model, frozen, PairBatch) -> the `reward_loss` of the pairs.
+
+    Args:
+        config: shape of the model.
+        dtype: dtype of forward and backward passes.
+        centre_coef: weight of the penalty on the sum of the two scores of a pair, at least 0.
+        gradient_checkpointing: True recomputes the activations of each block in the backward pass.
+    """
 
     def objective(params: Params, frozen: FrozenParams, batch: PairBatch) -> tuple[Tensor, MetricSums]:
         hidden = trunk_states(params["trunk"], batch.rows, config, dtype, gradient_checkpointing=gradient_checkpointing)
@@ -240,7 +247,15 @@ def make_reward_objective(
 def make_reward_program(
     config: ModelShape, settings: RewardConfig, steps: int, dtype: torch.dtype, compile_to: Path | None = None
 ) -> Program:
-    """Return the program of the reward model: `main` steps, and `scores` of pairs."""
+    """Return the program of the reward model: `main` steps, and `scores` of pairs.
+
+    Args:
+        config: shape of the model.
+        settings: settings of the reward section.
+        steps: number of steps of the whole run, for the schedule.
+        dtype: dtype of forward and backward passes.
+        compile_to: folder of compiled code. None runs eagerly.
+    """
     objective = make_reward_objective(
         config, dtype=dtype, centre_coef=settings.centre_coef, gradient_checkpointing=settings.gradient_checkpointing
     )

@@ -170,7 +170,14 @@ def make_sft_objective(
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> Callable[[Params, FrozenParams, TokenBatch], tuple[Tensor, MetricSums]]:
-    """Return a function (decoder, frozen, TokenBatch) -> `sft_loss` of the masked tokens, with `sft/accuracy_sum`."""
+    """Return a function (decoder, frozen, TokenBatch) -> `sft_loss` of the masked tokens, with `sft/accuracy_sum`.
+
+    Args:
+        config: shape of the model.
+        dtype: dtype of forward and backward passes.
+        dropout: dropout probability, in [0, 1).
+        gradient_checkpointing: True recomputes the activations of each block in the backward pass.
+    """
     decoder = architecture_of(config)
 
     def per_token(params: Params, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

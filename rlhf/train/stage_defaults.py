@@ -19,14 +19,14 @@ from rlhf.setting_rules import flag_of
 from rlhf.train.context import Run
 
 KEPT = 0.95
-"""Share of the records that context and completion length keep whole."""
+"""Share of the records that fit whole into the chosen context and completion length."""
 
 _MAX_CONTEXT = 512
 """Longest context that the rule chooses; attention over longer ones is slow on CPUs."""
 
 _CONTEXT_STEP, _LENGTH_STEP = 32, 8
 _MISSING_EOS_PENALTY = 1.0
-"""In standard deviations of a normalised reward model; TRL's and OpenAI's runs use 1 too."""
+"""Penalty in standard deviations of a normalised reward model. The runs of TRL and OpenAI use 1 too."""
 
 
 class StartFacts(NamedTuple):
@@ -67,7 +67,7 @@ def default_rate(settings: OptimizerConfig, *, pretrained: bool) -> float:
 
 
 def choose_learning_rate(run: Run, config: Any, facts: StartFacts) -> Any:
-    """Return the configuration with a learning rate that fits the model to start from; see `choose_settings`."""
+    """Return the configuration with a learning rate that fits the model to start from, unless one is set."""
     rate = default_rate(run.stage.section_of(config), pretrained=facts.pretrained)
     return choose_settings(run, config, {f"{run.stage.section}.learning_rate": rate}, describe_start(facts))
 
@@ -83,8 +83,8 @@ def fit_length(lengths: np.ndarray, *, step: int, least: int, most: int) -> int:
     Args:
         lengths: [n] tokens of each record.
         step: multiple to round up to.
-        least: the result's lower bound.
-        most: its upper bound, which is the stronger.
+        least: lower bound of the result.
+        most: upper bound of the result, which takes precedence over `least`.
     """
     length = int(np.quantile(lengths, KEPT, method="inverted_cdf")) if len(lengths) else least
     return min(max(-(-length // step) * step, least), most)
@@ -115,7 +115,7 @@ def choose_settings(run: Run, config: Any, chosen: dict[str, Any], reason: str) 
         run: run of the stage.
         config: configuration of the run.
         chosen: values by dotted name; those of settings that are set are ignored.
-        reason: grounds of the values, in words for the user.
+        reason: reason for the values, in words for the user.
     """
     fields = flat_fields(config)
     values = {name: value for name, value in chosen.items() if fields[name] is None and value is not None}

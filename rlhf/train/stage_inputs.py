@@ -13,7 +13,7 @@ from rlhf.data.data_files import DataFiles, Source, data_files
 from rlhf.data.dataset import Dataset, check_file, load_dataset, texts
 from rlhf.data.demo_data import PROMPT_COLUMNS, write_embedded
 from rlhf.data.encoding import chat_tokenizer, holds_conversations
-from rlhf.data.schema import PROMPTS, Schema, read_checked
+from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, check_renames, read_checked
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder
 from rlhf.io.model_folder import load_shape, weights_digest
@@ -52,6 +52,24 @@ def given_files(config: RunConfig, paths: DataPaths) -> DataFiles | None:
     return data_files(paths, config.data.columns)
 
 
+def check_named_columns(config: RunConfig) -> None:
+    """Raise UserError if a column that the configuration names is in none of its data files.
+
+    Nothing is checked where a file is missing, because the stage that reads it says so.
+    """
+    schemas = {schema.name: schema for schema in (DEMONSTRATIONS, PREFERENCES, PROMPTS)}
+    settings = {
+        name: schemas[stage.schema]
+        for stage in STAGES.values()
+        for name, content in stage.files.items()
+        if content in ("data", "validation") and hasattr(config, name) and stage.schema in schemas
+    }
+    given = [(given_files(config, getattr(config, name)), schema) for name, schema in settings.items()]
+    sources = [(files, schema) for files, schema in given if files is not None]
+    if all(path.exists() for files, _ in sources for path in files.paths):
+        check_renames(sources)
+
+
 def check_conversations(config: RunConfig, source: Source | None, schema: Schema, tokenizer: Tokenizer | None) -> None:
     """Raise UserError if files hold conversations, and neither the settings nor the tokenizer have a chat template.
 
@@ -70,7 +88,15 @@ def check_conversations(config: RunConfig, source: Source | None, schema: Schema
 
 
 def open_dataset(run: Run, path: Source, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
-    """Return the data set of a file, with notes on findings, dropped records and records longer than `max_length`."""
+    """Return the data set of a file, with notes on findings, dropped records and records longer than `max_length`.
+
+    Args:
+        run: run of the stage.
+        path: data files.
+        schema: kind of the records.
+        tokenizer: tokenizer of the model.
+        max_length: maximum number of tokens of a record.
+    """
     dataset = load_dataset(path, schema, tokenizer, run.config.cache_dir)
     for line in dataset.findings.describe(schema, len(dataset)):
         run.note(f"{path}: {line}")

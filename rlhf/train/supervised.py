@@ -48,6 +48,14 @@ def open_split(
 ) -> DataSplit:
     """Open the data and hold out records: those of the validation file, or a random fraction, which is at least one.
 
+    Args:
+        run: run of the stage.
+        path: training data.
+        validation: validation data; None holds out a fraction of the training data.
+        schema: kind of the records.
+        settings: maximum length and held-out fraction.
+        model: model that is trained, with its tokenizer.
+
     Raises:
         UserError: a file cannot be read, a record is invalid, or truncation makes every training pair equal.
     """

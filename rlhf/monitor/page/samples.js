@@ -62,7 +62,7 @@ class Samples {
       const answer = await this.#app.source.samples({ ...this.#query });
       if (number === this.#asked) this.#answer = answer;
     } catch (error) {
-      this.notice.textContent = `The samples cannot be had: ${error.message}`;
+      this.notice.textContent = `The samples cannot be loaded: ${error.message}`;
       return;
     }
     if (number === this.#asked) this.#draw();
