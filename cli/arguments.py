@@ -90,6 +90,8 @@ def join_flags(kind: type, argv: Sequence[str]) -> list[str]:
         elif joined[positions[name]] != [flag, *values]:
             before, joined[positions[name]] = joined[positions[name]], [flag, *values]
             print(f"given twice: {' '.join(before)} and {' '.join([flag, *values])}; the last counts", file=sys.stderr)
+        if len(values) == 1 and (problem := _number_error(hint, values[0])):
+            raise UserError(f"{name} {values[0]}: {_field(name)} must be {problem}, got {values[0]!r}")
         if len(values) == 1 and (expected := range_error(bounds_of(hint), _number(hint, values[0]))):
             raise UserError(f"{name} {values[0]}: {_field(name)} must be {expected}, got {values[0]}")
     return [word for words in joined for word in _flag_words(words)]
@@ -120,12 +122,29 @@ def _flag_words(words: Sequence[str]) -> list[str]:
 
 def _number(hint: Any, text: str) -> float | None:
     """Return the number in the text of a flag, or None if tyro should refuse it."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kind = next((get_args(option)[0] for option in options if get_origin(option) is Annotated), str)
+    kind = next((get_args(option)[0] for option in _options(hint) if get_origin(option) is Annotated), str)
     try:
         return kind(text) if kind in (int, float) else None
     except ValueError:
         return None
+
+
+def _number_error(hint: Any, text: str) -> str:
+    """Return what a flag for one number expects if the text is none; else empty."""
+    kinds = {(get_args(option) or (option,))[0] for option in _options(hint)}
+    if not kinds <= {int, float, type(None)} or not kinds & {int, float} or text == "None":
+        return ""
+    kind: type = float if float in kinds else int
+    try:
+        kind(text)
+    except ValueError:
+        return ("a number" if kind is float else "a whole number") + (" or None" if type(None) in kinds else "")
+    return ""
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or else the annotation itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _takes_names(hint: Any) -> bool:

@@ -7,12 +7,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf.cli.process import discard_output, flush_output, prepared_process
 from rlhf.cli.terminal import user_log_on_stderr
 
 from rlhf.config import PipelineRun, RunConfig
 from rlhf.errors import Interrupted, NonFiniteError, UserError, WorkersLostError
+from rlhf.io.near_misses import MODEL_FOLDER
 from rlhf.io.paths import relocate
 from rlhf.io.presets import load_config, load_dist_config
 from rlhf.ranges import flat_fields
@@ -82,6 +84,20 @@ def _exit_code(command: Callable[[], None]) -> int:
         traceback.print_exc()  # a defect of rlhf: show the traceback
         return 1
     return 0
+
+
+def check_inputs(files: dict[str, Any], models: dict[str, Any]) -> None:
+    """Raise UserError if an input is not there. Programs call this before they import torch, which takes seconds.
+
+    Args:
+        files: data by flag: a path, several, or None.
+        models: model folders by flag, in the same form.
+    """
+    for flag, value in (files | models).items():
+        kind = "file" if flag in files else "folder"
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and not path.exists():
+                raise UserError(f"{path}: no such {kind} ({flag})" + ("" if flag in files else f"; {MODEL_FOLDER}"))
 
 
 def describe(config: RunConfig) -> str:

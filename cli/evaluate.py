@@ -9,11 +9,12 @@ Usage:
 from collections.abc import Sequence
 
 from rlhf.cli.arguments import parse_arguments
-from rlhf.cli.command import base_config, run_command
+from rlhf.cli.command import base_config, check_inputs, run_command
 from rlhf.cli.help import Help
 from rlhf.cli.process import command_line
 
-from rlhf.evaluate.evaluate_config import EvaluateConfig
+from rlhf.evaluate.evaluate_config import MODEL_DIR, EvaluateConfig
+from rlhf.io.files import check_folder
 
 _ABOUT = Help(
     prog="rlhf-evaluate",
@@ -41,6 +42,11 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
 
 def _evaluate(argv: list[str]) -> None:
     config = parse(argv)
+    check_folder(config.model_dir, MODEL_DIR)
+    check_inputs(
+        {"--test-data": config.test_data, "--train-data": config.train_data},
+        {"--against": config.against, "--reward-model": config.reward_model},
+    )
     from rich.console import Console  # here, because it may take a second
     from rlhf.cli.evaluate_tables import show_report
     from rlhf.cli.terminal import spinner

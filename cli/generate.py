@@ -9,7 +9,7 @@ Usage:
 from collections.abc import Sequence
 
 from rlhf.cli.arguments import parse_arguments
-from rlhf.cli.command import run_command
+from rlhf.cli.command import check_inputs, run_command
 from rlhf.cli.help import Help
 from rlhf.cli.process import command_line
 
@@ -35,6 +35,8 @@ def parse(argv: Sequence[str]) -> GenerateConfig:
 
 
 def _generate(config: GenerateConfig) -> None:
+    folders = {"--model-dir": config.model_dir, "--against": config.against, "--reward-model": config.reward_model}
+    check_inputs({"--prompt-file": config.prompt_file}, folders)
     from rich.console import Console  # here, because it may take a second
     from rlhf.cli.generate_screen import run_generate
 

@@ -7,7 +7,7 @@ import rlhf
 
 _PROGRAMS = {
     "rlhf-example": "align a small model on made-up data, in two minutes",
-    "rlhf-train": "train on your data: sft, reward, ppo, or the pipeline of all three",
+    "rlhf-train": "train on your data: sft, reward, ppo, dpo, or a pipeline of them",
     "rlhf-evaluate": "judge models on data that they have not seen",
     "rlhf-generate": "complete prompts with a model, or two side by side",
     "rlhf-monitor": "follow, check, plot and compare runs",

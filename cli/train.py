@@ -12,12 +12,11 @@ import functools
 import operator
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rlhf.cli.arguments import parse_arguments
-from rlhf.cli.command import base_config, describe, run_command
+from rlhf.cli.command import base_config, check_inputs, describe, run_command
 from rlhf.cli.help import Help, help_of_commands
 from rlhf.cli.process import command_line
 from rlhf.cli.terminal import stderr_console
@@ -110,13 +109,14 @@ def _train(argv: list[str]) -> None:
 
 
 def _check_paths(config: RunConfig) -> None:
-    """Raise UserError if a data file that is named is not there, before torch is imported, which takes seconds."""
+    """Raise UserError if data or a model that the configuration names is not there."""
     values = flat_fields(config)
-    for stage in stages_of(config):
-        for name, content in stage.files.items():
-            path = values.get(name)
-            if content in ("data", "validation") and isinstance(path, Path) and not path.exists():
-                raise UserError(f"{path}: no such file ({flag_of(name)})")
+    named = {name: content for stage in stages_of(config) for name, content in stage.files.items()}
+    files, models = (
+        {flag_of(name): values.get(name) for name, content in named.items() if content in kinds}
+        for kinds in (("data", "validation"), ("model", "tokenizer"))
+    )
+    check_inputs(files, models)
 
 
 def _next_commands(config: RunConfig, stages: list[str]) -> str:

@@ -23,9 +23,17 @@ def test_an_unreachable_cluster_is_refused_at_once():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     begun = time.monotonic()
-    with pytest.raises(UserError, match=rf"--dist.address 127.0.0.1:{port}: no Ray cluster answers there"):
+    with pytest.raises(UserError, match=rf"--dist.address 127.0.0.1:{port}.*: no Ray cluster answers there"):
         cluster.open_cluster(DistConfig(num_workers=1, address=f"127.0.0.1:{port}")).__enter__()
     assert time.monotonic() - begun < 10
+
+
+def test_a_cluster_that_ray_itself_would_ask_at_another_address_is_refused(monkeypatch):
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.2")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a private cluster, which --dist.address auto may find
+        dist = DistConfig(num_workers=1, address=f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(UserError, match=r"\(127.0.0.2:\d+\): no Ray cluster answers there"):
+            cluster.open_cluster(dist).__enter__()
 
 
 @pytest.mark.parametrize("address", ["nowhere", "host:", ":1234", "a:b"])

@@ -65,15 +65,46 @@ def test_a_flag_by_its_other_name_is_told_its_own(flag, name):
     assert parse_arguments(PPORun, [name, "3"], about=ABOUT) != PPORun()
 
 
-def test_a_missing_file_is_told_before_torch_is_imported(tmp_path):
-    program = (
-        "import sys\nfrom rlhf.cli.train import main\n"
-        f"code = main(['sft', '--sft-data', 'nowhere.json', '--output-dir', {str(tmp_path)!r}])\n"
+@pytest.mark.parametrize(
+    ("program", "argv", "message"),
+    [
+        ("train", ["sft", "--sft-data", "absent.json"], "absent.json: no such file (--sft-data)"),
+        ("train", ["sft", "--sft-data", "here.json", "absent.json"], "absent.json: no such file (--sft-data)"),
+        ("train", ["sft", "--sft.model-path", "absent"], "absent: no such folder (--sft.model-path); it should be a"),
+        ("evaluate", ["--model-dir", "absent"], "absent: no such folder; give a run's output folder"),
+        ("evaluate", ["--model-dir", ".", "--test-data", "absent.json"], "absent.json: no such file (--test-data)"),
+        ("generate", ["--model-dir", "absent"], "absent: no such folder (--model-dir); it should be a model folder"),
+        ("generate", ["--model-dir", ".", "--prompt-file", "absent.json"], "absent.json: no such file (--prompt-file)"),
+    ],
+)
+def test_a_missing_input_is_told_before_torch_is_imported(tmp_path, program, argv, message):
+    (tmp_path / "here.json").write_text("[]")
+    code = (
+        f"import sys\nfrom rlhf.cli.{program} import main\ncode = main({argv!r})\n"
         "assert 'torch' not in sys.modules\nsys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr == "error: nowhere.json: no such file (--sft-data)\n"
+    assert done.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ppo.num-iterations", "ten"], "--ppo.num-iterations ten: num_iterations must be a whole number, got 'ten'"),
+        (["--ppo.num-iterations", "1.5"], "num_iterations must be a whole number, got '1.5'"),
+        (["--ppo.learning-rate=fast"], "--ppo.learning-rate fast: learning_rate must be a number or None, got 'fast'"),
+        (["--threads", "all"], "threads must be a whole number or None, got 'all'"),
+    ],
+)
+def test_a_word_in_place_of_a_number_is_named_with_its_flag(argv, message):
+    with pytest.raises(UserError, match=f"{message}$"):
+        parse_arguments(PPORun, argv, about=ABOUT)
+
+
+def test_numbers_and_none_are_read_as_they_are():
+    config = parse_arguments(PPORun, ["--ppo.learning-rate", "1e-5", "--threads", "None"], about=ABOUT)
+    assert (config.ppo.learning_rate, config.threads) == (1e-5, None)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

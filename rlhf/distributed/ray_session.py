@@ -220,7 +220,11 @@ def _find_address(address: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
         shown = address if where == address else f"{address} ({where})"
         raise UserError(f"--dist.address {shown}: expected auto or HOST:PORT")
-    return host.strip("[]"), int(port)
+    if (host := host.strip("[]")) in ("127.0.0.1", "localhost", "::1"):
+        from ray.util import get_node_ip_address
+
+        host = get_node_ip_address()  # as Ray does, which then waits without end for a cluster on loopback alone
+    return host, int(port)
 
 
 def _check_reachable(address: str, host: str, port: int) -> None:

@@ -8,6 +8,9 @@ from rlhf.config import ComputeConfig, DataConfig
 from rlhf.ranges import BatchSize, PositiveFloat, PositiveInt, Section, Seed
 from rlhf.setting_rules import DATA_RULES, Rule
 
+MODEL_DIR = "give a run's output folder or a model folder as --model-dir"
+"""Remedy where a path is no folder."""
+
 Decoding = Literal["sampled", "greedy"]
 
 

@@ -12,7 +12,7 @@ from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.records import read_records
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema, read_checked, rename_columns
 from rlhf.errors import UserError
-from rlhf.evaluate.evaluate_config import EvaluateConfig
+from rlhf.evaluate.evaluate_config import MODEL_DIR, EvaluateConfig
 from rlhf.io.files import check_folder
 from rlhf.io.model_config import check_model_folder, is_reward_model
 from rlhf.io.near_misses import folder_remedy
@@ -60,7 +60,7 @@ def find_folders(config: EvaluateConfig) -> Folders:
         check_model_folder(config.against, "language model")
     if config.reward_model is not None:
         check_model_folder(config.reward_model, "reward model")
-    check_folder(folder, "give a run's output folder or a model folder as --model-dir")
+    check_folder(folder, MODEL_DIR)
     if (folder / "config.json").is_file():
         if is_reward_model(folder):
             return Folders(None, folder, None, None, None)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from rlhf.errors import UserError
 from rlhf.io.files import check_folder, read_json
-from rlhf.io.near_misses import folder_remedy
+from rlhf.io.near_misses import MODEL_FOLDER, folder_remedy
 from rlhf.io.tokenizer_files import read_ids
 from rlhf.io.weights import read_names
 from rlhf.models.architecture import Architecture, ModelShape, architectures, get_architecture
@@ -29,7 +29,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: the path is not a model folder, or the file cannot be read.
     """
     path = folder / "config.json"
-    check_folder(folder, "it should be a model folder with config.json and model.safetensors on this machine")
+    check_folder(folder, MODEL_FOLDER)
     is_adapter = (folder / "adapter_config.json").is_file()
     if (is_adapter or not path.exists()) and (remedy := folder_remedy(folder)):
         raise UserError(f"{folder}: {remedy}")

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+MODEL_FOLDER = "it should be a model folder with config.json and model.safetensors on this machine"
+"""Remedy where a path is no folder."""
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
