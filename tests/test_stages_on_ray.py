@@ -97,6 +97,29 @@ def test_the_bytes_are_those_of_one_process_for_any_topology(one_ray, expected, 
     assert outcome(tmp_path) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_the_bytes_of_other_families_are_those_of_one_process(one_ray, tmp_path, family):
+    """Llama shares key-value heads and ties its output layer; GPT-NeoX does neither."""
+
+    def run(folder, **dist):
+        whole = config(folder, **dist)
+        short = dataclasses.replace(
+            whole,
+            model=ModelConfig(family=family, preset="tiny", n_layer=1),
+            sft=dataclasses.replace(whole.sft, max_steps=4, eval_every=2, dropout=0.0),
+            reward=dataclasses.replace(whole.reward, max_steps=4, eval_every=2),
+            ppo=dataclasses.replace(whole.ppo, num_iterations=2),
+        )
+        run_stages(short)
+        return outcome(folder)
+
+    models, metrics = run(tmp_path / "here")
+    assert len(models) > len(STAGES)
+    assert json.loads((tmp_path / "here" / "policy" / "config.json").read_text())["model_type"] == family
+    assert run(tmp_path / "there", num_workers=2) == (models, metrics)
+
+
 def members():
     """Process numbers of all Ray workers that have a program."""
     found = []
