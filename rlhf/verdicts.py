@@ -86,6 +86,40 @@ def reward_verdict(accuracy: float, pairs: int, *, bag_of_words: float, longer: 
     return Verdict(f"{figure}, more than {name} ({best:.0%}): it can be optimised.")
 
 
+def dpo_verdict(accuracy: float, pairs: int, *, bag_of_words: float, longer: float) -> Verdict:
+    """Return the verdict on a policy of DPO by the accuracy of its implicit rewards on held-out pairs.
+
+    The interval is Wilson's (1927, "Probable inference, the law of succession, and statistical inference").
+
+    Args:
+        accuracy: share of pairs whose chosen completion has the higher implicit reward.
+        pairs: number of held-out pairs.
+        bag_of_words: accuracy of a linear model of word counts that learnt from the same pairs; NaN if unknown.
+        longer: accuracy of always preferring the longer completion.
+
+    Example:
+        >>> dpo_verdict(0.51, 200, bag_of_words=0.6, longer=0.5).sound
+        False
+    """
+    z, count = 1.96, max(pairs, 1)
+    centre = (accuracy + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(accuracy * (1 - accuracy) / count + (z / (2 * count)) ** 2)
+    words = "" if math.isnan(bag_of_words) else f", a bag of words {bag_of_words:.0%}"
+    figure = (
+        f"The policy's implicit rewards order {accuracy:.0%} of {pairs} held-out pairs "
+        f"(95% interval {centre - half:.0%} to {centre + half:.0%}; a coin 50%, the longer {longer:.0%}{words})"
+    )
+    if centre + half < 0.5:
+        return Verdict(f"{figure}: worse than a coin. Check that chosen and rejected are not swapped.", sound=False)
+    if centre - half <= 0.5:
+        return Verdict(
+            f"{figure}: it cannot be told from a coin. Train longer (--dpo.epochs), on more pairs, or at a higher "
+            "--dpo.learning-rate.",
+            sound=False,
+        )
+    return Verdict(f"{figure}: it has learnt the preferences. Whether its completions are better, a judge tells.")
+
+
 def ppo_verdict(
     *, score_before: float, score: float, kl: float, budget: float, ended: float, must_end: bool, unit: str
 ) -> Verdict:

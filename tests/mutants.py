@@ -71,6 +71,22 @@ def mutants(module: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 MUTANTS = [
     *mutants(
+        "verdicts",
+        ("interval without its shift", "(accuracy + z**2 / (2 * count))", "(accuracy)"),
+        ("interval of normal theory", "+ (z / (2 * count)) ** 2)", ")"),
+        ("coin inside the interval", "if centre - half <= 0.5:", "if accuracy <= 0.5:"),
+    ),
+    *mutants(
+        "data.dataset",
+        ("answers with their prompts", "(offsets[rows] + prompts[rows])", "(offsets[rows])"),
+        ("answers without their ends", "np.full(len(answers), self.end_id)", "np.full(0, self.end_id)"),
+        (
+            "first member of each pair twice",
+            "+ np.arange(self.members)).ravel()",
+            "+ 0).ravel()",
+        ),
+    ),
+    *mutants(
         "train.ppo_objective",
         ("weights of the loss dropped", "weights=batch.weights,", "weights=None,"),
         ("weights of entropy and KL dropped", "batch.mask, batch.weights)", "batch.mask, None)"),

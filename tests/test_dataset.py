@@ -477,3 +477,13 @@ def test_a_cache_with_a_flipped_byte_or_a_cut_file_reads_as_a_fresh_one(tmp_path
             flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
             (folder / name).write_bytes(flipped if size is None else whole[:place])
             assert content(loaded(tmp_path, "prompts", tokenizer)) == expected
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "preferences"])
+@pytest.mark.parametrize("records", [[0, 1], [1]], ids=str)
+def test_the_tokens_of_all_answers_are_those_of_the_single_sequences(tmp_path, tokenizer, kind, records):
+    dataset = loaded(tmp_path, kind, tokenizer)
+    singly = [s.tokens[s.prompt :] for record in records for s in dataset.sequences(record, 1000)]
+    found = dataset.answer_tokens(records)
+    assert found.dtype == np.int64
+    assert sorted(found.tolist()) == sorted(np.concatenate(singly).tolist())

@@ -49,7 +49,10 @@ def weights_of(run) -> bytes:
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
     run = dpo_run(base, tmp_path_factory.mktemp("dpo"), epochs=2)
-    run_dpo(run)
+    result = run_dpo(run)
+    assert result.verdict is not None
+    assert result.verdict.text.startswith("The policy's implicit rewards order ")
+    assert {"eval/baseline/longer", "eval/baseline/bag_of_words"} <= result.metrics.keys()
     return run
 
 

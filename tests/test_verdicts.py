@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from rlhf.evaluate.baselines import unigram_perplexity
 from rlhf.train.early_stop import KEPT_FIRST, KEPT_NEWEST, find_failure
-from rlhf.verdicts import policy_verdict, ppo_verdict, reward_verdict, sft_verdict
+from rlhf.verdicts import dpo_verdict, policy_verdict, ppo_verdict, reward_verdict, sft_verdict
 
 PPO = {"score_before": -0.1, "score": 1.2, "kl": 5.0, "budget": 10.0, "ended": 1.0, "must_end": True, "unit": "sd"}
 POLICY = {"judge": "mine", "prompts": 90, "against": "sft", "is_own_reward": False, "ended": 1.0}
@@ -47,6 +48,24 @@ def test_a_better_reward_model_is_never_judged_worse(accuracy, bag, longer, pair
     better = reward_verdict(min(accuracy + 0.1, 1.0), pairs, bag_of_words=bag, longer=longer)
     assert better.sound or not verdict.sound
     assert verdict.text.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "pairs", "sound", "words"),
+    [
+        (0.70, 200, True, "70% of 200 held-out pairs (95% interval 63% to 76%; a coin 50%, the longer 55%, a bag of"),
+        (0.60, 50, False, "cannot be told from a coin"),
+        (0.20, 50, False, "not swapped"),
+        (1.00, 2, False, "cannot be told"),
+    ],
+)
+def test_a_policy_of_dpo_is_judged_by_wilsons_interval(accuracy, pairs, sound, words):
+    verdict = dpo_verdict(accuracy, pairs, bag_of_words=0.6, longer=0.55)
+    assert verdict.sound is sound
+    assert words in verdict.text
+    low, high = binomtest(round(accuracy * pairs), pairs).proportion_ci(method="wilson")  # SciPy's
+    assert f"{low:.0%} to {high:.0%}" in verdict.text
+    assert "bag of words" not in dpo_verdict(accuracy, pairs, bag_of_words=math.nan, longer=0.55).text
 
 
 def test_a_language_model_is_judged_by_token_frequencies():

@@ -98,6 +98,14 @@ class Dataset:
         lengths: list[int] = (np.diff(self._offsets[first : last + 1]) - self._prompts[first:last]).tolist()
         return lengths
 
+    def answer_tokens(self, records: Sequence[int]) -> np.ndarray:
+        """Return the tokens of the answers of `records`, [n] int64: not truncated, and then an end for each."""
+        tokens, offsets, prompts = (np.asarray(array) for array in (self._tokens, self._offsets, self._prompts))
+        rows = (np.asarray(records)[:, None] * self.members + np.arange(self.members)).ravel()
+        begins, ends = (offsets[rows] + prompts[rows]).tolist(), offsets[rows + 1].tolist()
+        answers = [tokens[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        return np.concatenate([*answers, np.full(len(answers), self.end_id)])
+
     def token_counts(self) -> np.ndarray:
         """Return the number of tokens of each sequence, not truncated, end-of-text included, [records, members]."""
         return self._whole_lengths()

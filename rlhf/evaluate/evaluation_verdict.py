@@ -21,6 +21,7 @@ def judge_evaluation(evaluation: Evaluation, reward_model: Path | None) -> str:
         return verdict.text if verdict is not None else ""
     text = (_sft if evaluation.kind == "sft" else _reward)(evaluation).text
     if evaluation.data.origin.startswith("which") and any(words in evaluation.data.origin for words in _TRAINED):
+        text = text.replace(" held-out", "")
         return f"{text} The model was trained on these records: the figures say nothing about new text."
     if any(words in evaluation.data.origin for words in _TRAINED):
         return f"{text} But {evaluation.data.origin}: the figures are better than on new text."

@@ -19,13 +19,10 @@ _COUNTED = 10_000
 """Demonstrations that token frequencies are counted in."""
 
 
-def unigram_baseline(split: DataSplit, max_length: int, vocab_size: int) -> float:
-    """Return `unigram_perplexity` of the held-out completions by those that are trained on."""
-    train, held_out = (
-        [s.tokens[s.prompt :] for record in records[:_COUNTED] for s in dataset.sequences(record, max_length)]
-        for dataset, records in ((split.dataset, split.train), (split.validation, split.held_out))
-    )
-    return unigram_perplexity(train, held_out, vocab_size)
+def unigram_baseline(split: DataSplit, vocab_size: int) -> float:
+    """Return `unigram_perplexity` of the held-out completions by those that are trained on, all of them whole."""
+    train = split.dataset.answer_tokens(split.train[:_COUNTED])
+    return unigram_perplexity([train], [split.validation.answer_tokens(split.held_out[:_COUNTED])], vocab_size)
 
 
 def demonstration_facts(path: Source, split: DataSplit, max_length: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from rlhf.train.compile_policy import compile_folder, compile_obstacle
 from rlhf.train.context import Run, open_run
 from rlhf.train.observers import Observer
 from rlhf.train.resume import digests_of
+from rlhf.train.reward_verdict import judge_implicit_rewards
 from rlhf.train.signals import StopRequest
 from rlhf.train.stage_defaults import choose_learning_rate, start_facts
 from rlhf.train.stage_inputs import (
@@ -129,11 +130,13 @@ def _run(run: Run, config: DPORun) -> StageResult:
         evaluate=evaluate,
         identity=digests | {"model": model_spec.digest},
     )
+    verdict, baselines = judge_implicit_rewards(config, path, split, metrics)
+    metrics |= baselines
     if not run.is_saved:
         params = run.trained_params(executor)
         manifest = run.manifest(digests, steps=plan.steps, metrics=metrics, **facts._asdict())
         save_language_model(run.model_folder, start._replace(params=params), facts=manifest)
-    return StageResult(run.model_folder, metrics)
+    return StageResult(run.model_folder, metrics, verdict=verdict and run.conclude(verdict))
 
 
 def reference_log_probs(executor: Executor, dataset: Dataset, packs: Sequence[PackedCompletionPairs]) -> Tensor:

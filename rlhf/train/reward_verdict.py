@@ -1,17 +1,18 @@
-"""The verdict on a reward model by two baselines: a bag of words, and the length of completions."""
+"""The verdict on a model of preferences by two baselines: a bag of words, and the length of completions."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from rlhf.config import RewardRun
+from rlhf.config import DPORun, RewardRun
 from rlhf.data.data_files import Source
 from rlhf.evaluate.baselines import bag_of_words
 from rlhf.evaluate.estimates import win_indicator
 from rlhf.evaluate.evaluation_inputs import usable_pairs
 from rlhf.train.stage_inputs import given_files
 from rlhf.train.supervised import DataSplit
-from rlhf.verdicts import Verdict, reward_verdict
+from rlhf.verdicts import Verdict, dpo_verdict, reward_verdict
 
 _BASELINE_PAIRS = 20_000
 """Training pairs that the bag of words learns from."""
@@ -28,6 +29,19 @@ def judge_reward_model(
         split: the pairs that are trained on and held out.
         metrics: metrics of the last evaluation.
     """
+    return _judge(reward_verdict, config, path, split, metrics.get("eval/reward/accuracy", math.nan))
+
+
+def judge_implicit_rewards(
+    config: DPORun, path: Source, split: DataSplit, metrics: Mapping[str, float]
+) -> tuple[Verdict | None, dict[str, float]]:
+    """Return the verdict on a policy of DPO and the accuracies of the baselines, as `judge_reward_model`."""
+    return _judge(dpo_verdict, config, path, split, metrics.get("eval/rewards/accuracies", math.nan))
+
+
+def _judge(
+    verdict: Callable[..., Verdict], config: RewardRun | DPORun, path: Source, split: DataSplit, accuracy: float
+) -> tuple[Verdict | None, dict[str, float]]:
     if not split.held_out:
         return None, {}
     train_texts = usable_pairs(path)
@@ -39,14 +53,8 @@ def judge_reward_model(
         seed=config.seed,
     )
     lengths = np.array([split.validation.answer_lengths(record) for record in split.held_out])
-    baselines = {
-        "eval/baseline/bag_of_words": float(win_indicator(margins, 0.0).mean()),
-        "eval/baseline/longer": float(win_indicator(*lengths.T).mean()),
-    }
-    verdict = reward_verdict(
-        metrics["eval/reward/accuracy"],
-        len(split.held_out),
-        bag_of_words=baselines["eval/baseline/bag_of_words"],
-        longer=baselines["eval/baseline/longer"],
+    by_words, longer = float(win_indicator(margins, 0.0).mean()), float(win_indicator(*lengths.T).mean())
+    return (
+        verdict(accuracy, len(split.held_out), bag_of_words=by_words, longer=longer),
+        {"eval/baseline/bag_of_words": by_words, "eval/baseline/longer": longer},
     )
-    return verdict, baselines

@@ -150,7 +150,7 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     )
     verdict = None
     if held_out:
-        unigram = unigram_baseline(split, max_length, model.config.vocab_size)
+        unigram = unigram_baseline(split, model.config.vocab_size)
         metrics |= {"eval/baseline/unigram": unigram}
         verdict = sft_verdict(metrics["eval/perplexity"], unigram, len(split.held_out))
     if not run.is_saved:
