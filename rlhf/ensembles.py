@@ -72,8 +72,8 @@ def error_correlation(disagreement: Tensor, proxy: Tensor, gold: Tensor) -> Tens
 
     Example:
         >>> proxy, gold = torch.tensor([1.0, 2.0, 9.0]), torch.tensor([1.0, 2.0, 3.0])
-        >>> error_correlation(torch.tensor([0.2, 0.1, 0.3]), proxy, gold)
-        tensor(0.5000, dtype=torch.float64)
+        >>> error_correlation(torch.tensor([0.2, 0.3, 0.1]), proxy, gold)
+        tensor(1., dtype=torch.float64)
     """
     check_rank("error_correlation", 1, disagreement=disagreement)
     check_same_shape("error_correlation", disagreement=disagreement, proxy=proxy, gold=gold)

@@ -260,6 +260,7 @@ def named_state(params: Tensor, opt_state: Any, frozen: dict[str, Params], layou
         layout: layout of the parameters.
 
     Example:
+        >>> from rlhf.tree import flat_layout
         >>> params = {"w": torch.ones(2)}
         >>> layout = flat_layout(params)
         >>> list(named_state(flatten(params, layout), {"step": torch.tensor(0)}, {}, layout))
