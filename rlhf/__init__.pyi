@@ -12,6 +12,7 @@ from .ensembles import combine_scores as combine_scores
 from .experience import Experience as Experience
 from .experience import make_experience as make_experience
 from .experience import postprocess_scores as postprocess_scores
+from .group_baselines import dpo_advantages as dpo_advantages
 from .group_baselines import equal_groups as equal_groups
 from .group_baselines import group_advantages as group_advantages
 from .io.model_loading import load_model as load_model

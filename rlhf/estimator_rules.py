@@ -34,6 +34,14 @@ def _compares_groups(config: Any) -> bool:
     return config.ppo.estimator in ("rloo", "grpo", "dr-grpo")
 
 
+def _is_online_dpo(config: Any) -> bool:
+    return bool(config.ppo.estimator == "online-dpo")
+
+
+def _completions(config: Any) -> int:
+    return int(config.ppo.batch_size * config.ppo.samples_per_prompt)
+
+
 def _knows_loss(config: Any) -> bool:
     from rlhf.policy_losses import POLICY_LOSSES
 
@@ -65,6 +73,44 @@ ESTIMATOR_RULES = (
         ("ppo.estimator",),
         lambda config: _compares_groups(config) and config.ppo.samples_per_prompt < 2,
         "compares the completions of a prompt, of which there is 1; raise --ppo.samples-per-prompt, for example to 4",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.estimator",),
+        lambda config: _is_online_dpo(config) and config.ppo.samples_per_prompt != 2,
+        "compares two completions of a prompt; set --ppo.samples-per-prompt 2",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.estimator",),
+        lambda config: (
+            _is_online_dpo(config) and config.ppo.num_epochs * _completions(config) > config.ppo.minibatch_size
+        ),
+        lambda config: (
+            "has the gradient of DPO in the first update of an iteration alone; set --ppo.num-epochs 1 "
+            f"--ppo.minibatch-size {_completions(config)}"
+        ),
+        refused=True,
+    ),
+    *(
+        Rule(
+            (f"ppo.{name}",),
+            lambda config, name=name: _is_online_dpo(config) and getattr(config.ppo, name) is not False,
+            "changes what --ppo.estimator online-dpo computes, the gradient of DPO; drop it",
+            refused=True,
+        )
+        for name in ("kl_in_loss", "kl_estimator", "whiten_rewards", "whiten_advantages", "loss")
+    ),
+    Rule(
+        ("ppo.loss_per",),
+        lambda config: _is_online_dpo(config) and config.ppo.loss_per == "sequence",
+        "weighs the two completions of a pair unequally, unlike DPO; take token or constant",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.kl_coef",),
+        lambda config: _is_online_dpo(config) and config.ppo.kl_coef == 0,
+        "is the beta of --ppo.estimator online-dpo, which is above 0; set it, for example to 0.1",
         refused=True,
     ),
     Rule(
@@ -119,5 +165,9 @@ ESTIMATOR_RULES = (
         _has_no_critic,
         lambda config: f"has no effect with the estimator {config.ppo.estimator}, which has no critic",
     ),
-    Rule(("ppo.gamma",), _compares_groups, "has no effect on the scores of whole completions"),
+    Rule(
+        ("ppo.gamma",),
+        lambda config: _compares_groups(config) or _is_online_dpo(config),
+        "has no effect on the scores of whole completions",
+    ),
 )

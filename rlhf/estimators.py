@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf.advantages import gae, returns_to_go
 from rlhf.field_docs import documented
-from rlhf.group_baselines import Baseline, Scale, group_advantages
+from rlhf.group_baselines import Baseline, Scale, dpo_advantages, group_advantages
 
 
 @documented
@@ -43,6 +43,8 @@ class RewardedCompletions(NamedTuple):
     """Discount factor per token."""
     lam: float | Tensor = 0.95
     """Lambda parameter of generalised advantage estimation."""
+    kl_coef: float | Tensor = 0.0
+    """KL coefficient, in reward units per nat, wherever the KL is."""
 
 
 @documented
@@ -90,13 +92,23 @@ def _from_groups(baseline: Baseline, scale: Scale) -> Callable[[RewardedCompleti
     """Return an estimator that gives every token of a completion the completion's advantage."""
 
     def estimate(completions: RewardedCompletions) -> AdvantageEstimate:
-        if completions.groups is None:
-            raise ValueError("group estimator: groups is None, expected the prompt of each completion")
         returns = completions.rewards.sum(dim=-1)
-        advantages = group_advantages(returns, completions.groups, baseline=baseline, scale=scale)
+        advantages = group_advantages(returns, _groups_of(completions), baseline=baseline, scale=scale)
         return AdvantageEstimate(advantages.unsqueeze(-1).expand(completions.mask.shape))
 
     return estimate
+
+
+def _online_dpo(completions: RewardedCompletions) -> AdvantageEstimate:
+    log_ratios, beta = completions.kl.sum(dim=-1), completions.kl_coef  # k1
+    advantages = dpo_advantages(completions.scores, log_ratios, _groups_of(completions), beta=beta)
+    return AdvantageEstimate(advantages.unsqueeze(-1).expand(completions.mask.shape))
+
+
+def _groups_of(completions: RewardedCompletions) -> Tensor:
+    if completions.groups is None:
+        raise ValueError("group estimator: groups is None, expected the prompt of each completion")
+    return completions.groups
 
 
 def _returns_to_go(completions: RewardedCompletions) -> AdvantageEstimate:
@@ -111,8 +123,10 @@ DR_GRPO = Estimator("dr-grpo", _from_groups("mean", "none"), needs_critic=False,
 """Score minus the group's mean, Liu et al. 2025, https://arxiv.org/abs/2503.20783."""
 REINFORCE_PLUS_PLUS = Estimator("reinforce++", _returns_to_go, needs_critic=False)
 """Return to go, whitened over the batch's tokens, Hu 2025, https://arxiv.org/abs/2501.03262."""
+ONLINE_DPO = Estimator("online-dpo", _online_dpo, needs_critic=False, whiten=False)
+"""Gradient of DPO on the pairs of the two completions of each prompt, Guo et al. 2024, https://arxiv.org/abs/2402.04792."""
 
-ESTIMATORS = {estimator.name: estimator for estimator in (GAE, RLOO, GRPO, DR_GRPO, REINFORCE_PLUS_PLUS)}
+ESTIMATORS = {estimator.name: estimator for estimator in (GAE, RLOO, GRPO, DR_GRPO, REINFORCE_PLUS_PLUS, ONLINE_DPO)}
 """Estimators by name."""
 
 

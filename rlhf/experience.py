@@ -140,6 +140,7 @@ def make_experience(
         bootstrap_value=None if bootstrap_value is None else bootstrap_value.detach(),
         gamma=gamma,
         lam=lam,
+        kl_coef=kl_coef,
     )
     advantages, returns = _estimate(estimator, completions)
     non_score = -penalty * kl.sum(dim=-1)

@@ -84,6 +84,56 @@ def group_advantages(
     return advantages
 
 
+def dpo_advantages(scores: Tensor, log_ratios: Tensor, groups: Tensor, *, beta: float | Tensor) -> Tensor:
+    """Return advantages whose policy gradient is the gradient of DPO on the two completions of each prompt.
+
+        A_i = beta (p_i - sigmoid(beta (l_i - l_j))),   p_i = 1 if s_i > s_j, 1/2 if s_i = s_j, 0 if s_i < s_j
+
+    for the completions i and j of a prompt, with the log-ratio l = log pi(y | x) - log pi_ref(y | x) of the policy that
+    sampled them. With c the better one of a pair and r the other,
+
+        grad -log sigmoid(beta (l_c - l_r)) = - A_c grad log pi(c | x) - A_r grad log pi(r | x)
+
+    at that policy. A tie counts as half a pair of either order.
+
+    Source: Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback",
+    https://arxiv.org/abs/2402.04792, whose labels are a reward's here; the loss is that of Rafailov et al. 2023, eq. 7,
+    https://arxiv.org/abs/2305.18290 (`rlhf.preference_losses.dpo_loss`).
+
+    Args:
+        scores: [B] float, reward units; only their order counts; constant.
+        log_ratios: [B] float, nats; constant.
+        groups: [B] int64, equal for the two completions of a prompt, in any order. Its values are read, so it is not
+            an argument for `vmap`.
+        beta: reward units per nat, above 0.
+
+    Returns:
+        [B] reward units, float32 at least; 0 in sum over each pair.
+
+    Raises:
+        ValueError: shapes differ, a group does not have 2 completions, or beta is not positive.
+
+    Example:
+        >>> scores, log_ratios = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
+        >>> dpo_advantages(scores, log_ratios, torch.tensor([7, 7]), beta=0.2)
+        tensor([ 0.1000, -0.1000])
+    """
+    check_rank("dpo_advantages", 1, scores=scores)
+    check_same_shape("dpo_advantages", scores=scores, log_ratios=log_ratios, groups=groups)
+    check_value("dpo_advantages", beta > 0, "above 0", beta=beta)
+    sizes = _sizes(groups)
+    if bool((sizes != 2).any()):
+        number = int((sizes != 2).nonzero()[0])
+        raise ValueError(
+            f"dpo_advantages: group {int(groups[number])} has {int(sizes[number])} completions, expected 2: a pair"
+        )
+    order = torch.argsort(groups)
+    other = order.view(-1, 2).flip(1).flatten()[torch.argsort(order)]
+    log_ratios, better, equal = upcast(log_ratios), scores > scores[other], scores == scores[other]
+    preferred = better.to(log_ratios.dtype) + 0.5 * equal.to(log_ratios.dtype)
+    return beta * (preferred - torch.sigmoid(beta * (log_ratios - log_ratios[other])))
+
+
 def equal_groups(scores: Tensor, groups: Tensor) -> Tensor:
     """Return [B] bool: True where all scores of a completion's group are equal, so that it has nothing to compare.
 

@@ -103,8 +103,8 @@ class PPOConfig(OptimizerConfig):
     and k3, also in the later updates of an iteration."""
 
     estimator: str = "gae"
-    """Advantage estimator: gae (generalised advantage estimation, with a critic), rloo, grpo, dr-grpo, reinforce++, one
-    registered in `rlhf.estimators`, or a Python function `module:function` or `file.py:function`."""
+    """Advantage estimator: gae (generalised advantage estimation, with a critic), rloo, grpo, dr-grpo, reinforce++,
+    online-dpo, one registered in `rlhf.estimators`, or a Python function `module:function` or `file.py:function`."""
     drop_equal_groups: bool = False
     """Leave out of the updates the completions of prompts whose scores are all equal."""
     gamma: UnitInterval = 1.0
@@ -115,7 +115,7 @@ class PPOConfig(OptimizerConfig):
     """Bootstrap from the critic's value if a completion was cut at max_new_tokens. Otherwise it is treated as ended."""
     whiten_advantages: bool | None = None
     """Whiten advantages to zero mean and unit variance over the whole batch. If None, as the estimator does: gae and
-    reinforce++ whiten, rloo, grpo and dr-grpo do not."""
+    reinforce++ whiten, the others do not."""
 
     loss: str = "ppo"
     """Policy loss: ppo (clipped surrogate), cispo (clipped weights), gspo (ratios of whole completions, which need a

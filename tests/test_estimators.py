@@ -20,6 +20,8 @@ from rlhf.estimators import ESTIMATORS, GAE, AdvantageEstimate, Estimator, regis
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
 from rlhf.experience import make_experience
+from rlhf.losses import ppo_policy_loss
+from rlhf.preference_losses import dpo_loss, sequence_log_ratio
 from rlhf.stages import STAGES, check_settings
 from rlhf.train.ppo import run_ppo
 
@@ -41,6 +43,20 @@ def test_gae_is_the_estimator_of_its_name():
     rewards = token_rewards(SCORES, torch.where(MASK, LOG_PROBS - REF_LOG_PROBS, 0.0), MASK, kl_coef=0.3)
     found = experience(ESTIMATORS["gae"], values, whiten_advantages=False, **options)
     assert_same_bits(tuple(found[:2]), gae(rewards, values, MASK, **options))
+
+
+def test_online_dpo_has_the_gradient_of_dpo_on_the_pairs_of_the_rollout():
+    pairs = torch.tensor([0, 1, 0, 2, 2, 1])
+    options = {"groups": pairs, "estimator": ESTIMATORS["online-dpo"], "kl_coef": 0.3, "whiten_advantages": False}
+    advantages = make_experience(SCORES, LOG_PROBS, REF_LOG_PROBS, None, MASK, **options).advantages
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    loss, _ = ppo_policy_loss(log_probs, old_log_probs=LOG_PROBS, advantages=advantages, mask=MASK)
+    (found,) = torch.autograd.grad(loss, log_probs)
+    ratios = sequence_log_ratio(log_probs, ref_log_probs=REF_LOG_PROBS, mask=MASK)
+    members = [sorted((pairs == pair).nonzero().flatten().tolist(), key=lambda row: -SCORES[row]) for pair in range(3)]
+    chosen, rejected = torch.tensor(members).T
+    loss, _ = dpo_loss(ratios[chosen], rejected_log_ratios=ratios[rejected], beta=0.3)
+    assert_close(found, torch.autograd.grad(loss, log_probs)[0], 1e-12)
 
 
 def test_an_estimator_without_a_critic_has_no_values_no_returns_and_no_metrics_of_them():
@@ -86,6 +102,7 @@ def test_a_name_is_registered_once():
 
 
 FREE = {"estimator": "reinforce"}
+ONLINE = {"estimator": "online-dpo", "samples_per_prompt": 2, "num_epochs": 1, "minibatch_size": 128}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +120,17 @@ FREE = {"estimator": "reinforce"}
         ({"estimator": "rloo"}, r"^--ppo.estimator rloo: compares the completions of a prompt, of which there is 1; r"),
         ({"drop_equal_groups": True}, r"^--ppo.drop-equal-groups: leaves no completion to learn from"),
         ({"critic": "shared", "critic_max_grad_norm": 1.0}, r"^--ppo.critic-max-grad-norm 1.0: clips a separate crit"),
+        (ONLINE | {"samples_per_prompt": 4}, r"^--ppo.estimator online-dpo: compares two completions of a prompt; set"),
+        (
+            ONLINE | {"num_epochs": 2},
+            r"^--ppo.estimator online-dpo: .*set --ppo.num-epochs 1 --ppo.minibatch-size 128",
+        ),
+        (ONLINE | {"minibatch_size": 64}, r"^--ppo.estimator online-dpo: has the gradient of DPO in the first update"),
+        (ONLINE | {"kl_in_loss": True, "kl_estimator": "k3"}, r"^--ppo.kl-in-loss: changes what --ppo.estimator o"),
+        (ONLINE | {"whiten_advantages": True}, r"^--ppo.whiten-advantages: changes what --ppo.estimator online-dpo"),
+        (ONLINE | {"loss": "gspo"}, r"^--ppo.loss gspo: changes what --ppo.estimator online-dpo computes"),
+        (ONLINE | {"loss_per": "sequence"}, r"^--ppo.loss-per sequence: weighs the two completions of a pair uneq"),
+        (ONLINE | {"kl_coef": 0.0}, r"^--ppo.kl-coef 0.0: is the beta of --ppo.estimator online-dpo, which is above 0"),
         ({"loss": "gspoo"}, r"^--ppo.loss gspoo: there is no such loss; there are: ppo, cispo, gspo, module:function"),
         ({"loss": "gspo", "dual_clip": 3.0}, r"^--ppo.dual-clip 3.0: is of --ppo.loss ppo alone; drop one of the two$"),
         ({"kl_importance_weighting": True}, r"^--ppo.kl-importance-weighting: has no effect without --ppo.kl-in-loss"),

@@ -43,6 +43,24 @@ def distribution(folder) -> torch.Tensor:
     return forward(model.params, torch.tensor([[0]]), config=model.config)[0, -1].double().softmax(-1)
 
 
+def ppo_run(folder, reference, **options) -> PPORun:
+    settings = {
+        "model_path": reference, "reward": (f"{folder / 'judge.py'}:judge",), "kl_coef": BETA, "max_new_tokens": 1,
+        "stop_at_eos": False, "num_iterations": 80, "batch_size": 1, "samples_per_prompt": 256, "minibatch_size": 256,
+        "rollout_batch_size": 256, "micro_batch_size": 64, "num_epochs": 2, "learning_rate": 2e-2, "value_coef": 0.5,
+        "whiten_advantages": False, "max_grad_norm": float("inf"),
+    } | options  # fmt: skip
+    return PPORun(
+        output_dir=folder / "run",
+        cache_dir=folder / "cache",
+        threads=1,
+        prompt_data=folder / "prompts.json",
+        ppo=PPOConfig(**settings),
+        log=LogConfig(tensorboard=False, samples=0),
+        checkpoint=CheckpointConfig(every=1000),
+    )
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -66,26 +84,22 @@ def distribution(folder) -> torch.Tensor:
 )
 def test_invariant_13_ppo_converges_to_the_gibbs_distribution(tmp_path, options):
     reference = write_toy(tmp_path, seed=5)
-    settings = {
-        "model_path": reference, "reward": (f"{tmp_path / 'judge.py'}:judge",), "kl_coef": BETA, "max_new_tokens": 1,
-        "stop_at_eos": False, "num_iterations": 80, "batch_size": 1, "samples_per_prompt": 256, "minibatch_size": 256,
-        "rollout_batch_size": 256, "micro_batch_size": 64, "num_epochs": 2, "learning_rate": 2e-2, "value_coef": 0.5,
-        "whiten_advantages": False, "max_grad_norm": float("inf"),
-    } | options  # fmt: skip
-    run = PPORun(
-        output_dir=tmp_path / "run",
-        cache_dir=tmp_path / "cache",
-        threads=1,
-        prompt_data=tmp_path / "prompts.json",
-        ppo=PPOConfig(**settings),
-        log=LogConfig(tensorboard=False, samples=0),
-        checkpoint=CheckpointConfig(every=1000),
-    )
     before = distribution(reference)
-    after = distribution(run_ppo(run).model)
+    after = distribution(run_ppo(ppo_run(tmp_path, reference, **options)).model)
     gibbs = gibbs_of(before)
     assert (before - gibbs).abs().sum() / 2 > 0.15, "the toy must ask for a real change"
     assert (after - gibbs).abs().sum() / 2 < 0.02
+
+
+def test_online_dpo_goes_to_the_best_completion_because_its_labels_are_certain(tmp_path):
+    reference = write_toy(tmp_path, seed=5)
+    settings = {"estimator": "online-dpo", "samples_per_prompt": 2, "batch_size": 128, "num_epochs": 1}
+    run = ppo_run(tmp_path, reference, **settings, kl_budget=float("inf"), num_iterations=40)
+    before = distribution(reference)
+    after = distribution(run_ppo(run).model)
+    best = list(REWARDS.values()).index(max(REWARDS.values()))
+    assert before[best] < 0.5
+    assert after[best] > max(0.9, gibbs_of(before)[best])
 
 
 def gibbs_of(reference: torch.Tensor) -> torch.Tensor:

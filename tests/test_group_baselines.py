@@ -1,6 +1,7 @@
 """Group baselines against the exact policy gradient, by listing every group of completions that can be drawn."""
 
 import itertools
+import math
 import statistics
 
 import enumeration
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from laws import assert_close, assert_pure, assert_same_bits, floats
 
 from rlhf.advantages import gae_loop, returns_to_go, token_rewards
-from rlhf.group_baselines import equal_groups, group_advantages
+from rlhf.group_baselines import dpo_advantages, equal_groups, group_advantages
+from rlhf.preference_losses import dpo_loss
 
 BETA = 0.4
 POLICY, REFERENCE = (floats(seed, len(enumeration.PREFIXES), 3) for seed in (1, 2))
@@ -96,6 +98,65 @@ def test_at_the_gibbs_policy_every_advantage_is_zero_sample_by_sample(baseline):
     assert advantages.abs().max() < 1e-12
     elsewhere = group_advantages(returns_of(POLICY)[draws], torch.tensor([0, 0, 1, 1, 1, 2, 2]), baseline=baseline)
     assert elsewhere.abs().min() > 1e-3
+
+
+def pairs_gradients(policy, rewards):
+    """Expected gradients over all pairs of completions that the policy draws: by `dpo_loss`, and by the advantages."""
+    first, second = torch.tensor(list(itertools.product(range(len(rewards)), repeat=2))).T
+    table = policy.clone().requires_grad_()
+    log_p = enumeration.log_probs(table).sum(1)
+    ratios = log_p - enumeration.log_probs(REFERENCE).sum(1)
+    probability = (log_p[first] + log_p[second]).detach().exp()
+
+    def loss(chosen, rejected, share):
+        return dpo_loss(ratios[chosen], rejected_log_ratios=ratios[rejected], weights=share * probability, beta=BETA)[0]
+
+    wins = (rewards[first] > rewards[second]) + 0.5 * (rewards[first] == rewards[second])
+    (by_loss,) = torch.autograd.grad(
+        loss(first, second, wins) + loss(second, first, 1 - wins), table, retain_graph=True
+    )
+    drawn, groups = torch.cat([second, first]), torch.arange(len(first)).repeat(2)
+    advantages = dpo_advantages(rewards[drawn], ratios.detach()[drawn], groups, beta=BETA)
+    (by_advantages,) = torch.autograd.grad((probability.repeat(2) * advantages * log_p[drawn]).sum(), table)
+    return by_loss, by_advantages
+
+
+@pytest.mark.parametrize("rewards", [REWARDS, (2 * REWARDS).round()], ids=["distinct", "with ties"])
+def test_the_policy_gradient_of_dpo_advantages_is_the_gradient_of_dpo(rewards):
+    by_loss, by_advantages = pairs_gradients(POLICY, rewards)
+    assert by_loss.abs().max() > 1e-3
+    torch.testing.assert_close(by_advantages, -by_loss, rtol=0, atol=1e-12)
+
+
+def test_a_reward_that_labels_for_certain_pulls_past_the_gibbs_policy_to_the_best():
+    """Unlike labels by Bradley-Terry, at whose optimum DPO's gradient is 0."""
+    gibbs = enumeration.tilted(REFERENCE, REWARDS, BETA)
+    _, ascent = pairs_gradients(gibbs, REWARDS)
+    best = [enumeration.log_probs(table).sum(1)[REWARDS.argmax()] for table in (gibbs, gibbs + 0.1 * ascent)]
+    assert best[1] > best[0] + 1e-4
+
+
+def test_dpo_advantages_of_a_pair_in_any_order():
+    scores, ratios, groups = torch.tensor([1.0, 5.0, 2.0, 5.0]), torch.tensor([0.3, -1.0, 0.1, 2.0]), [8, 3, 8, 3]
+    found = dpo_advantages(scores, ratios, torch.tensor(groups), beta=0.5)
+    first, tie = 0.5 / (1 + math.exp(-0.5 * 0.2)), 0.5 * (0.5 - 1 / (1 + math.exp(0.5 * 3)))
+    assert_close(found, torch.tensor([-first, tie, first, -tie]), 1e-6)
+    assert_pure(lambda *tensors: dpo_advantages(*tensors, beta=0.5), scores, ratios, torch.tensor(groups))
+    assert dpo_advantages(scores, ratios.bfloat16(), torch.tensor(groups), beta=0.5).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("groups", "beta", "message"),
+    [
+        ([0, 0, 4, 4], 0.0, r"^dpo_advantages: beta is 0\.0, expected above 0$"),
+        ([0, 0, 4, 5], 0.1, r"^dpo_advantages: group 4 has 1 completions, expected 2: a pair$"),
+        ([4, 4, 4, 4], 0.1, r"^dpo_advantages: group 4 has 4 completions, expected 2: a pair$"),
+        ([0, 0], 0.1, r"^dpo_advantages: "),
+    ],
+)
+def test_what_is_no_pair_is_refused(groups, beta, message):
+    with pytest.raises(ValueError, match=message):
+        dpo_advantages(torch.ones(4), torch.ones(4), torch.tensor(groups), beta=beta)
 
 
 SCORES, GROUPS = floats(5, 7), torch.tensor([4, 9, 4, 9, 9, 1, 1])

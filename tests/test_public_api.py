@@ -35,6 +35,7 @@ SIGNATURES = {
     "diversity": "texts, n",
     "dpo_loss": "chosen_log_ratios, rejected_log_ratios, mask, weights, beta, label_smoothing",
     "entropy": "logits, temperature",
+    "dpo_advantages": "scores, log_ratios, groups, beta",
     "equal_groups": "scores, groups",
     "exact_kl": "logits, ref_logits, temperature",
     "expected_calibration_error": "margins, bins",

@@ -37,7 +37,7 @@ from rlhf.batches import Rows
 from rlhf.best_of_n_sampling import best_of_n
 from rlhf.ensembles import combine_scores, error_correlation
 from rlhf.experience import make_experience, postprocess_scores
-from rlhf.group_baselines import equal_groups, group_advantages
+from rlhf.group_baselines import dpo_advantages, equal_groups, group_advantages
 from rlhf.kl import adaptive_kl_coef, budget_kl_coef, exact_kl, importance_weighted_kl, kl_estimate, ratio_of
 from rlhf.losses import clip_ratio, ppo_policy_loss, ppo_value_loss, reward_loss, sft_loss, weighted_sum
 from rlhf.models import attention, forward, gpt2, heads, layers, llama, rope
@@ -395,6 +395,9 @@ CASES = {
     ),
     "group_advantages, batch over deviation": Case(
         lambda x, targets: group_advantages(x[:, 0], GROUPS, baseline="batch", scale="batch_std"), logits(1), (0,)
+    ),
+    "dpo_advantages": Case(
+        lambda x, beta, targets: dpo_advantages(x[:, 0], x[:, 1], GROUPS, beta=beta), logits(1, 0.3), (1,)
     ),
     "equal_groups": Case(lambda x, targets: equal_groups(x[:, 0].round(), GROUPS), logits(1), ()),
     "error_correlation": Case(lambda x, targets: error_correlation(x[:, 0], x[:, 1], x[:, 2]), logits(1), ()),
