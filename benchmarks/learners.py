@@ -79,7 +79,11 @@ def make_sft(folder: Path, seed: int) -> EmbeddedFiles:
 
 
 def make_pairs(folder: Path, prompts: Path, *, samples: int, max_new_tokens: int, seed: int) -> Path:
-    """Write folder/pairs.json: completions of the SFT model, two and two, ordered by the reward. Ties are left out."""
+    """Write folder/pairs.json: completions of the SFT model, two and two, ordered by the reward.
+
+    Ties are left out,
+    and so are completions that did not end or are empty.
+    """
     path = folder / "pairs.json"
     if not path.is_file():
         made = _complete(
@@ -90,7 +94,8 @@ def make_pairs(folder: Path, prompts: Path, *, samples: int, max_new_tokens: int
         pairs = []
         for first in range(0, len(scores), 2):
             better, worse = sorted((first, first + 1), key=lambda row: -scores[row])
-            if scores[better] > scores[worse] and completions.ended[[better, worse]].all():
+            whole = all(completions.ended[row] and completions.texts[row].strip() for row in (better, worse))
+            if whole and scores[better] > scores[worse]:
                 pairs.append(
                     {
                         "prompt": made.columns[first]["prompt"],

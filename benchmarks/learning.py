@@ -23,13 +23,13 @@ from benchmarks.timing import console, interleave, machine, show, summary
 from rlhf.monitor.compare import mean_with_interval
 from rlhf.monitor.plot_axes import COLOURS, plot_style
 
-_SHARED = {"steps": 40, "adam_eps": 1e-8, "max_new_tokens": 32, "kl_coef": 0.02, "clip_eps": 0.2}
+_SHARED = {"steps": 32, "adam_eps": 1e-8, "max_new_tokens": 32, "kl_coef": 0.02, "clip_eps": 0.2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": _SHARED
     | {
         "prompts_per_step": 64,
         "samples_per_prompt": 1,
-        "epochs": 4,
+        "epochs": 2,
         "minibatch": 16,
         "learning_rate": 3e-4,
         "lam": 0.95,
@@ -38,10 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rloo": _SHARED
     | {"prompts_per_step": 16, "samples_per_prompt": 4, "epochs": 1, "minibatch": 64, "learning_rate": 1e-3},
     "dpo": {
-        "steps": 120,
+        "steps": 80,
         "pairs_per_step": 32,
         "beta": 0.1,
-        "learning_rate": 5e-4,
+        "learning_rate": 2e-4,
         "adam_eps": 1e-8,
         "max_grad_norm": 1.0,
         "max_new_tokens": 32,
@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PEERS = {"ppo": "TRL 1.12", "rloo": "TRL 1.16", "dpo": "TRL 1.16"}
 POINTS = 4
 """Policies of a run that are measured, evenly over its steps."""
-_SAMPLES, _PAIR_SAMPLES = 4, 6
+_SAMPLES, _PAIR_SAMPLES = 2, 6
 """Completions of a prompt: of a measure, and of which the pairs are made."""
 _MEASURES = ("gold", "kl", "objective", "tokens", "ended")
 
@@ -68,7 +68,7 @@ def _compare(output: Path, peers: Path, method: str, seeds: int, compile_: str) 
         runs.append(_run(folder, peers, method, seed, compile_))
         console.print(f"{method} seed {seed}: {_line(runs[-1])}", highlight=False)
     rows = figures(runs)
-    show(f"learning-{method}, {seeds} seeds", rows)
+    show(f"learning-{method}, {seeds} seeds", [{name: _cell(cell) for name, cell in row.items()} for row in rows])
     content = {
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine() | {"threads": "1"},
@@ -152,6 +152,10 @@ def speed(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _interval(values: Sequence[float]) -> list[float]:
     mean, low, high = mean_with_interval(values)
     return [mean, low, high]
+
+
+def _cell(cell: str | list[float]) -> str:
+    return cell if isinstance(cell, str) else f"{cell[0]:.3f} [{cell[1]:.3f} to {cell[2]:.3f}]"
 
 
 def _line(run: dict[str, Any]) -> str:

@@ -160,8 +160,14 @@ def rloo(session: Session, *, output: str, model: str, prompts: str, seed: int, 
 
 
 def dpo(session: Session, *, output: str, model: str, pairs: str, seed: int, points: int, device: str, **s: Any) -> None:
-    """DPO on preference pairs, with the reference's log-probs computed before the first step; arguments as `ppo`."""
+    """DPO on preference pairs, with the reference's log-probs computed before the first step; arguments as `ppo`.
+
+    The trainer ends every completion by the text of the end-of-text token, so the tokenizer must read that as the token.
+    """
     from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, split_special_tokens=False)
+    assert tokenizer(tokenizer.eos_token)["input_ids"] == [tokenizer.eos_token_id]
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
@@ -177,7 +183,7 @@ def dpo(session: Session, *, output: str, model: str, pairs: str, seed: int, poi
                 **_common(folder, seed, s),
             ),
             train_dataset=Dataset.from_list(material.records(pairs)),
-            processing_class=AutoTokenizer.from_pretrained(model),
+            processing_class=tokenizer,
             callbacks=[Hold(session, output, model, s["steps"], points)],
         )
         trainer.train()
