@@ -51,8 +51,6 @@ class Benchmarks:
     """Runs of each task of real-data, and of each side of learning."""
     method: Literal["all", "ppo", "rloo", "dpo"] = "all"
     """What learning compares."""
-    compile: Literal["on", "off"] = "off"
-    """Whether our side of learning is compiled."""
     data: Path = Path("../shared/data")
     """Folder of the real data."""
     flags: tuple[str, ...] = ()
@@ -83,9 +81,7 @@ def main(asked: Benchmarks) -> None:
 
         check(asked.peers)
         methods = tuple(learning.SETTINGS) if asked.method == "all" else (asked.method,)
-        learning.run(
-            asked.output, asked.peers.absolute(), methods=methods, seeds=asked.seeds, compile_=asked.compile
-        )
+        learning.run(asked.output, asked.peers.absolute(), methods=methods, seeds=asked.seeds)
         return
     from benchmarks import history
 

@@ -1,8 +1,7 @@
 """Our side of `benchmarks.learning`: its material, our runs, and the measure of both sides' policies."""
 
-import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ class Hold(Observer):
         return step < self._total and not self._session.wait()
 
 
-def make_sft(folder: Path, seed: int) -> EmbeddedFiles:
+def make_sft(folder: Path, seed: int, steps: int = 150) -> EmbeddedFiles:
     """Train folder/sft, a Llama of 2 layers of 64, on the embedded example; return the example's files."""
     files = write_embedded(folder.parent / "data")
     if not (folder / "sft").is_dir():
@@ -71,7 +70,7 @@ def make_sft(folder: Path, seed: int) -> EmbeddedFiles:
                 sft_data=files.demonstrations,
                 model=ModelConfig(family="llama", preset="tiny"),
                 tokenizer=TokenizerConfig(vocab_size=512),
-                sft=SFTConfig(max_steps=150, val_fraction=0.0, learning_rate=3e-3),
+                sft=SFTConfig(max_steps=steps, val_fraction=0.0, learning_rate=3e-3),
                 **_alone(),
             )
         )
@@ -79,35 +78,35 @@ def make_sft(folder: Path, seed: int) -> EmbeddedFiles:
 
 
 def make_pairs(folder: Path, prompts: Path, *, samples: int, max_new_tokens: int, seed: int) -> Path:
-    """Write folder/pairs.json: completions of the SFT model, two and two, ordered by the reward.
-
-    Ties are left out,
-    and so are completions that did not end or are empty.
-    """
+    """Write folder/pairs.json: completions of the SFT model, two and two, ordered by the reward."""
     path = folder / "pairs.json"
     if not path.is_file():
         made = _complete(
             folder / "sft", folder / "sft", prompts, samples=samples, max_new_tokens=max_new_tokens, seed=1000 + seed
         )
         scored = made.sides["policy"]
-        scores, completions = scored.scores["eval/judge/kindness"], scored.completions
-        pairs = []
-        for first in range(0, len(scores), 2):
-            better, worse = sorted((first, first + 1), key=lambda row: -scores[row])
-            whole = all(completions.ended[row] and completions.texts[row].strip() for row in (better, worse))
-            if whole and scores[better] > scores[worse]:
-                pairs.append(
-                    {
-                        "prompt": made.columns[first]["prompt"],
-                        "chosen": completions.texts[better],
-                        "rejected": completions.texts[worse],
-                    }
-                )
+        prompts_of = [record["prompt"] for record in made.columns]
+        scores = scored.scores["eval/judge/kindness"].tolist()
+        pairs = ordered_pairs(prompts_of, scored.completions.texts, scores, scored.completions.ended.tolist())
         path.write_text(json.dumps(pairs, indent=0))
     return path
 
 
-def ppo(session: Session, *, output: str, model: str, prompts: str, seed: int, points: int, device: str, **s: Any) -> None:
+def ordered_pairs(
+    prompts: Sequence[str], texts: Sequence[str], scores: Sequence[float], ended: Sequence[float]
+) -> list[dict[str, str]]:
+    """Return pairs of every two completions, the better one chosen, without ties and completions cut short or empty."""
+    pairs = []
+    for first in range(0, len(texts), 2):
+        better, worse = sorted((first, first + 1), key=lambda row: -scores[row])
+        if scores[better] > scores[worse] and all(ended[row] and texts[row].strip() for row in (better, worse)):
+            pairs.append({"prompt": prompts[first], "chosen": texts[better], "rejected": texts[worse]})
+    return pairs
+
+
+def ppo(
+    session: Session, *, output: str, model: str, prompts: str, seed: int, points: int, device: str, **s: Any
+) -> None:
     """Our PPO or RLOO. Arguments as `benchmarks.peers.trl_learning.ppo` and `rloo` have them.
 
     RLOO's loss is TRL's divided by max_new_tokens, so epsilon is too; then Adam's steps are the same.
@@ -136,13 +135,15 @@ def ppo(session: Session, *, output: str, model: str, prompts: str, seed: int, p
         warmup_fraction=0.0,
         **({"estimator": "rloo", "loss_per": "constant"} if rloo else {"lam": s["lam"], "value_coef": s["value_coef"]}),
     )
-    shared = _alone(s["compile"]) | {"checkpoint": CheckpointConfig(every=s["steps"] // points, keep=points)}
+    shared = _alone() | {"checkpoint": CheckpointConfig(every=s["steps"] // points, keep=points)}
     config = PPORun(output_dir=Path(output), seed=seed, prompt_data=Path(prompts), ppo=settings, **shared)
     run_ppo(config, observers=[Hold(session)])
     save_points(Path(output), Path(model))
 
 
-def dpo(session: Session, *, output: str, model: str, pairs: str, seed: int, points: int, device: str, **s: Any) -> None:
+def dpo(
+    session: Session, *, output: str, model: str, pairs: str, seed: int, points: int, device: str, **s: Any
+) -> None:
     """Our DPO. Arguments as `benchmarks.peers.trl_learning.dpo` has them."""
     settings = DPOConfig(
         model_path=Path(model),
@@ -159,7 +160,7 @@ def dpo(session: Session, *, output: str, model: str, pairs: str, seed: int, poi
         warmup_fraction=0.0,
         weight_decay=0.0,
     )
-    shared = _alone(s["compile"]) | {"checkpoint": CheckpointConfig(every=s["steps"] // points, keep=points)}
+    shared = _alone() | {"checkpoint": CheckpointConfig(every=s["steps"] // points, keep=points)}
     run_dpo(
         DPORun(output_dir=Path(output), seed=seed, preference_data=Path(pairs), dpo=settings, **shared),
         observers=[Hold(session)],
@@ -200,11 +201,11 @@ def _complete(
     return made
 
 
-def _alone(compile_: str = "off") -> dict[str, Any]:
+def _alone() -> dict[str, Any]:
     return {
         "device": "cpu",
         "threads": 1,
-        "compile": compile_,
+        "compile": "off",
         "stop_early": False,
         "log": LogConfig(samples=0, tensorboard=False),
     }

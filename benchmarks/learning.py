@@ -7,7 +7,6 @@ that no run has seen. Runs that are there already are not made again.
 
 import functools
 import json
-import math
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import learners
 from benchmarks.peers.environment import TRL_WITH_PPO, python_of
 from benchmarks.sides import Setting, Side
@@ -23,7 +24,7 @@ from benchmarks.timing import console, interleave, machine, show, summary
 from rlhf.monitor.compare import mean_with_interval
 from rlhf.monitor.plot_axes import COLOURS, plot_style
 
-_SHARED = {"steps": 32, "adam_eps": 1e-8, "max_new_tokens": 32, "kl_coef": 0.02, "clip_eps": 0.2}
+_SHARED = {"steps": 32, "adam_eps": 1e-8, "max_new_tokens": 32, "kl_coef": 0.05, "clip_eps": 0.2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": _SHARED
     | {
@@ -53,19 +54,18 @@ POINTS = 4
 """Policies of a run that are measured, evenly over its steps."""
 _SAMPLES, _PAIR_SAMPLES = 2, 6
 """Completions of a prompt: of a measure, and of which the pairs are made."""
-_MEASURES = ("gold", "kl", "objective", "tokens", "ended")
 
 
-def run(output: Path, peers: Path, *, methods: Sequence[str], seeds: int, compile_: str = "off") -> list[Path]:
+def run(output: Path, peers: Path, *, methods: Sequence[str], seeds: int) -> list[Path]:
     """Make the runs of these methods, print a table and write JSON and a plot for each; return the JSON files."""
-    return [_compare(output, peers, method, seeds, compile_) for method in methods]
+    return [_compare(output, peers, method, seeds) for method in methods]
 
 
-def _compare(output: Path, peers: Path, method: str, seeds: int, compile_: str) -> Path:
+def _compare(output: Path, peers: Path, method: str, seeds: int) -> Path:
     runs = []
     for seed in range(seeds):
         folder = output / "learning" / f"seed-{seed}"
-        runs.append(_run(folder, peers, method, seed, compile_))
+        runs.append(_run(folder, peers, method, seed))
         console.print(f"{method} seed {seed}: {_line(runs[-1])}", highlight=False)
     rows = figures(runs)
     show(f"learning-{method}, {seeds} seeds", [{name: _cell(cell) for name, cell in row.items()} for row in rows])
@@ -76,8 +76,11 @@ def _compare(output: Path, peers: Path, method: str, seeds: int, compile_: str) 
         "peer": PEERS[method],
         "settings": SETTINGS[method],
         "rows": rows,
+        "gold at equal KL": _interval([gold_at_equal_kl(run) for run in runs]),
         "speed": speed(runs),
-        "runs": runs,
+        "runs": [
+            {name: part for name, part in run.items() if name in ("seed", "start", "steps", "points")} for run in runs
+        ],
     }
     path = output / f"learning-{method}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -85,19 +88,16 @@ def _compare(output: Path, peers: Path, method: str, seeds: int, compile_: str) 
     return path
 
 
-def _run(folder: Path, peers: Path, method: str, seed: int, compile_: str) -> dict[str, Any]:
+def _run(folder: Path, peers: Path, method: str, seed: int) -> dict[str, Any]:
     """Train both sides from one SFT model, round by round in turn, and measure their points."""
-    result = folder / f"{method}.json"
-    if result.is_file():
-        return json.loads(result.read_text())
-    settings = SETTINGS[method]
+    result, settings = folder / f"{method}.json", SETTINGS[method]
+    if result.is_file() and (found := json.loads(result.read_text()))["settings"] == settings:
+        return found
     files = learners.make_sft(folder, seed)
     length = settings["max_new_tokens"]
     data = {"prompts": str(files.prompts)}
     if method == "dpo":
-        pairs = learners.make_pairs(
-            folder, files.prompts, samples=_PAIR_SAMPLES, max_new_tokens=length, seed=seed
-        )
+        pairs = learners.make_pairs(folder, files.prompts, samples=_PAIR_SAMPLES, max_new_tokens=length, seed=seed)
         data = {"pairs": str(pairs)}
     common = {"model": str(folder / "sft"), "seed": seed, "points": POINTS, "device": "cpu", "threads": 1} | data
     shutil.rmtree(folder / method, ignore_errors=True)
@@ -105,27 +105,33 @@ def _run(folder: Path, peers: Path, method: str, seed: int, compile_: str) -> di
         sides = {}
         for side in ("ours", "peer"):
             target = folder / method / side
-            setting = _setting(side, method, peers, common | settings | {"output": str(target)}, compile_)
+            setting = _setting(side, method, peers, common | settings | {"output": str(target)})
             sides[side] = stack.enter_context(Side(setting, folder / method / f"{side}.log"))
         seconds = interleave({name: side.round for name, side in sides.items()}, settings["steps"], warmup=0)
     measure = functools.partial(
-        learners.measure, reference=folder / "sft", prompts=files.heldout_prompts, samples=_SAMPLES, max_new_tokens=length
+        learners.measure,
+        reference=folder / "sft",
+        prompts=files.heldout_prompts,
+        samples=_SAMPLES,
+        max_new_tokens=length,
     )
     every = settings["steps"] // POINTS
     steps = range(every, every * POINTS + 1, every)
     points = {side: [measure(folder / method / side / f"point-{step}") for step in steps] for side in sides}
     start = measure(folder / "sft")
-    found = {"seed": seed, "start": start, "steps": list(steps), "points": points, "seconds": seconds}
-    for point in (start, *points["ours"], *points["peer"]):
-        point["objective"] = point["gold"] - settings.get("kl_coef", math.nan) * point["kl"]
+    if "kl_coef" in settings:
+        for point in (start, *points["ours"], *points["peer"]):
+            point["objective"] = point["gold"] - settings["kl_coef"] * point["kl"]
+    facts = {"seed": seed, "settings": settings, "start": start, "steps": list(steps)}
+    found = facts | {"points": points, "seconds": seconds}
     result.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def _setting(side: str, method: str, peers: Path, settings: dict[str, Any], compile_: str) -> Setting:
+def _setting(side: str, method: str, peers: Path, settings: dict[str, Any]) -> Setting:
     if side == "ours":
         function = "dpo" if method == "dpo" else "ppo"
-        return Setting(method, f"benchmarks.learners:{function}", settings | {"method": method, "compile": compile_})
+        return Setting(method, f"benchmarks.learners:{function}", settings | {"method": method})
     path = str(peers / TRL_WITH_PPO) if method == "ppo" else ""
     return Setting(method, f"benchmarks.peers.trl_learning:{method}", settings, python_of(peers), path)
 
@@ -135,11 +141,22 @@ def figures(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     last = {side: [run["points"][side][-1] for run in runs] for side in ("ours", "peer")}
     pairs = list(zip(last["ours"], last["peer"], strict=True))
     columns = {"start": [run["start"] for run in runs], **last}
-    columns["difference"] = [{name: a[name] - b[name] for name in _MEASURES} for a, b in pairs]
+    columns["difference"] = [{name: a[name] - b[name] for name in a} for a, b in pairs]
     return [
-        {"policy": column} | {name: _interval([point[name] for point in points]) for name in _MEASURES}
+        {"policy": column} | {name: _interval([point[name] for point in points]) for name in points[0]}
         for column, points in columns.items()
     ]
+
+
+def gold_at_equal_kl(run: dict[str, Any]) -> float:
+    """Return our gold score minus the peer's where both curves have the smaller of the two last KLs."""
+    curves = {side: [run["start"], *points] for side, points in run["points"].items()}
+    kl = min(points[-1]["kl"] for points in curves.values())
+    gold = {}
+    for side, points in curves.items():
+        ordered = sorted(points, key=lambda point: point["kl"])
+        gold[side] = np.interp(kl, [point["kl"] for point in ordered], [point["gold"] for point in ordered])
+    return float(gold["ours"] - gold["peer"])
 
 
 def speed(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -112,9 +112,10 @@ def stop_tokens(size: Size) -> list[int]:
     return list(range(size.shape.vocab_size - count, size.shape.vocab_size))
 
 
-KIND_WORDS = frozenset(
-    "apologise day free full glad have help lovely new patience refund repair send sorry thank today".split()
-)
+KIND_WORDS = {
+    "apologise", "day", "free", "full", "glad", "have", "help", "lovely", "new", "patience", "refund", "repair", "send",
+    "sorry", "thank", "today",
+}  # fmt: skip
 """Words of the embedded example's good replies."""
 
 

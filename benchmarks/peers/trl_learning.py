@@ -75,7 +75,9 @@ class Tokens(nn.Module):
         return BaseModelOutput(hidden_states=(input_ids.unsqueeze(-1),))
 
 
-def ppo(session: Session, *, output: str, model: str, prompts: str, seed: int, points: int, device: str, **s: Any) -> None:
+def ppo(
+    session: Session, *, output: str, model: str, prompts: str, seed: int, points: int, device: str, **s: Any
+) -> None:
     """PPO with a separate critic: the SFT model's trunk, and a head that starts at 0.
 
     Args:
@@ -129,7 +131,9 @@ def ppo(session: Session, *, output: str, model: str, prompts: str, seed: int, p
         trainer.train()
 
 
-def rloo(session: Session, *, output: str, model: str, prompts: str, seed: int, points: int, device: str, **s: Any) -> None:
+def rloo(
+    session: Session, *, output: str, model: str, prompts: str, seed: int, points: int, device: str, **s: Any
+) -> None:
     """RLOO with one update for each batch of completions; arguments as `ppo`."""
     from trl import RLOOConfig, RLOOTrainer
 
@@ -159,10 +163,12 @@ def rloo(session: Session, *, output: str, model: str, prompts: str, seed: int, 
         trainer.train()
 
 
-def dpo(session: Session, *, output: str, model: str, pairs: str, seed: int, points: int, device: str, **s: Any) -> None:
+def dpo(
+    session: Session, *, output: str, model: str, pairs: str, seed: int, points: int, device: str, **s: Any
+) -> None:
     """DPO on preference pairs, with the reference's log-probs computed before the first step; arguments as `ppo`.
 
-    The trainer ends every completion by the text of the end-of-text token, so the tokenizer must read that as the token.
+    The trainer ends every completion by the end-of-text token as text, which the tokenizer must read as the token.
     """
     from trl import DPOConfig, DPOTrainer
 
