@@ -28,7 +28,7 @@ _SHARED = {"steps": 32, "adam_eps": 1e-8, "max_new_tokens": 32, "kl_coef": 0.05,
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": _SHARED
     | {
-        "prompts_per_step": 64,
+        "prompts_per_step": 32,
         "samples_per_prompt": 1,
         "epochs": 2,
         "minibatch": 16,
@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rloo": _SHARED
     | {"prompts_per_step": 16, "samples_per_prompt": 4, "epochs": 1, "minibatch": 64, "learning_rate": 1e-3},
     "dpo": {
-        "steps": 80,
+        "steps": 60,
         "pairs_per_step": 32,
         "beta": 0.1,
         "learning_rate": 2e-4,
