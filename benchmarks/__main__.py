@@ -31,6 +31,7 @@ class Benchmarks:
             "allreduce",
             "scaling",
             "real-data",
+            "learning",
             "peers",
         ]
     ] = "all"
@@ -47,7 +48,9 @@ class Benchmarks:
     only: str = ""
     """Rows whose name contains this."""
     seeds: int = 3
-    """Runs of each task of real-data."""
+    """Runs of each task of real-data, and of each side of learning."""
+    method: Literal["all", "ppo", "rloo", "dpo"] = "all"
+    """What learning compares."""
     data: Path = Path("../shared/data")
     """Folder of the real data."""
     flags: tuple[str, ...] = ()
@@ -71,6 +74,14 @@ def main(asked: Benchmarks) -> None:
         from benchmarks import real_data
 
         real_data.run(asked.output, asked.data.absolute(), only=asked.only, seeds=asked.seeds, extra=asked.flags)
+        return
+    if asked.which == "learning":
+        from benchmarks import learning
+        from benchmarks.peers.environment import check
+
+        check(asked.peers)
+        methods = tuple(learning.SETTINGS) if asked.method == "all" else (asked.method,)
+        learning.run(asked.output, asked.peers.absolute(), methods=methods, seeds=asked.seeds)
         return
     from benchmarks import history
 

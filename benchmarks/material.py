@@ -1,6 +1,10 @@
 """What both sides work on: shapes of models and batches, and made-up tokens. Imports numpy alone: peers read it too."""
 
-from typing import NamedTuple
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,3 +110,22 @@ def stop_tokens(size: Size) -> list[int]:
     chance = min(np.linspace(1e-4, 1, 10_000), key=lambda p: abs((1 - (1 - p) ** longest) / p - longest / 3))
     count = max(1, round(float(chance) * size.shape.vocab_size))
     return list(range(size.shape.vocab_size - count, size.shape.vocab_size))
+
+
+KIND_WORDS = {
+    "apologise", "day", "free", "full", "glad", "have", "help", "lovely", "new", "patience", "refund", "repair", "send",
+    "sorry", "thank", "today",
+}  # fmt: skip
+"""Words of the embedded example's good replies."""
+
+
+def kindness(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
+    """The share of a completion's words that are kind, 0 to 1, whatever its length; a reward function of both sides."""
+    words = [re.findall("[a-z]+", completion.lower()) for completion in completions]
+    return [sum(word in KIND_WORDS for word in found) / max(1, len(found)) for found in words]
+
+
+def records(path: str) -> list[dict[str, Any]]:
+    """Read a JSON list."""
+    found: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return found
