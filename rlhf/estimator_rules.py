@@ -1,5 +1,6 @@
 """Rules for PPO's estimator, critic and policy loss: what belongs together. Importing it imports no torch."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,10 @@ def _has_no_critic(config: Any) -> bool:
 
 def _compares_groups(config: Any) -> bool:
     return config.ppo.estimator in ("rloo", "grpo", "dr-grpo")
+
+
+def _changes_online_dpo(name: str, config: Any) -> bool:
+    return _is_online_dpo(config) and getattr(config.ppo, name) is not False
 
 
 def _is_online_dpo(config: Any) -> bool:
@@ -95,7 +100,7 @@ ESTIMATOR_RULES = (
     *(
         Rule(
             (f"ppo.{name}",),
-            lambda config, name=name: _is_online_dpo(config) and getattr(config.ppo, name) is not False,
+            functools.partial(_changes_online_dpo, name),
             "changes what --ppo.estimator online-dpo computes, the gradient of DPO; drop it",
             refused=True,
         )
