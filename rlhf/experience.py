@@ -111,8 +111,7 @@ def make_experience(
         and `response_length/mean`. With a critic there are `val/mean` and `val/explained_variance` of the returns.
 
     Raises:
-        ValueError: shapes do not match, a number is out of range, values are missing for an estimator that needs
-            them, or are given to one that does not.
+        ValueError: shapes do not match, a number is out of range, or an estimator gets no values or unused ones.
         TypeError: mask is not bool.
 
     Example:
