@@ -92,14 +92,17 @@ ESTIMATOR_RULES = (
         ),
         refused=True,
     ),
-    *(
-        Rule(
-            (f"ppo.{name}",),
-            lambda config, name=name: _is_online_dpo(config) and getattr(config.ppo, name) is not False,
-            "changes what --ppo.estimator online-dpo computes, the gradient of DPO; drop it",
-            refused=True,
-        )
-        for name in ("kl_in_loss", "kl_estimator", "whiten_rewards", "whiten_advantages", "loss")
+    Rule(
+        ("ppo.kl_in_loss", "ppo.kl_estimator", "ppo.whiten_rewards", "ppo.loss"),
+        _is_online_dpo,
+        "changes what --ppo.estimator online-dpo computes, the gradient of DPO; drop it",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.whiten_advantages",),
+        lambda config: _is_online_dpo(config) and config.ppo.whiten_advantages,
+        "changes what --ppo.estimator online-dpo computes, the gradient of DPO; drop it",
+        refused=True,
     ),
     Rule(
         ("ppo.loss_per",),
