@@ -1,6 +1,5 @@
 """Rules for PPO's estimator, critic and policy loss: what belongs together. Importing it imports no torch."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,10 +32,6 @@ def _has_no_critic(config: Any) -> bool:
 
 def _compares_groups(config: Any) -> bool:
     return config.ppo.estimator in ("rloo", "grpo", "dr-grpo")
-
-
-def _changes_online_dpo(name: str, config: Any) -> bool:
-    return _is_online_dpo(config) and getattr(config.ppo, name) is not False
 
 
 def _is_online_dpo(config: Any) -> bool:
@@ -97,14 +92,17 @@ ESTIMATOR_RULES = (
         ),
         refused=True,
     ),
-    *(
-        Rule(
-            (f"ppo.{name}",),
-            functools.partial(_changes_online_dpo, name),
-            "changes what --ppo.estimator online-dpo computes, the gradient of DPO; drop it",
-            refused=True,
-        )
-        for name in ("kl_in_loss", "kl_estimator", "whiten_rewards", "whiten_advantages", "loss")
+    Rule(
+        ("ppo.kl_in_loss", "ppo.kl_estimator", "ppo.whiten_rewards", "ppo.loss"),
+        _is_online_dpo,
+        "changes what --ppo.estimator online-dpo computes, the gradient of DPO; drop it",
+        refused=True,
+    ),
+    Rule(
+        ("ppo.whiten_advantages",),
+        lambda config: _is_online_dpo(config) and config.ppo.whiten_advantages,
+        "changes what --ppo.estimator online-dpo computes, the gradient of DPO; drop it",
+        refused=True,
     ),
     Rule(
         ("ppo.loss_per",),

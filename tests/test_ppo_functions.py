@@ -58,7 +58,8 @@ def own(tmp_path_factory):
 
 def test_an_estimator_brings_its_critic_and_its_whitening(base):
     def filled(**settings):
-        ppo = with_defaults(dataclasses.replace(base, ppo=PPOConfig(**settings))).ppo
+        config = dataclasses.replace(base, ppo=PPOConfig(**settings))
+        ppo = with_defaults(config, open_estimator(config.ppo)).ppo
         return ppo.critic, ppo.whiten_advantages
 
     assert filled() == ("separate", True)

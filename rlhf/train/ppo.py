@@ -21,6 +21,7 @@ from rlhf.data.collate import Prefetch, ppo_batch
 from rlhf.data.data_files import Source
 from rlhf.data.encoding import chat_tokenizer
 from rlhf.data.schema import PROMPTS
+from rlhf.estimators import Estimator
 from rlhf.experience import Experience, make_experience
 from rlhf.group_baselines import equal_groups
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_language_model, save_language_model
@@ -71,9 +72,10 @@ def run_ppo(config: PPORun, observers: Sequence[Observer] = (), stop: StopReques
         UserError, NonFiniteError, Interrupted, WorkersLostError: the reasons are those of `rlhf.train.loop.train`.
     """
     check_settings(config, _STAGE)
-    config = with_defaults(config)
+    estimator = open_estimator(config.ppo)
+    config = with_defaults(config, estimator)
     with open_run(config, _STAGE, observers, stop) as run:
-        ppo, identity = _open(run, config)
+        ppo, identity = _open(run, config, estimator)
         last_metrics: dict[str, float] = {}
 
         def advance(step: int, state: LoopState, observers: Observers) -> tuple[dict[str, float], LoopState]:
@@ -109,7 +111,7 @@ def _needs(config: PPORun) -> tuple[str, ...]:
     return ("sft", "reward") if scores_with_own_model(config) else ("sft",)
 
 
-def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
+def _open(run: Run, config: PPORun, estimator: Estimator) -> tuple[PPO, Identity]:
     """Return the arguments of the iterations and the identity of the run, from models, reward sources and prompts."""
     model_spec, sources, context = read_ppo_inputs(config)
     config = choose_ppo_settings(run, config, context)
@@ -131,7 +133,7 @@ def _open(run: Run, config: PPORun) -> tuple[PPO, Identity]:
     optimised = [source.model.params for source in sources if source.model is not None and source.weight]
     compile_to = compile_folder(run, models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
     executor = run.open_executor(functools.partial(make_ppo_program, shapes, settings, run.dtype, compile_to), models)
-    ppo = PPO(run, settings, open_estimator(settings), policy, shapes, prompts, sources, executor, context)
+    ppo = PPO(run, settings, estimator, policy, shapes, prompts, sources, executor, context)
     weighted = [source for source in sources if source.weight]
     if settings.normalize_reward and len(weighted) == 1 and weighted[0].model is not None and weighted[0].weight == 1:
         run.units = dict.fromkeys(SCORES, "standard deviations per completion")

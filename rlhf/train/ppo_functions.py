@@ -56,9 +56,9 @@ def open_policy_loss(settings: PPOConfig) -> PolicyLoss:
     return loss
 
 
-def with_defaults(config: PPORun) -> PPORun:
+def with_defaults(config: PPORun, estimator: Estimator) -> PPORun:
     """Return the configuration with the settings that depend on the estimator filled in."""
-    settings, estimator = config.ppo, open_estimator(config.ppo)
+    settings = config.ppo
     critic = settings.critic or ("separate" if estimator.needs_critic else "none")
     whiten = estimator.whiten if settings.whiten_advantages is None else settings.whiten_advantages
     return dataclasses.replace(config, ppo=dataclasses.replace(settings, critic=critic, whiten_advantages=whiten))
