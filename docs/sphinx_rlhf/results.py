@@ -14,10 +14,15 @@ def setup(app: Sphinx) -> None:
     """Register the directives."""
     app.add_directive("demo-result", _DemoResult)
     app.add_directive("demo-figures", _DemoFigures)
+    app.add_directive("real-data", _RealData)
+
+
+def _read(name: str) -> Any:
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
 
 
 def _demo() -> Any:
-    return json.loads((ROOT / "docs" / "results" / "demo.json").read_text())
+    return _read("demo")
 
 
 def verdict(demo: Any) -> str:
@@ -62,6 +67,27 @@ class _DemoFigures(SphinxDirective):
             rows.append(f"| `{key}` | {' | '.join(cells)} |")
         text = f"{_origin(demo, demo['commands'][1])} In brackets: 95% bootstrap intervals over {evaluation['unit']}."
         return self.parse_text_to_nodes("\n".join(rows) + "\n\n" + text)
+
+
+class _RealData(SphinxDirective):
+    """Runs with default settings on real data: finals, and a judge's mean scores at the start and at the end."""
+
+    def run(self) -> list[nodes.Node]:
+        results = _read("real_data")
+        rows = [
+            "| data, seed | score, standard deviations | KL, nats | tokens | ended | judge at first | judge at last | problems |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for run in results["runs"]:
+            final = run["finals"]
+            first, last = (f"{mean:+.2f} ± {half:.2f}" for mean, half in run["judge"]) if "judge" in run else ("", "")
+            rows.append(
+                f"| {run['task']}, {run['seed']} | {final['objective/scores']:+.2f} | {final['objective/kl']:.1f} "
+                f"| {final['response_length/mean']:.0f} | {final['response_length/ended']:.0%} | {first} | {last} "
+                f"| {'; '.join(run['problems']) or 'none'} |"
+            )
+        origin = f"`{results['command']}`, {results['date']}, {results['machine']}."
+        return self.parse_text_to_nodes("\n".join(rows) + "\n\n" + origin)
 
 
 def _cell(figure: dict[str, float] | None) -> str:
