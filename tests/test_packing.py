@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.data.packing import build_rows, pack
+from rlhf.data.packing import build_rows, pack, pack_records
 
 
 @st.composite
@@ -143,3 +143,10 @@ def test_build_rows_gives_every_sequence_back(packing):
         changes = {i for i in range(len(flat)) if i % width == 0 or flat[i] != flat[i - 1]} | {len(flat)}
         assert bounds.dtype == torch.int32
         assert ends == sorted(changes)
+
+
+def test_records_lie_in_short_rows_however_long_the_context_is():
+    short = pack_records([[30]] * 100, rows=8, limit=8192)
+    assert short == pack([[30]] * 100, rows=8, row_length=256)
+    assert pack_records([[30]] * 100, rows=8, limit=128) == pack([[30]] * 100, rows=8, row_length=128)
+    assert pack_records([[30], [700]], rows=8, limit=8192) == pack([[30], [700]], rows=8, row_length=700)

@@ -75,7 +75,7 @@ class _RealData(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         results = _read("real_data")
         rows = [
-            "| data, seed | score, standard deviations | KL, nats | tokens | ended | judge at first | judge at last | problems |",
+            "| data, seed | score, std | KL, nats | tokens | ended | judge, first | judge, last | problems |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for run in results["runs"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.batches import PairBatch, PPOBatch, PromptBatch, ScoreBatch, TokenBatch
 from rlhf.data.dataset import Dataset, TokenSequence
-from rlhf.data.packing import build_rows, concatenated_ranges, pack
+from rlhf.data.packing import build_rows, concatenated_ranges, pack, pack_records
 from rlhf.random import fold_in
 
 
@@ -29,12 +29,12 @@ def token_batches(
     Args:
         dataset: demonstrations.
         records: records to pack, in any order.
-        max_length: maximum tokens per record and per row.
+        max_length: maximum tokens per record.
         rows: maximum rows per micro-batch.
         loss_on: tokens that contribute to the loss; the first token of a sequence is never predicted.
         key: [2] int32, consumed: each micro-batch gets a key derived from it.
     """
-    layouts = pack([dataset.lengths(record, max_length) for record in records], rows=rows, row_length=max_length)
+    layouts = pack_records([dataset.lengths(record, max_length) for record in records], rows=rows, limit=max_length)
     batches = []
     for number, layout in enumerate(layouts):
         sequences = [dataset.sequences(records[unit], max_length)[0] for unit in layout.units]
@@ -78,12 +78,12 @@ def pair_batches(
     Args:
         dataset: preference pairs.
         records: records to pack, in any order.
-        max_length: maximum tokens per sequence and per row.
+        max_length: maximum tokens per sequence.
         rows: maximum rows per micro-batch.
         margins: True reads the column `margin`; otherwise all margins are 0.
     """
-    layouts = pack(
-        [dataset.lengths(record, max_length) for record in records], rows=max(2, rows), row_length=max_length
+    layouts = pack_records(
+        [dataset.lengths(record, max_length) for record in records], rows=max(2, rows), limit=max_length
     )
     batches = []
     for layout in layouts:

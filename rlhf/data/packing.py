@@ -13,6 +13,7 @@ from rlhf.batches import Rows
 _WIDTH_MULTIPLE = 16
 _SHARES = range(2, 17)
 """The k for which `_rows_at_least` counts the sequences longer than 1/k of a row."""
+_ROW_LENGTH = 256
 
 
 class MicroBatch(NamedTuple):
@@ -46,6 +47,35 @@ def pack(units: Sequence[Sequence[int]], *, rows: int, row_length: int) -> list[
         if len(trial) == len(batches):
             return trial
     return batches
+
+
+def choose_row_length(longest: int, limit: int) -> int:
+    """Return the number of tokens in a packed row: 256, or those of the longest sequence if it is longer.
+
+    The cost of attention grows with the length of a row, however short its sequences are. A constant length keeps the
+    shapes of micro-batches alike.
+
+    Args:
+        longest: number of tokens of the longest sequence.
+        limit: largest number of tokens that the model can read, at least `longest`.
+
+    Example:
+        >>> choose_row_length(40, limit=128), choose_row_length(40, limit=8192), choose_row_length(300, limit=8192)
+        (128, 256, 300)
+    """
+    return max(longest, min(_ROW_LENGTH, limit))
+
+
+def pack_records(units: Sequence[Sequence[int]], *, rows: int, limit: int) -> list[MicroBatch]:
+    """Pack the sequences of records into rows of `choose_row_length` tokens.
+
+    Args:
+        units: lengths of the sequences of each record, in tokens.
+        rows: maximum rows per micro-batch, at least the number of sequences of a record.
+        limit: largest number of tokens that the model can read, at least each length.
+    """
+    longest = max(itertools.chain.from_iterable(units), default=1)
+    return pack(units, rows=rows, row_length=choose_row_length(longest, limit))
 
 
 def _rows_at_least(units: Sequence[Sequence[int]], row_length: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf.batches import CompletionPairBatch
 from rlhf.data.collate import pad_to_two
 from rlhf.data.dataset import Dataset
-from rlhf.data.packing import build_rows, concatenated_ranges, pack
+from rlhf.data.packing import build_rows, concatenated_ranges, pack_records
 
 
 class PackedCompletionPairs(NamedTuple):
@@ -28,13 +28,13 @@ def completion_pair_batches(
     Args:
         dataset: preference pairs.
         records: records to pack, in any order.
-        max_length: maximum tokens per sequence and per row.
+        max_length: maximum tokens per sequence.
         rows: maximum rows per micro-batch.
         ref_log_probs: [len(dataset), 2] float32, nats, log-probs of the chosen and the rejected completion under the
             reference; None stands for 0.
     """
-    layouts = pack(
-        [dataset.lengths(record, max_length) for record in records], rows=max(2, rows), row_length=max_length
+    layouts = pack_records(
+        [dataset.lengths(record, max_length) for record in records], rows=max(2, rows), limit=max_length
     )
     batches = []
     for layout in layouts:

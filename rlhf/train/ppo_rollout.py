@@ -18,6 +18,7 @@ from rlhf.data.collate import (
 )
 from rlhf.data.conversations import as_completion, as_text
 from rlhf.data.dataset import Dataset
+from rlhf.data.packing import choose_row_length
 from rlhf.errors import NonFiniteError
 from rlhf.estimators import Estimator
 from rlhf.execution.executor import Executor
@@ -31,9 +32,6 @@ from rlhf.train.context import Run
 from rlhf.train.ppo_program import ModelShapes, recomputes_log_probs
 from rlhf.train.ppo_rewards import score_sources
 from rlhf.train.stage_inputs import record_order
-
-_ROW_LENGTH = 256
-"""Number of tokens in a packed row, unless the context is shorter or a sequence is longer."""
 
 
 class PPO(NamedTuple):
@@ -116,7 +114,7 @@ def pack_rollout(ppo: PPO, rollout: Rollout, indices: Sequence[int]) -> list[Pac
         rollout.joined,
         indices,
         rows=ppo.settings.micro_batch_size,
-        row_length=max(needed, min(_ROW_LENGTH, ppo.context)),
+        row_length=choose_row_length(needed, ppo.context),
     )
 
 
