@@ -123,7 +123,7 @@ def _next_commands(config: RunConfig, stages: list[str]) -> str:
     """Return what to do after training: one command a line."""
     folder = config.output_dir
     lines = [f"  open     {folder / 'report' / 'report.html'}", f"  judge    rlhf-evaluate --model-dir {folder}"]
-    written = [STAGES[name].folder for name in ("ppo", "sft") if name in stages]
+    written = [STAGES[name].folder for name in ("ppo", "dpo", "sft") if name in stages]
     if written:
         lines.append(f"  try      rlhf-generate --model-dir {folder / written[0]}")
     lines.append(f"  plot     rlhf-monitor --log-dir {folder} --plot-type all")

@@ -149,7 +149,8 @@ TABLE = (
            "predicting the mean.", "Rises above 0 within some iterations, towards 0.5 and more. Below 0, the value "
            "function does harm.", short="value expl. var.", high=1, headline=True, checks=("value-function",)),
     Metric("policy/clipfrac_avg", "Clip fraction", "share of tokens", "none", "clip",
-           "Fraction of tokens whose ratio is outside of 1 ± clip_eps, so that their gradient is 0.",
+           "Fraction of tokens whose gradient is 0, because their ratio has left 1 ± clip_eps on the side that the "
+           "advantage favours.",
            "Between 0 and 0.2. Above 0.3, the updates are too large.",
            short="clipped, share", low=0, checks=("clip-fraction",)),
     Metric("policy/approxkl_avg", "KL of the update", "nats per token", "none", "update-kl",

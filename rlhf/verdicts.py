@@ -121,13 +121,22 @@ def dpo_verdict(accuracy: float, pairs: int, *, bag_of_words: float, longer: flo
 
 
 def ppo_verdict(
-    *, score_before: float, score: float, kl: float, budget: float, ended: float, must_end: bool, unit: str
+    *,
+    score_before: float,
+    score: float,
+    error: float,
+    kl: float,
+    budget: float,
+    ended: float,
+    must_end: bool,
+    unit: str,
 ) -> Verdict:
-    """Return the verdict on a policy by its last iterations.
+    """Return the verdict on a policy by its first and its last iterations.
 
     Args:
-        score_before: mean score of the first iterations.
+        score_before: mean score of the first iteration, whose completions are the reference's.
         score: mean score of the last iterations.
+        error: standard error of their difference.
         kl: mean KL of the last iterations, in nats per completion.
         budget: KL budget of the run, in nats per completion.
         ended: share of completions that end by themselves.
@@ -136,9 +145,9 @@ def ppo_verdict(
 
     Example:
         >>> ppo_verdict(
-        ...     score_before=0.1, score=1.4, kl=40.0, budget=10.0, ended=0.9, must_end=True, unit="standard deviations"
-        ... ).sound
-        False
+        ...     score_before=0.1, score=0.2, error=0.1, kl=3.0, budget=10.0, ended=1.0, must_end=False, unit="units"
+        ... ).text.partition(":")[0]
+        'The policy has not gained measurably'
     """
     moved = f"from {score_before:+.2f} to {score:+.2f} {unit} at a KL of {kl:.3g} nats per completion"
     if kl > 1.5 * budget:
@@ -154,8 +163,11 @@ def ppo_verdict(
             sound=False,
         )
     ending = f", and {ended:.0%} of completions end" if must_end else ""
-    if score <= score_before:
-        return Verdict(f"The policy has not gained by PPO: its score went {moved}{ending}.")
+    if score < score_before - 2 * error:
+        text = f"The policy has become worse: its score went {moved}{ending}. Do not use it: lower --ppo.learning-rate."
+        return Verdict(text, sound=False)
+    if score <= score_before + 2 * error:
+        return Verdict(f"The policy has not gained measurably: its score went {moved}{ending}.")
     return Verdict(
         f"The policy's score rose {moved}{ending}. This is the reward that it was trained on: judge it by another one."
     )

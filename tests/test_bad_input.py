@@ -257,7 +257,7 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_refused_when_nothing_
     err = " ".join(capfd.readouterr().err.split())
     assert "dropped 3 pairs whose chosen text equals the rejected one after truncation to" in err
     assert "8 preference pairs, 8 held out" in err
-    assert "8 of 8 records are also training records" in err
+    assert "8 of 8 held-out records are also training records" in err
 
 
 def test_what_cannot_be_compiled_is_refused_when_it_is_asked_for(refused, shelf, monkeypatch):

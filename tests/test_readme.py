@@ -20,7 +20,7 @@ from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.generate.generate_config import GenerateConfig
 from rlhf.io.presets import load_config
 from rlhf.ranges import flat_fields
-from rlhf.stages import STAGES
+from rlhf.stages import STAGES, check_settings, stages_of
 
 ROOT = Path(__file__).parents[1]
 GENERATED = ("docs/reference/api", "docs/tutorials")
@@ -133,7 +133,9 @@ def test_training_commands_parse(page, command, monkeypatch):
     from rlhf.cli.train import parse
 
     monkeypatch.chdir(ROOT)
-    assert parse(command[1:]).output_dir
+    config = parse(command[1:])
+    for stage in stages_of(config):
+        check_settings(config, stage)
 
 
 @commands_of("rlhf-evaluate", "rlhf-generate", "rlhf-monitor")
@@ -181,9 +183,10 @@ def known_flags() -> set[str]:
 
     stages = [stage.config for stage in STAGES.values()]
     kinds = (PipelineRun, *stages, EvaluateConfig, GenerateConfig, Monitor, Example)
-    flags = {flag for kind in kinds for flag, _ in flag_types(kind)}
-    negated = {".no-".join(flag.rsplit(".", 1)) if "." in flag else f"--no-{flag[2:]}" for flag in flags}
-    return flags | negated | {"--help"}
+    types = [flag for kind in kinds for flag in flag_types(kind)]
+    switches = {flag for flag, hint in types if hint is bool}
+    negated = {".no-".join(flag.rsplit(".", 1)) if "." in flag else f"--no-{flag[2:]}" for flag in switches}
+    return {flag for flag, _ in types} | negated | {"--help"}
 
 
 @pytest.mark.parametrize("page", TEXTS)

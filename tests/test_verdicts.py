@@ -12,7 +12,16 @@ from rlhf.evaluate.baselines import unigram_perplexity
 from rlhf.train.early_stop import KEPT_FIRST, KEPT_NEWEST, find_failure
 from rlhf.verdicts import dpo_verdict, policy_verdict, ppo_verdict, reward_verdict, sft_verdict
 
-PPO = {"score_before": -0.1, "score": 1.2, "kl": 5.0, "budget": 10.0, "ended": 1.0, "must_end": True, "unit": "sd"}
+PPO = {
+    "score_before": -0.1,
+    "score": 1.2,
+    "error": 0.1,
+    "kl": 5.0,
+    "budget": 10.0,
+    "ended": 1.0,
+    "must_end": True,
+    "unit": "sd",
+}
 POLICY = {"judge": "mine", "prompts": 90, "against": "sft", "is_own_reward": False, "ended": 1.0}
 
 
@@ -93,7 +102,9 @@ def test_unigram_perplexity_is_that_of_smoothed_counts():
         ({"kl": 53.0}, False, "left its reference"),
         ({"ended": 0.1}, False, "only 10% of its completions end"),
         ({"ended": 0.1, "must_end": False}, True, "rose"),
-        ({"score": -0.2}, True, "has not gained"),
+        ({"score": -0.2}, True, "has not gained measurably"),
+        ({"score": 0.05}, True, "has not gained measurably"),
+        ({"score": -0.4}, False, "has become worse"),
         ({"kl": 53.0, "budget": math.inf}, True, "rose"),
     ],
 )

@@ -77,7 +77,7 @@ def _try_loss(loss: PolicyLoss, where: str) -> None:
     """Raise UserError if a user's loss fails on two tokens, or does not return what a run needs."""
     ones = torch.ones(2)
     with _user_code(where):
-        total, sums = loss(
+        result = loss(
             -ones,
             old_log_probs=-ones,
             advantages=ones,
@@ -87,6 +87,9 @@ def _try_loss(loss: PolicyLoss, where: str) -> None:
             clip_eps_high=None,
             sequences=torch.zeros(2, dtype=torch.int64),
         )
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"it returned a {type(result).__name__}, expected a pair (loss, sums)")
+        total, sums = result
         if not isinstance(total, Tensor) or total.ndim:
             raise TypeError("the loss is not a [] tensor: return a sum over tokens")
         if "count" not in sums:

@@ -1,5 +1,7 @@
 """The verdict on a policy by the log of its training."""
 
+import math
+
 import numpy as np
 
 from rlhf.config import PPOConfig
@@ -11,7 +13,7 @@ SCORES = ("objective/scores", "objective/rlhf_reward", "objective/non_score_rewa
 """Metrics in the unit of the score."""
 
 _LINES = 5
-"""Lines of the log at the start and at the end whose means are compared."""
+"""Lines at the end of the log whose mean is compared with the first line."""
 
 
 def conclude_ppo(run: Run, settings: PPOConfig) -> Verdict | None:
@@ -26,8 +28,9 @@ def conclude_ppo(run: Run, settings: PPOConfig) -> Verdict | None:
         return None
     means = [float(np.nanmean(values[-_LINES:])) for values in (scores, kls, ended)]
     verdict = ppo_verdict(
-        score_before=float(np.nanmean(scores[:_LINES])),
+        score_before=float(scores[0]),
         score=means[0],
+        error=float(np.nanstd(scores[-_LINES:], ddof=1)) * math.sqrt(1 + 1 / _LINES),
         kl=means[1],
         budget=settings.active_kl_budget,
         ended=means[2],

@@ -65,7 +65,6 @@ def open_split(
     if validation is not None:
         held_out_data = open_dataset(run, validation, schema, model.tokenizer, max_length)
         equal_held_out = _equal_pairs(run, validation, held_out_data, max_length)
-        _note_shared(run, validation, dataset, held_out_data)
         train, held_out = list(range(len(dataset))), list(range(len(held_out_data)))
     else:
         train, held_out = hold_out(run.key(Purpose.SPLIT), len(dataset), settings.val_fraction)
@@ -73,6 +72,7 @@ def open_split(
     held_out = [record for record in held_out if record not in equal_held_out]
     check_pairs_differ(path, len(train), max_length)
     split = DataSplit(dataset, train, held_out_data, held_out[:_EVAL_RECORDS])
+    _note_shared(run, validation or path, split)
     run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
     return split
 
@@ -97,12 +97,12 @@ def _equal_pairs(run: Run, path: Source, dataset: Dataset, max_length: int) -> s
     return equal
 
 
-def _note_shared(run: Run, path: Source, train: Dataset, validation: Dataset) -> None:
-    """Note the number of validation records that are also training records."""
-    if shared := int(np.isin(validation.digests, train.digests).sum()):
+def _note_shared(run: Run, path: Source, split: DataSplit) -> None:
+    """Note the number of held-out records that are also training records."""
+    if shared := int(np.isin(split.validation.digests[split.held_out], split.dataset.digests[split.train]).sum()):
         run.note(
-            f"{path}: {shared} of {len(validation)} records are also training records; what is measured on "
-            "them says nothing about new text"
+            f"{path}: {shared} of {len(split.held_out)} held-out records are also training records; what is measured "
+            "on them says nothing about new text"
         )
 
 
