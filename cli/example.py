@@ -41,6 +41,8 @@ class Example(Section):
     """Seed of the data and of the training."""
     config: str = "demo"
     """YAML file with the training settings, or the name of a preset."""
+    resume: bool = False
+    """Continue the interrupted run in OUTPUT_DIR."""
     workers: ProcessCount | None = None
     """Number of Ray workers. If None, two on a machine with several cores, otherwise none. The result has the same bits
     for any number."""
@@ -68,7 +70,7 @@ def _example(example: Example) -> None:
     from rlhf.demo.demo import check_example, run_example
     from rlhf.distributed.compute_context import available_cores
 
-    output_dir = _free_name(example.output_dir)
+    output_dir = example.output_dir if example.resume else _free_name(example.output_dir)
     data = output_dir / "data"
     files = EmbeddedFiles(*(data / f"{name}.json" for name in EmbeddedFiles._fields))
     if not example.create_dummy_data and not files.demonstrations.is_file():
@@ -82,12 +84,13 @@ def _example(example: Example) -> None:
         threads=1,
         output_dir=output_dir,
         seed=example.seed,
+        resume=example.resume,
         sft_data=files.demonstrations,
         preference_data=files.preferences,
         prompt_data=files.prompts,
     )
     check_example(config)
-    if example.create_dummy_data:
+    if example.create_dummy_data and not files.demonstrations.is_file():
         write_embedded(data, seed=example.seed)
         log_user(f"wrote {', '.join(path.name for path in files)} to {data}")
     log_user(f"training {where}")

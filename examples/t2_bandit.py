@@ -8,7 +8,7 @@
 #
 # $$\max_\pi\; \mathbb{E}_{y \sim \pi}[r(y)] - \beta\, \mathrm{KL}(\pi \,\|\, \pi_\text{ref})$$
 #
-# The maximum is known: $\pi^*(y) = \pi_\text{ref}(y)\, e^{r(y)/\beta} / Z$. So we can see
+# The maximiser is known: $\pi^*(y) = \pi_\text{ref}(y)\, e^{r(y)/\beta} / Z$. So we can see
 # whether PPO finds it.
 
 # %%

@@ -154,8 +154,8 @@ TABLE = (
            "Between 0 and 0.2. Above 0.3, the updates are too large.",
            short="clipped, share", low=0, checks=("clip-fraction",)),
     Metric("policy/approxkl_avg", "KL of the update", "nats per token", "none", "update-kl",
-           "Distance of the policy after the updates from the policy that sampled the batch: half the mean squared "
-           "log-ratio.",
+           "Distance of the policy from the one that sampled the batch: half the mean squared log-ratio, as a mean "
+           "over the updates, each measured before its step. It is 0 with one update per iteration.",
            "Below about 0.02. Above 0.1: lower the learning rate or the epochs.",
            short="approx. KL", low=0, checks=("approx-kl",)),
     Metric("loss/value_avg", "Value loss", "squared reward units", "down", "value-loss",

@@ -11,6 +11,8 @@ are frequent. Models of this library trained on 1,600 sentences reach 0.4 to 0.6
 
 _ONE_SIDED = 1.645
 """Standard errors that a figure exceeds by chance in one case of twenty."""
+_FEWEST_PAIRS = 20
+"""Pairs below which a reward model is not judged."""
 
 
 @documented
@@ -63,7 +65,9 @@ def reward_verdict(accuracy: float, pairs: int, *, bag_of_words: float, longer: 
         False
     """
     figure = f"The reward model orders {accuracy:.0%} of {pairs} held-out pairs"
-    error = _ONE_SIDED * 0.5 / math.sqrt(max(pairs, 1))
+    if pairs < _FEWEST_PAIRS:
+        return Verdict(f"{figure}, which are too few to tell: hold out more (--reward.val-fraction).")
+    error = _ONE_SIDED * 0.5 / math.sqrt(pairs)
     by_length = "always choosing the longer" if longer >= 0.5 else "always choosing the shorter"
     baselines = {"a bag of words": bag_of_words, by_length: max(longer, 1.0 - longer)}
     name, best = max(
@@ -149,6 +153,7 @@ def ppo_verdict(
         ... ).text.partition(":")[0]
         'The policy has not gained measurably'
     """
+    kl = max(kl, 0.0)  # an estimate may lie below
     moved = f"from {score_before:+.2f} to {score:+.2f} {unit} at a KL of {kl:.3g} nats per completion"
     if kl > 1.5 * budget:
         return Verdict(
@@ -195,7 +200,7 @@ def policy_verdict(
     verb = "is preferred to" if low > 0.5 or (math.isnan(low) and rate > 0.5) else ""
     verb = verb or ("loses to" if high < 0.5 or (math.isnan(high) and rate < 0.5) else "cannot be told from")
     text = f"The policy {verb} {against} by {judge}: it wins on {rate:.0%} of {prompts} prompts"
-    text += "" if math.isnan(low) else f" (95% interval {low:.0%} to {high:.0%})"
+    text += "" if math.isnan(low) or low == high else f" (95% interval {low:.0%} to {high:.0%})"
     if ended < 0.5:
         text += f", but only {ended:.0%} of its completions end"
     if is_own_reward:

@@ -1,13 +1,14 @@
 """Findings in a data file: duplicates, contradictions, repeated prompts, control tokens, pairs that become equal."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.train.supervised import _note_shared
+from rlhf.train.supervised import DataSplit, _note_shared
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
@@ -95,13 +96,18 @@ def test_equal_pairs_are_those_whose_sequences_agree(tmp_path, chosen, rejected,
     ("validation", "count"), [(CLEAN, 3), ([CLEAN[0], shown("new", "x")], 1), ([shown("new", "x")], 0)]
 )
 def test_records_that_both_files_have_are_told(tmp_path, tokenizer, validation, count):
-    class Notes:
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-            self.note = self.lines.append
-
-    run = Notes()
+    run = SimpleNamespace(lines=[])
+    run.note = run.lines.append
     train = loaded(tmp_path, tokenizer, DEMONSTRATIONS, CLEAN)
-    _note_shared(run, tmp_path / "val.json", train, loaded(tmp_path, tokenizer, DEMONSTRATIONS, validation, "val"))
+    held_out = loaded(tmp_path, tokenizer, DEMONSTRATIONS, validation, "val")
+    _note_shared(run, tmp_path / "val.json", DataSplit(train, [0, 1, 2], held_out, list(range(len(validation)))))
     assert len(run.lines) == bool(count)
-    assert all(f"val.json: {count} of {len(validation)} records are also" in line for line in run.lines)
+    assert all(f"val.json: {count} of {len(validation)} held-out records are also" in line for line in run.lines)
+
+
+def test_equal_records_on_both_sides_of_a_split_are_told(tmp_path, tokenizer):
+    lines = []
+    dataset = loaded(tmp_path, tokenizer, DEMONSTRATIONS, [*CLEAN, CLEAN[0]])
+    _note_shared(SimpleNamespace(note=lines.append), tmp_path / "all.json", DataSplit(dataset, [0, 1], dataset, [2, 3]))
+    assert len(lines) == 1
+    assert "all.json: 1 of 2 held-out records are also" in lines[0]

@@ -381,3 +381,11 @@ def test_the_program_refuses_folders_and_flags_that_do_not_fit(tmp_path, capsys)
 def test_unknown_errors_are_user_errors(tmp_path):
     with pytest.raises(UserError):
         LogReader(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["approx-kl", "clip-fraction"])
+def test_one_update_per_iteration_tells_nothing_of_its_size(tmp_path, name):
+    write_log(tmp_path, figures={"policy/updates": lambda step: 1.0})
+    found = check(tmp_path, name)
+    assert found.level == "unknown"
+    assert "one update" in found.summary + found.evidence

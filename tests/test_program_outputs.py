@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Iterator
@@ -280,6 +281,23 @@ def test_the_example_writes_nothing_into_a_folder_that_holds_what_is_not_its_own
     assert run_example(["--create-dummy-data", "--output-dir", str(tmp_path), "--workers", "0"]) == 2
     assert f"{path}: already exists" in capsys.readouterr().err
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+
+
+def test_the_example_continues_an_interrupted_run(tmp_path):
+    settings = tmp_path / "tiny.yaml"
+    settings.write_text(
+        "model: {preset: tiny}\ncompile: off\nsft: {max_steps: 1}\nreward: {max_steps: 1}\n"
+        "ppo: {num_iterations: 2, batch_size: 4, minibatch_size: 4, max_new_tokens: 4}\ncheckpoint: {every: 1}\n"
+    )
+    flags = ["--config", str(settings), "--output-dir", str(tmp_path / "out"), "--workers", "0"]
+    assert run_example(["--create-dummy-data", *flags]) == 0
+    report = tmp_path / "out" / "report" / "comparison.json"
+    finished = report.read_text()
+    shutil.rmtree(tmp_path / "out" / "policy")
+    report.unlink()
+    assert run_example(["--resume", *flags]) == 0
+    assert report.read_text() == finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.yaml"], "no second folder"
 
 
 def test_data_that_a_run_held_out_are_inputs_of_its_evaluation(tmp_path, shelf, monkeypatch, capsys):

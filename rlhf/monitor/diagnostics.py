@@ -1,4 +1,4 @@
-"""Measurements of the health checks in a stage's metrics and events.
+"""Measurements of the health checks in a stage's metrics.
 
 Measurements of metrics take the metric that is judged, followed by the other metrics that its check reads.
 """
@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf.metrics import describe
-from rlhf.monitor.log import AFTERWARDS, LogReader, Series
+from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.thresholds import THRESHOLDS, Level, worst
 
 _FEWEST = 5
@@ -117,12 +116,21 @@ def first_ratio(reader: LogReader, stage: str, metric: str, mean_ratio: str, upd
 
 def clip_fraction(reader: LogReader, stage: str, metric: str) -> Reading:
     """Return the level of the fraction of clipped tokens."""
+    _need_updates(reader, stage)
     return _level_of_median(reader, stage, metric, "clip-fraction", "{:.1%} of tokens are clipped")
 
 
 def approx_kl(reader: LogReader, stage: str, metric: str) -> Reading:
-    """Return the level of the KL between the policies before and after an iteration's updates."""
+    """Return the level of the KL between the policy that sampled and the policies of an iteration's updates."""
+    _need_updates(reader, stage)
     return _level_of_median(reader, stage, metric, "approx-kl", "updates move the policy {:.2g} nats per token")
+
+
+def _need_updates(reader: LogReader, stage: str) -> None:
+    """Raise Unknown if iterations have one update, before which the policy is the one that sampled."""
+    updates = reader.series(stage, "policy/updates").values
+    if len(updates) and max(updates) <= 1:
+        raise Unknown("an iteration has one update, which is measured before its step")
 
 
 def value_function(reader: LogReader, stage: str, metric: str) -> Reading:
@@ -244,45 +252,6 @@ def throughput(reader: LogReader, stage: str, metric: str) -> Reading:
         f"{_median(newest):,.0f} tokens/s, {share:.0%} of before",
         f"median {metric} {earlier:,.0f} before, {_median(newest):,.0f} now",
         _span(newest),
-    )
-
-
-def recoveries(reader: LogReader, stage: str) -> Reading:
-    """Return the faults in which workers were lost and replaced."""
-    faults = [event for event in reader.events if event["stage"] == stage and event["event"] == "fault"]
-    if not faults:
-        return Reading("ok", "no worker was lost", "no fault event")
-    seconds = sum(float(fault["recovery_s"]) for fault in faults if isinstance(fault.get("recovery_s"), int | float))
-    steps = [fault["step"] for fault in faults if "step" in fault] or [0]
-    final = any(fault.get("final") for fault in faults) and reader.progress(stage).state == "interrupted"
-    return Reading(
-        "problem" if final else "warning",
-        f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}, made good in {seconds:.1f} s"
-        + (", then no more were allowed" if final else ""),
-        "; ".join(f"step {fault.get('step', '?')}: lost {fault.get('what', '?')}" for fault in faults[-3:]),
-        (min(steps), max(steps)),
-    )
-
-
-def not_finite(reader: LogReader, stage: str) -> Reading:
-    """Return the updates that were refused for NaN or infinity, and the metrics that are not finite."""
-    events = [event for event in reader.events if event["stage"] == stage and event["event"] not in AFTERWARDS]
-    refused = [event for event in events if event["event"] == "nonfinite"]
-    if refused:
-        step = refused[-1].get("step", 0) + 1
-        stands = events[-1] is refused[-1]
-        summary = f"an update was refused at step {step}" + (", and the run went on since" if not stands else "")
-        return Reading("problem" if stands else "warning", summary, str(refused[-1].get("message", "")), (step, step))
-    names = [
-        name for name in reader.names(stage) if describe(name).unit != "correlation"
-    ]  # undefined if nothing varies
-    bad = [name for name in names if np.isnan(reader.series(stage, name).values[-_FEWEST:]).any()]
-    if not bad:
-        return Reading("ok", "all figures are finite", "no nonfinite event, no null in the newest lines")
-    return Reading(
-        "warning",
-        f"{len(bad)} {'metric is' if len(bad) == 1 else 'metrics are'} not finite",
-        "null in the newest lines: " + ", ".join(bad[:5]),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rlhf.metrics import METRICS, describe, is_registered
-from rlhf.monitor import diagnostics, sample_diagnostics
+from rlhf.monitor import diagnostics, event_diagnostics, sample_diagnostics
 from rlhf.monitor.diagnostics import Reading, Unknown
 from rlhf.monitor.log import LogReader
 from rlhf.monitor.thresholds import LEVELS, Level
@@ -110,8 +110,8 @@ CHECKS = (
         "value-function",
         diagnostics.value_function,
         "the value function lags behind the policy, so that advantages are noise",
-        "let it learn first with --ppo.critic-warmup 5, use --ppo.critic separate, raise --ppo.value-coef or "
-        "--ppo.value-clip-eps, or scale rewards with --ppo.normalize-reward",
+        "let it learn first with --ppo.critic-warmup 5, raise --ppo.value-coef or --ppo.value-clip-eps, or use the "
+        "other --ppo.critic; where the scores of the reward model hardly differ (a small std), take shared",
     ),
     Check(
         "constant-rewards",
@@ -175,14 +175,14 @@ CHECKS = (
     ),
     Check(
         "recoveries",
-        diagnostics.recoveries,
+        event_diagnostics.recoveries,
         "worker processes were killed (often for memory), hung, or lost their machine",
         "look at the machine's memory; lower --dist.num-workers or the stage's micro-batch-size",
         _ALL,
     ),
     Check(
         "not-finite",
-        diagnostics.not_finite,
+        event_diagnostics.not_finite,
         "a loss, gradient, reward or value overflowed",
         "lower the learning rate, or use --precision fp32; the refused batch is in OUTPUT_DIR/nonfinite",
         _ALL,

@@ -70,8 +70,8 @@ THRESHOLDS = {
     "over-optimisation": Threshold(
         4.0,
         8.0,
-        "fall of the gold score from its best, in standard errors; the best of eight means is above the last by 4 by "
-        "chance in about one run of a thousand; Gao et al. 2022, https://arxiv.org/abs/2210.10760",
+        "fall of the gold score from its best, in standard errors of the difference of two of eight means; "
+        "by chance, the best is above the last by 4 in one run of 5,000; Gao et al. 2022, https://arxiv.org/abs/2210.10760",
     ),
     "value-function": Threshold(0.0, -0.5, "explained variance; 0 is what the mean of the returns reaches"),
     "reward-model-chance": Threshold(
