@@ -10,6 +10,7 @@ from benchmarks import learners, learning, material
 from benchmarks.session import Session
 from rlhf.train import dpo
 
+ROOT = Path(__file__).parents[1]
 RLOO = learning.SETTINGS["rloo"] | {
     "steps": 2, "prompts_per_step": 2, "samples_per_prompt": 2, "minibatch": 4, "max_new_tokens": 8
 }  # fmt: skip
@@ -31,6 +32,15 @@ RUNS = [
     run([(0.5, 1.0), (1.0, 4.0)], [(0.5, 1.0), (0.75, 2.0)]),
     run([(0.5, 1.0), (0.5, 2.0)], [(0.5, 1.0), (0.75, 2.0)]),
 ]
+
+
+@pytest.mark.parametrize("method", learning.SETTINGS)
+def test_what_the_documentation_shows_is_of_the_present_settings(method):
+    result = json.loads((ROOT / "docs" / "results" / f"learning-{method}.json").read_text())
+    assert result["settings"] == learning.SETTINGS[method]
+    assert result["rows"] == learning.figures(result["runs"])
+    page = (ROOT / "docs" / "methods" / f"{method}.md").read_text()
+    assert f"```{{learning-result}} {method}\n```" in page
 
 
 def test_the_reward_is_a_share_of_words_whatever_their_number():
