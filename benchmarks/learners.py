@@ -30,10 +30,12 @@ from rlhf.evaluate.evaluation_inputs import TestData
 from rlhf.evaluate.judges import open_judges
 from rlhf.evaluate.policy_evaluation import Comparison, compare_models
 from rlhf.io.model_folder import load_language_model, save_language_model
+from rlhf.random import Purpose, fold_in, key
 from rlhf.train.dpo import run_dpo
 from rlhf.train.observers import Observer, StageStart
 from rlhf.train.ppo import run_ppo
 from rlhf.train.sft import run_sft
+from rlhf.train.stage_inputs import record_order
 from rlhf.tree import named_leaves, tree_map_named
 
 REWARD = "benchmarks.material:kindness"
@@ -89,6 +91,14 @@ def make_pairs(folder: Path, prompts: Path, *, samples: int, max_new_tokens: int
         scores = scored.scores["eval/judge/kindness"].tolist()
         pairs = ordered_pairs(prompts_of, scored.completions.texts, scores, scored.completions.ended.tolist())
         path.write_text(json.dumps(pairs, indent=0))
+    return path
+
+
+def in_our_order(pairs: Path, *, seed: int, count: int) -> Path:
+    """Write beside a file of pairs the first `count` that our run of this seed learns from, in its order."""
+    records, path = json.loads(pairs.read_text()), pairs.with_name("pairs-in-order.json")
+    order = record_order(fold_in(key(seed), int(Purpose.ORDER)), len(records), 0, count)
+    path.write_text(json.dumps([records[record] for record in order], indent=0))
     return path
 
 
@@ -173,7 +183,7 @@ def save_points(output: Path, model: Path) -> None:
     start = load_language_model(model)
     for checkpoint in sorted(output.glob("checkpoints/*/step-*")):
         state = load_file(checkpoint / "state.safetensors")
-        prefix = next(name for name in ("params.policy.", "params.") if any(key.startswith(name) for key in state))
+        prefix = next(name for name in ("params.policy.", "params.") if any(leaf.startswith(name) for leaf in state))
         params = tree_map_named(lambda name, leaf: state[f"{prefix}{name}"].view(leaf.shape), start.params)  # noqa: B023
         assert named_leaves(params).keys() == named_leaves(start.params).keys()
         save_language_model(output / f"point-{int(checkpoint.name[5:])}", start._replace(params=params), facts={})

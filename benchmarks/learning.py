@@ -95,17 +95,18 @@ def _run(folder: Path, peers: Path, method: str, seed: int) -> dict[str, Any]:
         return found
     files = learners.make_sft(folder, seed)
     length = settings["max_new_tokens"]
-    data = {"prompts": str(files.prompts)}
+    data = {side: {"prompts": str(files.prompts)} for side in ("ours", "peer")}
     if method == "dpo":
         pairs = learners.make_pairs(folder, files.prompts, samples=_PAIR_SAMPLES, max_new_tokens=length, seed=seed)
-        data = {"pairs": str(pairs)}
-    common = {"model": str(folder / "sft"), "seed": seed, "points": POINTS, "device": "cpu", "threads": 1} | data
+        ordered = learners.in_our_order(pairs, seed=seed, count=settings["steps"] * settings["pairs_per_step"])
+        data = {"ours": {"pairs": str(pairs)}, "peer": {"pairs": str(ordered)}}
+    common = {"model": str(folder / "sft"), "seed": seed, "points": POINTS, "device": "cpu", "threads": 1}
     shutil.rmtree(folder / method, ignore_errors=True)
     with ExitStack() as stack:
         sides = {}
         for side in ("ours", "peer"):
             target = folder / method / side
-            setting = _setting(side, method, peers, common | settings | {"output": str(target)})
+            setting = _setting(side, method, peers, common | settings | data[side] | {"output": str(target)})
             sides[side] = stack.enter_context(Side(setting, folder / method / f"{side}.log"))
         seconds = interleave({name: side.round for name, side in sides.items()}, settings["steps"], warmup=0)
     measure = functools.partial(

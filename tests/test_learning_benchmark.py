@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks import learners, learning, material
 from benchmarks.session import Session
+from rlhf.train import dpo
 
+ROOT = Path(__file__).parents[1]
 RLOO = learning.SETTINGS["rloo"] | {
     "steps": 2, "prompts_per_step": 2, "samples_per_prompt": 2, "minibatch": 4, "max_new_tokens": 8
 }  # fmt: skip
@@ -30,6 +32,15 @@ RUNS = [
     run([(0.5, 1.0), (1.0, 4.0)], [(0.5, 1.0), (0.75, 2.0)]),
     run([(0.5, 1.0), (0.5, 2.0)], [(0.5, 1.0), (0.75, 2.0)]),
 ]
+
+
+@pytest.mark.parametrize("method", learning.SETTINGS)
+def test_what_the_documentation_shows_is_of_the_present_settings(method):
+    result = json.loads((ROOT / "docs" / "results" / f"learning-{method}.json").read_text())
+    assert result["settings"] == learning.SETTINGS[method]
+    assert result["rows"] == learning.figures(result["runs"])
+    page = (ROOT / "docs" / "methods" / f"{method}.md").read_text()
+    assert f"```{{learning-result}} {method}\n```" in page
 
 
 def test_the_reward_is_a_share_of_words_whatever_their_number():
@@ -115,3 +126,33 @@ def test_pairs_are_ordered_by_the_reward():
     scores, ended = material.kindness([], texts), [1.0] * 4 + [0.0] + [1.0] * 3  # a pair, a tie, one cut, one empty
     pairs = learners.ordered_pairs(["Agent:"] * 8, texts, scores, ended)
     assert pairs == [{"prompt": "Agent:", "chosen": " Thank you.", "rejected": " No."}]
+
+
+def test_the_peer_gets_pairs_in_the_order_of_our_run(tmp_path, monkeypatch):
+    pairs = [{"prompt": "Agent:", "chosen": f" {n}.", "rejected": " No."} for n in range(5)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    ordered = json.loads(learners.in_our_order(tmp_path / "pairs.json", seed=3, count=6).read_text())
+    seen = []
+    monkeypatch.setattr(dpo, "completion_pair_batches", recorded(dpo.completion_pair_batches, seen))
+    start = learners.make_sft(tmp_path / "seed-0", 0, steps=1) and tmp_path / "seed-0" / "sft"
+    learners.dpo(
+        Session(io.StringIO("round\n" * 3), io.StringIO()),
+        output=str(tmp_path / "run"),
+        model=str(start),
+        pairs=str(tmp_path / "pairs.json"),
+        seed=3,
+        points=1,
+        device="cpu",
+        **DPO | {"steps": 3},
+    )
+    assert [pair["chosen"] for pair in ordered] == [f" {n}." for n in seen]
+
+
+def recorded(pack, seen):
+    """`completion_pair_batches`, noting the records of every training step."""
+
+    def packed(dataset, records, *, ref_log_probs=None, **options):
+        seen.extend(records if ref_log_probs is not None else [])
+        return pack(dataset, records, ref_log_probs=ref_log_probs, **options)
+
+    return packed

@@ -168,6 +168,7 @@ def dpo(
 ) -> None:
     """DPO on preference pairs, with the reference's log-probs computed before the first step; arguments as `ppo`.
 
+    The pairs lie in the order in which our side reads them.
     The trainer ends every completion by the end-of-text token as text, which the tokenizer must read as the token.
     """
     from trl import DPOConfig, DPOTrainer
@@ -185,6 +186,7 @@ def dpo(
                 max_steps=s["steps"],
                 max_grad_norm=s["max_grad_norm"],
                 precompute_ref_log_probs=True,
+                train_sampling_strategy="sequential",
                 dataloader_pin_memory=False,
                 **_common(folder, seed, s),
             ),

@@ -15,6 +15,7 @@ def setup(app: Sphinx) -> None:
     app.add_directive("demo-result", _DemoResult)
     app.add_directive("demo-figures", _DemoFigures)
     app.add_directive("real-data", _RealData)
+    app.add_directive("learning-result", _LearningResult)
 
 
 def _read(name: str) -> Any:
@@ -94,5 +95,40 @@ def _cell(figure: dict[str, float] | None) -> str:
     if figure is None:
         return ""
     digits = 2 if abs(figure["value"]) >= 1 else 3
-    value, low, high = (f"{figure[name]:.{digits}f}" for name in ("value", "low", "high"))
+    value, low, high = (f"{round(figure[name], digits) + 0.0:.{digits}f}" for name in ("value", "low", "high"))
     return value if low == high else f"{value} \\[{low}, {high}\\]"
+
+
+class _LearningResult(SphinxDirective):
+    """```{learning-result} rloo```: what `python -m benchmarks learning` found of a method on both sides."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        path = ROOT / "docs" / "results" / f"learning-{self.arguments[0]}.json"
+        return self.parse_text_to_nodes(learning(json.loads(path.read_text())))
+
+
+def learning(result: Any) -> str:
+    """Return the result of `python -m benchmarks learning` for one method as a table and a paragraph."""
+    peer, settings, seeds = result["peer"], result["settings"], len(result["runs"])
+    names = {"start": "SFT", "peer": peer, "ours": "rlhf", "difference": f"rlhf minus {peer}"}
+    columns = {"gold": "gold score", "kl": "KL to SFT, nats per completion", "tokens": "tokens"}
+    if "kl_coef" in settings:
+        columns["objective"] = f"gold score minus {settings['kl_coef']} KL"
+    rows = {row["policy"]: row for row in result["rows"]}
+    lines = [f"| policy | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    for policy, name in names.items():
+        cells = (_cell(dict(zip(("value", "low", "high"), rows[policy][column], strict=True))) for column in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    equal = _cell(dict(zip(("value", "low", "high"), result["gold at equal KL"], strict=True)))
+    speed, machine = result["speed"], result["machine"]
+    text = (
+        f"Where both curves have the same KL, our gold score minus TRL's is {equal}. A step took "
+        f"{speed['ours']['median']:.2f} s here and {speed['peer']['median']:.2f} s with TRL; the median of TRL's time "
+        f"over ours is {speed['ratio']:.1f}, in steps that alternated, beside other work. "
+        f"`python -m benchmarks learning --method {result['method']} --seeds {seeds}`, {result['taken'][:10]}, "
+        f"{machine['cpu']}, one thread, torch {machine['torch']}, fp32, not compiled. In brackets: 95% intervals over "
+        f"{seeds} seeds, by Student's t; of differences seed by seed."
+    )
+    return "\n".join(lines) + "\n\n" + text
