@@ -301,6 +301,13 @@ def test_a_spike_survives_the_thinning_of_a_long_series(tmp_path):
     assert max(thin(Series(np.arange(10_000), values), 1000)["high"]) == 50.0
 
 
+def test_axes_show_a_spike_of_a_single_run(tmp_path):
+    logs = write_log(tmp_path, count=2000, figures={"x": lambda step: 50.0 if step == 7 else step / 2000}, samples=0)
+    _, (axes,) = new_figure(1, title="t")
+    draw_chart(axes, [reader_of(logs)], "ppo", Chart("", "x", ("x",)))
+    assert axes.get_ylim()[1] > 50
+
+
 def test_colours_differ_in_lightness_too():
     """So that a grey print, or any eye, tells the first three apart."""
     channels = [[int(colour[n : n + 2], 16) for n in (1, 3, 5)] for colour in COLOURS[:3]]

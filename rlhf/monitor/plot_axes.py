@@ -101,7 +101,7 @@ def draw_chart(
         chart: metrics to draw, each in its colour; one metric if there are several groups of runs, each in its colour.
         style: style of the y axis; None is the default style.
     """
-    style = style or AxesStyle()
+    style, intervals = style or AxesStyle(), False
     for number, metric in enumerate(chart.metrics):
         name = visible(curve_label(metric, chart.title))
         if len(chart.metrics) == 1 and style.level is None and name == chart.title:
@@ -112,13 +112,15 @@ def draw_chart(
             if runs:
                 colour = COLOURS[(number + place) % len(COLOURS)]
                 draw_curve(axes, runs, colour, group_label(group, len(runs)) or name, describe(metric))
+                intervals |= len(runs) > 1
     name_y_axis(axes, chart.title, described(readers, chart.metrics[0]).unit, log=style.log)
     if style.log:
         _make_log(axes)
     if style.level is not None:
         value, name = style.level
         axes.axhline(value, color="#555555", linestyle="--", linewidth=1, label=name)
-    _follow_curves(axes)
+    if intervals:
+        _follow_curves(axes)
     limits = zip(style.limits, axes.get_ylim(), strict=True)
     axes.set_ylim(*(drawn_limit if limit is None else limit for limit, drawn_limit in limits))
 
@@ -130,17 +132,19 @@ def group_label(group: Group, runs: int) -> str:
 
 
 def _follow_curves(axes: "Axes") -> None:
-    """Cut the y axis where bands reach further from the curves than the curves' own range."""
+    """Cut the y axis where intervals reach further from the curves than the curves' own range."""
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()] or [np.empty(0)])
-    scale = axes.yaxis.get_transform()
-    known = scale.transform(values[np.isfinite(values)])
-    room = np.ptp(known) if known.size else 0.0
-    if room == 0:
+    values = values[np.isfinite(values) & ((values > 0) | (axes.get_yscale() != "log"))]
+    if not values.size or np.ptp(values) == 0:
         return
-    bottom, top = scale.transform(np.array(axes.get_ylim()))
-    axes.set_ylim(
-        *scale.inverted().transform(np.array([max(bottom, known.min() - room), min(top, known.max() + room)]))
-    )
+    scale = axes.yaxis.get_transform()
+    lowest, highest = scale.transform(axes.dataLim.intervaly)
+    low, high = scale.transform(np.array([values.min(), values.max()]))
+    low, high = 2 * low - high, 2 * high - low
+    margin = 0.05 * (min(high, highest) - max(low, lowest))
+    if lowest < low or highest > high:
+        limits = np.array([max(low, lowest - margin), min(high, highest + margin)])
+        axes.set_ylim(*scale.inverted().transform(limits))
 
 
 def name_y_axis(axes: "Axes", title: str, unit: str, *, log: bool = False) -> None:
@@ -216,17 +220,21 @@ def on_one_grid(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
 
 def add_legends(axes: Sequence["Axes"]) -> None:
     """Add legends above axes that are below each other, each of the curves that are in none further up."""
-    listed: set[tuple[str, str]] = set()
+    listed: set[tuple[str, Any]] = set()
     for ax in axes:
-        curves = {(label, line.get_color()): line for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        if new := curves.keys() - listed:
-            add_legend(ax, [curves[key] for key in curves if key in new], [key[0] for key in curves if key in new])
-        listed |= new
+        curves = {(str(line.get_label()), line.get_color()): line for line in ax.get_lines()}
+        new = [key for key in curves if key not in listed and not key[0].startswith("_")]
+        if new:
+            add_legend(ax, [curves[key] for key in new], [label for label, _ in new])
+        listed.update(new)
 
 
 def add_legend(axes: "Axes", handles: Sequence[Any], labels: Sequence[str], title: str = "") -> None:
     """Add a legend above the axes, wrapped to their width; the figure grows by its rows after the first."""
-    figure = axes.get_figure()
+    from matplotlib.figure import Figure
+
+    figure = axes.figure
+    assert isinstance(figure, Figure)
     for columns, width in ((4, 60), (3, 60), (2, 60), (1, 60), (1, 36)):  # 36 of the widest letters fit
         legend = axes.legend(
             handles,
