@@ -30,7 +30,10 @@ def print_comparison(log_dirs: Sequence[Path], console: Console) -> None:
         console.print(Text(f"{number}: {name} ({runs})" if len(groups) > 1 else f"{name} ({runs})"), soft_wrap=True)
     console.print(_table(readers, groups))
     console.print(
-        Text("Final: mean of the newest tenth of the log. In brackets: 95% intervals of the mean over runs."),
+        Text(
+            "Final: mean of the newest tenth of the log, at least five lines and at most 50. "
+            "In brackets: 95% intervals of the mean over runs."
+        ),
         soft_wrap=True,
     )
 
@@ -49,7 +52,7 @@ def _table(readers: Sequence[LogReader], groups: Sequence[Group]) -> Table:
             table.add_row(Text(visible(names[place])), *(_cell(finals[place].get(name)) for name in metrics))
         if len(group.members) > 1:
             mean = group_finals([finals[place] for place in group.members])
-            title = f"mean of {number}" if len(groups) > 1 else "mean"
+            title = f"group {number}: " * (len(groups) > 1) + f"mean of {len(group.members)} runs"
             table.add_row(Text(title), *(_cell(mean.get(name)) for name in metrics), style="bold")
         table.add_section()
     return table

@@ -32,9 +32,9 @@ class Metric:
     row: str = ""
     """Name in evaluation tables, if it differs from the label."""
     low: float | None = None
-    """Lower bound of the possible values; None if there is none."""
+    """Lower bound of the quantity, which intervals keep to; None if there is none. An estimate may lie below."""
     high: float | None = None
-    """Upper bound of the possible values; None if there is none."""
+    """Upper bound of the quantity, which intervals keep to; None if there is none. An estimate may lie above."""
     signed: bool = False
     """True to show the sign of positive values in evaluation tables."""
     headline: bool = False

@@ -129,7 +129,8 @@ TABLE = (
     Metric("objective/kl", "KL to the reference", "nats per completion", "none", "kl",
            "Distance of the policy from the reference, summed over each completion's tokens and estimated from "
            "them.", "Starts at 0 and rises slowly to a few nats. Clearly negative or growing without bound: check "
-           "kl_coef and the learning rate.", short="KL, nats", headline=True, checks=("negative-kl", "kl-explosion")),
+           "kl_coef and the learning rate.", short="KL, nats", low=0, headline=True,
+           checks=("negative-kl", "kl-explosion")),
     Metric("objective/equal_groups", "Groups of equal scores", "share of completions", "down", "equal-groups",
            "Completions of prompts whose scores are all equal: a group estimator learns nothing from them.",
            "Well below 1. Near 1: the prompts are too easy, too hard, or the reward is too coarse.",
@@ -140,7 +141,7 @@ TABLE = (
            short="length, tokens", low=0, headline=True, checks=("length-drift",)),
     Metric("policy/entropy_avg", "Entropy", "nats per token", "none", "entropy",
            "Spread of the policy's next-token distribution.", "Falls slowly. Near 0, the policy no longer explores.",
-           short="entropy/token", checks=("entropy-collapse",)),
+           short="entropy/token", low=0, checks=("entropy-collapse",)),
     Metric("response_length/ended", "Ended by themselves", "share of completions", "up", "ended",
            "Fraction of completions that ended with an end-of-text token instead of at max_new_tokens.", "Near 1.",
            short="ended, share", low=0, high=1, headline=True, checks=("unfinished",)),

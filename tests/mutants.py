@@ -300,6 +300,8 @@ MUTANTS = [
         "monitor.compare",
         ("interval: variance of a population", "known.std(ddof=1)", "known.std()"),
         ("interval: one run less", "student_t(len(known) - 1)", "student_t(len(known))"),
+        ("interval: beyond the bounds", "np.maximum(low, metric.low)", "low"),
+        ("interval: a mean beyond the bounds", "np.where(mean >= metric.low, ", "np.where(mean == mean, "),
         ("groups: nothing tells runs apart", "for name in differing if name in run)", "for name in ())"),
     ),
     *mutants(

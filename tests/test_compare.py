@@ -10,7 +10,14 @@ from scipy import stats
 from synthetic_logs import write_log
 
 from rlhf.metrics import describe
-from rlhf.monitor.compare import comparison, group_runs, mean_with_interval, run_finals
+from rlhf.monitor.compare import (
+    FinalFigure,
+    comparison,
+    group_finals,
+    group_runs,
+    mean_with_interval,
+    run_finals,
+)
 from rlhf.monitor.log import read_logs
 from rlhf.monitor.plot_axes import draw_chart, mean_interval, new_figure, window_of
 from rlhf.monitor.plots import write_plots
@@ -77,6 +84,16 @@ def test_an_interval_is_students(tmp_path):
     np.testing.assert_allclose(half, [high - np.mean(values), 0.0])
 
 
+def test_an_interval_keeps_to_the_bounds_of_its_metric(tmp_path):
+    share, score = "response_length/ended", "objective/scores"
+    runs = [{name: FinalFigure(value) for name in (share, score)} for value in (0.1, 0.9)]
+    means = group_finals(runs)
+    assert means[share] == (0.5, 0.0, 1.0)
+    assert means[score] == mean_with_interval([0.1, 0.9])
+    assert group_finals([{"objective/kl": FinalFigure(value)} for value in (-3.0, -1.0)])["objective/kl"].low < -2
+    assert math.isnan(group_finals(runs[:1])[share].low)
+
+
 def test_a_plot_has_a_line_for_each_group_and_no_mean_over_both(tmp_path):
     readers = read_logs(shelf(tmp_path))
     with np.errstate(all="raise"):
@@ -128,12 +145,14 @@ def test_final_figures_and_groups_are_values_for_the_page(tmp_path):
     assert value["quantiles"][1] == pytest.approx(stats.t.ppf(0.975, 2))
 
 
-def test_the_terminal_shows_groups_and_finals(tmp_path, capsys):
+def test_the_terminal_shows_groups_and_finals(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     logs = [str(path) for path in shelf(tmp_path)]
     assert monitor.main(["--log-dir", *logs]) == 0
     out = capsys.readouterr().out
     assert "1: ppo.learning_rate 0.0001 (3 runs)" in out
-    assert "mean of 2" in out
+    assert "group 2: mean of 3 runs" in out
+    assert "at least five lines" in out
     assert out.count("[") >= 2
 
 

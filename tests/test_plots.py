@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from synthetic_logs import append, completion, write_log
+from test_compare import add_setup
 from test_live import NASTY
 
 from rlhf.errors import UserError
@@ -117,6 +118,102 @@ def test_nothing_overlaps(tmp_path):
                 assert not any(box.shrunk(0.98, 0.9).overlaps(other.shrunk(0.98, 0.9)) for other in others), name
 
 
+def groups_of(tmp_path: Path, seeds: int, *names: str, **options) -> list[LogReader]:
+    """Runs of `seeds` seeds of a group for each name, which is a setting's value."""
+    logs = [
+        add_setup(pipeline(tmp_path / f"{place}-{seed}", seed=seed + 7 * place, **options), {"ppo.reward": name})
+        for place, name in enumerate(names)
+        for seed in range(seeds)
+    ]
+    return [reader_of(folder) for folder in logs]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("length", [5, 400])
+def test_the_names_of_groups_leave_the_axes_their_width(tmp_path, seeds, length):
+    """Nothing overlaps either, and matplotlib does not warn of axes without a size, which the tests make an error."""
+    readers = groups_of(tmp_path, seeds, "W" * length, "a " * (length // 2))
+    with mpl.rc_context(STYLE):
+        for name, figure, _ in drawings(readers, "all"):
+            figure.draw_without_rendering()
+            boxes = [axes.get_legend().get_window_extent() for axes in figure.axes if axes.get_legend()]
+            assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 + 1 for box in boxes), name
+            assert len(boxes) >= (name != "samples"), name
+            panels = [axes.get_window_extent() for axes in figure.axes]
+            assert all(panel.width >= 0.6 * figure.bbox.width for panel in panels), name
+            assert all(panel.height >= 1.2 * figure.dpi for panel in panels), name
+            title = [figure.texts[0].get_window_extent()] if panels else []
+            for one, other in itertools.combinations(title + boxes + panels, 2):
+                assert not one.shrunk(0.98, 0.9).overlaps(other.shrunk(0.98, 0.9)), name
+
+
+def test_colours_stand_for_groups_and_every_metric_has_its_axes(tmp_path):
+    figure = figures_of(groups_of(tmp_path, 2, "x", "y"), "reward")["reward"]
+    assert [axes.get_ylabel().split("\n")[0] for axes in figure.axes] == [
+        "Score", "Score minus KL penalty", "Gold score: judge",
+    ]  # fmt: skip
+    for axes in figure.axes:
+        lines = {line.get_label(): line.get_color() for line in axes.get_lines()}
+        assert lines == {"ppo.reward x (2 runs)": COLOURS[0], "ppo.reward y (2 runs)": COLOURS[1]}
+    assert [axes.get_legend() is not None for axes in figure.axes] == [True, False, False]
+
+
+@pytest.mark.parametrize(("spread", "limits"), [(0.1, (-0.7977, 10.7977)), (1.0, (-7, 17)), (30.0, (-7, 17))])
+def test_axes_follow_the_curve_where_bands_are_far_wider(tmp_path, spread, limits):
+    """The curve from 1 to 9 keeps a third of the height. Narrow bands, here of ± 1.27062, keep matplotlib's margins."""
+    readers = [
+        reader_of(write_log(tmp_path / str(way), count=9, figures={"x": lambda step, way=way: step + way * spread}))
+        for way in (-1, 1)
+    ]
+    _, (axes,) = new_figure(1, title="t")
+    draw_chart(axes, readers, "ppo", Chart("", "x", ("x",)))
+    assert axes.get_ylim() == pytest.approx(limits, rel=1e-3)
+
+
+def test_bands_keep_to_the_bounds_of_the_metric(tmp_path):
+    ended = {"response_length/ended": lambda step: 0.9, "objective/kl": lambda step: 0.1}
+    readers = [
+        reader_of(write_log(tmp_path / "a", count=4, figures=ended)),
+        reader_of(write_log(tmp_path / "b", count=4, figures={name: lambda step: 1.0 for name in ended})),
+    ]
+    for metric, low, high in (("response_length/ended", 0.31, 1.0), ("objective/kl", 0.0, 6.27)):
+        _, (axes,) = new_figure(1, title="t")
+        draw_chart(axes, readers, "ppo", Chart("", "x", (metric,)))
+        (band,) = axes.collections
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx((low, high), abs=0.01)
+
+
+def test_over_optimisation_shows_groups_and_says_where_negative_estimates_are(tmp_path):
+    figure = figures_of(groups_of(tmp_path / "kl", 1, "x", "y"), "reward")["over_optimisation"]
+    for axes in figure.axes:
+        faces = [mpl.colors.to_hex(points.get_facecolors()[0]).upper() for points in axes.collections]
+        assert faces == list(COLOURS[:2])
+    assert "below 0" not in figure.axes[-1].get_xlabel()
+    negative = {"objective/kl": lambda step: step - 1.5}
+    (reader,) = groups_of(tmp_path / "negative", 1, "x", figures=negative)
+    axes = figures_of([reader], "reward")["over_optimisation"].axes
+    assert np.asarray(axes[0].collections[0].get_offsets())[:2, 0] == pytest.approx([0, 0.5**0.5])
+    assert "estimates of the KL below 0 are drawn at 0" in axes[1].get_xlabel()
+
+
+def test_timing_has_bars_for_every_group_on_one_x_axis(tmp_path):
+    figure = figures_of(groups_of(tmp_path, 2, "x", "y"), "timing")["timing"]
+    bars = [axes for axes in figure.axes if axes.patches]
+    titles = [axes.get_legend().get_title().get_text() for axes in bars]
+    assert titles == ["ppo.reward x (2 runs)", "ppo.reward y (2 runs)"]
+    assert len({axes.get_xlim() for axes in (*bars, figure.axes[-1])}) == 1
+    assert len({axes.get_ylim() for axes in bars}) == 1
+    totals = [sum(bar.get_height() for bar in axes.patches) for axes in bars]
+    assert totals[0] != pytest.approx(totals[1])
+
+
+def test_samples_say_whose_they_are_if_there_are_several_runs(tmp_path):
+    readers = groups_of(tmp_path, 1, "x", "y")
+    assert "What does the policy say now? (first run: 0-0)" in texts_in(figures_of(readers, "samples")["samples"])
+    assert "What does the policy say now?" in texts_in(figures_of(readers[:1], "samples")["samples"])
+
+
 def test_a_curve_is_the_series_of_the_log(tmp_path):
     reader = reader_of(write_log(tmp_path, count=20))
     _, (axes,) = new_figure(1, title="t")
@@ -171,7 +268,7 @@ def test_a_plot_names_the_runs_that_have_its_stage(tmp_path, monkeypatch):
     sft = write_log(tmp_path / "sft-only", stage="sft", figures={"loss/sft": float}, samples=0)
     write_plots([pipeline(tmp_path / "whole").parent, sft], "loss", tmp_path / "plots")
     notes = [next(text for text in texts if "whole" in text) for texts in saved]
-    note = "means of runs that differ in their seed alone, with 95% intervals, as far as all go"
+    note = "means of runs that differ in their seed alone, with 95% intervals, as far as all go; axes may cut them"
     assert notes == [f"{note}\nwhole, sft-only", "whole", "whole"]
 
 
@@ -202,6 +299,13 @@ def test_a_spike_survives_the_thinning_of_a_long_series(tmp_path):
     values = np.zeros(10_000)
     values[1234] = 50.0
     assert max(thin(Series(np.arange(10_000), values), 1000)["high"]) == 50.0
+
+
+def test_axes_show_a_spike_of_a_single_run(tmp_path):
+    logs = write_log(tmp_path, count=2000, figures={"x": lambda step: 50.0 if step == 7 else step / 2000}, samples=0)
+    _, (axes,) = new_figure(1, title="t")
+    draw_chart(axes, [reader_of(logs)], "ppo", Chart("", "x", ("x",)))
+    assert axes.get_ylim()[1] > 50
 
 
 def test_colours_differ_in_lightness_too():

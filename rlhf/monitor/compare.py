@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf.metrics import in_order
+from rlhf.metric_record import Metric
+from rlhf.metrics import describe, in_order
 from rlhf.monitor.diagnostics import recent
 from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.run_facts import settings_of_run
@@ -60,7 +61,7 @@ def _text(value: Any) -> str:
 
 
 def final_value(series: Series) -> float:
-    """Return the mean of the newest tenth of a series, between 5 and 50 lines; NaN if there is none."""
+    """Return the mean of the newest tenth of a series, at least 5 and at most 50 lines; NaN if there is none."""
     known = np.isfinite(series.values)
     newest = recent(Series(series.steps[known], series.values[known]))
     return float(newest.values.mean()) if known.any() else math.nan
@@ -80,9 +81,16 @@ def run_finals(reader: LogReader) -> dict[str, FinalFigure]:
 
 
 def group_finals(runs: Sequence[dict[str, FinalFigure]]) -> dict[str, FinalFigure]:
-    """Return the means of runs' final figures with 95% confidence intervals; one run has none."""
-    names = in_order({name for run in runs for name in run})
-    return {name: mean_with_interval([run[name].value for run in runs if name in run]) for name in names}
+    """Return the means of runs' final figures with 95% confidence intervals; one run has none.
+
+    Intervals keep to the metric's bounds: a share ends at 1.
+    """
+    means = {}
+    for name in in_order({name for run in runs for name in run}):
+        mean = mean_with_interval([run[name].value for run in runs if name in run])
+        low, high = within_range(describe(name), mean.value, mean.low, mean.high)
+        means[name] = FinalFigure(mean.value, float(low), float(high))
+    return means
 
 
 def mean_with_interval(values: Sequence[float]) -> FinalFigure:
@@ -92,6 +100,22 @@ def mean_with_interval(values: Sequence[float]) -> FinalFigure:
         return FinalFigure(float(known[0]) if len(known) else math.nan)
     half = float(student_t(len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
     return FinalFigure(float(known.mean()), float(known.mean()) - half, float(known.mean()) + half)
+
+
+def within_range(metric: Metric, mean: Any, low: Any, high: Any) -> tuple[Any, Any]:
+    """Return the ends of an interval, cut to the metric's bounds unless the mean itself lies beyond them.
+
+    Args:
+        metric: metric with its bounds.
+        mean: number or array.
+        low: lower end of the interval, like `mean`.
+        high: upper end of the interval, like `mean`.
+    """
+    if metric.low is not None:
+        low = np.where(mean >= metric.low, np.maximum(low, metric.low), low)
+    if metric.high is not None:
+        high = np.where(mean <= metric.high, np.minimum(high, metric.high), high)
+    return low, high
 
 
 def student_t(freedom: int) -> float:

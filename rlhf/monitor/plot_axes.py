@@ -2,14 +2,17 @@
 
 import contextlib
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rlhf.io.printable_text import shorten, visible
+from rlhf.metric_record import Metric
+from rlhf.metrics import describe
 from rlhf.monitor.charts import Chart, curve_label
-from rlhf.monitor.compare import Group, group_runs, student_t
+from rlhf.monitor.compare import Group, group_runs, student_t, within_range
 from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.run_facts import described
 from rlhf.monitor.view import thin
@@ -42,6 +45,9 @@ _MARKED = 30  # points up to which each has a marker
 SMOOTHED = 40
 """Number of windows of a running mean: in a series of n points, it averages n / SMOOTHED points."""
 _RAW = 1000  # points that noise is drawn with
+_LEGEND = 0.8 * _WIDTH  # inches that a legend may be wide
+_LEGEND_ROW = 0.25  # inches of a legend of one row
+_LONGEST_NAME = 120  # characters shown of a group's name
 
 
 class AxesStyle(NamedTuple):
@@ -92,38 +98,53 @@ def draw_chart(
         axes: axes to draw on.
         readers: logs of the runs.
         stage: name of the stage.
-        chart: metrics to draw.
+        chart: metrics to draw, each in its colour; one metric if there are several groups of runs, each in its colour.
         style: style of the y axis; None is the default style.
     """
-    style = style or AxesStyle()
-    groups, drawn = group_runs(readers), 0
-    for metric in chart.metrics:
-        label = visible(curve_label(metric, chart.title))
-        for group in groups:
-            runs = [drop_nan(readers[place].series(stage, metric)) for place in group.members]
+    style, intervals = style or AxesStyle(), False
+    for number, metric in enumerate(chart.metrics):
+        name = visible(curve_label(metric, chart.title))
+        if len(chart.metrics) == 1 and style.level is None and name == chart.title:
+            name = f"_{name}"  # legends leave out such names: the y axis has it
+        for place, group in enumerate(group_runs(readers)):
+            runs = [drop_nan(readers[member].series(stage, metric)) for member in group.members]
             runs = [series for series in runs if len(series.steps)]
             if runs:
-                name = _group_label(label if len(chart.metrics) > 1 else "", group, len(runs)) or label
-                draw_curve(axes, runs, COLOURS[drawn % len(COLOURS)], name)
-                drawn += 1
+                colour = COLOURS[(number + place) % len(COLOURS)]
+                draw_curve(axes, runs, colour, group_label(group, len(runs)) or name, describe(metric))
+                intervals |= len(runs) > 1
     name_y_axis(axes, chart.title, described(readers, chart.metrics[0]).unit, log=style.log)
     if style.log:
         _make_log(axes)
-    if style.level is not None and drawn:
+    if style.level is not None:
         value, name = style.level
         axes.axhline(value, color="#555555", linestyle="--", linewidth=1, label=name)
+    if intervals:
+        _follow_curves(axes)
     limits = zip(style.limits, axes.get_ylim(), strict=True)
     axes.set_ylim(*(drawn_limit if limit is None else limit for limit, drawn_limit in limits))
-    if axes.get_legend_handles_labels()[1] not in ([], [chart.title]):
-        add_legend(axes)
 
 
-def _group_label(label: str, group: Group, runs: int) -> str:
-    """Return the name of a group's curve; empty if there is nothing to tell it from."""
-    if not group.name:
-        return label
-    name = visible(shorten(group.name, 60)) + (f" ({runs} runs)" if runs > 1 else "")
-    return f"{label}: {name}" if label else name
+def group_label(group: Group, runs: int) -> str:
+    """Return the name of a group with its number of runs; empty if there are no other groups."""
+    name = visible(shorten(group.name, _LONGEST_NAME))
+    return f"{name} ({runs} runs)" if name and runs > 1 else name
+
+
+def _follow_curves(axes: "Axes") -> None:
+    """Cut the y axis where intervals reach further from the curves than the curves' own range."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()] or [np.empty(0)])
+    values = values[np.isfinite(values) & ((values > 0) | (axes.get_yscale() != "log"))]
+    if not values.size or np.ptp(values) == 0:
+        return
+    scale = axes.yaxis.get_transform()
+    lowest, highest = scale.transform(axes.dataLim.intervaly)
+    low, high = scale.transform(np.array([values.min(), values.max()]))
+    low, high = 2 * low - high, 2 * high - low
+    margin = 0.05 * (min(high, highest) - max(low, lowest))
+    if lowest < low or highest > high:
+        limits = np.array([max(low, lowest - margin), min(high, highest + margin)])
+        axes.set_ylim(*scale.inverted().transform(limits))
 
 
 def name_y_axis(axes: "Axes", title: str, unit: str, *, log: bool = False) -> None:
@@ -133,7 +154,7 @@ def name_y_axis(axes: "Axes", title: str, unit: str, *, log: bool = False) -> No
     axes.set_ylabel(f"{title}{separator}{unit}".rstrip() + ", log scale" * log)
 
 
-def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) -> None:
+def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str, metric: Metric) -> None:
     """Draw the running mean of one run over its values, or that of several over the 95% interval of their mean."""
     smooth = [running_mean(series) for series in runs]
     if len(runs) == 1:
@@ -146,7 +167,8 @@ def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str) ->
     else:
         steps, table = on_one_grid(smooth)
         centre, half = mean_interval(table)
-        axes.fill_between(steps, centre - half, centre + half, color=colour, alpha=0.22, linewidth=0)
+        low, high = within_range(metric, centre, centre - half, centre + half)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
     marker = "o" if len(steps) <= _MARKED else None
     axes.plot(steps, centre, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=label)
 
@@ -196,10 +218,39 @@ def on_one_grid(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.array(table)
 
 
-def add_legend(axes: "Axes", columns: int = 3) -> None:
-    """Add a legend above the axes."""
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, ncols=columns)
+def add_legends(axes: Sequence["Axes"]) -> None:
+    """Add legends above axes that are below each other, each of the curves that are in none further up."""
+    listed: set[tuple[str, Any]] = set()
+    for ax in axes:
+        curves = {(str(line.get_label()), line.get_color()): line for line in ax.get_lines()}
+        new = [key for key in curves if key not in listed and not key[0].startswith("_")]
+        if new:
+            add_legend(ax, [curves[key] for key in new], [label for label, _ in new])
+        listed.update(new)
+
+
+def add_legend(axes: "Axes", handles: Sequence[Any], labels: Sequence[str], title: str = "") -> None:
+    """Add a legend above the axes, wrapped to their width; the figure grows by its rows after the first."""
+    from matplotlib.figure import Figure
+
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    for columns, width in ((4, 60), (3, 60), (2, 60), (1, 60), (1, 36)):  # 36 of the widest letters fit
+        legend = axes.legend(
+            handles,
+            [textwrap.fill(label, width) for label in labels],
+            title=textwrap.fill(title, width) or None,
+            title_fontsize="small",
+            alignment="left",
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0.1,
+            ncols=columns,
+        )
+        box = legend.get_window_extent()
+        if box.width <= _LEGEND * figure.dpi:
+            break
+    figure.set_figheight(figure.get_figheight() + max(box.height / figure.dpi - _LEGEND_ROW, 0.0))
 
 
 def _make_log(axes: "Axes") -> None:

@@ -15,19 +15,21 @@ from rlhf.metrics import describe
 from rlhf.monitor.charts import Chart, charts
 from rlhf.monitor.compare import group_runs
 from rlhf.monitor.log import LogReader, Series, read_logs
+from rlhf.monitor.over_optimisation_plot import draw_over_optimisation
 from rlhf.monitor.plot_axes import (
     COLOURS,
     AxesStyle,
     add_legend,
+    add_legends,
     draw_chart,
     drop_nan,
+    group_label,
     name_y_axis,
     new_figure,
     on_one_grid,
     plot_style,
     window_of,
 )
-from rlhf.monitor.run_facts import described
 from rlhf.monitor.samples_plot import draw_samples
 from rlhf.monitor.view import run_names, thin
 from rlhf.stages import STAGES
@@ -134,11 +136,11 @@ def drawings(readers: Sequence[LogReader], kind: str) -> list[Drawing]:
     line_plots = [drawing for plot in LINE_PLOTS if plot.kind in chosen for drawing in _line_plots(readers, plot)]
     figures: dict[str, Figure | None] = {}
     if "reward" in chosen:
-        figures["over_optimisation"] = _over_optimisation(readers)
+        figures["over_optimisation"] = draw_over_optimisation(readers)
     if "timing" in chosen:
         figures["timing"] = _timing(readers)
     if "samples" in chosen:
-        figures["samples"] = draw_samples(readers[0])
+        figures["samples"] = draw_samples(readers[0], run_names(readers)[0] if len(readers) > 1 else "")
     return line_plots + [Drawing(file, figure) for file, figure in figures.items() if figure is not None]
 
 
@@ -154,7 +156,9 @@ def _image(drawing: Drawing, readers: Sequence[LogReader], file_format: PlotForm
         names = names[:1]
     notes = [shorten(", ".join(names), 90)]
     if len(names) > 1 and name != "over_optimisation" and any(len(g.members) > 1 for g in group_runs(readers)):
-        notes.insert(0, "means of runs that differ in their seed alone, with 95% intervals, as far as all go")
+        notes.insert(
+            0, "means of runs that differ in their seed alone, with 95% intervals, as far as all go; axes may cut them"
+        )
     counts = [len(np.asarray(line.get_xdata())) for axes in figure.axes for line in axes.get_lines()]
     if windows := sorted({window_of(count) for count in counts} - {1}):
         notes.insert(0, f"lines are running means over {' or '.join(map(str, windows))} points")
@@ -169,12 +173,19 @@ def _line_plots(readers: Sequence[LogReader], plot: LinePlot) -> Iterator[Drawin
     count = 0
     for stage in _stages(readers):
         present = _charts(readers, stage)
-        styles = {name: style for name, style in plot.charts.items() if name in present}
-        if not styles:
+        drawn = [(present[name], style) for name, style in plot.charts.items() if name in present]
+        if not drawn:
             continue
-        figure, axes = new_figure(len(styles), title=plot.question)
-        for ax, (name, style) in zip(axes, styles.items(), strict=True):
-            draw_chart(ax, readers, stage, present[name], style)
+        if len(group_runs(readers)) > 1:  # colours tell groups apart, so that every metric has axes of its own
+            drawn = [
+                (chart._replace(title=describe(metric).label, metrics=(metric,)), style)
+                for chart, style in drawn
+                for metric in chart.metrics
+            ]
+        figure, axes = new_figure(len(drawn), title=plot.question)
+        for ax, (chart, style) in zip(axes, drawn, strict=True):
+            draw_chart(ax, readers, stage, chart, style)
+        add_legends(axes)
         axes[-1].set_xlabel(_x_label(readers, stage))
         figure.align_ylabels()
         count += 1
@@ -198,87 +209,53 @@ def _x_label(readers: Sequence[LogReader], stage: str) -> str:
     return f"{_STAGES.get(stage, visible(stage))} {visible(units[0])}"
 
 
-def _over_optimisation(readers: Sequence[LogReader]) -> "Figure | None":
-    """Draw score and gold score against the root of the KL, as in Gao et al. 2022, https://arxiv.org/abs/2210.10760."""
-    golds = dict.fromkeys(n for reader in readers for n in reader.names("ppo") if n.startswith("gold/"))
-    points = {name: _against_kl(readers, name) for name in ("objective/scores", *golds)}
-    points = {name: columns for name, columns in points.items() if columns.size}
-    if not points:
-        return None
-    figure, axes = new_figure(
-        len(points),
-        title="Does the score still agree with the gold score?" if golds else "What does the reward cost in KL?",
-    )
-    from matplotlib.ticker import AutoLocator, MaxNLocator
-
-    last = max(columns[2].max() for columns in points.values())
-    for ax, (name, (root_kl, values, steps)) in zip(axes, points.items(), strict=True):
-        dots = ax.scatter(
-            root_kl,
-            values,
-            c=steps,
-            s=18 if steps.size < 2000 else 6,
-            vmin=1,
-            vmax=max(last, 2),
-            edgecolors="#555555",  # the newest are yellow, which hardly shows on white
-            linewidths=0.4,
-        )
-        name_y_axis(ax, describe(name).label, described(readers, name).unit)
-    axes[-1].xaxis.set_major_locator(AutoLocator())
-    axes[-1].set_xlabel("√KL to the reference (√nats per completion)")
-    figure.colorbar(dots, ax=axes, label="PPO iteration", aspect=30).locator = MaxNLocator(integer=True)
-    return figure
-
-
-def _against_kl(readers: Sequence[LogReader], name: str) -> np.ndarray:
-    """Return √KL, value and step of every line with both, [3, n]."""
-    parts = []
-    for reader in readers:
-        kl, values = drop_nan(reader.series("ppo", "objective/kl")), drop_nan(reader.series("ppo", name))
-        steps, at_kl, at_value = np.intersect1d(kl.steps, values.steps, return_indices=True)
-        parts.append(np.array([np.sqrt(np.maximum(kl.values[at_kl], 0.0)), values.values[at_value], steps]))
-    return np.concatenate(parts, axis=1)
-
-
 def _timing(readers: Sequence[LogReader]) -> "Figure | None":
-    """Draw the seconds of each phase, stacked, and the tokens per second."""
+    """Draw the seconds of each phase, stacked, for each group of runs, and the tokens per second."""
     present = {stage: _charts(readers, stage) for stage in _stages(readers)}
     speed = {stage: group["throughput"] for stage, group in present.items() if "throughput" in group}
-    phases = "step-time" in present.get("ppo", {})
-    if not speed and not phases:
+    timed = [
+        (group, runs)
+        for group in group_runs(readers)
+        if (runs := [readers[place] for place in group.members if "step-time" in _charts([readers[place]], "ppo")])
+    ]
+    if not speed and not timed:
         return None
-    figure, axes = new_figure(len(speed) + phases, title="Where does the time go?", height=2.4, same_x=False)
-    if phases:
-        first = group_runs(readers)[0]  # bars of several groups would hide each other
-        _phases(axes[0], [readers[place] for place in first.members])
-        if first.name:
-            axes[0].set_title(visible(shorten(first.name, 60)), fontsize=9, loc="left")
-    for ax, (stage, chart) in zip(axes[phases:], speed.items(), strict=True):
+    figure, axes = new_figure(len(timed) + len(speed), title="Where does the time go?", height=2.4, same_x=False)
+    for number, (ax, (group, runs)) in enumerate(zip(axes, timed, strict=False)):
+        if number:
+            ax.sharex(axes[0])
+            ax.sharey(axes[0])
+        _phases(ax, runs, visible(group_label(group, len(runs))), legend=number == 0)
+    for ax, (stage, chart) in zip(axes[len(timed) :], speed.items(), strict=True):
+        if timed and stage == "ppo":
+            ax.sharex(axes[0])
         draw_chart(ax, readers, stage, chart, AxesStyle(limits=(0.0, None)))
         name_y_axis(ax, _STAGES.get(stage, stage), describe(chart.metrics[0]).unit)
         ax.set_xlabel(_x_label(readers, stage))
         ax.yaxis.set_major_formatter("{x:,.0f}")
+    add_legends(axes[len(timed) :])
     return figure
 
 
-def _phases(axes: "Axes", readers: Sequence[LogReader]) -> None:
-    """Draw bars of the mean seconds per iteration of each phase."""
+def _phases(axes: "Axes", readers: Sequence[LogReader], name: str, *, legend: bool) -> None:
+    """Draw bars of the mean seconds per iteration of each phase, below the name of their group."""
     steps, total = _mean_bars(readers, "timing_s/step")
     width = float(np.median(np.diff(steps))) if len(steps) > 1 else 0.8
     bottom = np.zeros(len(steps))
     parts = _charts(readers, "ppo").get("phases")
-    for number, name in enumerate(parts.metrics if parts else ()):
-        phase_steps, seconds = _mean_bars(readers, name)
+    for number, metric in enumerate(parts.metrics if parts else ()):
+        phase_steps, seconds = _mean_bars(readers, metric)
         if len(phase_steps) == len(steps):
-            axes.bar(
-                steps, seconds, width, bottom=bottom, color=COLOURS[number % len(COLOURS)], label=describe(name).label
-            )
+            label, colour = describe(metric).label, COLOURS[number % len(COLOURS)]
+            axes.bar(steps, seconds, width, bottom=bottom, color=colour, label=label)
             bottom = bottom + seconds
     rest = np.maximum(total - bottom, 0.0)
     axes.bar(steps, rest, width, bottom=bottom, color="#999999", label="other")
     axes.set_ylabel("seconds per iteration")
     axes.set_xlabel("PPO iteration")
-    add_legend(axes, columns=4)
+    handles, labels = axes.get_legend_handles_labels()
+    if legend or name:
+        add_legend(axes, handles if legend else [], labels if legend else [], name)
 
 
 def _mean_bars(readers: Sequence[LogReader], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -17,13 +17,19 @@ _FIRST, _LAST = 2048, 256
 """Numbers of completions among which the first and the newest ones are chosen."""
 _COLUMNS = (34, 44, 44)  # characters of prompt, before, now
 _LONGEST = 220  # characters shown of a text
+_LONGEST_NAME = 50  # characters shown of the run's name
 _LINE, _CHARACTER = 0.155, 0.0775  # inches of the 9 pt mono font
 _GAP = 3  # characters between columns
 _FONT = "DejaVu Sans Mono"
 
 
-def draw_samples(reader: LogReader) -> "Figure | None":
-    """Draw completions of the newest iteration by falling score, beside the first completions of the same prompts."""
+def draw_samples(reader: LogReader, name: str = "") -> "Figure | None":
+    """Draw completions of the newest iteration by falling score, beside the first completions of the same prompts.
+
+    Args:
+        reader: log of the run.
+        name: name of the run, which the title says if there are others.
+    """
     rows = choose(reader)
     if not rows:
         return None
@@ -38,7 +44,8 @@ def draw_samples(reader: LogReader) -> "Figure | None":
     figure = Figure(figsize=(width, lines * _LINE + 0.3))
     write = functools.partial(figure.text, family=_FONT, fontsize=9, va="baseline", parse_math=False)
     left = [(2 + sum(_COLUMNS[:n]) + n * _GAP) * _CHARACTER / width for n in range(3)]
-    figure.text(left[0], _at(1.5, figure), "What does the policy say now?", fontweight="bold", fontsize=11)
+    title = "What does the policy say now?" + f" (first run: {visible(shorten(name, _LONGEST_NAME))})" * bool(name)
+    figure.text(left[0], _at(1.5, figure), title, fontweight="bold", fontsize=11)
     for column, head in zip(left, heads, strict=True):
         write(column, _at(3.3, figure), head, color="#555555")
     top = 5.0

@@ -12,8 +12,8 @@ function groupsOf(runs) {
   return groups.map(({ name, members }) => ({ run: members[0], members, name: members.length > 1 ? `${name} (mean of ${members.length}, 95% interval)` : name }));
 }
 
-/** The mean of several curves at the steps that all have, with the 95% interval of the mean (Student's t) as its band. */
-function meanCurve(curves) {
+/** The mean of several curves of a metric at the steps that all have, with the 95% interval of the mean (Student's t), within its bounds, as its band. */
+function meanCurve(curves, metric) {
   const tables = curves.map(({ x, mean }) => new Map(x.map((step, place) => [step, mean[place]])));
   const x = curves[0].x.filter((step) => tables.every((table) => table.get(step) != null));
   const rows = x.map((step) => tables.map((table) => table.get(step)));
@@ -21,7 +21,10 @@ function meanCurve(curves) {
   const quantile = TABLE.comparison.quantiles[curves.length - 2] ?? 1.96;
   const halves = rows.map((values, row) =>
     quantile * Math.sqrt(values.reduce((sum, value) => sum + (value - means[row]) ** 2, 0) / (values.length - 1) / values.length));
-  return { x, mean: means, low: means.map((mean, row) => mean - halves[row]), high: means.map((mean, row) => mean + halves[row]), weight: x.map(() => 1) };
+  const [least, most] = [metric.low ?? -Infinity, metric.high ?? Infinity];
+  const low = means.map((mean, row) => (mean >= least ? Math.max(mean - halves[row], least) : mean - halves[row]));
+  const high = means.map((mean, row) => (mean <= most ? Math.min(mean + halves[row], most) : mean + halves[row]));
+  return { x, mean: means, low, high, weight: x.map(() => 1) };
 }
 
 /** Metrics over steps: a line per run and metric; thinned ones with the band from lowest to highest. */
@@ -47,7 +50,7 @@ class CurveCard extends Card {
     for (const { run, members, name: group } of several) {
       this.metrics.forEach((name, place) => {
         const found = members.map((member) => curves.get(member.number, stage, name)).filter((curve) => curve?.x.length);
-        const curve = found.length > 1 ? meanCurve(found) : found[0];
+        const curve = found.length > 1 ? meanCurve(found, this.known[place]) : found[0];
         if (curve?.x.length) lines.push({ run, place, curve, label: this.#label(several, group, place) });
       });
     }

@@ -67,7 +67,7 @@ function comparisonTable(runs, comparison) {
   const shown = new Set(runs.map((run) => run.number));
   const groups = comparison.groups.filter((group) => group.runs.some((run) => shown.has(run)));
   return el("div", { class: "scroll" }, el("table", { class: "facts comparison" },
-    el("caption", {}, "Final figures: means of the newest tenth; in brackets, 95% intervals over runs of equal settings"),
+    el("caption", {}, "Final figures: means of the newest tenth, at least five lines and at most 50; in brackets, 95% intervals over runs of equal settings"),
     el("thead", {}, el("tr", {}, el("th", {}, "run"), names.map((name) => el("th", { scope: "col" }, describe(name).label, el("small", {}, ` ${unitName(describe(name).unit)}`))))),
     groups.map((group) => el("tbody", {},
       group.name ? el("tr", {}, el("th", { class: "group", colspan: names.length + 1 }, visible(group.name))) : null,
