@@ -646,7 +646,8 @@ def test_bad_input_is_refused_with_its_remedy_and_nothing_is_written(name, shelf
 
 def test_an_output_that_is_a_file_is_refused_before_anything_is_read(tmp_path, capfd):
     (tmp_path / "d.json").write_text("mine")
-    assert main(["--model-dir", tmp_path / "absent", "--output", tmp_path / "d.json"]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main(["--model-dir", tmp_path / "empty", "--output", tmp_path / "d.json"]) == 2
     assert "d.json: is a file, expected a folder" in capfd.readouterr().err
     assert (tmp_path / "d.json").read_text() == "mine"
 

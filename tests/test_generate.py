@@ -315,7 +315,7 @@ def test_closed_input_ends_at_once(folder, monkeypatch, capfd):
 
 WRONG = {
     "no folder": (["--model-dir", "absent", "--prompt", "x"], "absent: no such folder"),
-    "no model": (["--model-dir", ".", "--prompt", "x"], "no model folder"),
+    "no model": (["--model-dir", ".", "--prompt", "x"], "not a model folder"),
     "no folder but a file": (["--model-dir", "empty.txt", "--prompt", "x"], "empty.txt: is a file and no folder"),
     "no text file": (["--model-dir", "{run}", "--prompt-file", "absent.txt"], "absent.txt: no such file"),
     "no file": (["--model-dir", "{run}", "--prompt-file", "absent.json"], "absent.json: no such file"),

@@ -330,7 +330,7 @@ def larger_tokenizer(folder: Path) -> None:
 WTE, SCORE = "transformer.wte.weight", "score.weight"
 # kind of folder, change (its manifest is removed first), pieces of the message
 REFUSED: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
-    "no config": ("lm", written("config.json", None), ["config.json: no such file", "no model folder"]),
+    "no config": ("lm", written("config.json", None), ["config.json: no such file", "not a model folder"]),
     "config cut off": ("lm", cut("config.json", 40), ["config.json: cannot be read"]),
     "config is a list": ("lm", written("config.json", "[]"), ["config.json", "not a JSON object"]),
     "config not UTF-8": ("lm", written("config.json", b'{"\xff": 1}'), ["config.json: cannot be read"]),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from ray.util import get_node_ip_address
 
 from rlhf.config import DistConfig
 from rlhf.distributed import open_executor
@@ -148,19 +149,19 @@ def test_a_machine_that_is_lost_costs_seconds_and_no_bit(monkeypatch, cores, wor
     """Its worker is placed on the machine that is left, or left out."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need a short path
-    port = free_port()
+    host, port = get_node_ip_address(), free_port()  # Ray replaces the loopback address by this one
     nodes = [
-        Node("--head", f"--port={port}", "--node-ip-address=127.0.0.1", f"--num-cpus={cores}",
+        Node("--head", f"--port={port}", f"--node-ip-address={host}", f"--num-cpus={cores}",
              "--include-dashboard=false", f"--temp-dir={folder}", folder=folder)
     ]  # fmt: skip
     try:
         end = time.monotonic() + 60
-        while time.monotonic() < end and socket.socket().connect_ex(("127.0.0.1", port)):
+        while time.monotonic() < end and socket.socket().connect_ex((host, port)):
             time.sleep(0.2)
         time.sleep(4)
-        nodes.append(Node(f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2", "--num-cpus=1", folder=folder))
+        nodes.append(Node(f"--address={host}:{port}", "--node-ip-address=127.0.0.2", "--num-cpus=1", folder=folder))
         time.sleep(10)
-        dist = DistConfig(num_workers=2, snapshot_every=2, address=f"127.0.0.1:{port}", placement="spread")
+        dist = DistConfig(num_workers=2, snapshot_every=2, address=f"{host}:{port}", placement="spread")
         lines: list[str] = []
         options = {"device": torch.device("cpu"), "log": lines.append}
         with open_executor(toy.make_program, toy.models(), dist, **options) as executor:
