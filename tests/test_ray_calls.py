@@ -106,7 +106,7 @@ def test_the_address_file_of_a_cluster_that_is_gone_is_named(monkeypatch):
     port = closed_port()
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     host, found_port = session._find_address("auto")
-    with pytest.raises(UserError, match=rf"--dist.address auto \(127.0.0.1:{port}\): no Ray cluster answers there"):
+    with pytest.raises(UserError, match=rf"--dist.address auto \({host}:{port}\): no Ray cluster answers there"):
         session._check_reachable("auto", host, found_port)
 
 
