@@ -144,6 +144,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def answers(host: str, port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex((host, port)) == 0
+
+
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2)], ids=["without room for it", "with room for it"])
 def test_a_machine_that_is_lost_costs_seconds_and_no_bit(monkeypatch, cores, workers):
     """Its worker is placed on the machine that is left, or left out."""
@@ -156,7 +161,7 @@ def test_a_machine_that_is_lost_costs_seconds_and_no_bit(monkeypatch, cores, wor
     ]  # fmt: skip
     try:
         end = time.monotonic() + 60
-        while time.monotonic() < end and socket.socket().connect_ex((host, port)):
+        while time.monotonic() < end and not answers(host, port):
             time.sleep(0.2)
         time.sleep(4)
         nodes.append(Node(f"--address={host}:{port}", "--node-ip-address=127.0.0.2", "--num-cpus=1", folder=folder))
