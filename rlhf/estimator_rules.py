@@ -38,10 +38,6 @@ def _is_online_dpo(config: Any) -> bool:
     return bool(config.ppo.estimator == "online-dpo")
 
 
-def _completions(config: Any) -> int:
-    return int(config.ppo.batch_size * config.ppo.samples_per_prompt)
-
-
 def _knows_loss(config: Any) -> bool:
     from rlhf.policy_losses import POLICY_LOSSES
 
@@ -84,11 +80,11 @@ ESTIMATOR_RULES = (
     Rule(
         ("ppo.estimator",),
         lambda config: (
-            _is_online_dpo(config) and config.ppo.num_epochs * _completions(config) > config.ppo.minibatch_size
+            _is_online_dpo(config) and config.ppo.num_epochs * config.ppo.iteration_size > config.ppo.update_size
         ),
         lambda config: (
             "has the gradient of DPO in the first update of an iteration alone; set --ppo.num-epochs 1 "
-            f"--ppo.minibatch-size {_completions(config)}"
+            f"--ppo.minibatch-size {config.ppo.iteration_size}"
         ),
         refused=True,
     ),

@@ -164,7 +164,7 @@ class PPOConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        total = self.batch_size * self.samples_per_prompt
+        total = self.iteration_size
         for name, value, expression, maximum, higher in (
             ("minibatch_size", self.update_size, "batch_size * samples_per_prompt", total, "batch-size"),
             ("min_new_tokens", self.min_new_tokens, "max_new_tokens", self.completion_tokens, "max-new-tokens"),
@@ -201,10 +201,14 @@ class PPOConfig(OptimizerConfig):
         return 1e-4, 1e-5
 
     @property
+    def iteration_size(self) -> int:
+        """The number of completions per iteration."""
+        return self.batch_size * self.samples_per_prompt
+
+    @property
     def update_size(self) -> int:
         """The number of completions per optimiser step, by rule if none is set."""
-        per_iteration = self.batch_size * self.samples_per_prompt
-        return min(16, per_iteration) if self.minibatch_size is None else self.minibatch_size
+        return min(16, self.iteration_size) if self.minibatch_size is None else self.minibatch_size
 
     @property
     def completion_tokens(self) -> int:
@@ -219,5 +223,4 @@ class PPOConfig(OptimizerConfig):
     @property
     def horizon(self) -> float:
         """The horizon of the adaptive coefficient, by rule if none is set."""
-        per_iteration = self.batch_size * self.samples_per_prompt
-        return max(1.0, self.num_iterations / 20) * per_iteration if self.kl_horizon is None else self.kl_horizon
+        return max(1.0, self.num_iterations / 20) * self.iteration_size if self.kl_horizon is None else self.kl_horizon

@@ -155,11 +155,11 @@ DPO_RULES = (
 
 def _updates_once(ppo: PPOConfig) -> bool:
     """Return True if an iteration makes a single update, in which every ratio is 1."""
-    return ppo.num_epochs == 1 and ppo.update_size >= ppo.batch_size * ppo.samples_per_prompt
+    return ppo.num_epochs == 1 and ppo.update_size >= ppo.iteration_size
 
 
 def _has_no_warmup_step(ppo: PPOConfig) -> bool:
-    minibatches = -(-ppo.batch_size * ppo.samples_per_prompt // ppo.update_size)
+    minibatches = -(-ppo.iteration_size // ppo.update_size)
     updates = (ppo.num_iterations - ppo.critic_warmup) * ppo.num_epochs * minibatches
     return 0 < ppo.warmup_fraction * updates < 1
 
@@ -180,7 +180,7 @@ PPO_RULES = (
     ),
     Rule(
         ("log.samples",),
-        lambda config: config.log.samples > config.ppo.batch_size * config.ppo.samples_per_prompt,
+        lambda config: config.log.samples > config.ppo.iteration_size,
         "an iteration has no more completions than --ppo.batch-size times --ppo.samples-per-prompt",
     ),
     Rule(

@@ -126,6 +126,10 @@ ONLINE = {"estimator": "online-dpo", "samples_per_prompt": 2, "num_epochs": 1, "
             r"^--ppo.estimator online-dpo: .*set --ppo.num-epochs 1 --ppo.minibatch-size 128",
         ),
         (ONLINE | {"minibatch_size": 64}, r"^--ppo.estimator online-dpo: has the gradient of DPO in the first update"),
+        (
+            ONLINE | {"minibatch_size": None},
+            r"^--ppo.estimator online-dpo: .*set --ppo.num-epochs 1 --ppo.minibatch-size 128",
+        ),
         (ONLINE | {"kl_in_loss": True, "kl_estimator": "k3"}, r"^--ppo.kl-in-loss, --ppo.kl-estimator k3: changes "),
         (ONLINE | {"whiten_advantages": True}, r"^--ppo.whiten-advantages: changes what --ppo.estimator online-dpo"),
         (ONLINE | {"loss": "gspo"}, r"^--ppo.loss gspo: changes what --ppo.estimator online-dpo computes"),

@@ -128,7 +128,7 @@ def _open(run: Run, config: PPORun, estimator: Estimator) -> tuple[PPO, Identity
     run.note(f"{len(prompts)} prompts; policy and reference from {folder}; reward: {' + '.join(specs)}")
     shapes = shapes_of(settings, policy, sources)
     models = start_models(settings, policy, sources)
-    completions = settings.num_iterations * settings.batch_size * settings.samples_per_prompt
+    completions = settings.num_iterations * settings.iteration_size
     tokens = settings.num_epochs * completions * (prompts.mean_tokens(context) + settings.completion_tokens)
     optimised = [source.model.params for source in sources if source.model is not None and source.weight]
     compile_to = compile_folder(run, models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])

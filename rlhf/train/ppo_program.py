@@ -73,8 +73,7 @@ def critic_source(sources: Sequence[RewardSource]) -> RewardSource | None:
 
 def updates_per_iteration(settings: PPOConfig) -> int:
     """Return the number of minibatches of an iteration, over all its epochs."""
-    completions = settings.batch_size * settings.samples_per_prompt
-    return settings.num_epochs * -(-completions // settings.update_size)
+    return settings.num_epochs * -(-settings.iteration_size // settings.update_size)
 
 
 def learning_rate(settings: PPOConfig, iteration: int, minibatch: int) -> float:
