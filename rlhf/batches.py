@@ -59,7 +59,6 @@ class PairBatch(NamedTuple):
 
 
 @documented
-@documented
 class CompletionPairBatch(NamedTuple):
     """Preference pairs for losses on log-probs. Sequence 2i is the chosen one of a pair, 2i + 1 the rejected one."""
 
