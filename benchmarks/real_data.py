@@ -66,23 +66,24 @@ def checkable_answer(samples: Sequence[dict[str, Any]], data: Path) -> list[floa
     return [float(last_number(sample["completion"]) == answers[sample["prompt"]]) for sample in known]
 
 
-def _pipeline(name: str, *more: str) -> tuple[str, ...]:
-    files = {"sft-data": "sft_train", "preference-data": "pref_train", "prompt-data": "prompts"}
-    flags = [word for flag, file in files.items() for word in (f"--{flag}", f"{{data}}/{name}_{file}.json")]
-    return ("pipeline", *flags, *more)
+def _pipeline(name: str, prompts: str = "{{data}}/{name}_prompts.json") -> tuple[str, ...]:
+    demonstrations, pairs = (f"{{data}}/{name}_{kind}_train.json" for kind in ("sft", "pref"))
+    data = ("--sft-data", demonstrations, "--preference-data", pairs, "--prompt-data", prompts.format(name=name))
+    return ("pipeline", *data)
 
 
 TASKS = {
     "sent": Task(_pipeline("sent"), "sent_pref_test.json", sentiment),
     "hh_helpful": Task(_pipeline("hh_helpful"), "hh_helpful_pref_test.json"),
-    "math": Task(_pipeline("math"), "math_pref_test.json", checkable_answer),
+    "math": Task(_pipeline("math", "{{made}}/questions.json"), "math_pref_test.json", checkable_answer),
     "arg": Task(
-        ("reward", "--preference-data", "{data}/arg_pref_train.json", "--reward.model-path", "{arguments}/sft"),
+        ("reward", "--preference-data", "{data}/arg_pref_train.json", "--reward.model-path", "{made}/sft"),
         "arg_pref_test.json",
     ),
     "demo": Task(("pipeline", "--config", "demo")),
 }
-"""The demo trains on the embedded example. `arg` has no demonstrations: its arguments, as texts, stand in."""
+"""The demo trains on the embedded example. `arg` has no demonstrations: its arguments, as texts, stand in. The prompts
+of `math` are the questions of its pairs, whose answers are known."""
 
 
 def run(output: Path, data: Path, *, only: str = "", seeds: int = 3, extra: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -109,15 +110,19 @@ def run(output: Path, data: Path, *, only: str = "", seeds: int = 3, extra: Sequ
 
 def _train(name: str, seed: int, folder: Path, data: Path, extra: Sequence[str]) -> float:
     """Run a task's command, or continue it; return the seconds that it took."""
-    arguments = folder.parent / f"{name}-{seed}-start"
-    if name == "arg" and not (arguments / "sft").is_dir():
-        texts = json.loads((data / "arg_pref_train.json").read_text(encoding="utf-8"))
-        records = sorted({(pair["prompt"], pair[side]) for pair in texts for side in ("chosen", "rejected")})
-        arguments.mkdir(parents=True, exist_ok=True)
-        file = arguments / "arguments.json"
+    made = folder.parent / f"{name}-{seed}-start"
+    if name in ("arg", "math"):
+        made.mkdir(parents=True, exist_ok=True)
+        pairs = json.loads((data / f"{name}_pref_train.json").read_text(encoding="utf-8"))
+    if name == "math":
+        questions = dict.fromkeys(pair["prompt"] for pair in pairs)
+        (made / "questions.json").write_text(json.dumps([{"prompt": question} for question in questions]))
+    if name == "arg" and not (made / "sft").is_dir():
+        records = sorted({(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")})
+        file = made / "arguments.json"
         file.write_text(json.dumps([{"prompt": prompt, "completion": text} for prompt, text in records]))
-        _call(["sft", "--sft-data", str(file), "--output-dir", str(arguments), "--seed", str(seed)])
-    words = [word.format(data=data, arguments=arguments) for word in TASKS[name].command]
+        _call(["sft", "--sft-data", str(file), "--output-dir", str(made), "--seed", str(seed), *extra])
+    words = [word.format(data=data, made=made) for word in TASKS[name].command]
     begun = time.monotonic()
     _call([*words, "--output-dir", str(folder), "--seed", str(seed), "--resume", *extra])
     if test := TASKS[name].test_pairs:

@@ -71,12 +71,14 @@ class _DemoFigures(SphinxDirective):
 
 
 class _RealData(SphinxDirective):
-    """Runs with default settings on real data: finals, and a judge's mean scores at the start and at the end."""
+    """```{real-data} real_data```: runs on real data with their finals, and a judge's mean scores before and after."""
+
+    required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        results = _read("real_data")
+        results = _read(self.arguments[0])
         rows = [
-            "| data, seed | score, std | KL, nats | tokens | ended | judge, first | judge, last | problems |",
+            "| data, seed | score, std | KL, nats | tokens | ended | judge, before | judge, after | problems |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for run in results["runs"]:
