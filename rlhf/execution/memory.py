@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def keep_freed_memory() -> None:
     Example:
         >>> keep_freed_memory()
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
@@ -46,7 +47,9 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Reset the peak memory, if the system supports it.
+    """Return freed memory to the system and reset the peak, if the system supports it.
+
+    Without the former, a stage would occupy what the stage before it has freed.
 
     Args:
         device: a GPU, or the CPU for this process.
@@ -56,8 +59,16 @@ def reset_peak(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
+        return
+    if (malloc_trim := _glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+    if Path("/proc/self/clear_refs").exists():
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             return  # some containers forbid it: the peak then includes earlier stages
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """Return a function of the GNU C library, or None with other libraries."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
