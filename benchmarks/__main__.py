@@ -10,7 +10,7 @@ import tyro
 
 from benchmarks.sides import SideError
 
-COMPARISONS = ("startup", "generate", "sft", "reward", "ppo", "memory")
+COMPARISONS = ("startup", "generate", "sft", "reward", "dpo", "ppo", "rloo", "memory")
 """Programs that need the peers; each is a module with `run`."""
 
 
@@ -25,7 +25,9 @@ class Benchmarks:
             "generate",
             "sft",
             "reward",
+            "dpo",
             "ppo",
+            "rloo",
             "memory",
             "phases",
             "allreduce",
@@ -36,9 +38,11 @@ class Benchmarks:
         ]
     ] = "all"
     """What to measure; `peers` makes the environment of those we are compared with."""
-    size: Literal["tiny", "small", "gpt2", "gpt2-gpu"] = "small"
-    """Of the model: 4 layers of 128, or GPT-2 with 124M parameters, also with the work of a large GPU; tiny shows that
-    everything runs."""
+    size: Literal["tiny", "small", "gpt2", "gpt2-gpu", "smollm2"] = "small"
+    """Of the model: 4 layers of 128; GPT-2 with 124M parameters, also with the work of a large GPU; or SmolLM2-135M.
+    tiny shows that everything runs."""
+    model: Path | None = None
+    """Folder of a pre-trained model of that size; none takes random weights."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where both sides compute."""
     rounds: int = 9
@@ -120,7 +124,7 @@ def _measure(names: list[str], asked: Benchmarks) -> list[Path]:
             only=asked.only,
             peers=asked.peers.absolute(),
             output=asked.output,
-            made=make_material(Path(folder), asked.size),
+            made=make_material(Path(folder), asked.size, asked.model),
         )
         torch.set_num_threads(bench.threads)  # of the roofline's measures
         return [path for name in names for path in importlib.import_module(f"benchmarks.{name}").run(bench)]

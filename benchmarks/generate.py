@@ -15,6 +15,8 @@ _TARGETS = {
     ("gpt2", 8, "best"): 2.0,
     ("gpt2", 64, "fp32"): 1.3,
     ("gpt2", 64, "best"): 2.2,
+    ("smollm2", 64, "fp32"): 1.5,
+    ("smollm2", 64, "best"): 2.2,
     ("gpt2-gpu", 8, "bf16"): 0.0,
     ("gpt2-gpu", 512, "bf16"): 10.0,
     ("tiny", 2, "fp32"): 0.0,
@@ -34,7 +36,8 @@ def run(bench: Bench) -> list[Path]:
 
 def works(bench: Bench) -> list[Work]:
     """Full completions at every batch size, then a queue of prompts whose completions end by themselves."""
-    return [_full(bench, batch, kind) for size, batch, kind in _TARGETS if size == bench.size] + [_queue(bench)]
+    full = [_full(bench, batch, kind) for size, batch, kind in _TARGETS if size == bench.size]
+    return [*full, _queue(bench)] if material.SIZES[bench.size].queue else full
 
 
 def _full(bench: Bench, batch: int, kind: str) -> Work:

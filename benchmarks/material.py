@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FIRST_TOKEN = 2
-"""Tokens below it are the tokenizer's end of text and padding; data have none of them."""
+FIRST_TOKEN = 17
+"""Tokens below it are special in the tokenizers, such as end of text and padding; data have none of them."""
 
 
 class Shape(NamedTuple):
@@ -22,14 +22,52 @@ class Shape(NamedTuple):
     n_positions: int
 
     @property
+    def block_matrices(self) -> int:
+        """Numbers in the matrices of a block, each of which a token is multiplied with."""
+        return 12 * self.n_embd**2
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that a token leaves in the cache of a block."""
+        return 2 * self.n_embd
+
+    @property
     def parameters(self) -> int:
         """How many numbers there are to learn."""
-        block = 12 * self.n_embd**2 + 13 * self.n_embd
+        block = self.block_matrices + 13 * self.n_embd
         return self.n_layer * block + (self.vocab_size + self.n_positions + 2) * self.n_embd
 
 
+class LlamaShape(NamedTuple):
+    """A Llama whose output layer is its embedding."""
+
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    n_inner: int
+    vocab_size: int
+    n_positions: int
+    rope_theta: float
+
+    @property
+    def block_matrices(self) -> int:
+        """Numbers in the matrices of a block, each of which a token is multiplied with."""
+        return (2 * self.n_embd + self.cache_width + 3 * self.n_inner) * self.n_embd
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that a token leaves in the cache of a block."""
+        return 2 * self.n_embd * self.n_kv_head // self.n_head
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers there are to learn."""
+        return self.n_layer * (self.block_matrices + 2 * self.n_embd) + (self.vocab_size + 1) * self.n_embd
+
+
 class Iteration(NamedTuple):
-    """An iteration of PPO."""
+    """An iteration of PPO or RLOO."""
 
     prompts: int
     epochs: int
@@ -39,16 +77,28 @@ class Iteration(NamedTuple):
     """Tokens before each completion."""
     completion: int
     """Tokens of each completion."""
+    samples: int = 1
+    """Completions of each prompt."""
+
+    @property
+    def completions(self) -> int:
+        """Completions of the iteration."""
+        return self.prompts * self.samples
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of the iteration."""
+        return self.epochs * self.completions // self.minibatch
 
 
 class Size(NamedTuple):
     """A model and the work it is measured by."""
 
-    shape: Shape
+    shape: Shape | LlamaShape
     sft: tuple[int, int]
     """Sequences of a step, tokens of each."""
     pairs: tuple[int, int]
-    """Preference pairs of a step, tokens of each member."""
+    """Preference pairs of a step, tokens of each member, of which a quarter are the prompt."""
     prompt: int
     """Tokens before each completion."""
     completion: int
@@ -56,19 +106,21 @@ class Size(NamedTuple):
     batches: tuple[int, ...]
     """Completions generated together."""
     queue: int
-    """Prompts of the row in which completions end by themselves."""
+    """Prompts of the row in which completions end by themselves; 0 leaves it out."""
     ppo: Iteration
     steps: int
     """Optimiser steps in a round, so that a round is long enough to be timed."""
 
 
 _SMALL, _GPT2 = Shape(4, 4, 128, 1024, 128), Shape(12, 12, 768, 50257, 1024)
+_SMOLLM2 = LlamaShape(30, 9, 3, 576, 1536, 49152, 8192, 100000.0)
 
 SIZES = {
     "tiny": Size(Shape(1, 2, 16, 300, 32), (4, 16), (2, 16), 6, 10, (2,), 8, Iteration(4, 2, 2, 6, 10), 1),
     "small": Size(_SMALL, (32, 128), (16, 128), 32, 96, (1, 8, 64), 512, Iteration(64, 4, 16, 32, 96), 4),
     "gpt2": Size(_GPT2, (2, 256), (2, 128), 64, 64, (8, 64), 128, Iteration(64, 4, 16, 64, 64), 1),
     "gpt2-gpu": Size(_GPT2, (32, 1024), (64, 256), 32, 96, (8, 512), 2048, Iteration(512, 4, 128, 64, 24), 4),
+    "smollm2": Size(_SMOLLM2, (2, 256), (2, 128), 32, 64, (64,), 0, Iteration(16, 2, 8, 32, 32), 1),
 }
 """`tiny` is for the tests; the others are the library's presets, GPT-2 also with the work of a large GPU."""
 
@@ -98,10 +150,23 @@ def demonstrations(size: Size, varied: bool) -> list[list[int]]:
 
 
 def preferences(size: Size) -> list[list[list[int]]]:
-    """Pairs of sequences."""
+    """Pairs of sequences that begin with the same prompt."""
     count, length = size.pairs
     members = sequences(fixed_lengths(2 * 64 * count, length), size.shape.vocab_size)
-    return [list(pair) for pair in zip(members[::2], members[1::2], strict=True)]
+    shared = pair_prompt(size)
+    return [
+        [chosen, chosen[:shared] + rejected[shared:]]
+        for chosen, rejected in zip(members[::2], members[1::2], strict=True)
+    ]
+
+
+DPO_BATCHES = 8
+"""Batches of pairs that DPO takes in turn, after their log-probs under the reference are computed."""
+
+
+def pair_prompt(size: Size) -> int:
+    """Tokens of a pair's prompt."""
+    return size.pairs[1] // 4
 
 
 def stop_tokens(size: Size) -> list[int]:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import material, ours, ppo
+from benchmarks import material, ours, ppo, rloo
 from benchmarks.bench import Bench
 from benchmarks.compare import Work, check_alike
 from benchmarks.sides import Setting, Side
@@ -26,8 +26,8 @@ def run(bench: Bench) -> list[Path]:
     """Measure every row; each process has the machine's memory to itself, so they run one after the other."""
     fitting = [critic for critic in ppo.CRITICS if bench.size in _LIMITS and bench.device == "cpu"]
     measured = [_fit(bench, critic) for critic in fitting]
-    for critic in ppo.CRITICS:
-        work = ppo.work(bench, critic, "fp32", _TARGET)
+    works = [ppo.work(bench, critic, "fp32", _TARGET) for critic in ppo.CRITICS]
+    for work in (*works, rloo.without_critic(bench, rloo.MEMORY_TARGET)):
         measured += [_against(bench, work, setting) for setting in work.ours]
     rows = [row for row in measured if row]
     return [report(f"memory-{bench.size}-{bench.device}", rows, bench.output)] if rows else []
@@ -37,7 +37,8 @@ def _fit(bench: Bench, critic: str) -> dict[str, Any]:
     """Ours against a limit, in micro-batches small enough for it."""
     prompts, _, minibatch, *_ = material.SIZES[bench.size].ppo
     micro, rollout = min(_MICRO_BATCH, minibatch), min(_ROLLOUT_BATCH, prompts)
-    what = f"{ppo.iteration(bench)}, {critic} critic, fp32, micro-batches of {micro}, {rollout} generated at once"
+    rolled_out = ppo.rolled_out("PPO", bench, material.SIZES[bench.size].ppo)
+    what = f"{rolled_out}, {critic} critic, fp32, micro-batches of {micro}, {rollout} generated at once"
     if bench.only not in what:
         return {}
     chosen = {"critic": critic, "micro_batch": micro, "rollout_batch": rollout}
@@ -55,7 +56,7 @@ def _against(bench: Bench, work: Work, setting: Setting) -> dict[str, Any]:
     sides = {name: _iterate(bench, name, of) for name, of in (("ours", setting), ("peer", work.peers[0]))}
     check_alike(work, sides["ours"], sides["peer"])
     peaks = [side.rounds[-1]["peak_bytes"] for side in sides.values()]
-    return _row(what, work.peer, peaks[0], peaks[1], _TARGET, sides)
+    return _row(what, work.peer, peaks[0], peaks[1], work.target, sides)
 
 
 def _iterate(bench: Bench, name: str, setting: Setting) -> Side:

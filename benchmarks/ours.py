@@ -4,9 +4,10 @@ import functools
 import itertools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -15,15 +16,17 @@ import torch
 from benchmarks import material
 from benchmarks.bench import Made
 from benchmarks.session import Session
-from rlhf.batches import PairBatch, TokenBatch
-from rlhf.config import CheckpointConfig, DistConfig, LogConfig, PPOConfig, PPORun, RewardConfig, SFTConfig
+from rlhf.batches import CompletionPairBatch, PairBatch, TokenBatch
+from rlhf.config import CheckpointConfig, DistConfig, DPOConfig, LogConfig, PPOConfig, PPORun, RewardConfig, SFTConfig
 from rlhf.data.collate import Prefetch, pair_batches, token_batches
 from rlhf.data.dataset import TokenSequence, default_cache_dir, texts
 from rlhf.data.demo_data import write_embedded
+from rlhf.data.preference_batches import completion_pair_batches
 from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.distributed import open_executor
 from rlhf.errors import UserError
 from rlhf.execution.draws import compiled_draw
+from rlhf.execution.executor import Executor
 from rlhf.execution.memory import keep_freed_memory
 from rlhf.execution.program import ModelState, Program
 from rlhf.generate.complete import complete, make_completion_fn
@@ -37,11 +40,13 @@ from rlhf.io.model_folder import (
     save_reward_model,
 )
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.models import gpt2
+from rlhf.models.architecture import ModelShape, architecture_of
 from rlhf.models.decode_state import decode_steps
 from rlhf.models.gpt2_config import GPT2Config
 from rlhf.models.heads import init_reward_head
+from rlhf.models.llama_config import LlamaConfig
 from rlhf.random import key, split
+from rlhf.train import dpo as dpo_stage
 from rlhf.train import reward as reward_stage
 from rlhf.train import sft as sft_stage
 from rlhf.train.ppo import run_ppo
@@ -64,10 +69,16 @@ _STEPS = 1_000_000
 """Of the schedule: no run gets that far."""
 
 
-class Records(NamedTuple):
+@dataclass(frozen=True)
+class Records:
     """Tokenised records in memory, as `rlhf.data.dataset.Dataset` gives them: one sequence each, or two for a pair."""
 
     records: list[list[np.ndarray]]
+    prompt: int = 1
+    """Tokens of each record's prompt."""
+
+    def __len__(self) -> int:
+        return len(self.records)
 
     def of_step(self, step: int, count: int) -> list[int]:
         """`count` records after those of the steps before; after the last comes the first."""
@@ -79,7 +90,7 @@ class Records(NamedTuple):
 
     def sequences(self, record: int, max_length: int) -> list[Any]:
         """The record's sequences."""
-        return [TokenSequence(tokens, 1) for tokens in self.records[record]]
+        return [TokenSequence(tokens, self.prompt) for tokens in self.records[record]]
 
 
 def generate(
@@ -142,17 +153,32 @@ def sft(
 
     with _executor(program, ModelState(loaded.params, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
-        prefetched = Prefetch(map(batches_of, itertools.count()))
-        for _ in session.rounds():
-            tokens = 0
-            for batches in itertools.islice(prefetched, work.steps):
-                metrics = executor.step("main", batches, overlap=prefetched.prepare)
-                tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
-            session.answer(tokens=tokens, loss=metrics["loss/sft"] * sum(len(batch.targets) for batch in batches))
+        _step_rounds(session, executor, batches_of, work.steps, _summed_loss)
+
+
+def _summed_loss(metrics: Mapping[str, float], batches: list[TokenBatch]) -> float:
+    return metrics["loss/sft"] * sum(len(batch.targets) for batch in batches)
+
+
+def _step_rounds(
+    session: Session,
+    executor: Executor,
+    batches_of: Callable[[int], list[Any]],
+    steps: int,
+    loss: Callable[[Mapping[str, float], list[Any]], float],
+) -> None:
+    """Make `steps` optimiser steps a round, and answer with their tokens and the last one's loss."""
+    prefetched = Prefetch(map(batches_of, itertools.count()))
+    for _ in session.rounds():
+        tokens = 0
+        for batches in itertools.islice(prefetched, steps):
+            metrics = executor.step("main", batches, overlap=prefetched.prepare)
+            tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
+        session.answer(tokens=tokens, loss=loss(metrics, batches))
 
 
 def _rollout(
-    config: GPT2Config,
+    config: ModelShape,
     longest: int,
     stops: tuple[int, ...],
     max_concurrent: int,
@@ -185,25 +211,44 @@ def _count(params: Any) -> int:
     return sum(leaf.numel() for leaf in named_leaves(params).values())
 
 
-def make_material(folder: Path, size: str) -> Made:
-    """Write what every side loads: a language model and a reward model with random weights, and PPO's prompts."""
+def make_material(folder: Path, size: str, pretrained: Path | None = None) -> Made:
+    """Write what every side loads: a language model, a reward model, and PPO's prompts.
+
+    Args:
+        folder: where to.
+        size: of `material.SIZES`.
+        pretrained: folder of a language model of this size; without it weights are random.
+
+    Raises:
+        UserError: `pretrained` holds no language model.
+        SystemExit: it holds one of another size.
+    """
     work = material.SIZES[size]
-    shape = work.shape
-    config = GPT2Config(**shape._asdict())
     demonstrations = write_embedded(folder / "data").demonstrations
-    tokenizer = _tokenizer(demonstrations, shape.vocab_size)
-    model = LanguageModel(gpt2.init(config, key=key(0)), config, tokenizer)
-    save_language_model(folder / "model", model, facts={})
-    head = init_reward_head(config.n_embd, key=key(1))
-    params = {"trunk": gpt2.init(config, key=key(2)), "head": head}
-    save_reward_model(
-        folder / "reward", RewardModel(params, config, tokenizer, RewardStatistics(0.0, 1.0, 0)), facts={}
-    )
-    prompts = _prompts(
-        demonstrations, tokenizer, work.ppo.prompt, min(4 * work.ppo.prompts, max(256, work.ppo.prompts))
-    )
+    model = _random_model(work.shape, demonstrations) if pretrained is None else load_language_model(pretrained)
+    if (found := _count(model.params)) != work.shape.parameters:
+        expected = f"--size {size} is of one with {work.shape.parameters:,}"
+        raise SystemExit(f"python -m benchmarks: --model {pretrained} has {found:,} parameters; {expected}")
+    if pretrained is None:
+        save_language_model(folder / "model", model, facts={})
+    params = {"trunk": model.params, "head": init_reward_head(model.config.n_embd, key=key(1))}
+    scorer = RewardModel(params, model.config, model.tokenizer, RewardStatistics(0.0, 1.0, 0))
+    save_reward_model(folder / "reward", scorer, facts={})
+    count = min(4 * work.ppo.prompts, max(256, work.ppo.prompts))
+    prompts = _prompts(demonstrations, model.tokenizer, work.ppo.prompt, count)
     (folder / "prompts.json").write_text(json.dumps(prompts))
-    return Made(folder / "model", folder / "reward", folder / "prompts.json", demonstrations)
+    return Made((pretrained or folder / "model").absolute(), folder / "reward", folder / "prompts.json", demonstrations)
+
+
+def _random_model(shape: material.Shape | material.LlamaShape, demonstrations: Path) -> LanguageModel:
+    config = model_shape(shape)
+    tokenizer = _tokenizer(demonstrations, shape.vocab_size)
+    return LanguageModel(architecture_of(config).init(config, key=key(0)), config, tokenizer)
+
+
+def model_shape(shape: material.Shape | material.LlamaShape) -> ModelShape:
+    """Return the shape as our models have it."""
+    return (GPT2Config if isinstance(shape, material.Shape) else LlamaConfig)(**shape._asdict())
 
 
 def _tokenizer(source: Path, vocab_size: int) -> Tokenizer:
@@ -249,13 +294,27 @@ def reward(session: Session, *, model: str, size: str, device: str, precision: s
 
     with _executor(program, ModelState(loaded.params, {}), device) as executor:
         session.ready(parameters=_count(loaded.params))
-        prefetched = Prefetch(map(batches_of, itertools.count()))
-        for _ in session.rounds():
-            tokens = 0
-            for batches in itertools.islice(prefetched, work.steps):
-                metrics = executor.step("main", batches, overlap=prefetched.prepare)
-                tokens += sum(int((batch.rows.segments > 0).sum()) for batch in batches)
-            session.answer(tokens=tokens, loss=metrics["loss/reward"])
+        _step_rounds(session, executor, batches_of, work.steps, lambda metrics, batches: metrics["loss/reward"])
+
+
+def dpo(session: Session, *, model: str, size: str, device: str, precision: str, compile: str) -> None:  # noqa: A002
+    """Optimiser steps of DPO on preference pairs; the reference's log-probs are computed before the first."""
+    work, loaded = material.SIZES[size], load_language_model(Path(model))
+    count, longest = work.pairs
+    settings = DPOConfig(micro_batch_size=2 * count, schedule="constant", warmup_fraction=0.0, learning_rate=1e-3)
+    program = functools.partial(dpo_stage.make_dpo_program, loaded.config, settings, *_computing(precision, compile))
+    pairs = material.preferences(work)[: material.DPO_BATCHES * count]
+    data = Records([[np.array(tokens) for tokens in pair] for pair in pairs], material.pair_prompt(work))
+    pack = functools.partial(completion_pair_batches, data, max_length=longest, rows=2 * count)
+    with _executor(program, ModelState(loaded.params, {}), device) as executor:
+        batches = [pack(data.of_step(step, count)) for step in range(material.DPO_BATCHES)]
+        ref_log_probs = dpo_stage.reference_log_probs(executor, data, [packed for some in batches for packed in some])
+
+        def batches_of(step: int) -> list[CompletionPairBatch]:
+            return [packed.batch for packed in pack(data.of_step(step, count), ref_log_probs=ref_log_probs)]
+
+        session.ready(parameters=_count(loaded.params))
+        _step_rounds(session, executor, batches_of, work.steps, lambda metrics, batches: metrics["loss/dpo"])
 
 
 def ppo(
@@ -269,11 +328,12 @@ def ppo(
     critic: str,
     precision: str,
     compile: str,  # noqa: A002
+    iteration: Sequence[int] = (),
     micro_batch: int = 0,
     rollout_batch: int = 0,
     workers: int = 0,
 ) -> None:
-    """Iterations of the whole stage, as `rlhf-train ppo` runs it.
+    """Iterations of the whole stage, as `rlhf-train ppo` runs it: PPO, or RLOO where there is no critic.
 
     A reward function of weight 0 is called once in each iteration: there the run is held between rounds, so that a
     round is everything from there to the same place of the next iteration.
@@ -281,19 +341,20 @@ def ppo(
     Args:
         session: asks for the rounds.
         model: folder of policy and reference.
-        reward: folder of the reward model.
+        reward: folder of the reward model, or a reward function.
         prompts_file: records with `prompt`.
         size: of `material.SIZES`.
         device: cpu or cuda.
-        critic: separate or shared.
+        critic: separate, shared or none.
         precision: fp32 or bf16.
         compile: on or off.
+        iteration: of `material.Iteration`; empty is the size's own.
         micro_batch: completions scored or updated on at once; 0 is a whole minibatch.
         rollout_batch: completions generated at once; 0 is all of an iteration.
         workers: on Ray, with this process's number of threads each; 0 computes in this process.
     """
     work = material.SIZES[size]
-    prompts, epochs, minibatch = work.ppo[:3]
+    made = material.Iteration(*iteration) if iteration else work.ppo
     with tempfile.TemporaryDirectory(prefix="rlhf-benchmark-") as folder:
         config = PPORun(
             output_dir=Path(folder) / "run",
@@ -308,19 +369,22 @@ def ppo(
             ppo=PPOConfig(
                 model_path=Path(model),
                 reward=(reward, "0*benchmarks.ours:hold"),
+                estimator="rloo" if critic == "none" else "gae",
                 critic=critic,
                 num_iterations=_STEPS,
-                batch_size=prompts,
-                num_epochs=epochs,
-                minibatch_size=minibatch,
-                micro_batch_size=micro_batch or minibatch,
-                rollout_batch_size=rollout_batch or prompts,
-                max_new_tokens=work.ppo.completion,
+                batch_size=made.prompts,
+                samples_per_prompt=made.samples,
+                num_epochs=made.epochs,
+                minibatch_size=made.minibatch,
+                micro_batch_size=micro_batch or made.minibatch,
+                rollout_batch_size=rollout_batch or made.completions,
+                max_new_tokens=made.completion,
                 stop_at_eos=False,
                 learning_rate=3e-6,
             ),
         )
-        _held.append(functools.partial(_hold, session, config.output_dir / "logs" / "metrics.jsonl", work))
+        log = config.output_dir / "logs" / "metrics.jsonl"
+        _held.append(functools.partial(_hold, session, log, work.shape.parameters, made))
         keep_freed_memory()
         try:
             run_ppo(config)
@@ -339,15 +403,14 @@ def hold(prompts: list[str], completions: list[str], **columns: Any) -> list[flo
     return [0.0] * len(prompts)
 
 
-def _hold(session: Session, log: Path, work: material.Size) -> None:
-    prompts, epochs, minibatch = work.ppo[:3]
+def _hold(session: Session, log: Path, parameters: int, iteration: material.Iteration) -> None:
     last = json.loads(log.read_text().splitlines()[-1])
     if "response_length/mean" in last:
-        if last["policy/updates"] != epochs * prompts // minibatch:
+        if last["policy/updates"] != iteration.updates:
             raise RuntimeError(f"{last['policy/updates']} updates in an iteration")
-        tokens = round(prompts * (work.ppo.prompt + last["response_length/mean"]))
+        tokens = round(iteration.completions * (iteration.prompt + last["response_length/mean"]))
         session.answer(tokens=tokens, **{name: last[f"timing_s/{name}"] for name in PHASES})
     else:
-        session.ready(parameters=work.shape.parameters)
+        session.ready(parameters=parameters)
     if not session.wait():
         raise SystemExit

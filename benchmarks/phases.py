@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ours, ppo
+from benchmarks import material, ours, ppo
 from benchmarks.bench import Bench
 from benchmarks.sides import Side
 from benchmarks.timing import interleave, report, spread
@@ -21,7 +21,7 @@ def run(bench: Bench) -> list[Path]:
 
 def _phases(bench: Bench, critic: str) -> list[dict[str, Any]]:
     """A row for each phase, and one for what lies between them."""
-    what = f"{ppo.iteration(bench)}, {critic} critic, bf16"
+    what = f"{ppo.rolled_out('PPO', bench, material.SIZES[bench.size].ppo)}, {critic} critic, bf16"
     if bench.only not in what:
         return []
     (setting,) = bench.ours("ppo", ours.COMPILED_BF16, critic=critic, **ppo.files(bench))

@@ -1,5 +1,7 @@
 """Whole PPO iterations against the last TRL release with PPO."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,12 @@ from benchmarks.compare import Work, compare_all
 _TARGETS = {("separate", "fp32"): 1.6, ("separate", "best"): 3.2, ("shared", "best"): 5.0}
 CRITICS = ("separate", "shared")
 """Ours: a model of its own, or a head on the policy's trunk."""
-_FP32: tuple[dict[str, Any], ...] = ({},)
-_BEST: tuple[dict[str, Any], ...] = (*_FP32, {"matmul": "medium"}, {"precision": "bf16"})
+PASSES = {"separate": ((True, False, False), (True, False)), "shared": ((True, False), (True,))}
+"""Models that score and models that are updated, as `least` takes them: those with True need logits."""
+FP32: tuple[dict[str, Any], ...] = ({},)
+"""TRL's settings in IEEE fp32; its whole iterations are not compiled."""
+BEST: tuple[dict[str, Any], ...] = (*FP32, {"matmul": "medium"}, {"precision": "bf16"})
+"""All its settings."""
 
 
 def run(bench: Bench) -> list[Path]:
@@ -34,15 +40,14 @@ def work(bench: Bench, critic: str, kind: str, target: float) -> Work:
         target: the ratio to reach.
     """
     size = material.SIZES[bench.size]
-    _, epochs, minibatch, *_ = size.ppo
     settings = files(bench)
     return Work(
-        f"{iteration(bench)}, {epochs} epochs of {minibatch}, {critic} critic, {kind}",
+        f"{described('PPO', bench, size.ppo)}, {critic} critic, {kind}",
         "TRL 1.12 PPOTrainer",
         bench.ours("ppo", ours.COMPILED_FP32 if kind == "fp32" else ours.COMPILED_BEST, critic=critic, **settings),
-        bench.theirs("trl_ppo:run", _FP32 if kind == "fp32" else _BEST, **settings),
+        bench.theirs("trl_ppo:run", FP32 if kind == "fp32" else BEST, **settings),
         target,
-        lambda number: _least(size, critic, number),
+        lambda number: least(size.shape, size.ppo, number, *PASSES[critic]),
         exact=kind == "fp32",
     )
 
@@ -53,29 +58,44 @@ def files(bench: Bench) -> dict[str, Any]:
     return {"model": str(made.model), "reward": str(made.reward), "prompts_file": str(made.prompts)}
 
 
-def iteration(bench: Bench) -> str:
+def rolled_out(method: str, bench: Bench, iteration: material.Iteration) -> str:
     """What is rolled out in an iteration, in words."""
-    size = material.SIZES[bench.size]
-    return f"PPO iteration, {bench.size}, {size.ppo.prompts} prompts, {size.ppo.prompt}+{size.ppo.completion} tokens"
+    samples = f" x {iteration.samples} completions" if iteration.samples > 1 else ""
+    length = f"{iteration.prompt}+{iteration.completion} tokens"
+    return f"{method} iteration, {bench.size}, {iteration.prompts} prompts{samples}, {length}"
 
 
-def _least(size: material.Size, critic: str, number_bytes: int) -> list[roofline.Phase]:
-    """Reference, critic and reward model read every sequence once; policy and critic are updated in every epoch."""
-    prompts, epochs, minibatch, prompt, completion = size.ppo
-    length = prompt + completion
-    tokens, predicted = prompts * length, prompts * completion
-    weights = number_bytes * size.shape.parameters
-    separate = critic == "separate"
+def described(method: str, bench: Bench, iteration: material.Iteration) -> str:
+    """What is done in an iteration, in words."""
+    return f"{rolled_out(method, bench, iteration)}, {iteration.epochs} epochs of {iteration.minibatch}"
+
+
+def least(
+    shape: material.Shape | material.LlamaShape,
+    iteration: material.Iteration,
+    number_bytes: int,
+    scoring: Sequence[bool],
+    updated: Sequence[bool],
+) -> list[roofline.Phase]:
+    """The phases of an iteration.
+
+    Args:
+        shape: of every model.
+        iteration: what is done.
+        number_bytes: bytes of a number.
+        scoring: for each model that reads every completion once, whether it needs logits.
+        updated: the same for each model that is updated.
+    """
+    length = iteration.prompt + iteration.completion
+    tokens, predicted = iteration.completions * length, iteration.completions * iteration.completion
     scored = [
-        roofline.Phase(roofline.forward_flops(size.shape, tokens, length, logits), weights)
-        for logits in ([predicted, 0, 0] if separate else [predicted, 0])
+        roofline.Phase(
+            roofline.forward_flops(shape, tokens, length, predicted * logits), number_bytes * shape.parameters
+        )
+        for logits in scoring
     ]
-    updates = prompts // minibatch
-    update = roofline.step(size.shape, tokens / updates, length, predicted / updates)
-    if separate:
-        update += roofline.step(size.shape, tokens / updates, length, 0)
-    return [
-        *roofline.generation(size.shape, prompts, prompt, completion, number_bytes),
-        *scored,
-        *(epochs * updates * update),
-    ]
+    share = iteration.minibatch / iteration.completions
+    update = [roofline.step(shape, share * tokens, length, share * predicted * logits) for logits in updated]
+    rows, samples = iteration.completions, iteration.samples
+    generated = roofline.generation(shape, rows, iteration.prompt, iteration.completion, number_bytes, samples)
+    return [*generated, *scored, *itertools.chain(*(iteration.updates * update))]

@@ -26,7 +26,7 @@ def works(bench: Bench) -> list[Work]:
             f"reward-model step, {bench.size}, {pairs} pairs of {length} tokens, best",
             "TRL RewardTrainer",
             bench.ours("reward", ours.COMPILED_BEST, **settings),
-            bench.theirs("trl_supervised:reward", BEST, **settings),
+            bench.theirs("trl_trainers:reward", BEST, **settings),
             _TARGET,
             lambda number: size.steps * roofline.step(size.shape, 2 * pairs * length, length, 0),
             exact=False,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.material import Shape
+from benchmarks.material import LlamaShape, Shape
 
 _SIDE = {"cpu": 2048, "cuda": 8192}
 _NUMBERS = {"cpu": 1 << 26, "cuda": 1 << 30}
@@ -69,23 +69,36 @@ def least_seconds(phases: list[Phase], *, flops: float, bandwidth: float) -> flo
     return sum(max(phase.flops / flops, phase.bytes / bandwidth) for phase in phases)
 
 
-def forward_flops(shape: Shape, tokens: float, length: float, predicted: float) -> float:
+def forward_flops(shape: Shape | LlamaShape, tokens: float, length: float, predicted: float) -> float:
     """A pass over `tokens` tokens in sequences of `length`, with logits at `predicted` of them."""
     attention = 4 * shape.n_layer * shape.n_embd * tokens * (length + 1) / 2
-    return 24 * shape.n_layer * shape.n_embd**2 * tokens + attention + 2 * shape.vocab_size * shape.n_embd * predicted
+    products = 2 * shape.n_layer * shape.block_matrices * tokens
+    return products + attention + 2 * shape.vocab_size * shape.n_embd * predicted
 
 
-def step(shape: Shape, tokens: float, length: float, predicted: float) -> list[Phase]:
+def step(shape: Shape | LlamaShape, tokens: float, length: float, predicted: float) -> list[Phase]:
     """Forward, backward (twice the forward's products), and AdamW: four arrays read, three written."""
     weights = 4 * shape.parameters
     return [Phase(3 * forward_flops(shape, tokens, length, predicted), 3 * weights), Phase(0, 7 * weights)]
 
 
-def generation(shape: Shape, rows: int, prompt: int, completion: int, number_bytes: int) -> list[Phase]:
-    """Prefill, then a phase for every token: the weights once, and every row's keys and values so far."""
-    weights = number_bytes * shape.parameters
-    phases = [Phase(forward_flops(shape, rows * prompt, prompt, rows), weights)]
+def generation(
+    shape: Shape | LlamaShape, rows: int, prompt: int, completion: int, number_bytes: int, samples: int = 1
+) -> list[Phase]:
+    """Prefill, then a phase for every token: the weights once, and every row's keys and values so far.
+
+    Args:
+        shape: of the model.
+        rows: completions.
+        prompt: tokens before each.
+        completion: tokens of each.
+        number_bytes: bytes of a number.
+        samples: completions of a prompt, which is read once.
+    """
+    weights, prompts = number_bytes * shape.parameters, rows // samples
+    phases = [Phase(forward_flops(shape, prompts * prompt, prompt, prompts), weights)]
     for context in range(prompt + 1, prompt + completion):
         flops = rows * (forward_flops(shape, 1, 2 * context - 1, 1))  # attention over the whole context, not half
-        phases.append(Phase(flops, weights + rows * 2 * shape.n_layer * shape.n_embd * context * number_bytes))
+        cache = rows * shape.n_layer * shape.cache_width * context * number_bytes
+        phases.append(Phase(flops, weights + cache))
     return phases

@@ -12,6 +12,8 @@ _TARGETS = {
     ("small", "best"): 3.6,
     ("gpt2", "fp32"): 1.6,
     ("gpt2", "best"): 3.3,
+    ("smollm2", "fp32"): 1.5,
+    ("smollm2", "best"): 3.0,
     ("tiny", "fp32"): 0.0,
 }
 _MODULE_TARGETS = {("gpt2", "fp32"): 1.0, ("gpt2", "best"): 1.1, ("gpt2-gpu", "best"): 0.95, ("tiny", "fp32"): 0.0}
@@ -52,7 +54,7 @@ def _full(bench: Bench, kind: str) -> Work:
         f"SFT step, {_shape(bench)}, {kind}",
         "TRL SFTTrainer",
         bench.ours("sft", ours.COMPILED_FP32 if kind == "fp32" else ours.COMPILED_BEST, **settings),
-        bench.theirs("trl_supervised:sft", FP32 if kind == "fp32" else BEST, **settings),
+        bench.theirs("trl_trainers:sft", FP32 if kind == "fp32" else BEST, **settings),
         _TARGETS[bench.size, kind],
         _least(bench),
         exact=kind == "fp32",
@@ -86,7 +88,7 @@ def _varied(bench: Bench, way: str) -> Work:
         f"SFT, {bench.size}, {count} sequences of up to {longest} tokens, {mean:.0f} on average, fp32",
         f"TRL SFTTrainer, {way}",
         bench.ours("sft", ours.COMPILED_FP32, **settings),
-        bench.theirs("trl_supervised:sft", layouts, **settings),
+        bench.theirs("trl_trainers:sft", layouts, **settings),
         target,
         lambda number: size.steps * roofline.step(size.shape, count * mean, mean, count * mean),
         same_tokens=False,

@@ -34,6 +34,11 @@ def facts_of(target, settings):
         return {"tokens": None}
     if target.endswith("trl_ppo:run"):
         return {"tokens": size.ppo.prompts * (size.ppo.prompt + size.ppo.completion)}
+    if target.endswith(":rloo"):
+        iteration = material.Iteration(*settings["iteration"])
+        return {"tokens": iteration.completions * (iteration.prompt + iteration.completion)}
+    if target.endswith(":dpo"):
+        return {"tokens": size.steps * 2 * pairs * member}
     if target.endswith(":reward"):
         return {"tokens": size.steps * 2 * pairs * member, "parameters": size.shape.parameters + size.shape.n_embd}
     return {"tokens": size.steps * rows * length}

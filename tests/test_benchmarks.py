@@ -23,13 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as program
-from benchmarks import compare, generate, history, material, ours, ppo, roofline, session, sides, timing
+from benchmarks import compare, generate, history, material, ours, ppo, rloo, roofline, session, sides, timing
 from benchmarks.bench import Bench
 from benchmarks.peers import environment
 from benchmarks.peers.module_gpt2 import GPT2
-from rlhf.models import gpt2
-from rlhf.models.gpt2_config import GPT2Config
-from rlhf.random import key
+from rlhf.io.model_folder import load_language_model, load_reward_model
+from rlhf.models.architecture import architecture_of
 from rlhf.tree import named_leaves
 
 ROOT = Path(__file__).parents[1]
@@ -136,14 +135,26 @@ def test_a_ppo_iteration_has_its_generation_three_scorings_and_all_updates(bench
     assert len(ppo.work(bench, "shared", "fp32", 0.0).least(4)) == TINY.completion + 2 + epochs * updates * 2
 
 
+def test_an_rloo_iteration_reads_a_prompt_once_and_updates_no_critic(bench):
+    against_trl, against_ours = (work.least(4) for work in rloo.works(bench))
+    prompt, completion, completions = TINY.ppo.prompt, TINY.ppo.completion, TINY.ppo.completions
+    assert against_trl[0].flops == completions // 4 * brute_force_forward(TINY.shape, prompt, 1)
+    scored = completions * brute_force_forward(TINY.shape, prompt + completion, completion)
+    assert [phase.flops for phase in against_trl[completion:]] == [scored, 3 * scored, 0]
+    assert len(against_ours) == completion + 2 + TINY.ppo.updates * 2
+
+
 # ---- what both sides work on
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
-def test_parameters_are_those_of_our_model(name):
+@pytest.mark.parametrize("name", ["tiny", "small", "smollm2"])
+def test_numbers_of_a_shape_are_those_of_our_model(name):
     shape = material.SIZES[name].shape
-    leaves = named_leaves(gpt2.init(GPT2Config(**shape._asdict()), key=key(0)))
+    config = ours.model_shape(shape)
+    leaves = named_leaves(architecture_of(config).empty(config))
     assert sum(leaf.numel() for leaf in leaves.values()) == shape.parameters
+    matrices = [leaf.numel() for path, leaf in leaves.items() if leaf.ndim == 2 and path.split(".")[1:2] == ["0"]]
+    assert sum(matrices) == shape.block_matrices
 
 
 def test_parameters_of_gpt2_are_the_published_number():
@@ -181,6 +192,8 @@ def test_data_have_the_sizes_that_are_promised(size):
     pairs, length = size.pairs
     chosen = material.preferences(size)
     assert {(len(pair[0]), len(pair[1])) for pair in chosen} == {(length, length)}
+    shared = material.pair_prompt(size)
+    assert all(pair[0][:shared] == pair[1][:shared] and pair[0] != pair[1] for pair in chosen)
     assert len(chosen) % pairs == 0
     assert min(min(tokens) for tokens in full) >= material.FIRST_TOKEN
     assert max(max(tokens) for tokens in full) < size.shape.vocab_size
@@ -312,6 +325,23 @@ def test_our_reward_step_reads_both_members_of_every_pair(made):
     assert all(0 < facts["loss"] < 5 for facts in answered)
 
 
+def test_our_dpo_starts_at_its_reference_and_learns_the_pairs_that_come_back(made):
+    ready, answered = rounds_of(ours.dpo, 2 * material.DPO_BATCHES, model=str(made.model), **EAGER)
+    pairs, length = TINY.pairs
+    assert ready["parameters"] == TINY.shape.parameters
+    assert {facts["tokens"] for facts in answered} == {TINY.steps * 2 * pairs * length}
+    assert answered[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    first, second = np.reshape([facts["loss"] for facts in answered], (2, -1)).mean(1)
+    assert second < first
+
+
+def test_our_rloo_makes_one_update_on_four_completions_of_a_prompt(made):
+    iteration = TINY.ppo._replace(prompts=1, samples=4, epochs=1, minibatch=4)
+    settings = {"model": str(made.model), "reward": "benchmarks.material:kindness", "critic": "none"}
+    _, answered = rounds_of(ours.ppo, 2, prompts_file=str(made.prompts), iteration=iteration, **settings, **EAGER)
+    assert [facts["tokens"] for facts in answered] == [4 * (TINY.ppo.prompt + TINY.ppo.completion)] * 2
+
+
 @pytest.mark.parametrize(("critic", "micro"), [("separate", 0), ("shared", 2)])
 def test_our_ppo_is_held_between_iterations_and_ends_when_no_more_are_asked_for(made, critic, micro):
     files = {"model": str(made.model), "reward": str(made.reward), "prompts_file": str(made.prompts)}
@@ -324,6 +354,18 @@ def test_prompts_are_of_the_promised_length_in_our_tokens(made):
     records = json.loads(made.prompts.read_text())
     assert len(records) == 4 * TINY.ppo[0]
     assert {len(record["ids"]) for record in records} == {TINY.prompt}
+
+
+def test_a_pretrained_model_is_loaded_where_it_lies_and_is_the_reward_models_trunk(made, tmp_path):
+    again = ours.make_material(tmp_path, "tiny", made.model)
+    assert again.model == made.model
+    assert again.prompts.read_text() == made.prompts.read_text()
+    trunk = named_leaves(load_reward_model(again.reward).params["trunk"])
+    assert all(
+        torch.equal(leaf, trunk[name]) for name, leaf in named_leaves(load_language_model(made.model).params).items()
+    )
+    with pytest.raises(SystemExit, match=r"--model .* has [\d,]+ parameters; --size small is of one with 940,800"):
+        ours.make_material(tmp_path / "small", "small", made.model)
 
 
 # ---- sides as processes, and whole runs
@@ -538,7 +580,7 @@ def test_every_comparison_runs_to_its_end(bench, which):
     assert title in done.stdout
     assert len(json.loads(done.stdout.splitlines()[-1])["rows"])
     rows = json.loads((bench.output / f"{title}.json").read_text())["rows"]
-    expected = {"startup": 1, "generate": 2, "sft": 6, "reward": 1, "ppo": 3, "memory": 4}
+    expected = {"startup": 1, "generate": 2, "sft": 6, "reward": 1, "dpo": 1, "ppo": 3, "rloo": 2, "memory": 5}
     assert len(rows) == expected[which]
     assert all(row["ratio"] > 0 for row in rows)
     if which == "memory":

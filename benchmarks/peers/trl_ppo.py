@@ -34,10 +34,10 @@ class Hold(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Answer when the iteration is over."""
-        prompts, epochs, minibatch, prompt, completion = self._work.ppo
-        assert self.updates == epochs * prompts // minibatch, self.updates
+        work = self._work.ppo
+        assert self.updates == work.updates, self.updates
         self.updates = 0
-        self._session.answer(tokens=prompts * (prompt + completion))
+        self._session.answer(tokens=work.completions * (work.prompt + work.completion))
         self._go_on()
 
     def count(self, *_: Any) -> None:
@@ -64,7 +64,7 @@ def run(
         precision: fp32, or bf16 under autocast with fp32 weights.
     """
     work = material.SIZES[size]
-    prompts, epochs, minibatch, _, completion = work.ppo
+    prompts, epochs, minibatch, completion = work.ppo.prompts, work.ppo.epochs, work.ppo.minibatch, work.ppo.completion
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     tokenizer.add_special_tokens({"pad_token": "<|never drawn|>"})  # the trainer takes every pad token for an end
     ids = [record["ids"] for record in json.loads(Path(prompts_file).read_text())]

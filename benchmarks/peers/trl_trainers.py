@@ -1,8 +1,8 @@
-"""Optimiser steps of TRL's SFTTrainer and RewardTrainer.
+"""Optimiser steps of the trainers of TRL's newest release: SFT, reward model, DPO and RLOO.
 
-A round is a number of whole turns of the trainer's own loop: loading and collating a batch, forward, backward,
-clipping, update. The loop is held at the end of a step until the next round is asked for. Saving, evaluation and
-logging are off, checkpointed activations too.
+A round is a number of whole turns of the trainer's own loop: loading and collating a batch (in RLOO, generating and
+scoring it), forward, backward, clipping, update. The loop is held at the end of a step until the next round is asked
+for. Saving, evaluation and logging are off, checkpointed activations too.
 """
 
 import tempfile
@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from benchmarks import material
 from benchmarks.session import Session
@@ -23,7 +32,8 @@ class Hold(TrainerCallback):
     def __init__(self, session: Session, steps: int) -> None:
         """Rounds of `steps` steps."""
         self._session, self._steps, self._done = session, steps, 0
-        self.tokens, self.loss = 0, torch.zeros(())
+        self.tokens = 0
+        self.loss: torch.Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         """Wait for the first round."""
@@ -34,7 +44,7 @@ class Hold(TrainerCallback):
         """Answer when the round's last step is done."""
         self._done += 1
         if self._done % self._steps == 0:
-            self._session.answer(tokens=self.tokens, loss=float(self.loss))
+            self._session.answer(tokens=self.tokens, loss=None if self.loss is None else float(self.loss))
             self.tokens = 0
             self._go_on()
 
@@ -73,7 +83,6 @@ def sft(
     work = material.SIZES[size]
     count, longest = work.sft
     data = Dataset.from_dict({"input_ids": material.demonstrations(work, varied)})
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     hold = Hold(session, work.steps)
     with tempfile.TemporaryDirectory() as folder:
         rows = rows or count
@@ -81,7 +90,7 @@ def sft(
         arguments = _common(folder, device, precision, compiled, round(rows / parts)) | {"loss_type": "nll"} | layout
         arguments |= {"gradient_accumulation_steps": parts}
         trainer = _counting(SFTTrainer, hold, lambda inputs: int((inputs["input_ids"] >= material.FIRST_TOKEN).sum()))(
-            model=network,
+            model=_policy(model),
             args=SFTConfig(max_length=longest, completion_only_loss=False, **arguments),
             train_dataset=data,
             processing_class=AutoTokenizer.from_pretrained(model),
@@ -110,6 +119,100 @@ def reward(
             callbacks=[hold],
         )
         trainer.train()
+
+
+def dpo(
+    session: Session, *, model: str, size: str, device: str, precision: str = "fp32", compiled: bool = False
+) -> None:
+    """Steps on preference pairs, with the reference's log-probs computed before the first; arguments as `sft`."""
+    work = material.SIZES[size]
+    count, longest = work.pairs
+    shared = material.pair_prompt(work)
+    pairs = material.preferences(work)[: material.DPO_BATCHES * count]
+    data = Dataset.from_dict(
+        {
+            "prompt_ids": [chosen[:shared] for chosen, _ in pairs],
+            "chosen_ids": [chosen[shared:] for chosen, _ in pairs],
+            "rejected_ids": [rejected[shared:] for _, rejected in pairs],
+        }
+    )
+    hold = Hold(session, work.steps)
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+            return dataset
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _common(folder, device, precision, compiled, count)
+        trainer = _counting(Tokenised, hold, lambda inputs: int(inputs["attention_mask"].sum()))(
+            model=_policy(model),
+            args=DPOConfig(max_length=longest, precompute_ref_log_probs=True, **arguments),
+            train_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(model),
+            callbacks=[hold],
+        )
+        trainer.train()
+
+
+def rloo(
+    session: Session,
+    *,
+    model: str,
+    prompts_file: str,
+    size: str,
+    device: str,
+    iteration: list[int],
+    precision: str = "fp32",
+) -> None:
+    """Iterations of one update each, on completions that all run to the end.
+
+    Args:
+        session: asks for the rounds.
+        model: folder of policy and reference.
+        prompts_file: records with `prompt`.
+        size: of `material.SIZES`.
+        device: cpu or cuda.
+        iteration: of `material.Iteration`.
+        precision: fp32, or bf16 under autocast with fp32 weights.
+    """
+    work = material.Iteration(*iteration)
+    assert (work.epochs, work.minibatch) == (1, work.completions)
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    never = {"pad_token": "<|never drawn|>", "eos_token": "<|never drawn|>"}  # an end would be masked
+    tokenizer.add_special_tokens(never)
+    prompts = Dataset.from_list([{"prompt": record["prompt"]} for record in material.records(prompts_file)])
+    network = _policy(model)
+    network.generation_config.eos_token_id = None
+    hold = Hold(session, 1)
+
+    class Counting(RLOOTrainer):
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            inputs = super()._prepare_inputs(generation_batch)
+            hold.tokens += int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
+            return inputs
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _common(folder, device, precision, False, work.minibatch) | {"learning_rate": 3e-6}
+        del arguments["train_sampling_strategy"]
+        trainer = Counting(
+            model=network,
+            reward_funcs=material.kindness,
+            args=RLOOConfig(
+                num_generations=work.samples,
+                max_completion_length=work.completion,
+                temperature=1.0,
+                beta=0.2,
+                **arguments,
+            ),
+            train_dataset=prompts,
+            processing_class=tokenizer,
+            callbacks=[hold],
+        )
+        trainer.train()
+
+
+def _policy(model: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
 def _common(folder: str, device: str, precision: str, compiled: bool, rows: int) -> dict[str, Any]:
