@@ -32,10 +32,13 @@ class Benchmarks:
             "scaling",
             "real-data",
             "learning",
+            "table",
             "peers",
         ]
     ] = "all"
-    """What to measure; `peers` makes the environment of those we are compared with."""
+    """What to measure; `peers` makes the environment of those we are compared with, `table` README.md's tables."""
+    folder: tyro.conf.Positional[Path | None] = None
+    """For `table`: a folder of results, which docs/results/benchmarks keeps; none takes those that it has."""
     size: Literal["tiny", "small", "gpt2", "gpt2-gpu"] = "small"
     """Of the model: 4 layers of 128, or GPT-2 with 124M parameters, also with the work of a large GPU; tiny shows that
     everything runs."""
@@ -69,6 +72,13 @@ def main(asked: Benchmarks) -> None:
         from benchmarks.peers.environment import make
 
         make(asked.peers)
+        return
+    if asked.folder is not None and asked.which != "table":
+        raise SystemExit(f"python -m benchmarks {asked.which} takes no folder; --output says where results go")
+    if asked.which == "table":
+        from benchmarks import table
+
+        table.run(asked.folder, COMPARISONS)
         return
     if asked.which == "real-data":
         from benchmarks import real_data
