@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import importlib
 import itertools
 import os
@@ -80,7 +79,6 @@ def compiled(function: Callable[..., Any], folder: Path, *, compile_products: bo
                 warnings.filterwarnings("ignore", message=advice)
             result = traced(params, second, *batch, **options)
         graph = traced
-        gc.collect()  # tracing leaves hundreds of thousands of objects in cycles, 40 MB
         return result
 
     return call
