@@ -36,9 +36,7 @@ class Benchmarks:
             "peers",
         ]
     ] = "all"
-    """What to measure; `peers` makes the environment of those we are compared with, `table` README.md's tables."""
-    folder: tyro.conf.Positional[Path | None] = None
-    """For `table`: a folder of results, which docs/results/benchmarks keeps; none takes those that it has."""
+    """What to measure; `peers` makes the environment of those we are compared with."""
     size: Literal["tiny", "small", "gpt2", "gpt2-gpu"] = "small"
     """Of the model: 4 layers of 128, or GPT-2 with 124M parameters, also with the work of a large GPU; tiny shows that
     everything runs."""
@@ -64,6 +62,9 @@ class Benchmarks:
     """Folder for the JSON files and the sides' logs."""
     against: Path | None = None
     """An earlier JSON file, or a folder of them, to compare this run with."""
+    folder: tyro.conf.Positional[Path | None] = None
+    """For `table`, which makes README.md's tables: a folder of results, which docs/results/benchmarks then keeps; none
+    takes those that it has."""
 
 
 def main(asked: Benchmarks) -> None:

@@ -98,7 +98,7 @@ def test_a_folder_without_results_is_refused(tmp_path):
 
 def test_other_programs_take_no_folder(tmp_path):
     with pytest.raises(SystemExit, match="--output says where results go"):
-        program.main(program.Benchmarks("sft", tmp_path))
+        program.main(program.Benchmarks("sft", folder=tmp_path))
 
 
 def test_results_say_what_their_figures_depend_on():
