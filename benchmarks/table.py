@@ -52,8 +52,8 @@ def replace(text: str, made: str) -> str:
 
 def tables(record: Path, programs: Sequence[str]) -> str:
     """Return a line of origin and a table for each folder of the record."""
-    folders = sorted(path for path in record.glob("*") if path.is_dir())
-    return "\n".join(_table([json.loads(path.read_text()) for path in _files(each, programs)]) for each in folders)
+    kinds = [_files(folder, programs) for folder in sorted(record.glob("*"))]
+    return "\n".join(_table([json.loads(path.read_text()) for path in paths]) for paths in kinds if paths)
 
 
 def _files(folder: Path, programs: Sequence[str]) -> list[Path]:
