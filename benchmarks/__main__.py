@@ -34,6 +34,7 @@ class Benchmarks:
             "scaling",
             "real-data",
             "learning",
+            "table",
             "peers",
         ]
     ] = "all"
@@ -65,6 +66,9 @@ class Benchmarks:
     """Folder for the JSON files and the sides' logs."""
     against: Path | None = None
     """An earlier JSON file, or a folder of them, to compare this run with."""
+    folder: tyro.conf.Positional[Path | None] = None
+    """For `table`, which makes README.md's tables: a folder of results, which docs/results/benchmarks then keeps; none
+    takes those that it has."""
 
 
 def main(asked: Benchmarks) -> None:
@@ -73,6 +77,13 @@ def main(asked: Benchmarks) -> None:
         from benchmarks.peers.environment import make
 
         make(asked.peers)
+        return
+    if asked.folder is not None and asked.which != "table":
+        raise SystemExit(f"python -m benchmarks {asked.which} takes no folder; --output says where results go")
+    if asked.which == "table":
+        from benchmarks import table
+
+        table.run(asked.folder, COMPARISONS)
         return
     if asked.which == "real-data":
         from benchmarks import real_data

@@ -20,7 +20,7 @@ from benchmarks.peers.environment import python_of
 from benchmarks.sides import ENVIRONMENT, ROOT, SideError
 from benchmarks.timing import interleave, ratio, report, spread
 
-_TARGET = 0.6
+_TARGET = 0.5
 _LIMIT = 600.0
 """Seconds after which a start has failed."""
 

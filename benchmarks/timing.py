@@ -15,6 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peers.environment import pinned
+from rlhf.io.provenance import code_commit
+
 console = Console() if sys.stdout.isatty() else Console(width=200)
 
 
@@ -46,8 +49,13 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def spread(times: list[float]) -> str:
     """Median and extremes, in milliseconds."""
-    figures = summary(times)
-    return f"{1e3 * figures['median']:.4g} [{1e3 * figures['min']:.4g} to {1e3 * figures['max']:.4g}]"
+    median, low, high = (_digits(1e3 * summary(times)[name]) for name in ("median", "min", "max"))
+    return f"{median} [{low} to {high}]"
+
+
+def _digits(value: float) -> str:
+    """Four of them, without an exponent."""
+    return f"{float(f'{value:.4g}'):.12g}"
 
 
 def ratio(times: list[float], reference: list[float]) -> float:
@@ -58,12 +66,16 @@ def ratio(times: list[float], reference: list[float]) -> float:
 def machine() -> dict[str, str]:
     """What the figures depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    units = [unit for unit in ("amx_bf16", "avx512_bf16") if unit in facts.get("flags", "").split()]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": facts.get("model name", platform.processor()),
+        "bf16_units": units[0] if units else "none",
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "ray", "numpy")},
+        "peers": pinned(),
+        "commit": code_commit(Path(__file__).parent) or "unknown",
     }
 
 

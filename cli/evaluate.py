@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, check_inputs, run_command
 from rlhf.cli.help import Help
-from rlhf.cli.process import command_line
+from rlhf.cli.process import command_line, fast_imports
 
 from rlhf.evaluate.evaluate_config import MODEL_DIR, EvaluateConfig
 from rlhf.io.files import check_folder
@@ -47,12 +47,13 @@ def _evaluate(argv: list[str]) -> None:
         {"--test-data": config.test_data, "--train-data": config.train_data},
         {"--against": config.against, "--reward-model": config.reward_model},
     )
-    from rich.console import Console  # here, because it may take a second
-    from rlhf.cli.evaluate_tables import show_report
-    from rlhf.cli.terminal import spinner
+    with fast_imports():  # here, because importing torch takes seconds
+        from rich.console import Console
+        from rlhf.cli.evaluate_tables import show_report
+        from rlhf.cli.terminal import spinner
 
-    from rlhf.evaluate.evaluation import run_evaluation
-    from rlhf.execution.memory import keep_freed_memory
+        from rlhf.evaluate.evaluation import run_evaluation
+        from rlhf.execution.memory import keep_freed_memory
 
     keep_freed_memory()
     show_report(run_evaluation(config, spinner), Console(highlight=False))

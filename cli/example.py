@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import run_command
 from rlhf.cli.help import Help
-from rlhf.cli.process import command_line
+from rlhf.cli.process import command_line, fast_imports
 from rlhf.cli.terminal import stderr_console
 
 from rlhf.errors import UserError
@@ -64,11 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _example(example: Example) -> None:
     base = load_config(example.config)
-    from rlhf.cli.training import open_training
+    with fast_imports():  # here, because importing torch takes seconds
+        from rlhf.cli.training import open_training
 
-    from rlhf.data.demo_data import EmbeddedFiles, write_embedded  # imported here because it may take a second
-    from rlhf.demo.demo import check_example, run_example
-    from rlhf.distributed.compute_context import available_cores
+        from rlhf.data.demo_data import EmbeddedFiles, write_embedded
+        from rlhf.demo.demo import check_example, run_example
+        from rlhf.distributed.compute_context import available_cores
 
     output_dir = example.output_dir if example.resume else _free_name(example.output_dir)
     data = output_dir / "data"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import check_inputs, run_command
 from rlhf.cli.help import Help
-from rlhf.cli.process import command_line
+from rlhf.cli.process import command_line, fast_imports
 
 from rlhf.generate.generate_config import GenerateConfig
 
@@ -37,10 +37,11 @@ def parse(argv: Sequence[str]) -> GenerateConfig:
 def _generate(config: GenerateConfig) -> None:
     folders = {"--model-dir": config.model_dir, "--against": config.against, "--reward-model": config.reward_model}
     check_inputs({"--prompt-file": config.prompt_file}, folders)
-    from rich.console import Console  # here, because it may take a second
-    from rlhf.cli.generate_screen import run_generate
+    with fast_imports():  # here, because importing torch takes seconds
+        from rich.console import Console
+        from rlhf.cli.generate_screen import run_generate
 
-    from rlhf.execution.memory import keep_freed_memory
+        from rlhf.execution.memory import keep_freed_memory
 
     keep_freed_memory()
     run_generate(config, Console(highlight=False))

@@ -18,7 +18,7 @@ import tyro
 from rlhf.cli.arguments import parse_arguments
 from rlhf.cli.command import base_config, check_inputs, describe, run_command
 from rlhf.cli.help import Help, help_of_commands
-from rlhf.cli.process import command_line
+from rlhf.cli.process import command_line, fast_imports
 from rlhf.cli.terminal import stderr_console
 
 import rlhf
@@ -93,10 +93,11 @@ def _commands() -> dict[str, tuple[type[RunConfig], str]]:
 def _train(argv: list[str]) -> None:
     config = parse(argv)
     _check_paths(config)
-    from rich.text import Text  # imported here because it may take a second
-    from rlhf.cli.training import open_training
+    with fast_imports():  # here, because importing torch takes seconds
+        from rich.text import Text
+        from rlhf.cli.training import open_training
 
-    from rlhf.train.pipeline import run_stages
+        from rlhf.train.pipeline import run_stages
 
     console = stderr_console()
     console.print(Text.assemble((f"rlhf-train {argv[0]}", "bold"), f" → {config.output_dir}"), soft_wrap=True)

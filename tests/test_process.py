@@ -211,3 +211,35 @@ def test_a_relative_cache_folder_is_ignored(monkeypatch, tmp_path, value):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     assert default_cache_dir() == tmp_path / ".cache" / "rlhf"
+
+
+def test_torch_is_imported_without_collections_whose_objects_later_ones_skip():
+    code = """
+import gc, sys
+from rlhf.cli.process import fast_imports
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(phase))
+before = len(collections)
+with fast_imports():
+    import torch
+    assert len(collections) == before
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+frozen = gc.get_freeze_count()
+with fast_imports():
+    assert gc.isenabled()
+assert gc.get_freeze_count() == frozen
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_collections_go_on_after_an_import_that_fails():
+    code = """
+import gc
+from rlhf.cli.process import fast_imports
+try:
+    with fast_imports():
+        import no_such_module
+except ImportError:
+    assert gc.isenabled() and not gc.get_freeze_count()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TRL_WITH_PPO = "trl-with-ppo"
 """Folder in the environment."""
+_REQUIREMENTS = ("requirements.txt", "requirements-ppo.txt")
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
 """Has the builds of torch whose version ends in +cpu or +cu130, which PyPI has not."""
 
@@ -27,9 +28,18 @@ def _installs(folder: Path, torch: str) -> list[list[str]]:
     beside = ["--no-deps", "--upgrade", "--target", str(folder / TRL_WITH_PPO)]
     return [
         [*index, f"torch=={torch}"],
-        [f"torch=={torch}", "--requirement", str(HERE / "requirements.txt")],
-        [*beside, "--requirement", str(HERE / "requirements-ppo.txt")],
+        [f"torch=={torch}", "--requirement", str(HERE / _REQUIREMENTS[0])],
+        [*beside, "--requirement", str(HERE / _REQUIREMENTS[1])],
     ]
+
+
+def pinned() -> str:
+    """What the requirements files pin: transformers 5.23.0 and so on."""
+    newest, with_ppo = (
+        ", ".join(line.replace("==", " ") for line in (HERE / name).read_text().splitlines() if "==" in line)
+        for name in _REQUIREMENTS
+    )
+    return f"{newest}, for PPO {with_ppo}"
 
 
 def python_of(folder: Path) -> Path:
