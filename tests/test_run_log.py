@@ -1,12 +1,8 @@
 """What a run writes to logs/: whole JSON lines whatever is in them, cut back exactly when a run is resumed."""
 
 import contextlib
-import io
 import json
 import math
-import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.io.event_file import record
 from rlhf.io.run_log import FORMAT, RunLog
 
 NASTY = 'a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x00h\r\ni\x7fj\ufeffk𝄞 "\\'
@@ -176,26 +171,3 @@ def test_tensorboard_can_be_switched_off_and_stages_do_not_mix(tmp_path):
             log.metrics(1, {f"only/{stage}": math.inf, "x": 3.0})
     assert set(scalars(tmp_path / "tensorboard" / "reward")) == {"only/reward", "x"}
     assert set(scalars(tmp_path / "tensorboard" / "ppo")) == {"only/ppo", "x"}
-
-
-@pytest.mark.parametrize("length", [0, 1, 7, 1000])
-def test_records_are_those_of_tensorboards_own_writer(length):
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    data = random.Random(length).randbytes(length)
-    RecordWriter(stream := io.BytesIO()).write(data)
-    assert record(data) == stream.getvalue()
-
-
-def test_writing_event_files_does_not_wait_for_tensorboards_plugins(tmp_path):
-    code = f"""
-import sys
-from pathlib import Path
-from rlhf.io.run_log import RunLog
-log = RunLog(Path({str(tmp_path)!r}), "sft")
-log.metrics(1, {{"x": 1.0}})
-log.close()
-assert "tensorboard.compat.proto.event_pb2" in sys.modules and {{"absl", "tensorboard.summary"}}.isdisjoint(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert scalars(tmp_path / "tensorboard" / "sft") == {"x": [(1, 1.0)]}

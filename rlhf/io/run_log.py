@@ -7,13 +7,14 @@ started, resumed, was interrupted or ended. Values that are not finite are writt
 import contextlib
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.io.event_file import EventFile
 from rlhf.io.files import clear_write_errors, write_bytes
 
 FORMAT = 1
@@ -51,7 +52,7 @@ class RunLog:
             UserError: `check_logs` refuses the folder, or the files cannot be written.
         """
         self._stage, self._sink = stage, sink
-        self._board = EventFile(folder / "tensorboard" / stage, after_step) if tensorboard else None
+        self._board = _Board(folder / "tensorboard" / stage, after_step) if tensorboard else None
         with clear_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             check_logs(folder)
@@ -135,3 +136,31 @@ def _drop_later(path: Path, stage: str, step: int) -> None:
         if not later:
             lines.append(line.decode() + "\n")
     write_bytes(path, "".join(lines).encode())
+
+
+class _Board:
+    """An event file for TensorBoard, flushed immediately. SummaryWriter would write, and fail, in a thread."""
+
+    def __init__(self, folder: Path, after_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # here, because importing it takes a while
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = Event
+        self._waiting = [Event(wall_time=time.time(), file_version="brain.Event:2")]  # until there is more to write
+        if after_step is not None:  # TensorBoard then forgets what older files have from this step on
+            self._waiting.append(Event(step=after_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        with clear_write_errors(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._records = RecordWriter(self._path.open("wb"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        summary = {"value": [{"tag": name, "simple_value": value} for name, value in values.items()]}
+        self._waiting.append(self._event(wall_time=time.time(), step=step, summary=summary))
+        with clear_write_errors(self._path):
+            while self._waiting:
+                self._records.write(self._waiting.pop(0).SerializeToString())
+            self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
