@@ -252,9 +252,9 @@ def _actor_class() -> Any:
         def ping(self) -> int:
             return os.getpid()
 
-        def load(self, make_worker: Callable[[], Worker], *arguments: Any) -> None:
+        def load(self, make_worker: Callable[[], Worker], *arguments: Any) -> int:
             self.worker = make_worker()  # here, so that the process answers pings while it imports torch
-            self.worker.load(*arguments)
+            return self.worker.load(*arguments)
 
         def call(self, method: str, *arguments: Any) -> Any:
             return getattr(self.worker, method)(*arguments)

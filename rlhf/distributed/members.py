@@ -49,11 +49,15 @@ class Members:
 
     def join(self) -> None:
         """Make all processes form the next generation of the group, after they have loaded the program."""
-        self.collect({member.loaded: member for member in self.all})
+        loaded = self.collect({member.loaded: member for member in self.all})
+        connected = self._cluster.dist.backend == "gloo"  # as if each process had a machine of its own
+        machine = dict(zip(self.all, range(len(loaded)) if connected else loaded, strict=True))
+        self.workers.sort(key=lambda worker: machine[worker])  # those of one machine are neighbours in the tree
         self._generation += 1
         workers, servers = len(self.workers), len(self.servers)
         store = (self._cluster.host, self._cluster.store.port)
-        ranks = [RankInfo(self._generation, rank, workers, servers) for rank in range(workers + servers)]
+        machines = tuple(machine[member] for member in self.all)
+        ranks = [RankInfo(self._generation, rank, workers, servers, machines) for rank in range(workers + servers)]
         self.collect(self.begin((member, "join", rank, *store) for member, rank in zip(self.all, ranks, strict=True)))
 
     def replace(self, lost: Sequence[Member]) -> None:

@@ -9,10 +9,13 @@ An optimiser step is one call on every member, in which all members run
     reduce          each owner of a shard receives its range of the sums of all subtrees and adds them in tree order
     decide          all members gather losses, counts and squared norms, and make the same decision about the update
     publish         each owner updates its shard and sends its parameters to all workers
+
+Between a machine and an owner on another one, one member of the machine, the delegate, adds up what the workers of the
+machine send, and passes on to them what the owner sends. Everything crosses once per machine.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +23,10 @@ import torch
 from torch import Tensor
 
 from rlhf.distributed.collectives import Group, GroupError, RankInfo, connect_store
-from rlhf.distributed.exchange import Exchange
+from rlhf.distributed.exchange import BackendExchange
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
 from rlhf.distributed.partition import SUBTREES, Range, join_sums, shard_ranges, subtrees
+from rlhf.distributed.shared_memory import machine_number
 from rlhf.execution.frozen import FrozenModels
 from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
@@ -53,8 +57,8 @@ class Worker:
         self._group: Group | None = None
         self._shard: Shard | None = None
 
-    def load(self, make_program: Callable[[], Program], layout: FlatLayout, frozen: dict[str, Tree]) -> None:
-        """Load a program and its frozen models. `restore` loads the parameters.
+    def load(self, make_program: Callable[[], Program], layout: FlatLayout, frozen: dict[str, Tree]) -> int:
+        """Load a program and its frozen models, and return the number of this machine. `restore` loads the parameters.
 
         Args:
             make_program: function that returns the program.
@@ -65,6 +69,7 @@ class Worker:
         self._program, self._layout = make_program(), layout
         self._frozen = FrozenModels(self._program, from_numpy(frozen, self._device))
         self._gradients = make_gradients(self._program, layout)
+        return machine_number()
 
     def join(self, rank_info: RankInfo, host: str, port: int) -> None:
         """Form a new generation with the other members.
@@ -84,6 +89,14 @@ class Worker:
         )
         self._rank_info, self._computes = rank_info, rank_info.rank < rank_info.workers
         self._ranges = dict(zip(rank_info.owners, shard_ranges(self._layout.size, len(rank_info.owners)), strict=True))
+        me, machine, workers = rank_info.rank, rank_info.machine_of(rank_info.rank), rank_info.workers_by_machine()
+        self._near = workers.get(machine, [])  # workers of this machine
+        self._delegates = {owner: rank_info.delegates(owner).get(machine, owner) for owner in self._ranges}
+        self._delegated = {owner: slice(*part) for owner, part in self._ranges.items() if self._delegates[owner] == me}
+        self._far: dict[int, list[int]] = {}  # workers of each other machine, by the delegate to this owner
+        if me in self._ranges:
+            delegates = rank_info.delegates(me)
+            self._far = {delegates[other]: workers[other] for other in workers if other != machine}
         self._sums: dict[Range, Tensor] = {}
 
     def leave(self) -> None:
@@ -198,12 +211,18 @@ class Worker:
 
     def publish(self) -> None:
         """Send this member's range of the parameters to all workers, and receive the other ranges."""
-        me, sends, receives = self._rank_info.rank, [], []
+        me, group = self._rank_info.rank, self._group_now()
+        known = {owner: self._flat[part] for owner, part in self._delegated.items() if owner != me}
+        receives = list(known.items())
         if self._shard is not None:
-            sends = [(rank, self._shard.params) for rank in range(self._rank_info.workers) if rank != me]
+            known[me] = self._shard.params
+        group.exchange([(delegate, known[me]) for delegate in self._far], receives).finish()
+        sends = [(rank, known[owner]) for owner in self._delegated for rank in self._near if rank != me]
+        receives = []
         if self._computes:
-            receives = [(owner, self._flat[slice(*part)]) for owner, part in self._ranges.items() if owner != me]
-        self._group_now().exchange(sends, receives).finish()
+            others = [(owner, part) for owner, part in self._ranges.items() if owner not in self._delegated]
+            receives = [(self._delegates[owner], self._flat[slice(*part)]) for owner, part in others]
+        group.exchange_within(sends, receives).finish()
 
     def is_batch_finite(self, name: str, batch: Any) -> bool:
         """Return True if loss, metrics and gradient of a micro-batch are finite."""
@@ -251,35 +270,43 @@ class Worker:
         return self._group
 
     def _reduce_tree(self, assignment: Sequence[Range]) -> None:
-        """Exchange the sums of subtrees all-to-all, and add them up."""
-        me, total = self._rank_info.rank, _total(assignment)
-        parts = [(owner, slice(*part)) for owner, part in self._ranges.items() if owner != me]
-        sends = [(owner, flat[part]) for owner, part in parts for flat in self._sums.values()]
-        remote: list[tuple[int, Range]] = []  # (rank, subtree) of the sums to receive
-        if self._shard is not None:
-            remote = [
-                (rank, subtree)
-                for rank, batches in enumerate(assignment)
-                if rank != me
-                for subtree in subtrees(*batches, total)
-            ]
-        exchange = self._group_now().exchange(sends, [(rank, len(self._gradient)) for rank, _ in remote])
-        if self._shard is not None:
-            self.add_up(exchange, [subtree for _, subtree in remote], total)
-        exchange.finish()
+        """Exchange the sums of subtrees within the machine, then those of machines with the owners, and add them up."""
+        me, group, total = self._rank_info.rank, self._group_now(), _total(assignment)
 
-    def add_up(self, exchange: Exchange, remote: Sequence[Range], total: int) -> None:
-        """Sum the gradient of this member's shard, segment by segment as other members' sums arrive.
+        def subtrees_of(workers: Sequence[int]) -> tuple[Range, ...]:
+            return subtrees(assignment[workers[0]][0], assignment[workers[-1]][1], total) if workers else ()
+
+        others = [(owner, slice(*part)) for owner, part in self._ranges.items() if owner not in self._delegated]
+        sends = [(self._delegates[owner], flat[part]) for flat in self._sums.values() for owner, part in others]
+        near = [(rank, subtree) for rank in self._near if rank != me for subtree in subtrees_of([rank])]
+        sizes = [part.stop - part.start for part in self._delegated.values()]
+        within = group.exchange_within(sends, [(rank, size) for rank, _ in near for size in sizes])
+        arrived, sums = within.arrived(), dict[int, dict[Range, Tensor]]()
+        for number, (owner, part) in enumerate(self._delegated.items()):
+            sums[owner] = {subtree: flat[part] for subtree, flat in self._sums.items()}
+            sums[owner].update(zip((subtree for _, subtree in near), arrived[number :: len(sizes)], strict=True))
+
+        owners = [owner for owner in self._delegated if owner != me]
+        sends = [(owner, _joined(sums[owner], subtree)) for owner in owners for subtree in subtrees_of(self._near)]
+        far = [(delegate, subtree) for delegate, workers in self._far.items() for subtree in subtrees_of(workers)]
+        between = group.exchange(sends, [(rank, len(self._gradient)) for rank, _ in far])
+        if self._shard is not None:
+            self.add_up(between, sums[me], [subtree for _, subtree in far], total)
+        between.finish()
+        within.finish()
+
+    def add_up(self, exchange: BackendExchange, sums: Mapping[Range, Tensor], far: Sequence[Range], total: int) -> None:
+        """Sum the gradient of this member's shard, segment by segment as other machines' sums arrive.
 
         Args:
             exchange: exchange of the sums.
-            remote: subtree of each received tensor.
+            sums: sum of each subtree of this machine.
+            far: subtree of each received tensor.
             total: number of micro-batches.
         """
-        shard_part = slice(*self._ranges[self._rank_info.rank])
         for segment, arrived in exchange.segments(len(self._gradient)):
-            sums = {subtree: flat[shard_part][segment] for subtree, flat in self._sums.items()}
-            join_sums(sums | dict(zip(remote, arrived, strict=True)), total, out=self._gradient[segment])
+            known = {subtree: flat[segment] for subtree, flat in sums.items()}
+            join_sums(known | dict(zip(far, arrived, strict=True)), (0, total), out=self._gradient[segment])
 
     def _reduce_ring(self) -> None:
         sums = list(self._sums.values())
@@ -287,6 +314,15 @@ class Worker:
         self._group_now().all_reduce(total)
         if self._shard is not None:
             self._gradient.copy_(total[slice(*self._ranges[self._rank_info.rank])])
+
+
+def _joined(sums: Mapping[Range, Tensor], whole: Range) -> Tensor:
+    """Return the sum of subtrees that make up a larger subtree, without a copy if it is one of them."""
+    if whole in sums:
+        return sums[whole]
+    out = torch.empty_like(next(iter(sums.values())))
+    join_sums(sums, whole, out=out)
+    return out
 
 
 def _total(assignment: Sequence[Range]) -> int:
