@@ -66,23 +66,6 @@ class RankInfo(NamedTuple):
         """Return the machine of a rank."""
         return self.machines[rank] if self.machines else 0
 
-    def workers_by_machine(self) -> dict[int, list[int]]:
-        """Return the ranks of the workers of each machine that has any."""
-        workers: dict[int, list[int]] = {}
-        for rank in range(self.workers):
-            workers.setdefault(self.machine_of(rank), []).append(rank)
-        return workers
-
-    def delegates(self, owner: int) -> dict[int, int]:
-        """Return the rank that sends to an owner and receives from it on behalf of the workers of each machine.
-
-        On the owner's own machine, this is the owner.
-        """
-        return {
-            machine: owner if machine == self.machine_of(owner) else workers[owner % len(workers)]
-            for machine, workers in self.workers_by_machine().items()
-        }
-
 
 class Group:
     """One generation of processes. All methods except `close` raise GroupError if the group has failed."""

@@ -8,7 +8,7 @@ of the sum, is the same for any number of workers and machines.
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -60,14 +60,25 @@ def subtrees(start: int, stop: int, total: int) -> tuple[Range, ...]:
     return tuple(ranges)
 
 
-def join_sums(sums: Mapping[Range, Tensor], whole: Range, *, out: Tensor) -> None:
-    """Write the sum of subtrees that make up a larger subtree to `out`, in the order of `rlhf.tree.tree_sum`.
+def joint_subtrees(assignment: Sequence[Range], workers: Sequence[int]) -> tuple[Range, ...]:
+    """Return the smallest set of whole subtrees that consecutive workers have together."""
+    total = max(stop for _, stop in assignment)
+    return subtrees(assignment[workers[0]][0], assignment[workers[-1]][1], total) if workers else ()
+
+
+def join_sums(sums: Mapping[Range, Tensor], whole: Range, *, out: Tensor | None = None) -> Tensor:
+    """Return the sum of subtrees that make up a larger subtree, in the order of `rlhf.tree.tree_sum`.
 
     Args:
         sums: [n] sum of each subtree. There may be more than those that are added.
         whole: the larger subtree.
-        out: [n] result, which must not be one of the sums.
+        out: [n] tensor of the result, which must not be one of the sums. If None, the result is a new tensor, or the
+            sum of the larger subtree if it is known.
     """
+    if out is None:
+        if whole in sums:
+            return sums[whole]
+        out = torch.empty_like(next(iter(sums.values())))
 
     def add(start: int, stop: int, part: slice, out: Tensor | None = None) -> Tensor:
         if (start, stop) in sums:
@@ -79,6 +90,7 @@ def join_sums(sums: Mapping[Range, Tensor], whole: Range, *, out: Tensor) -> Non
     for begin in range(0, len(out), block):
         part = slice(begin, begin + block)
         add(*whole, part, out[part])
+    return out
 
 
 def shard_ranges(size: int, shards: int) -> tuple[Range, ...]:

@@ -10,8 +10,7 @@ An optimiser step is one call on every member, in which all members run
     decide          all members gather losses, counts and squared norms, and make the same decision about the update
     publish         each owner updates its shard and sends its parameters to all workers
 
-Between a machine and an owner on another one, one member of the machine, the delegate, adds up what the workers of the
-machine send, and passes on to them what the owner sends. Everything crosses once per machine.
+Sums and parameters take the routes of `rlhf.distributed.routes`.
 """
 
 import contextlib
@@ -25,7 +24,8 @@ from torch import Tensor
 from rlhf.distributed.collectives import Group, GroupError, RankInfo, connect_store
 from rlhf.distributed.exchange import BackendExchange
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
-from rlhf.distributed.partition import SUBTREES, Range, join_sums, shard_ranges, subtrees
+from rlhf.distributed.partition import SUBTREES, Range, join_sums, joint_subtrees, shard_ranges
+from rlhf.distributed.routes import find_routes
 from rlhf.distributed.shared_memory import machine_number
 from rlhf.execution.frozen import FrozenModels
 from rlhf.execution.gradients import make_gradients
@@ -89,14 +89,7 @@ class Worker:
         )
         self._rank_info, self._computes = rank_info, rank_info.rank < rank_info.workers
         self._ranges = dict(zip(rank_info.owners, shard_ranges(self._layout.size, len(rank_info.owners)), strict=True))
-        me, machine, workers = rank_info.rank, rank_info.machine_of(rank_info.rank), rank_info.workers_by_machine()
-        self._near = workers.get(machine, [])  # workers of this machine
-        self._delegates = {owner: rank_info.delegates(owner).get(machine, owner) for owner in self._ranges}
-        self._delegated = {owner: slice(*part) for owner, part in self._ranges.items() if self._delegates[owner] == me}
-        self._far: dict[int, list[int]] = {}  # workers of each other machine, by the delegate to this owner
-        if me in self._ranges:
-            delegates = rank_info.delegates(me)
-            self._far = {delegates[other]: workers[other] for other in workers if other != machine}
+        self._routes = find_routes(rank_info, self._ranges)
         self._sums: dict[Range, Tensor] = {}
 
     def leave(self) -> None:
@@ -176,7 +169,7 @@ class Worker:
 
     def sum_gradients(self, name: str, assignment: Sequence[Range], batches: Sequence[Any]) -> list[Any]:
         """Sum the gradients of this member's micro-batches by subtree, and return the results of its micro-batches."""
-        (first, stop), results = assignment[self._rank_info.rank], []
+        first, results = assignment[self._rank_info.rank][0], []
 
         def gradient(batch: Any) -> Tensor:
             flat, result = self._gradients[name](self._params, self._frozen.prepared, self._batch(batch))
@@ -185,7 +178,7 @@ class Worker:
 
         self._sums = {
             (start, end): tree_sum(map(gradient, batches[start - first : end - first]), add=Tensor.add_)
-            for start, end in subtrees(first, stop, _total(assignment))
+            for start, end in joint_subtrees(assignment, [self._rank_info.rank])
         }
         return results
 
@@ -211,18 +204,15 @@ class Worker:
 
     def publish(self) -> None:
         """Send this member's range of the parameters to all workers, and receive the other ranges."""
-        me, group = self._rank_info.rank, self._group_now()
-        known = {owner: self._flat[part] for owner, part in self._delegated.items() if owner != me}
+        me, group, routes = self._rank_info.rank, self._group_now(), self._routes
+        known = {owner: self._flat[part] for owner, part in routes.delegated.items() if owner != me}
         receives = list(known.items())
         if self._shard is not None:
             known[me] = self._shard.params
-        group.exchange([(delegate, known[me]) for delegate in self._far], receives).finish()
-        sends = [(rank, known[owner]) for owner in self._delegated for rank in self._near if rank != me]
-        receives = []
-        if self._computes:
-            others = [(owner, part) for owner, part in self._ranges.items() if owner not in self._delegated]
-            receives = [(self._delegates[owner], self._flat[slice(*part)]) for owner, part in others]
-        group.exchange_within(sends, receives).finish()
+        group.exchange([(delegate, known[me]) for delegate in routes.far], receives).finish()
+        sends = [(rank, known[owner]) for owner in routes.delegated for rank in routes.neighbours]
+        others = routes.others.items() if self._computes else ()
+        group.exchange_within(sends, [(routes.delegates[owner], self._flat[part]) for owner, part in others]).finish()
 
     def is_batch_finite(self, name: str, batch: Any) -> bool:
         """Return True if loss, metrics and gradient of a micro-batch are finite."""
@@ -271,42 +261,36 @@ class Worker:
 
     def _reduce_tree(self, assignment: Sequence[Range]) -> None:
         """Exchange the sums of subtrees within the machine, then those of machines with the owners, and add them up."""
-        me, group, total = self._rank_info.rank, self._group_now(), _total(assignment)
-
-        def subtrees_of(workers: Sequence[int]) -> tuple[Range, ...]:
-            return subtrees(assignment[workers[0]][0], assignment[workers[-1]][1], total) if workers else ()
-
-        others = [(owner, slice(*part)) for owner, part in self._ranges.items() if owner not in self._delegated]
-        sends = [(self._delegates[owner], flat[part]) for flat in self._sums.values() for owner, part in others]
-        near = [(rank, subtree) for rank in self._near if rank != me for subtree in subtrees_of([rank])]
-        sizes = [part.stop - part.start for part in self._delegated.values()]
-        within = group.exchange_within(sends, [(rank, size) for rank, _ in near for size in sizes])
+        me, group, routes, flats = self._rank_info.rank, self._group_now(), self._routes, self._sums.values()
+        sends = [(routes.delegates[owner], flat[part]) for flat in flats for owner, part in routes.others.items()]
+        near = {subtree: rank for rank in routes.neighbours for subtree in joint_subtrees(assignment, [rank])}
+        sizes = [part.stop - part.start for part in routes.delegated.values()]
+        within = group.exchange_within(sends, [(rank, size) for rank in near.values() for size in sizes])
         arrived, sums = within.arrived(), dict[int, dict[Range, Tensor]]()
-        for number, (owner, part) in enumerate(self._delegated.items()):
+        for number, (owner, part) in enumerate(routes.delegated.items()):
             sums[owner] = {subtree: flat[part] for subtree, flat in self._sums.items()}
-            sums[owner].update(zip((subtree for _, subtree in near), arrived[number :: len(sizes)], strict=True))
-
-        owners = [owner for owner in self._delegated if owner != me]
-        sends = [(owner, _joined(sums[owner], subtree)) for owner in owners for subtree in subtrees_of(self._near)]
-        far = [(delegate, subtree) for delegate, workers in self._far.items() for subtree in subtrees_of(workers)]
-        between = group.exchange(sends, [(rank, len(self._gradient)) for rank, _ in far])
+            sums[owner].update(zip(near, arrived[number :: len(sizes)], strict=True))
+        own = joint_subtrees(assignment, routes.workers)
+        sends = [(owner, join_sums(sums[owner], subtree)) for owner in sums if owner != me for subtree in own]
+        far = {subtree: rank for rank, them in routes.far.items() for subtree in joint_subtrees(assignment, them)}
+        between = group.exchange(sends, [(rank, len(self._gradient)) for rank in far.values()])
         if self._shard is not None:
-            self.add_up(between, sums[me], [subtree for _, subtree in far], total)
+            self.add_up(between, sums[me], tuple(far))
         between.finish()
         within.finish()
 
-    def add_up(self, exchange: BackendExchange, sums: Mapping[Range, Tensor], far: Sequence[Range], total: int) -> None:
+    def add_up(self, exchange: BackendExchange, sums: Mapping[Range, Tensor], far: Sequence[Range]) -> None:
         """Sum the gradient of this member's shard, segment by segment as other machines' sums arrive.
 
         Args:
             exchange: exchange of the sums.
             sums: sum of each subtree of this machine.
             far: subtree of each received tensor.
-            total: number of micro-batches.
         """
+        whole = 0, max(stop for _, stop in (*sums, *far))
         for segment, arrived in exchange.segments(len(self._gradient)):
             known = {subtree: flat[segment] for subtree, flat in sums.items()}
-            join_sums(known | dict(zip(far, arrived, strict=True)), (0, total), out=self._gradient[segment])
+            join_sums(known | dict(zip(far, arrived, strict=True)), whole, out=self._gradient[segment])
 
     def _reduce_ring(self) -> None:
         sums = list(self._sums.values())
@@ -314,16 +298,3 @@ class Worker:
         self._group_now().all_reduce(total)
         if self._shard is not None:
             self._gradient.copy_(total[slice(*self._ranges[self._rank_info.rank])])
-
-
-def _joined(sums: Mapping[Range, Tensor], whole: Range) -> Tensor:
-    """Return the sum of subtrees that make up a larger subtree, without a copy if it is one of them."""
-    if whole in sums:
-        return sums[whole]
-    out = torch.empty_like(next(iter(sums.values())))
-    join_sums(sums, whole, out=out)
-    return out
-
-
-def _total(assignment: Sequence[Range]) -> int:
-    return max(stop for _, stop in assignment)
