@@ -32,6 +32,7 @@ class Benchmarks:
             "phases",
             "allreduce",
             "scaling",
+            "cost-model",
             "real-data",
             "learning",
             "table",
@@ -110,6 +111,10 @@ def main(asked: Benchmarks) -> None:
         from benchmarks import scaling
 
         written += scaling.run(asked.output, size=asked.size, rounds=asked.rounds)
+    if asked.which in ("cost-model", "all"):
+        from benchmarks import cost_model
+
+        written += cost_model.run(asked.output)
     history.report(written, earlier)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.timing import show
 
-_NAMES = ("work", "what", "iteration", "phase", "peer", "ranks", "MB", "backend")
+_NAMES = ("work", "what", "iteration", "phase", "peer", "ranks", "machines", "MB", "backend", "GPUs")
 """Cells that say what a row is about."""
 
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import ours
 from benchmarks.session import Session
-from benchmarks.timing import interleave, ratio, report, summary
+from benchmarks.timing import interleave, loopback_bytes, ratio, report, summary
 from rlhf import random
 from rlhf.batches import Rows, TokenBatch
 from rlhf.config import DistConfig, SFTConfig
@@ -128,10 +128,10 @@ def _traffic(size: str, steps: int = 3) -> list[dict[str, Any]]:
         with _executor(config, num_workers=workers, backend="gloo") as executor:
             executor.step("main", batches)
             time.sleep(2.0)
-            before = _loopback_bytes()
+            before = loopback_bytes()
             for _ in range(steps):
                 executor.step("main", batches)
-            sent = (_loopback_bytes() - before) / steps / workers
+            sent = (loopback_bytes() - before) / steps / workers
             size_of_params = 4 * executor._layout.size
             found.append(
                 {
@@ -142,10 +142,6 @@ def _traffic(size: str, steps: int = 3) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _loopback_bytes() -> int:
-    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
 
 
 def _workers(size: str, rounds: int) -> list[dict[str, Any]]:

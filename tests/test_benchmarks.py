@@ -1,6 +1,7 @@
 """The benchmarks: their arithmetic by hand, our sides in process, and whole runs against a peer that does no work."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as program
-from benchmarks import compare, generate, history, material, ours, ppo, rloo, roofline, session, sides, timing
+from benchmarks import (
+    compare,
+    cost_model,
+    generate,
+    history,
+    material,
+    ours,
+    ppo,
+    rloo,
+    roofline,
+    session,
+    sides,
+    timing,
+)
 from benchmarks.bench import Bench
 from benchmarks.peers import environment
 from benchmarks.peers.module_gpt2 import GPT2
@@ -594,3 +608,28 @@ def test_a_peer_that_breaks_off_ends_the_program_with_an_exit_code(bench):
     assert done.returncode == 1
     assert "in the middle of a round" in done.stderr
     assert done.stderr.startswith("python -m benchmarks: benchmarks.peers.trl_ppo:run")
+
+
+def test_the_table_of_the_cost_model_is_the_readmes():
+    assert cost_model.table() in Path(program.__file__).with_name("README.md").read_text()
+
+
+@pytest.mark.parametrize("gpus", cost_model.GPUS)
+def test_no_design_of_the_cost_model_costs_more_than_the_one_before(gpus):
+    costs = [cost_model.step_cost(gpus, design) for design in cost_model.DESIGNS.values()]
+    assert all(new["ms"] <= old["ms"] for old, new in itertools.pairwise(costs))
+    for cost in costs:
+        parts = [cost[name] for name in ("computation", "traffic", "calls", "snapshots")]
+        assert sum(parts) == pytest.approx(cost["ms"])
+        assert cost["of ideal"] == pytest.approx(parts[0] / cost["ms"])
+
+
+def test_traffic_of_the_cost_model_is_what_each_gpu_sends():
+    """Counted GPU by GPU: a range of the gradient to every other owner, and the same of the parameters."""
+    gpus, near = 64, cost_model.MACHINE
+    share = cost_model.PARAMETERS / gpus
+    all_to_all = cost_model.Design(by_machine=False)
+    expected = 2e3 * share * (7 / cost_model.WITHIN + 56 / cost_model.BETWEEN)
+    assert cost_model.step_cost(gpus, all_to_all)["traffic"] == pytest.approx(expected)
+    expected = 2e3 * share * (7 * gpus / near / cost_model.WITHIN + 7 / cost_model.BETWEEN)
+    assert cost_model.step_cost(gpus, cost_model.Design())["traffic"] == pytest.approx(expected)

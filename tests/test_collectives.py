@@ -36,7 +36,7 @@ def test_a_group_of_one_has_nothing_to_wait_for(monkeypatch):
     monkeypatch.setattr(collectives, "_nccl", lambda *settings: backend)
     for name in ("nccl", "gloo", "shared"):
         group = Group(HashStore(), ALONE, backend=name, timeout_s=5.0)
-        group.exchange([], []).finish()
+        group.exchange_within([], []).finish()
         own = torch.arange(3.0)
         assert group.all_gather(own, [3]) == [own]
         group.close()
@@ -86,10 +86,11 @@ def test_tensors_arrive_in_the_order_in_which_they_were_sent(monkeypatch, backen
             sends = [(rank, sent) for rank in range(3) for sent in messages(turn, me, rank)]
             places = [(rank, torch.full_like(sent, -1)) for rank in range(3) for sent in messages(turn, rank, me)]
             receives = [(rank, len(place)) for rank, place in places] if in_pieces else places
-            pending = group.exchange(sends, receives)
+            pending = group.exchange_within(sends, receives)
             if me == late:
                 time.sleep(0.003)
-            arrived = [[part.clone() for part in parts] for _, parts in pending.segments(9)] if in_pieces else []
+            pieces = [parts for _, parts in pending.segments(9)] if backend == "gloo" else [pending.arrived()]
+            arrived = [[part.clone() for part in parts] for parts in pieces] if in_pieces else []
             pending.finish()
             found.append([torch.cat(parts) for parts in zip(*arrived, strict=True)] or [place for _, place in places])
         return found
@@ -108,7 +109,7 @@ def test_what_several_receive_is_placed_once():
     def work(group):
         others = [rank for rank in range(3) if rank != group.rank_info.rank]
         places = [(rank, torch.zeros_like(own)) for rank in others]
-        group.exchange([(rank, own) for rank in others], places).finish()
+        group.exchange_within([(rank, own) for rank in others], places).finish()
         with pytest.raises(ValueError, match=r"exchange: 2 sends of over \d+ bytes, expected up to \d+"):
             group._shared.write([(rank, own + rank) for rank in others])
         return [tensor for _, tensor in places]
@@ -130,7 +131,7 @@ def test_one_that_cannot_share_lets_all_send(monkeypatch, cause):
 
     def work(group):
         me, place = group.rank_info.rank, torch.zeros(2)
-        group.exchange([(1 - me, torch.full((2,), float(me)))], [(1 - me, place)]).finish()
+        group.exchange_within([(1 - me, torch.full((2,), float(me)))], [(1 - me, place)]).finish()
         return group._shared, place.tolist()
 
     assert in_group(2, "shared", work, capacity=8) == [(None, [1.0, 1.0]), (None, [0.0, 0.0])]

@@ -43,7 +43,7 @@ def test_sums_of_any_shares_join_to_the_bits_of_the_tree(total, workers):
     copies = {span: value.clone() for span, value in sums.items()}
     expected, out = tree_sum(values), torch.empty(3)
     with mock.patch.object(dealing, "_BLOCK", 2):
-        join_sums(sums, total, out=out)
+        join_sums(sums, (0, total), out=out)
     assert torch.equal(out, expected)
     assert all(torch.equal(sums[span], copy) for span, copy in copies.items())
 

@@ -91,6 +91,18 @@ def test_memory_shared_as_by_large_models_changes_no_bit(one_ray, monkeypatch):
     assert_same(run(DistConfig(num_workers=3, num_servers=1, backend="shared")), run(DistConfig()))
 
 
+@pytest.mark.parametrize("moment", [None, "add_up", "publish"])
+def test_several_machines_change_no_bit_even_when_a_process_is_lost(one_ray, monkeypatch, moment):
+    if moment:
+        fault = {"moment": moment, "rank": 1, "version": 4, "signal": "SIGKILL"}
+        one_ray.write_text(json.dumps(fault))
+    monkeypatch.setattr(cluster, "Worker", toy.ScatteredWorker)
+    got = run(DistConfig(num_workers=4, snapshot_every=2))
+    assert not one_ray.exists()
+    assert_same(got, run(DistConfig()))
+    assert len(got[2]) == bool(moment)
+
+
 @pytest.mark.parametrize(("workers", "servers"), [(3, 1), (2, 0)])
 def test_invariant_14_the_ring_agrees_to_tolerance(one_ray, workers, servers):
     got = run(DistConfig(num_workers=workers, num_servers=servers, reduce="ring"))

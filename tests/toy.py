@@ -133,3 +133,11 @@ class FaultyWorker(Worker):
     def snapshot(self, version):
         self._at("snapshot")
         return super().snapshot(version)
+
+
+class ScatteredWorker(FaultyWorker):
+    """Is on one of two machines, as its process id says, so that neighbours in the order of the start are apart."""
+
+    def load(self, *arguments):
+        super().load(*arguments)
+        return os.getpid() % 2

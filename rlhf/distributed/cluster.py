@@ -5,7 +5,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.config import DistConfig
@@ -78,9 +78,12 @@ class Cluster:
         self._pings[actor] = (self._run(actor.ping.remote), time.monotonic())
         return Member(actor, name, bundle, self._run(actor.load.remote, make_worker, *arguments))
 
-    def call(self, member: Member, method: str, *arguments: Any) -> Any:
-        """Start a call of a method of a member's `Worker`, and return a reference to the result."""
-        return self._run(member.actor.call.remote, method, *arguments)
+    def call(self, calls: Iterable[Sequence[Any]]) -> dict[Any, Member]:
+        """Start calls (member, method, *arguments), and return the member of each reference to a result.
+
+        All calls are one task of the thread that calls Ray, because tasks cost more than calls.
+        """
+        return self._run(lambda: {member.actor.call.remote(*arguments): member for member, *arguments in calls})
 
     def find_replaceable(self, members: Sequence[Member]) -> list[Member]:
         """Return the members that can be replaced because their bundles are on machines that answer.
@@ -96,11 +99,12 @@ class Cluster:
                 return replaceable
             time.sleep(_CHECK_S)
 
-    def results(self, calls: dict[Any, Member]) -> Iterator[tuple[Any, Any]]:
+    def results(self, calls: dict[Any, Member], *, together: bool = False) -> Iterator[tuple[Any, Any]]:
         """Yield (reference, result) of calls in the order in which they finish, and kill silent processes.
 
         Args:
             calls: member of each reference. The generator empties this dict; the caller may add to it between yields.
+            together: wait for all of them at once, which takes less time of this process.
 
         Raises:
             LostError: a process was lost or the group has failed, at the end; or Ray is lost, immediately.
@@ -109,23 +113,34 @@ class Cluster:
         lost: list[Member] = []
         failed = False
         while calls:
-            done, _ = self._run(self._ray.wait, list(calls), num_returns=1, timeout=_CHECK_S)
-            for call in done:
+            expected = len(calls) if together else 1
+            finished = self._run(self._finished, list(calls), expected)
+            for call, result in finished.items():
                 member = calls.pop(call)
-                try:
-                    result = self._run(self._ray.get, call)
-                except self._ray.exceptions.RayTaskError as error:
-                    if not isinstance(error.cause, GroupError):
-                        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                if isinstance(result, self._ray.exceptions.RayTaskError):
+                    if not isinstance(result.cause, GroupError):
+                        raise (result.cause if isinstance(result.cause, Exception) else result) from None
                     failed = True
-                except self._ray.exceptions.RayError:  # the process or its machine is lost
+                elif isinstance(result, self._ray.exceptions.RayError):  # the process or its machine is lost
                     lost += [member] if member not in lost else []
                 else:
                     yield call, result
-            if not done:
+            if len(finished) < expected:
                 self.kill([member for member in set(calls.values()) if self._is_silent(member)])
         if lost or failed:
             raise LostError(", ".join(member.name for member in lost) or "a collective failed", lost)
+
+    def _finished(self, calls: Sequence[Any], expected: int) -> dict[Any, Any]:
+        """Return the results, or Ray's errors, of the calls that have finished when `expected` have or after a time."""
+
+        def result(call: Any) -> Any:
+            try:
+                return self._ray.get(call)
+            except self._ray.exceptions.RayError as error:
+                return error
+
+        done, _ = self._ray.wait(calls, num_returns=expected, timeout=_CHECK_S)
+        return {call: result(call) for call in done}
 
     def put(self, value: Any) -> Any:
         """Put arrays into shared memory, which all processes of this machine read without a copy."""
@@ -237,9 +252,9 @@ def _actor_class() -> Any:
         def ping(self) -> int:
             return os.getpid()
 
-        def load(self, make_worker: Callable[[], Worker], *arguments: Any) -> None:
+        def load(self, make_worker: Callable[[], Worker], *arguments: Any) -> int:
             self.worker = make_worker()  # here, so that the process answers pings while it imports torch
-            self.worker.load(*arguments)
+            return self.worker.load(*arguments)
 
         def call(self, method: str, *arguments: Any) -> Any:
             return getattr(self.worker, method)(*arguments)

@@ -2,8 +2,8 @@
 
 One operation, in which sends and receives begin together, serves all patterns except the ring, which is the backend's
 own allreduce. A reduce-scatter is an all-to-all whose receiver chooses the order of additions. A broadcast and an
-all-gather send one tensor to several members. If all members are on one machine, the tensors of `Group.exchange` may
-pass through shared memory, and gloo only synchronises the members.
+all-gather send one tensor to several members. Between members of one machine, tensors may pass through shared memory,
+and gloo only synchronises the members.
 
 Every operation has a time-out. A group that fails is closed immediately, so that its other members fail too instead of
 waiting. It is never used again; the remaining members form the next generation.
@@ -49,6 +49,8 @@ class RankInfo(NamedTuple):
     """Number of workers, which have the ranks 0..workers-1 and compute."""
     servers: int
     """Number of servers, which have the following ranks and own the shards. Without servers, the workers own them."""
+    machines: tuple[int, ...] = ()
+    """Machine of each rank; () if all are on one. The workers of a machine have consecutive ranks."""
 
     @property
     def size(self) -> int:
@@ -59,6 +61,10 @@ class RankInfo(NamedTuple):
     def owners(self) -> range:
         """Ranks of the owners of the shards, in the order of the shards."""
         return range(self.workers if self.servers else 0, self.size)
+
+    def machine_of(self, rank: int) -> int:
+        """Return the machine of a rank."""
+        return self.machines[rank] if self.machines else 0
 
 
 class Group:
@@ -79,31 +85,27 @@ class Group:
         Args:
             store: store that all members can reach.
             rank_info: rank of this process.
-            backend: gloo, nccl, or shared, which is gloo with shared memory if all members are on one machine.
+            backend: gloo, nccl, or shared, which is gloo with shared memory between the members of each machine.
             timeout_s: time-out of every operation, in seconds.
             device: device of the tensors. None stands for the CPU.
             capacity: maximum number of bytes that a member sends in an exchange through shared memory.
         """
         self.rank_info, self._staged, self._device = rank_info, backend != "nccl", device or torch.device("cpu")
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers: dict[tuple[int, int], Tensor] = {}
         prefixed = PrefixStore(f"generation-{rank_info.generation}", store)
         make, timeout = _gloo if self._staged else _nccl, datetime.timedelta(seconds=timeout_s)
         self._backend: Any = None
         self._backend = self._guard(lambda: make(prefixed, rank_info.rank, rank_info.size, timeout))
-        self._shared = self._map_memory(capacity) if backend == "shared" and rank_info.size > 1 else None
+        some_share = len({rank_info.machine_of(rank) for rank in range(rank_info.size)}) < rank_info.size
+        self._shared = self._map_memory(capacity) if backend == "shared" and some_share else None
 
-    def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Exchange:
-        """Begin to send and receive. All members call this method, even if they have nothing to send or receive.
+    def exchange_within(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Exchange:
+        """Begin to send and receive, as `exchange` does, between members of one machine. All members call this method.
 
-        Finish an exchange before the next one begins. The tensors that it yields are valid until then.
-
-        Args:
-            sends: pairs (rank, tensor). Tensors are contiguous and flat, and must not change until the exchange ends.
-                Between two ranks, tensors arrive in the order in which they are sent.
-            receives: tensors to receive from other ranks.
+        Finish it before the next exchange within machines begins. One through the backend may begin and finish earlier.
         """
         if self._shared is None:
-            return self._exchange_by_backend(sends, receives)
+            return self.exchange(sends, receives)
         self._shared.write(sends)
         self._fence()
         sizes = [(rank, target if isinstance(target, int) else len(target)) for rank, target in receives]
@@ -114,10 +116,19 @@ class Group:
         """Wait for all members."""
         self._guard(lambda: self._backend.barrier().wait())
 
-    def _exchange_by_backend(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Exchange:
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> BackendExchange:
+        """Begin to send and receive through the backend.
+
+        Finish an exchange with a member before the next one begins. The tensors that it yields are valid until then.
+
+        Args:
+            sends: pairs (rank, tensor). Tensors are contiguous and flat, and must not change until the exchange ends.
+                Between two ranks, tensors arrive in the order in which they are sent.
+            receives: tensors to receive from other ranks.
+        """
         rank, size = self.rank_info.rank, self.rank_info.size
         targets = [
-            (sender, self._buffer(number, target) if isinstance(target, int) else target)
+            (sender, self._buffer((sender, number), target) if isinstance(target, int) else target)
             for number, (sender, target) in enumerate(receives)
         ]
         # Each member starts with its neighbour, so that they do not all send to the same member at once.
@@ -128,27 +139,27 @@ class Group:
         arrivals = [Arrival(*fields) for fields in zip(incoming, buffers, receive_works, strict=True)]
         return BackendExchange([tensor for _, tensor in targets], arrivals, send_works, self._guard)
 
-    def _buffer(self, number: int, size: int) -> Tensor:
-        """Return a tensor to receive into. The next exchange reuses it."""
-        if number not in self._buffers or len(self._buffers[number]) != size:
-            self._buffers[number] = torch.empty(size, device=self._device)
-        return self._buffers[number]
+    def _buffer(self, key: tuple[int, int], size: int) -> Tensor:
+        """Return a tensor to receive into. The next exchange with the same sender reuses it."""
+        if key not in self._buffers or len(self._buffers[key]) != size:
+            self._buffers[key] = torch.empty(size, device=self._device)
+        return self._buffers[key]
 
     def _map_memory(self, capacity: int) -> SharedMemory | None:
-        """Open the memory of all members. All members return None if one of them cannot reach the memory of another."""
-        areas: list[mmap.mmap] = []
+        """Open the memory of this machine's members. All members return None if one of them fails to do so."""
+        info, areas = self.rank_info, dict[int, mmap.mmap]()
+        members = [rank for rank in range(info.size) if info.machine_of(rank) == info.machine_of(info.rank)]
         with contextlib.ExitStack() as stack:
             address = torch.full((4,), -1)
             with contextlib.suppress(OSError):
                 descriptor, address = make_area(capacity)
                 stack.callback(os.close, descriptor)
-            addresses = self.all_gather(address, [4] * self.rank_info.size)
+            addresses = self.all_gather(address, [4] * info.size)
             with contextlib.suppress(OSError):
-                areas = [open_area(address) for address in addresses]
-            count = torch.tensor([len(areas)])
-            self.all_reduce(count)
-        rank, size = self.rank_info.rank, self.rank_info.size
-        return SharedMemory(rank, areas, capacity) if int(count) == size**2 else None
+                areas = {rank: open_area(addresses[rank]) for rank in members}
+            failures = torch.tensor([int(not areas)])
+            self.all_reduce(failures)
+        return None if int(failures) else SharedMemory(info.rank, areas, capacity)
 
     def all_gather(self, vector: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Return the vectors of all members, by rank.
@@ -161,7 +172,7 @@ class Group:
         vectors = [vector if rank == me else vector.new_empty(size) for rank, size in enumerate(sizes)]
         peers = [rank for rank in range(len(sizes)) if rank != me]
         sends, receives = [(rank, vector) for rank in peers], [(rank, vectors[rank]) for rank in peers]
-        self._exchange_by_backend(sends, receives).finish()
+        self.exchange(sends, receives).finish()
         return vectors
 
     def all_reduce(self, tensor: Tensor) -> None:

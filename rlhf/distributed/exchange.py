@@ -39,12 +39,8 @@ class Arrival(NamedTuple):
 class Exchange(Protocol):
     """An exchange that has begun."""
 
-    def segments(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Yield slices that make up 0..size-1, each with that part of all received tensors after it has arrived.
-
-        Args:
-            size: number of elements of each tensor.
-        """
+    def arrived(self) -> list[Tensor]:
+        """Wait until everything is received, and return the received tensors."""
 
     def finish(self) -> None:
         """Wait until everything is sent, and is received into the tensors."""
@@ -72,17 +68,26 @@ class BackendExchange:
         self._sends, self._guard = sends, guard
 
     def segments(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Yield slices, each with that part of all received tensors after it has arrived."""
+        """Yield slices that make up 0..size-1, each with that part of all received tensors after it has arrived.
+
+        Args:
+            size: number of elements of each tensor.
+        """
         for start in range(0, size, SEGMENT):
             while self._arrivals and self._arrivals[0].segment.start <= start:
                 self._receive()
             part = slice(start, min(start + SEGMENT, size))
             yield part, [tensor[part] for tensor in self._tensors]
 
-    def finish(self) -> None:
-        """Wait until everything is sent, and is received into the tensors."""
+    def arrived(self) -> list[Tensor]:
+        """Wait until everything is received, and return the received tensors."""
         while self._arrivals:
             self._receive()
+        return self._tensors
+
+    def finish(self) -> None:
+        """Wait until everything is sent, and is received into the tensors."""
+        self.arrived()
         for work in self._sends:
             self._guard(work.wait)
 
@@ -109,9 +114,9 @@ class MemoryExchange:
         """
         self._receives, self._arrived, self._device, self._leave = receives, arrived, device, leave
 
-    def segments(self, size: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Yield slices, each with that part of all received tensors after it has arrived."""
-        yield slice(0, size), [tensor.to(self._device) for tensor in self._arrived]
+    def arrived(self) -> list[Tensor]:
+        """Wait until everything is received, and return the received tensors."""
+        return [tensor.to(self._device) for tensor in self._arrived]
 
     def finish(self) -> None:
         """Wait until everything is sent, and is received into the tensors."""

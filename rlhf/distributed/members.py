@@ -1,6 +1,6 @@
 """The processes of the parameter server: calls of several processes, and the group that they form."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rlhf.distributed.cluster import Cluster, Member
@@ -30,35 +30,35 @@ class Members:
         """All processes, by rank."""
         return self.workers + self.servers
 
-    def begin(self, member: Member, method: str, *arguments: Any) -> tuple[Member, Any]:
-        """Start a call of a method. `collect` waits for its result."""
-        return member, self._cluster.call(member, method, *arguments)
+    def begin(self, calls: Iterable[Sequence[Any]]) -> dict[Any, Member]:
+        """Start calls (member, method, *arguments). `collect` waits for their results."""
+        return self._cluster.call(calls)
 
-    def collect(self, calls: Sequence[tuple[Member, Any]]) -> list[Any]:
+    def collect(self, calls: dict[Any, Member]) -> list[Any]:
         """Return the results of calls, in the order of the calls.
 
         Raises:
             LostError: a process was lost or the group failed.
         """
-        results = dict(self._cluster.results({reference: member for member, reference in calls}))
-        return [results[reference] for _, reference in calls]
+        results = dict(self._cluster.results(dict(calls), together=True))
+        return [results[reference] for reference in calls]
 
     def call(self, members: Sequence[Member], method: str, *arguments: Any) -> list[Any]:
         """Call a method of several members with the same arguments, and return their results."""
-        return self.collect([self.begin(member, method, *arguments) for member in members])
+        return self.collect(self.begin((member, method, *arguments) for member in members))
 
     def join(self) -> None:
         """Make all processes form the next generation of the group, after they have loaded the program."""
-        self.collect([(member, member.loaded) for member in self.all])
+        loaded = self.collect({member.loaded: member for member in self.all})
+        connected = self._cluster.dist.backend == "gloo"  # as if each process had a machine of its own
+        machine = dict(zip(self.all, range(len(loaded)) if connected else loaded, strict=True))
+        self.workers.sort(key=lambda worker: machine[worker])  # those of one machine are neighbours in the tree
         self._generation += 1
         workers, servers = len(self.workers), len(self.servers)
         store = (self._cluster.host, self._cluster.store.port)
-        self.collect(
-            [
-                self.begin(member, "join", RankInfo(self._generation, rank, workers, servers), *store)
-                for rank, member in enumerate(self.all)
-            ]
-        )
+        machines = tuple(machine[member] for member in self.all)
+        ranks = [RankInfo(self._generation, rank, workers, servers, machines) for rank in range(workers + servers)]
+        self.collect(self.begin((member, "join", rank, *store) for member, rank in zip(self.all, ranks, strict=True)))
 
     def replace(self, lost: Sequence[Member]) -> None:
         """Kill the lost members and start replacements, unless the configuration says `shrink`.

@@ -1,13 +1,14 @@
 """The assignment of micro-batches to workers, and their sum along the fixed tree of `rlhf.tree.tree_sum`.
 
 A worker computes a contiguous range of micro-batches that consists of a few whole subtrees, and adds up each subtree.
-The owner of a range of the gradient adds the subtrees of all workers in the order of the tree. The order of the
-additions, and therefore every bit of the sum, is the same for any number of workers.
+Those of a machine are joined to larger subtrees before they are sent to other machines. The owner of a range of the
+gradient adds the subtrees of all machines in the order of the tree. The order of the additions, and therefore every bit
+of the sum, is the same for any number of workers and machines.
 """
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,14 +60,25 @@ def subtrees(start: int, stop: int, total: int) -> tuple[Range, ...]:
     return tuple(ranges)
 
 
-def join_sums(sums: Mapping[Range, Tensor], total: int, *, out: Tensor) -> None:
-    """Write the sum of subtrees that make up 0..total-1 to `out`, in the order of `rlhf.tree.tree_sum`.
+def joint_subtrees(assignment: Sequence[Range], workers: Sequence[int]) -> tuple[Range, ...]:
+    """Return the smallest set of whole subtrees that consecutive workers have together."""
+    total = max(stop for _, stop in assignment)
+    return subtrees(assignment[workers[0]][0], assignment[workers[-1]][1], total) if workers else ()
+
+
+def join_sums(sums: Mapping[Range, Tensor], whole: Range, *, out: Tensor | None = None) -> Tensor:
+    """Return the sum of subtrees that make up a larger subtree, in the order of `rlhf.tree.tree_sum`.
 
     Args:
-        sums: [n] sum of each subtree.
-        total: number of micro-batches.
-        out: [n] result, which must not be one of the sums.
+        sums: [n] sum of each subtree. There may be more than those that are added.
+        whole: the larger subtree.
+        out: [n] tensor of the result, which must not be one of the sums. If None, the result is a new tensor, or the
+            sum of the larger subtree if it is known.
     """
+    if out is None:
+        if whole in sums:
+            return sums[whole]
+        out = torch.empty_like(next(iter(sums.values())))
 
     def add(start: int, stop: int, part: slice, out: Tensor | None = None) -> Tensor:
         if (start, stop) in sums:
@@ -77,7 +89,8 @@ def join_sums(sums: Mapping[Range, Tensor], total: int, *, out: Tensor) -> None:
     block = _BLOCK if out.is_cpu else max(len(out), 1)
     for begin in range(0, len(out), block):
         part = slice(begin, begin + block)
-        add(0, total, part, out[part])
+        add(*whole, part, out[part])
+    return out
 
 
 def shard_ranges(size: int, shards: int) -> tuple[Range, ...]:

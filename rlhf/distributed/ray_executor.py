@@ -185,10 +185,10 @@ class RayExecutor:
         assignment = assign_micro_batches(total, len(members.workers)) + ((total, total),) * len(members.servers)
         arrays = [to_numpy(batch) for batch in batches]
         arguments = (name, self._version, assignment, self._dist.reduce)
-        calls = [
-            members.begin(member, "step", *arguments, arrays[first:stop], learning_rate)
+        calls = members.begin(
+            (member, "step", *arguments, arrays[first:stop], learning_rate)
             for member, (first, stop) in zip(members.all, assignment, strict=True)
-        ]
+        )
         overlap()
         replies = members.collect(calls)
         update = replies[0][1]
@@ -207,25 +207,29 @@ class RayExecutor:
         pending: dict[Any, Member] = {}
         numbers: dict[Any, tuple[int, Member]] = {}
 
-        def assign(member: Member) -> None:
-            if waiting:
-                number = waiting.popleft()
-                _, call = self._members.begin(member, "map", name, self._version, to_numpy(batches[number]))
-                pending[call], numbers[call] = member, (number, member)
+        def assign(members: Sequence[Member]) -> None:
+            assigned = [(waiting.popleft(), member) for member in members[: len(waiting)]]
+            if not assigned:
+                return
+            calls = self._members.begin(
+                (member, "map", name, self._version, to_numpy(batches[number])) for number, member in assigned
+            )
+            pending.update(calls)
+            numbers.update(zip(calls, assigned, strict=True))
 
-        for member in self._members.workers:
-            assign(member)
+        assign(self._members.workers)
         for call, result in self._cluster.results(pending):
             number, member = numbers[call]
             results[number] = from_numpy(result, _CPU, copy=True)
-            assign(member)
+            assign([member])
         return [results[number] for number in range(len(batches))]
 
     def _read_state(self) -> _Snapshot:
         """Read the shards from their owners, and updated frozen models from a worker."""
         members, version = self._members, self._version
-        calls = [members.begin(member, "snapshot", version) for member in members.servers or members.workers]
-        *shards, frozen = members.collect([*calls, members.begin(members.workers[0], "frozen_masters", version)])
+        calls = [(member, "snapshot", version) for member in members.servers or members.workers]
+        calls.append((members.workers[0], "frozen_masters", version))
+        *shards, frozen = members.collect(members.begin(calls))
         return _Snapshot(version, shards, frozen)
 
     def _take_snapshot(self) -> None:

@@ -1,7 +1,7 @@
 """Shared memory for large tensors between processes of one machine, which is twice as fast as connections.
 
-Every member of a group writes to its own area and reads from the areas of the others. Areas have no names, so that the
-system frees them with the last process that holds them, even if it is killed.
+Every member of a group writes to its own area and reads from the areas of the others on its machine. Areas have no
+names, so that the system frees them with the last process that holds them, even if it is killed.
 """
 
 import functools
@@ -10,7 +10,7 @@ import mmap
 import os
 import secrets
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,20 +28,20 @@ _SMALL = 1 << 24
 
 
 class SharedMemory:
-    """Areas of all members. Small areas have two halves, written in turn, so that no write overlaps a pending read."""
+    """Areas of a machine. Small areas have two halves, written in turn, so that no write overlaps a pending read."""
 
-    def __init__(self, rank: int, areas: Sequence[mmap.mmap], capacity: int) -> None:
+    def __init__(self, rank: int, areas: Mapping[int, mmap.mmap], capacity: int) -> None:
         """Map the areas.
 
         Args:
             rank: rank of this member.
-            areas: areas of all members, by rank.
+            areas: areas of the members of this machine, by rank.
             capacity: capacity that was passed to `make_area`.
         """
         self.halved = _parts(capacity) == 2
         self._rank, self._start, self._size = rank, 0, len(areas[rank]) // _parts(capacity)
-        self._bytes = [torch.frombuffer(area, dtype=torch.uint8) for area in areas]
-        self._words = [memoryview(area).cast("q") for area in areas]
+        self._bytes = {member: torch.frombuffer(area, dtype=torch.uint8) for member, area in areas.items()}
+        self._words = {member: memoryview(area).cast("q") for member, area in areas.items()}
 
     def write(self, sends: Sequence[tuple[int, Tensor]]) -> None:
         """Begin an exchange by writing tensors for other members. All members write before any of them reads.
@@ -110,7 +110,7 @@ def make_area(capacity: int) -> tuple[int, Tensor]:
         os.ftruncate(descriptor, pages * mmap.PAGESIZE * _parts(capacity))
         token = secrets.randbits(62)
         os.pwrite(descriptor, array("q", [token]).tobytes(), 0)
-        return descriptor, torch.tensor([_machine(), os.getpid(), descriptor, token])
+        return descriptor, torch.tensor([machine_number(), os.getpid(), descriptor, token])
     except OSError:
         os.close(descriptor)
         raise
@@ -123,7 +123,7 @@ def open_area(address: Tensor) -> mmap.mmap:
         OSError: the area is on another machine, inaccessible or gone.
     """
     machine, process, number, token = address.tolist()
-    if machine != _machine():
+    if machine != machine_number():
         raise OSError("on another machine")
     descriptor = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
     try:
@@ -140,7 +140,7 @@ def _parts(capacity: int) -> int:
 
 
 @functools.cache
-def _machine() -> int:
+def machine_number() -> int:
     """Return a number that is the same in all processes of this machine and process namespace."""
     names = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     return int.from_bytes(hashlib.sha256(names.encode()).digest()[:7])

@@ -9,10 +9,12 @@ An optimiser step is one call on every member, in which all members run
     reduce          each owner of a shard receives its range of the sums of all subtrees and adds them in tree order
     decide          all members gather losses, counts and squared norms, and make the same decision about the update
     publish         each owner updates its shard and sends its parameters to all workers
+
+Sums and parameters take the routes of `rlhf.distributed.routes`.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,11 @@ import torch
 from torch import Tensor
 
 from rlhf.distributed.collectives import Group, GroupError, RankInfo, connect_store
-from rlhf.distributed.exchange import Exchange
+from rlhf.distributed.exchange import BackendExchange
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
-from rlhf.distributed.partition import SUBTREES, Range, join_sums, shard_ranges, subtrees
+from rlhf.distributed.partition import SUBTREES, Range, join_sums, joint_subtrees, shard_ranges
+from rlhf.distributed.routes import find_routes
+from rlhf.distributed.shared_memory import machine_number
 from rlhf.execution.frozen import FrozenModels
 from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
@@ -53,8 +57,8 @@ class Worker:
         self._group: Group | None = None
         self._shard: Shard | None = None
 
-    def load(self, make_program: Callable[[], Program], layout: FlatLayout, frozen: dict[str, Tree]) -> None:
-        """Load a program and its frozen models. `restore` loads the parameters.
+    def load(self, make_program: Callable[[], Program], layout: FlatLayout, frozen: dict[str, Tree]) -> int:
+        """Load a program and its frozen models, and return the number of this machine. `restore` loads the parameters.
 
         Args:
             make_program: function that returns the program.
@@ -65,6 +69,7 @@ class Worker:
         self._program, self._layout = make_program(), layout
         self._frozen = FrozenModels(self._program, from_numpy(frozen, self._device))
         self._gradients = make_gradients(self._program, layout)
+        return machine_number()
 
     def join(self, rank_info: RankInfo, host: str, port: int) -> None:
         """Form a new generation with the other members.
@@ -84,6 +89,7 @@ class Worker:
         )
         self._rank_info, self._computes = rank_info, rank_info.rank < rank_info.workers
         self._ranges = dict(zip(rank_info.owners, shard_ranges(self._layout.size, len(rank_info.owners)), strict=True))
+        self._routes = find_routes(rank_info, self._ranges)
         self._sums: dict[Range, Tensor] = {}
 
     def leave(self) -> None:
@@ -163,7 +169,7 @@ class Worker:
 
     def sum_gradients(self, name: str, assignment: Sequence[Range], batches: Sequence[Any]) -> list[Any]:
         """Sum the gradients of this member's micro-batches by subtree, and return the results of its micro-batches."""
-        (first, stop), results = assignment[self._rank_info.rank], []
+        first, results = assignment[self._rank_info.rank][0], []
 
         def gradient(batch: Any) -> Tensor:
             flat, result = self._gradients[name](self._params, self._frozen.prepared, self._batch(batch))
@@ -172,7 +178,7 @@ class Worker:
 
         self._sums = {
             (start, end): tree_sum(map(gradient, batches[start - first : end - first]), add=Tensor.add_)
-            for start, end in subtrees(first, stop, _total(assignment))
+            for start, end in joint_subtrees(assignment, [self._rank_info.rank])
         }
         return results
 
@@ -198,12 +204,15 @@ class Worker:
 
     def publish(self) -> None:
         """Send this member's range of the parameters to all workers, and receive the other ranges."""
-        me, sends, receives = self._rank_info.rank, [], []
+        me, group, routes = self._rank_info.rank, self._group_now(), self._routes
+        known = {owner: self._flat[part] for owner, part in routes.delegated.items() if owner != me}
+        receives = list(known.items())
         if self._shard is not None:
-            sends = [(rank, self._shard.params) for rank in range(self._rank_info.workers) if rank != me]
-        if self._computes:
-            receives = [(owner, self._flat[slice(*part)]) for owner, part in self._ranges.items() if owner != me]
-        self._group_now().exchange(sends, receives).finish()
+            known[me] = self._shard.params
+        group.exchange([(delegate, known[me]) for delegate in routes.far], receives).finish()
+        sends = [(rank, known[owner]) for owner in routes.delegated for rank in routes.neighbours]
+        others = routes.others.items() if self._computes else ()
+        group.exchange_within(sends, [(routes.delegates[owner], self._flat[part]) for owner, part in others]).finish()
 
     def is_batch_finite(self, name: str, batch: Any) -> bool:
         """Return True if loss, metrics and gradient of a micro-batch are finite."""
@@ -251,35 +260,37 @@ class Worker:
         return self._group
 
     def _reduce_tree(self, assignment: Sequence[Range]) -> None:
-        """Exchange the sums of subtrees all-to-all, and add them up."""
-        me, total = self._rank_info.rank, _total(assignment)
-        parts = [(owner, slice(*part)) for owner, part in self._ranges.items() if owner != me]
-        sends = [(owner, flat[part]) for owner, part in parts for flat in self._sums.values()]
-        remote: list[tuple[int, Range]] = []  # (rank, subtree) of the sums to receive
+        """Exchange the sums of subtrees within the machine, then those of machines with the owners, and add them up."""
+        me, group, routes, flats = self._rank_info.rank, self._group_now(), self._routes, self._sums.values()
+        sends = [(routes.delegates[owner], flat[part]) for flat in flats for owner, part in routes.others.items()]
+        near = {subtree: rank for rank in routes.neighbours for subtree in joint_subtrees(assignment, [rank])}
+        sizes = [part.stop - part.start for part in routes.delegated.values()]
+        within = group.exchange_within(sends, [(rank, size) for rank in near.values() for size in sizes])
+        arrived, sums = within.arrived(), dict[int, dict[Range, Tensor]]()
+        for number, (owner, part) in enumerate(routes.delegated.items()):
+            sums[owner] = {subtree: flat[part] for subtree, flat in self._sums.items()}
+            sums[owner].update(zip(near, arrived[number :: len(sizes)], strict=True))
+        own = joint_subtrees(assignment, routes.workers)
+        sends = [(owner, join_sums(sums[owner], subtree)) for owner in sums if owner != me for subtree in own]
+        far = {subtree: rank for rank, them in routes.far.items() for subtree in joint_subtrees(assignment, them)}
+        between = group.exchange(sends, [(rank, len(self._gradient)) for rank in far.values()])
         if self._shard is not None:
-            remote = [
-                (rank, subtree)
-                for rank, batches in enumerate(assignment)
-                if rank != me
-                for subtree in subtrees(*batches, total)
-            ]
-        exchange = self._group_now().exchange(sends, [(rank, len(self._gradient)) for rank, _ in remote])
-        if self._shard is not None:
-            self.add_up(exchange, [subtree for _, subtree in remote], total)
-        exchange.finish()
+            self.add_up(between, sums[me], tuple(far))
+        between.finish()
+        within.finish()
 
-    def add_up(self, exchange: Exchange, remote: Sequence[Range], total: int) -> None:
-        """Sum the gradient of this member's shard, segment by segment as other members' sums arrive.
+    def add_up(self, exchange: BackendExchange, sums: Mapping[Range, Tensor], far: Sequence[Range]) -> None:
+        """Sum the gradient of this member's shard, segment by segment as other machines' sums arrive.
 
         Args:
             exchange: exchange of the sums.
-            remote: subtree of each received tensor.
-            total: number of micro-batches.
+            sums: sum of each subtree of this machine.
+            far: subtree of each received tensor.
         """
-        shard_part = slice(*self._ranges[self._rank_info.rank])
+        whole = 0, max(stop for _, stop in (*sums, *far))
         for segment, arrived in exchange.segments(len(self._gradient)):
-            sums = {subtree: flat[shard_part][segment] for subtree, flat in self._sums.items()}
-            join_sums(sums | dict(zip(remote, arrived, strict=True)), total, out=self._gradient[segment])
+            known = {subtree: flat[segment] for subtree, flat in sums.items()}
+            join_sums(known | dict(zip(far, arrived, strict=True)), whole, out=self._gradient[segment])
 
     def _reduce_ring(self) -> None:
         sums = list(self._sums.values())
@@ -287,7 +298,3 @@ class Worker:
         self._group_now().all_reduce(total)
         if self._shard is not None:
             self._gradient.copy_(total[slice(*self._ranges[self._rank_info.rank])])
-
-
-def _total(assignment: Sequence[Range]) -> int:
-    return max(stop for _, stop in assignment)
