@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from rlhf.distributed import collectives, exchange, shared_memory
-from rlhf.distributed.collectives import Group, RankInfo
+from rlhf.distributed.collectives import Group, RankInfo, local_address
 
 ALONE = RankInfo(generation=0, rank=0, workers=1, servers=0)
 
@@ -148,3 +148,10 @@ def test_only_the_area_itself_is_opened():
     os.close(descriptor)
     with pytest.raises(FileNotFoundError):
         shared_memory.open_area(address)
+
+
+def test_the_address_of_a_machine_is_that_of_the_network_to_the_server():
+    """The name of the host may stand for another one, such as 127.0.1.1, at which no other machine connects."""
+    assert local_address("127.0.0.1", 1) == "127.0.0.1"
+    assert local_address("127.0.0.9", 1).startswith("127.")
+    assert local_address("::1", 1) == "::1"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.distributed.collectives import Group, GroupError, RankInfo, connect_store
+from rlhf.distributed.collectives import Group, GroupError, RankInfo, connect_store, local_address
 from rlhf.distributed.exchange import Exchange
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
 from rlhf.distributed.partition import SUBTREES, Range, join_sums, shard_ranges, subtrees
@@ -81,6 +81,7 @@ class Worker:
             timeout_s=self._timeout_s,
             device=self._device,
             capacity=SUBTREES * 4 * self._layout.size,  # of `reduce`
+            address=local_address(host, port),
         )
         self._rank_info, self._computes = rank_info, rank_info.rank < rank_info.workers
         self._ranges = dict(zip(rank_info.owners, shard_ranges(self._layout.size, len(rank_info.owners)), strict=True))
