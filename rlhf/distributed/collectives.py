@@ -217,11 +217,12 @@ class Group:
 
 
 def _gloo(address: str, store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    options, interface = torch_dist.ProcessGroupGloo._Options(), os.environ.get("GLOO_SOCKET_IFNAME")
+    gloo: Any = torch_dist.ProcessGroupGloo
+    options, interface = gloo._Options(), os.environ.get("GLOO_SOCKET_IFNAME")
     where = {"interface": interface} if interface else {"hostname": address}  # by default that of the host name
-    options._devices = [torch_dist.ProcessGroupGloo.create_device(**where)]
+    options._devices = [gloo.create_device(**where)]
     options._timeout = timeout
-    return torch_dist.ProcessGroupGloo(store, rank, size, options)
+    return gloo(store, rank, size, options)
 
 
 def _nccl(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:

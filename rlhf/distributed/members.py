@@ -5,7 +5,9 @@ from typing import Any
 
 from rlhf.distributed.cluster import Cluster, Member
 from rlhf.distributed.collectives import RankInfo
+from rlhf.distributed.machine_check import describe_processor
 from rlhf.distributed.ray_calls import RayLostError
+from rlhf.errors import UserError
 
 
 class Members:
@@ -16,11 +18,12 @@ class Members:
 
         Args:
             cluster: cluster with resources for the processes.
-            load_arguments: arguments of `Worker.load`, also for replacements.
+            load_arguments: program, layout and frozen models of `Cluster.start`, also for replacements.
             log: function that is called with a line for the user when a process is not replaced.
         """
         self._cluster, self._load_arguments, self._log = cluster, load_arguments, log
         self._generation = 0
+        self._processors = {describe_processor("cpu"): "this process"} if cluster.device == "cpu" else {}
         workers, servers = cluster.dist.num_workers, cluster.dist.num_servers
         self.workers = [self._start(f"worker {number}", number) for number in range(workers)]
         self.servers = [self._start(f"server {number}", workers + number) for number in range(servers)]
@@ -48,8 +51,13 @@ class Members:
         return self.collect([self.begin(member, method, *arguments) for member in members])
 
     def join(self) -> None:
-        """Make all processes form the next generation of the group, after they have loaded the program."""
-        self.collect([(member, member.loaded) for member in self.all])
+        """Make all processes form the next generation of the group, after they have loaded the program.
+
+        Raises:
+            UserError: a machine cannot run the program, or the machines cannot connect to each other.
+            RayLostError: no process is left that can.
+        """
+        self._check_machines(self.collect([(member, member.loaded) for member in self.all]))
         self._generation += 1
         workers, servers = len(self.workers), len(self.servers)
         store = (self._cluster.host, self._cluster.store.port)
@@ -59,6 +67,31 @@ class Members:
                 for rank, member in enumerate(self.all)
             ]
         )
+
+    def _check_machines(self, loaded: Sequence[tuple[str, str, str]]) -> None:
+        """Refuse a run, or leave out replacements, on machines that cannot run the program. Report mixed processors."""
+        unfit = {
+            member.name: f"{member.name} on {address}: {problem}"
+            for member, (address, problem, _) in zip(self.all, loaded, strict=True)
+            if problem
+        }
+        if unfit and not self._generation:
+            raise UserError(f"--dist.address {self._cluster.dist.address}: {'; '.join(unfit.values())}")
+        for text in unfit.values():
+            self._log(f"{text}; continuing without")
+        self._cluster.kill([member for member in self.all if member.name in unfit])
+        self.workers, self.servers = (
+            [member for member in members if member.name not in unfit] for members in (self.workers, self.servers)
+        )
+        if not self.workers:
+            raise RayLostError("all workers (no machine can run one)")
+        known = len(self._processors)
+        self._processors |= {
+            name: address for address, problem, name in loaded if not problem and name not in self._processors
+        }
+        if len(self._processors) > max(known, 1):
+            names = ", ".join(f"{name} ({address})" for name, address in self._processors.items())
+            self._log(f"the bits of results depend on which processor computes what, and there are several: {names}")
 
     def replace(self, lost: Sequence[Member]) -> None:
         """Kill the lost members and start replacements, unless the configuration says `shrink`.

@@ -94,6 +94,11 @@ def daemons() -> list[Daemon]:
     return _sessions[-1].daemons if _sessions else daemons_of_driver()
 
 
+def is_private() -> bool:
+    """Return True if the cluster of this connected process was started by it, on this machine."""
+    return bool(_sessions) and _sessions[-1].folder is not None
+
+
 def leave(*, lost: bool = False) -> None:
     """Disconnect from Ray, even if it is `lost`. Does nothing if this module has not connected."""
     if not _sessions or _sessions[-1].is_closed:
