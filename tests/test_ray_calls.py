@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from rlhf.distributed import cluster_address
 from rlhf.distributed import ray_session as session
 from rlhf.distributed.cluster import placed_bundles
 from rlhf.distributed.ray_calls import Daemon, RayCalls, RayLostError, is_alive, speaks_grpc
@@ -94,20 +95,20 @@ def test_no_call_is_made_while_a_daemon_is_silent():
     [(None, "no answer within 0.3 s"), (b"SSH-2.0-OpenSSH", "the server there is not a Ray cluster")],
 )
 def test_an_address_without_ray_behind_it_is_refused(monkeypatch, answer, reason):
-    monkeypatch.setattr(session, "_PROBE_S", 0.3)
+    monkeypatch.setattr(cluster_address, "PROBE_S", 0.3)
     with (
         serve(answer) as port,
         pytest.raises(UserError, match=rf"no Ray cluster answers there \({reason}\); start one"),
     ):
-        session._check_reachable("auto", "127.0.0.1", port)
+        cluster_address.check_reachable("auto", "127.0.0.1", port)
 
 
 def test_the_address_file_of_a_cluster_that_is_gone_is_named(monkeypatch):
     port = closed_port()
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    host, found_port = session._find_address("auto")
+    host, found_port = cluster_address.find_address("auto")
     with pytest.raises(UserError, match=rf"--dist.address auto \({host}:{port}\): no Ray cluster answers there"):
-        session._check_reachable("auto", host, found_port)
+        cluster_address.check_reachable("auto", host, found_port)
 
 
 def test_only_the_first_frame_of_a_grpc_server_is_one():
