@@ -1,4 +1,4 @@
-"""Machines of a cluster, simulated by namespaces of Linux: each has its own network, processes, /tmp and host name."""
+"""Machines of a cluster, simulated by namespaces of Linux: each has its own network, processes, /tmp and /mnt."""
 
 import contextlib
 import itertools
@@ -6,86 +6,78 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_numbers = itertools.count(1)
-_PORT = 6379
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
+"""The program `ray`."""
 
 START = """
 set -e
+if [ -n "$3" ]; then mount --bind "$3" /mnt; else mount -t tmpfs tmpfs /mnt; fi
 mount -t tmpfs tmpfs /tmp; mount -t tmpfs tmpfs /dev/shm; mkdir /tmp/home
 printf '127.0.0.1 localhost\\n127.0.1.1 node\\n' > /tmp/hosts; mount --bind /tmp/hosts /etc/hosts
 hostname node
-echo ready; read go
+echo ready; read begin
 ip link set lo up; ip link set "$1" name eth0; ip addr add "$2/24" dev eth0; ip link set eth0 up
 ip route add default dev eth0
 echo ready; read end
 """
-"""All machines have one host name, which stands for an address of the machine itself, as Debian has it."""
+"""All machines have one host name, which stands for an address of the machine itself, as on Debian."""
+
+_SPACES = ("--net", "--mount", "--uts", "--pid")
 
 
 def can_simulate() -> bool:
-    """True if this process may make namespaces and a network between them."""
-    if not (sys.platform == "linux" and os.getuid() == 0 and shutil.which("ip") and shutil.which("nsenter")):
+    """True if this process may make namespaces and networks."""
+    if sys.platform != "linux" or os.getuid() != 0 or not (shutil.which("ip") and shutil.which("nsenter")):
         return False
-    trial = [
-        "unshare",
-        "--net",
-        "--mount",
-        "--uts",
-        "--pid",
-        "--fork",
-        "ip",
-        "link",
-        "add",
-        "bridge0",
-        "type",
-        "bridge",
-    ]
+    trial = ["unshare", *_SPACES, "--fork", "ip", "link", "add", "bridge0", "type", "bridge"]
     return subprocess.run(trial, capture_output=True, check=False).returncode == 0
 
 
 class Machine:
-    """A machine with an address in the network of a `Cluster`."""
+    """A machine of a `network`, which ends with the process that has made it."""
 
-    def __init__(self, bridge: str, name: str, address: str, hidden: Sequence[Path]) -> None:
+    def __init__(self, bridge: str, link: str, address: str, files: Path | None) -> None:
         self.address = address
-        command = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        command = ["unshare", *_SPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", START, "sh"]
         self._holder = subprocess.Popen(
-            [*command, "sh", "-c", START, "sh", f"{name}p", address],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [*command, f"{link}p", address, files or ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._expect_ready()
-        self._init = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text().split()[0]
-        _ip("link", "add", name, "type", "veth", "peer", "name", f"{name}p", "netns", self._init)
-        _ip("link", "set", name, "master", bridge, "up")
+        self.init = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text().split()[0]
+        _ip("link", "add", link, "type", "veth", "peer", "name", f"{link}p", "netns", self.init)
+        _ip("link", "set", link, "master", bridge, "up")
         assert self._holder.stdin is not None
-        self._holder.stdin.write("go\n")
+        self._holder.stdin.write("begin\n")
         self._holder.stdin.flush()
         self._expect_ready()
-        for folder in hidden:
-            self.run("mount", "-t", "tmpfs", "tmpfs", folder)
 
     def command(self, *words: Any, **environment: str) -> list[str]:
-        """The command that runs `words` on this machine."""
-        settings = {"HOME": "/tmp/home", "RAY_AUTH_MODE": "disabled"} | environment
-        inside = ["nsenter", "-t", self._init, "--net", "--mount", "--uts", "--pid", "env"]
+        """The command that runs `words` in /mnt of this machine."""
+        settings = {"HOME": "/tmp/home", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"} | environment
+        inside = ["nsenter", "-t", self.init, *_SPACES, "env", "-C", "/mnt"]
         return [*inside, *(f"{name}={value}" for name, value in settings.items()), *map(str, words)]
 
     def run(self, *words: Any, check: bool = True, timeout: float = 300, **environment: str) -> Any:
         """Run a command to its end, and return its code and output."""
-        return subprocess.run(
-            self.command(*words, **environment), capture_output=True, text=True, check=check, timeout=timeout
-        )
+        command = self.command(*words, **environment)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+        assert not (check and done.returncode), done.stderr
+        return done
 
     def start_ray(self, *words: str, cores: int = 1, **environment: str) -> None:
-        """Start the processes of Ray."""
+        """Start the processes of Ray, as a user does."""
         self.run(
-            sys.executable, "-m", "ray.scripts.scripts", "start", *words, f"--num-cpus={cores}",
-            "--object-store-memory=100000000", "--disable-usage-stats", RAY_worker_niceness="0", **environment,
+            *RAY, "start", *words, f"--node-ip-address={self.address}", f"--num-cpus={cores}", "--disable-usage-stats",
+            "--object-store-memory=100000000", RAY_worker_niceness="0", **environment,
         )  # fmt: skip
+
+    def processes(self, words: str) -> list[int]:
+        """Ids, on this machine, of the processes whose command has these words."""
+        return [int(line) for line in self.run("pgrep", "-f", words, check=False).stdout.split()]
 
     def kill(self) -> None:
         """End the machine at once, with all its processes and its network."""
@@ -98,15 +90,16 @@ class Machine:
 
 
 @contextlib.contextmanager
-def network() -> Iterator[Any]:
-    """A function that makes machines, which end with the block."""
-    bridge, machines = f"rl{os.getpid() % 100000}b", list[Machine]()
+def network() -> Iterator[Callable[..., Machine]]:
+    """A function (files=None) that makes machines. Their folder /mnt is `files`, or a new one."""
+    name, machines, numbers = f"rlhf{os.getpid() % 1000000}", list[Machine](), itertools.count(1)
+    bridge = f"{name}b"
     _ip("link", "add", bridge, "type", "bridge")
     _ip("link", "set", bridge, "up")
 
-    def make(*, hidden: Sequence[Path] = ()) -> Machine:
-        number = next(_numbers)
-        machines.append(Machine(bridge, f"rl{os.getpid() % 100000}v{number}", f"10.77.0.{number}", hidden))
+    def make(files: Path | None = None) -> Machine:
+        number = next(numbers)
+        machines.append(Machine(bridge, f"{name}v{number}", f"10.77.0.{number}", files))
         return machines[-1]
 
     try:

@@ -1,12 +1,13 @@
 """The processes of the parameter server: calls of several processes, and the group that they form."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf.distributed.cluster import Cluster, Member
 from rlhf.distributed.collectives import RankInfo
 from rlhf.distributed.machine_check import describe_processor
-from rlhf.distributed.ray_calls import RayLostError
+from rlhf.distributed.ray_calls import LostError, RayLostError
 from rlhf.errors import UserError
 
 
@@ -54,44 +55,62 @@ class Members:
         """Make all processes form the next generation of the group, after they have loaded the program.
 
         Raises:
-            UserError: a machine cannot run the program, or the machines cannot connect to each other.
-            RayLostError: no process is left that can.
+            UserError: at the beginning, a machine cannot run the program or connect to the others.
+            LostError: a process was lost or the group failed.
         """
-        self._check_machines(self.collect([(member, member.loaded) for member in self.all]))
+        loaded = self.collect([(member, member.loaded) for member in self.all])
+        self._leave_out_unfit(loaded)
+        self._report_processors({name: address for address, problem, name in loaded if not problem})
         self._generation += 1
         workers, servers = len(self.workers), len(self.servers)
         store = (self._cluster.host, self._cluster.store.port)
-        self.collect(
-            [
-                self.begin(member, "join", RankInfo(self._generation, rank, workers, servers), *store)
-                for rank, member in enumerate(self.all)
-            ]
-        )
+        try:
+            self.collect(
+                [
+                    self.begin(member, "join", RankInfo(self._generation, rank, workers, servers), *store)
+                    for rank, member in enumerate(self.all)
+                ]
+            )
+        except LostError as lost:
+            if lost.members or self._generation > 1 or self._cluster.dist.address is None:
+                raise
+            machines = " and ".join(sorted({address for address, *_ in loaded}))
+            raise self._refusal(
+                f"the processes on {machines} could not connect to each other; open all TCP ports between the machines"
+            ) from lost
 
-    def _check_machines(self, loaded: Sequence[tuple[str, str, str]]) -> None:
-        """Refuse a run, or leave out replacements, on machines that cannot run the program. Report mixed processors."""
-        unfit = {
-            member.name: f"{member.name} on {address}: {problem}"
-            for member, (address, problem, _) in zip(self.all, loaded, strict=True)
-            if problem
-        }
-        if unfit and not self._generation:
-            raise UserError(f"--dist.address {self._cluster.dist.address}: {'; '.join(unfit.values())}")
-        for text in unfit.values():
-            self._log(f"{text}; continuing without")
-        self._cluster.kill([member for member in self.all if member.name in unfit])
-        self.workers, self.servers = (
-            [member for member in members if member.name not in unfit] for members in (self.workers, self.servers)
-        )
+    def _leave_out_unfit(self, loaded: Sequence[tuple[str, str, str]]) -> None:
+        """Refuse the run at the beginning if a machine cannot run the program. Later, leave out what is there.
+
+        Args:
+            loaded: result of `Process.load` of each process.
+        """
+        unfit: dict[str, list[str]] = defaultdict(list)
+        for member, (address, problem, _) in zip(self.all, loaded, strict=True):
+            if problem:
+                unfit[problem].append(f"{member.name} on {address}")
+        lines = [f"{' and '.join(names)}: {problem}" for problem, names in unfit.items()]
+        if lines and not self._generation:
+            raise self._refusal("; ".join(lines))
+        for line in lines:
+            self._log(f"{line}; continuing without")
+        members = [member for member, (_, problem, _) in zip(self.all, loaded, strict=True) if problem]
+        self._cluster.kill(members)
+        self.workers = [member for member in self.workers if member not in members]
+        self.servers = [member for member in self.servers if member not in members]
         if not self.workers:
-            raise RayLostError("all workers (no machine can run one)")
-        known = len(self._processors)
-        self._processors |= {
-            name: address for address, problem, name in loaded if not problem and name not in self._processors
-        }
-        if len(self._processors) > max(known, 1):
+            raise RayLostError("all workers (no machine is left that can run one)")
+
+    def _report_processors(self, found: dict[str, str]) -> None:
+        """Log the processors, with the address of a machine of each, if there are several and some are new."""
+        known = self._processors
+        self._processors = found | known
+        if len(self._processors) > max(len(known), 1):
             names = ", ".join(f"{name} ({address})" for name, address in self._processors.items())
             self._log(f"the bits of results depend on which processor computes what, and there are several: {names}")
+
+    def _refusal(self, problem: str) -> UserError:
+        return UserError(f"--dist.address {self._cluster.dist.address}: {problem}")
 
     def replace(self, lost: Sequence[Member]) -> None:
         """Kill the lost members and start replacements, unless the configuration says `shrink`.

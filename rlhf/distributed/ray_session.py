@@ -23,7 +23,7 @@ from typing import Any
 
 from rlhf.config import DistConfig
 from rlhf.distributed import reaper
-from rlhf.distributed.cluster_address import PROBE_S, REMEDY, check_reachable, find_address, find_raylet
+from rlhf.distributed.cluster_address import PROBE_S, check_reachable, find_address, find_raylet
 from rlhf.distributed.ray_calls import (
     Daemon,
     RayCalls,
@@ -218,7 +218,8 @@ def _connect(address: str, host: str, port: int) -> None:
         raise UserError(f"--dist.address {address}: {reason} ({error})") from error
     except RayLostError as error:
         atexit.unregister(ray.shutdown)  # which would also wait
-        raise UserError(f"--dist.address {address}: lost {error} while connecting; {REMEDY}") from error
+        remedy = "start it again with `ray stop` and `ray start`, or leave --dist.address out"
+        raise UserError(f"--dist.address {address}: lost {error} while connecting; {remedy}") from error
 
 
 def _call_while(daemons: Sequence[Daemon], function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
