@@ -111,6 +111,40 @@ def test_the_address_file_of_a_cluster_that_is_gone_is_named(monkeypatch):
         cluster_address.check_reachable("auto", host, found_port)
 
 
+def test_a_machine_outside_of_the_cluster_is_told_to_join_it(monkeypatch):
+    def find(client, *, timeout_seconds):
+        raise RuntimeError("No node info found")
+
+    monkeypatch.setattr("ray._private.services.get_node_to_connect_for_driver", find)
+    monkeypatch.setattr("ray._raylet.GcsClient", lambda address: None)
+    with pytest.raises(UserError, match=r"not part of the cluster; run `ray start --address=10.0.0.1:6379` here first"):
+        cluster_address.find_raylet("auto", "10.0.0.1", 6379)
+
+
+@pytest.mark.parametrize("daemon", ["GCS", "raylet"])
+def test_a_cluster_that_dies_while_a_program_connects_is_told(monkeypatch, daemon):
+    ends = threading.Event()
+    with contextlib.ExitStack() as gcs, contextlib.ExitStack() as raylet:
+        port, raylet_port = gcs.enter_context(serve(SETTINGS)), raylet.enter_context(serve(SETTINGS))
+        found = Daemon("raylet", "127.0.0.1", raylet_port, restarts=False)
+        monkeypatch.setattr(session, "find_raylet", lambda *where: found)
+
+        def connect(**options):
+            (gcs if daemon == "GCS" else raylet).close()
+            ends.wait(30)
+
+        monkeypatch.setattr("ray.init", connect)
+        with pytest.raises(UserError, match=rf"auto: lost Ray \(its {daemon} .* while connecting; start it again"):
+            session._connect("auto", "127.0.0.1", port)
+    ends.set()
+
+
+@pytest.mark.parametrize("address", ["head", "ray://head:10001", "head:port", "head:70000"])
+def test_an_address_of_another_form_is_refused(address):
+    with pytest.raises(UserError, match="expected auto or HOST:PORT"):
+        cluster_address.find_address(address)
+
+
 def test_only_the_first_frame_of_a_grpc_server_is_one():
     assert speaks_grpc(SETTINGS)
     assert not any(speaks_grpc(answer) for answer in (b"", b"SSH-2.0-O", b"HTTP/1.1 "))

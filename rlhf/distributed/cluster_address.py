@@ -9,7 +9,7 @@ PROBE_S = 5.0
 """Time-out of an answer of Ray, in seconds."""
 
 REMEDY = "start one with `ray start --head`, or leave --dist.address out"
-"""What a user without a running cluster can do."""
+"""Remedy for a user without a running cluster."""
 
 
 def find_address(address: str) -> tuple[str, int]:
@@ -23,7 +23,7 @@ def find_address(address: str) -> tuple[str, int]:
         except ConnectionError as error:
             raise UserError(f"--dist.address auto: no Ray cluster runs on this machine; {REMEDY}") from error
     host, _, port = where.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+    if not host or "/" in host or not port.isdigit() or not 0 < int(port) < 1 << 16:
         shown = address if where == address else f"{address} ({where})"
         raise UserError(f"--dist.address {shown}: expected auto or HOST:PORT")
     if (host := host.strip("[]")) in ("127.0.0.1", "localhost", "::1"):

@@ -1,4 +1,4 @@
-"""What a program needs from the machine of a worker, and what the bits of its results depend on there."""
+"""Requirements of a program on the machine of a worker, and the name of the processor that computes there."""
 
 import torch
 
