@@ -61,7 +61,7 @@ class Machine:
         inside = ["nsenter", "-t", self.init, *_SPACES, "env", "-C", "/mnt"]
         return [*inside, *(f"{name}={value}" for name, value in settings.items()), *map(str, words)]
 
-    def run(self, *words: Any, check: bool = True, timeout: float = 300, **environment: str) -> Any:
+    def run(self, *words: Any, check: bool = True, timeout: float = 600, **environment: str) -> Any:
         """Run a command to its end, and return its code and output."""
         command = self.command(*words, **environment)
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
@@ -69,11 +69,19 @@ class Machine:
         return done
 
     def start_ray(self, *words: str, cores: int = 1, **environment: str) -> None:
-        """Start the processes of Ray, as a user does."""
-        self.run(
+        """Start the processes of Ray as a user does, again if they take longer than the half minute that Ray allows."""
+        command = [
             *RAY, "start", *words, f"--node-ip-address={self.address}", f"--num-cpus={cores}", "--disable-usage-stats",
-            "--object-store-memory=100000000", RAY_worker_niceness="0", **environment,
-        )  # fmt: skip
+            "--object-store-memory=100000000",
+        ]  # fmt: skip
+        for attempt in range(5):
+            if self.run(*command, check=attempt == 4, RAY_worker_niceness="0", **environment).returncode == 0:
+                return
+            self.stop_ray()
+
+    def stop_ray(self) -> None:
+        """End the processes of Ray."""
+        self.run(*RAY, "stop", "--force")
 
     def processes(self, words: str) -> list[int]:
         """Ids, on this machine, of the processes whose command has these words."""

@@ -19,7 +19,6 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[1]
 TRAIN = Path(sys.executable).with_name("rlhf-train")
-RAY_STOP = (*machines.RAY, "stop", "--force")
 PORT = 6379
 PIPELINE = shlex.split("""
     pipeline --model.preset tiny --compile off --log.no-tensorboard --threads 1 --cache-dir /mnt/cache
@@ -156,7 +155,7 @@ OTHER = {
 @pytest.mark.parametrize("difference", OTHER)
 def test_a_machine_with_other_software_is_named_with_the_remedy(cluster, files, difference):
     first, second, _ = cluster
-    second.run(*RAY_STOP)
+    second.stop_ray()
     second.run("sh", "-c", f"rm -rf /tmp/other; mkdir /tmp/other; cd /tmp/other; {OTHER[difference]}")
     try:
         second.start_ray(f"--address={first.address}:{PORT}", PYTHONPATH="/tmp/other")
@@ -164,7 +163,7 @@ def test_a_machine_with_other_software_is_named_with_the_remedy(cluster, files, 
         assert f"on {second.address}: it has {difference}" in error
         assert f"install what the driver has, for {sys.executable}" in error
     finally:
-        second.run(*RAY_STOP)
+        second.stop_ray()
         second.start_ray(f"--address={first.address}:{PORT}")
 
 
@@ -203,7 +202,7 @@ def test_a_function_that_another_machine_cannot_import_is_named(cluster, files):
 
 def test_a_program_outside_the_cluster_is_told_to_join_it(cluster):
     _, second, _ = cluster
-    second.run(*RAY_STOP)
+    second.stop_ray()
     try:
         where = f"{cluster[0].address}:{PORT}"
         done = second.run(TRAIN, "sft", "--dist.num-workers", 1, "--dist.address", where, check=False)

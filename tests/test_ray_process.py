@@ -13,7 +13,7 @@ from rlhf.distributed import cluster, ray_process
 from rlhf.distributed.machine_check import check_machine, describe_processor
 from rlhf.distributed.members import Members
 from rlhf.distributed.ray_calls import LostError, RayLostError
-from rlhf.distributed.ray_process import find_differences, find_obstacle, software_versions
+from rlhf.distributed.ray_process import LoadReport, find_differences, find_obstacle, software_versions
 from rlhf.errors import UserError
 from rlhf.execution import compiled
 from rlhf.execution.program import Program
@@ -35,7 +35,7 @@ def test_the_actor_checks_a_machine_that_has_no_rlhf():
     cluster._actor_class()
     pickled = cloudpickle.dumps(ray_process.Process)
     here = software_versions()
-    loaded = f"found().load({here!r}, ('127.0.0.1', 1), b'', None)[1]"
+    loaded = f"found().load({here!r}, ('127.0.0.1', 1), b'', None).problem"
     assert elsewhere(pickled, loaded).startswith(f"it has rlhf none instead of {here['rlhf']}; install")
     assert int(elsewhere(pickled, "found().ping()")) > 0
 
@@ -152,12 +152,12 @@ def members(answers, **options):
 
 
 HERE = describe_processor("cpu")
-GOOD = {f"worker {number}": (f"10.0.0.{number}", "", HERE) for number in range(3)}
+GOOD = {f"worker {number}": LoadReport(f"10.0.0.{number}", "", HERE) for number in range(3)}
 
 
 def test_a_run_does_not_begin_on_a_machine_that_cannot_run_it():
     several, _, _ = members(
-        GOOD | {f"worker {number}": (f"10.0.0.{number}", "it has no torch", "") for number in (0, 2)}
+        GOOD | {f"worker {number}": LoadReport(f"10.0.0.{number}", "it has no torch", "") for number in (0, 2)}
     )
     with pytest.raises(UserError) as caught:
         several.join()
@@ -168,12 +168,12 @@ def test_a_replacement_on_a_machine_that_cannot_run_it_is_left_out():
     several, fake, lines = members(dict(GOOD))
     several.join()
     assert lines == []
-    fake.answers["worker 1"] = ("10.0.0.9", "it has no torch", "")
+    fake.answers["worker 1"] = LoadReport("10.0.0.9", "it has no torch", "")
     several.join()
     assert [member.name for member in several.workers] == ["worker 0", "worker 2"]
     assert lines == ["worker 1 on 10.0.0.9: it has no torch; continuing without"]
     assert fake.killed == ["worker 1"]
-    fake.answers |= dict.fromkeys(("worker 0", "worker 2"), ("10.0.0.9", "it has no torch", ""))
+    fake.answers |= dict.fromkeys(("worker 0", "worker 2"), LoadReport("10.0.0.9", "it has no torch", ""))
     with pytest.raises(RayLostError, match="no machine is left"):
         several.join()
 
@@ -190,7 +190,7 @@ def test_machines_that_do_not_reach_each_other_end_the_run_at_its_beginning_alon
 
 
 def test_different_processors_are_reported_once():
-    several, _, lines = members(GOOD | {"worker 2": ("10.0.0.2", "", "Other, torch 2")})
+    several, _, lines = members(GOOD | {"worker 2": LoadReport("10.0.0.2", "", "Other, torch 2")})
     several.join()
     several.join()
     (line,) = lines

@@ -8,6 +8,7 @@ from rlhf.distributed.cluster import Cluster, Member
 from rlhf.distributed.collectives import RankInfo
 from rlhf.distributed.machine_check import describe_processor
 from rlhf.distributed.ray_calls import LostError, RayLostError
+from rlhf.distributed.ray_process import LoadReport
 from rlhf.errors import UserError
 
 
@@ -58,9 +59,9 @@ class Members:
             UserError: at the beginning, a machine cannot run the program or connect to the others.
             LostError: a process was lost or the group failed.
         """
-        loaded = self.collect([(member, member.loaded) for member in self.all])
-        self._leave_out_unfit(loaded)
-        self._report_processors({name: address for address, problem, name in loaded if not problem})
+        reports = self.collect([(member, member.loaded) for member in self.all])
+        self._leave_out_unfit(reports)
+        self._log_processors({report.processor: report.address for report in reports if not report.problem})
         self._generation += 1
         workers, servers = len(self.workers), len(self.servers)
         store = (self._cluster.host, self._cluster.store.port)
@@ -74,34 +75,30 @@ class Members:
         except LostError as lost:
             if lost.members or self._generation > 1 or self._cluster.dist.address is None:
                 raise
-            machines = " and ".join(sorted({address for address, *_ in loaded}))
+            machines = " and ".join(sorted({report.address for report in reports}))
             raise self._refusal(
                 f"the processes on {machines} could not connect to each other; open all TCP ports between the machines"
             ) from lost
 
-    def _leave_out_unfit(self, loaded: Sequence[tuple[str, str, str]]) -> None:
-        """Refuse the run at the beginning if a machine cannot run the program. Later, leave out what is there.
-
-        Args:
-            loaded: result of `Process.load` of each process.
-        """
-        unfit: dict[str, list[str]] = defaultdict(list)
-        for member, (address, problem, _) in zip(self.all, loaded, strict=True):
-            if problem:
-                unfit[problem].append(f"{member.name} on {address}")
-        lines = [f"{' and '.join(names)}: {problem}" for problem, names in unfit.items()]
+    def _leave_out_unfit(self, reports: Sequence[LoadReport]) -> None:
+        """Refuse the run at the beginning if a machine cannot run the program. Later, leave out what is there."""
+        unfit = [(member, report) for member, report in zip(self.all, reports, strict=True) if report.problem]
+        names: dict[str, list[str]] = defaultdict(list)  # by problem
+        for member, report in unfit:
+            names[report.problem].append(f"{member.name} on {report.address}")
+        lines = [f"{' and '.join(which)}: {problem}" for problem, which in names.items()]
         if lines and not self._generation:
             raise self._refusal("; ".join(lines))
         for line in lines:
             self._log(f"{line}; continuing without")
-        members = [member for member, (_, problem, _) in zip(self.all, loaded, strict=True) if problem]
+        members = [member for member, _ in unfit]
         self._cluster.kill(members)
         self.workers = [member for member in self.workers if member not in members]
         self.servers = [member for member in self.servers if member not in members]
         if not self.workers:
             raise RayLostError("all workers (no machine is left that can run one)")
 
-    def _report_processors(self, found: dict[str, str]) -> None:
+    def _log_processors(self, found: dict[str, str]) -> None:
         """Log the processors, with the address of a machine of each, if there are several and some are new."""
         known = self._processors
         self._processors = found | known

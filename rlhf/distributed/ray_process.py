@@ -12,10 +12,21 @@ import platform
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _CONNECT_S = 10.0
 """Time-out of the connection to the driver, in seconds."""
+
+
+class LoadReport(NamedTuple):
+    """Result of `Process.load`."""
+
+    address: str
+    """Address of the machine."""
+    problem: str
+    """Reason why the machine cannot run the program, with the remedy; empty if it can."""
+    processor: str
+    """Name of the processor or GPU that computes; empty if there is a problem."""
 
 
 class Process:
@@ -25,9 +36,7 @@ class Process:
         """Return the process id."""
         return os.getpid()
 
-    def load(
-        self, versions: dict[str, str] | None, driver: tuple[str, int], program: bytes, frozen: Any
-    ) -> tuple[str, str, str]:
+    def load(self, versions: dict[str, str] | None, driver: tuple[str, int], program: bytes, frozen: Any) -> LoadReport:
         """Create the `Worker` and load its program, unless this machine cannot run it.
 
         Args:
@@ -35,31 +44,29 @@ class Process:
             driver: host and port of the driver's store.
             program: pickle of (function that makes the worker, device, first arguments of `Worker.load`).
             frozen: last argument of `Worker.load`.
-
-        Returns:
-            (address of this machine, reason why it cannot run the program or an empty text, name of its processor).
         """
         import ray
 
         address = ray.util.get_node_ip_address()
         if versions is not None and (different := find_differences(versions, software_versions())):
-            return address, different, ""
+            return LoadReport(address, different, "")
         if obstacle := find_obstacle(*driver):
-            return address, obstacle, ""
+            return LoadReport(address, obstacle, "")
         from rlhf.distributed.machine_check import check_machine, describe_processor
         from rlhf.errors import UserError
 
         try:
             make_worker, device, make_program, *arguments = pickle.loads(program)
         except (ImportError, AttributeError) as error:
-            return address, f"it cannot import a function of the program ({error}); {_INSTALL}", ""
+            problem = f"it cannot import a function of the program ({error}); {_INSTALL}"
+            return LoadReport(address, problem, "")
         self.worker = make_worker()
         try:
             check_machine(device, make_program())
             self.worker.load(make_program, *arguments, frozen)
         except UserError as error:
-            return address, str(error), ""
-        return address, "", describe_processor(device)
+            return LoadReport(address, str(error), "")
+        return LoadReport(address, "", describe_processor(device))
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Return the result of a method of the `Worker`."""
