@@ -13,6 +13,9 @@ from typing import Any
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 """The program `ray`."""
 
+_numbers = itertools.count(1)
+"""Numbers of network devices, whose names are freed only some time after a machine has ended."""
+
 START = """
 set -e
 if [ -n "$3" ]; then mount --bind "$3" /mnt; else mount -t tmpfs tmpfs /mnt; fi
@@ -100,14 +103,14 @@ class Machine:
 @contextlib.contextmanager
 def network() -> Iterator[Callable[..., Machine]]:
     """A function (files=None) that makes machines. Their folder /mnt is `files`, or a new one."""
-    name, machines, numbers = f"rlhf{os.getpid() % 1000000}", list[Machine](), itertools.count(1)
-    bridge = f"{name}b"
+    machines = list[Machine]()
+    bridge = f"rlhf{os.getpid() % 100000}b{next(_numbers)}"
     _ip("link", "add", bridge, "type", "bridge")
     _ip("link", "set", bridge, "up")
 
     def make(files: Path | None = None) -> Machine:
-        number = next(numbers)
-        machines.append(Machine(bridge, f"{name}v{number}", f"10.77.0.{number}", files))
+        link, address = f"rlhf{os.getpid() % 100000}v{next(_numbers)}", f"10.77.0.{len(machines) + 1}"
+        machines.append(Machine(bridge, link, address, files))
         return machines[-1]
 
     try:

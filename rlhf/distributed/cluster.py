@@ -30,7 +30,10 @@ _SETUP_S = 30.0
 _HEALTH = "health"
 """Name of the actors' concurrency group that answers pings."""
 
-_MOVE_S = 25.0
+_NOTICE_S = 80.0
+"""Time-out after which Ray should have noticed the loss of a machine's network, in seconds."""
+
+_MOVE_S = 10.0
 """Time-out after which Ray should have moved the processes of a lost machine to other machines, in seconds."""
 
 
@@ -107,13 +110,18 @@ class Cluster:
 
         This method waits until Ray has moved the bundles of lost machines to other machines.
         """
-        deadline = time.monotonic() + _MOVE_S
+        begin = time.monotonic()
+        deadline = begin + _MOVE_S
         while True:
             table = self._run(self._ray.util.placement_group_table, self._group)
-            placed = placed_bundles(table, self._run(self._ray.nodes), lambda node: is_alive(node, 2.0))
-            replaceable = [member for member in members if member.bundle in placed]
-            if len(replaceable) == len(members) or time.monotonic() > deadline:
-                return replaceable
+            nodes = self._run(self._ray.nodes)
+            placed = placed_bundles(table, nodes, lambda node: is_alive(node, 2.0))
+            missing = [member for member in members if member.bundle not in placed]
+            alive = {node["NodeID"] for node in nodes if node["Alive"]}
+            if any(table["bundles_to_node_id"].get(member.bundle) in alive for member in missing):
+                deadline = min(time.monotonic(), begin + _NOTICE_S) + _MOVE_S  # Ray has not noticed the loss yet
+            if not missing or time.monotonic() > deadline:
+                return [member for member in members if member not in missing]
             time.sleep(_CHECK_S)
 
     def results(self, calls: dict[Any, Member]) -> Iterator[tuple[Any, Any]]:
