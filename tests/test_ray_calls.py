@@ -5,10 +5,11 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from rlhf.distributed import cluster_address
+from rlhf.distributed import cluster, cluster_address
 from rlhf.distributed import ray_session as session
 from rlhf.distributed.cluster import placed_bundles
 from rlhf.distributed.ray_calls import Daemon, RayCalls, RayLostError, is_alive, speaks_grpc
@@ -157,6 +158,37 @@ def test_bundles_on_machines_that_are_lost_or_silent_have_no_place():
     ]
     table = {"bundles_to_node_id": {0: "here", 1: "dead", 2: "silent", 3: "", 4: "here"}}
     assert placed_bundles(table, nodes, lambda daemon: daemon.host != "silent") == {0, 4}
+
+
+@pytest.mark.parametrize(
+    ("noticed_s", "moved_s", "end_s", "replaced"),
+    [(60, 62, 62, True), (60, 1000, 70, False), (5, 1000, 15, False), (1000, 1000, 90, False), (0, 1, 1, True)],
+)
+def test_the_place_of_a_lost_process_is_waited_for_until_ray_has_noticed(
+    monkeypatch, noticed_s, moved_s, end_s, replaced
+):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(cluster, "time", clock)
+    monkeypatch.setattr(cluster, "is_alive", lambda daemon, silence_s: daemon.host == "spare")
+
+    def nodes():
+        alive = {"lost": clock.now < noticed_s, "spare": True}
+        return [
+            {"NodeID": name, "Alive": value, "NodeManagerAddress": name, "NodeManagerPort": 1}
+            for name, value in alive.items()
+        ]
+
+    def table(group):
+        place = "spare" if clock.now >= moved_s else "lost" if clock.now < noticed_s else ""
+        return {"bundles_to_node_id": {0: place}}
+
+    found = cluster.Cluster.__new__(cluster.Cluster)
+    found._run, found._group = lambda function, *arguments: function(*arguments), None
+    found._ray = SimpleNamespace(nodes=nodes, util=SimpleNamespace(placement_group_table=table))
+    member = cluster.Member(None, "worker 0", 0, None)
+    assert found.find_replaceable([member]) == ([member] if replaced else [])
+    assert clock.now == pytest.approx(end_s, abs=1.0)
 
 
 @pytest.mark.parametrize(("imported", "setting"), [(True, "RAY_AUTH_MODE"), (False, "RAY_AUTH_TOKEN")])
