@@ -75,8 +75,9 @@ def cluster(files):
         yield start(make, files, 1, 1, 1)
 
 
-def on_workers(count, folder):
-    return ["--dist.num-workers", count, "--dist.address", "auto", "--dist.placement", "spread", "--output-dir", folder]
+def on_workers(count, folder, *more):
+    flags = ["--dist.num-workers", count, "--dist.address", "auto", "--dist.placement", "spread"]
+    return [*flags, "--output-dir", folder, *more]
 
 
 def digests(folder):
@@ -144,7 +145,7 @@ def refusal(machine, *words, **environment):
 
 
 OTHER = {
-    "torch 1.0 instead of": "mkdir t.dist-info; printf 'Name: torch\\nVersion: 1.0\\n' > t.dist-info/METADATA",
+    "torch 1.0 instead of": "D=torch-1.dist-info; mkdir $D; printf 'Name: torch\\nVersion: 1.0\\n' > $D/METADATA",
     "rlhf code ": f"cp -r {ROOT}/rlhf .; echo '# changed' >> rlhf/kl.py",
     "rlhf none instead of code ": "echo 'import sys; sys.path[:] = [path for path in sys.path if path != "
     f'"{ROOT}"]\' > sitecustomize.py',
