@@ -51,6 +51,7 @@ _UNWRITABLE_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
 def run_command(command: Callable[[], None]) -> int:
     """Run a program and return its exit code. Errors that the user can fix become one line without a traceback."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # messages about connections are not for the user
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read when torch is imported
     with prepared_process(), user_log_on_stderr():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from rlhf.distributed import collectives, exchange, shared_memory
-from rlhf.distributed.collectives import Group, RankInfo
+from rlhf.distributed.collectives import Group, GroupError, RankInfo, local_address
 
 ALONE = RankInfo(generation=0, rank=0, workers=1, servers=0)
 
@@ -149,3 +149,18 @@ def test_only_the_area_itself_is_opened():
     os.close(descriptor)
     with pytest.raises(FileNotFoundError):
         shared_memory.open_area(address)
+
+
+def test_the_address_of_a_machine_is_that_of_the_network_to_the_server():
+    """The name of the host may stand for another one, such as 127.0.1.1, at which no other machine connects."""
+    assert local_address("127.0.0.1", 1) == "127.0.0.1"
+    assert local_address("127.0.0.9", 1).startswith("127.")
+    assert local_address("::1", 1) == "::1"
+
+
+def test_the_user_may_name_the_network_interface(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    Group(HashStore(), ALONE, backend="gloo", timeout_s=5.0).close()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "absent0")
+    with pytest.raises(GroupError):
+        Group(HashStore(), ALONE, backend="gloo", timeout_s=5.0)

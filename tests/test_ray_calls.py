@@ -5,9 +5,11 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from rlhf.distributed import cluster, cluster_address
 from rlhf.distributed import ray_session as session
 from rlhf.distributed.cluster import placed_bundles
 from rlhf.distributed.ray_calls import Daemon, RayCalls, RayLostError, is_alive, speaks_grpc
@@ -94,20 +96,54 @@ def test_no_call_is_made_while_a_daemon_is_silent():
     [(None, "no answer within 0.3 s"), (b"SSH-2.0-OpenSSH", "the server there is not a Ray cluster")],
 )
 def test_an_address_without_ray_behind_it_is_refused(monkeypatch, answer, reason):
-    monkeypatch.setattr(session, "_PROBE_S", 0.3)
+    monkeypatch.setattr(cluster_address, "PROBE_S", 0.3)
     with (
         serve(answer) as port,
         pytest.raises(UserError, match=rf"no Ray cluster answers there \({reason}\); start one"),
     ):
-        session._check_reachable("auto", "127.0.0.1", port)
+        cluster_address.check_reachable("auto", "127.0.0.1", port)
 
 
 def test_the_address_file_of_a_cluster_that_is_gone_is_named(monkeypatch):
     port = closed_port()
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    host, found_port = session._find_address("auto")
+    host, found_port = cluster_address.find_address("auto")
     with pytest.raises(UserError, match=rf"--dist.address auto \({host}:{port}\): no Ray cluster answers there"):
-        session._check_reachable("auto", host, found_port)
+        cluster_address.check_reachable("auto", host, found_port)
+
+
+def test_a_machine_outside_of_the_cluster_is_told_to_join_it(monkeypatch):
+    def find(client, *, timeout_seconds):
+        raise RuntimeError("No node info found")
+
+    monkeypatch.setattr("ray._private.services.get_node_to_connect_for_driver", find)
+    monkeypatch.setattr("ray._raylet.GcsClient", lambda address: None)
+    with pytest.raises(UserError, match=r"not part of the cluster; run `ray start --address=10.0.0.1:6379` here first"):
+        cluster_address.find_raylet("auto", "10.0.0.1", 6379)
+
+
+@pytest.mark.parametrize("daemon", ["GCS", "raylet"])
+def test_a_cluster_that_dies_while_a_program_connects_is_told(monkeypatch, daemon):
+    ends = threading.Event()
+    with contextlib.ExitStack() as gcs, contextlib.ExitStack() as raylet:
+        port, raylet_port = gcs.enter_context(serve(SETTINGS)), raylet.enter_context(serve(SETTINGS))
+        found = Daemon("raylet", "127.0.0.1", raylet_port, restarts=False)
+        monkeypatch.setattr(session, "find_raylet", lambda *where: found)
+
+        def connect(**options):
+            (gcs if daemon == "GCS" else raylet).close()
+            ends.wait(30)
+
+        monkeypatch.setattr("ray.init", connect)
+        with pytest.raises(UserError, match=rf"auto: lost Ray \(its {daemon} .* while connecting; start it again"):
+            session._connect("auto", "127.0.0.1", port)
+    ends.set()
+
+
+@pytest.mark.parametrize("address", ["head", "ray://head:10001", "head:port", "head:70000"])
+def test_an_address_of_another_form_is_refused(address):
+    with pytest.raises(UserError, match="expected auto or HOST:PORT"):
+        cluster_address.find_address(address)
 
 
 def test_only_the_first_frame_of_a_grpc_server_is_one():
@@ -122,6 +158,37 @@ def test_bundles_on_machines_that_are_lost_or_silent_have_no_place():
     ]
     table = {"bundles_to_node_id": {0: "here", 1: "dead", 2: "silent", 3: "", 4: "here"}}
     assert placed_bundles(table, nodes, lambda daemon: daemon.host != "silent") == {0, 4}
+
+
+@pytest.mark.parametrize(
+    ("noticed_s", "moved_s", "end_s", "replaced"),
+    [(60, 62, 62, True), (60, 1000, 70, False), (5, 1000, 15, False), (1000, 1000, 90, False), (0, 1, 1, True)],
+)
+def test_the_place_of_a_lost_process_is_waited_for_until_ray_has_noticed(
+    monkeypatch, noticed_s, moved_s, end_s, replaced
+):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(cluster, "time", clock)
+    monkeypatch.setattr(cluster, "is_alive", lambda daemon, silence_s: daemon.host == "spare")
+
+    def nodes():
+        alive = {"lost": clock.now < noticed_s, "spare": True}
+        return [
+            {"NodeID": name, "Alive": value, "NodeManagerAddress": name, "NodeManagerPort": 1}
+            for name, value in alive.items()
+        ]
+
+    def table(group):
+        place = "spare" if clock.now >= moved_s else "lost" if clock.now < noticed_s else ""
+        return {"bundles_to_node_id": {0: place}}
+
+    found = cluster.Cluster.__new__(cluster.Cluster)
+    found._run, found._group = lambda function, *arguments: function(*arguments), None
+    found._ray = SimpleNamespace(nodes=nodes, util=SimpleNamespace(placement_group_table=table))
+    member = cluster.Member(None, "worker 0", 0, None)
+    assert found.find_replaceable([member]) == ([member] if replaced else [])
+    assert clock.now == pytest.approx(end_s, abs=1.0)
 
 
 @pytest.mark.parametrize(("imported", "setting"), [(True, "RAY_AUTH_MODE"), (False, "RAY_AUTH_TOKEN")])

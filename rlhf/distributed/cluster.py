@@ -3,25 +3,37 @@
 import contextlib
 import functools
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.config import DistConfig
+from rlhf.distributed import ray_process
 from rlhf.distributed.collectives import GroupError, serve_store
 from rlhf.distributed.ray_calls import Daemon, LostError, RayCalls, RayLostError, is_alive
-from rlhf.distributed.ray_session import START_S, daemons, leave, open_session
+from rlhf.distributed.ray_process import software_versions
+from rlhf.distributed.ray_session import START_S, daemons, is_private, leave, open_session
 from rlhf.distributed.worker import Worker
 from rlhf.errors import UserError, WorkersLostError
+from rlhf.execution.program import Program
+from rlhf.io.user_functions import users_modules
+from rlhf.tree import FlatLayout
 
 _CHECK_S = 0.5
 """Interval of health checks while waiting for results, in seconds."""
 
 _SETUP_S = 30.0
-"""Time-out of the first answer of a new process, in seconds."""
+"""Time-out of an answer of a process that has not loaded its program yet, in seconds."""
 
-_MOVE_S = 25.0
+_HEALTH = "health"
+"""Name of the actors' concurrency group that answers pings."""
+
+_NOTICE_S = 80.0
+"""Time-out after which Ray should have noticed the loss of a machine's network, in seconds."""
+
+_MOVE_S = 10.0
 """Time-out after which Ray should have moved the processes of a lost machine to other machines, in seconds."""
 
 
@@ -34,7 +46,7 @@ class Member(NamedTuple):
     bundle: int
     """Index of the bundle in the placement group, which a replacement also uses."""
     loaded: Any
-    """Ray reference that is ready once the process has loaded its program."""
+    """Ray reference to the result of `Process.load`."""
 
 
 class Cluster:
@@ -46,19 +58,24 @@ class Cluster:
 
         self.dist, self._ray = dist, ray
         self._run = RayCalls(daemons())
+        self._versions = None if is_private() else software_versions()
         self.host: str = ray.util.get_node_ip_address()
         self.store = serve_store(self.host)
         self._group = self._reserve()
         self._pings: dict[Any, tuple[Any, float]] = {}
         self._pids: dict[Any, int] = {}
 
-    def start(self, name: str, bundle: int, *arguments: Any) -> Member:
-        """Start a process, which creates its `Worker` and calls `Worker.load`.
+    def start(
+        self, name: str, bundle: int, make_program: Callable[[], Program], layout: FlatLayout, frozen: Any
+    ) -> Member:
+        """Start a process, which checks its machine, creates its `Worker` and loads a program.
 
         Args:
             name: name of the process, for the user.
             bundle: index of the bundle in the placement group.
-            *arguments: arguments of `Worker.load`.
+            make_program: function that returns the program.
+            layout: layout of the parameters.
+            frozen: frozen models, or a reference to them.
         """
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -71,12 +88,18 @@ class Cluster:
         actor = self._run(options.remote)
         has_gpu = dist.gpus_per_worker == 1  # of its own: NCCL refuses two processes on one GPU
         backend = dist.backend if dist.backend != "auto" else ("nccl" if has_gpu else "shared")
-        device = "cuda" if dist.gpus_per_worker else "cpu"
         make_worker = functools.partial(
-            Worker, device=device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s
+            Worker, device=self.device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s
         )
-        self._pings[actor] = (self._run(actor.ping.remote), time.monotonic())
-        return Member(actor, name, bundle, self._run(actor.load.remote, make_worker, *arguments))
+        self._pings[actor] = (self._ping(actor), time.monotonic())
+        program = _pickle_by_value((make_worker, self.device, make_program, layout))
+        driver = (self.host, self.store.port)
+        return Member(actor, name, bundle, self._run(actor.load.remote, self._versions, driver, program, frozen))
+
+    @property
+    def device(self) -> str:
+        """Type of the device of the workers."""
+        return "cuda" if self.dist.gpus_per_worker else "cpu"
 
     def call(self, calls: Iterable[Sequence[Any]]) -> dict[Any, Member]:
         """Start calls (member, method, *arguments), and return the member of each reference to a result.
@@ -90,13 +113,18 @@ class Cluster:
 
         This method waits until Ray has moved the bundles of lost machines to other machines.
         """
-        deadline = time.monotonic() + _MOVE_S
+        begin = time.monotonic()
+        deadline = begin + _MOVE_S
         while True:
             table = self._run(self._ray.util.placement_group_table, self._group)
-            placed = placed_bundles(table, self._run(self._ray.nodes), lambda node: is_alive(node, 2.0))
-            replaceable = [member for member in members if member.bundle in placed]
-            if len(replaceable) == len(members) or time.monotonic() > deadline:
-                return replaceable
+            nodes = self._run(self._ray.nodes)
+            placed = placed_bundles(table, nodes, lambda node: is_alive(node, 2.0))
+            missing = [member for member in members if member.bundle not in placed]
+            alive = {node["NodeID"] for node in nodes if node["Alive"]}
+            if any(table["bundles_to_node_id"].get(member.bundle) in alive for member in missing):
+                deadline = min(time.monotonic(), begin + _NOTICE_S) + _MOVE_S  # Ray has not noticed the loss yet
+            if not missing or time.monotonic() > deadline:
+                return [member for member in members if member not in missing]
             time.sleep(_CHECK_S)
 
     def results(self, calls: dict[Any, Member], *, together: bool = False) -> Iterator[tuple[Any, Any]]:
@@ -155,7 +183,7 @@ class Cluster:
     def _kill_here(self, member: Member) -> bool:
         """Kill a process of this machine without Ray, which waits several seconds for a stopped one."""
         pid = self._pids.get(member.actor)
-        if self.host != "127.0.0.1" or pid is None:
+        if not is_private() or pid is None:
             return False
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -181,9 +209,13 @@ class Cluster:
         if self._run(self._ray.wait, [ping], timeout=0)[0]:
             with contextlib.suppress(self._ray.exceptions.RayError):  # its calls report its death
                 self._pids[member.actor] = self._run(self._ray.get, ping)
-            self._pings[member.actor] = (self._run(member.actor.ping.remote), now)
+            self._pings[member.actor] = (self._ping(member.actor), now)
             return False
-        return now - sent > (self.dist.heartbeat_s if member.actor in self._pids else _SETUP_S)
+        has_loaded = self._run(self._ray.wait, [member.loaded], timeout=0)[0]  # before, imports may hold up the ping
+        return now - sent > (self.dist.heartbeat_s if has_loaded else _SETUP_S)
+
+    def _ping(self, actor: Any) -> Any:
+        return self._run(actor.ping.options(concurrency_group=_HEALTH).remote)
 
     def _reserve(self) -> Any:
         """Return a placement group, or raise UserError within seconds if the cluster has too few resources."""
@@ -243,20 +275,27 @@ def placed_bundles(
     return {bundle for bundle, node in table["bundles_to_node_id"].items() if node in alive}
 
 
+def _pickle_by_value(program: Any) -> bytes:
+    """Return the pickle of functions and values, in which functions of users' files are whole.
+
+    Raises:
+        UserError: the functions refer to something that cannot be sent.
+    """
+    from ray import cloudpickle
+
+    for module in users_modules():
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return bytes(cloudpickle.dumps(program))
+    except (TypeError, pickle.PicklingError) as error:
+        raise UserError(f"a function of the program cannot be sent to the workers: {error}") from error
+
+
 def _actor_class() -> Any:
-    """Return the actor class of a `Worker`. It answers pings while it computes, and Ray never restarts it."""
+    """Return the actor class of a `Process`, which Ray never restarts."""
     import ray
+    from ray import cloudpickle
 
-    class Process:
-        @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
-        def ping(self) -> int:
-            return os.getpid()
-
-        def load(self, make_worker: Callable[[], Worker], *arguments: Any) -> int:
-            self.worker = make_worker()  # here, so that the process answers pings while it imports torch
-            return self.worker.load(*arguments)
-
-        def call(self, method: str, *arguments: Any) -> Any:
-            return getattr(self.worker, method)(*arguments)
-
-    return ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})(Process)
+    cloudpickle.register_pickle_by_value(ray_process)
+    groups = {_HEALTH: 1}  # a thread for pings
+    return ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=groups)(ray_process.Process)

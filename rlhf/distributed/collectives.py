@@ -11,9 +11,10 @@ waiting. It is never used again; the remaining members form the next generation.
 
 import contextlib
 import datetime
+import functools
 import mmap
 import os
-import sys
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -79,6 +80,7 @@ class Group:
         timeout_s: float,
         device: torch.device | None = None,
         capacity: int = 0,
+        address: str = "127.0.0.1",
     ) -> None:
         """Form the group, after waiting for all members.
 
@@ -89,11 +91,13 @@ class Group:
             timeout_s: time-out of every operation, in seconds.
             device: device of the tensors. None stands for the CPU.
             capacity: maximum number of bytes that a member sends in an exchange through shared memory.
+            address: address of this machine, at which gloo accepts the connections of the other members.
         """
         self.rank_info, self._staged, self._device = rank_info, backend != "nccl", device or torch.device("cpu")
         self._buffers: dict[tuple[int, int], Tensor] = {}
         prefixed = PrefixStore(f"generation-{rank_info.generation}", store)
-        make, timeout = _gloo if self._staged else _nccl, datetime.timedelta(seconds=timeout_s)
+        make = functools.partial(_gloo, address) if self._staged else _nccl
+        timeout = datetime.timedelta(seconds=timeout_s)
         self._backend: Any = None
         self._backend = self._guard(lambda: make(prefixed, rank_info.rank, rank_info.size, timeout))
         some_share = len({rank_info.machine_of(rank) for rank in range(rank_info.size)}) < rank_info.size
@@ -223,8 +227,13 @@ class Group:
             raise GroupError(f"generation {self.rank_info.generation}, rank {self.rank_info.rank}: {error}") from error
 
 
-def _gloo(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    return torch_dist.ProcessGroupGloo(store, rank, size, timeout)
+def _gloo(address: str, store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    gloo: Any = torch_dist.ProcessGroupGloo
+    options, interface = gloo._Options(), os.environ.get("GLOO_SOCKET_IFNAME")
+    where = {"interface": interface} if interface else {"hostname": address}  # by default that of the host name
+    options._devices = [gloo.create_device(**where)]
+    options._timeout = timeout
+    return gloo(store, rank, size, options)
 
 
 def _nccl(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
@@ -236,15 +245,22 @@ def _nccl(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> An
 
 def serve_store(host: str) -> TCPStore:
     """Serve the store through which groups are formed, from this process and only on `host`."""
-    import socket
-
     with socket.create_server((host, 0), backlog=512) as listener:
         port = listener.getsockname()[1]
         return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def connect_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """Connect to the store of another process. On 127.0.0.1, gloo uses the loopback device."""
-    if host == "127.0.0.1":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    """Connect to the store of another process."""
     return TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def local_address(host: str, port: int) -> str:
+    """Return the address of this machine in the network through which it reaches a server.
+
+    The address of the host name may be another one, such as 127.0.1.1 of Debian, at which no other machine connects.
+    """
+    family, kind, _, _, server = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(server)  # which sends nothing
+        return str(probe.getsockname()[0])

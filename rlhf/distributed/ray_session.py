@@ -16,13 +16,21 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf.config import DistConfig
 from rlhf.distributed import reaper
-from rlhf.distributed.ray_calls import Daemon, daemons_of_driver, first_answer, is_alive, speaks_grpc
+from rlhf.distributed.cluster_address import PROBE_S, check_reachable, find_address, find_raylet
+from rlhf.distributed.ray_calls import (
+    Daemon,
+    RayCalls,
+    RayLostError,
+    daemons_of_driver,
+    is_alive,
+)
 from rlhf.errors import UserError, WorkersLostError
 
 _QUIET = {
@@ -40,11 +48,6 @@ _PRIVATE_CLUSTER = _QUIET | {
 
 START_S = 10.0
 """Time-out after which a cluster is considered unreachable, in seconds."""
-
-_PROBE_S = 5.0
-"""Time-out of the process at an address, in seconds."""
-
-_REMEDY = "start one with `ray start --head`, or leave --dist.address out"
 
 _LEAVE_S = 15.0
 """Time-out of disconnecting from Ray, in seconds."""
@@ -94,13 +97,18 @@ def daemons() -> list[Daemon]:
     return _sessions[-1].daemons if _sessions else daemons_of_driver()
 
 
+def is_private() -> bool:
+    """Return True if the cluster of this connected process was started by it, on this machine."""
+    return bool(_sessions) and _sessions[-1].folder is not None
+
+
 def leave(*, lost: bool = False) -> None:
     """Disconnect from Ray, even if it is `lost`. Does nothing if this module has not connected."""
     if not _sessions or _sessions[-1].is_closed:
         return
     session = _sessions[-1]
     session.is_closed = True
-    lost = lost or not all(is_alive(daemon, _PROBE_S) for daemon in session.daemons)
+    lost = lost or not all(is_alive(daemon, PROBE_S) for daemon in session.daemons)
     if session.folder is not None and lost:
         reaper.kill(reaper.processes_of(session.folder, spared=(os.getpid(), *_reapers)))
     import ray
@@ -183,63 +191,50 @@ def _reaper(folder: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _connection(address: str) -> Iterator[None]:
     with _environment(_QUIET):
-        host, port = _find_address(address)
-        _check_reachable(address, host, port)
-        import ray
-
-        try:
-            with _restore_sigterm():
-                ray.init(address=f"{host}:{port}", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if "version mismatch" in str(error).lower():
-                reason = "the cluster there runs another version of Ray or Python than this program"
-            else:
-                reason = "no Ray cluster answers there"
-            raise UserError(f"--dist.address {address}: {reason} ({error})") from error
+        host, port = find_address(address)
+        check_reachable(address, host, port)
+        _connect(address, host, port)
         with _register(None):
             yield
+
+
+def _connect(address: str, host: str, port: int) -> None:
+    """Connect to a cluster, or raise UserError if it ends or falls silent meanwhile.
+
+    Ray itself would end this process after half a minute, with messages of its own.
+    """
+    import ray
+
+    gcs = Daemon("GCS", host, port, restarts=False)
+    try:
+        raylet = _call_while([gcs], find_raylet, address, host, port)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        _call_while([gcs, raylet], ray.init, address=f"{host}:{port}", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if "version mismatch" in str(error).lower():
+            reason = "the cluster there runs another version of Ray or Python than this program"
+        else:
+            reason = "no Ray cluster answers there"
+        raise UserError(f"--dist.address {address}: {reason} ({error})") from error
+    except RayLostError as error:
+        atexit.unregister(ray.shutdown)  # which would also wait
+        remedy = "start it again with `ray stop` and `ray start`, or leave --dist.address out"
+        raise UserError(f"--dist.address {address}: lost {error} while connecting; {remedy}") from error
+
+
+def _call_while(daemons: Sequence[Daemon], function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Return the result of a function, or raise RayLostError as soon as a daemon does not answer."""
+    run = RayCalls(daemons, START_S)
+    try:
+        return run(function, *arguments, **options)
+    finally:
+        run.close()
 
 
 @functools.cache
 def _token() -> str:
     """Return the token of this process, which Ray reads once. By default Ray would write one to the home folder."""
     return os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
-
-
-def _find_address(address: str) -> tuple[str, int]:
-    """Return host and port of a cluster. `auto` stands for RAY_ADDRESS, or for the cluster that Ray finds here."""
-    where = address
-    if address == "auto":
-        from ray._private.services import get_ray_address_from_environment
-
-        try:
-            where = get_ray_address_from_environment("auto", None)
-        except ConnectionError as error:
-            raise UserError(f"--dist.address auto: no Ray cluster runs on this machine; {_REMEDY}") from error
-    host, _, port = where.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        shown = address if where == address else f"{address} ({where})"
-        raise UserError(f"--dist.address {shown}: expected auto or HOST:PORT")
-    if (host := host.strip("[]")) in ("127.0.0.1", "localhost", "::1"):
-        from ray.util import get_node_ip_address
-
-        host = get_node_ip_address()  # as Ray does, which then waits without end for a cluster on loopback alone
-    return host, int(port)
-
-
-def _check_reachable(address: str, host: str, port: int) -> None:
-    """Raise UserError if no gRPC server answers. Ray itself would try for minutes and print its own messages."""
-    where = f"{host}:{port}"
-    try:
-        if speaks_grpc(first_answer(host, port, _PROBE_S)):
-            return
-        reason = "the server there is not a Ray cluster"
-    except TimeoutError:
-        reason = f"no answer within {_PROBE_S:g} s"
-    except OSError as error:
-        reason = str(error)
-    shown = address if address == where else f"{address} ({where})"
-    raise UserError(f"--dist.address {shown}: no Ray cluster answers there ({reason}); {_REMEDY}")
 
 
 @contextlib.contextmanager

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.distributed.collectives import Group, GroupError, RankInfo, connect_store
+from rlhf.distributed.collectives import Group, GroupError, RankInfo, connect_store, local_address
 from rlhf.distributed.exchange import BackendExchange
 from rlhf.distributed.messages import ShardState, from_numpy, read_params, read_shard, to_numpy, write_shard
 from rlhf.distributed.partition import SUBTREES, Range, join_sums, joint_subtrees, shard_ranges
 from rlhf.distributed.routes import find_routes
-from rlhf.distributed.shared_memory import machine_number
 from rlhf.execution.frozen import FrozenModels
 from rlhf.execution.gradients import make_gradients
 from rlhf.execution.memory import keep_freed_memory, peak_bytes
@@ -57,8 +56,8 @@ class Worker:
         self._group: Group | None = None
         self._shard: Shard | None = None
 
-    def load(self, make_program: Callable[[], Program], layout: FlatLayout, frozen: dict[str, Tree]) -> int:
-        """Load a program and its frozen models, and return the number of this machine. `restore` loads the parameters.
+    def load(self, make_program: Callable[[], Program], layout: FlatLayout, frozen: dict[str, Tree]) -> None:
+        """Load a program and its frozen models. `restore` loads the parameters.
 
         Args:
             make_program: function that returns the program.
@@ -69,7 +68,6 @@ class Worker:
         self._program, self._layout = make_program(), layout
         self._frozen = FrozenModels(self._program, from_numpy(frozen, self._device))
         self._gradients = make_gradients(self._program, layout)
-        return machine_number()
 
     def join(self, rank_info: RankInfo, host: str, port: int) -> None:
         """Form a new generation with the other members.
@@ -86,6 +84,7 @@ class Worker:
             timeout_s=self._timeout_s,
             device=self._device,
             capacity=SUBTREES * 4 * self._layout.size,  # of `reduce`
+            address=local_address(host, port),
         )
         self._rank_info, self._computes = rank_info, rank_info.rank < rank_info.workers
         self._ranges = dict(zip(rank_info.owners, shard_ranges(self._layout.size, len(rank_info.owners)), strict=True))

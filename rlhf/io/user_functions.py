@@ -15,6 +15,9 @@ from typing import Any
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.io.process_state import restored_process
 
+_PREFIX = "rlhf_user_"
+"""Beginning of the names of the modules that are loaded from files."""
+
 
 def load_function(target: str, where: str, problem: str = "it is not") -> Callable[..., Any]:
     """Import and return `module:function` or `file.py:function`.
@@ -40,6 +43,21 @@ def load_function(target: str, where: str, problem: str = "it is not") -> Callab
     if any(inspect.iscoroutinefunction(part) or inspect.isasyncgenfunction(part) for part in called):
         raise UserError(f"{where}: {name} is an async function, which is not awaited here; write it with plain def")
     return function
+
+
+def users_modules() -> list[ModuleType]:
+    """Return the modules of the files that users' functions came from, and the modules of their folders.
+
+    Other machines cannot import them by name, so they are sent there. A package counts as one module.
+    """
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items() if "." not in name}
+    places = {name: Path(file) for name, file in files.items() if file}
+    folders = {path.resolve().parent for name, path in places.items() if name.startswith(_PREFIX)}
+
+    def folder(path: Path) -> Path:
+        return path.parent.parent if path.stem == "__init__" else path.parent
+
+    return [sys.modules[name] for name, path in places.items() if folder(path) in folders and name != "rlhf"]
 
 
 def check_signature(
@@ -140,7 +158,7 @@ def _import(module: str, where: str) -> ModuleType:
             return importlib.import_module(module)
         path = Path(module).resolve()
         _search(path.parent)
-        name = f"rlhf_user_{path.stem}_{zlib.crc32(str(path).encode('utf-8', 'surrogateescape')):08x}"
+        name = f"{_PREFIX}{path.stem}_{zlib.crc32(str(path).encode('utf-8', 'surrogateescape')):08x}"
         location = importlib.util.spec_from_file_location(name, module)
         if location is None or location.loader is None:
             raise ImportError("not a Python file")

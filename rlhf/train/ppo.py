@@ -132,7 +132,10 @@ def _open(run: Run, config: PPORun, estimator: Estimator) -> tuple[PPO, Identity
     tokens = settings.num_epochs * completions * (prompts.mean_tokens(context) + settings.completion_tokens)
     optimised = [source.model.params for source in sources if source.model is not None and source.weight]
     compile_to = compile_folder(run, models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
-    executor = run.open_executor(functools.partial(make_ppo_program, shapes, settings, run.dtype, compile_to), models)
+    loss = open_policy_loss(settings)  # here, so that workers on other machines need no file of the user
+    executor = run.open_executor(
+        functools.partial(make_ppo_program, shapes, settings, loss, run.dtype, compile_to), models
+    )
     ppo = PPO(run, settings, estimator, policy, shapes, prompts, sources, executor, context)
     weighted = [source for source in sources if source.weight]
     if settings.normalize_reward and len(weighted) == 1 and weighted[0].model is not None and weighted[0].weight == 1:

@@ -44,7 +44,7 @@ def open_estimator(settings: PPOConfig) -> Estimator:
 
 
 def open_policy_loss(settings: PPOConfig) -> PolicyLoss:
-    """Return the policy loss of a run; every process that computes gradients loads a user's function by itself.
+    """Return the policy loss of a run, which is sent to the processes that compute gradients.
 
     Raises:
         UserError: the function cannot be imported.

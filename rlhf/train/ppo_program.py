@@ -19,8 +19,8 @@ from rlhf.models.decode_state import decode_steps
 from rlhf.models.heads import init_value_head, value_head_from_reward
 from rlhf.models.output_layer import without_output_layer
 from rlhf.models.scoring import make_frozen_cast, make_scorer, reward_model_shapes
+from rlhf.policy_losses import PolicyLoss
 from rlhf.schedules import constant_schedule
-from rlhf.train.ppo_functions import open_policy_loss
 from rlhf.train.ppo_objective import make_ppo_objective
 from rlhf.train.stage_inputs import lr_at_step, make_schedule
 from rlhf.train.supervised import make_adamw
@@ -100,13 +100,18 @@ def recomputes_log_probs(settings: PPOConfig, dtype: torch.dtype) -> bool:
 
 
 def make_ppo_program(
-    shapes: ModelShapes, settings: PPOConfig, dtype: torch.dtype, compile_to: Path | None = None
+    shapes: ModelShapes,
+    settings: PPOConfig,
+    policy_loss: PolicyLoss,
+    dtype: torch.dtype,
+    compile_to: Path | None = None,
 ) -> Program:
     """Return the program of PPO: `rollout` and `score`, `ppo` steps, and `critic` steps for the warm-up of the critic.
 
     Args:
         shapes: shapes of the models.
         settings: settings of the ppo section.
+        policy_loss: loss of the policy.
         dtype: dtype of forward and backward passes.
         compile_to: folder of compiled code. None runs eagerly.
     """
@@ -118,7 +123,7 @@ def make_ppo_program(
         shapes.critic,
         dtype=dtype,
         temperature=settings.temperature,
-        policy_loss=open_policy_loss(settings),
+        policy_loss=policy_loss,
         clip_eps=settings.clip_eps,
         clip_eps_high=settings.clip_eps_high,
         dual_clip=settings.dual_clip,
