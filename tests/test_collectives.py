@@ -1,6 +1,7 @@
 """Messages within a group; what several processes do with them is tested through the executors."""
 
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,13 +46,14 @@ def test_a_group_of_one_has_nothing_to_wait_for(monkeypatch):
 
 def in_group(size, backend, work, capacity=0):
     """`work(group)` of every member, each in a thread, by rank."""
-    store = HashStore()
+    store, end = HashStore(), threading.Barrier(size, timeout=20.0)
 
     def member(rank):
         group = Group(store, RankInfo(0, rank, size, 0), backend=backend, timeout_s=20.0, capacity=capacity)
         try:
             return work(group)
         finally:
+            end.wait()  # one that leaves early would fail those that still connect to each other
             group.close()
 
     with ThreadPoolExecutor(size) as pool:
