@@ -77,18 +77,23 @@ class _RealData(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         results = _read(self.arguments[0])
-        rows = [
-            "| data, seed | score, std | KL, nats | tokens | ended | judge, before | judge, after | problems |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        columns = ["data, seed", "score, std", "KL, nats", "tokens", "ended", "judge, before", "judge, after"]
+        columns += ["gain"] if "judge_gain" in results["runs"][0] else []
+        rows = [f"| {' | '.join([*columns, 'problems'])} |", "|---" * (len(columns) + 1) + "|"]
         for run in results["runs"]:
             final = run["finals"]
-            first, last = (f"{mean:+.2f} ± {half:.2f}" for mean, half in run["judge"]) if "judge" in run else ("", "")
-            rows.append(
-                f"| {run['task']}, {run['seed']} | {final['objective/scores']:+.2f} | {final['objective/kl']:.1f} "
-                f"| {final['response_length/mean']:.0f} | {final['response_length/ended']:.0%} | {first} | {last} "
-                f"| {'; '.join(run['problems']) or 'none'} |"
-            )
+            judge = [f"{mean:+.2f} ± {half:.2f}" for mean, half in run["judge"]] if "judge" in run else ["", ""]
+            cells = [
+                f"{run['task']}, {run['seed']}",
+                f"{final['objective/scores']:+.2f}",
+                f"{final['objective/kl']:.1f}",
+                f"{final['response_length/mean']:.0f}",
+                f"{final['response_length/ended']:.0%}",
+                *judge,
+            ]
+            if "judge_gain" in run:
+                cells.append("{:+.2f} \\[{:.2f}, {:.2f}\\]".format(*run["judge_gain"]))
+            rows.append(f"| {' | '.join([*cells, '; '.join(run['problems']) or 'none'])} |")
         origin = f"`{results['command']}`, {results['date']}, {results['machine']}."
         return self.parse_text_to_nodes("\n".join(rows) + "\n\n" + origin)
 
