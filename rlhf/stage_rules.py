@@ -6,7 +6,6 @@ from typing import Any
 
 from rlhf.config import DPOConfig, ModelConfig, PPOConfig
 from rlhf.estimator_rules import ESTIMATOR_RULES
-from rlhf.models.gpt2_config import PRESETS, GPT2Config
 from rlhf.setting_rules import Rule, flag_of
 
 CHOSEN_BY_RULE = {
@@ -68,7 +67,7 @@ def _worker_rule(stage: str, setting: str, size: str = "", *, rows: int = 1) -> 
 
 def _is_gpt2(model: ModelConfig) -> bool:
     """Return True if a new model is a GPT-2."""
-    return model.family == GPT2Config.model_type or (model.family is None and model.preset in PRESETS)
+    return model.family == "gpt2" or (model.family is None and model.preset.startswith(("tiny", "small", "gpt2")))
 
 
 def _model_rules(data: str) -> tuple[Rule, ...]:

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import pytest
 from ray import cloudpickle
 
+from rlhf.config import DistConfig
 from rlhf.distributed import cluster, ray_process
+from rlhf.distributed.cluster import Member
 from rlhf.distributed.machine_check import check_machine, describe_processor
 from rlhf.distributed.members import Members
+from rlhf.distributed.messages import pickle_by_value
 from rlhf.distributed.ray_calls import LostError, RayLostError
 from rlhf.distributed.ray_process import LoadReport, find_differences, find_obstacle, software_versions
 from rlhf.errors import UserError
@@ -90,7 +93,7 @@ def test_functions_of_users_files_are_sent_with_the_modules_of_their_folder(tmp_
         "def loss(x):\n    return scale(x) + three() + math.floor(0.5)\n"
     )
     loss = load_function(f"{tmp_path}/sent_file.py:loss", "--ppo.loss")
-    assert elsewhere(cluster._pickle_by_value(loss), "found(2)") == "13"
+    assert elsewhere(pickle_by_value(loss), "found(2)") == "13"
 
 
 def test_what_cannot_be_sent_is_refused(tmp_path):
@@ -99,11 +102,11 @@ def test_what_cannot_be_sent_is_refused(tmp_path):
     )
     loss = load_function(f"{tmp_path}/locked.py:loss", "--ppo.loss")
     with pytest.raises(UserError, match=r"cannot be sent to the workers: .*lock"):
-        cluster._pickle_by_value(loss)
+        pickle_by_value(loss)
 
 
 def test_functions_of_rlhf_are_sent_by_name():
-    assert pickle.loads(cluster._pickle_by_value(check_machine)) is check_machine
+    assert pickle.loads(pickle_by_value(check_machine)) is check_machine
 
 
 def test_a_machine_without_gpu_compiler_or_place_for_code_is_refused(monkeypatch, tmp_path):
@@ -128,16 +131,17 @@ class FakeCluster:
     device, host, store = "cpu", "10.0.0.1", SimpleNamespace(port=1)
 
     def __init__(self, answers, joined=lambda: {}):
-        self.dist = SimpleNamespace(num_workers=len(answers), num_servers=0, address="auto", on_failure="replace")
+        self.dist = DistConfig(num_workers=len(answers), address="auto")
         self.answers, self.killed, self.joined = answers, [], joined
 
     def start(self, name, bundle, *arguments):
-        return SimpleNamespace(name=name, loaded=name)
+        return Member(actor=None, name=name, bundle=bundle, loaded=name)
 
-    def call(self, member, method, *arguments):
-        return method, member.name, arguments
+    def call(self, calls):
+        return {(method, member.name): member for member, method, *_ in calls}
 
-    def results(self, calls):
+    def results(self, calls, *, together):
+        assert together
         if any(isinstance(call, tuple) for call in calls):
             self.joined()
         return [(call, self.answers.get(call)) for call in calls]

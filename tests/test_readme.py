@@ -61,7 +61,7 @@ COMMANDS = [
     for line in block.text.replace("\\\n", "").splitlines()
     if line.strip() and not line.startswith("#")
 ]
-ELSEWHERE = {"pip", "python3", "."}
+ELSEWHERE = {"pip", "python3", ".", "ray", "export"}
 """Commands that are no programs of this project."""
 
 

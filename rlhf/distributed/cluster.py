@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,13 +11,13 @@ from typing import Any, NamedTuple
 from rlhf.config import DistConfig
 from rlhf.distributed import ray_process
 from rlhf.distributed.collectives import GroupError, serve_store
+from rlhf.distributed.messages import pickle_by_value
 from rlhf.distributed.ray_calls import Daemon, LostError, RayCalls, RayLostError, is_alive
 from rlhf.distributed.ray_process import software_versions
 from rlhf.distributed.ray_session import START_S, daemons, is_private, leave, open_session
 from rlhf.distributed.worker import Worker
 from rlhf.errors import UserError, WorkersLostError
 from rlhf.execution.program import Program
-from rlhf.io.user_functions import users_modules
 from rlhf.tree import FlatLayout
 
 _CHECK_S = 0.5
@@ -92,7 +91,7 @@ class Cluster:
             Worker, device=self.device, threads=dist.threads_per_worker, backend=backend, timeout_s=dist.timeout_s
         )
         self._pings[actor] = (self._ping(actor), time.monotonic())
-        program = _pickle_by_value((make_worker, self.device, make_program, layout))
+        program = pickle_by_value((make_worker, self.device, make_program, layout))
         driver = (self.host, self.store.port)
         return Member(actor, name, bundle, self._run(actor.load.remote, self._versions, driver, program, frozen))
 
@@ -273,22 +272,6 @@ def placed_bundles(
         if node["Alive"] and answers(Daemon("raylet", node["NodeManagerAddress"], node["NodeManagerPort"], False))
     }
     return {bundle for bundle, node in table["bundles_to_node_id"].items() if node in alive}
-
-
-def _pickle_by_value(program: Any) -> bytes:
-    """Return the pickle of functions and values, in which functions of users' files are whole.
-
-    Raises:
-        UserError: the functions refer to something that cannot be sent.
-    """
-    from ray import cloudpickle
-
-    for module in users_modules():
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        return bytes(cloudpickle.dumps(program))
-    except (TypeError, pickle.PicklingError) as error:
-        raise UserError(f"a function of the program cannot be sent to the workers: {error}") from error
 
 
 def _actor_class() -> Any:

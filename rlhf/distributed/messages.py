@@ -1,5 +1,6 @@
 """Messages between processes: trees of NumPy arrays, which Ray keeps in shared memory, and plain values."""
 
+import pickle
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from rlhf.distributed.partition import Range
+from rlhf.errors import UserError
 from rlhf.execution.shard import Shard, init_shard
+from rlhf.io.user_functions import users_modules
 from rlhf.optim import Optimizer
 from rlhf.tree import leaves, realign, tree_map
 from rlhf.types import Tree
@@ -89,3 +92,19 @@ def _read(arrays: Sequence[np.ndarray], elements: Range) -> Tensor:
     """Return a new tensor of a range of elements of the concatenated arrays."""
     whole = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
     return torch.tensor(whole[slice(*elements)])
+
+
+def pickle_by_value(program: Any) -> bytes:
+    """Return the pickle of functions and values, in which functions of users' files are whole.
+
+    Raises:
+        UserError: the functions refer to something that cannot be sent.
+    """
+    from ray import cloudpickle
+
+    for module in users_modules():
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return bytes(cloudpickle.dumps(program))
+    except (TypeError, pickle.PicklingError) as error:
+        raise UserError(f"a function of the program cannot be sent to the workers: {error}") from error
