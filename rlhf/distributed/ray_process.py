@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 _CONNECT_S = 10.0
 """Time-out of the connection to the driver, in seconds."""
 
+_INSTALL = "install its module there, or keep it in a folder that all machines share"
+"""Remedy for a function that cannot be imported."""
+
 
 class LoadReport(NamedTuple):
     """Result of `Process.load`."""
@@ -65,8 +68,9 @@ class Process:
             return LoadReport(address, problem, "")
         self.worker = make_worker()
         try:
-            check_machine(device, make_program())
-            self.worker.load(make_program, *arguments, frozen)
+            made = make_program()
+            check_machine(device, made)
+            self.worker.load(lambda: made, *arguments, frozen)
         except UserError as error:
             return LoadReport(address, str(error), "")
         return LoadReport(address, "", describe_processor(device), machine_number())
@@ -74,9 +78,6 @@ class Process:
     def call(self, method: str, *arguments: Any) -> Any:
         """Return the result of a method of the `Worker`."""
         return getattr(self.worker, method)(*arguments)
-
-
-_INSTALL = "install its module there, or keep it in a folder that all machines share"
 
 
 def software_versions() -> dict[str, str]:
@@ -110,10 +111,10 @@ def find_obstacle(host: str, port: int) -> str:
 
 def _code_of_rlhf() -> str:
     """Return a digest of the source code of rlhf, such as `code 1a2b3c4d`, or `none` if it is not installed."""
-    found = importlib.util.find_spec("rlhf")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("rlhf")
+    if spec is None or spec.origin is None:
         return "none"
-    folder, digest = Path(found.origin).parent, hashlib.sha256()
+    folder, digest = Path(spec.origin).parent, hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return f"code {digest.hexdigest()[:8]}"

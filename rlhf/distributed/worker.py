@@ -269,8 +269,8 @@ class Worker:
         for number, (owner, part) in enumerate(routes.delegated.items()):
             sums[owner] = {subtree: flat[part] for subtree, flat in self._sums.items()}
             sums[owner].update(zip(near, arrived[number :: len(sizes)], strict=True))
-        own = joint_subtrees(assignment, routes.workers)
-        sends = [(owner, join_sums(sums[owner], subtree)) for owner in sums if owner != me for subtree in own]
+        subtrees = joint_subtrees(assignment, routes.workers)
+        sends = [(owner, join_sums(sums[owner], subtree)) for owner in sums if owner != me for subtree in subtrees]
         far = {subtree: rank for rank, them in routes.far.items() for subtree in joint_subtrees(assignment, them)}
         between = group.exchange(sends, [(rank, len(self._gradient)) for rank in far.values()])
         if self._shard is not None:
