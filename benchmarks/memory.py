@@ -49,11 +49,13 @@ def _fit(bench: Bench, critic: str) -> dict[str, Any]:
 
 
 def _against(bench: Bench, work: Work, setting: Setting) -> dict[str, Any]:
-    """One of our settings of the timed iteration, and the peer's first."""
-    what = f"{work.what}, compile {setting.settings['compile']}"
+    """One of our settings of the timed iteration, and the peer's; our own PPO as the peer is compiled if ours is."""
+    choice = setting.settings["compile"]
+    what = f"{work.what}, compile {choice}"
     if bench.only not in what:
         return {}
-    sides = {name: _iterate(bench, name, of) for name, of in (("ours", setting), ("peer", work.peers[0]))}
+    alike = [peer for peer in work.peers if peer.settings.get("compile", choice) == choice]
+    sides = {name: _iterate(bench, name, of) for name, of in (("ours", setting), ("peer", alike[0]))}
     check_alike(work, sides["ours"], sides["peer"])
     peaks = [side.rounds[-1]["peak_bytes"] for side in sides.values()]
     return _row(what, work.peer, peaks[0], peaks[1], work.target, sides)

@@ -41,7 +41,7 @@ def main(settings: dict[str, Any]) -> None:
     text = Path(settings["data"]).read_text(encoding="utf-8")
     records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
     texts = [record["prompt"] + record["completion"] + tokenizer.eos_token for record in records]
-    encoded = tokenizer(texts, truncation=True, max_length=model.config.n_positions)["input_ids"]
+    encoded = tokenizer(texts, truncation=True, max_length=model.config.max_position_embeddings)["input_ids"]
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

@@ -5,6 +5,7 @@ scoring it), forward, backward, clipping, update. The loop is held at the end of
 for. Saving, evaluation and logging are off, checkpointed activations too.
 """
 
+import functools
 import tempfile
 from typing import Any
 
@@ -84,19 +85,12 @@ def sft(
     count, longest = work.sft
     data = Dataset.from_dict({"input_ids": material.demonstrations(work, varied)})
     hold = Hold(session, work.steps)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = rows or count
-        parts = min(parts, rows)
-        arguments = _common(folder, device, precision, compiled, round(rows / parts)) | {"loss_type": "nll"} | layout
-        arguments |= {"gradient_accumulation_steps": parts}
-        trainer = _counting(SFTTrainer, hold, lambda inputs: int((inputs["input_ids"] >= material.FIRST_TOKEN).sum()))(
-            model=_policy(model),
-            args=SFTConfig(max_length=longest, completion_only_loss=False, **arguments),
-            train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(model),
-            callbacks=[hold],
-        )
-        trainer.train()
+    rows = rows or count
+    parts = min(parts, rows)
+    arguments = _common(device, precision, compiled, round(rows / parts)) | {"max_length": longest, "loss_type": "nll"}
+    arguments |= {"completion_only_loss": False, "gradient_accumulation_steps": parts} | layout
+    trainer = _counting(SFTTrainer, hold, lambda inputs: int((inputs["input_ids"] >= material.FIRST_TOKEN).sum()))
+    _train(trainer, SFTConfig, hold, _policy(model), data, AutoTokenizer.from_pretrained(model), arguments)
 
 
 def reward(
@@ -109,16 +103,10 @@ def reward(
     data = Dataset.from_dict({"chosen_ids": list(chosen), "rejected_ids": list(rejected)})
     network = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32)
     hold = Hold(session, work.steps)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = _common(folder, device, precision, compiled, count)
-        trainer = _counting(RewardTrainer, hold, lambda inputs: int(inputs["attention_mask"].sum()))(
-            model=network,
-            args=RewardConfig(max_length=longest, center_rewards_coefficient=0.01, **arguments),
-            train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(model),
-            callbacks=[hold],
-        )
-        trainer.train()
+    trainer = _counting(RewardTrainer, hold, lambda inputs: int(inputs["attention_mask"].sum()))
+    arguments = _common(device, precision, compiled, count)
+    arguments |= {"max_length": longest, "center_rewards_coefficient": 0.01}
+    _train(trainer, RewardConfig, hold, network, data, AutoTokenizer.from_pretrained(model), arguments)
 
 
 def dpo(
@@ -142,16 +130,10 @@ def dpo(
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = _common(folder, device, precision, compiled, count)
-        trainer = _counting(Tokenised, hold, lambda inputs: int(inputs["attention_mask"].sum()))(
-            model=_policy(model),
-            args=DPOConfig(max_length=longest, precompute_ref_log_probs=True, **arguments),
-            train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(model),
-            callbacks=[hold],
-        )
-        trainer.train()
+    trainer = _counting(Tokenised, hold, lambda inputs: int(inputs["attention_mask"].sum()))
+    arguments = _common(device, precision, compiled, count)
+    arguments |= {"max_length": longest, "precompute_ref_log_probs": True}
+    _train(trainer, DPOConfig, hold, _policy(model), data, AutoTokenizer.from_pretrained(model), arguments)
 
 
 def rloo(
@@ -191,34 +173,39 @@ def rloo(
             hold.tokens += int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
             return inputs
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = _common(folder, device, precision, False, work.minibatch) | {"learning_rate": 3e-6}
-        del arguments["train_sampling_strategy"]
-        trainer = Counting(
-            model=network,
-            reward_funcs=material.kindness,
-            args=RLOOConfig(
-                num_generations=work.samples,
-                max_completion_length=work.completion,
-                temperature=1.0,
-                beta=0.2,
-                **arguments,
-            ),
-            train_dataset=prompts,
-            processing_class=tokenizer,
-            callbacks=[hold],
-        )
-        trainer.train()
+    trainer = functools.partial(Counting, reward_funcs=material.kindness)
+    arguments = _common(device, precision, False, work.minibatch) | {
+        "num_generations": work.samples,
+        "max_completion_length": work.completion,
+        "temperature": 1.0,
+        "beta": 0.2,
+        "learning_rate": 3e-6,
+    }
+    del arguments["train_sampling_strategy"]
+    _train(trainer, RLOOConfig, hold, network, prompts, tokenizer, arguments)
 
 
 def _policy(model: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
-def _common(folder: str, device: str, precision: str, compiled: bool, rows: int) -> dict[str, Any]:
+def _train(
+    trainer: Any, config: Any, hold: Hold, network: Any, data: Dataset, tokenizer: Any, arguments: dict[str, Any]
+) -> None:
+    """Train until the session ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(
+            model=network,
+            args=config(output_dir=folder, **arguments),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[hold],
+        ).train()
+
+
+def _common(device: str, precision: str, compiled: bool, rows: int) -> dict[str, Any]:
     """What our side has too: AdamW at a constant rate, gradients clipped to 1, nothing written."""
     return {
-        "output_dir": folder,
         "per_device_train_batch_size": rows,
         "max_steps": 1_000_000,
         "train_sampling_strategy": "sequential",
