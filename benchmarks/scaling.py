@@ -214,9 +214,9 @@ class _Calls:
     def timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """The method, adding up the seconds that it takes."""
 
-        def call(executor: RayExecutor, *arguments: Any) -> Any:
+        def call(executor: RayExecutor, *arguments: Any, **options: Any) -> Any:
             self._executor, begun = executor, time.perf_counter()
-            result = method(executor, *arguments)
+            result = method(executor, *arguments, **options)
             self.seconds += time.perf_counter() - begun
             return result
 

@@ -109,7 +109,7 @@ def _show_result(result: "DemoResult", output_dir: Path) -> None:
     for heading in ("model", "mean gold score, 95% interval", "KL to SFT"):
         scores.add_column(heading)
     scores.add_row("SFT", f"{before.mean:+.2f} ± {before.interval:.2f}", "0")
-    scores.add_row("PPO", f"{after.mean:+.2f} ± {after.interval:.2f}", f"{result.kl:.1f} nats per reply")
+    scores.add_row("PPO", f"{after.mean:+.2f} ± {after.interval:.2f}", f"{result.kl:.1f} nats per completion")
     scores.add_row("gain", f"[bold]{result.gain:+.2f} ± {result.gain_interval:.2f}[/]", "")
     completions = Table(title="The same prompts before and after", show_lines=True)
     for heading in ("prompt", "SFT", "PPO"):

@@ -13,6 +13,7 @@ from rlhf.monitor.health import findings
 from rlhf.monitor.report import write_report
 from rlhf.train.observers import Observer, StageStart
 from rlhf.train.signals import StopRequest, stop_on_signal
+from rlhf.verdicts import Verdict
 
 
 class Training(NamedTuple):
@@ -34,16 +35,17 @@ class ReportWriter(Observer):
     """Observer that writes report/report.html and logs problems when a stage ends, except after a second Ctrl-C."""
 
     def on_start(self, start: StageStart) -> None:
-        """Store the stage's name and the output folder."""
-        self._stage, self._output_dir = start.stage.name, start.config.output_dir
+        """Store the stage's name and the folders."""
+        self._stage, folder = start.stage.name, start.config.output_dir
+        self._logs, self._report = folder / "logs", folder / "report" / "report.html"
 
     def on_end(self, error: BaseException | None) -> None:
         """Write the report. A failure to do so does not end the run."""
         if isinstance(error, KeyboardInterrupt):
             return
-        path = self._output_dir / "report" / "report.html"
+        path = self._report
         try:
-            (reader,) = write_report([self._output_dir / "logs"], path)
+            (reader,) = write_report([self._logs], path)
             problems = [
                 finding for finding in findings(reader) if (finding.stage, finding.level) == (self._stage, "problem")
             ]
@@ -53,3 +55,8 @@ class ReportWriter(Observer):
             lines = [f"{path}: not written ({failure})"]
         for line in lines:
             log_user(visible(line), stage=self._stage)
+
+    def on_verdict(self, verdict: Verdict) -> None:
+        """Write the report again, with the verdict, if it could be written before."""
+        with contextlib.suppress(Exception):
+            write_report([self._logs], self._report)

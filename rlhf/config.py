@@ -128,7 +128,8 @@ class LogConfig(Section):
     """Metrics and samples written to logs/."""
 
     every: PositiveInt = 1
-    """Steps, or iterations for PPO, between lines of metrics.jsonl."""
+    """Steps, or iterations for PPO, between lines of metrics.jsonl. The first and last step, and those with an
+    evaluation, are always logged."""
     samples: NonNegativeInt = 64
     """Number of completions per PPO iteration written to samples.jsonl."""
     token_samples: NonNegativeInt = 16
@@ -244,8 +245,8 @@ class RewardRun(RunConfig):
     """Settings of rlhf-train reward."""
 
     preference_data: DataPaths = None
-    """Files, or folders of them, with prompt, chosen and rejected; of the same forms. If None, the embedded example is
-    used."""
+    """Files, or folders of them, with prompt, chosen and rejected; of the same formats. If None, the embedded example
+    is used."""
     preference_val_data: DataPaths = None
     """Validation files. If None, reward.val_fraction of the records is held out."""
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -255,10 +256,11 @@ class RewardRun(RunConfig):
 class DPORun(RunConfig):
     """Settings of rlhf-train dpo."""
 
-    preference_data: Path | None = None
-    """JSON list or JSON Lines of {"prompt", "chosen", "rejected"}. If None, the embedded example is used."""
-    preference_val_data: Path | None = None
-    """Validation file. If None, dpo.val_fraction of the records is held out."""
+    preference_data: DataPaths = None
+    """Files, or folders of them, with prompt, chosen and rejected; of the same formats. If None, the embedded example
+    is used."""
+    preference_val_data: DataPaths = None
+    """Validation files. If None, dpo.val_fraction of the records is held out."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
 

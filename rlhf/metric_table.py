@@ -6,11 +6,12 @@ from rlhf.metric_record import Metric
 TABLE = (
     # Supervised fine-tuning
     Metric("loss/sft", "Loss, training", "nats per token", "down", "loss",
-           "Cross-entropy on the demonstrations' completions.", "Falls, then levels off.",
+           "Cross-entropy on the demonstrations' completions; with sft.loss_on all, on their prompts too.",
+           "Falls, then levels off.",
            short="loss", low=0, headline=True),
     Metric("eval/loss", "Loss, held-out", "nats per token", "down", "loss",
-           "Cross-entropy on records that are not trained on.",
-           "Falls. Rising while the training loss falls: over-fitting.",
+           "Cross-entropy on the completions of records that are not trained on.",
+           "Falls. Rising while the training loss falls: overfitting.",
            short="held-out loss", row="loss, nats per token", low=0, checks=("overfitting",)),
     Metric("eval/perplexity", "Perplexity, held-out", "e to the loss", "down", "perplexity",
            "Effective number of tokens that the model chooses between, on average.", "Falls; 1 would be certainty.",
@@ -27,7 +28,7 @@ TABLE = (
            "Accuracy on held-out pairs.", "Above 0.6. Annotators agree with each other on 0.7 to 0.8 of the pairs.",
            short="held-out acc.", row="accuracy", low=0, high=1, headline=True, checks=("reward-model-chance",)),
     Metric("train/reward/accuracy", "Accuracy, training records", "share of pairs", "up", "pair-accuracy",
-           "Accuracy on training records.", "Slightly above the held-out accuracy. Far above it: over-fitting.",
+           "Accuracy on training records.", "Slightly above the held-out accuracy. Far above it: overfitting.",
            low=0, high=1),
     Metric("eval/baseline/longer", "Accuracy of the longer completion", "share of pairs",
            meaning="Accuracy of always choosing the longer completion.", row="  always the longer", low=0, high=1),
@@ -50,7 +51,8 @@ TABLE = (
     Metric("train/reward/margin", "Margin, training records", "reward units", "up", "margin",
            "Margin on training records.", "Above 0.", signed=True),
     Metric("loss/reward", "Loss", "nats per pair", "down", "reward-loss",
-           "Minus log σ(margin). log 2 = 0.69 is chance.", "Falls below 0.69.",  # noqa: RUF001
+           "Minus log σ(margin); in training plus centre_coef times the "  # noqa: RUF001
+           "squared sum of both rewards. log 2 = 0.69 is chance.", "Falls below 0.69.",
            short="loss", row="loss, -log sigmoid(margin)", low=0, headline=True),
     Metric("eval/reward/min", "Lowest", "reward units", "none", "held-out-rewards",
            "The lowest reward given to a held-out completion."),
@@ -82,7 +84,7 @@ TABLE = (
            "Minus log sigmoid of the implicit rewards' margin. log 2 = 0.69 is the reference.", "Falls below 0.69.",
            short="loss", low=0, headline=True),
     Metric("eval/loss/dpo", "Loss, held-out", "nats per pair", "down", "preference-loss",
-           "The same on held-out pairs.", "Falls. Rising while the training loss falls: over-fitting.", low=0,
+           "The same on held-out pairs.", "Falls. Rising while the training loss falls: overfitting.", low=0,
            checks=("overfitting",)),
     Metric("loss/ipo", "Loss, training", "squared nats per pair", "down", "preference-loss",
            "Squared distance of the difference of log-ratios from 1 / (2 beta).", "Falls.", short="loss", low=0),
@@ -111,7 +113,7 @@ TABLE = (
            "Mean reward of the completions, as PPO is rewarded: normalised, clipped, with the penalty for completions "
            "that do not end.", "Rises, fast at first, then levels off.", short="score", headline=True),
     Metric("objective/rlhf_reward", "Score minus KL penalty", "reward units per completion", "up", "score",
-           "Objective of PPO: the score minus kl_coef times the KL.",
+           "Objective of PPO: the score minus kl_coef times the KL. With kl_in_loss, the score alone.",
            "Rises. If the score rises and this falls, the policy pays more in KL than it gains."),
     Metric("reward/disagreement", "Disagreement of the ensemble", "reward units", "none", "disagreement",
            "Standard deviation of the reward models' normalised scores of a completion, on average.",
@@ -132,7 +134,7 @@ TABLE = (
            "kl_coef and the learning rate.", short="KL, nats", low=0, headline=True,
            checks=("negative-kl", "kl-explosion")),
     Metric("objective/equal_groups", "Groups of equal scores", "share of completions", "down", "equal-groups",
-           "Completions of prompts whose scores are all equal: a group estimator learns nothing from them.",
+           "Completions of prompts whose scores are all equal, from which a group estimator learns nothing.",
            "Well below 1. Near 1: the prompts are too easy, too hard, or the reward is too coarse.",
            short="equal groups", low=0, high=1, checks=("equal-groups",)),
     Metric("response_length/mean", "Length", "tokens per completion", "none", "length",
@@ -150,8 +152,8 @@ TABLE = (
            "predicting the mean.", "Rises above 0 within some iterations, towards 0.5 and more. Below 0, the value "
            "function does harm.", short="value expl. var.", high=1, headline=True, checks=("value-function",)),
     Metric("policy/clipfrac_avg", "Clip fraction", "share of tokens", "none", "clip",
-           "Fraction of tokens whose gradient is 0, because their ratio has left 1 ± clip_eps on the side that the "
-           "advantage favours.",
+           "Fraction of tokens whose ratio has left 1 ± clip_eps on the side that the advantage favours. Their "
+           "gradient is 0, except with --ppo.loss cispo.",
            "Between 0 and 0.2. Above 0.3, the updates are too large.",
            short="clipped, share", low=0, checks=("clip-fraction",)),
     Metric("policy/approxkl_avg", "KL of the update", "nats per token", "none", "update-kl",
@@ -163,9 +165,11 @@ TABLE = (
            "Half the squared error of the value function, clipped.", "Falls, with jumps when the score jumps.",
            short="value loss", low=0),
     Metric("objective/non_score_reward", "KL penalty", "reward units per completion", "none", "kl-penalty",
-           "Minus kl_coef times the KL to the reference.", "A small part of the score. Falls slowly."),
+           "Minus kl_coef times the KL to the reference; 0 with kl_in_loss.", "A small part of the score. Falls "
+           "slowly."),
     Metric("objective/kl_coef", "KL coefficient", "reward units per nat", "none", "kl-coef",
-           "Penalty for one nat of KL.", "Constant, or adapted to kl_target with --ppo.kl-adaptive."),
+           "Penalty for one nat of KL.", "Constant while the KL is below kl_budget, rising above it; adapted to "
+           "kl_target with --ppo.kl-adaptive."),
     Metric("objective/entropy", "Surprise of its own completions", "nats per completion", "none", "surprise",
            "Minus the log-probability of the completions, summed over their tokens: an estimate of the policy's "
            "entropy.", "Falls slowly. A collapse means that all completions are alike."),
@@ -190,7 +194,8 @@ TABLE = (
            "Norm of the whole gradient.", "Steady. Spikes are clipped to max_grad_norm.", short="grad norm", low=0),
     Metric("grad_norm/", "Gradient norm, {}", "before clipping", "none", "grad-norm",
            "Norm of the gradient of one model, if it is clipped apart.", "Steady. Spikes are clipped.", low=0),
-    Metric("lr", "Learning rate", "", "none", "lr", "Learning rate of this step.", "As configured.", low=0),
+    Metric("lr", "Learning rate", "", "none", "lr",
+           "Learning rate of the step's first update.", "As configured.", low=0),
     Metric("perf/tokens_per_s", "Throughput", "tokens per second", "up", "throughput",
            "Prompt and completion tokens per second of the step.",
            "Steady. A drop means other load, longer texts or a lost worker.",

@@ -72,8 +72,9 @@ class PPOConfig(OptimizerConfig):
     reward_clip: PositiveFloatOrInf = 10.0
     """Clip scores to [-reward_clip, reward_clip]; inf disables clipping."""
     missing_eos_penalty: NonNegativeFloat | None = None
-    """Penalty subtracted from the score of a completion without an end-of-text token. If None, 1 if the demonstrations
-    of the SFT model end within max_new_tokens, otherwise 0."""
+    """Penalty subtracted from the score of a completion without an end-of-text token. If None, 1 if at least
+    half of the SFT model's demonstrations keep their end and 95% of them have at most 2 * max_new_tokens tokens,
+    otherwise 0."""
     whiten_rewards: bool = False
     """Scale per-token rewards to unit variance over the batch without shifting their mean."""
 

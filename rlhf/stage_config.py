@@ -78,7 +78,8 @@ class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on demonstrations."""
 
     loss_on: Literal["completion", "all"] = "completion"
-    """Tokens that contribute to the loss: those of the completion, or all, including the prompt."""
+    """Tokens that contribute to the training loss: those of the completion, or all, including the prompt. Evaluations
+    are of completions."""
     dropout: HalfOpenUnitInterval = 0.0
     """Dropout probability after the embedding, attention and MLP; GPT-2 was trained with 0.1."""
     model_path: Path | None = None

@@ -196,7 +196,7 @@ PPO_RULES = (
     Rule(
         ("ppo.missing_eos_penalty",),
         lambda config: not config.ppo.stop_at_eos,
-        "with --ppo.no-stop-at-eos no completion ends by itself: the same is taken off every score",
+        "has no effect with --ppo.no-stop-at-eos: no completion is expected to end by itself",
     ),
     Rule(
         ("ppo.bootstrap_truncated",),

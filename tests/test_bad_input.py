@@ -461,6 +461,7 @@ PIPELINE: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("expected a GPT2ForSequenceClassification",),
     ),
     "no room for a prompt": (["--ppo.max-new-tokens", "64"], ("ppo.max_new_tokens is 64", "context of 64")),
+    "no room beside the shortest": (["--ppo.min-new-tokens", "64"], ("ppo.min_new_tokens is 64", "context of 64")),
     "no model for the reward": (["--reward.model-path", "missing"], ("missing: no such folder",)),
     "no model for PPO": (["--ppo.model-path", "missing"], ("missing: no such folder",)),
     "all weights 0": (["--ppo.reward", "0*{shelf}/rewards.py:zero"], ("every weight is 0",)),

@@ -34,6 +34,7 @@ from benchmarks import (
     ppo,
     rloo,
     roofline,
+    scaling,
     session,
     sides,
     timing,
@@ -633,3 +634,10 @@ def test_traffic_of_the_cost_model_is_what_each_gpu_sends():
     assert cost_model.step_cost(gpus, all_to_all)["traffic"] == pytest.approx(expected)
     expected = 2e3 * share * (7 * gpus / near / cost_model.WITHIN + 7 / cost_model.BETWEEN)
     assert cost_model.step_cost(gpus, cost_model.Design())["traffic"] == pytest.approx(expected)
+
+
+def test_timed_calls_pass_everything_on():
+    calls = scaling._Calls()
+    work = calls.timed(lambda executor, name, *, overlap: overlap(name))
+    assert work(object(), "ppo", overlap=str.upper) == "PPO"
+    assert calls.seconds > 0

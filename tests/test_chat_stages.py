@@ -9,12 +9,21 @@ from chat_templates import TEMPLATES, said, user, write_tokenizer
 from rlhf.cli.generate import main as generate
 
 import rlhf.train
-from rlhf.config import DataConfig, PipelineRun, PPORun, RewardRun, SFTRun, TokenizerConfig
+from rlhf.config import DataConfig, DPORun, PipelineRun, PPORun, RewardRun, SFTRun, TokenizerConfig
+from rlhf.data.data_files import data_files
+from rlhf.data.dataset import load_dataset
+from rlhf.data.encoding import chat_tokenizer
+from rlhf.data.schema import DEMONSTRATIONS
 from rlhf.errors import UserError
 from rlhf.evaluate.evaluate_config import EvaluateConfig
 from rlhf.evaluate.evaluation import run_evaluation
 from rlhf.io.presets import narrow
 from rlhf.io.tokenizer import Tokenizer
+from rlhf.models.gpt2_config import GPT2Config
+from rlhf.train.dpo import check_dpo
+from rlhf.train.reward import check_reward
+from rlhf.train.sft import check_sft
+from rlhf.train.stage_inputs import ModelSpec
 
 REWARD = """
 def polite(prompts, completions, topic):
@@ -132,6 +141,31 @@ def test_evaluation_gives_judges_messages(finished, folder):
     assert sft.facts["tokens"] == sum(answer_tokens(finished, topic) for topic in TOPICS[:4])
     lines = [json.loads(line) for line in (folder / "report" / "completions.jsonl").read_text().splitlines()]
     assert lines[0]["prompt"] == "user: topic 0"
+
+
+def test_the_unigram_model_knows_the_learnt_turns_alone(finished, folder):
+    tokenizer = chat_tokenizer(Tokenizer.load(finished.output_dir / "sft"), finished.data)
+    files = data_files(folder / "sft.jsonl", ("messages=dialogue",))
+    dataset = load_dataset(files, DEMONSTRATIONS, tokenizer, folder / "cache")
+    assert len(dataset.learnt_tokens(range(4))) == sum(answer_tokens(finished, topic) for topic in TOPICS[:4])
+
+
+@pytest.mark.parametrize(
+    ("kind", "check", "data"),
+    [(SFTRun, check_sft, "sft_val_data"), (RewardRun, check_reward, "preference_val_data"),
+     (DPORun, check_dpo, "preference_val_data")],
+    ids=["sft", "reward", "dpo"],
+)  # fmt: skip
+def test_conversations_to_validate_on_need_a_template_too(folder, short_pipeline, tmp_path, kind, check, data):
+    records = {
+        "sft_val_data": {"messages": [user("a"), said("b")]},
+        "preference_val_data": {"chosen": [user("a"), said("b")], "rejected": [user("a"), said("c")]},
+    }
+    (tmp_path / "chats.json").write_text(json.dumps([records[data]]))
+    run = narrow(replace(short_pipeline, **{data: tmp_path / "chats.json"}), kind)
+    spec = ModelSpec(GPT2Config(), Tokenizer.load(folder / "tokenizer"), "")
+    with pytest.raises(UserError, match=r"chats\.json: holds conversations, "):
+        check(run, {"sft": spec})
 
 
 def answer_tokens(finished: PipelineRun, topic: str) -> int:

@@ -15,7 +15,7 @@ import pytest
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from rlhf import config as module
-from rlhf.config import PipelineRun, PPOConfig, PPORun, RewardRun, RunConfig, SFTRun
+from rlhf.config import DataPaths, PipelineRun, PPOConfig, PPORun, RewardRun, RunConfig, SFTRun
 from rlhf.ranges import (
     BatchSize,
     Bound,
@@ -32,6 +32,7 @@ from rlhf.ranges import (
     flat_fields,
     range_error,
 )
+from rlhf.stages import STAGES
 
 SECTIONS = {
     name: kind
@@ -245,3 +246,11 @@ def test_the_help_of_the_two_kl_targets_tells_them_apart():
         (text,) = re.findall(rf'{name}: PositiveFloat.*\n    """(.*)"""\n', source)
         assert other in text
         assert "nats per" in text
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_every_data_setting_takes_files_and_folders(stage):
+    hints = get_type_hints(stage.config)
+    names = [name for name, content in stage.files.items() if content in ("data", "validation")]
+    assert names
+    assert all(hints[name] == DataPaths for name in names)

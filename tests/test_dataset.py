@@ -484,6 +484,15 @@ def test_a_cache_with_a_flipped_byte_or_a_cut_file_reads_as_a_fresh_one(tmp_path
 def test_the_tokens_of_all_answers_are_those_of_the_single_sequences(tmp_path, tokenizer, kind, records):
     dataset = loaded(tmp_path, kind, tokenizer)
     singly = [s.tokens[s.prompt :] for record in records for s in dataset.sequences(record, 1000)]
-    found = dataset.answer_tokens(records)
+    found = dataset.learnt_tokens(records)
     assert found.dtype == np.int64
     assert sorted(found.tolist()) == sorted(np.concatenate(singly).tolist())
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "preferences"])
+@pytest.mark.parametrize("max_length", range(2, 40))
+def test_records_end_where_all_their_truncated_sequences_do(tmp_path, tokenizer, kind, max_length):
+    dataset = loaded(tmp_path, kind, tokenizer)
+    sequences = [dataset.sequences(record, max_length) for record in range(len(dataset))]
+    ended = [all(sequence.tokens[-1] == dataset.end_id for sequence in record) for record in sequences]
+    assert dataset.count_ended(max_length, range(len(dataset))) == sum(ended)

@@ -8,7 +8,7 @@ import pytest
 import test_stages
 import torch
 from rlhf.cli.train import parse
-from test_stages import interrupt_after, metrics_of
+from test_stages import interrupt_after, metrics_of, watched_losses
 
 from rlhf.config import CheckpointConfig, DistConfig, DPOConfig
 from rlhf.data.dataset import load_dataset
@@ -142,6 +142,24 @@ def test_a_policy_that_is_there_is_not_replaced(base, finished, tmp_path):
     shutil.copytree(finished.output_dir / "policy", run.output_dir / "policy")
     with pytest.raises(UserError, match="already exists, and would be replaced by what dpo trains"):
         run_dpo(run)
+
+
+def test_a_policy_that_another_stage_trained_since_is_not_replaced(finished, tmp_path):
+    run = dataclasses.replace(finished, output_dir=tmp_path / "run", resume=True)
+    shutil.copytree(finished.output_dir, run.output_dir)
+    shutil.rmtree(run.output_dir / "policy")
+    shutil.copytree(run.output_dir / "sft", run.output_dir / "policy")
+    with pytest.raises(UserError, match="policy: was trained by sft, and would be replaced by what dpo trains"):
+        run_dpo(run)
+
+
+@pytest.mark.parametrize(("loss", "name"), [("sigmoid", "loss/dpo"), ("ipo", "loss/ipo")])
+def test_a_rising_loss_ends_it(base, tmp_path, monkeypatch, loss, name):
+    watched = watched_losses(monkeypatch)
+    run = dpo_run(base, tmp_path, loss=loss, max_steps=2)
+    run_dpo(run)
+    assert watched == {name}
+    assert name in metrics_of(run, "dpo")[0]
 
 
 def test_the_manifest_has_provenance_and_the_facts_of_the_sft_model(finished):

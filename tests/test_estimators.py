@@ -196,6 +196,12 @@ def test_it_resumes_to_the_bits_of_the_run_that_never_stopped(finished, tmp_path
     assert weights_of(again, "ppo") == weights_of(finished, "ppo")
 
 
+def test_a_norm_of_a_critic_changes_nothing_without_one(base, finished, tmp_path):
+    run = free_run(base, tmp_path)
+    run_ppo(dataclasses.replace(run, ppo=dataclasses.replace(run.ppo, critic_max_grad_norm=0.5)))
+    assert weights_of(run, "ppo") == weights_of(finished, "ppo")
+
+
 def test_what_it_trained_is_evaluated(finished, tmp_path):
     config = EvaluateConfig(
         model_dir=finished.output_dir,

@@ -15,17 +15,27 @@ from rich.console import Console
 from rlhf.cli.evaluate_tables import show_report
 
 from rlhf import random
-from rlhf.config import DistConfig, LogConfig, ModelConfig, PipelineRun, RewardConfig, RewardRun, SFTConfig, SFTRun
+from rlhf.config import (
+    DistConfig,
+    LogConfig,
+    ModelConfig,
+    PipelineRun,
+    PPOConfig,
+    RewardConfig,
+    RewardRun,
+    SFTConfig,
+    SFTRun,
+)
 from rlhf.data.schema import PROMPTS as PROMPTS_SCHEMA
 from rlhf.errors import UserError
 from rlhf.evaluate.comparison import MeasuredCompletions
 from rlhf.evaluate.estimates import Figure, figures, mean
 from rlhf.evaluate.evaluate_config import EvaluateConfig
-from rlhf.evaluate.evaluation import Report, run_evaluation
+from rlhf.evaluate.evaluation import Report, _optimises, run_evaluation
 from rlhf.evaluate.evaluation_inputs import TestData as Records
 from rlhf.evaluate.evaluation_result import Evaluation
 from rlhf.evaluate.judges import Preferences
-from rlhf.evaluate.policy_evaluation import Comparison, ScoredCompletions, comparison_figures
+from rlhf.evaluate.policy_evaluation import Comparison, ScoredCompletions, _sampling, comparison_figures
 from rlhf.evaluate.reward_evaluation import calibration_error_by_chance
 from rlhf.io.model_folder import LanguageModel, RewardModel, RewardStatistics, save_language_model, save_reward_model
 from rlhf.io.presets import dump_config, load_config, narrow
@@ -688,3 +698,34 @@ def test_workers_give_the_same_numbers(shelf, tmp_path):
         found.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert found[0] == found[1]
     assert found[0].keys() == {"evaluation.json", "completions.jsonl", "pairs.jsonl", ".rlhf.json"}
+
+
+def test_completions_are_as_long_as_the_runs_or_as_the_default():
+    lengths = {
+        None: _sampling(EvaluateConfig(model_dir=Path()), None, 128).max_new_tokens,
+        "without PPO": _sampling(EvaluateConfig(model_dir=Path()), PipelineRun(), 128).max_new_tokens,
+        "of PPO": _sampling(
+            EvaluateConfig(model_dir=Path()), PipelineRun(ppo=PPOConfig(max_new_tokens=9)), 128
+        ).max_new_tokens,
+        "asked for": _sampling(
+            EvaluateConfig(model_dir=Path(), max_new_tokens=7), PipelineRun(ppo=PPOConfig(max_new_tokens=9)), 128
+        ).max_new_tokens,
+    }
+    assert lengths == {None: 64, "without PPO": 64, "of PPO": 9, "asked for": 7}
+
+
+@pytest.mark.parametrize(
+    ("reward", "folder", "expected"),
+    [
+        ((), "moved/reward", True),
+        ((), "other", False),
+        (("mine:brevity",), "moved/reward", False),
+        (("0.5*run/reward", "mine:brevity"), "moved/reward", True),
+        (("elsewhere/rm",), "elsewhere/rm", True),
+        ((), None, False),
+    ],
+)
+def test_a_policy_was_trained_on_the_reward_models_of_its_run_alone(reward, folder, expected):
+    run = PipelineRun(output_dir=Path("run"), ppo=PPOConfig(reward=reward))
+    assert _optimises(run, Path("moved"), None if folder is None else Path(folder)) is expected
+    assert not _optimises(None, Path("moved"), Path("moved/reward"))

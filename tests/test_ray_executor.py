@@ -204,13 +204,25 @@ FAST = [
 ]
 
 
-def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure, backend, program=toy.make_program):
+def survive(
+    monkeypatch,
+    fault,
+    moment,
+    topology,
+    rank,
+    signal,
+    on_failure,
+    backend,
+    program=toy.make_program,
+    version=4,
+    snapshot_every=2,
+):
     workers, servers = TOPOLOGIES[topology]
-    version = 5 if moment == "snapshot" else 4  # of the program's steps; the last snapshot was taken at 3
+    version += moment == "snapshot"  # of the program's steps; the last snapshot was taken at 3
     fault.write_text(json.dumps({"moment": moment, "rank": rank, "version": version, "signal": signal}))
     monkeypatch.setattr(cluster, "Worker", toy.FaultyWorker)
     topology = {"num_workers": workers, "num_servers": servers, "backend": backend}
-    dist = DistConfig(**topology, snapshot_every=2, on_failure=on_failure, heartbeat_s=2, timeout_s=20)
+    dist = DistConfig(**topology, snapshot_every=snapshot_every, on_failure=on_failure, heartbeat_s=2, timeout_s=20)
     begun = time.monotonic()
     got, expected = run(dist, program=program), run(DistConfig(), program=program)
     assert not fault.exists(), "the fault happened"
@@ -226,6 +238,10 @@ def survive(monkeypatch, fault, moment, topology, rank, signal, on_failure, back
 @pytest.mark.parametrize("case", FAST, ids=lambda case: "-".join(map(str, case)))
 def test_a_lost_process_changes_no_bit(one_ray, monkeypatch, case):
     survive(monkeypatch, one_ray, *case)
+
+
+def test_frozen_models_updated_before_the_first_snapshot_are_reset_on_the_survivors(one_ray, monkeypatch):
+    survive(monkeypatch, one_ray, *FAST[0], version=STEPS, snapshot_every=100)  # the update comes after STEPS
 
 
 @pytest.mark.slow

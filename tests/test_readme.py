@@ -221,7 +221,7 @@ def test_the_verdict_of_the_readme_is_that_of_the_results():
     for row in ("before", "after"):
         assert f"| {demo[row]['mean']:+.2f} ± {demo[row]['interval']:.2f} |" in TEXTS["README.md"]
     assert f"| {demo['gain']:+.2f} ± {demo['gain_interval']:.2f} |" in TEXTS["README.md"]
-    assert f"| {demo['kl']:.1f} nats per reply |" in TEXTS["README.md"]
+    assert f"| {demo['kl']:.1f} nats per completion |" in TEXTS["README.md"]
 
 
 def test_the_figures_of_speed_are_those_of_the_benchmarks():

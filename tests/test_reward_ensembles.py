@@ -13,6 +13,7 @@ from test_stages import copy_run, interrupt_after, metrics_of, weights_of
 from rlhf.config import PipelineRun, PPOConfig, RewardConfig, RewardRun
 from rlhf.errors import Interrupted, UserError
 from rlhf.io.model_folder import RewardModel, RewardStatistics, load_reward_model, save_reward_model
+from rlhf.io.output_folder import read_provenance
 from rlhf.io.reward_sources import RewardSource, expand_sources
 from rlhf.stages import STAGES, check_settings
 from rlhf.train.ppo import run_ppo
@@ -164,14 +165,26 @@ def test_members_are_reward_models_that_differ_and_are_measured_on_the_same_reco
     assert lines[0][-1]["eval/reward/pairs"] == lines[1][-1]["eval/reward/pairs"]
 
 
-def test_members_resume_to_the_bits_of_the_run_that_never_stopped(base, trained, tmp_path):
+def test_members_resume_to_the_bits_of_the_run_that_never_stopped(base, trained, tmp_path, caplog):
     run = reward_run(base, tmp_path)
     interrupt_after(run, "reward/1", 2)
     with stop_on_signal() as stop, pytest.raises(Interrupted, match="continue with --resume"):
         run_reward(run, stop=stop)
     assert weights_of_member(run, 0) == weights_of_member(trained, 0)
+    caplog.set_level("INFO", "rlhf")
     run_reward(dataclasses.replace(run, resume=True))
+    assert "nothing to resume" not in caplog.text
     assert weights_of_member(run, 1) == weights_of_member(trained, 1)
+    assert {"reward/0", "reward/1"} <= read_provenance(run.output_dir / "config.yaml").keys()
+
+
+def test_a_longer_ensemble_is_refused_where_a_longer_model_is(base, trained, tmp_path):
+    run = dataclasses.replace(trained, output_dir=tmp_path / "run", resume=True)
+    shutil.copytree(trained.output_dir, run.output_dir)
+    longer = dataclasses.replace(run, reward=dataclasses.replace(run.reward, epochs=9))
+    remedy = "only a run with --reward.schedule constant --reward.warmup-fraction 0 is extended"
+    with pytest.raises(UserError, match=remedy):
+        run_reward(longer)
 
 
 def test_what_was_trained_is_an_ensemble_for_ppo_and_not_for_the_pipeline(base, trained, tmp_path):

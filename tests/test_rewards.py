@@ -437,3 +437,10 @@ def test_ppo_does_not_scale_by_a_stored_spread_of_rounding(mean, std, scales):
     assert len(run.lines) == (not scales)
     function = RewardSource("length", 1.0, None, len)
     assert _without_rounding_std(run, function) is function
+
+
+@pytest.mark.parametrize("name", ["accuracy", "margin", "disagreement"])
+def test_a_source_does_not_take_the_name_of_a_metric(tokenizer, name):
+    module = module_with(f"def {name}(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    with pytest.raises(UserError, match=f"reward/{name} in the log is another metric; rename {name}"):
+        open_sources([f"{module}:{name}"], tokenizer)

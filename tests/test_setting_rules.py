@@ -206,7 +206,7 @@ TOLD: dict[str, tuple[str, list[str], str]] = {
     "samples": ("ppo", ["--log.samples", "65"], "an iteration has no more completions"),
     "slots": ("ppo", ["--ppo.rollout-slots", "65"], "no more completions than --ppo.rollout-batch-size"),
     "shortest": ("ppo", ["--ppo.min-new-tokens", "3", "--ppo.no-stop-at-eos"], "has no effect with --ppo.no-stop-at"),
-    "penalty": ("ppo", ["--ppo.missing-eos-penalty", "3", "--ppo.no-stop-at-eos"], "the same is taken off"),
+    "penalty": ("ppo", ["--ppo.missing-eos-penalty", "3", "--ppo.no-stop-at-eos"], "no completion is expected to end"),
     "nucleus of one": ("ppo", ["--ppo.top-k", "1", "--ppo.top-p", "0.5"], "--ppo.top-p 0.5: has no effect with"),
     "functions": ("ppo", ["--ppo.no-normalize-reward", "--ppo.reward", "a:b"], "has no effect on Python functions"),
     "estimator": ("ppo", ["--ppo.kl-estimator", "k3", "--ppo.kl-coef", "0"], "has no effect with --ppo.kl-coef 0"),

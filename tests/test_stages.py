@@ -33,7 +33,7 @@ from rlhf.io.model_folder import load_language_model, load_reward_model
 from rlhf.io.presets import narrow
 from rlhf.monitor.log import read_logs
 from rlhf.stages import STAGES
-from rlhf.train import pipeline
+from rlhf.train import loop, pipeline
 from rlhf.train.context import open_run
 from rlhf.train.pipeline import run_stages
 from rlhf.train.ppo import run_ppo
@@ -97,6 +97,13 @@ def metrics_of(run: PipelineRun, stage: str) -> list[dict]:
 
 def weights_of(run: PipelineRun, stage: str) -> bytes:
     return (run.output_dir / MODELS[stage] / "model.safetensors").read_bytes()
+
+
+def watched_losses(monkeypatch) -> set[str | None]:
+    """The names of the losses whose rise ends a stage; filled by the runs that follow."""
+    names = set()
+    monkeypatch.setattr(loop, "find_failure", lambda history, *, kl_budget, loss: names.add(loss) or "")
+    return names
 
 
 def interrupt_after(run: PipelineRun, stage: str, lines: int) -> None:
@@ -307,6 +314,35 @@ def test_as_many_samples_are_logged_as_asked_for(base, tmp_path):
     assert ["per_token" in sample for sample in samples] == [True, False, False] * 2
 
 
+@pytest.mark.parametrize(("stage", "name"), [("sft", "loss/sft"), ("reward", "loss/reward"), ("ppo", None)])
+def test_a_rising_training_loss_ends_a_supervised_stage(base, tmp_path, monkeypatch, stage, name):
+    watched = watched_losses(monkeypatch)
+    run = copy_run(base, tmp_path, stage, ppo=dataclasses.replace(base.ppo, num_iterations=1))
+    RUNS[stage](run)
+    assert watched == {name}
+    assert name is None or name in metrics_of(run, stage)[0]
+
+
+def test_no_evaluation_and_no_first_step_is_missing_from_a_sparse_log(base, tmp_path):
+    run = dataclasses.replace(base, output_dir=tmp_path / "run", log=LogConfig(tensorboard=False, every=10))
+    run_sft(run)
+    lines, every = metrics_of(run, "sft"), metrics_of(base, "sft")
+    assert [line["step"] for line in lines[:4]] == [1, 7, 10, 14]
+    evaluated = [line for line in every if "eval/loss" in line]
+    assert [line for line in lines if "eval/loss" in line] == evaluated
+
+
+def test_the_perplexity_is_that_of_completions_whatever_is_trained_on(base, tmp_path):
+    found = []
+    for loss_on in ("completion", "all"):
+        settings = dataclasses.replace(base.sft, loss_on=loss_on, learning_rate=1e-12, max_steps=2)
+        run = dataclasses.replace(base, output_dir=tmp_path / loss_on, sft=settings)
+        run_sft(run)
+        found.append(metrics_of(run, "sft"))
+    assert found[0][-1]["eval/perplexity"] == pytest.approx(found[1][-1]["eval/perplexity"], rel=1e-5)
+    assert found[0][0]["loss/sft"] != pytest.approx(found[1][0]["loss/sft"], rel=1e-5)
+
+
 def test_a_report_is_written_however_a_stage_ends_and_fails_none(base, tmp_path, caplog):
     caplog.set_level("INFO", "rlhf")
     run = dataclasses.replace(base, output_dir=tmp_path / "whole")
@@ -314,6 +350,7 @@ def test_a_report_is_written_however_a_stage_ends_and_fails_none(base, tmp_path,
         run_sft(run, *training)
     assert (run.output_dir / "report" / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert "report.html" in caplog.text
+    assert '"event":"verdict"' in (run.output_dir / "report" / "report.html").read_text()
 
     stopped = dataclasses.replace(base, output_dir=tmp_path / "stopped")
     interrupt_after(stopped, "sft", 3)

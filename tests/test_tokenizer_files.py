@@ -362,6 +362,9 @@ def test_prompts_begin_as_transformers_has_them(beginning, case):
             assert len(cut) == min(limit, len(expected))
             assert cut == expected or (cut[:1] == expected[:1] or ours.bos_id is None)
             assert cut[1:] == expected[len(expected) - len(cut) + 1 :]
+            if len(ids) > limit:
+                assert ours.cut(ids, limit) == list(ids[-limit:]), "a template that does not begin so is left as it is"
+            assert ours.cut(expected, limit) == cut
 
 
 def test_records_begin_with_it_whole_and_cut_and_their_completions_do_not(beginning, tmp_path_factory):

@@ -1,6 +1,7 @@
 """One sentence about each model, by its figures; and the rules that end a stage that has gone wrong."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+import rlhf.train.ppo_verdict
+from rlhf.config import PipelineRun, PPOConfig
 from rlhf.evaluate.baselines import unigram_perplexity
+from rlhf.stages import STAGES
 from rlhf.train.early_stop import KEPT_FIRST, KEPT_NEWEST, find_failure
 from rlhf.verdicts import dpo_verdict, policy_verdict, ppo_verdict, reward_verdict, sft_verdict
 
@@ -152,3 +156,15 @@ def test_a_stage_ends_when_its_loss_rises_far_above_its_start():
     assert find_failure(rising[:-1], loss="loss/sft") == "", "too few to tell"
     spike = history([5.0] * (count - 1) + [90.0], "loss/sft")
     assert find_failure(spike, loss="loss/sft") == "", "one step is no trend"
+
+
+@pytest.mark.parametrize(("stops", "must_end"), [(True, True), (False, False)])
+def test_a_policy_has_to_end_its_completions_only_where_it_can(monkeypatch, stops, must_end):
+    seen = {}
+    ones = SimpleNamespace(values=np.ones(10))
+    reader = SimpleNamespace(poll=lambda: True, series=lambda stage, name: ones)
+    monkeypatch.setattr(rlhf.train.ppo_verdict, "LogReader", lambda folder: reader)
+    monkeypatch.setattr(rlhf.train.ppo_verdict, "ppo_verdict", lambda **arguments: seen.update(arguments))
+    run = SimpleNamespace(config=PipelineRun(), stage=STAGES["ppo"], units={}, conclude=lambda verdict: verdict)
+    rlhf.train.ppo_verdict.conclude_ppo(run, PPOConfig(stop_at_eos=stops, missing_eos_penalty=1.0))
+    assert seen["must_end"] is must_end

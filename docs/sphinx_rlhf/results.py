@@ -28,13 +28,13 @@ def _demo() -> Any:
 
 def verdict(demo: Any) -> str:
     """Return the demo's verdict as a table."""
-    before, after = demo["comparison"]["before"], demo["comparison"]["after"]
+    before, after, kl = (demo["comparison"][name] for name in ("before", "after", "kl"))
     return "\n".join(
         (
             "| model | mean gold score, 95% interval | KL to SFT |",
             "|---|---|---|",
             f"| SFT | {before['mean']:+.2f} ± {before['interval']:.2f} | 0 |",
-            f"| PPO | {after['mean']:+.2f} ± {after['interval']:.2f} | {demo['comparison']['kl']:.1f} nats per reply |",
+            f"| PPO | {after['mean']:+.2f} ± {after['interval']:.2f} | {kl:.1f} nats per completion |",
             f"| gain | {demo['comparison']['gain']:+.2f} ± {demo['comparison']['gain_interval']:.2f} | |",
         )
     )

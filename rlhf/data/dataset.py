@@ -98,21 +98,23 @@ class Dataset:
         lengths: list[int] = (np.diff(self._offsets[first : last + 1]) - self._prompts[first:last]).tolist()
         return lengths
 
-    def answer_tokens(self, records: Sequence[int]) -> np.ndarray:
-        """Return the tokens of the answers of `records`, [n] int64: not truncated, and then an end for each."""
-        tokens, offsets, prompts = (np.asarray(array) for array in (self._tokens, self._offsets, self._prompts))
+    def learnt_tokens(self, records: Sequence[int]) -> np.ndarray:
+        """Return the tokens of `records` that are learnt, [n] int64: not truncated, and then an end for each."""
         rows = (np.asarray(records)[:, None] * self.members + np.arange(self.members)).ravel()
-        begins, ends = (offsets[rows] + prompts[rows]).tolist(), offsets[rows + 1].tolist()
-        answers = [tokens[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        parts = list(map(slice, self._offsets[rows] + self._prompts[rows], self._offsets[rows + 1]))
+        answers = [self._tokens[part] for part in parts]
+        if len(self._learnt):
+            answers = [tokens[self._learnt[part] > 0] for tokens, part in zip(answers, parts, strict=True)]
         return np.concatenate([*answers, np.full(len(answers), self.end_id)])
 
     def token_counts(self) -> np.ndarray:
         """Return the number of tokens of each sequence, not truncated, end-of-text included, [records, members]."""
-        return self._whole_lengths()
+        lengths = np.diff(self._offsets) + (1 if self.schema.answers else 0)
+        return lengths.reshape(-1, self.members)
 
     def answer_counts(self) -> np.ndarray:
         """Return the number of tokens of each answer, not truncated, end-of-text included, [records, members]."""
-        return self._whole_lengths() - np.reshape(self._prompts, (-1, self.members))
+        return self.token_counts() - np.reshape(self._prompts, (-1, self.members))
 
     def prompt(self, record: int, max_length: int) -> np.ndarray:
         """Return the last `max_length` tokens of the prompt, [n] int64."""
@@ -132,25 +134,26 @@ class Dataset:
 
     def count_cut(self, max_length: int, records: Sequence[int] | None = None) -> int:
         """Return the number of `records` (None: all) longer than `max_length` tokens, end-of-text included."""
-        cut = self._whole_lengths().max(axis=1) > max_length
+        cut = self.token_counts().max(axis=1) > max_length
         return int((cut if records is None else cut[list(records)]).sum())
+
+    def count_ended(self, max_length: int, records: Sequence[int]) -> int:
+        """Return the number of `records` whose answers keep their end when they are truncated to `max_length`."""
+        answers = self.answer_counts()[list(records)]
+        prompts = self.token_counts()[list(records)] - answers
+        return int((answers <= max_length - np.minimum(prompts, max_length // 2)).all(axis=1).sum())
 
     def equal_pairs(self, max_length: int) -> list[int]:
         """Return the records whose chosen and rejected sequences are equal after truncation to `max_length`."""
         if self.members < 2:
             return []
-        candidates = np.flatnonzero(self._whole_lengths().min(axis=1) > max_length)  # otherwise the texts still differ
+        candidates = np.flatnonzero(self.token_counts().min(axis=1) > max_length)  # otherwise the texts still differ
         pairs = ((record, self.sequences(record, max_length)) for record in candidates.tolist())
         return [record for record, (chosen, rejected) in pairs if np.array_equal(chosen.tokens, rejected.tokens)]
 
     def mean_tokens(self, max_length: int) -> float:
         """Return the mean number of tokens of a record's sequences together, each cut to `max_length`."""
-        return float(np.minimum(self._whole_lengths(), max_length).sum()) / len(self)
-
-    def _whole_lengths(self) -> np.ndarray:
-        """Return the number of tokens of each sequence with end-of-text, [records, members]."""
-        lengths = np.diff(self._offsets) + (1 if self.schema.answers else 0)
-        return lengths.reshape(-1, self.members)
+        return float(np.minimum(self.token_counts(), max_length).sum()) / len(self)
 
     def _truncations(self, record: int, max_length: int) -> list[Truncation]:
         first = record * self.members

@@ -14,6 +14,7 @@ from rlhf.evaluate.judges import Judge
 from rlhf.evaluate.policy_evaluation import ScoredCompletions, compare_folders
 from rlhf.io.output import check_output, write_json
 from rlhf.io.output_folder import check_output_folder
+from rlhf.io.presets import load_config
 from rlhf.stages import STAGES
 from rlhf.statistics import mean_interval
 from rlhf.train.observers import Observer
@@ -82,7 +83,8 @@ def _comparison_file(config: PipelineRun) -> Path:
 def _compare(config: PipelineRun, before: Path, after: Path, prompts: Path) -> DemoResult:
     """Complete the prompts with both models, and score the completions with the gold judge."""
     settings = EvaluateConfig(seed=config.seed, cache_dir=config.cache_dir, device="cpu")
-    sampling = Sampling(("sampled",), config.ppo.temperature, config.ppo.completion_tokens, config.seed)
+    ppo = load_config(str(config.output_dir / "config.yaml")).ppo  # with the lengths that PPO chose
+    sampling = Sampling(("sampled",), ppo.temperature, ppo.completion_tokens, config.seed)
     gold = Judge("gold", gold_score, pairwise=False)
     (comparison,) = compare_folders(after, before, prompts, [gold], sampling, settings)
     policy, reference = comparison.sides["policy"], comparison.sides["against"]

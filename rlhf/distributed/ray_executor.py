@@ -71,7 +71,8 @@ class RayExecutor:
         self._calls: list[tuple[str, tuple[Any, ...]]] = []  # methods that changed the state since the snapshot
         self._local: LocalExecutor | None = None  # replaces all processes when no restart is left
         shard = ShardState(0, flatten(models.params, self._layout).numpy(), None)
-        self._snapshot = _Snapshot(0, [shard], {})
+        updated = {name: to_numpy(models.frozen[name]) for name in self._program.frozen_updates}
+        self._snapshot = _Snapshot(0, [shard], updated)
         self._members = Members(cluster, (make_program, self._layout, cluster.put(to_numpy(models.frozen))), log)
         self._retry(self._join, lambda local: None)
 
@@ -286,5 +287,4 @@ class RayExecutor:
     def _named(self, snapshot: _Snapshot) -> dict[str, Tensor]:
         """Return a snapshot in the form of `Executor.snapshot`."""
         shard = read_shard(snapshot.shards, self._program.optimizer, (0, self._layout.size), 0, _CPU)
-        initial = {name: self._models.frozen[name] for name in self._program.frozen_updates}
-        return named_state(shard.params, shard.opt_state, initial | from_numpy(snapshot.frozen, _CPU), self._layout)
+        return named_state(shard.params, shard.opt_state, from_numpy(snapshot.frozen, _CPU), self._layout)

@@ -30,6 +30,7 @@ from rlhf.evaluate.reward_evaluation import evaluate_reward
 from rlhf.evaluate.sft_evaluation import evaluate_sft
 from rlhf.io.output import check_output, remove_output, write_json, write_output
 from rlhf.io.provenance import provenance_of
+from rlhf.io.reward_sources import names_folder
 from rlhf.io.user_log import log_user
 from rlhf.setting_rules import COMPUTE_RULES, check_rules
 
@@ -80,6 +81,7 @@ def run_evaluation(
     judges = open_judges(config.judge)
     given = [*config.test_data, *([config.train_data] if config.train_data else [])]
     check_renames([(as_data_files(data.path), data.schema) for data in classify_files(given, config.data.columns)])
+    trained_on = folders.reward if _optimises(run, config.model_dir, folders.reward) else None
     plans, skipped = _plan(config, folders, run, judges)
     train = _train_data(config, run)
     folder = config.output or config.model_dir / "report"
@@ -92,13 +94,22 @@ def run_evaluation(
                 log_user(f"{plan.kind}: {plan.data.path}{_brackets(plan.data.origin)}")
                 with spinner():
                     for evaluation, name, records in _evaluate(plan, config, context, folders, judges, run, train):
-                        evaluations.append(evaluation._replace(verdict=judge_evaluation(evaluation, folders.reward)))
+                        evaluations.append(evaluation._replace(verdict=judge_evaluation(evaluation, trained_on)))
                         lines[name] += records
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written", signal.SIGINT) from None
     report = Report(evaluations, skipped, folder)
     _write(config, report, lines)
     return report
+
+
+def _optimises(run: PipelineRun | None, model_dir: Path, folder: Path | None) -> bool:
+    """Return whether the policy of a run, whose output folder may have moved, was trained on a reward model."""
+    if run is None or folder is None:
+        return False
+    own = run.output_dir / "reward"
+    folder = own if folder == model_dir / "reward" else folder
+    return any(names_folder(spec, folder) for spec in run.ppo.reward or (str(own),))
 
 
 def _plan(

@@ -265,7 +265,7 @@ def _wins(comparison: Comparison) -> dict[str, Estimate]:
 def _sampling(config: EvaluateConfig, run: PipelineRun | None, context: int) -> Sampling:
     ppo = None if run is None else run.ppo
     temperature = config.temperature or (ppo.temperature if ppo else 1.0)
-    length = config.max_new_tokens or (ppo.completion_tokens if ppo else default_length(context))
+    length = config.max_new_tokens or (ppo.max_new_tokens if ppo else None) or default_length(context)
     return Sampling(tuple(dict.fromkeys(config.decoding)), temperature, length, config.seed)
 
 

@@ -44,12 +44,13 @@ def evaluate_sft(config: EvaluateConfig, context: ComputeContext, folder: Path, 
     dataset, records = open_data(data, model.tokenizer, config)
     max_length = model.config.n_positions
     program = functools.partial(make_sft_measures, model.config, context.dtype)
-    losses, correct, tokens, completions = [], [], [], []
+    losses, correct, tokens = [], [], []
+    completions: list[np.ndarray] = []
     with context.open_executor(program, ModelState(model.params, {})) as executor:
         for start in range(0, len(records), _RECORDS_AT_ONCE):
             chunk = records[start : start + _RECORDS_AT_ONCE]
             sequences = [dataset.sequences(record, max_length)[0] for record in chunk]
-            completions += [sequence.tokens[sequence.prompt :] for sequence in sequences]
+            completions += map(_learnt_tokens, sequences)
             log_probs, hits, mask = _measure(executor, sequences, config.micro_batch_size)
             losses.append(-log_probs.double().sum(dim=1))
             correct.append(hits.double().sum(dim=1))
@@ -70,6 +71,12 @@ def evaluate_sft(config: EvaluateConfig, context: ComputeContext, folder: Path, 
 def make_sft_measures(config: ModelShape, dtype: torch.dtype) -> Program:
     """Return the program: `measure` (`rlhf.evaluate.measures.make_measure`)."""
     return Program({}, {"measure": make_measure(config, dtype=dtype)}, {})
+
+
+def _learnt_tokens(sequence: TokenSequence) -> np.ndarray:
+    """Return the tokens that the perplexity is of."""
+    tokens = sequence.tokens[sequence.prompt :]
+    return tokens if sequence.learnt is None else tokens[sequence.learnt]
 
 
 def _measure(executor: Executor, sequences: list[TokenSequence], rows: int) -> tuple[Tensor, Tensor, Tensor]:

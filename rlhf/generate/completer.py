@@ -156,10 +156,10 @@ class Completer:
                 "or leave --chat out, and write the text around each prompt as --template"
             )
         try:
-            tokens = encode_chat(tokenizer, prompt, []).prompt
+            tokens = tokenizer.cut(encode_chat(tokenizer, prompt, []).prompt, self.room)
         except ValueError as error:
             raise UserError(f"{self.folder}: {error}") from error
-        return np.array(tokens[-self.room :], dtype=np.int64)
+        return np.array(tokens, dtype=np.int64)
 
     def stream(self, prompt: str | list[Message], key: Tensor) -> Iterator[TextChunk]:
         """Yield the completion of one prompt, as it is drawn."""

@@ -55,14 +55,20 @@ def check_output_folder(config: RunConfig, stage: Stage) -> None:
         )
     if model.exists():
         try:
-            read_manifest(model)
+            trained_by = read_manifest(model).get("stage", stage.name)
         except UserError as error:
             raise UserError(f"{error}; or move {model} away: --resume then writes it again") from error
+        if trained_by != stage.name:
+            raise UserError(
+                f"{model}: was trained by {trained_by}, and would be replaced by what {stage.name} trains; move it "
+                "away, or choose another --output-dir"
+            )
 
 
 def has_checkpoints(config: RunConfig) -> bool:
-    """Return whether any stage has a checkpoint in the output folder."""
-    return any(last_step(checkpoint_folder(config, stage)) is not None for stage in STAGES.values())
+    """Return whether any stage, or member of an ensemble, has a checkpoint in the output folder."""
+    folder = config.output_dir / "checkpoints"
+    return any(last_step(path) is not None for path in (*folder.glob("*"), *folder.glob("*/*")))
 
 
 def write_config(config: RunConfig, stage: Stage, provenance: Provenance) -> None:
@@ -85,11 +91,11 @@ def write_config(config: RunConfig, stage: Stage, provenance: Provenance) -> Non
 
 
 def read_provenance(path: Path) -> dict[str, Provenance]:
-    """Return the provenance in the comments of a config.yaml, by stage; those that cannot be read are left out."""
+    """Return the provenance in the comments of a config.yaml, by stage or member; unreadable ones are left out."""
     found: dict[str, Provenance] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         name, separator, text = line.removeprefix("# ").partition(": {")
-        if line.startswith("# ") and separator and name in STAGES:
+        if line.startswith("# ") and separator and name.partition("/")[0] in STAGES:
             with contextlib.suppress(ValueError):
                 found[name] = json.loads("{" + text)
     return found

@@ -16,6 +16,7 @@ from rlhf.io.model_folder import RewardModel, load_reward_model
 from rlhf.io.paths import parse_source
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.io.user_functions import call_function, check_signature, load_function
+from rlhf.metrics import METRICS
 
 
 class RewardSource(NamedTuple):
@@ -76,13 +77,16 @@ def open_sources(
 
     Raises:
         UserError: a source is neither a folder nor an importable function, has an invalid weight, or is a reward model
-            whose vocabulary differs from the policy's; or all weights are 0.
+            whose vocabulary differs from the policy's, or has the name of a metric; or all weights are 0.
     """
     sources: list[RewardSource] = []
     for spec in specs:
         source = _open(spec, tokenizer, untrained)
         same = sum(source.name == previous.name.partition("#")[0] for previous in sources)
-        sources.append(source._replace(name=f"{source.name}#{same + 1}") if same else source)
+        source = source._replace(name=f"{source.name}#{same + 1}") if same else source
+        if source.metric in METRICS:
+            raise UserError(f"--ppo.reward {spec}: {source.metric} in the log is another metric; rename {source.name}")
+        sources.append(source)
     if sources and not any(source.weight for source in sources):
         raise UserError(f"--ppo.reward {' '.join(specs)}: every weight is 0, so there is nothing to optimise")
     return sorted(sources, key=lambda source: source.weight == 0)  # a critic starts from the first reward model

@@ -235,10 +235,15 @@ class Tokenizer:
         """
         start = [] if self.bos_id is None else [self.bos_id]
         rest = list(ids[len(start) :] if start and list(ids[:1]) == start else ids)
-        if limit is not None:
-            start = start[: limit - 1] if rest else start
-            rest = rest[max(len(rest) - limit + len(start), 0) :]
-        return start + rest or [self.eos_id]
+        whole = start + rest or [self.eos_id]
+        return whole if limit is None else self.cut(whole, limit)
+
+    def cut(self, ids: Sequence[int], limit: int) -> list[int]:
+        """Return the last `limit` token ids of a prompt; the first of several stays if it begins every text."""
+        kept = list(ids[-limit:])
+        if len(kept) > 1 and ids[0] == self.bos_id:
+            kept[0] = ids[0]
+        return kept
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids; special tokens are skipped, and bytes that are not UTF-8 become U+FFFD."""

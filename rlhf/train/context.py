@@ -128,6 +128,8 @@ class Run:
         """Show the verdict on the stage's model, log it, and return it."""
         self.note(verdict.text)
         self._log("verdict", [verdict._asdict()])
+        for observer in self.observers:
+            observer.on_verdict(verdict)
         return verdict
 
     def _log_faults(self, executor: Executor) -> None:

@@ -20,20 +20,19 @@ _COUNTED = 10_000
 
 
 def unigram_baseline(split: DataSplit, vocab_size: int) -> float:
-    """Return `unigram_perplexity` of the held-out completions by those that are trained on, all of them whole."""
-    train = split.dataset.answer_tokens(split.train[:_COUNTED])
-    return unigram_perplexity([train], [split.validation.answer_tokens(split.held_out[:_COUNTED])], vocab_size)
+    """Return `unigram_perplexity` of the held-out completions, fitted to those that are trained on, all whole."""
+    train = split.dataset.learnt_tokens(split.train[:_COUNTED])
+    return unigram_perplexity([train], [split.validation.learnt_tokens(split.held_out[:_COUNTED])], vocab_size)
 
 
 def demonstration_facts(path: Source, split: DataSplit, max_length: int) -> dict[str, Any]:
     """Return the fields of `StartFacts` about the demonstrations that are trained on."""
     counts = split.dataset.answer_counts()[split.train]
-    cut = split.dataset.count_cut(max_length, split.train)
     records = list(itertools.islice(read_checked(path, DEMONSTRATIONS), _COUNTED))
     chat = holds_conversations(records[0])
     return {
         "completion_tokens": fit_length(counts, step=1, least=1, most=max_length),
-        "ended": 1.0 - cut / len(split.train),
+        "ended": split.dataset.count_ended(max_length, split.train) / len(split.train),
         "template": None if chat else common_template([record.fields["prompt"] for record in records]),
         "chat": chat,
     }

@@ -71,9 +71,10 @@ def run_dpo(config: DPORun, observers: Sequence[Observer] = (), stop: StopReques
 def check_dpo(config: DPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the policy after checking settings and all data files, as `StageProgram.check`."""
     model_spec = _model_spec(config, models.get("sft"))
-    path = given_files(config, config.preference_data)
-    check_data(PREFERENCES, path, given_files(config, config.preference_val_data))
-    check_conversations(config, path, PREFERENCES, model_spec.tokenizer)
+    path, validation = given_files(config, config.preference_data), given_files(config, config.preference_val_data)
+    check_data(PREFERENCES, path, validation)
+    for source in (path, validation):
+        check_conversations(config, source, PREFERENCES, model_spec.tokenizer)
     return model_spec
 
 
@@ -128,6 +129,7 @@ def _run(run: Run, config: DPORun) -> StageResult:
         split,
         batches=lambda records, key: [p.batch for p in pack(split.dataset, records, ref_log_probs=train_ref)],
         evaluate=evaluate,
+        loss="loss/ipo" if settings.loss == "ipo" else "loss/dpo",
         identity=digests | {"model": model_spec.digest},
     )
     verdict, baselines = judge_implicit_rewards(config, path, split, metrics)

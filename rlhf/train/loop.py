@@ -34,6 +34,8 @@ class _Loop(NamedTuple):
     total: int
     kl_budget: float
     """KL budget in nats per completion; inf if there is none."""
+    loss: str | None
+    """Name of the training loss that should fall; None if there is none."""
     history: list[dict[str, float]]
     """Metrics of the first and of the newest steps since the start."""
 
@@ -51,6 +53,7 @@ def train(
     identity: dict[str, Any],
     advance: Advance,
     kl_budget: float = math.inf,
+    loss: str | None = None,
 ) -> LoopState:
     """Make the steps 0..total-1, or the remaining steps of a resumed run, with logs and checkpoints.
 
@@ -62,6 +65,7 @@ def train(
         identity: values besides settings that a continuation must share, such as the digest of the data.
         advance: function that makes one step.
         kl_budget: nats per completion; a KL far above it ends the run. inf if there is no budget.
+        loss: name of the training loss, whose rise ends the run. None if no loss has to fall.
 
     Returns:
         The last state.
@@ -88,7 +92,7 @@ def train(
     run.note(describe_provenance(run.provenance))
     write_config(config, run.stage, run.provenance)
     observers = Observers([LogWriter(), CheckpointWriter(run, executor, identity), *run.observers])
-    loop = _Loop(run, executor, observers, advance, first, total, kl_budget, [])
+    loop = _Loop(run, executor, observers, advance, first, total, kl_budget, loss, [])
     run.stop.training = True
     notes = tuple(run.compute.notes)
     with observers.observe(StageStart(run.stage, config, first, total, notes, settings, run.provenance, run.units)):
@@ -146,8 +150,7 @@ def _check_progress(loop: _Loop, step: int, state: LoopState, metrics: dict[str,
     run = loop.run
     loop.history.append(metrics)
     del loop.history[KEPT_FIRST:-KEPT_NEWEST]
-    loss = next((name for name in run.stage.shown if name.startswith("loss/")), None)
-    reason = find_failure(loop.history, kl_budget=loop.kl_budget, loss=loss)
+    reason = find_failure(loop.history, kl_budget=loop.kl_budget, loss=loop.loss)
     if reason and run.config.stop_early and step + 1 < loop.total:
         loop.observers.event("failed", step=step + 1, message=reason)
         _save(loop, step + 1, state)

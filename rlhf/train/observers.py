@@ -10,6 +10,7 @@ from rlhf.io.provenance import Provenance
 from rlhf.io.run_log import FORMAT, RunLog
 from rlhf.stages import Stage
 from rlhf.train.sink import open_sink
+from rlhf.verdicts import Verdict
 
 LoopState = dict[str, Any]
 """JSON values that the next step reads besides the executor's state, and that a checkpoint contains."""
@@ -70,6 +71,9 @@ class Observer:
 
     def on_end(self, error: BaseException | None) -> None:
         """Called when the loop ends, with the exception that ended it, or None."""
+
+    def on_verdict(self, verdict: Verdict) -> None:
+        """Called with the verdict on the stage's model, after `on_end`, if there is one."""
 
 
 class Observers:
@@ -143,8 +147,9 @@ class LogWriter(Observer):
         )
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Write a line of metrics every `log.every` steps."""
-        if step % self._every == 0 or step == self._total:
+        """Write a line every `log.every` steps, at the first and last step, and for an evaluation or fault."""
+        rare = any(name.startswith(("eval/", "fault/")) for name in metrics)
+        if rare or step % self._every == 0 or step in (1, self._total):
             self._log.metrics(step, dict(metrics))
         return False
 

@@ -52,7 +52,7 @@ def open_policy_loss(settings: PPOConfig) -> PolicyLoss:
     if settings.loss in POLICY_LOSSES:
         return POLICY_LOSSES[settings.loss]
     loss = _load(settings.loss, "loss")
-    _try_loss(loss, f"--ppo.loss {settings.loss}")
+    _try_loss(loss, f"--ppo.loss {settings.loss}", limited=settings.target_kl is not None)
     return loss
 
 
@@ -73,8 +73,14 @@ def identify_functions(settings: PPOConfig) -> dict[str, str]:
     }
 
 
-def _try_loss(loss: PolicyLoss, where: str) -> None:
-    """Raise UserError if a user's loss fails on two tokens, or does not return what a run needs."""
+def _try_loss(loss: PolicyLoss, where: str, *, limited: bool) -> None:
+    """Raise UserError if a user's loss fails on two tokens, or does not return what a run needs.
+
+    Args:
+        loss: the user's function.
+        where: flag that names it.
+        limited: True if the run has `ppo.target_kl`.
+    """
     ones = torch.ones(2)
     with _user_code(where):
         result = loss(
@@ -94,6 +100,8 @@ def _try_loss(loss: PolicyLoss, where: str) -> None:
             raise TypeError("the loss is not a [] tensor: return a sum over tokens")
         if "count" not in sums:
             raise KeyError("the sums have no 'count', the number of tokens")
+        if limited and "policy/approxkl_avg_sum" not in sums:
+            raise KeyError("the sums have no 'policy/approxkl_avg_sum', whose mean --ppo.target-kl limits")
         mean_metrics(sums)
 
 

@@ -63,10 +63,10 @@ def read_ppo_inputs(config: PPORun, sft: ModelSpec | None = None, reward: ModelS
                 f"--ppo.reward: the gold model {source.name} reads {length} tokens, but prompt and completion may have "
                 f"{context}; cutting them would change the training: leave it out, or evaluate with it afterwards"
             )
-    if settings.max_new_tokens is not None and context <= settings.max_new_tokens:
-        raise UserError(
-            f"ppo.max_new_tokens is {settings.max_new_tokens}: no room for a prompt in a context of {context}; lower it"
-        )
+    for name in ("max_new_tokens", "min_new_tokens"):
+        tokens = getattr(settings, name)
+        if tokens is not None and context <= tokens:
+            raise UserError(f"ppo.{name} is {tokens}: no room for a prompt in a context of {context}; lower it")
     return PPOInputs(policy, sources, context)
 
 

@@ -145,7 +145,7 @@ def make_ppo_program(
     )
     adamw = make_adamw(settings, rate, _lr_multiplier(settings, policy=1.0))
     max_norm: float | dict[str, float] = settings.max_grad_norm
-    if settings.critic_max_grad_norm is not None:
+    if settings.critic != "none" and settings.critic_max_grad_norm is not None:
         max_norm = {"policy": settings.max_grad_norm, "critic": settings.critic_max_grad_norm}
     steps = {"ppo": StepSpec(objective(), adamw, max_norm, limit)}
     if settings.critic != "none":

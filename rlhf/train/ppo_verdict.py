@@ -34,7 +34,7 @@ def conclude_ppo(run: Run, settings: PPOConfig) -> Verdict | None:
         kl=means[1],
         budget=settings.active_kl_budget,
         ended=means[2],
-        must_end=bool(settings.missing_eos_penalty),
+        must_end=settings.stop_at_eos and bool(settings.missing_eos_penalty),
         unit="standard deviations" if run.units else "reward units",
     )
     return run.conclude(verdict)

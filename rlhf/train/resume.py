@@ -107,7 +107,7 @@ def diff_settings(config: RunConfig, stage: Stage, before: Identity, now: Identi
         elif _is_longer(stage, name, before, now):
             change = f"{name} was {before[name]}, is {now[name]}"
             if _depends_on_length(config, stage):
-                flags = f"--{stage.name}.schedule constant --{stage.name}.warmup-fraction 0"
+                flags = f"--{stage.section}.schedule constant --{stage.section}.warmup-fraction 0"
                 changes.append(f"{change}, and the learning rates follow from it; only a run with {flags} is extended")
             else:
                 notes.append(f"extended: {change}; the result has the bits of a run that was as long from the start")
@@ -120,7 +120,7 @@ def diff_settings(config: RunConfig, stage: Stage, before: Identity, now: Identi
 def _is_longer(stage: Stage, name: str, before: Identity, now: Identity) -> bool:
     """Return whether a setting makes the stage train longer than it was to before."""
     section, _, field = name.partition(".")
-    if section != stage.name or field not in _LENGTHS or name not in before or before[name] is None:
+    if section != stage.section or field not in _LENGTHS or name not in before or before[name] is None:
         return False
     return now[name] is None or bool(now[name] > before[name])
 

@@ -89,7 +89,8 @@ def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpe
     model_spec = _model_spec(config, models.get("sft"))
     path, validation = given_files(config, config.preference_data), given_files(config, config.preference_val_data)
     _check_margin(config, check_data(PREFERENCES, path, validation))
-    check_conversations(config, path, PREFERENCES, model_spec.tokenizer)
+    for source in (path, validation):
+        check_conversations(config, source, PREFERENCES, model_spec.tokenizer)
     _check_pairs(config, model_spec)
     return model_spec
 
@@ -184,6 +185,7 @@ def _run(run: Run, config: RewardRun) -> StageResult:
             | {"eval/reward/pairs": float(len(split.held_out))}
             | measure(split.dataset, split.train[: max(len(split.held_out), 2)], "train")
         ),
+        loss="loss/reward",
         identity=digests | {"model": model_spec.digest},
     )
     verdict, baselines = judge_reward_model(config, path, split, metrics)

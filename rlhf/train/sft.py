@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -79,9 +80,10 @@ def run_sft(config: SFTRun, observers: Sequence[Observer] = (), stop: StopReques
 def check_sft(config: SFTRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     """Return the spec of the model after checking settings and all data files, as `StageProgram.check`."""
     model_spec = _model_spec(config)
-    path = given_files(config, config.sft_data)
-    check_data(DEMONSTRATIONS, path, given_files(config, config.sft_val_data))
-    check_conversations(config, path, DEMONSTRATIONS, model_spec.tokenizer)
+    path, validation = given_files(config, config.sft_data), given_files(config, config.sft_val_data)
+    check_data(DEMONSTRATIONS, path, validation)
+    for source in (path, validation):
+        check_conversations(config, source, DEMONSTRATIONS, model_spec.tokenizer)
     return model_spec
 
 
@@ -117,8 +119,10 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     digests = digests_of(path, model.tokenizer, validation)
     plan, max_length = make_plan(settings, len(split.train)), length_limit(settings, model)
 
-    def batches(source: Dataset, records: Sequence[int], key: Tensor) -> list[TokenBatch]:
-        return token_batches(source, records, max_length=max_length, rows=rows, loss_on=settings.loss_on, key=key)
+    def batches(
+        source: Dataset, records: Sequence[int], key: Tensor, loss_on: Literal["completion", "all"] = "completion"
+    ) -> list[TokenBatch]:
+        return token_batches(source, records, max_length=max_length, rows=rows, loss_on=loss_on, key=key)
 
     models = ModelState(model.params, {})
     compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
@@ -144,8 +148,9 @@ def _run(run: Run, config: SFTRun) -> StageResult:
         settings,
         plan,
         split,
-        batches=lambda records, key: batches(split.dataset, records, key),
+        batches=lambda records, key: batches(split.dataset, records, key, settings.loss_on),
         evaluate=evaluate,
+        loss="loss/sft",
         identity=digests | {"model": start_digest},
     )
     verdict = None

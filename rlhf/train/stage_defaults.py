@@ -102,7 +102,7 @@ def fit_completion(tokens: int | None, context: int) -> int:
 
 
 def default_eos_penalty(settings: PPOConfig, facts: StartFacts, max_new_tokens: int) -> float:
-    """Return the default penalty of completions that do not end: 1 where the demonstrations end in time, else 0."""
+    """Return the default penalty of completions that do not end: 1 if most demonstrations end in time, else 0."""
     ends = facts.ended is not None and facts.ended >= 0.5
     in_time = facts.completion_tokens is not None and facts.completion_tokens <= 2 * max_new_tokens
     return _MISSING_EOS_PENALTY if settings.stop_at_eos and ends and in_time else 0.0

@@ -147,6 +147,7 @@ def train_supervised(
     *,
     batches: Callable[[Sequence[int], Any], list[Any]],
     evaluate: Callable[[], dict[str, float]],
+    loss: str,
     identity: Identity,
 ) -> dict[str, float]:
     """Train for `plan.steps` steps and return the last evaluation.
@@ -159,6 +160,7 @@ def train_supervised(
         split: training and held-out records, from `open_split`.
         batches: function (records, key) -> micro-batches of one optimiser step.
         evaluate: function that returns metrics of the current parameters on held-out records.
+        loss: name of the training loss.
         identity: values besides settings that a continuation must share, such as the digest of the data.
     """
     if 0 < settings.warmup_fraction * plan.steps < 1 and settings.warmup_fraction != type(settings)().warmup_fraction:
@@ -186,5 +188,5 @@ def train_supervised(
             metrics |= evaluated
         return metrics, state
 
-    train(run, executor, total=plan.steps, state={}, identity=identity, advance=advance)
+    train(run, executor, total=plan.steps, state={}, identity=identity, advance=advance, loss=loss)
     return last_evaluation or evaluate()
