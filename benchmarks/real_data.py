@@ -109,7 +109,10 @@ def run(output: Path, data: Path, *, only: str = "", seeds: int = 3, extra: Sequ
 
 
 def _train(name: str, seed: int, folder: Path, data: Path, extra: Sequence[str]) -> float:
-    """Run a task's command, or continue it; return the seconds that it took."""
+    """Run a task's command, or continue it; return the seconds that it took, or had taken if it was finished before."""
+    taken = folder.parent / f"{name}-{seed}-seconds"
+    if taken.is_file():
+        return float(taken.read_text())
     made = folder.parent / f"{name}-{seed}-start"
     if name in ("arg", "math"):
         made.mkdir(parents=True, exist_ok=True)
@@ -124,18 +127,21 @@ def _train(name: str, seed: int, folder: Path, data: Path, extra: Sequence[str])
         _call(["sft", "--sft-data", str(file), "--output-dir", str(made), "--seed", str(seed), *extra])
     words = [word.format(data=data, made=made) for word in TASKS[name].command]
     begun = time.monotonic()
-    _call([*words, "--output-dir", str(folder), "--seed", str(seed), "--resume", *extra])
+    status = _call([*words, "--output-dir", str(folder), "--seed", str(seed), "--resume", *extra])
     if test := TASKS[name].test_pairs:
         program = "from rlhf.cli.evaluate import main; import sys; sys.exit(main())"
         flags = ["--model-dir", str(folder), "--eval-type", "reward", "--test-data", str(data / test), "--overwrite"]
         subprocess.run([sys.executable, "-c", program, *flags], check=False)
-    return time.monotonic() - begun
+    seconds = time.monotonic() - begun
+    if status >= 0:  # not killed by a signal
+        taken.write_text(f"{seconds:.0f}")
+    return seconds
 
 
-def _call(words: Sequence[str]) -> None:
-    """Run rlhf-train; a run that stops itself is a result too."""
+def _call(words: Sequence[str]) -> int:
+    """Run rlhf-train and return its exit code; a run that stops itself is a result too."""
     program = "from rlhf.cli.train import main; import sys; sys.exit(main())"
-    subprocess.run([sys.executable, "-c", program, *words], check=False)
+    return subprocess.run([sys.executable, "-c", program, *words], check=False).returncode
 
 
 def _measure(name: str, seed: int, folder: Path, data: Path, seconds: float) -> dict[str, Any]:

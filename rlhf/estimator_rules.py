@@ -31,7 +31,10 @@ def _has_no_critic(config: Any) -> bool:
 
 
 def _compares_groups(config: Any) -> bool:
-    return config.ppo.estimator in ("rloo", "grpo", "dr-grpo")
+    from rlhf.estimators import ESTIMATORS
+
+    estimator = ESTIMATORS.get(config.ppo.estimator)
+    return estimator is not None and estimator.compares_groups
 
 
 def _is_online_dpo(config: Any) -> bool:
@@ -166,7 +169,7 @@ ESTIMATOR_RULES = (
     ),
     Rule(
         ("ppo.gamma",),
-        lambda config: _compares_groups(config) or _is_online_dpo(config),
+        _compares_groups,
         "has no effect on the scores of whole completions",
     ),
 )

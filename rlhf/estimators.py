@@ -69,6 +69,8 @@ class Estimator(NamedTuple):
     """True if the function reads values and returns their targets. If False, the run has no critic."""
     whiten: bool = True
     """True if a run whitens its advantages by default. False where their scale is part of the method."""
+    compares_groups: bool = False
+    """True if the function compares the completions of a prompt, of which a run then needs several."""
 
 
 def _gae(completions: RewardedCompletions) -> AdvantageEstimate:
@@ -88,15 +90,15 @@ GAE = Estimator("gae", _gae, needs_critic=True)
 """Generalised advantage estimation (`rlhf.advantages.gae`)."""
 
 
-def _from_groups(baseline: Baseline, scale: Scale) -> Callable[[RewardedCompletions], AdvantageEstimate]:
-    """Return an estimator that gives every token of a completion the completion's advantage."""
+def _group_estimator(name: str, *, baseline: Baseline, scale: Scale) -> Estimator:
+    """Return an estimator that gives every token of a completion the completion's advantage in its group."""
 
     def estimate(completions: RewardedCompletions) -> AdvantageEstimate:
         returns = completions.rewards.sum(dim=-1)
         advantages = group_advantages(returns, _groups_of(completions), baseline=baseline, scale=scale)
         return AdvantageEstimate(advantages.unsqueeze(-1).expand(completions.mask.shape))
 
-    return estimate
+    return Estimator(name, estimate, needs_critic=False, whiten=False, compares_groups=True)
 
 
 def _online_dpo(completions: RewardedCompletions) -> AdvantageEstimate:
@@ -115,15 +117,15 @@ def _returns_to_go(completions: RewardedCompletions) -> AdvantageEstimate:
     return AdvantageEstimate(returns_to_go(completions.rewards, completions.mask, gamma=completions.gamma))
 
 
-RLOO = Estimator("rloo", _from_groups("leave_one_out", "none"), needs_critic=False, whiten=False)
+RLOO = _group_estimator("rloo", baseline="leave_one_out", scale="none")
 """Score minus the mean of the group's others, Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740."""
-GRPO = Estimator("grpo", _from_groups("mean", "group_std"), needs_critic=False, whiten=False)
+GRPO = _group_estimator("grpo", baseline="mean", scale="group_std")
 """Score standardised within the group, Shao et al. 2024, https://arxiv.org/abs/2402.03300."""
-DR_GRPO = Estimator("dr-grpo", _from_groups("mean", "none"), needs_critic=False, whiten=False)
+DR_GRPO = _group_estimator("dr-grpo", baseline="mean", scale="none")
 """Score minus the group's mean, Liu et al. 2025, https://arxiv.org/abs/2503.20783."""
 REINFORCE_PLUS_PLUS = Estimator("reinforce++", _returns_to_go, needs_critic=False)
 """Return to go, whitened over the batch's tokens, Hu 2025, https://arxiv.org/abs/2501.03262."""
-ONLINE_DPO = Estimator("online-dpo", _online_dpo, needs_critic=False, whiten=False)
+ONLINE_DPO = Estimator("online-dpo", _online_dpo, needs_critic=False, whiten=False, compares_groups=True)
 """Gradient of DPO on the pairs of the two completions of each prompt, Guo et al. 2024, https://arxiv.org/abs/2402.04792."""
 
 ESTIMATORS = {estimator.name: estimator for estimator in (GAE, RLOO, GRPO, DR_GRPO, REINFORCE_PLUS_PLUS, ONLINE_DPO)}
@@ -158,4 +160,4 @@ def _source(estimator: Estimator) -> tuple[object, ...]:
     """Return the fields of an estimator, with file and name for its function: another import does not change them."""
     code = getattr(estimator.function, "__code__", None)
     function = estimator.function if code is None else (code.co_filename, code.co_qualname)
-    return function, estimator.needs_critic, estimator.whiten
+    return function, estimator[2:]

@@ -9,7 +9,7 @@ SAND_PERPLEXITY = 0.75
 """Perplexity, as a share of the unigram model's, above which a language model has learnt little more than which tokens
 are frequent. Models of this library trained on 1,600 sentences reach 0.4 to 0.6."""
 
-_ONE_SIDED = 1.645
+ONE_SIDED = 1.645
 """Standard errors that a figure exceeds by chance in one case of twenty."""
 _FEWEST_PAIRS = 20
 """Pairs below which a reward model is not judged."""
@@ -67,7 +67,7 @@ def reward_verdict(accuracy: float, pairs: int, *, bag_of_words: float, longer: 
     figure = f"The reward model orders {accuracy:.0%} of {pairs} held-out pairs"
     if pairs < _FEWEST_PAIRS:
         return Verdict(f"{figure}, which are too few to tell: hold out more (--reward.val-fraction).")
-    error = _ONE_SIDED * 0.5 / math.sqrt(pairs)
+    error = ONE_SIDED * 0.5 / math.sqrt(pairs)
     by_length = "always choosing the longer" if longer >= 0.5 else "always choosing the shorter"
     baselines = {"a bag of words": bag_of_words, by_length: max(longer, 1.0 - longer)}
     name, best = max(

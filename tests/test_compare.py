@@ -19,7 +19,7 @@ from rlhf.monitor.compare import (
     run_finals,
 )
 from rlhf.monitor.log import read_logs
-from rlhf.monitor.plot_axes import draw_chart, mean_interval, new_figure, window_of
+from rlhf.monitor.plot_axes import draw_chart, mean_of_runs, new_figure, window_of
 from rlhf.monitor.plots import write_plots
 from rlhf.monitor.run_facts import described, evaluation_of, settings_of_run, verdicts_of
 from rlhf.monitor.view import metric_table, run_state
@@ -79,7 +79,7 @@ def test_an_interval_is_students(tmp_path):
     assert figure == pytest.approx((np.mean(values), low, high))
     assert mean_with_interval([3.0])[0] == 3.0
     assert math.isnan(mean_with_interval([3.0]).low)
-    centre, half = mean_interval(np.array([[1.0, 5.0], [2.0, np.nan], [4.0, np.nan]]))
+    centre, half = mean_of_runs(np.array([[1.0, 5.0], [2.0, np.nan], [4.0, np.nan]]))
     np.testing.assert_allclose(centre, [np.mean(values), 5.0])
     np.testing.assert_allclose(half, [high - np.mean(values), 0.0])
 

@@ -228,3 +228,13 @@ def test_two_workers_give_the_bits_of_one_process(base, finished, tmp_path):
         run_ppo(run)
     assert weights_of(run, "ppo") == weights_of(finished, "ppo")
     assert metrics_of(run, "ppo") == metrics_of(finished, "ppo")
+
+
+def test_a_registered_estimator_of_groups_needs_several_completions_of_a_prompt(monkeypatch):
+    mine = ESTIMATORS["rloo"]._replace(name="mine")
+    monkeypatch.setitem(ESTIMATORS, "mine", mine)
+    with pytest.raises(UserError, match="mine: compares the completions of a prompt, of which there is 1"):
+        check_settings(PPORun(ppo=PPOConfig(estimator="mine")), STAGES["ppo"])
+    several = PPOConfig(estimator="mine", samples_per_prompt=4, gamma=0.9)
+    (line,) = check_settings(PPORun(ppo=several), STAGES["ppo"])
+    assert line.endswith("has no effect on the scores of whole completions")

@@ -9,12 +9,10 @@ import numpy as np
 
 from rlhf.monitor.log import LogReader, Series
 from rlhf.monitor.thresholds import THRESHOLDS, Level, worst
+from rlhf.verdicts import ONE_SIDED
 
 _FEWEST = 5
 """Minimum number of lines for a conclusion."""
-
-_ONE_SIDED = 1.645
-"""Standard errors that a figure exceeds by chance in one case of twenty."""
 
 
 class Reading(NamedTuple):
@@ -219,7 +217,7 @@ def reward_model_chance(reader: LogReader, stage: str, metric: str, trained: str
     beside = f"; {trained} {on_training[-1]:.3g}" if len(on_training) else ""
     pairs = reader.series(stage, count).values
     number, level = (f"{pairs[-1]:.0f} " if len(pairs) else ""), limits.level(value)
-    if level == "problem" and len(pairs) and value + _ONE_SIDED * 0.5 / max(pairs[-1], 1) ** 0.5 > limits.warning:
+    if level == "problem" and len(pairs) and value + ONE_SIDED * 0.5 / max(pairs[-1], 1) ** 0.5 > limits.warning:
         number, level = f"only {number}", "warning"  # too few to tell
     return Reading(
         level,

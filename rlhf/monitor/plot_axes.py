@@ -166,7 +166,7 @@ def draw_curve(axes: "Axes", runs: Sequence[Series], colour: str, label: str, me
             axes.plot(series.steps, series.values, color=colour, alpha=0.3, linewidth=0.8)
     else:
         steps, table = on_one_grid(smooth)
-        centre, half = mean_interval(table)
+        centre, half = mean_of_runs(table)
         low, high = within_range(metric, centre, centre - half, centre + half)
         axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
     marker = "o" if len(steps) <= _MARKED else None
@@ -196,7 +196,7 @@ def window_of(count: int) -> int:
     return 2 * (count // (2 * SMOOTHED)) + 1
 
 
-def mean_interval(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean_of_runs(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean [n] of runs [runs, n] and the half-width of its 95% interval, 0 where one run goes on alone."""
     known = np.isfinite(table).sum(axis=0)
     centre = np.nanmean(table, axis=0)
