@@ -78,13 +78,15 @@ MUTANTS = [
     ),
     *mutants(
         "data.dataset",
-        ("answers with their prompts", "(offsets[rows] + prompts[rows])", "(offsets[rows])"),
+        ("answers with their prompts", "self._offsets[rows] + self._prompts[rows]", "self._offsets[rows]"),
         ("answers without their ends", "np.full(len(answers), self.end_id)", "np.full(0, self.end_id)"),
         (
             "first member of each pair twice",
             "+ np.arange(self.members)).ravel()",
             "+ 0).ravel()",
         ),
+        ("whole prompts before the ends", "np.minimum(prompts, max_length // 2)", "prompts"),
+        ("one of two answers ends", "max_length // 2)).all(axis=1)", "max_length // 2)).any(axis=1)"),
     ),
     *mutants(
         "train.ppo_objective",

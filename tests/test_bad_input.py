@@ -461,7 +461,6 @@ PIPELINE: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("expected a GPT2ForSequenceClassification",),
     ),
     "no room for a prompt": (["--ppo.max-new-tokens", "64"], ("ppo.max_new_tokens is 64", "context of 64")),
-    "no room beside the shortest": (["--ppo.min-new-tokens", "64"], ("ppo.min_new_tokens is 64", "context of 64")),
     "no model for the reward": (["--reward.model-path", "missing"], ("missing: no such folder",)),
     "no model for PPO": (["--ppo.model-path", "missing"], ("missing: no such folder",)),
     "all weights 0": (["--ppo.reward", "0*{shelf}/rewards.py:zero"], ("every weight is 0",)),
@@ -714,6 +713,7 @@ OUTSIDE: dict[str, tuple[list, tuple[str, ...]]] = {
     # without data files the stages before are trained first: the rest of the command line must be checked before that
     "PPO as typed, with a wrong reward": (["ppo", "--ppo.reward", "nowhere:f"], ("nowhere cannot be imported",)),
     "PPO as typed, with no room": (["ppo", "--ppo.max-new-tokens", "128"], ("no room for a prompt",)),
+    "PPO as typed, no room beside the shortest": (["ppo", "--ppo.min-new-tokens", "128"], ("min_new_tokens is 128",)),
 }
 
 
