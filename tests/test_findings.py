@@ -8,7 +8,7 @@ import pytest
 from rlhf.data.dataset import Dataset, load_dataset
 from rlhf.data.schema import DEMONSTRATIONS, PREFERENCES, PROMPTS, Schema
 from rlhf.io.tokenizer import Tokenizer
-from rlhf.train.supervised import DataSplit, _note_shared
+from rlhf.train.supervised import DataSplit, _note_known_texts, _note_shared
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
@@ -111,3 +111,22 @@ def test_equal_records_on_both_sides_of_a_split_are_told(tmp_path, tokenizer):
     _note_shared(SimpleNamespace(note=lines.append), tmp_path / "all.json", DataSplit(dataset, [0, 1], dataset, [2, 3]))
     assert len(lines) == 1
     assert "all.json: 1 of 2 held-out records are also" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "known"),
+    [
+        ([("q", "a", "c"), ("q", "c", "b")], 2),
+        ([("q", "a", "c"), ("other", "a", "c"), ("q", "b", "c")], 2),
+        ([("q", "a", "new"), ("q", "b", "c")], 0),
+    ],
+    ids=["both", "most", "half"],
+)
+def test_held_out_pairs_of_known_texts_are_told_if_they_are_most(tmp_path, tokenizer, held_out, known):
+    lines = []
+    pairs = [pair("q", "a", "b"), pair("q", "b", "c"), *(pair(*texts) for texts in held_out)]
+    dataset = loaded(tmp_path, tokenizer, PREFERENCES, pairs)
+    split = DataSplit(dataset, [0, 1], dataset, list(range(2, len(pairs))))
+    _note_known_texts(SimpleNamespace(note=lines.append), tmp_path / "pairs.json", split)
+    expected = f"pairs.json: both texts of {known} of {len(held_out)} held-out pairs are in training pairs too; "
+    assert [line.partition(expected)[2][:4] for line in lines] == (["what"] if known else [])

@@ -30,6 +30,9 @@ from rlhf.types import Tree
 _EVAL_RECORDS = 1024
 """Maximum number of held-out records that an evaluation reads."""
 
+_COMPARED, _LONGEST = 10_000, 1_000_000
+"""Training pairs that held-out pairs are compared with, and the tokens of a text that are compared."""
+
 
 class DataSplit(NamedTuple):
     """Training records and held-out records."""
@@ -73,6 +76,8 @@ def open_split(
     check_pairs_differ(path, len(train), max_length)
     split = DataSplit(dataset, train, held_out_data, held_out[:_EVAL_RECORDS])
     _note_shared(run, validation or path, split)
+    if dataset.members > 1:
+        _note_known_texts(run, validation or path, split)
     run.note(f"{len(split.train)} {schema.name}, {len(split.held_out)} held out")
     return split
 
@@ -104,6 +109,22 @@ def _note_shared(run: Run, path: Source, split: DataSplit) -> None:
             f"{path}: {shared} of {len(split.held_out)} held-out records are also training records; what is measured "
             "on them says nothing about new text"
         )
+
+
+def _note_known_texts(run: Run, path: Source, split: DataSplit) -> None:
+    """Note that most held-out pairs are of texts from training pairs, as where every text is in many pairs."""
+    trained: set[bytes] = set().union(*(_texts_of(split.dataset, record) for record in split.train[:_COMPARED]))
+    known = sum(_texts_of(split.validation, record) <= trained for record in split.held_out)
+    if known > len(split.held_out) / 2:
+        run.note(
+            f"{path}: both texts of {known} of {len(split.held_out)} held-out pairs are in training pairs too; what is "
+            "measured on them says little about new texts. Hold pairs of other texts out: --preference-val-data FILE"
+        )
+
+
+def _texts_of(dataset: Dataset, record: int) -> set[bytes]:
+    """Return a key of each of the record's sequences."""
+    return {sequence.tokens.tobytes() for sequence in dataset.sequences(record, _LONGEST)}
 
 
 def length_limit(settings: SupervisedConfig, model: LanguageModel | ModelSpec) -> int:
