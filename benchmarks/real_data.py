@@ -111,8 +111,6 @@ def run(output: Path, data: Path, *, only: str = "", seeds: int = 3, extra: Sequ
 def _train(name: str, seed: int, folder: Path, data: Path, extra: Sequence[str]) -> float:
     """Run a task's command, or continue it; return the seconds that it took, or had taken if it was finished before."""
     taken = folder.parent / f"{name}-{seed}-seconds"
-    if taken.is_file():
-        return float(taken.read_text())
     made = folder.parent / f"{name}-{seed}-start"
     if name in ("arg", "math"):
         made.mkdir(parents=True, exist_ok=True)
@@ -133,9 +131,9 @@ def _train(name: str, seed: int, folder: Path, data: Path, extra: Sequence[str])
         flags = ["--model-dir", str(folder), "--eval-type", "reward", "--test-data", str(data / test), "--overwrite"]
         subprocess.run([sys.executable, "-c", program, *flags], check=False)
     seconds = time.monotonic() - begun
-    if status >= 0:  # not killed by a signal
+    if status == 0 and not taken.is_file():
         taken.write_text(f"{seconds:.0f}")
-    return seconds
+    return float(taken.read_text()) if taken.is_file() else seconds
 
 
 def _call(words: Sequence[str]) -> int:

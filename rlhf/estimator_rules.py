@@ -6,16 +6,19 @@ from typing import Any
 from rlhf.setting_rules import Rule
 
 
-def _is_registered(config: Any) -> bool:
+def _estimator(config: Any) -> Any:
+    """Return the registered estimator of a configuration, or None."""
     from rlhf.estimators import ESTIMATORS  # which imports torch
 
-    return config.ppo.estimator in ESTIMATORS or ":" in config.ppo.estimator
+    return ESTIMATORS.get(config.ppo.estimator)
+
+
+def _is_registered(config: Any) -> bool:
+    return _estimator(config) is not None or ":" in config.ppo.estimator
 
 
 def _needs_critic(config: Any) -> bool:
-    from rlhf.estimators import ESTIMATORS
-
-    estimator = ESTIMATORS.get(config.ppo.estimator)
+    estimator = _estimator(config)
     return estimator is not None and estimator.needs_critic
 
 
@@ -31,9 +34,7 @@ def _has_no_critic(config: Any) -> bool:
 
 
 def _compares_groups(config: Any) -> bool:
-    from rlhf.estimators import ESTIMATORS
-
-    estimator = ESTIMATORS.get(config.ppo.estimator)
+    estimator = _estimator(config)
     return estimator is not None and estimator.compares_groups
 
 

@@ -209,20 +209,20 @@ def test_functions_that_fail_are_named_with_the_reason(base, tmp_path, monkeypat
         run_ppo(run_of(base, tmp_path, **settings))
 
 
+PLAIN = """
+def loss(log_probs, *, advantages, mask, **others):
+    return -(log_probs * advantages.detach() * mask).sum(), {"count": mask.sum()}
+"""
+
+
 def test_a_loss_need_not_log_the_ratio(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "plain.py").write_text(
-        "def loss(log_probs, *, advantages, mask, **others):\n"
-        "    return -(log_probs * advantages.detach() * mask).sum(), {'count': mask.sum()}\n"
-    )
+    (tmp_path / "plain.py").write_text(PLAIN)
     assert run_ppo(run_of(base, tmp_path, loss="plain.py:loss")).finished
 
 
 def test_a_loss_has_to_log_what_the_target_kl_limits(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "plain.py").write_text(
-        "def loss(log_probs, *, advantages, mask, **others):\n"
-        "    return -(log_probs * advantages.detach() * mask).sum(), {'count': mask.sum()}\n"
-    )
+    (tmp_path / "plain.py").write_text(PLAIN)
     with pytest.raises(UserError, match=r"no 'policy/approxkl_avg_sum', whose mean --ppo\.target-kl limits"):
         run_ppo(run_of(base, tmp_path, loss="plain.py:loss", target_kl=0.1))

@@ -102,9 +102,8 @@ class Dataset:
         """Return the tokens of `records` that are learnt, [n] int64: not truncated, and then an end for each."""
         rows = (np.asarray(records)[:, None] * self.members + np.arange(self.members)).ravel()
         parts = list(map(slice, self._offsets[rows] + self._prompts[rows], self._offsets[rows + 1]))
-        answers = [self._tokens[part] for part in parts]
-        if len(self._learnt):
-            answers = [tokens[self._learnt[part] > 0] for tokens, part in zip(answers, parts, strict=True)]
+        tokens, learnt = np.asarray(self._tokens), np.asarray(self._learnt)  # a memory map is slow to slice
+        answers = [tokens[part][learnt[part] > 0] if len(learnt) else tokens[part] for part in parts]
         return np.concatenate([*answers, np.full(len(answers), self.end_id)])
 
     def token_counts(self) -> np.ndarray:

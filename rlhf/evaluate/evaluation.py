@@ -107,9 +107,9 @@ def _optimises(run: PipelineRun | None, model_dir: Path, folder: Path | None) ->
     """Return whether the policy of a run, whose output folder may have moved, was trained on a reward model."""
     if run is None or folder is None:
         return False
-    own = run.output_dir / "reward"
-    folder = own if folder == model_dir / "reward" else folder
-    return any(names_folder(spec, folder) for spec in run.ppo.reward or (str(own),))
+    reward_folder = run.output_dir / "reward"
+    folder = reward_folder if folder == model_dir / "reward" else folder
+    return any(names_folder(spec, folder) for spec in run.ppo.reward or (str(reward_folder),))
 
 
 def _plan(

@@ -73,8 +73,7 @@ def check_dpo(config: DPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     model_spec = _model_spec(config, models.get("sft"))
     path, validation = given_files(config, config.preference_data), given_files(config, config.preference_val_data)
     check_data(PREFERENCES, path, validation)
-    for source in (path, validation):
-        check_conversations(config, source, PREFERENCES, model_spec.tokenizer)
+    check_conversations(config, (path, validation), PREFERENCES, model_spec.tokenizer)
     return model_spec
 
 

@@ -101,7 +101,7 @@ def check_ppo(config: PPORun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     inputs = read_ppo_inputs(config, models.get("sft"), models.get("reward"))
     path = given_files(config, config.prompt_data)
     check_columns(inputs.sources, check_data(PROMPTS, path))
-    check_conversations(config, path, PROMPTS, inputs.policy.tokenizer)
+    check_conversations(config, [path], PROMPTS, inputs.policy.tokenizer)
     return inputs.policy
 
 

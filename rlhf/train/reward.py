@@ -89,8 +89,7 @@ def check_reward(config: RewardRun, models: Mapping[str, ModelSpec]) -> ModelSpe
     model_spec = _model_spec(config, models.get("sft"))
     path, validation = given_files(config, config.preference_data), given_files(config, config.preference_val_data)
     _check_margin(config, check_data(PREFERENCES, path, validation))
-    for source in (path, validation):
-        check_conversations(config, source, PREFERENCES, model_spec.tokenizer)
+    check_conversations(config, (path, validation), PREFERENCES, model_spec.tokenizer)
     _check_pairs(config, model_spec)
     return model_spec
 

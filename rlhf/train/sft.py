@@ -82,8 +82,7 @@ def check_sft(config: SFTRun, models: Mapping[str, ModelSpec]) -> ModelSpec:
     model_spec = _model_spec(config)
     path, validation = given_files(config, config.sft_data), given_files(config, config.sft_val_data)
     check_data(DEMONSTRATIONS, path, validation)
-    for source in (path, validation):
-        check_conversations(config, source, DEMONSTRATIONS, model_spec.tokenizer)
+    check_conversations(config, (path, validation), DEMONSTRATIONS, model_spec.tokenizer)
     return model_spec
 
 
@@ -246,7 +245,7 @@ def _start(run: Run, config: SFTRun) -> tuple[LanguageModel, str, Source, StartF
         path = given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
         return model, model_spec.digest, path, start_facts(folder)
     path = given_files(config, config.sft_data) or embedded_file(run, "demonstrations")
-    check_conversations(config, given_files(config, config.sft_data), DEMONSTRATIONS, model_spec.tokenizer)
+    check_conversations(config, [given_files(config, config.sft_data)], DEMONSTRATIONS, model_spec.tokenizer)
     tokenizer = chat_tokenizer(model_spec.tokenizer or train_tokenizer(run, path, DEMONSTRATIONS), config.data)
     for line in tokenizer.notes:
         run.note(line)

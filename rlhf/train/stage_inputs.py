@@ -1,6 +1,7 @@
 """Inputs of a stage: data files or the embedded example, tokenizers, models, order of records and schedule."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,21 +71,27 @@ def check_named_columns(config: RunConfig) -> None:
         check_renames(sources)
 
 
-def check_conversations(config: RunConfig, source: Source | None, schema: Schema, tokenizer: Tokenizer | None) -> None:
+def check_conversations(
+    config: RunConfig, sources: Sequence[Source | None], schema: Schema, tokenizer: Tokenizer | None
+) -> None:
     """Raise UserError if files hold conversations, and neither the settings nor the tokenizer have a chat template.
 
     Args:
         config: configuration of the run.
-        source: checked files; None if there are none.
+        sources: checked files, such as those of training and validation; None where there are none.
         schema: kind of their records.
         tokenizer: tokenizer of the model; None if it is not trained yet.
     """
-    record = None if source is None else next(read_checked(source, schema))
-    if record is None or not holds_conversations(record) or config.data.template is not None:
+    if config.data.template is not None:
         return
-    if tokenizer is None:
-        raise UserError(f"{source}: holds conversations, and a new tokenizer has no chat template; add {TEMPLATE_FLAG}")
-    check_template(tokenizer, source)
+    for source in sources:
+        if source is None or not holds_conversations(next(read_checked(source, schema))):
+            continue
+        if tokenizer is None:
+            raise UserError(
+                f"{source}: holds conversations, and a new tokenizer has no chat template; add {TEMPLATE_FLAG}"
+            )
+        check_template(tokenizer, source)
 
 
 def open_dataset(run: Run, path: Source, schema: Schema, tokenizer: Tokenizer, max_length: int) -> Dataset:
