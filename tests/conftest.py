@@ -11,7 +11,7 @@ import torch
 
 from rlhf import random
 from rlhf.config import LogConfig, ModelConfig, PipelineRun, PPOConfig, RewardConfig, SFTConfig, TokenizerConfig
-from rlhf.distributed import compute_context
+from rlhf.distributed import compute_context, ray_session
 from rlhf.io.tokenizer import Tokenizer
 from rlhf.models import gpt2
 from rlhf.models.gpt2_config import GPT2Config
@@ -19,6 +19,7 @@ from rlhf.tree import named_leaves, tree_map_named
 from rlhf.types import Params
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.update(ray_session._QUIET)  # Ray reads them when it is imported, which a test may do before rlhf does
 compute_context._CROWD = 4  # tests have more workers than this machine has cores
 torch.set_num_threads(1)  # tiny tensors: more threads only get in each other's way
 
