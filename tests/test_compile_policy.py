@@ -18,10 +18,8 @@ def weights(layers, width, vocab):
     """Tensors of a transformer's shapes, without memory."""
     shapes = {"norm": (width,), "attention": (width, 3 * width), "output": (width, width)}
     shapes |= {"up": (width, 4 * width), "down": (4 * width, width)}
-    blocks = {
-        str(layer): {name: torch.empty(shape, device="meta") for name, shape in shapes.items()} for layer in range(layers)
-    }
-    return {"embedding": torch.empty(vocab, width, device="meta"), "blocks": blocks}
+    block = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {"embedding": torch.empty(vocab, width, device="meta"), "blocks": {str(n): block for n in range(layers)}}
 
 
 def compiles(tmp_path, size, tokens, *, dtype=torch.float32, setting="auto", evaluated=0):

@@ -36,6 +36,23 @@ def test_precision_names_the_dtype(precision, dtype):
     assert context.dtype == compute.compute_dtype(precision) == dtype
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "capability", "is_warned"),
+    [
+        ("bf16", "cpu", "AVX2", True),
+        ("bf16", "cpu", "AVX512", False),
+        ("bf16", "cuda", "AVX2", False),
+        ("fp32", "cpu", "AVX2", False),
+    ],
+)
+def test_bf16_is_warned_of_where_the_cpu_has_no_instructions_for_it(
+    monkeypatch, precision, device, capability, is_warned
+):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    lines = compute.precision_warnings(ComputeConfig(precision=precision), torch.device(device))
+    assert [("--precision fp32" in line) for line in lines] == [True] * is_warned
+
+
 def test_a_context_keeps_what_it_tells_and_tells_lines_about_models_once(caplog):
     caplog.set_level("INFO", "rlhf")
     context = compute.ComputeContext(ComputeConfig(), torch.device("cpu"), [], stage="ppo")

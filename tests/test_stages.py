@@ -29,7 +29,7 @@ from rlhf.data.demo_data import write_embedded
 from rlhf.errors import Interrupted, NonFiniteError, UserError
 from rlhf.execution.executor import Fault
 from rlhf.io.checkpoint import last_step, load_checkpoint
-from rlhf.io.model_folder import load_language_model, load_reward_model
+from rlhf.io.model_folder import load_language_model, load_reward_model, save_reward_model
 from rlhf.io.presets import narrow
 from rlhf.monitor.log import read_logs
 from rlhf.stages import STAGES
@@ -42,7 +42,7 @@ from rlhf.train.reward import run_reward
 from rlhf.train.sft import run_sft
 from rlhf.train.signals import stop_on_signal
 from rlhf.train.stage_inputs import record_order
-from rlhf.tree import named_leaves
+from rlhf.tree import named_leaves, tree_map
 
 RUNS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
 MODELS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
@@ -568,6 +568,17 @@ def test_a_policy_that_has_diverged_ends_in_the_same_way(base, tmp_path):
         run_ppo(run)
     assert last_step(run.output_dir / "checkpoints" / "ppo") == 1
     assert (run.output_dir / "nonfinite" / "ppo-step-000002" / "manifest.json").is_file()
+
+
+def test_a_gold_score_that_is_not_finite_ends_the_run_too(base, tmp_path):
+    """A weight of 0 keeps a model out of the reward; what is measured by it has to be a number all the same."""
+    run = copy_run(base, tmp_path, "ppo")
+    gold = load_reward_model(run.output_dir / "reward")
+    params = gold.params | {"head": tree_map(lambda leaf: torch.full_like(leaf, 3e38), gold.params["head"])}
+    save_reward_model(tmp_path / "gold", gold._replace(params=params), facts={})
+    ppo = dataclasses.replace(base.ppo, reward=(str(run.output_dir / "reward"), f"0*{tmp_path}/gold"))
+    with pytest.raises(NonFiniteError, match=r"ppo iteration 1: a score \(gold/gold\) is not finite for the"):
+        run_ppo(dataclasses.replace(run, ppo=ppo))
 
 
 def test_a_loss_that_is_not_finite_is_refused_and_everything_saved(base, tmp_path):

@@ -31,6 +31,13 @@ def compute_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def precision_warnings(config: ComputeConfig, device: torch.device) -> list[str]:
+    """Return a warning if the configuration asks for bf16 on a CPU without instructions for it, else nothing."""
+    if config.precision == "bf16" and device.type == "cpu" and "AVX2" in torch.backends.cpu.get_cpu_capability():
+        return ["WARNING: bf16 is many times slower than fp32 on this CPU, which has no AVX-512: use --precision fp32"]
+    return []
+
+
 def compute_threads(config: ComputeConfig) -> int:
     """Return the number of CPU threads of each computing process. The bits of results depend on it."""
     return config.dist.threads_per_worker if config.dist.num_workers else config.threads or available_cores()
@@ -121,5 +128,6 @@ def open_compute_context(config: ComputeConfig) -> Iterator[ComputeContext]:
     check_workers(config.dist)
     if config.dist.num_workers:
         context.note(describe_workers(config.dist))
+    context.note_all(precision_warnings(config, context.device))
     with limit_threads(compute_threads(config)), connected(config.dist):
         yield context

@@ -18,6 +18,7 @@ from rlhf.distributed.compute_context import (
     describe_workers,
     find_device,
     limit_threads,
+    precision_warnings,
 )
 from rlhf.errors import Interrupted, NonFiniteError
 from rlhf.execution.executor import Executor
@@ -171,7 +172,7 @@ def open_run(
         check_output_folder(config, stage)
         run.is_saved = run.model_folder.exists()
         check_writable(config.output_dir, "--output-dir")
-        for line in idle:
+        for line in (*idle, *precision_warnings(config, compute.device)):
             run.note(line)
         check_writable(config.cache_dir or default_cache_dir(), "--cache-dir")
         if config.resume and not has_checkpoints(config):

@@ -146,6 +146,7 @@ def score_rollout(ppo: PPO, rollout: Rollout) -> Scored:
         "reference log-prob": ref_log_probs,
         "value": values,
         "value after the last token": bootstrap_values,
+        **{f"score ({metric})": scores for metric, scores in raw.items()},
         "reward": total,
     }.items():
         if array is not None and not torch.isfinite(array).all():
