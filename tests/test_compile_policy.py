@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rlhf.config import SFTRun
-from rlhf.execution.program import ModelState
 from rlhf.stages import STAGES
 from rlhf.train.compile_policy import compile_folder
 
@@ -27,7 +26,7 @@ def compiles(tmp_path, size, tokens, *, dtype=torch.float32, setting="auto", eva
     config = SFTRun(cache_dir=tmp_path, compile=setting, device="cpu")
     run = SimpleNamespace(config=config, dtype=dtype, stage=STAGES["sft"], note=notes.append)
     params = weights(**size)
-    folder = compile_folder(run, ModelState(params, {}), tokens, evaluated=[params] * evaluated)
+    folder = compile_folder(run, params, tokens, evaluated=[params] * evaluated)
     assert (folder is not None) == any("compiling" in note for note in notes)
     return folder is not None
 

@@ -1,9 +1,17 @@
-"""Memory between stages: what one stage has freed is returned to the system before the next."""
+"""Memory: what one stage has freed is returned to the system before the next, and nothing is kept twice."""
 
+import dataclasses
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
+
+from rlhf.config import ModelConfig, TokenizerConfig
+from rlhf.train import dpo, reward, sft
+from rlhf.train.observers import Observer
+from rlhf.tree import leaves
 
 PROGRAM = """
 import torch
@@ -24,3 +32,38 @@ print(with_blocks - peak_bytes(device))
 def test_a_stage_does_not_occupy_what_the_stage_before_has_freed():
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert int(result.stdout) > 60 * 2**22
+
+
+@pytest.mark.parametrize(
+    ("module", "load"), [(sft, "load_language_model"), (reward, "load_trunk"), (dpo, "load_language_model")]
+)
+def test_training_does_not_keep_the_parameters_that_it_starts_from(short_pipeline, tmp_path, monkeypatch, module, load):
+    """The executor holds a copy of them, so they would take as much memory again."""
+    stage = module.__name__.rpartition(".")[2]
+    first = dataclasses.replace(short_pipeline, output_dir=tmp_path / "first")
+    sft.run_sft(first)
+    settings = dataclasses.replace(getattr(first, stage), model_path=first.output_dir / "sft", max_steps=2)
+    references = []
+    load_model = getattr(module, load)
+
+    def load_and_watch(folder):
+        model = load_model(folder)
+        references.extend(map(weakref.ref, leaves(model.params)))
+        return model
+
+    class Watcher(Observer):
+        steps = 0
+
+        def on_step(self, step, metrics):
+            gc.collect()
+            assert not [reference for reference in references if reference() is not None]
+            self.steps = step
+            return False
+
+    monkeypatch.setattr(module, load, load_and_watch)
+    watcher = Watcher()
+    changes = {stage: settings, "model": ModelConfig(), "tokenizer": TokenizerConfig()}
+    run = dataclasses.replace(first, output_dir=tmp_path / "second", **changes)
+    getattr(module, f"run_{stage}")(run, [watcher])
+    assert watcher.steps
+    assert references

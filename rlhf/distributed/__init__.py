@@ -34,7 +34,9 @@ def open_executor(
         UserError: the Ray cluster is unreachable, or has too few resources.
     """
     if not dist.num_workers:
-        yield LocalExecutor(make_program(), models, device)
+        executor = LocalExecutor(make_program(), models, device)
+        del models  # the executor has copied the trained parameters
+        yield executor
         return
     from rlhf.distributed.cluster import open_cluster  # here, because importing ray is slow
     from rlhf.distributed.ray_executor import RayExecutor

@@ -9,7 +9,6 @@ from rlhf.config import OptimizerConfig, RunConfig, SFTConfig
 from rlhf.distributed.compute_context import find_device
 from rlhf.errors import UserError
 from rlhf.execution.compiled import has_compiler
-from rlhf.execution.program import ModelState
 from rlhf.io.cache import default_cache_dir
 from rlhf.stages import Stage
 from rlhf.train.context import Run
@@ -43,12 +42,12 @@ def compile_obstacle(config: RunConfig, stage: Stage) -> str:
     return obstacle
 
 
-def compile_folder(run: Run, models: ModelState, tokens: float, *, evaluated: Sequence[Params] = ()) -> Path | None:
+def compile_folder(run: Run, params: Params, tokens: float, *, evaluated: Sequence[Params] = ()) -> Path | None:
     """Return the folder for compiled code, or None if the stage is not compiled.
 
     Args:
         run: run of the stage.
-        models: trained models.
+        params: trained parameters.
         tokens: number of tokens with gradients in the whole run. It must not depend on the step that a run is resumed
             from, on workers or on threads, because the decision changes the bits of the result.
         evaluated: models that compiled code runs without gradients.
@@ -57,7 +56,7 @@ def compile_folder(run: Run, models: ModelState, tokens: float, *, evaluated: Se
         UserError: the stage cannot be compiled and the setting is `--compile on`.
     """
     config = run.config
-    trained = leaves(models.params)
+    trained = leaves(params)
     values = sum(sum(leaf.shape) for leaf in trained if leaf.ndim == 2)
     cost_s = _COMPILE_S * len(trained) + _COMPILE_FORWARD_S * len(leaves(evaluated))
     is_long = _SAVED_S[run.dtype] * values * tokens > cost_s

@@ -102,11 +102,14 @@ def _run(run: Run, config: DPORun) -> StageResult:
     split = open_split(run, path, validation, PREFERENCES, settings, start)
     digests = digests_of(path, start.tokenizer, validation)
     run.note(f"policy and reference from {folder}")
-    plan, models = make_plan(settings, len(split.train)), ModelState(start.params, {})
-    compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
+    plan = make_plan(settings, len(split.train))
+    tokens = plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length)
+    compile_to = compile_folder(run, start.params, tokens)
     executor = run.open_executor(
-        functools.partial(make_dpo_program, start.config, settings, plan.steps, run.dtype, compile_to), models
+        functools.partial(make_dpo_program, start.config, settings, plan.steps, run.dtype, compile_to),
+        ModelState(start.params, {}),
     )
+    start = start._replace(params={})  # the executor has its own, and memory matters
     pack = functools.partial(completion_pair_batches, max_length=max_length, rows=settings.micro_batch_size)
     # before a checkpoint is restored, the parameters are those of the reference
     train_ref = reference_log_probs(executor, split.dataset, pack(split.dataset, split.train))

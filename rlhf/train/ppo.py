@@ -131,7 +131,9 @@ def _open(run: Run, config: PPORun, estimator: Estimator) -> tuple[PPO, Identity
     completions = settings.num_iterations * settings.iteration_size
     tokens = settings.num_epochs * completions * (prompts.mean_tokens(context) + settings.completion_tokens)
     optimised = [source.model.params for source in sources if source.model is not None and source.weight]
-    compile_to = compile_folder(run, models, tokens, evaluated=[models.params, models.frozen["reference"], *optimised])
+    compile_to = compile_folder(
+        run, models.params, tokens, evaluated=[models.params, models.frozen["reference"], *optimised]
+    )
     loss = open_policy_loss(settings)  # here, so that workers on other machines need no file of the user
     executor = run.open_executor(
         functools.partial(make_ppo_program, shapes, settings, loss, run.dtype, compile_to), models

@@ -152,11 +152,13 @@ def _run(run: Run, config: RewardRun) -> StageResult:
     run.note(f"trunk from {folder}")
     plan = make_plan(settings, len(split.train))
     head = init_reward_head(start.config.n_embd, key=run.key(Purpose.HEAD))
-    models = ModelState({"trunk": start.params, "head": head}, {})
-    compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
+    tokens = plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length)
+    compile_to = compile_folder(run, {"trunk": start.params, "head": head}, tokens)
     executor = run.open_executor(
-        functools.partial(make_reward_program, start.config, settings, plan.steps, run.dtype, compile_to), models
+        functools.partial(make_reward_program, start.config, settings, plan.steps, run.dtype, compile_to),
+        ModelState({"trunk": start.params, "head": head}, {}),
     )
+    start = start._replace(params={})  # the executor has its own, and memory matters
 
     def batches(source: Dataset, records: Sequence[int]) -> list[PackedPairs]:
         return pair_batches(

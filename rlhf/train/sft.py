@@ -123,11 +123,13 @@ def _run(run: Run, config: SFTRun) -> StageResult:
     ) -> list[TokenBatch]:
         return token_batches(source, records, max_length=max_length, rows=rows, loss_on=loss_on, key=key)
 
-    models = ModelState(model.params, {})
-    compile_to = compile_folder(run, models, plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length))
+    tokens = plan.steps * settings.batch_size * split.dataset.mean_tokens(max_length)
+    compile_to = compile_folder(run, model.params, tokens)
     executor = run.open_executor(
-        functools.partial(make_sft_program, model.config, settings, plan.steps, run.dtype, compile_to), models
+        functools.partial(make_sft_program, model.config, settings, plan.steps, run.dtype, compile_to),
+        ModelState(model.params, {}),
     )
+    model = model._replace(params={})  # the executor has its own, and memory matters
     held_out = batches(split.validation, split.held_out, run.key(Purpose.DROPOUT)) if split.held_out else []
 
     def evaluate() -> dict[str, float]:
