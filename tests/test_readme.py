@@ -61,7 +61,7 @@ COMMANDS = [
     for line in block.text.replace("\\\n", "").splitlines()
     if line.strip() and not line.startswith("#")
 ]
-ELSEWHERE = {"pip", "python3", ".", "ray", "export"}
+ELSEWHERE = {"pip", "python3", ".", "ray", "export", "hf"}
 """Commands that are no programs of this project."""
 
 
