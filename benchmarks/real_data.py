@@ -47,6 +47,22 @@ def sentiment(samples: Sequence[dict[str, Any]], data: Path) -> list[float]:
     return [float(value) for value in model.decision_function(words.transform(texts))]
 
 
+def preferred_words(samples: Sequence[dict[str, Any]], data: Path) -> list[float]:
+    """Return the scores of completions by a bag of words that learnt from the held-out pairs (Bradley-Terry)."""
+    import scipy.sparse
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    pairs = json.loads((data / "hh_helpful_pref_test.json").read_text(encoding="utf-8"))
+    chosen, rejected = ([pair[side] for pair in pairs] for side in ("chosen", "rejected"))
+    words = CountVectorizer(binary=True, token_pattern=r"(?u)\b\w+\b").fit(chosen + rejected)
+    differences = words.transform(chosen) - words.transform(rejected)
+    model = LogisticRegression(max_iter=1000, fit_intercept=False)
+    model.fit(scipy.sparse.vstack([differences, -differences]), [1] * len(pairs) + [0] * len(pairs))
+    texts = [sample["completion"] for sample in samples]
+    return [float(value) for value in model.decision_function(words.transform(texts))]
+
+
 def checkable_answer(samples: Sequence[dict[str, Any]], data: Path) -> list[float]:
     """Return 1 for each completion whose last number is the answer of its question, else 0."""
     import re
@@ -74,7 +90,7 @@ def _pipeline(name: str, prompts: str = "{{data}}/{name}_prompts.json") -> tuple
 
 TASKS = {
     "sent": Task(_pipeline("sent"), "sent_pref_test.json", sentiment),
-    "hh_helpful": Task(_pipeline("hh_helpful"), "hh_helpful_pref_test.json"),
+    "hh_helpful": Task(_pipeline("hh_helpful"), "hh_helpful_pref_test.json", preferred_words),
     "math": Task(_pipeline("math", "{{made}}/questions.json"), "math_pref_test.json", checkable_answer),
     "arg": Task(
         ("reward", "--preference-data", "{data}/arg_pref_train.json", "--reward.model-path", "{made}/sft"),
