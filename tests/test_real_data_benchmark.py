@@ -58,6 +58,18 @@ def test_a_run_passes_by_its_problems_kl_and_endings(data, tmp_path):
     assert not real_data._measure("sent", 0, tmp_path / "far", data, 1.0)["passed"]
 
 
+def test_preferred_words_are_those_of_chosen_texts(tmp_path):
+    pairs = [
+        {"prompt": "a", "chosen": " yes good", "rejected": " no bad"},
+        {"prompt": "b", "chosen": " good", "rejected": " bad"},
+    ]
+    (tmp_path / "hh_helpful_pref_test.json").write_text(json.dumps(pairs))
+    samples = [{"completion": text} for text in (" good", " bad", " unknown")]
+    good, bad, unknown = real_data.preferred_words(samples, tmp_path)
+    assert good > 0 > bad
+    assert unknown == 0
+
+
 def test_every_task_names_files_of_the_shared_data(shared_data):
     for task in real_data.TASKS.values():
         for word in task.command:
