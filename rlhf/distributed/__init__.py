@@ -34,9 +34,9 @@ def open_executor(
         UserError: the Ray cluster is unreachable, or has too few resources.
     """
     if not dist.num_workers:
-        executor = LocalExecutor(make_program(), models, device)
+        local = LocalExecutor(make_program(), models, device)
         del models  # the executor has copied the trained parameters
-        yield executor
+        yield local
         return
     from rlhf.distributed.cluster import open_cluster  # here, because importing ray is slow
     from rlhf.distributed.ray_executor import RayExecutor
