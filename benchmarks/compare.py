@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import roofline
 from benchmarks.bench import Bench
 from benchmarks.sides import Setting, Side, SideError
@@ -60,21 +62,20 @@ def compare(work: Work, *, rounds: int, device: str, logs: Path) -> dict[str, An
         SideError: a side fails, or both do not do the same work under the same conditions.
     """
     console.print(f"[bold]{work.what}[/] against {work.peer}")
-    ours, tried_ours = _fastest(work.ours, logs)
-    peer, tried_peers = _fastest(work.peers, logs)
+    ours, tried_ours = _fastest(_supported(work.ours, device), logs)
+    peer, tried_peers = _fastest(_supported(work.peers, device), logs)
     with ExitStack() as stack:
         sides = {
             name: stack.enter_context(Side(setting, logs / f"{name}.log"))
             for name, setting in (("ours", ours), ("peer", peer))
         }
-        limits = roofline.measures(device)
+        narrow = ours.settings.get("precision") == "bf16"
+        limits = roofline.measures(device, torch.bfloat16 if narrow else torch.float32)
         times = interleave({name: side.round for name, side in sides.items()} | limits, rounds, warmup=_WARMUP)
     check_alike(work, sides["ours"], sides["peer"])
     tokens = {name: [facts["tokens"] for facts in side.rounds[-rounds:]] for name, side in sides.items()}
     rates = {name: [n / s for n, s in zip(tokens[name], times[name], strict=True)] for name in sides}
-    narrow = ours.settings.get("precision") == "bf16"
-    products = times["product bf16" if narrow else "product fp32"]
-    flops = roofline.product_flops(device) / min(products)  # limits: the best round
+    flops = roofline.product_flops(device) / min(times["product"])  # limits: the best round
     bandwidth = roofline.copy_bytes(device) / min(times["copy"])
     least = roofline.least_seconds(work.least(2 if narrow else 4), flops=flops, bandwidth=bandwidth)
     return {
@@ -95,6 +96,13 @@ def compare(work: Work, *, rounds: int, device: str, logs: Path) -> dict[str, An
         "peak_bytes": {name: side.rounds[-1]["peak_bytes"] for name, side in sides.items()},
         "machine limits": {"flops": flops, "bytes_per_s": bandwidth, "least_s": least},
     }
+
+
+def _supported(settings: tuple[Setting, ...], device: str) -> tuple[Setting, ...]:
+    """Those without bf16 on a CPU that has no AVX-512, where it takes a hundred times as long, if there are others."""
+    if device != "cpu" or "AVX2" not in torch.backends.cpu.get_cpu_capability():
+        return settings
+    return tuple(setting for setting in settings if setting.settings.get("precision") != "bf16") or settings
 
 
 def _fastest(settings: tuple[Setting, ...], logs: Path) -> tuple[Setting, dict[str, Any]]:

@@ -36,12 +36,11 @@ def copy_bytes(device: str) -> int:
     return 2 * 4 * _NUMBERS[device]
 
 
-def measures(device: str) -> dict[str, Callable[[], None]]:
+def measures(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     """What is timed beside the two sides: the copy (256 MB; on a GPU 4 GB) and the product (2048 or 8192 wide)."""
     source = torch.ones(_NUMBERS[device], device=device)
     copied = torch.empty_like(source)
-    factor = torch.linspace(-1, 1, _SIDE[device] ** 2, device=device).view(_SIDE[device], -1)
-    half = factor.bfloat16()
+    factor = torch.linspace(-1, 1, _SIDE[device] ** 2, device=device).view(_SIDE[device], -1).to(dtype)
 
     def timed(work: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -51,11 +50,7 @@ def measures(device: str) -> dict[str, Callable[[], None]]:
 
         return run
 
-    return {
-        "copy": timed(lambda: copied.copy_(source)),
-        "product fp32": timed(lambda: factor @ factor),
-        "product bf16": timed(lambda: half @ half),
-    }
+    return {"copy": timed(lambda: copied.copy_(source)), "product": timed(lambda: factor @ factor)}
 
 
 def least_seconds(phases: list[Phase], *, flops: float, bandwidth: float) -> float:

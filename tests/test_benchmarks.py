@@ -457,7 +457,7 @@ def test_a_comparison_prints_its_table_and_writes_json(bench, monkeypatch, capsy
     assert list(row) == KEYS + DETAILS
     assert row["tokens"] == {"ours": [20, 20], "peer": [20, 20]}
     assert set(row["tried"]["peer"]) == {"cache dynamic", "cache static"}
-    assert set(row["seconds"]) == {"ours", "peer", "copy", "product fp32", "product bf16"}
+    assert set(row["seconds"]) == {"ours", "peer", "copy", "product"}
     assert row["conditions"]["ours"]["parameters"] == TINY.shape.parameters
     rates = [
         20 / mine / (20 / theirs) for mine, theirs in zip(row["seconds"]["ours"], row["seconds"]["peer"], strict=True)
@@ -465,7 +465,7 @@ def test_a_comparison_prints_its_table_and_writes_json(bench, monkeypatch, capsy
     assert row["ratio"] == pytest.approx(np.median(rates))
     least = roofline.least_seconds(
         roofline.generation(TINY.shape, 2, TINY.prompt, TINY.completion, 4),
-        flops=2 * 2048**3 / np.min(row["seconds"]["product fp32"]),
+        flops=2 * 2048**3 / np.min(row["seconds"]["product"]),
         bandwidth=2 * 4 * 2**26 / np.min(row["seconds"]["copy"]),
     )
     assert row["of roofline"] == pytest.approx(least / np.median(row["seconds"]["ours"]))
