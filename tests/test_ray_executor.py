@@ -20,6 +20,11 @@ CPU = torch.device("cpu")
 STEPS = 6
 
 
+def slow(*values):
+    """A case that only the slow tests run, because a faster one goes through nearly the same code."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def one_ray(tmp_path_factory):
     """One Ray for all tests of this file, with room for six processes and `toy` on its path; the file of faults."""
@@ -75,7 +80,7 @@ def test_invariant_14_any_number_of_workers_and_servers_gives_the_bits_of_one_pr
     assert got[2:] == ([], [])
 
 
-@pytest.mark.parametrize(("workers", "servers"), [(1, 0), (2, 0), (3, 0), (2, 2)])
+@pytest.mark.parametrize(("workers", "servers"), [slow(1, 0), slow(2, 0), (3, 0), (2, 2)])
 def test_clipping_apart_gives_the_bits_of_one_process(one_ray, workers, servers):
     got = run(DistConfig(num_workers=workers, num_servers=servers, snapshot_every=2), program=APART)
     expected = run(DistConfig(), program=APART)
@@ -91,7 +96,7 @@ def test_memory_shared_as_by_large_models_changes_no_bit(one_ray, monkeypatch):
     assert_same(run(DistConfig(num_workers=3, num_servers=1, backend="shared")), run(DistConfig()))
 
 
-@pytest.mark.parametrize("moment", [None, "add_up", "publish"])
+@pytest.mark.parametrize("moment", [None, "add_up", slow("publish")])
 def test_several_machines_change_no_bit_even_when_a_process_is_lost(one_ray, monkeypatch, moment):
     if moment:
         fault = {"moment": moment, "rank": 1, "version": 4, "signal": "SIGKILL"}
@@ -103,7 +108,7 @@ def test_several_machines_change_no_bit_even_when_a_process_is_lost(one_ray, mon
     assert len(got[2]) == bool(moment)
 
 
-@pytest.mark.parametrize(("workers", "servers"), [(3, 1), (2, 0)])
+@pytest.mark.parametrize(("workers", "servers"), [(3, 1), slow(2, 0)])
 def test_invariant_14_the_ring_agrees_to_tolerance(one_ray, workers, servers):
     got = run(DistConfig(num_workers=workers, num_servers=servers, reduce="ring"))
     expected = run(DistConfig())
