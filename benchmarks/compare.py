@@ -14,6 +14,7 @@ from benchmarks import roofline
 from benchmarks.bench import Bench
 from benchmarks.sides import Setting, Side, SideError
 from benchmarks.timing import console, interleave, ratio, report, spread, summary, write
+from rlhf.distributed.compute_context import lacks_bf16
 
 _TRIALS = 4
 """Rounds by which a side's settings are told apart, after one for compilation."""
@@ -99,8 +100,8 @@ def compare(work: Work, *, rounds: int, device: str, logs: Path) -> dict[str, An
 
 
 def _supported(settings: tuple[Setting, ...], device: str) -> tuple[Setting, ...]:
-    """Those without bf16 on a CPU that has no AVX-512, where it takes a hundred times as long, if there are others."""
-    if device != "cpu" or "AVX2" not in torch.backends.cpu.get_cpu_capability():
+    """All of them, or where bf16 is slow those without it, if there are any."""
+    if not lacks_bf16(torch.device(device)):
         return settings
     return tuple(setting for setting in settings if setting.settings.get("precision") != "bf16") or settings
 

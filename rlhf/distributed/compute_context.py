@@ -33,9 +33,14 @@ def compute_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
 
 def precision_warnings(config: ComputeConfig, device: torch.device) -> list[str]:
     """Return a warning if the configuration asks for bf16 on a CPU without instructions for it, else nothing."""
-    if config.precision == "bf16" and device.type == "cpu" and "AVX2" in torch.backends.cpu.get_cpu_capability():
+    if config.precision == "bf16" and lacks_bf16(device):
         return ["WARNING: bf16 is many times slower than fp32 on this CPU, which has no AVX-512: use --precision fp32"]
     return []
+
+
+def lacks_bf16(device: torch.device) -> bool:
+    """Return whether the device is a CPU without AVX-512, on which bf16 is many times slower than fp32."""
+    return device.type == "cpu" and "AVX2" in torch.backends.cpu.get_cpu_capability()
 
 
 def compute_threads(config: ComputeConfig) -> int:
